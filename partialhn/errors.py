@@ -1,0 +1,13 @@
+"""The errors a user can cause, apart from the errors that are ours.
+
+Every message names the thing, the value found and what is allowed. The command line turns
+`InputError` into exit code 2 and anything else into exit code 1.
+"""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: an option, a path, an image, a model name."""
+
+
+class IntegrityError(RuntimeError):
+    """Something stored is not what it says it is: a shard, a manifest, a checkpoint."""
