@@ -255,8 +255,9 @@ def load_yaml(path: str | Path) -> Config:
     except yaml.YAMLError as error:
         raise InputError(f"configuration file {str(path)!r} is not YAML: {error}") from error
     if not isinstance(values, Mapping):
+        sections = ", ".join(field.name for field in dataclasses.fields(Config))
         raise InputError(f"configuration file {str(path)!r} holds {type(values).__name__}; "
-                         f"allowed: sections {', '.join(f.name for f in dataclasses.fields(Config))}")
+                         f"allowed: the sections {sections}")
     return Config.from_dict(values)
 
 

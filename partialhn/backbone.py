@@ -1,0 +1,264 @@
+"""The network as a list of stages, and its trunk g_phi: the first `freeze_depth` of them, frozen.
+
+Legend: B batch, C channels, H W spatial, F features before the classifier, K classes.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+from partialhn.errors import InputError
+
+STAGE_NAMES = ("layer1", "layer2", "layer3", "layer4")
+SLIM = "slim_resnet18"
+TORCHVISION_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+BACKBONES = (SLIM, *TORCHVISION_RESNETS)
+
+
+class SlimResNet18(nn.Module):
+    """ResNet-18 with 20 base filters and a 3x3 stem of stride 1, for images of about 32 pixels.
+
+    The network of Lopez-Paz & Ranzato 2017, used by the partial-hypernetwork paper. Its parts have
+    the names that torchvision's ResNets use.
+    """
+
+    def __init__(self, classes: int, filters: int = 20) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, filters, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(filters)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity()
+        self.layer1 = _two_blocks(filters, filters, 1)
+        self.layer2 = _two_blocks(filters, 2 * filters, 2)
+        self.layer3 = _two_blocks(2 * filters, 4 * filters, 2)
+        self.layer4 = _two_blocks(4 * filters, 8 * filters, 2)
+        self.fc = nn.Linear(8 * filters, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def _two_blocks(width_in: int, width: int, stride: int) -> nn.Sequential:
+    downsample = None
+    if stride != 1 or width_in != width:
+        downsample = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False),
+                                   nn.BatchNorm2d(width))
+    return nn.Sequential(BasicBlock(width_in, width, stride, downsample), BasicBlock(width, width))
+
+
+class Network(nn.Module):
+    """A whole backbone: normalisation of the pixels, four stages, pooling and a classifier.
+
+    Takes uint8 images_BCHW (C = 3, any size) and gives logits_BK. `mean_C` and `std_C` are in
+    units of a pixel scaled to 0..1.
+    """
+
+    mean_C: Tensor
+    std_C: Tensor
+
+    def __init__(self, name: str, body: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.body = body
+        self.register_buffer("mean_C", torch.tensor([0.485, 0.456, 0.406]))
+        self.register_buffer("std_C", torch.tensor([0.229, 0.224, 0.225]))
+
+    def normalise(self, images_BCHW: Tensor) -> Tensor:
+        """uint8 pixels to float32 of about zero mean and unit variance."""
+        return (images_BCHW.float() / 255 - self.mean_C[:, None, None]) / self.std_C[:, None, None]
+
+    def stages(self) -> list[nn.Sequential]:
+        """The four stages in order; the stem belongs to the first."""
+        body = self.body
+        blocks = [cast(nn.Sequential, getattr(body, name)) for name in STAGE_NAMES]
+        stem = (body.conv1, body.bn1, body.relu, body.maxpool)
+        return [nn.Sequential(*cast(tuple[nn.Module, ...], stem), *blocks[0]), *blocks[1:]]
+
+    @property
+    def width(self) -> int:
+        """Features F that the classifier sees."""
+        return cast(nn.Linear, self.body.fc).in_features
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        z_BCHW = self.normalise(images_BCHW)
+        for stage in self.stages():
+            z_BCHW = stage(z_BCHW)
+        return cast(Tensor, cast(nn.Linear, self.body.fc)(z_BCHW.mean((2, 3))))
+
+
+class Trunk(nn.Module):
+    """The frozen trunk g_phi: pixels to features, a function of one image alone.
+
+    BatchNorm uses its running statistics whatever `train()` asks for, and no parameter takes a
+    gradient. Takes uint8 images_BCHW, gives float32 z_BCHW; with every stage frozen the features
+    are pooled to z_BF11. Depth 0 only normalises the pixels.
+    """
+
+    def __init__(self, network: Network, freeze_depth: int) -> None:
+        super().__init__()
+        self.name, self.freeze_depth = network.name, freeze_depth
+        self.register_buffer("mean_C", network.mean_C.clone())
+        self.register_buffer("std_C", network.std_C.clone())
+        self.stages = nn.ModuleList(copy.deepcopy(network.stages()[:freeze_depth]))
+        self.pooled = freeze_depth == len(STAGE_NAMES)
+        self.requires_grad_(False)
+        self.eval()
+
+    normalise = Network.normalise
+    mean_C: Tensor
+    std_C: Tensor
+
+    def train(self, mode: bool = True) -> "Trunk":
+        """Stays in evaluation mode; `mode` is what nn.Module passes and changes nothing."""
+        del mode
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        z_BCHW = self.normalise(images_BCHW)  # type: ignore[misc]
+        for stage in self.stages:
+            z_BCHW = stage(z_BCHW)
+        return z_BCHW.mean((2, 3), keepdim=True) if self.pooled else z_BCHW
+
+    def fingerprint(self) -> str:
+        """Hash of the architecture, the depth and every weight and statistic."""
+        return hash_tensors({key: value for key, value in self.state_dict().items()
+                             if not key.endswith("num_batches_tracked")},
+                            f"{self.name}/{self.freeze_depth}")
+
+
+def build_network(name: str, classes: int, seed: int = 0) -> Network:
+    """A freshly initialised backbone with a classifier of K = `classes` outputs.
+
+    Raises: InputError for a name that is not in `BACKBONES`.
+    """
+    if name not in BACKBONES:
+        raise InputError(f"backbone is {name!r}; allowed: {', '.join(BACKBONES)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        body: nn.Module = (SlimResNet18(classes) if name == SLIM
+                           else torchvision.models.get_model(name, num_classes=classes))
+    return Network(name, body)
+
+
+def check_depth(name: str, freeze_depth: int) -> None:
+    """Raises InputError where the backbone has no such depth."""
+    if not 0 <= freeze_depth <= len(STAGE_NAMES):
+        raise InputError(f"freeze_depth is {freeze_depth}; allowed: 0 (nothing frozen) to "
+                         f"{len(STAGE_NAMES)} (all stages of {name})")
+
+
+def supplied_network(source: str, name: str, classes: int) -> Network:
+    """A backbone whose weights somebody else trained.
+
+    `source` is torchvision:NAME:WEIGHTS (downloaded where there is a network) or the path of a
+    safetensors file with the tensors of `save_network`. The classifier is made anew.
+
+    Raises: InputError for an unknown source, one that cannot be had, or one that does not fit.
+    """
+    if source.startswith("torchvision:"):
+        return _torchvision_network(source, name, classes)
+    if not source.endswith(".safetensors"):
+        raise InputError(f"trunk is {source!r}; allowed: train, torchvision:NAME:WEIGHTS or the "
+                         "path of a .safetensors file")
+    try:
+        found = load_file(source)
+    except Exception as error:  # safetensors raises its own bare exception type
+        raise InputError(f"trunk file {source!r} cannot be read as safetensors: {error}") from error
+    network = build_network(name, classes)
+    wanted = {key: value for key, value in network.state_dict().items()
+              if not key.startswith("body.fc.")}
+    given = {key: value for key, value in found.items() if not key.startswith("body.fc.")}
+    missing, extra = wanted.keys() - given.keys(), given.keys() - wanted.keys()
+    wrong = [key for key in wanted.keys() & given.keys() if wanted[key].shape != given[key].shape]
+    if missing or extra or wrong:
+        raise InputError(f"trunk file {source!r} is not a {name}: "
+                         f"missing {sorted(missing)[:3]}, extra {sorted(extra)[:3]}, "
+                         f"of another shape {sorted(wrong)[:3]}")
+    network.load_state_dict(given, strict=False)
+    return network
+
+
+def _torchvision_network(source: str, name: str, classes: int) -> Network:
+    parts = source.split(":")
+    if len(parts) != 3 or parts[1] not in TORCHVISION_RESNETS:
+        raise InputError(f"trunk is {source!r}; allowed: torchvision:NAME:WEIGHTS with NAME one of "
+                         f"{', '.join(TORCHVISION_RESNETS)}, for example "
+                         "torchvision:resnet18:IMAGENET1K_V1")
+    if parts[1] != name:
+        raise InputError(f"trunk is {source!r} but backbone is {name!r}; allowed: the same network "
+                         f"in both, for example --backbone {parts[1]}")
+    kinds = torchvision.models.get_model_weights(name)
+    if parts[2] not in kinds.__members__:
+        raise InputError(f"trunk weights {parts[2]!r} of {name} are unknown; allowed: "
+                         f"{', '.join(kinds.__members__)}")
+    weights = kinds[parts[2]]
+    try:
+        body = torchvision.models.get_model(name, weights=weights)
+    except OSError as error:
+        raise InputError(f"trunk {source!r} cannot be downloaded ({error}); it needs a network, or "
+                         "a .safetensors file in its place") from error
+    transform = weights.transforms()
+    network = Network(name, body)
+    network.mean_C.copy_(torch.tensor(transform.mean))
+    network.std_C.copy_(torch.tensor(transform.std))
+    cast(ResNet, body).fc = nn.Linear(network.width, classes)
+    return network
+
+
+def head_stages(network: Network, freeze_depth: int) -> nn.Sequential:
+    """The stages above the cut: what the hypernetwork generates the weights of."""
+    check_depth(network.name, freeze_depth)
+    return nn.Sequential(*copy.deepcopy(network.stages()[freeze_depth:]))
+
+
+def split(network: Network, freeze_depth: int) -> tuple[Trunk, nn.Sequential]:
+    """Cuts a network at a depth into its frozen trunk and the stages of its head.
+
+    Raises: InputError for a depth the network does not have.
+    """
+    stages = head_stages(network, freeze_depth)
+    return Trunk(network, freeze_depth), stages
+
+
+def hash_tensors(tensors: dict[str, Tensor], prefix: str = "") -> str:
+    """SHA-256 over names, types, shapes and bytes, in order of the names."""
+    digest = hashlib.sha256(prefix.encode())
+    for key in sorted(tensors):
+        value = tensors[key].detach().cpu().contiguous()
+        digest.update(f"{key}:{value.dtype}:{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def multiply_adds(module: nn.Module, z_BCHW: Tensor) -> int:
+    """Multiply-adds of one forward pass of the module's convolutions and linear layers."""
+    total = 0
+
+    def count(layer: nn.Module, _: object, out: Tensor) -> None:
+        nonlocal total
+        if isinstance(layer, nn.Conv2d):
+            total += out.numel() // out.shape[0] * layer.weight[0].numel()
+        elif isinstance(layer, nn.Linear):
+            total += layer.weight.numel()
+
+    hooks = [layer.register_forward_hook(count) for layer in _leaves(module)]
+    training = module.training
+    module.eval()
+    with torch.no_grad():
+        module(z_BCHW)
+    module.train(training)
+    for hook in hooks:
+        hook.remove()
+    return total
+
+
+def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+    return (layer for layer in module.modules() if not list(layer.children()))

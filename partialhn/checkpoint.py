@@ -1,0 +1,138 @@
+"""Checkpoints: a folder of safetensors and JSON, written whole or not at all, read strictly.
+
+    model.safetensors   every tensor by name
+    model.json          the fields, and the SHA-256 of the tensors file; written last
+
+Nothing is ever pickled, so loading a checkpoint cannot run code.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from partialhn.backbone import Trunk, build_network, hash_tensors
+from partialhn.config import Config
+from partialhn.errors import InputError, IntegrityError
+from partialhn.model import Head
+from partialhn.strategies import STRATEGIES, Strategy
+
+FORMAT = 1
+TENSORS, FIELDS = "model.safetensors", "model.json"
+
+
+def save(folder: Path, kind: str, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
+    """Writes a checkpoint folder; an older one of the same name is replaced in one step."""
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    draft.mkdir(parents=True)
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
+              draft / TENSORS)
+    digest = hashlib.sha256((draft / TENSORS).read_bytes()).hexdigest()
+    head = {"format": FORMAT, "kind": kind, "tensors_sha256": digest}
+    (draft / FIELDS).write_text(json.dumps(head | fields, indent=1), encoding="utf-8")
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        os.replace(folder, old)
+        os.replace(draft, folder)
+        shutil.rmtree(old)
+    else:
+        os.replace(draft, folder)
+
+
+def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a checkpoint folder.
+
+    Raises: IntegrityError where a file is missing, damaged, or of another kind or format.
+    """
+    try:
+        fields = json.loads((folder / FIELDS).read_text(encoding="utf-8"))
+        found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"checkpoint {folder} cannot be read: {error}") from error
+    if fields.get("format") != FORMAT or fields.get("kind") != kind:
+        raise IntegrityError(f"checkpoint {folder} is of kind {fields.get('kind')!r} in format "
+                             f"{fields.get('format')!r}; expected {kind!r} in {FORMAT}")
+    if found != fields["tensors_sha256"]:
+        raise IntegrityError(f"checkpoint {folder} is damaged: {TENSORS} has sha256 "
+                             f"{found[:12]}..., expected {fields['tensors_sha256'][:12]}...")
+    return load_file(folder / TENSORS), fields
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskInfo:
+    """What a model knows of one of its tasks."""
+
+    name: str
+    classes: tuple[str, ...]
+
+
+@dataclasses.dataclass
+class Model:
+    """A whole trained model: trunk, head weights of every task, and what they were made with."""
+
+    config: Config
+    trunk: Trunk
+    strategy: Strategy
+    tasks: tuple[TaskInfo, ...]
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Whatever else is worth keeping: stream name, accuracy rows, feature keys."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of trunk and strategy by name."""
+        return ({f"trunk.{key}": value for key, value in self.trunk.state_dict().items()}
+                | {f"strategy.{key}": value for key, value in self.strategy.state_dict().items()})
+
+    def weights_hash(self) -> str:
+        """SHA-256 over all tensors: equal hashes answer equally."""
+        return hash_tensors(self.tensors())
+
+    def save(self, folder: Path) -> None:
+        """Writes the model as a checkpoint folder."""
+        save(folder, "model", self.tensors(), {
+            "config": self.config.to_dict(),
+            "tasks": [{"name": task.name, "classes": list(task.classes)} for task in self.tasks],
+            "weights_hash": self.weights_hash(),
+            "facts": self.facts})
+
+    @staticmethod
+    def load(folder: Path) -> "Model":
+        """Reads a model back; every tensor must be there, fit, and hash to what was saved."""
+        tensors, fields = load(folder, "model")
+        try:
+            config = Config.from_dict(fields["config"])
+            tasks = tuple(TaskInfo(task["name"], tuple(task["classes"]))
+                          for task in fields["tasks"])
+            trunk, head = empty_parts(config)
+            strategy = STRATEGIES[config.train.strategy](head, config, None)
+            for task in tasks:
+                strategy.add_task(len(task.classes))
+            trunk.load_state_dict(_below(tensors, "trunk."), strict=True)
+            strategy.load_state_dict(_below(tensors, "strategy."), strict=True)
+        except (KeyError, RuntimeError, InputError) as error:
+            raise IntegrityError(f"checkpoint {folder} does not fit this version: {error}"
+                                 ) from error
+        model = Model(config, trunk, strategy.requires_grad_(False).eval(), tasks,
+                      fields["facts"])
+        if model.weights_hash() != fields["weights_hash"]:
+            raise IntegrityError(f"checkpoint {folder} holds other weights than it was saved with")
+        return model
+
+
+def empty_parts(config: Config) -> tuple[Trunk, Head]:
+    """Trunk and head of the configured shapes; the trunk's weights are still to be loaded."""
+    network = build_network(config.backbone.backbone, classes=2)
+    depth = config.backbone.freeze_depth
+    return (Trunk(network, depth),
+            Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups))
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items()
+            if key.startswith(prefix)}

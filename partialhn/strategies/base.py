@@ -1,0 +1,106 @@
+"""What every strategy is: weights of the head for each task, learned one task after the other.
+
+Legend: F features before the classifier, K classes of a task.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partialhn.errors import InputError
+from partialhn.model import Head, HeadWeights
+
+
+class Strategy(nn.Module):
+    """Owns what is learned over a stream; the trunk and the head's skeleton are beside it.
+
+    A task is added with `add_task` and trained after `begin`; everything that must not change any
+    more takes no gradient from then on. `weights` may be asked for any task at any time.
+    """
+
+    def __init__(self, head: Head, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.classes: list[int] = []
+        self.tasks = nn.ModuleList()
+        self.head = head
+
+    def add_task(self, classes: int) -> None:
+        """A new task with K = `classes`, initialised from the seed and the task's position."""
+        if classes < 1:
+            raise InputError(f"a task has {classes} classes; allowed: 1 or more")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + len(self.classes))
+            self.tasks.append(self.new_task(classes))
+        self.classes.append(classes)
+
+    def new_task(self, classes: int) -> nn.Module:
+        """The parameters that belong to one task alone."""
+        raise NotImplementedError
+
+    def begin(self, task: int) -> None:
+        """Prepares training of one task: earlier tasks' own parameters are frozen."""
+        for index, module in enumerate(self.tasks):
+            module.requires_grad_(index == task)
+
+    def weights(self, task: int) -> HeadWeights:
+        """omega_t: the head's weights for a task."""
+        raise NotImplementedError
+
+    def forward(self, z_BCHW: Tensor, task: int) -> Tensor:
+        """Features to logits_BK of one task."""
+        logits_BK: Tensor = self.head(z_BCHW, self.weights(task))
+        return logits_BK
+
+    def regulariser(self, task: int) -> Tensor | None:
+        """What is added to the loss while `task` is trained; None for nothing."""
+        del task
+        return None
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """What the running experience may change, with each group's peak learning rate."""
+        trainable = [value for value in self.parameters() if value.requires_grad]
+        return [{"params": trainable, "peak": learning_rate}]
+
+    def experience_state(self) -> dict[str, Tensor]:
+        """What a running experience needs beside the parameters, for its checkpoint."""
+        return {}
+
+    def restore_experience(self, state: dict[str, Tensor]) -> None:
+        """Takes back `experience_state`."""
+        if state:
+            raise InputError(f"checkpoint holds {sorted(state)[:3]}, which "
+                             f"{type(self).__name__} does not use")
+
+    def task_bytes(self, task: int) -> int:
+        """Bytes that one task adds to the checkpoint."""
+        return sum(value.numel() * value.element_size()
+                   for value in self.tasks[task].parameters())
+
+
+class Classifier(nn.Module):
+    """A task's own classifier: classifier_KF and bias_K."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(width)
+        self.classifier_KF = nn.Parameter(torch.empty(classes, width).uniform_(-bound, bound))
+        self.bias_K = nn.Parameter(torch.empty(classes).uniform_(-bound, bound))
+
+
+def fresh_convolutions(head: Head) -> list[nn.Parameter]:
+    """Newly initialised convolution weights of a plain head (Kaiming, fan out)."""
+    parameters = []
+    for tensor in head.convolutions:
+        value = torch.empty(tensor.shape)
+        nn.init.kaiming_normal_(value, mode="fan_out", nonlinearity="relu")
+        parameters.append(nn.Parameter(value))
+    return parameters
+
+
+def named(head_names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Convolution weights by the head's names."""
+    return dict(zip(head_names, values, strict=True))

@@ -1,0 +1,336 @@
+"""The training loops: of the trunk on the first task, and of each experience on its features.
+
+    for task t: strategy.begin(t)
+        for epoch: for (z_BCHW, y_B): loss = cross_entropy + regulariser; step
+            yield EpochRecord(...)
+        yield TaskRecord(accuracy on every task so far)
+
+A loop yields records; saving, logging and reporting happen in the caller. Every random choice is
+a function of (seed, task, epoch), so a loop that stopped after an epoch goes on as if it had not.
+
+Legend: B batch, C channels, H W spatial, K classes, N images.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from partialhn.backbone import Network
+from partialhn.batch import FeatureBatch
+from partialhn.config import Augment, BackboneConfig, Schedule, TrainConfig
+from partialhn.errors import InputError
+from partialhn.store import FeatureSet
+from partialhn.strategies import Strategy
+from partialhn.views import augment
+
+RESIDENT_BYTES = 4 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochRecord:
+    """One pass over one task's training images."""
+
+    task: str
+    task_index: int
+    epoch: int
+    """1 to epochs."""
+    epochs: int
+    loss: float
+    cross_entropy: float
+    regulariser: float
+    accuracy: float
+    """Share of training images answered right during the epoch."""
+    validation_accuracy: float | None
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRecord:
+    """One experience, finished."""
+
+    task: str
+    task_index: int
+    accuracy_row: tuple[float, ...]
+    """R[i, 0..i]: accuracy on the test images of every task so far."""
+    train_seconds: float
+    evaluate_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskFeatures:
+    """One task's features in the three splits."""
+
+    name: str
+    classes: int
+    train: FeatureSet
+    validation: FeatureSet | None
+    test: FeatureSet
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Who shares the work: this worker's place, and how gradients and sums become common."""
+
+    rank: int = 0
+    world: int = 1
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    add: Callable[[Tensor], Tensor] = lambda total: total
+
+
+class Objective(nn.Module):
+    """A strategy's loss on a batch of one task: what a data-parallel wrapper wraps."""
+
+    def __init__(self, strategy: Strategy, task: int, label_smoothing: float) -> None:
+        super().__init__()
+        self.strategy, self.task, self.label_smoothing = strategy, task, label_smoothing
+
+    def forward(self, z_BCHW: Tensor, y_B: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """The loss, and the detached sums (cross-entropy, regulariser, right answers)."""
+        logits_BK = self.strategy(z_BCHW, self.task)
+        cross_entropy = share * nn.functional.cross_entropy(logits_BK, y_B,
+                                                            label_smoothing=self.label_smoothing)
+        regulariser = self.strategy.regulariser(self.task)
+        loss = cross_entropy if regulariser is None else cross_entropy + regulariser
+        right = (logits_BK.argmax(1) == y_B).sum()
+        terms = [cross_entropy, loss - cross_entropy, right]
+        return loss, torch.stack([term.detach().float() for term in terms])
+
+
+def epoch_batches(features: FeatureSet, batch_size: int, seed: Sequence[int],
+                  workers: Workers) -> Iterator[FeatureBatch]:
+    """One epoch in an order that depends on `seed` alone; each worker gets its share of a batch.
+
+    The images that do not fill a last batch wait for another epoch's order. Raises: InputError
+    for fewer images than workers.
+    """
+    rng = np.random.default_rng(list(seed))
+    order_N = rng.permutation(len(features))
+    views_N = rng.integers(0, features.views, len(features))
+    device = features.y_N.device
+    size = min(batch_size, len(order_N))
+    if size < workers.world:
+        raise InputError(f"a task has {len(order_N)} training images for {workers.world} workers; "
+                         "allowed: at least one each")
+    rows_N, view_N = torch.from_numpy(order_N).to(device), torch.from_numpy(views_N).to(device)
+    for start in range(0, len(order_N) - size + 1, size):
+        mine = slice(start + workers.rank, start + size, workers.world)
+        rows_B = rows_N[mine]
+        yield FeatureBatch(features.gather(rows_B, view_N[mine]), features.y_N[rows_B],
+                           workers.world * len(rows_B) / size)
+
+
+def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, config: TrainConfig,
+                   optimiser: torch.optim.Optimizer, *, epochs_done: int = 0,
+                   workers: Workers | None = None) -> Iterator[EpochRecord]:
+    """Trains one experience (section 3 of the paper), yielding a record per epoch."""
+    workers = workers or Workers()
+    objective = workers.wrap(Objective(strategy, task_index, config.label_smoothing))
+    device = strategy.weights(task_index).bias_K.device
+    features = _resident(task.train, device)
+    steps = max(1, len(features) // config.batch_size)
+    for epoch in range(epochs_done + 1, config.epochs + 1):
+        start = time.perf_counter()
+        totals, count, done = torch.zeros(3, device=device), 0, 0
+        strategy.train()
+        seed = (config.seed, task_index, epoch)
+        for step, batch in enumerate(epoch_batches(features, config.batch_size, seed, workers)):
+            _set_rate(optimiser, config.schedule, (epoch - 1) * steps + step,
+                      steps * config.epochs)
+            loss, terms = objective(*batch)
+            optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimiser.step()
+            totals += terms
+            count, done = count + len(batch.y_B), done + 1
+        mean = workers.add(totals / done) / workers.world
+        right = workers.add(torch.stack([totals[2], totals.new_tensor(count)]))
+        seconds = time.perf_counter() - start
+        cross_entropy, regulariser = mean[0].item(), mean[1].item()
+        if not math.isfinite(cross_entropy + regulariser):
+            raise InputError(f"the loss of task {task.name!r} became {cross_entropy + regulariser} "
+                             f"in epoch {epoch}; allowed: a finite loss, so try a smaller "
+                             f"learning_rate than {config.learning_rate}")
+        validation = (None if task.validation is None or not len(task.validation)
+                      else evaluate(strategy, task_index, task.validation))
+        yield EpochRecord(task.name, task_index, epoch, config.epochs, cross_entropy + regulariser,
+                          cross_entropy, regulariser, (right[0] / right[1]).item(), validation,
+                          seconds)
+
+
+@torch.no_grad()
+def evaluate(strategy: Strategy, task_index: int, features: FeatureSet,
+             batch_size: int = 256) -> float:
+    """Accuracy on a split, on the plain view: weights generated once for all its images."""
+    strategy.eval()
+    weights = strategy.weights(task_index)
+    device = weights.bias_K.device
+    features = _resident(features, device)
+    right = torch.zeros((), device=device)
+    for rows_B in torch.split(torch.arange(len(features), device=device), batch_size):
+        z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B))
+        right += (strategy.head(z_BCHW, weights).argmax(1) == features.y_N[rows_B]).sum()
+    return right.item() / len(features)
+
+
+class Learner:
+    """A strategy on its way through a stream, able to stop after any epoch and go on."""
+
+    def __init__(self, strategy: Strategy, config: TrainConfig, device: torch.device | str = "cpu",
+                 workers: Workers | None = None) -> None:
+        self.strategy, self.config = strategy.to(device), config
+        self.device = torch.device(device)
+        self.workers = workers or Workers()
+        self.rows: list[tuple[float, ...]] = []
+        """Accuracy rows of the finished tasks."""
+        self.epochs_done = 0
+        self.train_seconds = 0.0
+        self._optimiser: torch.optim.Optimizer | None = None
+
+    def learn(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord | TaskRecord]:
+        """Learns the tasks that are not finished yet, in order."""
+        while len(self.rows) < len(tasks):
+            yield from self._experience(tasks)
+
+    def _experience(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord | TaskRecord]:
+        index = len(self.rows)
+        task = tasks[index]
+        if self._optimiser is None:
+            self._begin(index, task.classes)
+        optimiser = cast(torch.optim.Optimizer, self._optimiser)
+        for record in fit_experience(self.strategy, index, task, self.config, optimiser,
+                                     epochs_done=self.epochs_done, workers=self.workers):
+            self.epochs_done = record.epoch
+            self.train_seconds += record.seconds
+            yield record
+        start = time.perf_counter()
+        row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
+        finished = TaskRecord(task.name, index, row, self.train_seconds,
+                              time.perf_counter() - start)
+        self.rows.append(row)
+        self.epochs_done, self.train_seconds, self._optimiser = 0, 0.0, None
+        yield finished
+
+    def _begin(self, index: int, classes: int) -> None:
+        if index == len(self.strategy.classes):
+            self.strategy.add_task(classes)
+        self.strategy.to(self.device)
+        self.strategy.begin(index)
+        self._optimiser = make_optimiser(self.strategy, self.config)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that is needed to go on: tensors by name and a plain dict."""
+        tensors = {f"strategy.{key}": value for key, value in self.strategy.state_dict().items()}
+        if self._optimiser is not None:
+            tensors |= {f"experience.{key}": value
+                        for key, value in self.strategy.experience_state().items()}
+            tensors |= optimiser_tensors(self._optimiser, self._trainable())
+        return tensors, {"classes": self.strategy.classes, "rows": [list(r) for r in self.rows],
+                         "epochs_done": self.epochs_done, "train_seconds": self.train_seconds}
+
+    def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
+        """Takes back `state` into a fresh learner of the same configuration."""
+        for classes in fields["classes"]:
+            self.strategy.add_task(classes)
+        self.strategy.to(self.device)
+        self.strategy.load_state_dict(_below(tensors, "strategy."), strict=True)
+        self.rows = [tuple(row) for row in fields["rows"]]
+        self.epochs_done = fields["epochs_done"]
+        self.train_seconds = fields["train_seconds"]
+        if len(self.rows) == len(self.strategy.classes):
+            return
+        self._begin(len(self.rows), self.strategy.classes[-1])
+        self.strategy.restore_experience(
+            {key: value.to(self.device)
+             for key, value in _below(tensors, "experience.").items()})
+        if self.epochs_done:
+            load_optimiser(cast(torch.optim.Optimizer, self._optimiser), self._trainable(),
+                           tensors)
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, value) for name, value in self.strategy.named_parameters()
+                if value.requires_grad]
+
+
+def make_optimiser(strategy: Strategy, config: TrainConfig) -> torch.optim.Optimizer:
+    """A fresh Adam over what the running experience may change, and nothing else."""
+    groups = strategy.parameter_groups(config.learning_rate)
+    return torch.optim.Adam(groups, fused=True)
+
+
+def network_optimiser(network: Network, config: BackboneConfig) -> torch.optim.Optimizer:
+    """Adam over the whole network."""
+    return torch.optim.Adam([{"params": list(network.parameters()),
+                              "peak": config.trunk_learning_rate}], fused=True)
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer,
+                      named: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """Adam's moments and step counts by parameter name."""
+    return {f"optimiser.{key}.{name}": value for name, parameter in named
+            for key, value in optimiser.state.get(parameter, {}).items()}
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]],
+                   tensors: dict[str, Tensor]) -> None:
+    """Takes back `optimiser_tensors`."""
+    for name, parameter in named:
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            saved = tensors[f"optimiser.{key}.{name}"].to(parameter.device)
+            optimiser.state[parameter][key] = saved.clone()
+
+
+def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: BackboneConfig,
+                  kind: Augment, optimiser: torch.optim.Optimizer, *,
+                  epochs_done: int = 0) -> Iterator[EpochRecord]:
+    """Trains the whole network on the first task's images; its stages become the trunk.
+
+    images_NCHW: uint8. Fresh augmentation each epoch, cosine learning rate; `optimiser` is
+    `network_optimiser(network, config)`.
+    """
+    device = network.mean_C.device
+    size = min(config.trunk_batch_size, len(y_N))
+    steps = len(y_N) // size
+    for epoch in range(epochs_done + 1, config.trunk_epochs + 1):
+        start = time.perf_counter()
+        network.train()
+        order_N = np.random.default_rng([config.trunk_seed, epoch]).permutation(len(y_N))
+        totals = torch.zeros(2, device=device)
+        for step in range(steps):
+            _set_rate(optimiser, "cosine", (epoch - 1) * steps + step, steps * config.trunk_epochs)
+            rows_B = order_N[step * size:(step + 1) * size]
+            images_BCHW = augment(images_NCHW[rows_B].to(device), rows_B, len(y_N), epoch, kind,
+                                  config.trunk_seed)
+            y_B = y_N[rows_B].to(device)
+            logits_BK = network(images_BCHW)
+            loss = nn.functional.cross_entropy(logits_BK, y_B)
+            optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimiser.step()
+            totals += torch.stack([loss.detach(), (logits_BK.argmax(1) == y_B).float().mean()])
+        mean_loss, accuracy = (totals / steps).tolist()
+        yield EpochRecord("trunk", -1, epoch, config.trunk_epochs, mean_loss, mean_loss, 0.0,
+                          accuracy, None, time.perf_counter() - start)
+
+
+def _set_rate(optimiser: torch.optim.Optimizer, schedule: Schedule, step: int,
+              steps: int) -> None:
+    factor = 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimiser.param_groups:
+        group["lr"] = group["peak"] * factor
+
+
+def _resident(features: FeatureSet, device: torch.device) -> FeatureSet:
+    """The features as one tensor on the device, where they fit; memory-mapped otherwise."""
+    fits = features.manifest.bytes <= RESIDENT_BYTES
+    return features.to(device) if fits or device.type != "cpu" else features
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items()
+            if key.startswith(prefix)}

@@ -1,0 +1,44 @@
+"""Augmented views of images, as a function of seed, row and view: the same on every machine.
+
+Augmentation cannot happen after the trunk's features are cached, so each training image is
+cached in V views and one of them is drawn per epoch.
+
+Legend: N rows of the table, B batch, C channels, H W spatial, S shift.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from partialhn.config import Augment
+
+
+def augment(images_BCHW: Tensor, rows_B: np.ndarray, rows_total: int, view: int, kind: Augment,
+            seed: int) -> Tensor:
+    """View number `view` of uint8 images: 0 is the plain image, others shift and flip it.
+
+    rows_B: each image's row in its table of `rows_total` rows; what is drawn depends on seed,
+    view and row alone. crop shifts by up to an eighth of the side, filling with black.
+    """
+    if view == 0 or kind == "none":
+        return images_BCHW
+    draws_B3 = np.random.default_rng([seed, view]).random((rows_total, 3))[rows_B]
+    if "flip" in kind:
+        flip_B = torch.from_numpy(draws_B3[:, 0] < 0.5).to(images_BCHW.device)
+        images_BCHW = torch.where(flip_B[:, None, None, None], images_BCHW.flip(3), images_BCHW)
+    if "crop" in kind:
+        images_BCHW = _shift(images_BCHW, draws_B3[:, 1:])
+    return images_BCHW
+
+
+def _shift(images_BCHW: Tensor, draws_B2: np.ndarray) -> Tensor:
+    B, C, H, W = images_BCHW.shape
+    reach = max(1, H // 8)
+    padded_BCHW = torch.nn.functional.pad(images_BCHW, [reach] * 4)
+    shifts_B2 = torch.from_numpy((draws_B2 * (2 * reach + 1)).astype(np.int64))
+    shifts_B2 = shifts_B2.to(images_BCHW.device)
+    rows_BH = shifts_B2[:, :1] + torch.arange(H, device=images_BCHW.device)
+    columns_BW = shifts_B2[:, 1:] + torch.arange(W, device=images_BCHW.device)
+    batch_B = torch.arange(B, device=images_BCHW.device)[:, None, None, None]
+    channel_C = torch.arange(C, device=images_BCHW.device)[None, :, None, None]
+    return padded_BCHW[batch_B, channel_C, rows_BH[:, None, :, None], columns_BW[:, None, None, :]]
