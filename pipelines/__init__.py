@@ -1,0 +1,1 @@
+"""Partial hypernetworks at scale: Ray, MLflow and object storage around `partialhn`."""
