@@ -1,0 +1,251 @@
+"""The report's charts: each function takes plain values and returns one inline SVG element.
+
+Drawn in units of about one pixel on a phone: 400 wide is half a desktop page or a whole phone
+screen, so that text stays readable on both without a second drawing. Colours are CSS classes of
+the page (light and dark mode); every mark that carries a number has a native <title> tooltip.
+"""
+
+import dataclasses
+import html
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+WIDTH = 400
+WITH_TEXT = 25
+"""Up to this many tasks a heat map cell carries its number."""
+HEAT_BINS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One row of a bar chart: `parts` are (value, class) drawn one after the other."""
+
+    label: str
+    parts: tuple[tuple[float, str], ...]
+    text: str
+    tooltip: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One line: points (x, y), a CSS class, a label at its end ("" for none), a tooltip."""
+
+    points: tuple[tuple[float, float], ...]
+    css: str
+    label: str
+    tooltip: str
+
+
+def escape(text: object) -> str:
+    return html.escape(str(text), quote=True)
+
+
+def shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length - 1].rstrip() + "…"
+
+
+def number(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def svg(key: str, title: str, description: str, height: float, body: Sequence[str],
+        width: float = WIDTH) -> str:
+    return (f'<svg id="{key}" viewBox="0 0 {number(width)} {number(height)}" role="img" '
+            f'aria-labelledby="{key}-t {key}-d"><title id="{key}-t">{escape(title)}</title>'
+            f'<desc id="{key}-d">{escape(description)}</desc>{"".join(body)}</svg>')
+
+
+def text(x: float, y: float, content: object, css: str = "ax", anchor: str = "start") -> str:
+    at = "" if anchor == "start" else f' text-anchor="{anchor}"'
+    return f'<text x="{number(x)}" y="{number(y)}" class="{css}"{at}>{escape(content)}</text>'
+
+
+def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, about `count` of them."""
+    span = max(high - low, 1e-9)
+    raw = span / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
+    return [i * step for i in range(first, last + 1)]
+
+
+def accuracy_ticks(values: npt.ArrayLike) -> list[float]:
+    """Ticks for accuracies: never above 1, and at least ten points wide so that noise stays
+    small on the page.
+    """
+    flat = np.asarray(values, dtype=float)
+    low, high = float(np.nanmin(flat)), float(np.nanmax(flat))
+    low = max(0.0, min(low, high - 0.1))
+    return [tick for tick in nice_ticks(low, max(high, low + 0.1)) if -1e-9 <= tick <= 1 + 1e-9]
+
+
+def heat_map(key: str, names: Sequence[str], accuracy_TT: npt.NDArray[np.float64],
+             description: str) -> str:
+    """The accuracy matrix; its numbers are written in the cells up to `WITH_TEXT` tasks."""
+    n_tasks = len(names)
+    with_text, narrow = n_tasks <= WITH_TEXT, n_tasks <= 10
+    left = 96.0 if with_text else 30.0
+    cell = (WIDTH - left) / n_tasks if narrow or not with_text else 30.0
+    high = min(cell, 36.0)
+    width, top = left + cell * n_tasks, 34.0
+    low, step = heat_scale(accuracy_TT)
+    body = [text(left, 12, "accuracy on task →"), text(left - 8, 12, "after task ↓", anchor="end")]
+    every = 1 if with_text else (5 if n_tasks <= 60 else 10)
+    for j in range(0, n_tasks, every):
+        body.append(text(left + (j + 0.5) * cell, top - 7, j, anchor="middle"))
+        label = shorten(row_label(j, names[j]), 14) if with_text else str(j)
+        body.append(f"<g><title>{escape(names[j])}</title>"
+                    + text(left - 8, top + (j + 0.5) * high + 4, label, anchor="end") + "</g>")
+    gap = 1.5 if with_text else 0.0
+    for i in range(n_tasks):
+        for j in range(i + 1):
+            bin_index = min(HEAT_BINS - 1, max(0, int((accuracy_TT[i, j] - low) / step + 1e-9)))
+            x, y = left + j * cell, top + i * high
+            tip = f"after {names[i]}: {100 * accuracy_TT[i, j]:.1f} % on {names[j]}"
+            cell_svg = (f'<rect x="{number(x)}" y="{number(y)}" width="{cell - gap:.2f}" '
+                        f'height="{high - gap:.2f}" class="h{bin_index}"/>')
+            if with_text:
+                shown = f"{100 * accuracy_TT[i, j]:.{1 if narrow else 0}f}"
+                cell_svg += text(x + (cell - gap) / 2, y + (high - gap) / 2 + 4, shown,
+                                 f"cell t{bin_index}", "middle")
+            body.append(f"<g><title>{escape(tip)}</title>{cell_svg}</g>")
+    bottom = top + high * n_tasks
+    body.append(_heat_legend(left, bottom + 12, min(width - left, 300.0), low, step))
+    return svg(key, "Accuracy matrix", description, bottom + 42, body, width)
+
+
+def row_label(index: int, name: str) -> str:
+    return name if name == str(index) else f"{index} {name}"
+
+
+def heat_scale(accuracy_TT: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Lower end and bin width of the colour scale: whole tenths that hold all values."""
+    low = math.floor(10 * float(np.nanmin(accuracy_TT)) + 1e-9) / 10
+    high = max(math.ceil(10 * float(np.nanmax(accuracy_TT)) - 1e-9) / 10, 0.1)
+    low = max(0.0, min(low, high - 0.1))
+    return low, (high - low) / HEAT_BINS
+
+
+def _heat_legend(x: float, y: float, width: float, low: float, step: float) -> str:
+    swatch = width / HEAT_BINS
+    marks = [f'<rect x="{number(x + i * swatch)}" y="{number(y)}" width="{swatch:.2f}" '
+             f'height="8" class="h{i}"/>' for i in range(HEAT_BINS)]
+    ends = [(x, low, "start"), (x + width / 2, low + 5 * step, "middle"),
+            (x + width, low + 10 * step, "end")]
+    marks += [text(at, y + 22, f"{100 * value:.3g} %", anchor=anchor)
+              for at, value, anchor in ends]
+    return "".join(marks)
+
+
+def line_chart(key: str, title: str, description: str, lines: Sequence[Line],
+               y_ticks: Sequence[float], tick_format: str, x_ticks: Sequence[tuple[float, str]],
+               x_label: str, right: float = 12, borders: Sequence[float] = ()) -> str:
+    """Lines over a common x; `borders` are thin vertical rules, `right` is room for labels."""
+    left, top, height, bottom = 44.0, 14.0, 250.0, 214.0
+    xs = [x for line in lines for x, _ in line.points]
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (left + (x - x_low) / (x_high - x_low) * (WIDTH - right - left),
+                bottom - (y - y_low) / (y_high - y_low) * (bottom - top))
+
+    body = []
+    for border in borders:
+        x, _ = place(border, y_low)
+        body.append(f'<path class="rule" d="M{number(x)} {number(top)}V{number(bottom)}"/>')
+    for tick in y_ticks:
+        _, y = place(x_low, tick)
+        body.append(f'<path class="grid" d="M{number(left)} {number(y)}H{number(WIDTH - right)}"/>')
+        body.append(text(left - 6, y + 4, tick_format.format(tick), anchor="end"))
+    for at, label in x_ticks:
+        body.append(text(place(at, y_low)[0], bottom + 16, label, anchor="middle"))
+    body.append(text((left + WIDTH - right) / 2, height - 3, x_label, anchor="middle"))
+    body += [_line(line, [place(x, y) for x, y in line.points]) for line in lines]
+    ends = [(place(*line.points[-1])[1], line) for line in lines if line.label]
+    x_end = WIDTH - right + 7
+    body += [text(x_end, y + 4, line.label, f"lb {line.css}-t")
+             for y, line in _spread(ends, top, bottom)]
+    return svg(key, title, description, height, body)
+
+
+def _line(line: Line, spots: Sequence[tuple[float, float]]) -> str:
+    path = "M" + "L".join(f"{number(x)} {number(y)}" for x, y in spots)
+    x, y = spots[-1]
+    single = (f'<circle class="{line.css}-f" cx="{number(x)}" cy="{number(y)}" r="2.6"/>'
+              if line.label or len(spots) == 1 else "")
+    return (f"<g><title>{escape(line.tooltip)}</title>"
+            f'<path class="ln {line.css}" d="{path}"/>{single}</g>')
+
+
+def _spread(ends: Sequence[tuple[float, Line]], top: float, bottom: float,
+            gap: float = 13.5) -> list[tuple[float, Line]]:
+    """Moves labels apart so that none covers another, keeping their order."""
+    ordered = sorted(ends, key=lambda end: end[0])
+    placed: list[float] = []
+    for y, _ in ordered:
+        placed.append(max(y, placed[-1] + gap) if placed else max(y, top))
+    limit = bottom
+    for k in range(len(placed) - 1, -1, -1):
+        placed[k] = min(placed[k], limit)
+        limit = placed[k] - gap
+    return [(y, line) for y, (_, line) in zip(placed, ordered, strict=True)]
+
+
+def bar_chart(key: str, title: str, description: str, bars: Sequence[Bar], longest: float,
+              limit: tuple[float, str] | None = None, right: float = 76) -> str:
+    """Horizontal bars with their number beside them; `limit` is a marked value and its name."""
+    left, row, top = 104.0, 22.0, 22.0 if limit else 6.0
+    scale = (WIDTH - right - left) / max(longest, 1e-9)
+    bottom = top + row * len(bars)
+    body = []
+    if limit:
+        x = left + limit[0] * scale
+        body.append(f'<path class="limit" d="M{number(x)} {number(top - 4)}V{number(bottom)}"/>')
+        body.append(text(x, top - 9, limit[1], anchor="middle"))
+    body.append(f'<path class="base" d="M{number(left)} {number(top)}V{number(bottom)}"/>')
+    for k, bar in enumerate(bars):
+        y, x = top + k * row, left
+        marks = []
+        for value, css in bar.parts:
+            length = max(value * scale, 0.0)
+            marks.append(f'<rect x="{number(x)}" y="{number(y + 4)}" width="{length:.2f}" '
+                         f'height="{number(row - 8)}" class="{css}"/>')
+            x += length
+        body.append(f"<g><title>{escape(bar.tooltip)}</title>"
+                    + text(left - 8, y + 15, shorten(bar.label, 15), "ax ink", "end")
+                    + "".join(marks) + text(x + 6, y + 15, bar.text, "ax ink") + "</g>")
+    return svg(key, title, description, bottom + 4, body)
+
+
+def column_chart(key: str, title: str, description: str, bars: Sequence[Bar],
+                 tick_format: str, x_label: str) -> str:
+    """Stacked columns along the stream, one a task, however many there are."""
+    left, top, height, bottom, right = 44.0, 14.0, 250.0, 214.0, 12.0
+    ticks = nice_ticks(0, max([sum(v for v, _ in bar.parts) for bar in bars] + [1e-3]))
+    pitch = (WIDTH - right - left) / len(bars)
+    gap = pitch * 0.3 if len(bars) <= 40 else pitch * 0.12
+    thick = min(pitch - gap, 42.0)
+    body = []
+    for tick in ticks:
+        y = bottom - tick / ticks[-1] * (bottom - top)
+        body.append(f'<path class="grid" d="M{number(left)} {number(y)}H{number(WIDTH - right)}"/>')
+        body.append(text(left - 6, y + 4, tick_format.format(tick), anchor="end"))
+    every = max(1, math.ceil(len(bars) / 12))
+    for k, bar in enumerate(bars):
+        x, y = left + (k + 0.5) * pitch - thick / 2, bottom
+        marks = []
+        for value, css in bar.parts:
+            tall = value / ticks[-1] * (bottom - top)
+            y -= tall
+            marks.append(f'<rect x="{x:.2f}" y="{y:.2f}" width="{thick:.2f}" '
+                         f'height="{tall:.2f}" class="{css}"/>')
+        body.append(f"<g><title>{escape(bar.tooltip)}</title>{''.join(marks)}</g>")
+        if k % every == 0:
+            body.append(text(x + thick / 2, bottom + 16, k, anchor="middle"))
+    body.append(text((left + WIDTH - right) / 2, height - 3, x_label, anchor="middle"))
+    return svg(key, title, description, height, body)
