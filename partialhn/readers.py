@@ -8,27 +8,30 @@ column is read, of images nothing.
 Shape suffix: N images of a part.
 """
 
-import contextlib
 import dataclasses
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.fs
-import pyarrow.parquet as pq
 
 from partialhn.errors import InputError
-from partialhn.stream import ImageTable, image_field
+from partialhn.parts import (
+    SUFFIXES,
+    Part,
+    file_table,
+    folder_part,
+    image_paths,
+    parquet_part,
+    parquet_paths,
+    parquet_table,
+    split_top,
+)
+from partialhn.stream import ImageTable
 
-LABEL_COLUMNS = ("label", "labels", "fine_label")
-"""Names a Parquet column of labels may have, the first one found counts."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-"""Files taken for images."""
 PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test",
          "val": "validation", "valid": "validation", "validation": "validation"}
 """Names of folders, and first words of Parquet files' names, that say which part it is."""
@@ -43,16 +46,6 @@ class ImageSet:
     train: ImageTable
     validation: ImageTable | None
     test: ImageTable | None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """Images with the labels as found: whole numbers, or names."""
-
-    images: ImageTable
-    label_N: npt.NDArray[Any]
-    names: tuple[str, ...] | None
-    """Class names by label, where the data says them."""
 
 
 def locate(data: str, filesystem: Any = None) -> tuple[Any, str]:
@@ -85,17 +78,17 @@ def read_sets(data: str, limit: int | None = None,
     filesystem, root = locate(data, filesystem)
     listing = _list_paths(filesystem, root, data)
     if listing is None:
-        return _assemble(data, {"train": _parquet_part(filesystem, [root])}, limit)
+        return _assemble(data, {"train": parquet_part(filesystem, [root])}, limit)
     parts = _read_parts(filesystem, root, listing)
     if parts is not None:
         return _assemble(data, parts, limit)
-    folders, _ = _split_top(listing)
+    folders, _ = split_top(listing)
     tasks = {name: _read_parts(filesystem, f"{root}/{name}", inside)
              for name, inside in folders.items()}
     if any(tasks.values()):
         return _assemble_tasks(data, tasks, limit)
-    if any(_images(inside) for inside in folders.values()):
-        return _assemble(data, {"train": _folder_part(filesystem, root, listing)}, limit)
+    if any(image_paths(inside) for inside in folders.values()):
+        return _assemble(data, {"train": folder_part(filesystem, root, listing)}, limit)
     raise InputError(f"no images found in {data!r} ({sum(p[-1] != '/' for p in listing)} other "
                      "files); allowed: Parquet files with images and labels, "
                      "train/<class>/<image>, or a directory of tasks of either form")
@@ -113,23 +106,18 @@ def open_images(data: str, filesystem: Any = None) -> ImageTable:
     filesystem, root = locate(data, filesystem)
     listing = _list_paths(filesystem, root, data, (*SUFFIXES, ".parquet"))
     paths = [root] if listing is None else [f"{root}/{path}" for path in sorted(listing)]
-    parquet = _parquet(paths)
+    parquet = parquet_paths(paths)
     if parquet:
-        rows = []
-        for path in parquet:
-            with _open_parquet(filesystem, path) as opened:
-                image_field(opened.schema_arrow, path)
-                rows.append(opened.metadata.num_rows)
-        return _parquet_table(filesystem, parquet, rows)
-    images = _images(paths)
+        return parquet_table(filesystem, parquet)
+    images = image_paths(paths)
     if not images:
         raise InputError(f"no images found in {data!r}; allowed: Parquet files, or images ending "
                          f"in {' '.join(SUFFIXES)}")
-    return _file_table(filesystem, images)
+    return file_table(filesystem, images)
 
 
 def _list_paths(filesystem: Any, root: str, data: str,
-          suffixes: Sequence[str] = (".parquet",)) -> list[str] | None:
+                suffixes: Sequence[str] = (".parquet",)) -> list[str] | None:
     """Paths below a folder, sub-folders with a slash at the end; None for a single file."""
     info = filesystem.get_file_info(root)
     if info.type == pyarrow.fs.FileType.NotFound:
@@ -146,46 +134,17 @@ def _list_paths(filesystem: Any, root: str, data: str,
     return sorted(path for path in paths if not re.search(r"(^|/)(\.|__MACOSX/)", path))
 
 
-def _split_top(listing: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The sub-folders with what is inside them, and the files of a listing's top level."""
-    folders: dict[str, list[str]] = {}
-    files = []
-    for path in listing:
-        top, slash, inside = path.partition("/")
-        if not slash:
-            files.append(top)
-        else:
-            folders.setdefault(top, [])
-            folders[top] += [inside] if inside else []
-    return folders, files
-
-
-def _images(paths: Sequence[str]) -> list[str]:
-    return [path for path in paths if path.lower().endswith(SUFFIXES)]
-
-
-def _parquet(paths: Sequence[str]) -> list[str]:
-    return [path for path in paths if path.lower().endswith(".parquet")]
-
-
-def _read_parts(filesystem: Any, root: str, listing: Sequence[str]) -> dict[str, _Part] | None:
+def _read_parts(filesystem: Any, root: str, listing: Sequence[str]) -> dict[str, Part] | None:
     """The parts of the data set in a folder; None where the folder is not a data set."""
-    folders, files = _split_top(listing)
+    folders, files = split_top(listing)
     named = [name for name in folders if name.lower() in PARTS]
-    if _parquet(files) and named:
-        raise InputError(f"{root} has both {_parquet(files)[0]} and the folder {named[0]}/; "
+    if parquet_paths(files) and named:
+        raise InputError(f"{root} has both {parquet_paths(files)[0]} and the folder {named[0]}/; "
                          "allowed: parts as Parquet files or as folders, not both")
-    if _parquet(files):
-        by_part: dict[str, list[str]] = {}
-        for name in _parquet(files):
-            word = re.match(r"[a-z]*", name.lower())
-            by_part.setdefault(PARTS.get(word[0], "") if word else "", []).append(name)
-        if "" in by_part and len(by_part) > 1:
-            raise InputError(f"{root}/{by_part[''][0]} stands beside files named after parts; "
-                             f"allowed: names that start with {', '.join(PARTS)}")
-        return {part or "train": _parquet_part(filesystem, [f"{root}/{name}" for name in names])
-                for part, names in by_part.items()}
-    parts: dict[str, _Part] = {}
+    if parquet_paths(files):
+        return {part: parquet_part(filesystem, [f"{root}/{name}" for name in names])
+                for part, names in _by_part(root, parquet_paths(files)).items()}
+    parts: dict[str, Part] = {}
     for name in named:
         part = PARTS[name.lower()]
         if part in parts:
@@ -195,93 +154,25 @@ def _read_parts(filesystem: Any, root: str, listing: Sequence[str]) -> dict[str,
     return parts or None
 
 
-def _read_folder(filesystem: Any, folder: str, inside: Sequence[str]) -> _Part:
-    if _parquet(inside):
-        return _parquet_part(filesystem, [f"{folder}/{path}" for path in _parquet(inside)])
-    return _folder_part(filesystem, folder, inside)
+def _by_part(root: str, files: Sequence[str]) -> dict[str, list[str]]:
+    """Parquet files by the part their names begin with; all are for training where none says."""
+    named: dict[str, list[str]] = {}
+    for name in files:
+        word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
+        named.setdefault(PARTS.get(word, ""), []).append(name)
+    if "" in named and len(named) > 1:
+        raise InputError(f"{root}/{named[''][0]} stands beside files named after parts; allowed: "
+                         f"names that start with {', '.join(PARTS)}")
+    return {part or "train": names for part, names in named.items()}
 
 
-def _folder_part(filesystem: Any, folder: str, inside: Sequence[str]) -> _Part:
-    """`<class>/.../<image>`: the classes are the top folders in sorted order."""
-    folders, files = _split_top(inside)
-    if _images(files):
-        raise InputError(f"image {folder}/{_images(files)[0]} lies in no class folder; allowed: "
-                         f"{folder}/<class>/<image>")
-    images = [(name, path) for name in sorted(folders) for path in _images(folders[name])]
-    if not images:
-        raise InputError(f"no images found in {folder}; allowed: {folder}/<class>/<image>, with "
-                         f"images ending in {' '.join(SUFFIXES)}, or Parquet files")
-    table = _file_table(filesystem, [f"{folder}/{name}/{path}" for name, path in images])
-    return _Part(table, np.array([name for name, _ in images]), tuple(sorted(folders)))
+def _read_folder(filesystem: Any, folder: str, inside: Sequence[str]) -> Part:
+    if parquet_paths(inside):
+        return parquet_part(filesystem, [f"{folder}/{path}" for path in parquet_paths(inside)])
+    return folder_part(filesystem, folder, inside)
 
 
-def _file_table(filesystem: Any, paths: Sequence[str]) -> ImageTable:
-    unknown_N = np.full(len(paths), -1)
-    return ImageTable(filesystem, tuple(paths), np.arange(len(paths)), unknown_N, unknown_N)
-
-
-@contextlib.contextmanager
-def _open_parquet(filesystem: Any, path: str) -> Iterator[Any]:
-    try:
-        with filesystem.open_input_file(path) as source:
-            yield pq.ParquetFile(source)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is no readable Parquet file: {error}") from error
-
-
-def _parquet_table(filesystem: Any, paths: Sequence[str], rows: Sequence[int]) -> ImageTable:
-    row_N = np.concatenate([np.arange(count) for count in rows])
-    file_N = np.repeat(np.arange(len(rows)), rows)
-    return ImageTable(filesystem, tuple(paths), file_N, row_N, np.full(len(row_N), -1))
-
-
-def _parquet_part(filesystem: Any, paths: Sequence[str]) -> _Part:
-    """All rows of some Parquet files; reads their schemas and label columns only."""
-    columns, names = [], []
-    for path in paths:
-        with _open_parquet(filesystem, path) as parquet:
-            schema = parquet.schema_arrow
-            image_field(schema, path)
-            column = next((name for name in LABEL_COLUMNS if name in schema.names), None)
-            if column is None:
-                raise InputError(f"{path} has columns {', '.join(schema.names)}; it needs a "
-                                 f"column of labels named {' or '.join(LABEL_COLUMNS)}")
-            columns.append(_labels(parquet.read(columns=[column]).column(0), path))
-            names.append(_class_names(schema.metadata, column))
-        if names[-1] != names[0] or columns[-1].dtype.kind != columns[0].dtype.kind:
-            raise InputError(f"{path} names other classes than {paths[0]}; allowed: the same "
-                             "class names in every file of a part")
-    table = _parquet_table(filesystem, paths, [len(column) for column in columns])
-    return _Part(table, np.concatenate(columns), names[0])
-
-
-def _labels(column: Any, path: str) -> npt.NDArray[Any]:
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    named = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
-    if not named and not pa.types.is_integer(column.type):
-        raise InputError(f"labels of {path} have type {column.type}; allowed: whole numbers or "
-                         "names")
-    if column.null_count:
-        raise InputError(f"{path} has {column.null_count} rows without a label; allowed: a label "
-                         "in every row")
-    if named:
-        return np.array(column.to_pylist(), dtype=str)
-    label_N: npt.NDArray[Any] = column.to_numpy().astype(np.int64)
-    if len(label_N) and label_N.min() < 0:
-        raise InputError(f"label of {path}#{int(label_N.argmin())} is {label_N.min()}; allowed: "
-                         "0 or more")
-    return label_N
-
-
-def _class_names(metadata: Mapping[bytes, bytes] | None, column: str) -> tuple[str, ...] | None:
-    """Class names from the schema metadata that the Hugging Face libraries write."""
-    written = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-    names = written.get("info", {}).get("features", {}).get(column, {}).get("names")
-    return None if names is None else tuple(map(str, names))
-
-
-def _assemble(where: str, parts: Mapping[str, _Part], limit: int | None) -> ImageSet:
+def _assemble(where: str, parts: Mapping[str, Part], limit: int | None) -> ImageSet:
     """Numbers the classes, and keeps the first `limit` of them."""
     if "train" not in parts:
         raise InputError(f"{where} has only a {' and a '.join(parts)} part; it needs images to "
@@ -305,10 +196,10 @@ def _assemble(where: str, parts: Mapping[str, _Part], limit: int | None) -> Imag
                     tables.get("test"))
 
 
-def _keys(train: _Part, limit: int | None) -> tuple[npt.NDArray[Any], list[str]]:
+def _keys(train: Part, limit: int | None) -> tuple[npt.NDArray[Any], list[str]]:
     """All labels that may occur, ascending, and their names."""
     if train.label_N.dtype.kind == "U":
-        keys_K = np.unique(train.label_N) if train.names is None else np.array(train.names)
+        keys_K = np.unique(train.label_N if train.names is None else np.array(train.names))
         return keys_K, keys_K.tolist()
     if train.names is not None:
         return np.arange(len(train.names)), list(train.names)
@@ -318,17 +209,15 @@ def _keys(train: _Part, limit: int | None) -> tuple[npt.NDArray[Any], list[str]]
     return keys_K, [str(key) for key in keys_K.tolist()]
 
 
-def _number(part: _Part, name: str, train: _Part, keys_K: npt.NDArray[Any],
+def _number(part: Part, name: str, train: Part, keys_K: npt.NDArray[Any],
             keep: int) -> ImageTable:
     """A part's images of the first `keep` classes, their labels numbered from 0."""
     label_N = part.label_N
-    if label_N.dtype.kind != keys_K.dtype.kind or (label_N.dtype.kind == "i" and part.names
-                                                   and train.names
-                                                   and part.names != train.names):
+    numbered = label_N.dtype.kind == "i" and None not in (part.names, train.names)
+    if label_N.dtype.kind != keys_K.dtype.kind or (numbered and part.names != train.names):
         raise InputError(f"the {name} part ({part.images.files[0]}) names other classes than the "
                          f"train part ({train.images.files[0]}); allowed: the same class names")
-    place_N = np.searchsorted(keys_K, label_N)
-    place_N = place_N.clip(max=len(keys_K) - 1)
+    place_N = np.searchsorted(keys_K, label_N).clip(max=len(keys_K) - 1)
     unknown = np.flatnonzero(keys_K[place_N] != label_N)
     if len(unknown):
         first = part.images.take(unknown[:1]).ids()[0]
@@ -340,7 +229,7 @@ def _number(part: _Part, name: str, train: _Part, keys_K: npt.NDArray[Any],
     return dataclasses.replace(part.images, label_N=place_N).take(kept)
 
 
-def _assemble_tasks(data: str, tasks: Mapping[str, dict[str, _Part] | None],
+def _assemble_tasks(data: str, tasks: Mapping[str, dict[str, Part] | None],
                     limit: int | None) -> dict[str, ImageSet]:
     if limit is not None:
         raise InputError(f"classes is {limit} but {data!r} is a directory of tasks, each with its "
