@@ -13,29 +13,42 @@ class), `probability` (its probability), `classes` (all class names of the row's
 
 import mlflow
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel
+
+from partialhn.errors import InputError
+from partialhn.predict import Predictor
 
 
 class TaskClassifier(PythonModel):
     """Labels images with the classes of the task named in each row."""
 
     def load_context(self, context):
-        from partialhn.predict import Predictor
-
         self.predictor = Predictor.load(context.artifacts["checkpoint"])
 
     def predict(self, context, model_input: pd.DataFrame, params=None):  # noqa: ARG002
-        parts = []
-        for task, rows in model_input.reset_index(drop=True).groupby("task", sort=False):
-            found = self.predictor.predict([bytes(image) for image in rows["image"]], str(task))
-            parts.append(pd.DataFrame({
-                "label": found.labels,
-                "probability": found.probabilities_BK.max(axis=1).astype(float),
-                "classes": [list(found.classes)] * len(rows),
-                "probabilities": found.probabilities_BK.astype(float).tolist(),
-            }, index=rows.index))
-        columns = ["label", "probability", "classes", "probabilities"]
-        return pd.concat(parts).sort_index() if parts else pd.DataFrame(columns=columns)
+        """Raises: MlflowException (bad request when served) for anything the user can mend."""
+        rows = model_input.reset_index(drop=True)
+        try:
+            parts = [self._label(part, str(task))
+                     for task, part in rows.groupby("task", dropna=False)]
+        except InputError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from error
+        return pd.concat(parts).sort_index()
+
+    def _label(self, rows: pd.DataFrame, task: str) -> pd.DataFrame:
+        for image in rows["image"]:
+            if not isinstance(image, bytes | bytearray):
+                raise InputError(f"column image holds {type(image).__name__}; allowed: bytes (the "
+                                 "content of an image file), in JSON requests as base64")
+        found = self.predictor.predict([bytes(image) for image in rows["image"]], task)
+        probabilities_BK = found.probabilities_BK.astype(float)
+        return pd.DataFrame({
+            "label": found.labels,
+            "probability": probabilities_BK.max(axis=1),
+            "classes": [list(found.classes)] * len(rows),
+            "probabilities": probabilities_BK.tolist(),
+        }, index=rows.index)
 
 
 mlflow.models.set_model(TaskClassifier())

@@ -44,7 +44,7 @@ _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<ver
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskRecord:
+class Registration:
     """What a registered version is tagged with."""
 
     stream: str
@@ -201,7 +201,7 @@ class Registry:
 
     # Versions --------------------------------------------------------------------------------
 
-    def register_task(self, run_id: str, record: TaskRecord, checkpoint: str | Path,
+    def register_task(self, run_id: str, record: Registration, checkpoint: str | Path,
                       example_image: bytes) -> Version:
         """Registers the model after a task, once: the same work, task and weights are one version.
 
@@ -348,7 +348,7 @@ class Registry:
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(run_id, metrics=metrics[start:start + 1000])
 
-    def _add_version(self, run_id: str, record: TaskRecord, checkpoint: str | Path,
+    def _add_version(self, run_id: str, record: Registration, checkpoint: str | Path,
                      example_image: bytes) -> int:
         """Uploads the model and makes a version of it, tags and all, in one transaction."""
         from mlflow.models import Model

@@ -1,0 +1,157 @@
+"""Labels for images: a registered version's answers for one task, written as Parquet.
+
+The walk: `partialhn.readers.open_images` finds the images, `Registry.load_predictor` fetches the
+model, `partialhn.predict.Predictor` answers, one row an image is written.
+"""
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from partialhn.errors import InputError
+from partialhn.predict import Predictor
+from partialhn.readers import open_images
+from partialhn.stream import ImageTable
+from pipelines.registry import connect
+from pipelines.storage import Storage, open_storage
+
+BATCH = 256
+"""Images labelled at once."""
+READ_BYTES = 256_000_000
+"""Encoded images read at once; a Parquet row group is read once for all of its batches."""
+SCHEMA = pa.schema([
+    ("id", pa.string()), ("task", pa.string()), ("label", pa.string()),
+    ("probability", pa.float64()), ("classes", pa.list_(pa.string())),
+    ("probabilities", pa.list_(pa.float64()))])
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """What was done, for a line to the user."""
+
+    images: int
+    task: str
+    """The task's name, also where its index was given."""
+    labels: dict[str, int]
+    """How often each label was given, most frequent first."""
+    model_uri: str
+    """The version behind the alias: models:/name/version."""
+    output: str
+
+
+def predict_to_parquet(model: str, task: str, images: str, output: str,
+                       storage: str = "partialhn-store", tracking_uri: str | None = None,
+                       progress: Callable[[int, int], None] | None = None) -> Predicted:
+    """Labels all images of a folder, a file or a Parquet file with the classes of one task.
+
+    Args:
+        model: models:/NAME@champion, models:/NAME@task-TASK or models:/NAME/VERSION.
+        task: a task's name, or its index from 0.
+        images: image folder (searched deeply), image file, or Parquet with an image column; a
+            local path or s3://.
+        output: Parquet file to write, local or s3://; complete or not there at all. Columns:
+            id (the image's path below `images`, with #row for Parquet), task, label,
+            probability, and classes and probabilities (lists in the same order).
+        storage: the storage that `partialhn train` was given; finds the default registry.
+        tracking_uri: MLflow server or database, as for `partialhn train`.
+        progress: called with the images done and the images in all.
+
+    Raises: InputError for an unknown model, task or path, or an unreadable image, by name.
+    """
+    source = open_storage(images)
+    table = open_images(source.root, source.filesystem)
+    registry = connect(open_storage(storage), tracking_uri, create=False)
+    predictor, version = registry.load_predictor(model)
+    target = open_storage(output)
+    if target.is_local and Path(target.root).is_dir():
+        raise InputError(f"output {output!r} is a folder; allowed: a file to write, for example "
+                         f"{output.rstrip('/')}/predictions.parquet")
+    name, labels = _task_name(predictor, task), dict[str, int]()
+    metadata = {"model_uri": version.uri, "run_id": version.run_id,
+                "weights_hash": version.tags["weights_hash"]}
+    with tempfile.TemporaryDirectory(prefix=".partialhn-", dir=_folder_of(target)) as folder:
+        draft = Path(folder) / "predictions.parquet"
+        with pq.ParquetWriter(draft, SCHEMA.with_metadata(metadata)) as writer:
+            done = 0
+            for rows in _predictions(predictor, name, table, _base(table, source.root)):
+                writer.write_table(rows)
+                for label in rows.column("label").to_pylist():
+                    labels[label] = labels.get(label, 0) + 1
+                done += len(rows)
+                if progress:
+                    progress(done, len(table))
+        _publish(draft, target)
+    ordered = dict(sorted(labels.items(), key=lambda item: -item[1]))
+    return Predicted(len(table), name, ordered, version.uri, target.uri)
+
+
+def _predictions(predictor: Predictor, task: str, table: ImageTable,
+                 base: str) -> Iterator[pa.Table]:
+    """Tables of SCHEMA, at most BATCH rows each, in the order of the images."""
+    chunk = _chunk_size(table)
+    for start in range(0, len(table), chunk):
+        part = table.take(np.arange(start, min(start + chunk, len(table))))
+        images = part.read()
+        ids = [name.removeprefix(base) for name in part.ids()]
+        for first in range(0, len(part), BATCH):
+            yield _label(predictor, task, images[first:first + BATCH], ids[first:first + BATCH])
+
+
+def _label(predictor: Predictor, task: str, images: list[bytes], ids: list[str]) -> pa.Table:
+    try:
+        found = predictor.predict(images, task)
+    except InputError:
+        for image, name in zip(images, ids, strict=True):  # which one was it?
+            try:
+                predictor.predict([image], task)
+            except InputError as error:
+                raise InputError(f"image {name}: {error}") from error
+        raise
+    probabilities_BK = found.probabilities_BK.astype(np.float64)
+    return pa.table([ids, [task] * len(ids), found.labels, probabilities_BK.max(axis=1),
+                     [list(found.classes)] * len(ids), probabilities_BK.tolist()], schema=SCHEMA)
+
+
+def _chunk_size(table: ImageTable) -> int:
+    """Images to read at once: a whole number of batches of about READ_BYTES."""
+    size = sum(info.size or 0 for info in table.filesystem.get_file_info(list(table.files)))
+    return BATCH * int(np.clip(READ_BYTES * len(table) / max(size, 1) / BATCH, 1, 256))
+
+
+def _task_name(predictor: Predictor, task: str) -> str:
+    """The name of the task given by name or index; the predictor objects to anything else."""
+    names = list(predictor.tasks)
+    if task in names:
+        return task
+    if task.isdecimal() and int(task) < len(names):
+        return names[int(task)]
+    raise InputError(f"task is {task!r}; this version knows: {', '.join(names)} (or an index, "
+                     f"0 to {len(names) - 1})")
+
+
+def _base(table: ImageTable, root: str) -> str:
+    """What all ids start with and need not say: the folder that was given."""
+    return (root.rpartition("/")[0] if root in table.files else root) + "/"
+
+
+def _folder_of(target: Storage) -> str | None:
+    """Where a draft can lie so that moving it to the target is one step; None: anywhere."""
+    if not target.is_local:
+        return None
+    folder = Path(target.root).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+def _publish(draft: Path, target: Storage) -> None:
+    if target.is_local:
+        draft.replace(target.root)
+    else:
+        with draft.open("rb") as file, target.filesystem.open_output_stream(target.root) as sink:
+            shutil.copyfileobj(file, sink)

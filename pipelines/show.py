@@ -1,0 +1,62 @@
+"""What a stream has left behind, as text: tasks, versions, aliases, metrics, features."""
+
+import json
+from collections.abc import Sequence
+
+from pipelines.registry import CHAMPION, Version, connect
+from pipelines.storage import open_storage
+
+_COLUMNS = ("task", "name", "classes", "version", "acc", "learned", "forgotten", "aliases")
+
+
+def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None = None) -> str:
+    """A table of a stream's tasks as the champion's work has registered them.
+
+    Accuracies are shares of the test images, of the model as it was after each task: `acc` is
+    the mean over the tasks so far, `learned` the mean right after each was learned, `forgotten`
+    the mean loss since.
+
+    Raises: InputError for an unknown stream, listing the known ones.
+    """
+    registry = connect(open_storage(storage), tracking_uri, create=False)
+    champion = registry.resolve(f"models:/{name}@{CHAMPION}")
+    versions = registry.versions(name)
+    current = _newest_of_work(versions, champion.tags["work"])
+    older = len(versions) - len(current)
+    lines = [f"stream   {name}",
+             f"model    models:/{name}@{CHAMPION} = version {champion.version} "
+             f"({champion.task_index + 1} tasks)",
+             f"mlflow   {registry.tracking_uri}",
+             f"work     {champion.tags['work']}"
+             + (f" ({older} versions of earlier work or weights are not shown)" if older else ""),
+             "", *_table([_COLUMNS, *map(_row, current)]), "",
+             f"trunk {champion.tags['trunk_fingerprint']}", "features in"]
+    return "\n".join(lines + [f"  {place}" for place in _feature_folders(current)])
+
+
+def _newest_of_work(versions: Sequence[Version], work: str) -> list[Version]:
+    """One version for each task of the work, the newest, in the order of the tasks."""
+    newest = {v.task_index: v for v in versions if v.tags["work"] == work}
+    return [newest[index] for index in sorted(newest)]
+
+
+def _row(version: Version) -> tuple[str, ...]:
+    tags, classes = version.tags, json.loads(version.tags["classes"])
+    listed = ", ".join(classes)
+    return (tags["task_index"], version.task,
+            listed if len(listed) <= 32 else f"{len(classes)}: {listed[:24]}...",
+            str(version.version), *(f"{float(tags[key]):.3f}" for key in
+                                    ("acc", "learning_accuracy", "forgetting")),
+            ", ".join(version.aliases))
+
+
+def _feature_folders(versions: Sequence[Version]) -> list[str]:
+    """Each place once, in the order of the tasks."""
+    return list(dict.fromkeys(f"{v.tags['storage']}/features/{key}" for v in versions
+                              for key in json.loads(v.tags["feature_keys"])))
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows]

@@ -1,0 +1,116 @@
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import pyarrow.fs
+import pytest
+
+from partialhn.errors import InputError
+from pipelines.storage import S3Options, open_storage
+
+
+@pytest.fixture
+def no_aws(monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION",
+                 "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    # set, so that what open_storage adds is undone after the test
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+
+
+def test_one_local_place_however_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for uri in ("a b", "./a b", str(tmp_path / "a b"), (tmp_path / "a b").as_uri()):
+        storage = open_storage(uri)
+        assert storage.uri == storage.root == str(tmp_path / "a b")
+        assert storage.is_local
+        assert storage.environment() == {}
+    assert not (tmp_path / "a b").exists(), "opening makes nothing"
+    assert storage.path("features", "/k/", "x.json") == f"{tmp_path}/a b/features/k/x.json"
+
+
+@pytest.mark.parametrize("uri", ["", "file://", "file://host/a", "gs://bucket/a", "s3://",
+                                 "s3:///prefix", "s3://key:secret@bucket/a"])
+def test_unusable_uris(uri):
+    with pytest.raises(InputError, match="allowed: "):
+        open_storage(uri)
+
+
+def test_s3_options_from_query(no_aws):
+    storage = open_storage("s3://bucket/a/b/?endpoint=http://127.0.0.1:9&region=eu-x-1")
+    assert (storage.uri, storage.root) == ("s3://bucket/a/b", "bucket/a/b")
+    assert storage.path("c") == "bucket/a/b/c"
+    assert storage.uri_of("c") == "s3://bucket/a/b/c"
+    assert storage.s3 == S3Options("http://127.0.0.1:9", "eu-x-1", path_style=True)
+    assert storage.environment() == {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
+
+
+def test_s3_options_order_arguments_query_environment(no_aws, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://env:1")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "env")
+    assert open_storage("s3://b").s3 == S3Options("http://env:1", "env", True)
+    uri = "s3://b?endpoint=https://query&region=query&path_style=false"
+    assert open_storage(uri).s3 == S3Options("https://query", "query", False)
+    assert (open_storage(uri, "http://given:1", "given", True).s3
+            == S3Options("http://given:1", "given", True))
+
+
+@pytest.mark.parametrize(("query", "message"), [
+    ("endpont=x", "unknown option 'endpont'; allowed: endpoint, region, path_style"),
+    ("path_style=maybe", "path_style='maybe'; allowed: true, false"),
+    ("endpoint=127.0.0.1:9000", "endpoint is '127.0.0.1:9000'; allowed: http://host:port")])
+def test_bad_s3_options(no_aws, query, message):
+    with pytest.raises(InputError) as caught:
+        open_storage(f"s3://bucket?{query}")
+    assert message in str(caught.value)
+
+
+def test_s3_storage_pickles(no_aws):
+    storage = open_storage("s3://bucket/a", "http://127.0.0.1:9", "r")
+    again = pickle.loads(pickle.dumps(storage))
+    assert again == storage
+    assert isinstance(again.filesystem, pyarrow.fs.S3FileSystem)
+
+
+def test_text_is_written_whole_and_replaced(tmp_path):
+    storage = open_storage(str(tmp_path))
+    path = storage.path("deep", "er", "note.json")
+    assert not storage.exists(path)
+    with pytest.raises(FileNotFoundError):
+        storage.read_text(path)
+    for text in ("one", "zwei ü"):
+        storage.write_text(path, text)
+        assert storage.exists(path)
+        assert storage.read_text(path) == text
+    assert [p.name for p in Path(path).parent.iterdir()] == ["note.json"], "no temporary file left"
+
+
+def test_put_if_absent_keeps_the_first(tmp_path):
+    storage = open_storage(str(tmp_path))
+    path = storage.path("new", "manifest")
+    assert storage.put_if_absent(path, b"first")
+    assert not storage.put_if_absent(path, b"second")
+    assert storage.read_text(path) == "first"
+    assert [p.name for p in Path(path).parent.iterdir()] == ["manifest"]
+
+
+def _race(root, barrier, number, results):
+    storage = open_storage(root)
+    barrier.wait()
+    won = storage.put_if_absent(storage.path("claim"), str(number).encode() * 10_000)
+    results.put((number, won))
+
+
+def test_of_racing_writers_one_wins(tmp_path):
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(4), context.Queue()
+    racers = [context.Process(target=_race, args=(str(tmp_path), barrier, n, results))
+              for n in range(4)]
+    for racer in racers:
+        racer.start()
+    outcomes = dict(results.get(timeout=60) for _ in racers)
+    for racer in racers:
+        racer.join()
+    winners = [number for number, won in outcomes.items() if won]
+    assert len(winners) == 1
+    assert (tmp_path / "claim").read_bytes() == str(winners[0]).encode() * 10_000
