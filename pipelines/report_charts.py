@@ -65,12 +65,18 @@ def text(x: float, y: float, content: object, css: str = "ax", anchor: str = "st
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`, about `count` of them."""
-    span = max(high - low, 1e-9)
-    raw = span / count
+    if high - low < 1e-12:
+        high = low + 1.0
+    raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     return [i * step for i in range(first, last + 1)]
+
+
+def tick_step(n: int) -> int:
+    """A round distance between the labels of 0 to n-1, for about a dozen of them at most."""
+    return next(step for step in (1, 2, 5, 10, 20, 50, 100, 10 ** 9) if n <= 13 * step)
 
 
 def accuracy_ticks(values: npt.ArrayLike) -> list[float]:
@@ -93,8 +99,8 @@ def heat_map(key: str, names: Sequence[str], accuracy_TT: npt.NDArray[np.float64
     high = min(cell, 36.0)
     width, top = left + cell * n_tasks, 34.0
     low, step = heat_scale(accuracy_TT)
-    body = [text(left, 12, "accuracy on task →"), text(left - 8, 12, "after task ↓", anchor="end")]
-    every = 1 if with_text else (5 if n_tasks <= 60 else 10)
+    body = [text(max(left, 76), 12, "accuracy on task →"), text(0, 12, "after task ↓")]
+    every = 1 if with_text else tick_step(n_tasks)
     for j in range(0, n_tasks, every):
         body.append(text(left + (j + 0.5) * cell, top - 7, j, anchor="middle"))
         label = shorten(row_label(j, names[j]), 14) if with_text else str(j)
@@ -202,12 +208,7 @@ def bar_chart(key: str, title: str, description: str, bars: Sequence[Bar], longe
     left, row, top = 104.0, 22.0, 22.0 if limit else 6.0
     scale = (WIDTH - right - left) / max(longest, 1e-9)
     bottom = top + row * len(bars)
-    body = []
-    if limit:
-        x = left + limit[0] * scale
-        body.append(f'<path class="limit" d="M{number(x)} {number(top - 4)}V{number(bottom)}"/>')
-        body.append(text(x, top - 9, limit[1], anchor="middle"))
-    body.append(f'<path class="base" d="M{number(left)} {number(top)}V{number(bottom)}"/>')
+    body = [f'<path class="base" d="M{number(left)} {number(top)}V{number(bottom)}"/>']
     for k, bar in enumerate(bars):
         y, x = top + k * row, left
         marks = []
@@ -218,7 +219,11 @@ def bar_chart(key: str, title: str, description: str, bars: Sequence[Bar], longe
             x += length
         body.append(f"<g><title>{escape(bar.tooltip)}</title>"
                     + text(left - 8, y + 15, shorten(bar.label, 15), "ax ink", "end")
-                    + "".join(marks) + text(x + 6, y + 15, bar.text, "ax ink") + "</g>")
+                    + "".join(marks) + text(x + 6, y + 15, bar.text, "ax ink halo") + "</g>")
+    if limit:
+        x = left + limit[0] * scale
+        body.append(text(x, top - 9, limit[1], anchor="middle"))
+        body.append(f'<path class="limit" d="M{number(x)} {number(top - 4)}V{number(bottom)}"/>')
     return svg(key, title, description, bottom + 4, body)
 
 
@@ -235,7 +240,7 @@ def column_chart(key: str, title: str, description: str, bars: Sequence[Bar],
         y = bottom - tick / ticks[-1] * (bottom - top)
         body.append(f'<path class="grid" d="M{number(left)} {number(y)}H{number(WIDTH - right)}"/>')
         body.append(text(left - 6, y + 4, tick_format.format(tick), anchor="end"))
-    every = max(1, math.ceil(len(bars) / 12))
+    every = tick_step(len(bars))
     for k, bar in enumerate(bars):
         x, y = left + (k + 0.5) * pitch - thick / 2, bottom
         marks = []

@@ -16,10 +16,15 @@ def pair(*html: str) -> str:
     return f'<div class="pair">{"".join(html)}</div>'
 
 
-def figure(title: str, html: str, caption: str, css: str = "", min_width: int = 0) -> str:
-    """A drawing with title and caption; with css "scroll" it scrolls inside its own box."""
+def figure(title: str, html: str, caption: str, css: str = "", natural: int = 0) -> str:
+    """A drawing with title and caption.
+
+    With css "scroll" it is never drawn smaller than `natural` pixels: on a phone it scrolls
+    inside a box of its own.
+    """
     if css == "scroll":
-        html = html.replace("<svg ", f'<svg style="min-width:{min_width}px" ', 1)
+        limits = f"min-width:{natural}px;max-width:{1.25 * natural:.0f}px"
+        html = html.replace("<svg ", f'<svg style="{limits}" ', 1)
         html = (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">'
                 f"{html}</div>")
     elif css:
@@ -35,12 +40,13 @@ def key(*entries: tuple[str, str]) -> str:
         for colour, name in entries) + "</ul>"
 
 
-def data_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def data_table(heads: Sequence[str], rows: Sequence[Sequence[str]], css: str = "") -> str:
     """A table; heads and cells are HTML, the first column is the row's header."""
+    css = f' class="{css}"' if css else ""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
     body = "".join(f'<tr><th scope="row">{row[0]}</th>'
                    + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table{css}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def facts_list(rows: Sequence[tuple[str, str]]) -> str:

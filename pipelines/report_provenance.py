@@ -50,7 +50,7 @@ def _versions(versions: Sequence[Mapping[str, Any]]) -> str:
     rows = [[escape(row.get("version")), escape(row.get("task")),
              escape(", ".join(map(str, row.get("aliases") or ())) or "–"),
              f"<code>{escape(str(row.get('run_id') or '–')[:12])}</code>"] for row in versions]
-    table = data_table(["Version", "After task", "Aliases", "Run"], rows)
+    table = data_table(["Version", "After task", "Aliases", "Run"], rows, "wrap")
     return (f"<details{' open' if len(rows) <= 6 else ''}><summary>Registered versions "
             f"({len(rows)})</summary>{table}</details>")
 

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pipelines.report_charts import row_label, shorten
-from pipelines.report_facts import Facts, dig, duration, points, read_facts, size
+from pipelines.report_facts import NBSP, Facts, dig, duration, points, read_facts, size
 
 COLUMNS = 100
+PLAIN = str.maketrans({NBSP: " ", "−": "-", "–": "-", "…": "~"})
+"""A terminal without UTF-8 can print our own signs as well."""
 WHOLE_MATRIX = 12
 """Up to this many tasks the whole accuracy matrix fits."""
 
@@ -26,7 +28,8 @@ def text_summary(result: Mapping[str, Any]) -> str:
     blocks = [[shorten(", ".join(head), COLUMNS)],
               _matrix(facts) if len(facts.tasks) <= WHOLE_MATRIX else _compressed(facts),
               _methods(facts), _costs(facts)]
-    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+    text = "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+    return text.translate(PLAIN)
 
 
 def _clean(name: str) -> str:
@@ -87,9 +90,8 @@ def _costs(facts: Facts) -> list[str]:
 
 def _wrapped(title: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
     # A no-break space keeps a number beside its name and its unit when the line wraps.
-    words = ", ".join(f"{name} {value}".replace(" ", "\u00a0") for name, value in pairs)
+    words = ", ".join(f"{name} {value}".replace(" ", NBSP) for name, value in pairs)
     if not words:
         return []
-    lines = textwrap.wrap(words, COLUMNS, initial_indent=f"{title:8}", subsequent_indent=" " * 8,
-                          break_long_words=False, break_on_hyphens=False)
-    return [line.replace("\u00a0", " ") for line in lines]
+    return textwrap.wrap(words, COLUMNS, initial_indent=f"{title:8}", subsequent_indent=" " * 8,
+                         break_long_words=False, break_on_hyphens=False)
