@@ -4,6 +4,7 @@ The files have the same layout as a downloaded data set (`image` as a struct of 
 and name, `label`, class names in the schema metadata), so one reader serves both.
 """
 
+import http.client
 import io
 import json
 import uuid
@@ -83,7 +84,7 @@ def _download(name: str, arguments: dict[str, Any], root: Path) -> Any:
     root.mkdir(parents=True, exist_ok=True)
     try:
         return getattr(datasets, name)(root=str(root), download=True, **arguments)
-    except (OSError, RuntimeError) as error:  # what torchvision and urllib raise, by data set
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise InputError(f"torchvision data set {name!r} cannot be downloaded to {root}: {error}; "
                          "it needs a network, once, or the files of an earlier download "
                          "there") from error
