@@ -159,14 +159,19 @@ def decode(table: ImageTable, size: int, transform: str = "none",
 def decode_images(images: Sequence[bytes], ids: Sequence[str], size: int,
                   transform: str = "none", on_bad: Literal["error", "skip"] = "error",
                   max_pixels: int = 50_000_000, seed: int = 0) -> Decoded:
-    """Decodes encoded images, as `decode` does; `ids` name them in messages."""
+    """Decodes encoded images, as `decode` does; `ids` name them in messages.
+
+    Any mode becomes RGB; transparency is dropped and orientation tags are not applied, as usual
+    in this field. Of an animation the first frame counts.
+    """
     names = corruptions.parse(transform)
     pixels_BHWC = np.empty((len(images), size, size, 3), dtype=np.uint8)
     index: list[int] = []
     bad: list[BadImage] = []
     for place, (encoded, image_id) in enumerate(zip(images, ids, strict=True)):
         try:
-            image = _decode_one(encoded, size, max_pixels)
+            with warnings.catch_warnings(action="ignore"):  # odd metadata is no news
+                image = _decode_one(encoded, size, max_pixels)
         except _BadImageError as error:
             if on_bad == "error":
                 raise InputError(f"image {image_id} {error}; mend it or take it away, or leave "
@@ -184,12 +189,14 @@ class _BadImageError(Exception):
 
 
 def _decode_one(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
-    """RGB of size x size: the central square of the image, resized with antialiasing."""
+    """RGB of size x size: the central square of the image, resized with antialiasing.
+
+    Raises: _BadImageError.
+    """
     if not encoded:
         raise _BadImageError("is empty")
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise _BadImageError(

@@ -532,6 +532,23 @@ def test_a_bad_image_in_a_stream_is_named_with_its_place(tmp_path):
     assert len(decode(whole.train, 8, on_bad="skip").images_BCHW) == len(whole.train) - 1
 
 
+def test_damage_anywhere_is_a_bad_image_and_nothing_worse(recwarn):
+    """Random bytes of seven encodings are changed; the decoder of each may fail in its own way."""
+    rng = np.random.default_rng(0)
+    image = digit(3, "RGB").resize((40, 30))
+    images = []
+    for form in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"):
+        for _ in range(40):
+            damaged = np.frombuffer(encoded(image, form), np.uint8).copy()
+            damaged[rng.integers(0, len(damaged), 8)] = rng.integers(0, 256, 8)
+            images.append(damaged.tobytes())
+    decoded = decode_images(images, [str(i) for i in range(len(images))], 16, on_bad="skip",
+                            max_pixels=100_000)
+    assert len(decoded.images_BCHW) + len(decoded.bad) == len(images)
+    assert 0 < len(decoded.bad) < len(images)
+    assert not recwarn.list
+
+
 def test_decoding_nothing():
     decoded = decode_images([], [], 8)
     assert (decoded.images_BCHW.shape, decoded.index_B.shape) == ((0, 3, 8, 8), (0,))
