@@ -24,12 +24,11 @@ def training(facts: Facts) -> str:
     if not tasks:
         return ""
     total = sum(len(records) for records in tasks.values())
-    side_by_side = len(tasks) <= IN_A_ROW
-    how = ("dotted lines separate the tasks" if side_by_side else
-           "thin lines are single tasks, bold ones the mean over all tasks")
-    loss = _curves(facts, tasks, "loss", "l-val", side_by_side)
-    learned = _curves(facts, tasks, "accuracy", "l-train", side_by_side)
-    held_out = _curves(facts, tasks, "validation_accuracy", "l-val", side_by_side)
+    how = ("thin lines are single tasks, bold ones the mean over all tasks" if len(tasks) > IN_A_ROW
+           else "dotted lines separate the tasks" if len(tasks) > 1 else "one task")
+    loss = _curves(facts, tasks, "loss", "l-val")
+    learned = _curves(facts, tasks, "accuracy", "l-train")
+    held_out = _curves(facts, tasks, "validation_accuracy", "l-val")
     figures = []
     if loss:
         top = max(y for line in loss for _, y in line.points)
@@ -66,7 +65,7 @@ def _starts(tasks: Mapping[int, Records]) -> dict[int, int]:
 
 def _epoch_chart(name: str, title: str, lines: Sequence[Line], y_ticks: Sequence[float],
                  tick_format: str, tasks: Mapping[int, Records]) -> str:
-    if len(tasks) <= IN_A_ROW:
+    if 1 < len(tasks) <= IN_A_ROW:
         starts = _starts(tasks)
         x_ticks = [(starts[task] + (len(records) + 1) / 2, str(task))
                    for task, records in tasks.items()]
@@ -77,12 +76,13 @@ def _epoch_chart(name: str, title: str, lines: Sequence[Line], y_ticks: Sequence
     step = charts.tick_step(last)
     x_ticks = [(float(e), str(e)) for e in sorted({1, *range(step, last + 1, step)})
                if e != 1 or step < 5 or last <= 12]
-    return charts.line_chart(name, title, f"{title} by epoch, one thin line a task and the mean.",
+    return charts.line_chart(name, title, f"{title} by epoch of a task.",
                              lines, y_ticks, tick_format, x_ticks, "epoch of the task")
 
 
-def _curves(facts: Facts, tasks: Mapping[int, Records], field: str, css: str,
-            side_by_side: bool) -> list[Line]:
+def _curves(facts: Facts, tasks: Mapping[int, Records], field: str,
+            css: str) -> list[Line]:
+    stacked = len(tasks) > IN_A_ROW
     starts = _starts(tasks)
     total = sum(len(records) for records in tasks.values())
     step = max(1, total // POINTS_A_CHART)
@@ -94,14 +94,14 @@ def _curves(facts: Facts, tasks: Mapping[int, Records], field: str, css: str,
             continue
         for epoch, value in known:
             by_epoch.setdefault(epoch, []).append(value)
-        offset = starts[task] if side_by_side else 0
+        offset = 0 if stacked else starts[task]
         spots = tuple((float(offset + epoch), value)
                       for epoch, value in [*known[:-1:step], known[-1]])
         name = facts.tasks[task] if task < len(facts.tasks) else str(task)
-        lines.append(Line(spots, css if side_by_side else f"{css} thin", "",
+        lines.append(Line(spots, f"{css} thin" if stacked else css, "",
                           f"{name}: {field.replace('_', ' ')} from {known[0][1]:.3f} to "
                           f"{known[-1][1]:.3f}"))
-    if lines and not side_by_side:
+    if lines and stacked:
         mean = tuple((float(e), float(np.mean(by_epoch[e]))) for e in sorted(by_epoch))
         lines.append(Line(mean, f"{css} bold", "", f"mean {field.replace('_', ' ')} of all tasks"))
     return lines

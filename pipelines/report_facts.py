@@ -184,4 +184,4 @@ def break_even(facts: Facts) -> int | None:
         return None
     if separate.bytes_per_task <= ours:
         return None
-    return math.floor(shared / (separate.bytes_per_task - ours)) + 1
+    return int(shared / (separate.bytes_per_task - ours)) + 1

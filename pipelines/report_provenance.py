@@ -17,31 +17,36 @@ def usage(facts: Facts) -> str:
     if not uri:
         return section("How to use it", "This run registered no model.")
     uri, tracking = str(uri), facts.result.get("tracking_uri")
-    command = (f"partialhn predict --model {shlex.quote(uri)} --task {shlex.quote(facts.tasks[0])} "
-               "\\\n  --input DIR_OR_PARQUET --output preds.parquet")
-    python = "import mlflow\n"
+    command = " \\\n    ".join([f"partialhn predict --model {shlex.quote(uri)}",
+                                f"--task {shlex.quote(facts.tasks[0])}",
+                                "--input DIR_OR_PARQUET --output preds.parquet"])
+    python = "import mlflow, pandas\n\n"
     if tracking:
-        python += f"mlflow.set_tracking_uri({mask_password(str(tracking))!r})\n"
-    python += f"model = mlflow.pyfunc.load_model({uri!r})"
+        python += f"mlflow.set_tracking_uri(\n    {mask_password(str(tracking))!r})\n"
+    python += (f"model = mlflow.pyfunc.load_model(\n    {uri!r})\n"
+               'image = open("photo.png", "rb").read()\n'
+               "print(model.predict(pandas.DataFrame(\n"
+               f"    {{'image': [image], 'task': [{facts.tasks[0]!r}]}})))")
     left = ("<div><h3>Label images of a task</h3>" + _code(command)
             + "<h3>Load it in Python</h3>" + _code(python) + "</div>")
     versions = list(facts.result.get("versions") or [])
-    return section("How to use it", f"The current model is {uri}. Every task left a version of "
-                   "its own behind, and any of them can be loaded again.",
-                   pair(left, _going_back(uri, versions)), _versions(versions))
+    return section("How to use it", f"The current model is {uri}. Every task left a version "
+                   "behind that knows the tasks up to it; any of them can be loaded again.",
+                   pair(left, _going_back(uri, tracking, versions)), _versions(versions))
 
 
-def _going_back(uri: str, versions: Sequence[Mapping[str, Any]]) -> str:
+def _going_back(uri: str, tracking: object, versions: Sequence[Mapping[str, Any]]) -> str:
     named = re.fullmatch(r"models:/(?P<name>[^@]+)@(?P<alias>[^@/]+)", uri)
     if named is None or not versions:
         return ""
     earlier = versions[max(len(versions) - 2, 0)]
     version = str(earlier.get("version"))
     load = f"models:/{named['name']}/{version}"
-    move = ("from mlflow import MlflowClient\nMlflowClient().set_registered_model_alias(\n"
+    server = f"\n    {mask_password(str(tracking))!r}" if tracking else ""
+    move = (f"from mlflow import MlflowClient\n\nMlflowClient({server}).set_registered_model_alias(\n"
             f"    {named['name']!r}, {named['alias']!r}, {version!r})")
-    return ("<div><h3>Use an earlier version once</h3>" + _code(load)
-            + f"<h3>Make it “{escape(named['alias'])}” again</h3>" + _code(move) + "</div>")
+    return ("<div><h3>An earlier version, named in place of the current one</h3>" + _code(load)
+            + f"<h3>Go back: make it “{escape(named['alias'])}” again</h3>{_code(move)}</div>")
 
 
 def _versions(versions: Sequence[Mapping[str, Any]]) -> str:
@@ -49,10 +54,11 @@ def _versions(versions: Sequence[Mapping[str, Any]]) -> str:
         return ""
     rows = [[escape(row.get("version")), escape(row.get("task")),
              escape(", ".join(map(str, row.get("aliases") or ())) or "–"),
-             f"<code>{escape(str(row.get('run_id') or '–')[:12])}</code>"] for row in versions]
+             f"<code>{escape(str(row.get('run_id') or '–')[:8])}</code>"] for row in versions]
     table = data_table(["Version", "After task", "Aliases", "Run"], rows, "wrap")
     return (f"<details{' open' if len(rows) <= 6 else ''}><summary>Registered versions "
-            f"({len(rows)})</summary>{table}</details>")
+            f"({len(rows)})</summary>"
+            f'<div class="scroll">{table}</div></details>')
 
 
 def _code(text: str) -> str:

@@ -81,8 +81,9 @@ def _kept(facts: Facts, forgets: bool) -> str:
         return ""
     drops = facts.metrics.forgetting_per_task
     worst = _worst(facts)
-    if max(drops) < 5e-4:
-        return "Earlier tasks still work: none of them lost accuracy while later ones were learned."
+    if max(drops) < 1e-3:
+        lost = "any accuracy" if max(drops) == 0 else "as much as 0.1 percentage points"
+        return f"Earlier tasks still work: none of them lost {lost} while later ones were learned."
     most = (f"most of all “{facts.tasks[worst]}”, from "
             f"{percent(facts.accuracy_TT[-1, worst] + drops[worst])} at its best to "
             f"{percent(facts.accuracy_TT[-1, worst])}")
@@ -110,7 +111,7 @@ def _against_bounds(facts: Facts, behind: bool) -> str:
             sentences.append(f"{reach}, no better.")
         else:
             sentences.append(f"{reach}, {in_points(-gap)} less.")
-    if naive is not None and naive.acc is not None:
+    if naive is not None and naive.acc is not None and len(facts.tasks) > 1:
         worth = facts.metrics.accuracy - naive.acc
         ends = f"Simply training on (naive fine-tuning) ends at {percent(naive.acc)}"
         sentences.append(f"{ends}: protecting the earlier tasks is worth {in_points(worth)}."

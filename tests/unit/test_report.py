@@ -1,9 +1,11 @@
 """The report: what it says, that it stands alone, that nothing a user named becomes markup."""
 
+import html
 import html.parser
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,21 @@ def test_names_are_text_and_never_markup():
     assert "<script>alert('x')</script>$body ${title}" in page.text
     assert "secret" not in text
     assert "mlflow:***@db.example" in page.text
+
+
+@pytest.mark.parametrize("name", ["plain", "it's \"quoted\" \\ and\nbroken"])
+def test_commands_to_copy_are_quoted(name):
+    result = sample(2)
+    result["tasks"][0]["name"] = name
+    blocks = [html.unescape(block) for block in
+              re.findall("<pre><code>(.*?)</code></pre>", render(result), re.DOTALL)]
+    command, python, uri, back = blocks
+    assert shlex.split(command)[:6] == ["partialhn", "predict", "--model",
+                                        "models:/tiny-animals@champion", "--task", name]
+    assert uri == "models:/tiny-animals/1"
+    for code in (python, back):
+        compile(code, "report", "exec")
+    assert repr(name) in python
 
 
 def test_terminal_summary_holds_no_control_characters():
@@ -327,3 +344,17 @@ def test_accuracy_axis_stays_within_nought_and_one(values):
     assert ticks[-1] <= 1 + 1e-9
     assert ticks[0] <= min(values) + 1e-9
     assert ticks[-1] >= max(values) - 1e-9
+
+
+def test_one_task_is_not_compared_with_naive_fine_tuning():
+    said = verdict(read_facts(sample(1)))
+    assert "naive" not in said.paragraph
+    assert "nothing could be forgotten yet" in said.headline
+
+
+@pytest.mark.parametrize(("last", "says"), [
+    (0.9, "none of them lost any accuracy"), (0.8995, "none of them lost as much as 0.1"),
+    (0.898, "lost 0.2 percentage points"),
+])
+def test_small_losses_are_not_called_none(last, says):
+    assert says in with_bounds(last, 0.9).paragraph
