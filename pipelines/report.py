@@ -21,6 +21,7 @@ from pipelines.report_cost import cost, training
 from pipelines.report_facts import (
     FORGETTING_LIMIT,
     GAP_LIMIT,
+    NBSP,
     Facts,
     duration,
     percent,
@@ -97,18 +98,19 @@ def _verdict(facts: Facts) -> str:
 
 def _headline(facts: Facts) -> str:
     error, gap, summary = facts.standard_error, facts.gap, facts.metrics
+    limit, gap_limit = (f"{points(most)}{NBSP}pt" for most in (FORGETTING_LIMIT, GAP_LIMIT))
     rows = [
         ("Accuracy at the end", percent(summary.accuracy),
          f"± {points(error)} from the finite test sets" if error is not None else
          "mean over all tasks", False),
         ("Accuracy when learned", percent(summary.learning_accuracy),
          "mean, each task right after its training", False),
-        ("Forgotten", f"{points(summary.forgetting)} pt", "mean of earlier tasks; limit 1.0 pt"
+        ("Forgotten", f"{points(summary.forgetting)} pt", f"mean of earlier tasks; limit {limit}"
          if len(facts.tasks) > 1 else "one task: nothing to forget",
          summary.forgetting > FORGETTING_LIMIT + 1e-9),
         ("Behind separate heads", "–" if gap is None else f"{points(gap)} pt",
-         "not trained beside it" if gap is None else "minus: ahead; limit 2.0 pt" if gap < 0 else
-         "limit 2.0 pt", gap is not None and gap > GAP_LIMIT + 1e-9),
+         "not trained beside it" if gap is None else f"minus: ahead; limit {gap_limit}" if gap < 0 else
+         f"limit {gap_limit}", gap is not None and gap > GAP_LIMIT + 1e-9),
         ("Time per new task", duration(facts.task_seconds), "train, evaluate, register", False),
         ("Size per new task", size(facts.ours.bytes_per_task), "added to the model", False),
     ]

@@ -26,7 +26,7 @@ def usage(facts: Facts) -> str:
     python += (f"model = mlflow.pyfunc.load_model(\n    {uri!r})\n"
                'image = open("photo.png", "rb").read()\n'
                "print(model.predict(pandas.DataFrame(\n"
-               f"    {{'image': [image], 'task': [{facts.tasks[0]!r}]}})))")
+               f"    {{\"image\": [image], \"task\": [{facts.tasks[0]!r}]}})))")
     left = ("<div><h3>Label images of a task</h3>" + _code(command)
             + "<h3>Load it in Python</h3>" + _code(python) + "</div>")
     versions = list(facts.result.get("versions") or [])
@@ -43,7 +43,8 @@ def _going_back(uri: str, tracking: object, versions: Sequence[Mapping[str, Any]
     version = str(earlier.get("version"))
     load = f"models:/{named['name']}/{version}"
     server = f"\n    {mask_password(str(tracking))!r}" if tracking else ""
-    move = (f"from mlflow import MlflowClient\n\nMlflowClient({server}).set_registered_model_alias(\n"
+    move = (f"from mlflow import MlflowClient\n\nclient = MlflowClient({server})\n"
+            "client.set_registered_model_alias(\n"
             f"    {named['name']!r}, {named['alias']!r}, {version!r})")
     return ("<div><h3>An earlier version, named in place of the current one</h3>" + _code(load)
             + f"<h3>Go back: make it “{escape(named['alias'])}” again</h3>{_code(move)}</div>")

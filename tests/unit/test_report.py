@@ -140,7 +140,7 @@ def test_commands_to_copy_are_quoted(name):
     blocks = [html.unescape(block) for block in
               re.findall("<pre><code>(.*?)</code></pre>", render(result), re.DOTALL)]
     command, python, uri, back = blocks
-    assert shlex.split(command)[:6] == ["partialhn", "predict", "--model",
+    assert shlex.split(command.replace(" \\\n", ""))[:6] == ["partialhn", "predict", "--model",
                                         "models:/tiny-animals@champion", "--task", name]
     assert uri == "models:/tiny-animals/1"
     for code in (python, back):
