@@ -109,7 +109,8 @@ def _headline(facts: Facts) -> str:
          if len(facts.tasks) > 1 else "one task: nothing to forget",
          summary.forgetting > FORGETTING_LIMIT + 1e-9),
         ("Behind separate heads", "–" if gap is None else f"{points(gap)} pt",
-         "not trained beside it" if gap is None else f"minus: ahead; limit {gap_limit}" if gap < 0 else
+         "not trained beside it" if gap is None else
+         f"minus: ahead; limit {gap_limit}" if gap < 0 else
          f"limit {gap_limit}", gap is not None and gap > GAP_LIMIT + 1e-9),
         ("Time per new task", duration(facts.task_seconds), "train, evaluate, register", False),
         ("Size per new task", size(facts.ours.bytes_per_task), "added to the model", False),
