@@ -111,13 +111,22 @@ def read_facts(result: Mapping[str, Any]) -> Facts:
     strategy = str(result.get("strategy") or "partial_hn")
     ours = Method(LABELS.get(strategy, strategy), summary.accuracy, summary.learning_accuracy,
                   summary.forgetting, summary.backward_transfer, result.get("bytes_per_task"),
-                  dig(result, "seconds", "stages", "train"))
+                  _train_seconds(result))
     bounds = {key: _bound(key, values) for key, values in (result.get("bounds") or {}).items()
               if values}
     return Facts(name=str(result.get("name") or "unnamed stream"),
                  tasks=tuple(str(task.get("name") or i) for i, task in enumerate(details)),
                  accuracy_TT=table_TT, metrics=summary, ours=ours, bounds=bounds,
                  details=tuple(details), result=result)
+
+
+def _train_seconds(result: Mapping[str, Any]) -> float | None:
+    """Seconds that training our own tasks took: the stage may hold the bounds as well."""
+    rows = [row.get("train") for row in dig(result, "seconds", "per_task") or []]
+    if rows and None not in rows:
+        return float(sum(rows))
+    stage: float | None = dig(result, "seconds", "stages", "train")
+    return stage
 
 
 def _bound(key: str, values: Mapping[str, Any]) -> Method:

@@ -358,3 +358,12 @@ def test_one_task_is_not_compared_with_naive_fine_tuning():
 ])
 def test_small_losses_are_not_called_none(last, says):
     assert says in with_bounds(last, 0.9).paragraph
+
+
+def test_our_training_time_leaves_out_the_bounds():
+    result = sample(2)
+    result["seconds"]["per_task"] = [{"name": "a", "train": 3.0}, {"name": "b", "train": 4.5}]
+    result["seconds"]["stages"]["train"] = 99.0
+    assert read_facts(result).ours.seconds == 7.5
+    del result["seconds"]["per_task"]
+    assert read_facts(result).ours.seconds == 99.0
