@@ -16,7 +16,7 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from sklearn.datasets import load_digits
 
 from partialhn.config import DataConfig
-from partialhn.conversions import TORCHVISION, convert_digits
+from partialhn.conversions import TORCHVISION, convert_digits, write_parquet
 from partialhn.datasets import decode, decode_images, open_stream
 from partialhn.errors import InputError
 from partialhn.readers import open_images
@@ -340,6 +340,16 @@ def test_digits_are_written_once_and_leave_nothing_behind(tmp_path):
     assert convert_digits(tmp_path) / "train.parquet" == file
     assert file.stat().st_mtime_ns == written
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_conversion_that_fails_half_way_leaves_no_file(tmp_path):
+    def images():
+        yield digit(0), 0
+        raise OSError("the network went away")
+
+    with pytest.raises(OSError, match="went away"):
+        write_parquet(tmp_path / "set" / "train.parquet", images(), ["zero"])
+    assert list((tmp_path / "set").iterdir()) == []
 
 
 def test_a_stream_is_a_function_of_its_seed(tmp_path):
