@@ -136,8 +136,12 @@ def _stage_figure(facts: Facts) -> str:
     drawing = charts.bar_chart("stages", "Seconds per stage", ", ".join(
         f"{name} {duration(value)}" for name, value in known), bars,
         max(value for _, value in known), right=104)
+    train, own = dict(known).get("train", 0.0), facts.ours.seconds
+    beside = facts.bounds and own is not None and train > 1.05 * own
     return figure("Time per stage", drawing, "Start-up, data, trunk and features are paid once "
-                  "for the stream; train, evaluate and register with every task.")
+                  "for the stream; train, evaluate and register with every task."
+                  + (f" Of the training, {duration(own)} were ours, the rest the bounds."
+                     if beside else ""))
 
 
 
@@ -145,7 +149,11 @@ def _per_task_figure(facts: Facts) -> str:
     rows = dig(facts.result, "seconds", "per_task") or []
     if not rows:
         return ""
-    parts = (("train", "b-main"), ("evaluate", "b-second"), ("register", "b-third"))
+    parts = [(name, css) for name, css in (("train", "b-main"), ("evaluate", "b-second"),
+                                           ("register", "b-third"))
+             if any(row.get(name) for row in rows)]
+    if not parts:
+        return ""
     bars = [Bar(str(row.get("name")), tuple((float(row.get(name) or 0), css)
                                             for name, css in parts), "",
                 f"{row.get('name')}: " + ", ".join(f"{name} {row.get(name) or 0:.2f} s"
@@ -153,7 +161,8 @@ def _per_task_figure(facts: Facts) -> str:
     drawing = charts.column_chart("per-task", "Seconds per task", f"{len(rows)} columns, one a "
                                   "task, of training, evaluating and registering.", bars,
                                   "{:.3g} s", "task")
-    legend = key(("--accent", "train"), ("--second", "evaluate"), ("--third", "register"))
+    colours = {"train": "--accent", "evaluate": "--second", "register": "--third"}
+    legend = key(*((colours[name], name) for name, _ in parts))
     return figure("Time per task", legend + drawing, "Training should not grow along the stream; "
                   "evaluating does, since every known task is tested again.")
 
@@ -183,9 +192,9 @@ def _bytes_table(facts: Facts) -> str:
     rows = [[f"{label}<small>{note}</small>", size(result[field])] for label, note, field in (
         ("Stored features", "can be deleted and computed again", "feature_bytes"),
         ("Checkpoint", "everything prediction needs, all tasks", "checkpoint_bytes"),
-        ("of it: trunk", "frozen, shared", "trunk_bytes"),
-        ("of it: shared generator", "shared by all tasks", "shared_bytes"),
-        ("of it: each new task", "grows with the stream", "bytes_per_task"),
+        ("Trunk", "frozen; part of the checkpoint", "trunk_bytes"),
+        ("Shared generator", "of all tasks; part of the checkpoint", "shared_bytes"),
+        ("Each new task", "what the checkpoint grows by", "bytes_per_task"),
     ) if result.get(field) is not None]
     if not rows:
         return ""

@@ -77,6 +77,13 @@ class Facts:
         return separate.acc - self.metrics.accuracy
 
     @property
+    def bad_images(self) -> list[tuple[str, str, str]]:
+        """(task, image, reason) of every image that was left out."""
+        return [(name, str(image.get("id")), str(image.get("reason")))
+                for name, task in zip(self.tasks, self.details, strict=True)
+                for image in task.get("bad_images") or ()]
+
+    @property
     def task_seconds(self) -> float | None:
         """Mean seconds a task took, all of its stages together."""
         rows = dig(self.result, "seconds", "per_task") or []

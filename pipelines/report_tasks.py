@@ -18,6 +18,7 @@ from pipelines.report_html import data_table, figure, pair, section
 NAMED_LINES = 8
 """Up to this many tasks every line of a chart has its own colour and label."""
 LISTED_BARS = 25
+LISTED_IMAGES = 100
 
 
 def task_by_task(facts: Facts) -> str:
@@ -25,19 +26,22 @@ def task_by_task(facts: Facts) -> str:
     n_tasks, summary = len(facts.tasks), facts.metrics
     if n_tasks == 1:
         return section("Task by task", "With one task there is no order of learning to show and "
-                       "nothing to forget; both appear with the second task.", _task_table(facts))
+                       "nothing to forget; both appear with the second task.", _task_table(facts),
+                       _bad_images(facts))
     lead = (f"Right after its own training a task is at {percent(summary.learning_accuracy)} on "
             f"average; once all {n_tasks} are learned, at {percent(summary.accuracy)}.")
     heat = _heat_figure(facts)
     lines, lost, listing = _line_figure(facts), _forgotten_figure(facts), _task_table(facts)
     if n_tasks <= 10:
         listing = f"<div><h3>The tasks</h3>{listing}</div>"
-        return section("Task by task", lead, pair(heat, lines), pair(lost, listing))
+        return section("Task by task", lead, pair(heat, lines), pair(lost, listing),
+                       _bad_images(facts))
     listing = f"<details><summary>All {n_tasks} tasks as a table</summary>{listing}</details>"
     if n_tasks > charts.WITH_TEXT:
-        return section("Task by task", lead, pair(f"<div>{heat}{lines}</div>", lost), listing)
+        return section("Task by task", lead, pair(f"<div>{heat}{lines}</div>", lost), listing,
+                       _bad_images(facts))
     return section("Task by task", lead, f'<div class="wide">{heat}</div>', pair(lines, lost),
-                   listing)
+                   listing, _bad_images(facts))
 
 
 
@@ -108,6 +112,18 @@ def _forgotten_figure(facts: Facts) -> str:
                   "Accuracy lost between a task's best moment and the end. One point is one test "
                   "image in a hundred; the mean may reach the dashed line." + rest)
 
+
+
+def _bad_images(facts: Facts) -> str:
+    if not facts.bad_images:
+        return ""
+    rows = [[escape(task), escape(image), escape(reason)]
+            for task, image, reason in facts.bad_images[:LISTED_IMAGES]]
+    more = len(facts.bad_images) - len(rows)
+    note = f"<p>and {more:,} more, in result.json.</p>" if more else ""
+    return (f"<details><summary>Images left out ({len(facts.bad_images):,})</summary>"
+            f'<div class="scroll">{data_table(["Task", "Image", "Reason"], rows, "wrap")}</div>'
+            f"{note}</details>")
 
 
 def _best(facts: Facts, j: int) -> float:

@@ -48,7 +48,7 @@ def verdict(facts: Facts) -> Verdict:
         headline = "It keeps what it learned, but learns less than separate heads do."
     elif facts.metrics.forgetting_per_task[_worst(facts)] > NOTICEABLE:
         status = "fair"
-        headline = f"It learned {count}, but “{facts.tasks[_worst(facts)]}” lost noticeably."
+        headline = f"It learned {count}, but task “{facts.tasks[_worst(facts)]}” lost noticeably."
     elif len(facts.tasks) == 1:
         status, headline = "good", "It learned its first task; nothing could be forgotten yet."
     else:
@@ -84,7 +84,7 @@ def _kept(facts: Facts, forgets: bool) -> str:
     if max(drops) < 1e-3:
         lost = "any accuracy" if max(drops) == 0 else "as much as 0.1 percentage points"
         return f"Earlier tasks still work: none of them lost {lost} while later ones were learned."
-    most = (f"most of all “{facts.tasks[worst]}”, from "
+    most = (f"most of all task “{facts.tasks[worst]}”, from "
             f"{percent(facts.accuracy_TT[-1, worst] + drops[worst])} at its best to "
             f"{percent(facts.accuracy_TT[-1, worst])}")
     lost = (f"lost {points(facts.metrics.forgetting)} percentage points on average since "
@@ -114,9 +114,13 @@ def _against_bounds(facts: Facts, behind: bool) -> str:
     if naive is not None and naive.acc is not None and len(facts.tasks) > 1:
         worth = facts.metrics.accuracy - naive.acc
         ends = f"Simply training on (naive fine-tuning) ends at {percent(naive.acc)}"
-        sentences.append(f"{ends}: protecting the earlier tasks is worth {in_points(worth)}."
-                         if worth >= 5e-4 else
-                         f"{ends}: on this stream the protection gained nothing.")
+        if worth >= 5e-4:
+            sentences.append(f"{ends}: protecting the earlier tasks is worth {in_points(worth)}.")
+        elif worth > -5e-4:
+            sentences.append(f"{ends}: on this stream the protection gained nothing.")
+        else:
+            sentences.append(f"{ends}, {in_points(-worth)} better: on this stream the protection "
+                             "cost more than it gained.")
     if not sentences:
         return ("Nothing else was trained beside it, so this report cannot say how much accuracy "
                 "sharing one model costs.")
@@ -146,7 +150,7 @@ def _cost(facts: Facts) -> str:
 
 def _cautions(facts: Facts) -> tuple[str, ...]:
     found = []
-    bad = sum(task.get("bad_images") or 0 for task in facts.details)
+    bad = len(facts.bad_images)
     if bad:
         found.append(f"{bad} unreadable {'image was' if bad == 1 else 'images were'} left out.")
     tested = [task.get("test_images") or 0 for task in facts.details]

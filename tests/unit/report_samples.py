@@ -59,7 +59,7 @@ def sample(n_tasks=5, level=0.66, drop=0.0008, gap=0.012, n_epochs=10, n_classes
     tasks = [{"name": name, "classes": [f"{ANIMALS[(i * n_classes + k) % len(ANIMALS)]}"
                                         for k in range(n_classes)],
               "train_images": 450 * n_classes, "validation_images": 50 * n_classes,
-              "test_images": 50 * n_classes, "bad_images": 0, "transform": "none"}
+              "test_images": 50 * n_classes, "bad_images": [], "transform": "none"}
              for i, name in enumerate(names)]
     table = matrix(n_tasks, level, drop, seed)
     draw = np.random.default_rng(seed)

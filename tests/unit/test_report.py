@@ -197,7 +197,7 @@ def test_verdict_is_as_good_as_the_numbers(last, separate, status, says):
 def test_verdict_names_what_was_forgotten_and_how_far_it_fell():
     said = with_bounds(0.6, 0.9, 0.7)
     assert "It forgets" in said.paragraph
-    assert "“cats”, from 90.0\u00a0% at its best to 60.0\u00a0%" in said.paragraph
+    assert "task “cats”, from 90.0\u00a0% at its best to 60.0\u00a0%" in said.paragraph
     assert "lost 30.0 percentage points on average" in said.paragraph
     assert "guessing would get 50.0\u00a0%" in said.paragraph
     assert "reaches 90.0\u00a0%: 15.0\u00a0points better" in said.paragraph
@@ -207,6 +207,8 @@ def test_verdict_names_what_was_forgotten_and_how_far_it_fell():
 
 def test_verdict_admits_that_protection_gained_nothing():
     assert "the protection gained nothing" in with_bounds(0.9, 0.9, 0.9).paragraph
+    assert "5.0\u00a0points better: on this stream the protection cost more" in (
+        with_bounds(0.9, 0.9, 0.95).paragraph)
 
 
 def test_verdict_admits_that_nothing_was_learned():
@@ -222,7 +224,7 @@ def test_verdict_names_one_bad_task_behind_a_good_mean():
     table[-1][3] = 0.82                                   # 8 points, 0.7 on average
     said = verdict(read_facts(minimal(table)))
     assert said.status == "fair"
-    assert "“3” lost noticeably" in said.headline
+    assert "task “3” lost noticeably" in said.headline
 
 
 def test_verdict_admits_that_no_bound_was_run():
@@ -231,10 +233,14 @@ def test_verdict_admits_that_no_bound_was_run():
 
 def test_few_test_images_and_skipped_images_are_said():
     result = sample(2)
-    result["tasks"][0] |= {"test_images": 50, "bad_images": 2}
+    result["tasks"][0] |= {"test_images": 50, "bad_images": [
+        {"id": f"train/<b>{i}.png", "reason": "truncated"} for i in range(2)]}
     cautions = " ".join(verdict(read_facts(result)).cautions)
     assert "2 unreadable images were left out" in cautions
     assert "50 images, so one image is 2.0\u00a0points" in cautions
+    text = Page(render(result)).text
+    assert "Images left out (2)" in text
+    assert "train/<b>1.png truncated" in text
 
 
 def test_break_even_counts_the_shared_part():
@@ -367,3 +373,10 @@ def test_our_training_time_leaves_out_the_bounds():
     assert read_facts(result).ours.seconds == 7.5
     del result["seconds"]["per_task"]
     assert read_facts(result).ours.seconds == 99.0
+
+
+def test_the_training_stage_says_how_much_of_it_was_ours():
+    result = sample(2)
+    assert "were ours" not in render(result)
+    result["seconds"]["per_task"] = [{"name": "a", "train": 3.0}, {"name": "b", "train": 4.5}]
+    assert "7.5 s were ours, the rest the bounds" in Page(render(result)).text
