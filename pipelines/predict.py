@@ -7,19 +7,23 @@ model, `partialhn.predict.Predictor` answers, one row an image is written.
 import dataclasses
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from partialhn.datasets import BadImage, decode_images
 from partialhn.errors import InputError
 from partialhn.predict import Predictor
 from partialhn.readers import open_images
 from partialhn.stream import ImageTable
 from pipelines.registry import connect
 from pipelines.storage import Storage, open_storage
+from pipelines.versions import Version
 
 BATCH = 256
 """Images labelled at once."""
@@ -36,6 +40,9 @@ class Predicted:
     """What was done, for a line to the user."""
 
     images: int
+    """Rows written."""
+    bad: tuple[BadImage, ...]
+    """Images left out (on_bad_image skip)."""
     task: str
     """The task's name, also where its index was given."""
     labels: dict[str, int]
@@ -47,6 +54,7 @@ class Predicted:
 
 def predict_to_parquet(model: str, task: str, images: str, output: str,
                        storage: str = "partialhn-store", tracking_uri: str | None = None,
+                       on_bad_image: Literal["error", "skip"] = "error",
                        progress: Callable[[int, int], None] | None = None) -> Predicted:
     """Labels all images of a folder, a file or a Parquet file with the classes of one task.
 
@@ -60,6 +68,7 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
             probability, and classes and probabilities (lists in the same order).
         storage: the storage that `partialhn train` was given; finds the default registry.
         tracking_uri: MLflow server or database, as for `partialhn train`.
+        on_bad_image: an unreadable image stops everything, or is listed and has no row.
         progress: called with the images done and the images in all.
 
     Raises: InputError for an unknown model, task or path, or an unreadable image, by name.
@@ -72,67 +81,72 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
     if target.is_local and Path(target.root).is_dir():
         raise InputError(f"output {output!r} is a folder; allowed: a file to write, for example "
                          f"{output.rstrip('/')}/predictions.parquet")
-    name, labels = _task_name(predictor, task), dict[str, int]()
-    metadata = {"model_uri": version.uri, "run_id": version.run_id,
-                "weights_hash": version.tags["weights_hash"]}
+    name = predictor.tasks[predictor.task_index(task)]
+    label = _Labeller(predictor, name, on_bad_image)
+    counts, bad, done = Counter[str](), list[BadImage](), 0
     with tempfile.TemporaryDirectory(prefix=".partialhn-", dir=_folder_of(target)) as folder:
         draft = Path(folder) / "predictions.parquet"
-        with pq.ParquetWriter(draft, SCHEMA.with_metadata(metadata)) as writer:
-            done = 0
-            for rows in _predictions(predictor, name, table, _base(table, source.root)):
+        with pq.ParquetWriter(draft, SCHEMA.with_metadata(_origin(version))) as writer:
+            for images_B, ids_B in _batches(table, _base(table, source.root)):
+                rows, skipped = label(images_B, ids_B)
                 writer.write_table(rows)
-                for label in rows.column("label").to_pylist():
-                    labels[label] = labels.get(label, 0) + 1
-                done += len(rows)
+                counts.update(rows.column("label").to_pylist())
+                bad += skipped
+                done += len(images_B)
                 if progress:
                     progress(done, len(table))
         _publish(draft, target)
-    ordered = dict(sorted(labels.items(), key=lambda item: -item[1]))
-    return Predicted(len(table), name, ordered, version.uri, target.uri)
+    return Predicted(len(table) - len(bad), tuple(bad), name, dict(counts.most_common()),
+                     version.uri, target.uri)
 
 
-def _predictions(predictor: Predictor, task: str, table: ImageTable,
-                 base: str) -> Iterator[pa.Table]:
-    """Tables of SCHEMA, at most BATCH rows each, in the order of the images."""
+def _origin(version: Version) -> dict[str, str]:
+    """What the file says of its making, in its schema's metadata."""
+    return {"model_uri": version.uri, "run_id": version.run_id,
+            "weights_hash": version.tags["weights_hash"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Labeller:
+    """Answers for batches of images of one task, good images at least."""
+
+    predictor: Predictor
+    task: str
+    on_bad: Literal["error", "skip"]
+
+    def __call__(self, images: list[bytes], ids: list[str]) -> tuple[pa.Table, list[BadImage]]:
+        """A table of SCHEMA, and the images that have no row in it."""
+        bad: list[BadImage] = []
+        try:
+            found = self.predictor.predict(images, self.task)
+        except InputError:  # which image is it? the names are known here
+            data = self.predictor.model.config.data
+            decoded = decode_images(images, ids, data.input_size, on_bad=self.on_bad,
+                                    max_pixels=data.max_image_pixels)
+            images, ids = ([values[i] for i in decoded.index_B] for values in (images, ids))
+            found, bad = self.predictor.predict(images, self.task), decoded.bad
+        probabilities_BK = found.probabilities_BK.astype(np.float64)
+        count, likeliest_B = len(ids), probabilities_BK.max(axis=1, initial=0)
+        return pa.table([ids, [self.task] * count, found.labels, likeliest_B,
+                         [list(found.classes)] * count, probabilities_BK.tolist()],
+                        schema=SCHEMA), bad
+
+
+def _batches(table: ImageTable, base: str) -> Iterator[tuple[list[bytes], list[str]]]:
+    """Encoded images and their ids, at most BATCH at a time, in the table's order."""
     chunk = _chunk_size(table)
     for start in range(0, len(table), chunk):
         part = table.take(np.arange(start, min(start + chunk, len(table))))
         images = part.read()
         ids = [name.removeprefix(base) for name in part.ids()]
         for first in range(0, len(part), BATCH):
-            yield _label(predictor, task, images[first:first + BATCH], ids[first:first + BATCH])
-
-
-def _label(predictor: Predictor, task: str, images: list[bytes], ids: list[str]) -> pa.Table:
-    try:
-        found = predictor.predict(images, task)
-    except InputError:
-        for image, name in zip(images, ids, strict=True):  # which one was it?
-            try:
-                predictor.predict([image], task)
-            except InputError as error:
-                raise InputError(f"image {name}: {error}") from error
-        raise
-    probabilities_BK = found.probabilities_BK.astype(np.float64)
-    return pa.table([ids, [task] * len(ids), found.labels, probabilities_BK.max(axis=1),
-                     [list(found.classes)] * len(ids), probabilities_BK.tolist()], schema=SCHEMA)
+            yield images[first:first + BATCH], ids[first:first + BATCH]
 
 
 def _chunk_size(table: ImageTable) -> int:
     """Images to read at once: a whole number of batches of about READ_BYTES."""
     size = sum(info.size or 0 for info in table.filesystem.get_file_info(list(table.files)))
     return BATCH * int(np.clip(READ_BYTES * len(table) / max(size, 1) / BATCH, 1, 256))
-
-
-def _task_name(predictor: Predictor, task: str) -> str:
-    """The name of the task given by name or index; the predictor objects to anything else."""
-    names = list(predictor.tasks)
-    if task in names:
-        return task
-    if task.isdecimal() and int(task) < len(names):
-        return names[int(task)]
-    raise InputError(f"task is {task!r}; this version knows: {', '.join(names)} (or an index, "
-                     f"0 to {len(names) - 1})")
 
 
 def _base(table: ImageTable, root: str) -> str:

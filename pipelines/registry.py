@@ -8,7 +8,6 @@ again makes nothing twice. MLflow is imported when first used: importing it take
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import io
@@ -18,6 +17,8 @@ import os
 import re
 import tempfile
 import typing
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 from partialhn import __version__
 from partialhn.errors import InputError
+from pipelines.matrix import Matrix, matrix_csv, matrix_figure
 from pipelines.storage import Storage
+from pipelines.versions import CHAMPION, Registration, Version, task_alias
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,7 +36,6 @@ if TYPE_CHECKING:
 
     from partialhn.predict import Predictor
 
-CHAMPION = "champion"
 MAX_PARAM = 6000
 """Characters MLflow keeps of a parameter; a longer one ends in its hash."""
 MAX_EXAMPLE_BYTES = 32 * 1024
@@ -41,66 +43,6 @@ REQUIREMENTS = ("torch", "torchvision", "numpy", "pandas", "pillow", "pyarrow", 
                 "safetensors", "mlflow")
 _EPOCH_KEYS = ("loss", "cross_entropy", "regulariser", "accuracy", "validation_accuracy", "seconds")
 _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
-
-
-@dataclasses.dataclass(frozen=True)
-class Registration:
-    """What a registered version is tagged with."""
-
-    stream: str
-    work: str
-    """Names what is learned: the stream's configuration and data."""
-    task: str
-    task_index: int
-    classes: tuple[str, ...]
-    trunk_fingerprint: str
-    feature_keys: tuple[str, ...]
-    weights_hash: str
-    acc: float
-    """Mean accuracy over the tasks so far, after this one; 0 to 1, like the two below."""
-    learning_accuracy: float
-    forgetting: float
-    storage: str
-    """Where the features lie: <storage>/features/<key>."""
-
-    def tags(self) -> dict[str, str]:
-        """Strings for MLflow; tuples become JSON lists."""
-        return {key: json.dumps(value) if isinstance(value, tuple) else str(value)
-                for key, value in dataclasses.asdict(self).items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Version:
-    """One registered version of a stream's model."""
-
-    stream: str
-    version: int
-    run_id: str
-    aliases: tuple[str, ...]
-    tags: Mapping[str, str]
-
-    @property
-    def uri(self) -> str:
-        return f"models:/{self.stream}/{self.version}"
-
-    @property
-    def task(self) -> str:
-        return self.tags["task"]
-
-    @property
-    def task_index(self) -> int:
-        return int(self.tags["task_index"])
-
-
-def task_alias(task: str) -> str:
-    """The alias of the version that introduced a task: task-<name> in MLflow's alphabet.
-
-    A name with other characters gets them replaced by - and a short hash, so that two names
-    never share an alias.
-    """
-    clean = re.sub(r"[^A-Za-z0-9_-]", "-", task)[:200]
-    return f"task-{clean}" if clean == task else (
-        f"task-{clean}-{hashlib.sha256(task.encode()).hexdigest()[:6]}")
 
 
 def default_tracking_uri(storage: Storage) -> str:
@@ -129,11 +71,13 @@ def connect(storage: Storage, tracking_uri: str | None = None, create: bool = Tr
 
     _quiet()
     try:
+        _check_server(uri)
         with _exclusive(database) if database else contextlib.nullcontext():
             client = MlflowClient(tracking_uri=uri)
             client.search_registered_models(max_results=1)
-    except MlflowException as error:
-        raise InputError(f"MLflow at {uri!r} does not answer: {error.message}") from error
+    except (MlflowException, OSError, ImportError) as error:
+        raise InputError(f"MLflow at {uri!r} does not answer: {error}; allowed: an http(s):// "
+                         "server, sqlite:///file or another database") from error
     return Registry(client, uri, storage)
 
 
@@ -174,17 +118,13 @@ class Registry:
         """Single values, for example acc and forgetting after each task (step = task index)."""
         self._log_points(run_id, [(key, value, step) for key, value in metrics.items()])
 
-    def log_matrix(self, run_id: str, accuracy_matrix: Sequence[Sequence[float | None]],
-                   tasks: Sequence[str]) -> None:
+    def log_matrix(self, run_id: str, accuracy_matrix: Matrix, tasks: Sequence[str]) -> None:
         """The accuracy matrix as a figure (PNG) and tables (CSV, JSON), replacing earlier ones."""
-        rows = [["after", *tasks], *([tasks[i], *row] for i, row in enumerate(accuracy_matrix))]
-        lines = [",".join("" if value is None else str(value).replace(",", ";") for value in row)
-                 for row in rows]
-        self._client.log_text(run_id, "\n".join(lines) + "\n", "accuracy_matrix.csv")
+        self._client.log_text(run_id, matrix_csv(accuracy_matrix, tasks), "accuracy_matrix.csv")
         self._client.log_dict(run_id, {"tasks": list(tasks), "accuracy_matrix":
                                        [list(row) for row in accuracy_matrix]},
                               "accuracy_matrix.json")
-        self._client.log_figure(run_id, _matrix_figure(accuracy_matrix, tasks),
+        self._client.log_figure(run_id, matrix_figure(accuracy_matrix, tasks),
                                 "accuracy_matrix.png")
 
     def log_file(self, run_id: str, path: str | Path) -> None:
@@ -415,30 +355,6 @@ def _small(image: bytes) -> bytes:
     return small.getvalue()
 
 
-def _matrix_figure(accuracy_matrix: Sequence[Sequence[float | None]], tasks: Sequence[str]) -> Any:
-    import numpy as np
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    accuracy_TT = np.array([[np.nan if v is None else v for v in row] for row in accuracy_matrix])
-    side = min(3 + 0.45 * len(tasks), 14)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = axes.imshow(accuracy_TT, vmin=0, vmax=1, cmap="viridis")
-    axes.set(xlabel="accuracy on task", ylabel="after learning task", title="Accuracy matrix")
-    if len(tasks) <= 40:
-        axes.set_xticks(range(len(tasks)), tasks, rotation=90)
-        axes.set_yticks(range(len(tasks)), tasks)
-    if len(tasks) <= 12:
-        for (i, j), value in np.ndenumerate(accuracy_TT):
-            if not np.isnan(value):
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8,
-                          color="black" if value > 0.6 else "white")
-    figure.colorbar(image)
-    return figure
-
-
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -466,6 +382,14 @@ def _quiet() -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
         # it warns where pip is not installed, as in an environment made by uv
         logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
+
+
+def _check_server(uri: str) -> None:
+    """Fails within seconds where no server is; MLflow alone would try again for minutes."""
+    if uri.startswith(("http://", "https://")):
+        # an HTTPError is an answer too, if only a request for credentials
+        with contextlib.suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=15).close()
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 import json
 from collections.abc import Sequence
 
-from pipelines.registry import CHAMPION, Version, connect
+from pipelines.registry import connect
 from pipelines.storage import open_storage
+from pipelines.versions import CHAMPION, Version
 
 _COLUMNS = ("task", "name", "classes", "version", "acc", "learned", "forgotten", "aliases")
 
