@@ -9,12 +9,12 @@ Nothing is ever pickled, so loading a checkpoint cannot run code.
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as pafs
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,7 +29,7 @@ TENSORS, FIELDS = "model.safetensors", "model.json"
 
 
 def save(folder: Path, kind: str, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
-    """Writes a checkpoint folder; an older one of the same name is replaced in one step."""
+    """Writes a checkpoint folder; an older one of the same name is replaced."""
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     draft.mkdir(parents=True)
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
@@ -38,12 +38,29 @@ def save(folder: Path, kind: str, tensors: dict[str, Tensor], fields: dict[str, 
     head = {"format": FORMAT, "kind": kind, "tensors_sha256": digest}
     (draft / FIELDS).write_text(json.dumps(head | fields, indent=1), encoding="utf-8")
     if folder.exists():
-        old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        os.replace(folder, old)
-        os.replace(draft, folder)
-        shutil.rmtree(old)
-    else:
-        os.replace(draft, folder)
+        shutil.rmtree(folder)
+    draft.replace(folder)
+
+
+def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
+    """Copies a checkpoint folder to any filesystem, the fields last: without them it is nothing."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        Path(target).mkdir(parents=True, exist_ok=True)
+    for name in (TENSORS, FIELDS):
+        with filesystem.open_output_stream(f"{target}/{name}") as sink:
+            sink.write((folder / name).read_bytes())
+
+
+def fetch(filesystem: pafs.FileSystem, source: str, folder: Path) -> bool:
+    """Copies a checkpoint folder from any filesystem; False where there is no whole one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (FIELDS, TENSORS):
+        try:
+            with filesystem.open_input_file(f"{source}/{name}") as stream:
+                (folder / name).write_bytes(stream.readall())
+        except FileNotFoundError:
+            return False
+    return True
 
 
 def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -25,7 +25,7 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class FeatureJob:
     """One split of one task, to be turned into features."""
 
@@ -76,7 +76,7 @@ def compute_shard(store: FeatureStore, trunk: Trunk, job: FeatureJob, index: int
     part = job.table.take(rows_N)
     decoded = decode(part, recipe.input_size, recipe.transform, job.on_bad_image,
                      job.max_image_pixels, recipe.seed)
-    kept = decoded.index_B
+    kept = decoded.index_B.numpy()
     z_NVCHW = torch.stack([
         run_trunk(trunk, augment(decoded.images_BCHW, rows_N[kept], total, view,
                                  cast(Augment, recipe.augment), recipe.seed))

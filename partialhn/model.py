@@ -57,6 +57,11 @@ class Head(nn.Module):
         """Numbers in a task's norm vector: a scale and a shift for every normalised channel."""
         return 2 * sum(self.norm_widths)
 
+    @property
+    def weight_count(self) -> int:
+        """Convolution weights of one task's head."""
+        return sum(tensor.rows * tensor.row_length for tensor in self.convolutions)
+
     def first_norm(self) -> Tensor:
         """Scales of one, then shifts of zero."""
         half = self.norm_length // 2

@@ -186,34 +186,36 @@ class Learner:
         self.strategy, self.config = strategy.to(device), config
         self.device = torch.device(device)
         self.workers = workers or Workers()
-        self.rows: list[tuple[float, ...]] = []
-        """Accuracy rows of the finished tasks."""
-        self.epochs_done = 0
-        self.train_seconds = 0.0
+        self.epochs: list[EpochRecord] = []
+        self.finished: list[TaskRecord] = []
         self._optimiser: torch.optim.Optimizer | None = None
 
     def learn(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord | TaskRecord]:
         """Learns the tasks that are not finished yet, in order."""
-        while len(self.rows) < len(tasks):
+        while len(self.finished) < len(tasks):
             yield from self._experience(tasks)
 
+    @property
+    def epochs_done(self) -> int:
+        """Finished epochs of the running experience."""
+        return sum(record.task_index == len(self.finished) for record in self.epochs)
+
     def _experience(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord | TaskRecord]:
-        index = len(self.rows)
+        index = len(self.finished)
         task = tasks[index]
         if self._optimiser is None:
             self._begin(index, task.classes)
         optimiser = cast(torch.optim.Optimizer, self._optimiser)
         for record in fit_experience(self.strategy, index, task, self.config, optimiser,
                                      epochs_done=self.epochs_done, workers=self.workers):
-            self.epochs_done = record.epoch
-            self.train_seconds += record.seconds
+            self.epochs.append(record)
             yield record
         start = time.perf_counter()
         row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
-        finished = TaskRecord(task.name, index, row, self.train_seconds,
-                              time.perf_counter() - start)
-        self.rows.append(row)
-        self.epochs_done, self.train_seconds, self._optimiser = 0, 0.0, None
+        trained = sum(record.seconds for record in self.epochs if record.task_index == index)
+        finished = TaskRecord(task.name, index, row, trained, time.perf_counter() - start)
+        self.finished.append(finished)
+        self._optimiser = None
         yield finished
 
     def _begin(self, index: int, classes: int) -> None:
@@ -230,8 +232,9 @@ class Learner:
             tensors |= {f"experience.{key}": value
                         for key, value in self.strategy.experience_state().items()}
             tensors |= optimiser_tensors(self._optimiser, self._trainable())
-        return tensors, {"classes": self.strategy.classes, "rows": [list(r) for r in self.rows],
-                         "epochs_done": self.epochs_done, "train_seconds": self.train_seconds}
+        return tensors, {"classes": list(self.strategy.classes),
+                         "epochs": [dataclasses.asdict(record) for record in self.epochs],
+                         "finished": [dataclasses.asdict(record) for record in self.finished]}
 
     def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
         """Takes back `state` into a fresh learner of the same configuration."""
@@ -239,12 +242,12 @@ class Learner:
             self.strategy.add_task(classes)
         self.strategy.to(self.device)
         self.strategy.load_state_dict(_below(tensors, "strategy."), strict=True)
-        self.rows = [tuple(row) for row in fields["rows"]]
-        self.epochs_done = fields["epochs_done"]
-        self.train_seconds = fields["train_seconds"]
-        if len(self.rows) == len(self.strategy.classes):
+        self.epochs = [EpochRecord(**record) for record in fields["epochs"]]
+        self.finished = [TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])})
+                         for record in fields["finished"]]
+        if len(self.finished) == len(self.strategy.classes):
             return
-        self._begin(len(self.rows), self.strategy.classes[-1])
+        self._begin(len(self.finished), self.strategy.classes[-1])
         self.strategy.restore_experience(
             {key: value.to(self.device)
              for key, value in _below(tensors, "experience.").items()})

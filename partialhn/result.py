@@ -1,0 +1,127 @@
+"""What a run measured: the fields of `result.json` that need no registry."""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import partialhn
+from partialhn.checkpoint import Model
+from partialhn.config import Config
+from partialhn.featurise import FeatureJob
+from partialhn.metrics import summarise
+from partialhn.store import Manifest
+from partialhn.stream import Experience
+from partialhn.train import EpochRecord, Learner, TaskRecord
+
+LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "numpy")
+
+
+class Clock:
+    """Wall seconds of a run, stage by stage."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """Books the time since the last lap to a stage."""
+        now = time.perf_counter()
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one strategy did on a stream."""
+
+    epochs: tuple[EpochRecord, ...]
+    finished: tuple[TaskRecord, ...]
+    task_bytes: tuple[int, ...]
+    """Bytes that each task added to the checkpoint."""
+
+    @staticmethod
+    def of(learner: Learner) -> "Outcome":
+        """The outcome so far of a learner."""
+        tasks = range(len(learner.finished))
+        return Outcome(tuple(learner.epochs), tuple(learner.finished),
+                       tuple(learner.strategy.task_bytes(task) for task in tasks))
+
+    @property
+    def accuracy_TT(self) -> list[list[float | None]]:
+        """R as rows, None above the diagonal."""
+        total = len(self.finished)
+        return [[*record.accuracy_row, *[None] * (total - len(record.accuracy_row))]
+                for record in self.finished]
+
+    def fields(self) -> dict[str, Any]:
+        """Metrics, seconds and bytes of this strategy."""
+        summary = summarise(self.accuracy_TT)
+        return {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
+                "forgetting": summary.forgetting, "bwt": summary.backward_transfer,
+                "accuracy_matrix": self.accuracy_TT,
+                "bytes_per_task": round(sum(self.task_bytes) / len(self.task_bytes)),
+                "train_seconds": round(sum(r.train_seconds for r in self.finished), 3)}
+
+
+def result_fields(config: Config, experiences: Sequence[Experience], macs: Mapping[str, float],
+                  features: Mapping[FeatureJob, Manifest], decoded: int,
+                  outcomes: Mapping[str, Outcome], stages: Mapping[str, float]) -> dict[str, Any]:
+    """The fields of `result.json` but for names, versions and sizes of what is registered.
+
+    `decoded`: images that were decoded for features in this run. `stages`: seconds by stage.
+    """
+    ours = outcomes[config.train.strategy]
+    bounds = {name: outcome.fields() for name, outcome in outcomes.items()
+              if name != config.train.strategy}
+    for fields in bounds.values():
+        fields["seconds"] = fields.pop("train_seconds")
+    own = ours.fields()
+    del own["train_seconds"]
+    return own | {
+        "config": config.to_dict(), "seed": config.train.seed, "strategy": config.train.strategy,
+        "tasks": [_task_fields(experience, features) for experience in experiences],
+        "seconds": {"total": round(sum(stages.values()), 3),
+                    "stages": {key: round(value, 3) for key, value in stages.items()},
+                    "per_task": [{"name": record.task, "train": round(record.train_seconds, 3),
+                                  "evaluate": round(record.evaluate_seconds, 3)}
+                                 for record in ours.finished]},
+        "feature_bytes": sum(manifest.bytes for manifest in features.values()),
+        "feature_keys": [manifest.key for manifest in features.values()],
+        "images_decoded": decoded, "peak_rss_bytes": peak_rss_bytes(), "macs": dict(macs),
+        "bounds": bounds, "epochs": [dataclasses.asdict(record) for record in ours.epochs],
+        "partialhn_version": partialhn.__version__,
+        "versions_of_libraries": {name: metadata.version(name) for name in LIBRARIES}}
+
+
+def model_sizes(model: Model) -> dict[str, Any]:
+    """Numbers and bytes of a model's parts."""
+    def size(tensors: Mapping[str, Any]) -> int:
+        return int(sum(value.numel() * value.element_size() for value in tensors.values()))
+
+    state = model.strategy.state_dict()
+    owned = {key: value for key, value in state.items() if key.startswith("tasks.")}
+    trunk = model.trunk.state_dict()
+    return {"trunk_bytes": size(trunk), "shared_bytes": size(state) - size(owned),
+            "weights": {"generated": model.strategy.head.weight_count,
+                        "trunk": sum(value.numel() for value in trunk.values())}}
+
+
+def _task_fields(experience: Experience,
+                 features: Mapping[FeatureJob, Manifest]) -> dict[str, Any]:
+    mine = {job.split: manifest for job, manifest in features.items()
+            if job.task == experience.name}
+    return {"name": experience.name, "classes": list(experience.classes),
+            **{f"{split}_images": mine[split].rows if split in mine else 0
+               for split in ("train", "validation", "test")},
+            "bad_images": [{"id": name, "reason": reason} for manifest in mine.values()
+                           for name, reason in manifest.bad],
+            "transform": experience.transform}
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process and of children that ended (Linux: kibibytes)."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss
+                      for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

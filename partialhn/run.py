@@ -1,0 +1,158 @@
+"""A whole stream in one process: the main job without a cluster, and the oracle of `pipelines/`.
+
+    network = trained on the first task | trunk, head = cut at the freeze depth
+    features of every task, computed once | one experience after the other | a Model
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+
+from partialhn.backbone import (
+    Network,
+    Trunk,
+    build_network,
+    check_depth,
+    multiply_adds,
+    split,
+)
+from partialhn.checkpoint import Model, TaskInfo
+from partialhn.config import Config, StrategyName
+from partialhn.datasets import open_stream
+from partialhn.featurise import (
+    FeatureJob,
+    Split,
+    commit_features,
+    compute_shard,
+    feature_jobs,
+    feature_shape,
+)
+from partialhn.model import Head, check_feature_size, trained_convolutions
+from partialhn.pretrain import fit_network, load_network
+from partialhn.result import Clock, Outcome, result_fields
+from partialhn.store import FeatureSet, FeatureStore, Manifest
+from partialhn.strategies import STRATEGIES, Strategy
+from partialhn.stream import Experience
+from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord
+
+Report = Callable[[EpochRecord | TaskRecord], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What every strategy of a stream has in common."""
+
+    trunk: Trunk
+    head: Head
+    base: list[torch.Tensor]
+    """The trained network's own convolutions above the cut, for residual generation."""
+    macs: dict[str, float]
+    """Multiply-adds of one image through trunk and head, and the trunk's share."""
+
+    def strategy(self, config: Config) -> Strategy:
+        """A fresh strategy as configured, before its first task."""
+        return STRATEGIES[config.train.strategy](self.head, config, self.base)
+
+
+def cut(config: Config, network: Network) -> Parts:
+    """Cuts the network at the configured depth."""
+    depth = config.backbone.freeze_depth
+    trunk, stages = split(network, depth)
+    size = config.data.input_size
+    images_BCHW = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    z_BCHW = trunk(images_BCHW)
+    below = multiply_adds(trunk, images_BCHW)
+    above = multiply_adds(stages, z_BCHW) + network.width * 2
+    return Parts(trunk, Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups),
+                 trained_convolutions(network, depth),
+                 {"trunk": below, "head": above, "frozen_share": below / (below + above)})
+
+
+def check(config: Config) -> None:
+    """Refuses what cannot work before anything is read or trained. Raises: InputError."""
+    network = build_network(config.backbone.backbone, 2)
+    depth = config.backbone.freeze_depth
+    check_depth(config.backbone.backbone, depth)
+    check_feature_size(config.hypernet.norm, network, depth, config.data.input_size)
+    Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups)
+
+
+def collect(store: FeatureStore, jobs: Sequence[FeatureJob], manifests: Sequence[Manifest],
+            experiences: Sequence[Experience]) -> list[TaskFeatures]:
+    """Opens the features of every task."""
+    sets: dict[tuple[str, Split], FeatureSet] = {
+        (job.task, job.split): store.open(manifest)
+        for job, manifest in zip(jobs, manifests, strict=True)}
+    return [TaskFeatures(experience.name, len(experience.classes), sets[experience.name, "train"],
+                         sets.get((experience.name, "validation")), sets[experience.name, "test"])
+            for experience in experiences]
+
+
+def run_stream(config: Config, root: Path,
+               report: Report | None = None) -> tuple[Model, dict[str, Any]]:
+    """Learns the configured stream below `root` in this process.
+
+    Returns the model and the fields of `result.json` that need no registry. `report` is called
+    with every record as it comes.
+
+    Raises: InputError for anything the user can set right.
+    """
+    check(config)
+    report = report or (lambda record: None)
+    clock = Clock()
+    torch.set_num_threads(config.compute.threads or torch.get_num_threads())
+    filesystem = pafs.LocalFileSystem()
+    experiences = open_stream(config.data, root / "datasets")
+    clock.lap("data")
+    network = load_network(config, experiences[0], filesystem, str(root))
+    if network is None:
+        for record in fit_network(config, experiences[0], filesystem, str(root)):
+            report(record)
+        network = load_network(config, experiences[0], filesystem, str(root))
+    assert network is not None
+    clock.lap("trunk")
+    parts = cut(config, network)
+    store = FeatureStore(filesystem, str(root))
+    jobs = feature_jobs(config, experiences, parts.trunk)
+    manifests, decoded = _precompute(config, store, parts.trunk, jobs)
+    tasks = collect(store, jobs, manifests, experiences)
+    clock.lap("features")
+    outcomes, learned = {}, {}
+    for name in (config.train.strategy, *config.train.compare):
+        learner = Learner(parts.strategy(with_strategy(config, name)), config.train)
+        for record in learner.learn(tasks):
+            report(record)
+        outcomes[name], learned[name] = Outcome.of(learner), learner.strategy
+    clock.lap("train")
+    model = Model(config, parts.trunk, learned[config.train.strategy],
+                  tuple(TaskInfo(each.name, each.classes) for each in experiences))
+    fields = result_fields(config, experiences, parts.macs, dict(zip(jobs, manifests, strict=True)),
+                           decoded, outcomes, clock.laps)
+    model.facts = {"accuracy_matrix": fields["accuracy_matrix"]}
+    model.save(root / "models" / config.work_hash())
+    return model, fields | {"weights_hash": model.weights_hash()}
+
+
+def _precompute(config: Config, store: FeatureStore, trunk: Trunk,
+                jobs: Sequence[FeatureJob]) -> tuple[list[Manifest], int]:
+    size = config.data.input_size
+    shape_CHW = feature_shape(trunk, torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    manifests, decoded = [], 0
+    for job in jobs:
+        manifest = store.find(job.recipe)
+        if manifest is None:
+            shards = [compute_shard(store, trunk, job, index) for index in range(job.shards)]
+            manifest = commit_features(store, job, shards, shape_CHW)
+            decoded += manifest.rows
+        manifests.append(manifest)
+    return manifests, decoded
+
+
+def with_strategy(config: Config, name: StrategyName) -> Config:
+    """The same configuration for another strategy."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, strategy=name,
+                                                                 compare=()))
