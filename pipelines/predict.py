@@ -144,7 +144,9 @@ def _batches(table: ImageTable, base: str) -> Iterator[tuple[list[bytes], list[s
 
 
 def _chunk_size(table: ImageTable) -> int:
-    """Images to read at once: a whole number of batches of about READ_BYTES."""
+    """Images to read at once: image files a batch, Parquet rows about READ_BYTES."""
+    if (table.row_N < 0).any():
+        return BATCH
     size = sum(info.size or 0 for info in table.filesystem.get_file_info(list(table.files)))
     return BATCH * int(np.clip(READ_BYTES * len(table) / max(size, 1) / BATCH, 1, 256))
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 CHAMPION = "champion"
 """Alias of the newest version."""
@@ -49,6 +50,11 @@ class Version:
     @property
     def uri(self) -> str:
         return f"models:/{self.stream}/{self.version}"
+
+    def fields(self) -> dict[str, Any]:
+        """The entry of `versions` in result.json."""
+        return {"task": self.task, "version": self.version, "uri": self.uri,
+                "run_id": self.run_id, "aliases": list(self.aliases)}
 
     @property
     def task(self) -> str:

@@ -48,7 +48,7 @@ def photo(number: int) -> bytes:
 
 
 def small_model(tasks: int) -> Model:
-    config = Config.from_dict({"hypernet": {"code_dim": 4}})
+    config = Config()
     trunk, head = empty_parts(config)
     strategy = STRATEGIES[config.train.strategy](head, config, None)
     for task in TASKS[:tasks]:
@@ -107,7 +107,8 @@ def test_one_version_a_task_with_tags_and_aliases(stream):
     first, second = stream.registry.versions("demo-1")
     assert (first.version, first.aliases) == (1, ("task-animals",))
     assert (second.version, set(second.aliases)) == (2, {"champion", task_alias("more things")})
-    assert second.uri == "models:/demo-1/2"
+    assert first.fields() == {"task": "animals", "version": 1, "uri": "models:/demo-1/1",
+                              "run_id": stream.runs[1], "aliases": ["task-animals"]}
     tags = second.tags
     assert json.loads(tags["classes"]) == ["cup", "hat", "key"]
     assert json.loads(tags["feature_keys"]) == ["key1", "shared"]
