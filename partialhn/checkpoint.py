@@ -21,7 +21,7 @@ from torch import Tensor
 from partialhn.backbone import Trunk, build_network, hash_tensors
 from partialhn.config import Config
 from partialhn.errors import InputError, IntegrityError
-from partialhn.model import Head
+from partialhn.model import Head, head_start
 from partialhn.strategies import STRATEGIES, Strategy
 
 FORMAT = 1
@@ -126,10 +126,10 @@ class Model:
             config = Config.from_dict(fields["config"])
             tasks = tuple(TaskInfo(task["name"], tuple(task["classes"]))
                           for task in fields["tasks"])
-            trunk, head = empty_parts(config)
-            strategy = STRATEGIES[config.train.strategy](head, config, None)
-            for task in tasks:
+            trunk, strategy = empty_parts(config)
+            for index, task in enumerate(tasks):
                 strategy.add_task(len(task.classes))
+                strategy.finish(index)
             trunk.load_state_dict(_below(tensors, "trunk."), strict=True)
             strategy.load_state_dict(_below(tensors, "strategy."), strict=True)
         except (KeyError, RuntimeError, InputError) as error:
@@ -142,12 +142,13 @@ class Model:
         return model
 
 
-def empty_parts(config: Config) -> tuple[Trunk, Head]:
-    """Trunk and head of the configured shapes; the trunk's weights are still to be loaded."""
+def empty_parts(config: Config) -> tuple[Trunk, Strategy]:
+    """Trunk and strategy of the configured shapes; their weights are still to be loaded."""
     network = build_network(config.backbone.backbone, classes=2)
-    depth = config.backbone.freeze_depth
-    return (Trunk(network, depth),
-            Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups))
+    depth, norm = config.backbone.freeze_depth, config.hypernet.norm
+    head = Head(network, depth, norm, config.hypernet.norm_groups)
+    start = head_start(network, depth, norm, 0)
+    return Trunk(network, depth), STRATEGIES[config.train.strategy](head, start, config)
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from partialhn.errors import InputError
 
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 Generator = Literal["additive", "bilinear"]
-Norm = Literal["instance", "group", "layer"]
+Norm = Literal["batch", "instance", "group", "layer"]
 Schedule = Literal["constant", "cosine"]
 StrategyName = Literal["partial_hn", "separate_heads", "naive"]
 
@@ -129,25 +129,33 @@ class HypernetConfig:
     """The hypernetwork that generates the head's weights."""
 
     generator: Generator = "bilinear"
-    """bilinear: one code a layer and task. additive: one embedding a task through a small
-    network, as published."""
+    """bilinear: one code a layer and task over shared columns. additive: one embedding a task
+    through a small network, as published."""
     code_dim: int = 128
-    """Length d of a task's code for each layer (bilinear) or of its embedding (additive)."""
+    """Length d of a task's code for each layer, which is the number of shared columns (bilinear),
+    or of its embedding (additive)."""
+    fresh_columns: int = 16
+    """Shared columns that each task after the first opens for itself (bilinear with residual).
+    Those opened before stay frozen while any are left, and nothing is forgotten; afterwards all
+    move, held by the regulariser. 0: all are open from the start."""
     hidden: tuple[int, ...] = (50, 32)
     """Widths of the network between embedding and rows (additive only)."""
     channel_dim: int = 32
     """Length of the embedding of an output channel (additive only)."""
     residual: bool = True
-    """Generate the difference to the trunk network's own later stages."""
-    norm: Norm = "instance"
-    """Normalisation inside the head; all of them look at one image alone."""
+    """Generate the difference to a head that the first task trains."""
+    norm: Norm = "batch"
+    """Normalisation inside the head. batch: by batch statistics while a task is learned, folded
+    into its scales and shifts when it is done. The others look at one image alone."""
     norm_groups: int = 8
-    """Channels groups of norm=group."""
-    beta: float = 0.01
+    """Channel groups of norm group."""
+    beta: float = 0.05
     """Strength of the regulariser that keeps the earlier tasks' weights."""
 
     def __post_init__(self) -> None:
         _require(self.code_dim >= 1, "code_dim", self.code_dim, "1 or more")
+        _require(0 <= self.fresh_columns <= self.code_dim, "fresh_columns", self.fresh_columns,
+                 f"0 to code_dim = {self.code_dim}")
         _require(self.channel_dim >= 1, "channel_dim", self.channel_dim, "1 or more")
         _require(len(self.hidden) >= 1 and all(n >= 1 for n in self.hidden), "hidden",
                  self.hidden, "one or more positive widths")

@@ -7,15 +7,20 @@ the generator is linear:
 
 `BilinearGenerator`: z_l(t, c) = x_tl * v_lc, with a code x_tl for each layer and task (ours).
 `AdditiveGenerator`: z_l(t, c) = [x_t ; v_lc], with x_t = mlp(e_t) (von Oswald et al. 2020, Hemati
-et al. 2023). Codes belong to their task and are frozen with it; A, b, v (and the mlp) are shared
-and drift, which is what the regulariser holds back. It needs no generated weight: with stars for
-the values at the start of the experience and u = [z ; z - z* ; 1],
+et al. 2023). With residual generation the first task trains base_l and the generator learns the
+differences of the later ones; otherwise base_l is zero and everything is generated.
+
+Codes belong to their task and are frozen with it; A, b, v (and the mlp) are shared. What may
+drift is held by the regulariser, which needs no generated weight: with stars for the values at
+the start of the experience and u = [z ; z - z* ; 1],
 
     W - W* = M u,   M = [A - A* | A* | b - b*],   sum over t, c of |M u|^2 = <M^T M, S>,
 
-where S = sum over t, c of u u^T has a closed form that costs nothing per task.
+where S = sum over t, c of u u^T has a closed form that costs nothing per task. A bilinear
+generator can also keep the columns of A and v apart: an earlier task's code is zero at columns
+that were opened after it, so while used columns stay frozen, nothing it knows can change.
 
-Legend: C output channels (rows), D row length, R row-code length, T earlier tasks.
+Legend: C output channels (rows), D row length, R row-code length, d columns, T earlier tasks.
 """
 
 import itertools
@@ -69,45 +74,56 @@ def drift_energy(drift: Drift, S_UU: Tensor) -> Tensor:
 
 
 class _Generator(nn.Module):
-    """What both generators share: A_l, b_l, base_l, their values at the experience's start."""
+    """What both generators share: A_l, b_l, v_l, base_l, and psi* at the experience's start."""
 
-    def __init__(self, tensors: Sequence[GeneratedTensor], row_dim: int,
-                 channel_dim: int) -> None:
+    def __init__(self, tensors: Sequence[GeneratedTensor], row_dim: int, channel_dim: int, *,
+                 residual: bool) -> None:
         super().__init__()
         self.tensors = tuple(tensors)
-        self.row_dim = row_dim
-        self.A = nn.ParameterList(torch.empty(t.row_length, row_dim) for t in self.tensors)
+        self.row_dim, self.residual = row_dim, residual
+        self.A = nn.ParameterList(torch.zeros(t.row_length, row_dim) for t in self.tensors)
         self.b = nn.ParameterList(torch.zeros(t.row_length) for t in self.tensors)
         self.v = nn.ParameterList(torch.empty(t.rows, channel_dim) for t in self.tensors)
-        for index, tensor in enumerate(self.tensors):
-            self.register_buffer(f"base_{index}", torch.zeros(tensor.rows, tensor.row_length))
+        self.base = nn.ParameterList(torch.zeros(t.rows, t.row_length) for t in self.tensors)
+        self.drifts = False
+        """Whether what is trained now can change the weights of earlier tasks."""
         self._star: dict[str, Tensor] = {}
 
-    def base(self, index: int) -> Tensor:
-        """base_l: (C, D), frozen; zeros without residual generation."""
-        return self.get_buffer(f"base_{index}")
-
     def set_base(self, weights: Sequence[Tensor]) -> None:
-        """Residual generation: starts from these weights and generates the difference."""
-        for index, weight in enumerate(weights):
-            self.base(index).copy_(weight.detach().reshape(self.base(index).shape))
+        """Residual generation: the first task trains on from these weights."""
+        for base, weight in zip(self.base, weights, strict=True):
+            base.data.copy_(weight.reshape(base.shape))
+
+    def next_code(self, previous: Tensor | None, task: int) -> Tensor:
+        """The code a task starts from: the previous task's, so that what it knows carries over."""
+        raise NotImplementedError
 
     def row_codes(self, code: Tensor, index: int) -> Tensor:
         """z_l(t, .): (C, R) for one task's code."""
         raise NotImplementedError
 
+    def rows(self, code: Tensor, index: int) -> Tensor:
+        """W_l(t): (C, D)."""
+        bias_CD = self.base[index] + self.b[index]
+        return torch.addmm(bias_CD, self.row_codes(code, index), self.A[index].T)
+
     def forward(self, code: Tensor) -> dict[str, Tensor]:
         """The head's convolution weights for one task, by name: once a step, for every image."""
-        weights = {}
-        for index, tensor in enumerate(self.tensors):
-            z_CR = self.row_codes(code, index)
-            rows_CD = torch.addmm(self.base(index) + self.b[index], z_CR, self.A[index].T)
-            weights[tensor.name] = rows_CD.view(tensor.shape)
-        return weights
+        return {tensor.name: self.rows(code, index).view(tensor.shape)
+                for index, tensor in enumerate(self.tensors)}
+
+    def begin(self, task: int) -> None:
+        """Decides what this experience may change, and keeps psi* where earlier tasks could."""
+        first = self.residual and task == 0
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith("base.") == first)
+        self.drifts = task > 0
+        self.snapshot()
 
     def snapshot(self) -> None:
         """Keeps psi*: the shared parameters as they are now."""
-        self._star = {name: value.detach().clone() for name, value in self.named_parameters()}
+        self._star = ({name: value.detach().clone() for name, value in self.named_parameters()
+                       if not name.startswith("base.")} if self.drifts else {})
 
     def star(self) -> dict[str, Tensor]:
         """psi* by parameter name, for the checkpoint of a running experience."""
@@ -137,23 +153,61 @@ class _Generator(nn.Module):
 class BilinearGenerator(_Generator):
     """W_l(t) = base_l + V_l diag(x_tl) A_l^T + b_l; codes are (L * d) numbers a task."""
 
-    def __init__(self, tensors: Sequence[GeneratedTensor], code_dim: int, *,
+    def __init__(self, tensors: Sequence[GeneratedTensor], columns: int, fresh: int, *,
                  residual: bool) -> None:
-        super().__init__(tensors, code_dim, code_dim)
-        self.code_length = len(self.tensors) * code_dim
+        """`fresh`: columns a task opens; 0 opens all of them for the first that uses any."""
+        super().__init__(tensors, columns, columns, residual=residual)
+        self.code_length = len(self.tensors) * columns
+        self.fresh = fresh if residual else 0
+        self._frozen, self._open = 0, columns
+        opened = self.fresh or columns
         for index, tensor in enumerate(self.tensors):
-            nn.init.normal_(self.v[index], std=code_dim ** -0.5)
-            nn.init.normal_(self.A[index],
-                            std=_row_scale(tensor) * (0.1 if residual else 1.0))
+            if residual:
+                nn.init.normal_(self.v[index], std=3 * opened ** -0.5)
+            else:
+                nn.init.normal_(self.v[index], std=columns ** -0.5)
+                nn.init.normal_(self.A[index], std=_row_scale(tensor))
 
-    def first_code(self) -> Tensor:
-        """The first task's code before it is trained: ones."""
-        return torch.ones(self.code_length)
+    def open_columns(self, task: int) -> int:
+        """Columns that tasks 0 to `task` use; a first task with a base of its own uses none."""
+        if self.residual and task <= 0:
+            return 0
+        return min(self.row_dim, task * self.fresh) if self.fresh else self.row_dim
+
+    def begin(self, task: int) -> None:
+        """While a task opens columns, those before them are frozen and nothing drifts."""
+        super().begin(task)
+        self._frozen, self._open = 0, self.open_columns(task)
+        before = self.open_columns(task - 1) if task else 0
+        if self.fresh and task and before < self._open:
+            self._frozen, self.drifts, self._star = before, False, {}
+            self.b.requires_grad_(False)
+
+    def next_code(self, previous: Tensor | None, task: int) -> Tensor:
+        """Ones at the columns the task opens, zeros at those not opened yet."""
+        code_Ld = (torch.zeros(len(self.tensors), self.row_dim) if previous is None
+                   else previous.detach().clone().view(len(self.tensors), self.row_dim))
+        before = self.open_columns(task - 1) if task else 0
+        code_Ld[:, before:self.open_columns(task)] = 1
+        return code_Ld.flatten()
 
     def row_codes(self, code: Tensor, index: int) -> Tensor:
         d = self.row_dim
         v_Cd: Tensor = self.v[index]
         return v_Cd * code[index * d:(index + 1) * d]
+
+    def rows(self, code: Tensor, index: int) -> Tensor:
+        """W_l(t): the frozen columns give their codes a gradient, the open ones all they have."""
+        rows_CD: Tensor = self.base[index] + self.b[index]
+        A_Dd, v_Cd = self.A[index], self.v[index]
+        x_d = code[index * self.row_dim:(index + 1) * self.row_dim]
+        used, own = slice(0, self._frozen), slice(self._frozen, self._open)
+        if self._frozen:
+            rows_CD = torch.addmm(rows_CD, v_Cd[:, used].detach() * x_d[used],
+                                  A_Dd[:, used].detach().T)
+        if self._open > self._frozen:
+            rows_CD = torch.addmm(rows_CD, v_Cd[:, own] * x_d[own], A_Dd[:, own].T)
+        return rows_CD
 
     def _moments(self, index: int, codes: Tensor) -> Tensor:
         d = self.row_dim
@@ -169,28 +223,24 @@ class AdditiveGenerator(_Generator):
 
     def __init__(self, tensors: Sequence[GeneratedTensor], code_dim: int, hidden: Sequence[int],
                  channel_dim: int, *, residual: bool) -> None:
-        super().__init__(tensors, hidden[-1] + channel_dim, channel_dim)
+        super().__init__(tensors, hidden[-1] + channel_dim, channel_dim, residual=residual)
         self.code_length = code_dim
-        widths = (code_dim, *hidden)
         layers: list[nn.Module] = []
-        for width_in, width in itertools.pairwise(widths):
+        for width_in, width in itertools.pairwise((code_dim, *hidden)):
             layers += [nn.Linear(width_in, width), nn.ReLU()]
         self.mlp = nn.Sequential(*layers[:-1])
         for index, tensor in enumerate(self.tensors):
             nn.init.normal_(self.v[index])
-            nn.init.normal_(self.A[index],
-                            std=_row_scale(tensor) * self.row_dim ** -0.5
-                            * (0.1 if residual else 1.0))
+            if not residual:
+                nn.init.normal_(self.A[index], std=_row_scale(tensor) * self.row_dim ** -0.5)
 
-    def first_code(self) -> Tensor:
-        """The first task's embedding before it is trained: standard normal."""
-        return torch.randn(self.code_length)
+    def next_code(self, previous: Tensor | None, task: int) -> Tensor:
+        """Standard normal for the first task."""
+        del task
+        return torch.randn(self.code_length) if previous is None else previous.detach().clone()
 
     def row_codes(self, code: Tensor, index: int) -> Tensor:
-        return self._rows(self.mlp(code), self.v[index])
-
-    @staticmethod
-    def _rows(x_H: Tensor, v_CE: Tensor) -> Tensor:
+        x_H, v_CE = self.mlp(code), self.v[index]
         return torch.cat([x_H.expand(len(v_CE), -1), v_CE], 1)
 
     def _moments(self, index: int, codes: Tensor) -> Tensor:
@@ -222,6 +272,7 @@ Hypernetwork = BilinearGenerator | AdditiveGenerator
 def build_generator(config: HypernetConfig, tensors: Sequence[GeneratedTensor]) -> Hypernetwork:
     """The generator that the configuration names."""
     if config.generator == "bilinear":
-        return BilinearGenerator(tensors, config.code_dim, residual=config.residual)
+        return BilinearGenerator(tensors, config.code_dim, config.fresh_columns,
+                                 residual=config.residual)
     return AdditiveGenerator(tensors, config.code_dim, config.hidden, config.channel_dim,
                              residual=config.residual)

@@ -4,6 +4,7 @@ Legend: B batch, C channels, H W spatial, F features before the classifier, K cl
 """
 
 import copy
+from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 import torch
@@ -19,21 +20,52 @@ class HeadWeights(NamedTuple):
     """Everything a head needs for one task: omega_t.
 
     convolutions: by name, generated or owned. norm: all scales, then all shifts, in one vector of
-    2 N. classifier_KF and bias_K: the task's own.
+    2 N. classifier_KF and bias_K: the task's own. statistics: running means, then variances, 2 N,
+    while a task is learned with batch norm; None where they are folded into `norm`, and for the
+    other norms.
     """
 
     convolutions: dict[str, Tensor]
     norm: Tensor
     classifier_KF: Tensor
     bias_K: Tensor
+    statistics: Tensor | None = None
+
+
+class HeadStart(NamedTuple):
+    """Where a head starts from before its first step."""
+
+    convolutions: list[Tensor]
+    norm: Tensor
+
+
+class TaskBatchNorm(nn.Module):
+    """Batch norm whose statistics belong to a task, and an affine map once they are folded.
+
+    While learning: batch statistics, and running ones kept. Otherwise: the running ones, so an
+    image's answer depends on no other image.
+    """
+
+    EPS, MOMENTUM = 1e-5, 0.1
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    def forward(self, z_BCHW: Tensor) -> Tensor:
+        return nn.functional.batch_norm(z_BCHW, self.get_buffer("mean"),
+                                        self.get_buffer("variance"), self.weight, self.bias,
+                                        self.training, self.MOMENTUM, self.EPS)
 
 
 class Head(nn.Module):
     """Applies the later stages, pooling and a classifier to features, with the weights given.
 
-    Its BatchNorms are replaced by a normalisation that looks at one image alone, so that a batch
-    needs one set of weights and an answer depends on no other image. Holds no parameter: the
-    skeleton lives on the meta device.
+    A batch needs one set of weights, and once a task is learned an answer depends on no other
+    image. Holds no parameter: the skeleton lives on the meta device.
     """
 
     def __init__(self, network: Network, freeze_depth: int, norm: Norm, norm_groups: int) -> None:
@@ -43,14 +75,19 @@ class Head(nn.Module):
         named = dict(stages.named_parameters())
         self.convolutions = tuple(GeneratedTensor(name, tuple(value.shape))
                                   for name, value in named.items() if value.dim() == 4)
-        scales = [name for name, value in named.items()
-                  if value.dim() == 1 and name.endswith("weight")]
-        self.norm_widths = tuple(len(named[name]) for name in scales)
-        self.norm_names = tuple(scales) + tuple(f"{name.removesuffix('weight')}bias"
-                                                for name in scales)
+        layers = [name.removesuffix(".weight") for name, value in named.items()
+                  if value.dim() == 1 and name.endswith(".weight")]
+        self.norm_widths = [len(named[f"{layer}.weight"]) for layer in layers]
+        self._norm_names = _names(layers, "weight", "bias")
+        self._statistic_names = _names(layers, "mean", "variance") if norm == "batch" else []
         self.width = network.width
         # kept from nn.Module's registry: the skeleton's parameters are nobody's weights
-        self.__dict__["skeleton"] = stages.to("meta")
+        self.__dict__["_skeleton"] = stages.to("meta")
+
+    def train(self, mode: bool = True) -> "Head":
+        """Batch norm uses the batch's own statistics while training."""
+        cast(nn.Module, self.__dict__["_skeleton"]).train(mode)
+        return super().train(mode)
 
     @property
     def norm_length(self) -> int:
@@ -62,16 +99,34 @@ class Head(nn.Module):
         """Convolution weights of one task's head."""
         return sum(tensor.rows * tensor.row_length for tensor in self.convolutions)
 
-    def first_norm(self) -> Tensor:
-        """Scales of one, then shifts of zero."""
-        half = self.norm_length // 2
-        return torch.cat([torch.ones(half), torch.zeros(half)])
+    def named(self, convolutions: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Convolution weights by name, given in the head's order."""
+        names = [tensor.name for tensor in self.convolutions]
+        return dict(zip(names, convolutions, strict=True))
+
+    def first_statistics(self) -> Tensor | None:
+        """Means of zero, then variances of one, for a task about to be learned with batch norm."""
+        return _halves(0.0, 1.0, self.norm_length) if self._statistic_names else None
+
+    def fold(self, norm: Tensor, statistics: Tensor) -> Tensor:
+        """The scales and shifts that do alone what batch norm with these statistics does."""
+        scale, shift = norm.chunk(2)
+        mean, variance = statistics.chunk(2)
+        folded = scale / (variance + TaskBatchNorm.EPS).sqrt()
+        return torch.cat([folded, shift - folded * mean])
 
     def embed(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
         """Features to pooled features of the last stage, (B, F)."""
-        values = torch.split(weights.norm, list(self.norm_widths * 2))
-        tensors = dict(zip(self.norm_names, values, strict=True)) | weights.convolutions
-        skeleton = cast(nn.Module, self.__dict__["skeleton"])
+        widths = self.norm_widths * 2
+        parts = torch.split(weights.norm, widths)
+        tensors = weights.convolutions | dict(zip(self._norm_names, parts, strict=True))
+        if self._statistic_names:
+            statistics = weights.statistics
+            if statistics is None:
+                statistics = _halves(0.0, 1.0 - TaskBatchNorm.EPS, self.norm_length).to(parts[0])
+            parts = torch.split(statistics, widths)
+            tensors |= dict(zip(self._statistic_names, parts, strict=True))
+        skeleton = cast(nn.Module, self.__dict__["_skeleton"])
         z_BCHW = cast(Tensor, torch.func.functional_call(skeleton, tensors, (z_BCHW,), strict=True))
         return z_BCHW.mean((2, 3))
 
@@ -81,10 +136,24 @@ class Head(nn.Module):
                                     weights.bias_K)
 
 
-def trained_convolutions(network: Network, freeze_depth: int) -> list[Tensor]:
-    """The network's own weights of the head's convolutions, in the head's order."""
+def head_start(network: Network, freeze_depth: int, norm: Norm, seed: int) -> HeadStart:
+    """What the first head starts from.
+
+    With batch norm the network's own later stages; they were trained with batch norm, and under
+    another normalisation a fresh start (Kaiming, fan out) does better.
+    """
     stages = head_stages(network, freeze_depth)
-    return [value for value in stages.parameters() if value.dim() == 4]
+    convolutions = [value.detach() for value in stages.parameters() if value.dim() == 4]
+    norms = [layer for layer in stages.modules() if isinstance(layer, nn.BatchNorm2d)]
+    scales = [layer.weight.detach() for layer in norms]
+    shifts = [layer.bias.detach() for layer in norms]
+    if norm != "batch":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            convolutions = [nn.init.kaiming_normal_(torch.empty(value.shape), mode="fan_out",
+                                                    nonlinearity="relu") for value in convolutions]
+        scales, shifts = [x * 0 + 1 for x in scales], [x * 0 for x in shifts]
+    return HeadStart(convolutions, torch.cat([*scales, *shifts]) if norms else torch.empty(0))
 
 
 def check_feature_size(norm: Norm, network: Network, freeze_depth: int, input_size: int) -> None:
@@ -104,6 +173,9 @@ def _replace_norms(module: nn.Module, norm: Norm, norm_groups: int) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             width = child.num_features
+            if norm == "batch":
+                setattr(module, name, TaskBatchNorm(width))
+                continue
             groups = {"instance": width, "layer": 1, "group": norm_groups}[norm]
             if width % groups:
                 raise InputError(f"norm_groups is {norm_groups}; allowed: a divisor of every width "
@@ -111,3 +183,11 @@ def _replace_norms(module: nn.Module, norm: Norm, norm_groups: int) -> None:
             setattr(module, name, nn.GroupNorm(groups, width))
         else:
             _replace_norms(child, norm, norm_groups)
+
+
+def _names(layers: list[str], first: str, second: str) -> list[str]:
+    return [f"{layer}.{first}" for layer in layers] + [f"{layer}.{second}" for layer in layers]
+
+
+def _halves(first: float, second: float, length: int) -> Tensor:
+    return torch.cat([torch.full((length // 2,), first), torch.full((length // 2,), second)])

@@ -1,11 +1,11 @@
 """A whole stream in one process: the main job without a cluster, and the oracle of `pipelines/`.
 
-    network = trained on the first task | trunk, head = cut at the freeze depth
-    features of every task, computed once | one experience after the other | a Model
+network = trained on the first task | trunk, head = cut at the freeze depth |
+features of every task, computed once | one experience after the other | a Model
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from partialhn.featurise import (
     feature_jobs,
     feature_shape,
 )
-from partialhn.model import Head, check_feature_size, trained_convolutions
+from partialhn.model import Head, HeadStart, check_feature_size, head_start
 from partialhn.pretrain import fit_network, load_network
 from partialhn.result import Clock, Outcome, result_fields
 from partialhn.store import FeatureSet, FeatureStore, Manifest
@@ -48,14 +48,14 @@ class Parts:
 
     trunk: Trunk
     head: Head
-    base: list[torch.Tensor]
-    """The trained network's own convolutions above the cut, for residual generation."""
+    start: HeadStart
+    """What the first head starts from."""
     macs: dict[str, float]
     """Multiply-adds of one image through trunk and head, and the trunk's share."""
 
     def strategy(self, config: Config) -> Strategy:
         """A fresh strategy as configured, before its first task."""
-        return STRATEGIES[config.train.strategy](self.head, config, self.base)
+        return STRATEGIES[config.train.strategy](self.head, self.start, config)
 
 
 def cut(config: Config, network: Network) -> Parts:
@@ -68,7 +68,7 @@ def cut(config: Config, network: Network) -> Parts:
     below = multiply_adds(trunk, images_BCHW)
     above = multiply_adds(stages, z_BCHW) + network.width * 2
     return Parts(trunk, Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups),
-                 trained_convolutions(network, depth),
+                 head_start(network, depth, config.hypernet.norm, config.train.seed),
                  {"trunk": below, "head": above, "frozen_share": below / (below + above)})
 
 
@@ -102,7 +102,6 @@ def run_stream(config: Config, root: Path,
     Raises: InputError for anything the user can set right.
     """
     check(config)
-    report = report or (lambda record: None)
     clock = Clock()
     torch.set_num_threads(config.compute.threads or torch.get_num_threads())
     filesystem = pafs.LocalFileSystem()
@@ -110,8 +109,7 @@ def run_stream(config: Config, root: Path,
     clock.lap("data")
     network = load_network(config, experiences[0], filesystem, str(root))
     if network is None:
-        for record in fit_network(config, experiences[0], filesystem, str(root)):
-            report(record)
+        _each(fit_network(config, experiences[0], filesystem, str(root)), report)
         network = load_network(config, experiences[0], filesystem, str(root))
     assert network is not None
     clock.lap("trunk")
@@ -121,11 +119,11 @@ def run_stream(config: Config, root: Path,
     manifests, decoded = _precompute(config, store, parts.trunk, jobs)
     tasks = collect(store, jobs, manifests, experiences)
     clock.lap("features")
-    outcomes, learned = {}, {}
+    outcomes: dict[str, Outcome] = {}
+    learned: dict[str, Strategy] = {}
     for name in (config.train.strategy, *config.train.compare):
         learner = Learner(parts.strategy(with_strategy(config, name)), config.train)
-        for record in learner.learn(tasks):
-            report(record)
+        _each(learner.learn(tasks), report)
         outcomes[name], learned[name] = Outcome.of(learner), learner.strategy
     clock.lap("train")
     model = Model(config, parts.trunk, learned[config.train.strategy],
@@ -135,6 +133,12 @@ def run_stream(config: Config, root: Path,
     model.facts = {"accuracy_matrix": fields["accuracy_matrix"]}
     model.save(root / "models" / config.work_hash())
     return model, fields | {"weights_hash": model.weights_hash()}
+
+
+def _each(records: Iterable[EpochRecord | TaskRecord], report: Report | None) -> None:
+    for record in records:
+        if report:
+            report(record)
 
 
 def _precompute(config: Config, store: FeatureStore, trunk: Trunk,

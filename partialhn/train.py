@@ -211,6 +211,7 @@ class Learner:
             self.epochs.append(record)
             yield record
         start = time.perf_counter()
+        self.strategy.finish(index)
         row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
         trained = sum(record.seconds for record in self.epochs if record.task_index == index)
         finished = TaskRecord(task.name, index, row, trained, time.perf_counter() - start)
@@ -238,8 +239,10 @@ class Learner:
 
     def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
         """Takes back `state` into a fresh learner of the same configuration."""
-        for classes in fields["classes"]:
+        for index, classes in enumerate(fields["classes"]):
             self.strategy.add_task(classes)
+            if index < len(fields["finished"]):
+                self.strategy.finish(index)
         self.strategy.to(self.device)
         self.strategy.load_state_dict(_below(tensors, "strategy."), strict=True)
         self.epochs = [EpochRecord(**record) for record in fields["epochs"]]

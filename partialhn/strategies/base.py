@@ -4,14 +4,13 @@ Legend: F features before the classifier, K classes of a task.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from partialhn.errors import InputError
-from partialhn.model import Head, HeadWeights
+from partialhn.model import Head, HeadStart, HeadWeights
 
 
 class Strategy(nn.Module):
@@ -21,12 +20,11 @@ class Strategy(nn.Module):
     more takes no gradient from then on. `weights` may be asked for any task at any time.
     """
 
-    def __init__(self, head: Head, seed: int) -> None:
+    def __init__(self, head: Head, start: HeadStart, seed: int) -> None:
         super().__init__()
-        self.seed = seed
+        self.head, self.start, self.seed = head, start, seed
         self.classes: list[int] = []
         self.tasks = nn.ModuleList()
-        self.head = head
 
     def add_task(self, classes: int) -> None:
         """A new task with K = `classes`, initialised from the seed and the task's position."""
@@ -45,6 +43,12 @@ class Strategy(nn.Module):
         """Prepares training of one task: earlier tasks' own parameters are frozen."""
         for index, module in enumerate(self.tasks):
             module.requires_grad_(index == task)
+
+    def finish(self, task: int) -> None:
+        """Ends the training of a task: what was measured over batches becomes part of it."""
+        own = self.tasks[task]
+        if isinstance(own, OwnNorm):
+            own.fold()
 
     def weights(self, task: int) -> HeadWeights:
         """omega_t: the head's weights for a task."""
@@ -84,23 +88,32 @@ class Strategy(nn.Module):
 class Classifier(nn.Module):
     """A task's own classifier: classifier_KF and bias_K."""
 
-    def __init__(self, classes: int, width: int) -> None:
+    def __init__(self, classes: int, head: Head) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(width)
-        self.classifier_KF = nn.Parameter(torch.empty(classes, width).uniform_(-bound, bound))
+        bound = 1 / math.sqrt(head.width)
+        self.classifier_KF = nn.Parameter(torch.empty(classes, head.width).uniform_(-bound, bound))
         self.bias_K = nn.Parameter(torch.empty(classes).uniform_(-bound, bound))
 
 
-def fresh_convolutions(head: Head) -> list[nn.Parameter]:
-    """Newly initialised convolution weights of a plain head (Kaiming, fan out)."""
-    parameters = []
-    for tensor in head.convolutions:
-        value = torch.empty(tensor.shape)
-        nn.init.kaiming_normal_(value, mode="fan_out", nonlinearity="relu")
-        parameters.append(nn.Parameter(value))
-    return parameters
+class OwnNorm(Classifier):
+    """A task's own normalisation (scales and shifts) and classifier."""
 
+    statistics: Tensor | None
 
-def named(head_names: Sequence[str], values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Convolution weights by the head's names."""
-    return dict(zip(head_names, values, strict=True))
+    def __init__(self, classes: int, head: Head, norm: Tensor) -> None:
+        super().__init__(classes, head)
+        self.norm = nn.Parameter(norm.detach().clone())
+        self.register_buffer("statistics", head.first_statistics())
+        self._fold = head.fold
+
+    def fold(self) -> None:
+        """Takes batch norm's running statistics into scales and shifts, where there are any."""
+        if self.statistics is not None:
+            with torch.no_grad():
+                self.norm.copy_(self._fold(self.norm, self.statistics))
+            self.statistics = None
+
+    def weights(self, convolutions: dict[str, Tensor]) -> HeadWeights:
+        """omega_t with these convolutions."""
+        return HeadWeights(convolutions, self.norm, self.classifier_KF, self.bias_K,
+                           self.statistics)

@@ -5,28 +5,27 @@ Each task keeps its classifier; convolutions and normalisation are shared and mo
 
 from typing import cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from partialhn.model import Head, HeadWeights
-from partialhn.strategies.base import Classifier, Strategy, fresh_convolutions, named
+from partialhn.model import Head, HeadStart, HeadWeights
+from partialhn.strategies.base import Classifier, Strategy
 
 
 class Naive(Strategy):
     """Fine-tuning without protection: the forgetting everything else is measured against."""
 
-    def __init__(self, head: Head, seed: int) -> None:
-        super().__init__(head, seed)
-        self._names = [tensor.name for tensor in head.convolutions]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.convolutions = nn.ParameterList(fresh_convolutions(head))
-        self.norm = nn.Parameter(head.first_norm())
+    statistics: Tensor | None
+
+    def __init__(self, head: Head, start: HeadStart, seed: int) -> None:
+        super().__init__(head, start, seed)
+        self.convolutions = nn.ParameterList(value.clone() for value in start.convolutions)
+        self.norm = nn.Parameter(start.norm.clone())
+        self.register_buffer("statistics", head.first_statistics())
 
     def new_task(self, classes: int) -> Classifier:
-        return Classifier(classes, self.head.width)
+        return Classifier(classes, self.head)
 
     def weights(self, task: int) -> HeadWeights:
         own = cast(Classifier, self.tasks[task])
-        return HeadWeights(named(self._names, list(self.convolutions)), self.norm,
-                           own.classifier_KF, own.bias_K)
+        return HeadWeights(self.head.named(self.convolutions), self.norm, own.classifier_KF,
+                           own.bias_K, self.statistics)

@@ -6,7 +6,6 @@ experience ends. What is shared may drift, held back by the regulariser over all
 Legend: T earlier tasks.
 """
 
-from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -14,54 +13,47 @@ from torch import Tensor, nn
 
 from partialhn.config import HypernetConfig
 from partialhn.hypernet import build_generator
-from partialhn.model import Head, HeadWeights
-from partialhn.strategies.base import Classifier, Strategy
+from partialhn.model import Head, HeadStart, HeadWeights
+from partialhn.strategies.base import OwnNorm, Strategy
 
 
-class HypernetTask(Classifier):
+class HypernetTask(OwnNorm):
     """e_t and what else a task owns: code, norm (scales and shifts) and classifier."""
 
-    def __init__(self, classes: int, width: int, code: Tensor, norm: Tensor) -> None:
-        super().__init__(classes, width)
-        self.code = nn.Parameter(code.detach().clone())
-        self.norm = nn.Parameter(norm.detach().clone())
+    def __init__(self, classes: int, head: Head, norm: Tensor, code: Tensor) -> None:
+        super().__init__(classes, head, norm)
+        self.code = nn.Parameter(code)
 
 
 class PartialHypernet(Strategy):
     """Cross-entropy + beta * mean over earlier tasks of |H(e_j) - H*(e_j)|^2 (Hemati 2023)."""
 
-    def __init__(self, head: Head, config: HypernetConfig, seed: int,
-                 residual_base: Sequence[Tensor] | None) -> None:
-        """`residual_base`: the trunk network's own convolutions, where config.residual is on."""
-        super().__init__(head, seed)
+    def __init__(self, head: Head, start: HeadStart, config: HypernetConfig, seed: int) -> None:
+        super().__init__(head, start, seed)
         self.beta = config.beta
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.hypernet = build_generator(config, head.convolutions)
-            self._first_code = self.hypernet.first_code()
-        self._first_norm = head.first_norm()
-        if config.residual and residual_base is not None:
-            self.hypernet.set_base(residual_base)
+        if config.residual:
+            self.hypernet.set_base(start.convolutions)
 
     def new_task(self, classes: int) -> HypernetTask:
         """Starts from the previous task's code and norm, which carries over what they know."""
-        if len(self.tasks):
-            previous = cast(HypernetTask, self.tasks[-1])
-            code, norm = previous.code, previous.norm
-        else:
-            code, norm = cast(nn.Parameter, self._first_code), cast(nn.Parameter, self._first_norm)
-        return HypernetTask(classes, self.head.width, code, norm)
+        previous = cast(HypernetTask, self.tasks[-1]) if len(self.tasks) else None
+        code = self.hypernet.next_code(previous.code if previous else None, len(self.tasks))
+        return HypernetTask(classes, self.head, previous.norm if previous else self.start.norm,
+                            code)
 
     def begin(self, task: int) -> None:
         super().begin(task)
-        self.hypernet.snapshot()
+        self.hypernet.begin(task)
 
     def weights(self, task: int) -> HeadWeights:
         own = cast(HypernetTask, self.tasks[task])
-        return HeadWeights(self.hypernet(own.code), own.norm, own.classifier_KF, own.bias_K)
+        return own.weights(self.hypernet(own.code))
 
     def regulariser(self, task: int) -> Tensor | None:
-        if task == 0 or self.beta == 0 or not self.hypernet.tensors:
+        if not self.hypernet.drifts or self.beta == 0 or not self.hypernet.tensors:
             return None
         codes = torch.stack([cast(HypernetTask, own).code for own in self.tasks[:task]])
         return self.beta * self.hypernet.regulariser(codes)

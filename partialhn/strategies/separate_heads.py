@@ -7,30 +7,24 @@ from typing import cast
 
 from torch import nn
 
-from partialhn.model import Head, HeadWeights
-from partialhn.strategies.base import Classifier, Strategy, fresh_convolutions, named
+from partialhn.model import Head, HeadStart, HeadWeights
+from partialhn.strategies.base import OwnNorm, Strategy
 
 
-class PlainHead(Classifier):
+class PlainHead(OwnNorm):
     """All weights of one head."""
 
-    def __init__(self, classes: int, head: Head) -> None:
-        super().__init__(classes, head.width)
-        self.convolutions = nn.ParameterList(fresh_convolutions(head))
-        self.norm = nn.Parameter(head.first_norm())
+    def __init__(self, classes: int, head: Head, start: HeadStart) -> None:
+        super().__init__(classes, head, start.norm)
+        self.convolutions = nn.ParameterList(value.clone() for value in start.convolutions)
 
 
 class SeparateHeads(Strategy):
-    """Upper bound without sharing: task t trains a head of its own from scratch."""
-
-    def __init__(self, head: Head, seed: int) -> None:
-        super().__init__(head, seed)
-        self._names = [tensor.name for tensor in head.convolutions]
+    """The bound without sharing: every task trains a head of its own from the same start."""
 
     def new_task(self, classes: int) -> PlainHead:
-        return PlainHead(classes, self.head)
+        return PlainHead(classes, self.head, self.start)
 
     def weights(self, task: int) -> HeadWeights:
         own = cast(PlainHead, self.tasks[task])
-        return HeadWeights(named(self._names, list(own.convolutions)), own.norm,
-                           own.classifier_KF, own.bias_K)
+        return own.weights(self.head.named(own.convolutions))
