@@ -72,6 +72,7 @@ class DataConfig:
         _require(0.01 <= self.test <= 0.5, "test", self.test, "0.01 to 0.5")
         _require(self.max_image_pixels >= 64, "max_image_pixels", self.max_image_pixels,
                  "64 or more")
+        _require(self.stream_seed >= 0, "stream_seed", self.stream_seed, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +86,12 @@ class BackboneConfig:
     classifier is learned for each task)."""
     trunk: str = "train"
     """train (on the first task), torchvision:NAME:WEIGHTS, or a .safetensors file."""
-    trunk_epochs: int = 30
+    trunk_epochs: int = 15
     """Passes over the first task's images when the trunk is trained."""
     trunk_batch_size: int = 64
     """Images a step when the trunk is trained."""
-    trunk_learning_rate: float = 1e-3
-    """Peak learning rate of the trunk's training (Adam, cosine)."""
+    trunk_learning_rate: float = 3e-3
+    """Peak learning rate of the trunk's training (AdamW, warm-up, cosine)."""
     trunk_seed: int = 0
     """Seed of the trunk's first weights and of its batches."""
 
@@ -101,6 +102,7 @@ class BackboneConfig:
                  "2 or more")
         _require(self.trunk_learning_rate > 0, "trunk_learning_rate", self.trunk_learning_rate,
                  "more than 0")
+        _require(self.trunk_seed >= 0, "trunk_seed", self.trunk_seed, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +180,8 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """Peak learning rate of Adam."""
     schedule: Schedule = "cosine"
-    """How the learning rate goes over a task's steps: constant or cosine to zero."""
+    """How the learning rate goes over a task's steps after a short rise: constant, or cosine to
+    zero."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes of the task, 0 to 0.5."""
     seed: int = 0
@@ -190,6 +193,7 @@ class TrainConfig:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _require(0 <= self.label_smoothing <= 0.5, "label_smoothing", self.label_smoothing,
                  "0 to 0.5")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
         _require(self.strategy not in self.compare, "compare", self.compare,
                  f"bounds other than the strategy {self.strategy!r} itself")
 
@@ -248,19 +252,19 @@ class Config:
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def load_yaml(path: str | Path) -> Config:
+def load_config(path: str | Path) -> Config:
     """Reads a configuration file: the sections of `Config` with their keys, all optional.
 
     Raises: InputError for a missing file, broken YAML, an unknown key or a wrong type.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"configuration file {str(path)!r} cannot be read: {error.strerror}; "
                          "give the path of a YAML file") from error
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = yaml.safe_load(content.decode())
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
         raise InputError(f"configuration file {str(path)!r} is not YAML: {error}") from error
     if not isinstance(values, Mapping):
         sections = ", ".join(field.name for field in dataclasses.fields(Config))

@@ -25,7 +25,7 @@ Legend: C output channels (rows), D row length, R row-code length, d columns, T 
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -243,14 +243,20 @@ class AdditiveGenerator(_Generator):
         x_H, v_CE = self.mlp(code), self.v[index]
         return torch.cat([x_H.expand(len(v_CE), -1), v_CE], 1)
 
+    def _wide_mlp(self, codes: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """x_TH in float64, so that two that are nearly equal can be subtracted."""
+        wide = {name: value.double() for name, value in parameters.items()}
+        return cast(Tensor, torch.func.functional_call(self.mlp, wide, (codes.double(),)))
+
     def _moments(self, index: int, codes: Tensor) -> Tensor:
         """u(t, c) = p(t) + q(c), so S needs the sums over tasks and over rows only."""
-        x_TH, v_CE = self.mlp(codes), self.v[index]
-        mlp_star = {name.removeprefix("mlp."): value for name, value in self._star.items()
-                    if name.startswith("mlp.")}
+        star, v_CE = self._star, self.v[index]
+        x_TH = self._wide_mlp(codes, dict(self.mlp.named_parameters()))
         with torch.no_grad():
-            x_star_TH = torch.func.functional_call(self.mlp, mlp_star, (codes,))
-        dx_TH, dv_CE = x_TH - x_star_TH, v_CE - self._star[f"v.{index}"]
+            x_star_TH = self._wide_mlp(codes, {name: star[f"mlp.{name}"]
+                                               for name, _ in self.mlp.named_parameters()})
+        dx_TH, x_TH = (x_TH - x_star_TH).to(codes.dtype), x_TH.to(codes.dtype)
+        dv_CE = v_CE - star[f"v.{index}"]
         T, C = len(x_TH), len(v_CE)
         p_TU = torch.cat([x_TH, v_CE.new_zeros(T, v_CE.shape[1]), dx_TH,
                           v_CE.new_zeros(T, v_CE.shape[1] + 1)], 1)

@@ -49,6 +49,14 @@ class Outcome:
         return Outcome(tuple(learner.epochs), tuple(learner.finished),
                        tuple(learner.strategy.task_bytes(task) for task in tasks))
 
+    @staticmethod
+    def from_fields(fields: Mapping[str, Any]) -> "Outcome":
+        """Takes back what `dataclasses.asdict` and JSON made of an outcome."""
+        return Outcome(tuple(EpochRecord(**record) for record in fields["epochs"]),
+                       tuple(TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])})
+                             for record in fields["finished"]),
+                       tuple(fields["task_bytes"]))
+
     @property
     def accuracy_TT(self) -> list[list[float | None]]:
         """R as rows, None above the diagonal."""

@@ -104,6 +104,7 @@ def run_stream(config: Config, root: Path,
     check(config)
     clock = Clock()
     torch.set_num_threads(config.compute.threads or torch.get_num_threads())
+    torch.set_flush_denormal(True)
     filesystem = pafs.LocalFileSystem()
     experiences = open_stream(config.data, root / "datasets")
     clock.lap("data")

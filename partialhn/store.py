@@ -134,7 +134,7 @@ class FeatureStore:
     def find_shard(self, key: str, index: int) -> Shard | None:
         """A shard that some writer finished already, or None."""
         text = self._read(f"{self.folder(key)}/part-{index:05d}.json")
-        return None if text is None else _parse_shard(json.loads(text))
+        return None if text is None else parse_shard(json.loads(text))
 
     def write_shard(self, recipe: FeatureRecipe, index: int, z_NVCHW: Tensor, y_N: np.ndarray,
                     ids: Sequence[str], *, seconds: float,
@@ -321,7 +321,8 @@ def _as_tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values)
 
 
-def _parse_shard(fields: dict[str, Any]) -> Shard:
+def parse_shard(fields: dict[str, Any]) -> Shard:
+    """The shard that `dataclasses.asdict` and JSON made these fields of."""
     bad = tuple((str(name), str(reason)) for name, reason in fields.pop("bad"))
     return Shard(**fields, bad=bad)
 
@@ -330,7 +331,7 @@ def _parse_manifest(text: str, key: str) -> Manifest:
     try:
         fields = json.loads(text)
         manifest = Manifest(fields["key"], FeatureRecipe(**fields["recipe"]),
-                            tuple(_parse_shard(shard) for shard in fields["shards"]),
+                            tuple(parse_shard(shard) for shard in fields["shards"]),
                             tuple(fields["shape_VCHW"]), fields["created"], fields["libraries"])
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"the manifest of features {key} cannot be read: {error!r}") from error

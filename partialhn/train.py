@@ -30,6 +30,10 @@ from partialhn.strategies import Strategy
 from partialhn.views import augment
 
 RESIDENT_BYTES = 4 << 30
+WARM_UP = 40
+"""Steps over which the learning rate rises, at most a tenth of all."""
+TRUNK_WEIGHT_DECAY, TRUNK_LABEL_SMOOTHING = 0.05, 0.1
+"""A trunk is trained once, on few classes, and must serve tasks it has not seen."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,9 +274,10 @@ def make_optimiser(strategy: Strategy, config: TrainConfig) -> torch.optim.Optim
 
 
 def network_optimiser(network: Network, config: BackboneConfig) -> torch.optim.Optimizer:
-    """Adam over the whole network."""
-    return torch.optim.Adam([{"params": list(network.parameters()),
-                              "peak": config.trunk_learning_rate}], fused=True)
+    """AdamW over the whole network."""
+    return torch.optim.AdamW([{"params": list(network.parameters()),
+                               "peak": config.trunk_learning_rate}], fused=True,
+                             weight_decay=TRUNK_WEIGHT_DECAY)
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer,
@@ -314,7 +319,8 @@ def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: Ba
                                   config.trunk_seed)
             y_B = y_N[rows_B].to(device)
             logits_BK = network(images_BCHW)
-            loss = nn.functional.cross_entropy(logits_BK, y_B)
+            loss = nn.functional.cross_entropy(logits_BK, y_B,
+                                               label_smoothing=TRUNK_LABEL_SMOOTHING)
             optimiser.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             optimiser.step()
@@ -327,6 +333,7 @@ def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: Ba
 def _set_rate(optimiser: torch.optim.Optimizer, schedule: Schedule, step: int,
               steps: int) -> None:
     factor = 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
+    factor *= min(1.0, (step + 1) / max(1, min(WARM_UP, steps // 10)))
     for group in optimiser.param_groups:
         group["lr"] = group["peak"] * factor
 

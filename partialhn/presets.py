@@ -1,0 +1,41 @@
+"""Known configurations by name; each says its command, what it takes and what to expect."""
+
+from partialhn.config import (
+    BackboneConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    FeatureConfig,
+    HypernetConfig,
+    TrainConfig,
+)
+from partialhn.errors import InputError
+
+PRESETS: dict[str, Config] = {
+    # partialhn train --preset digits
+    # scikit-learn's handwritten digits, 5 tasks of 2 classes, with both bounds: the demo.
+    "digits": Config(
+        DataConfig(data="digits", tasks=5, input_size=16),
+        BackboneConfig(freeze_depth=3, trunk_epochs=15, trunk_batch_size=32),
+        FeatureConfig(views=3, augment="crop"),
+        HypernetConfig(code_dim=64),
+        TrainConfig(epochs=15, batch_size=32, compare=("separate_heads", "naive")),
+        ComputeConfig(threads=1)),
+    # partialhn train --preset split-cifar10 --data CIFAR10_FOLDER
+    # 5 tasks of 2 classes.
+    "split-cifar10": Config(
+        DataConfig(tasks=5), BackboneConfig(freeze_depth=3), FeatureConfig(views=4),
+        HypernetConfig(), TrainConfig(epochs=10)),
+    # partialhn train --preset split-tiny-imagenet-5x10 --data TINY_IMAGENET_32_FOLDER
+    # The first 50 classes at 32x32 as 5 tasks of 10, with both bounds.
+    "split-tiny-imagenet-5x10": Config(
+        DataConfig(tasks=5, classes=50), BackboneConfig(freeze_depth=3), FeatureConfig(views=4),
+        HypernetConfig(), TrainConfig(epochs=10, compare=("separate_heads", "naive"))),
+}
+
+
+def preset(name: str) -> Config:
+    """A preset by name. Raises: InputError listing those there are."""
+    if name not in PRESETS:
+        raise InputError(f"preset is {name!r}; allowed: {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,199 @@
+"""What runs inside a Ray Train worker: the experiences of a stream, one after the other.
+
+One run of Ray Train learns all tasks that are waiting, because starting a group of workers takes
+far longer than learning a small task. Rank 0 sends every record to the driver as it comes, keeps
+a model of every finished task, and reports a checkpoint to Ray Train at the end of each task and
+every few seconds between.
+"""
+
+import dataclasses
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from partialhn import checkpoint
+from partialhn.checkpoint import Model, TaskInfo
+from partialhn.config import Config
+from partialhn.errors import InputError
+from partialhn.featurise import FeatureJob
+from partialhn.result import Outcome, model_sizes, peak_rss_bytes
+from partialhn.run import Parts, collect, with_strategy
+from partialhn.store import Manifest
+from partialhn.stream import Experience
+from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord, Workers
+from pipelines.features import open_store
+from pipelines.storage import Storage
+
+CHECKPOINT_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """All a worker needs to know."""
+
+    config: Config
+    parts: Parts
+    experiences: tuple[Experience, ...]
+    jobs: tuple[FeatureJob, ...]
+    manifests: tuple[Manifest, ...]
+    storage: Storage
+    folder: str
+    """Where finished tasks' models go, as a path in the storage's filesystem."""
+    threads: int
+    events: Any
+    """Handle of the driver's `Events` actor."""
+
+
+class Events:
+    """The actor through which rank 0 tells the driver what happens."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[str, Any]] = []
+
+    def add(self, strategy: str, record: Any) -> None:
+        """Queues a record of a strategy."""
+        self._waiting.append((strategy, record))
+
+    def take(self) -> list[tuple[str, Any]]:
+        """Everything that was queued since the last call, in order."""
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+
+def learn(loop_config: dict[str, Any]) -> dict[str, Any]:
+    """The Ray Train worker function. Returns outcomes by strategy, or an `error` for the user."""
+    try:
+        return _Worker(loop_config["assignment"]).run()
+    except InputError as error:  # trying again would fail again
+        return {"error": str(error)}
+
+
+class _Worker:
+    """One worker's way through the strategies and tasks."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        import ray.train
+        from ray.train.torch import get_device
+
+        self.a = assignment
+        context = ray.train.get_context()
+        rank, world = context.get_world_rank(), context.get_world_size()
+        torch.set_num_threads(assignment.threads)
+        torch.set_flush_denormal(True)
+        self.device = get_device()
+        self.workers = Workers(rank, world, _data_parallel, _sum) if world > 1 else Workers()
+        self.outcomes: dict[str, Outcome] = {}
+        self.last_report = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Learns what is not learned yet, by every strategy asked for."""
+        a = self.a
+        with tempfile.TemporaryDirectory() as cache:
+            store = open_store(a.storage, Path(cache))
+            tasks = collect(store, a.jobs, a.manifests, a.experiences)
+            restored = self._restored()
+            for name in (a.config.train.strategy, *a.config.train.compare):
+                if name not in self.outcomes:
+                    config = with_strategy(a.config, name)
+                    learner = Learner(a.parts.strategy(config), a.config.train, self.device,
+                                      self.workers)
+                    if restored and restored[1]["strategy"] == name:
+                        learner.restore(restored[0], restored[1]["learner"])
+                    self._learn(name, learner, tasks)
+        return {"outcomes": self.outcomes, "peak_rss_bytes": peak_rss_bytes(),
+                "device": _device_name(self.device)}
+
+    def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
+        for record in learner.finished:
+            self._send(name, record)
+        for record in learner.learn(tasks):
+            if isinstance(record, TaskRecord) and name == self.a.config.train.strategy:
+                self._keep_model(learner, record)
+            if len(learner.finished) == len(tasks):
+                self.outcomes[name] = Outcome.of(learner)
+            self._report(name, learner, record)
+            self._send(name, record)
+
+    def _send(self, name: str, record: EpochRecord | TaskRecord) -> None:
+        if self.workers.rank == 0:
+            self.a.events.add.remote(name, record)
+
+    def _keep_model(self, learner: Learner, record: TaskRecord) -> None:
+        """The model as it is after a task, for the driver to register."""
+        if self.workers.rank:
+            return
+        known = self.a.experiences[:record.task_index + 1]
+        facts = {"accuracy_rows": [list(done.accuracy_row) for done in learner.finished]}
+        model = Model(self.a.config, self.a.parts.trunk, learner.strategy,
+                      tuple(TaskInfo(each.name, each.classes) for each in known), facts)
+        model.facts |= model_sizes(model)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            model.save(folder)
+            target = model_folder(self.a.folder, record.task_index)
+            checkpoint.upload(folder, self.a.storage.filesystem, target)
+
+    def _report(self, name: str, learner: Learner, record: EpochRecord | TaskRecord) -> None:
+        """A checkpoint for Ray Train: always after a task, otherwise when the last is old."""
+        import ray.train
+
+        late = torch.tensor(float(time.monotonic() - self.last_report > CHECKPOINT_SECONDS),
+                            device=self.device)
+        if self.workers.world > 1:
+            torch.distributed.broadcast(late, 0)
+        if isinstance(record, EpochRecord) and not late:
+            return
+        metrics = {"task_index": record.task_index, "finished": len(learner.finished)}
+        with tempfile.TemporaryDirectory() as scratch:
+            made = None
+            if self.workers.rank == 0:
+                tensors, fields = learner.state()
+                done = {key: dataclasses.asdict(value) for key, value in self.outcomes.items()}
+                checkpoint.save(Path(scratch) / "state", "learner", tensors,
+                                {"strategy": name, "learner": fields, "outcomes": done})
+                made = ray.train.Checkpoint.from_directory(str(Path(scratch) / "state"))
+            ray.train.report(metrics, checkpoint=made)
+        self.last_report = time.monotonic()
+
+    def _restored(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        import ray.train
+
+        found = ray.train.get_checkpoint()
+        if found is None:
+            return None
+        with found.as_directory() as folder:
+            tensors, fields = checkpoint.load(Path(folder), "learner")
+        self.outcomes = {name: Outcome.from_fields(values)
+                         for name, values in fields["outcomes"].items()}
+        for name, outcome in self.outcomes.items():
+            for record in outcome.finished:
+                self._send(name, record)
+        return tensors, fields
+
+
+def model_folder(folder: str, task_index: int) -> str:
+    """Where the model after a task lies below a run's folder."""
+    return f"{folder}/tasks/{task_index:04d}"
+
+
+def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.parallel.DistributedDataParallel(module)
+
+
+def _sum(total: Tensor) -> Tensor:
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads a worker"
+
+
