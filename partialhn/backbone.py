@@ -159,7 +159,7 @@ def supplied_network(source: str, name: str, classes: int) -> Network:
     """A backbone whose weights somebody else trained.
 
     `source` is torchvision:NAME:WEIGHTS (downloaded where there is a network) or the path of a
-    safetensors file with the tensors of `save_network`. The classifier is made anew.
+    safetensors file with the tensors of a `Network`. The classifier is made anew.
 
     Raises: InputError for an unknown source, one that cannot be had, or one that does not fit.
     """

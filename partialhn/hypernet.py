@@ -112,6 +112,10 @@ class _Generator(nn.Module):
         return {tensor.name: self.rows(code, index).view(tensor.shape)
                 for index, tensor in enumerate(self.tensors)}
 
+    def column_bytes(self) -> int:
+        """Bytes of shared columns that each later task fills."""
+        return 0
+
     def begin(self, task: int) -> None:
         """Decides what this experience may change, and keeps psi* where earlier tasks could."""
         first = self.residual and task == 0
@@ -174,6 +178,9 @@ class BilinearGenerator(_Generator):
             return 0
         return min(self.row_dim, task * self.fresh) if self.fresh else self.row_dim
 
+    def column_bytes(self) -> int:
+        return 4 * self.fresh * sum(t.rows + t.row_length for t in self.tensors)
+
     def begin(self, task: int) -> None:
         """While a task opens columns, those before them are frozen and nothing drifts."""
         super().begin(task)
@@ -197,17 +204,24 @@ class BilinearGenerator(_Generator):
         return v_Cd * code[index * d:(index + 1) * d]
 
     def rows(self, code: Tensor, index: int) -> Tensor:
-        """W_l(t): the frozen columns give their codes a gradient, the open ones all they have."""
-        rows_CD: Tensor = self.base[index] + self.b[index]
-        A_Dd, v_Cd = self.A[index], self.v[index]
+        """W_l(t): the frozen columns give their codes a gradient, the open ones all they have.
+
+        One product over all of them: in two, an earlier task's weights would round differently
+        once the cut between frozen and open columns has moved.
+        """
+        bias_CD: Tensor = self.base[index] + self.b[index]
+        if not self._open:
+            return bias_CD
         x_d = code[index * self.row_dim:(index + 1) * self.row_dim]
-        used, own = slice(0, self._frozen), slice(self._frozen, self._open)
-        if self._frozen:
-            rows_CD = torch.addmm(rows_CD, v_Cd[:, used].detach() * x_d[used],
-                                  A_Dd[:, used].detach().T)
-        if self._open > self._frozen:
-            rows_CD = torch.addmm(rows_CD, v_Cd[:, own] * x_d[own], A_Dd[:, own].T)
-        return rows_CD
+        A_Dd, v_Cd = self._columns(self.A[index]), self._columns(self.v[index])
+        return torch.addmm(bias_CD, v_Cd * x_d[:self._open], A_Dd.T)
+
+    def _columns(self, shared: Tensor) -> Tensor:
+        """The columns in use, of which the frozen ones take no gradient."""
+        if not self._frozen:
+            return shared[:, :self._open]
+        return torch.cat([shared[:, :self._frozen].detach(),
+                          shared[:, self._frozen:self._open]], 1)
 
     def _moments(self, index: int, codes: Tensor) -> Tensor:
         d = self.row_dim

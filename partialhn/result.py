@@ -113,6 +113,7 @@ def model_sizes(model: Model) -> dict[str, Any]:
     owned = {key: value for key, value in state.items() if key.startswith("tasks.")}
     trunk = model.trunk.state_dict()
     return {"trunk_bytes": size(trunk), "shared_bytes": size(state) - size(owned),
+            "column_bytes_per_task": model.strategy.column_bytes(),
             "weights": {"generated": model.strategy.head.weight_count,
                         "trunk": sum(value.numel() for value in trunk.values())}}
 

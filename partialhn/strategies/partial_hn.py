@@ -58,6 +58,9 @@ class PartialHypernet(Strategy):
         codes = torch.stack([cast(HypernetTask, own).code for own in self.tasks[:task]])
         return self.beta * self.hypernet.regulariser(codes)
 
+    def column_bytes(self) -> int:
+        return self.hypernet.column_bytes()
+
     def experience_state(self) -> dict[str, Tensor]:
         return self.hypernet.star()
 
