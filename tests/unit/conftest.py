@@ -1,0 +1,95 @@
+"""One thread, and a small stream of real digits with the features of an untrained trunk."""
+
+import dataclasses
+
+import pytest
+import torch
+from pyarrow.fs import LocalFileSystem
+
+from partialhn.backbone import build_network
+from partialhn.config import (
+    BackboneConfig,
+    Config,
+    DataConfig,
+    FeatureConfig,
+    HypernetConfig,
+    TrainConfig,
+)
+from partialhn.datasets import open_stream
+from partialhn.featurise import commit_features, compute_shard, feature_jobs, feature_shape
+from partialhn.run import collect, cut
+from partialhn.store import FeatureStore
+
+torch.set_num_threads(1)
+
+TINY = Config(
+    data=DataConfig(data="digits", tasks=5, input_size=16),
+    backbone=BackboneConfig(freeze_depth=3, trunk_epochs=1),
+    features=FeatureConfig(views=2, shard_rows=20, feature_dtype="float32"),
+    hypernet=HypernetConfig(code_dim=8, fresh_columns=4, hidden=(6, 5), channel_dim=4),
+    train=TrainConfig(epochs=2, batch_size=16),
+)
+
+
+def part(table, images):
+    return table.take(range(images))
+
+
+@pytest.fixture(scope="session")
+def config():
+    """Five tasks of two digits, 16 x 16 pixels, freeze depth 3."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The five experiences of `config`, cut to 40 images for training, 8 and 32 held out."""
+    experiences = open_stream(TINY.data, tmp_path_factory.mktemp("datasets"))
+    return [dataclasses.replace(e, train=part(e.train, 40), validation=part(e.validation, 8),
+                                test=part(e.test, 32)) for e in experiences]
+
+
+@pytest.fixture(scope="session")
+def images(digits):
+    """128 digits as uint8 (128, 3, 16, 16)."""
+    from partialhn.datasets import decode
+
+    return torch.cat([decode(e.test, 16).images_BCHW for e in digits[:4]])
+
+
+@pytest.fixture(scope="session")
+def network(images):
+    """An untrained slim ResNet-18 whose BatchNorm statistics fit the digits."""
+    network = build_network("slim_resnet18", 2, seed=3).train()
+    with torch.no_grad():
+        for _ in range(20):
+            network(images)
+    return network.eval()
+
+
+@pytest.fixture(scope="session")
+def parts(network):
+    """Trunk, head and start at depth 3."""
+    return cut(TINY, network)
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory, digits, parts):
+    """The features of `digits`, in Arrow shards of 20 images."""
+    store = FeatureStore(LocalFileSystem(), str(tmp_path_factory.mktemp("store")))
+    jobs = feature_jobs(TINY, digits, parts.trunk)
+    shape = feature_shape(parts.trunk, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    manifests = [commit_features(store, job, [compute_shard(store, parts.trunk, job, index)
+                                              for index in range(job.shards)], shape)
+                 for job in jobs]
+    return collect(store, jobs, manifests, digits)
+
+
+@pytest.fixture(scope="session")
+def with_options(config):
+    """The tiny configuration with other options of its sections: hypernet=dict(...), ..."""
+    def change(**sections):
+        return dataclasses.replace(config, **{
+            name: dataclasses.replace(getattr(config, name), **options)
+            for name, options in sections.items()})
+    return change

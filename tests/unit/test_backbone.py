@@ -1,0 +1,229 @@
+"""Stages and trunk: split at every depth, features of one image alone, supplied weights."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from partialhn.backbone import (
+    build_network,
+    check_depth,
+    hash_tensors,
+    multiply_adds,
+    split,
+    supplied_network,
+)
+from partialhn.errors import InputError
+from partialhn.featurise import MICRO_BATCH, run_trunk
+
+
+@pytest.fixture(scope="module", params=["slim_resnet18", "resnet18", "resnet50"])
+def any_network(request, images):
+    network = build_network(request.param, 3, seed=1).train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(images[:32])
+    return network.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", range(5))
+def test_trunk_then_stages_is_the_whole_network(any_network, images, depth):
+    trunk, stages = split(any_network, depth)
+    z_BCHW = trunk(images[:4])
+    found = any_network.body.fc(stages.eval()(z_BCHW).mean((2, 3)))
+    torch.testing.assert_close(found, any_network(images[:4]), rtol=1e-5, atol=1e-5)
+    assert len(trunk.stages) == depth
+    assert len(stages) == 4 - depth
+
+
+@pytest.mark.parametrize("depth", range(5))
+def test_features_are_the_same_bits_in_any_company(network, images, depth):
+    trunk = split(network, depth)[0]
+    assert MICRO_BATCH == 64
+    whole = run_trunk(trunk, images)
+    assert torch.equal(run_trunk(trunk, images[:1]), whole[:1])
+    assert torch.equal(run_trunk(trunk, images[5:6]), whole[5:6])
+    assert torch.equal(run_trunk(trunk, images[:65]), whole[:65])
+    assert torch.equal(run_trunk(trunk, images.flip(0)), whole.flip(0))
+    assert torch.equal(run_trunk(trunk.train(), images[:7]), whole[:7])
+    assert run_trunk(trunk, images[:0]).shape == (0, *whole.shape[1:])
+
+
+def test_training_moves_nothing_of_a_trunk(network, images):
+    trunk = split(network, 2)[0]
+    before = trunk.fingerprint()
+    trunk.train()
+    assert not any(module.training for module in trunk.modules())
+    assert not any(value.requires_grad for value in trunk.parameters())
+    assert not trunk(images).requires_grad
+    assert trunk.fingerprint() == before
+
+
+def test_a_trunk_is_a_copy(network):
+    whole = copy.deepcopy(network)
+    trunk, stages = split(whole, 2)
+    before = trunk.fingerprint(), stages[0][0].conv1.weight.clone()
+    with torch.no_grad():
+        for value in whole.parameters():
+            value.add_(1)
+    assert trunk.fingerprint() == before[0]
+    assert torch.equal(stages[0][0].conv1.weight, before[1])
+
+
+def test_full_depth_is_pooled_and_depth_zero_only_normalises(network, images):
+    assert split(network, 4)[0](images[:2]).shape == (2, 160, 1, 1)
+    assert torch.equal(split(network, 0)[0](images[:2]), network.normalise(images[:2]))
+
+
+def test_fingerprint_names_weights_statistics_depth_and_architecture(network):
+    def fingerprint(change, depth=2):
+        other = copy.deepcopy(network)
+        change(other)
+        return split(other, depth)[0].fingerprint()
+
+    def add(name):
+        def change(other):
+            with torch.no_grad():
+                other.get_parameter(name).view(-1)[-1].add_(1e-3)
+        return change
+
+    def rename(other):
+        other.name = "resnet18"
+
+    same = fingerprint(lambda other: None)
+    assert same == split(network, 2)[0].fingerprint()
+    assert fingerprint(add("body.layer3.0.conv1.weight")) == same
+    assert fingerprint(lambda other: other.body.bn1.num_batches_tracked.add_(1)) == same
+    different = [
+        fingerprint(add("body.layer2.0.conv1.weight")), fingerprint(rename),
+        fingerprint(add("body.layer1.0.bn1.bias")), fingerprint(lambda other: None, depth=1),
+        fingerprint(lambda other: other.body.bn1.running_var.mul_(1.01)),
+        fingerprint(lambda other: other.mean_C.add_(0.01))]
+    assert len({same, *different}) == 1 + len(different)
+
+
+def test_hash_tells_names_shapes_and_types_apart():
+    x = torch.arange(4.0)
+    hashes = [hash_tensors({"a": x}), hash_tensors({"b": x}), hash_tensors({"a": x.view(2, 2)}),
+              hash_tensors({"a": x.view(torch.int32)}), hash_tensors({"a": x}, "prefix")]
+    assert len(set(hashes)) == len(hashes)
+    assert hash_tensors({"a": x, "b": x}) == hash_tensors({"b": x.clone(), "a": x})
+
+
+def test_slim_resnet18_has_the_papers_size():
+    body = build_network("slim_resnet18", 100).body
+    generated = sum(value.numel() for value in body.parameters() if value.dim() == 4)
+    assert sum(value.numel() for value in body.parameters()) == 1_109_240
+    assert round(generated / 1e6, 2) == 1.09
+
+
+def test_first_weights_depend_on_the_seed_alone():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = hash_tensors(build_network("slim_resnet18", 2, seed=4).state_dict())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(9)
+    assert hash_tensors(build_network("slim_resnet18", 2, seed=4).state_dict()) == first
+    assert hash_tensors(build_network("slim_resnet18", 2, seed=5).state_dict()) != first
+
+
+def test_unknown_backbone_and_depth_are_bad_input(network):
+    with pytest.raises(InputError, match="backbone is 'vgg16'; allowed: slim_resnet18, resnet18"):
+        build_network("vgg16", 2)
+    for depth in (-1, 5):
+        with pytest.raises(InputError, match=rf"freeze_depth is {depth}; allowed: 0 .* to 4"):
+            split(network, depth)
+        with pytest.raises(InputError, match="freeze_depth"):
+            check_depth("slim_resnet18", depth)
+
+
+@pytest.fixture
+def weights_file(network, tmp_path):
+    def write(change=lambda tensors: None, name="trunk.safetensors"):
+        tensors = {key: value.clone() for key, value in network.state_dict().items()}
+        change(tensors)
+        save_file(tensors, tmp_path / name)
+        return str(tmp_path / name)
+    return write
+
+
+def test_supplied_weights_round_trip(network, weights_file, images):
+    found = supplied_network(weights_file(), "slim_resnet18", 7)
+    assert found.body.fc.out_features == 7
+    for depth in range(5):
+        assert split(found, depth)[0].fingerprint() == split(network, depth)[0].fingerprint()
+    assert torch.equal(split(found, 3)[0](images), split(network, 3)[0](images))
+
+
+def test_supplied_weights_need_no_classifier(network, weights_file):
+    def without(tensors):
+        for key in ("body.fc.weight", "body.fc.bias"):
+            del tensors[key]
+    found = supplied_network(weights_file(without), "slim_resnet18", 2)
+    assert split(found, 4)[0].fingerprint() == split(network, 4)[0].fingerprint()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda tensors: tensors.pop("body.layer2.0.conv1.weight"), "missing .*layer2.0.conv1"),
+    (lambda tensors: tensors.pop("mean_C"), "missing .*mean_C"),
+    (lambda tensors: tensors.update(surplus=torch.zeros(1)), "extra .*surplus"),
+    (lambda tensors: tensors.update({"body.conv1.weight": torch.zeros(64, 3, 3, 3)}),
+     "another shape .*body.conv1.weight"),
+])
+def test_supplied_weights_that_do_not_fit(weights_file, change, message):
+    with pytest.raises(InputError, match=message):
+        supplied_network(weights_file(change), "slim_resnet18", 2)
+
+
+def test_supplied_weights_of_another_backbone(weights_file):
+    with pytest.raises(InputError, match="is not a resnet50"):
+        supplied_network(weights_file(), "resnet50", 2)
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("trunk.pt", r"allowed: train, torchvision:NAME:WEIGHTS or the path of a .safetensors"),
+    ("none.safetensors", r"'none.safetensors' cannot be read"),
+    ("torchvision:resnet18", "NAME one of resnet18"),
+    ("torchvision:vgg16:IMAGENET1K_V1", "NAME one of resnet18"),
+    ("torchvision:resnet50:IMAGENET1K_V1", "backbone is 'resnet18'; allowed: the same network"),
+    ("torchvision:resnet18:IMAGENET9", "'IMAGENET9' of resnet18 are unknown; allowed: IMAGENET1K"),
+])
+def test_supplied_trunks_that_cannot_be(source, message):
+    with pytest.raises(InputError, match=message):
+        supplied_network(source, "resnet18", 2)
+
+
+def test_a_pickle_under_the_name_of_safetensors_does_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    torch.save({"a": Trap()}, tmp_path / "trunk.safetensors")
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        supplied_network(str(tmp_path / "trunk.safetensors"), "slim_resnet18", 2)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_multiply_adds_by_hand():
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(),
+                           nn.Conv2d(8, 4, 3, stride=2, padding=1, groups=2), nn.Flatten(),
+                           nn.Linear(4 * 8 * 8, 5))
+    by_hand = 16 * 16 * 8 * 27 + 8 * 8 * 4 * (4 * 9) + 256 * 5
+    for batch in (1, 3):
+        assert multiply_adds(layers, torch.zeros(batch, 3, 16, 16)) == by_hand
+    assert layers.training
+    assert not any(layer._forward_hooks for layer in layers)
+
+
+def test_multiply_adds_of_the_paper(network):
+    """54.6 M a forward pass at 32 x 32: a third of the 163.9 M of a training step."""
+    images_BCHW = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    whole = multiply_adds(network, images_BCHW)
+    assert abs(whole / 1e6 - 54.6) < 0.1
+    for depth in range(5):
+        trunk, stages = split(network, depth)
+        below = multiply_adds(trunk, images_BCHW)
+        assert below + multiply_adds(stages, trunk(images_BCHW)) + 160 * 2 == whole

@@ -1,0 +1,212 @@
+"""Options: strict types, names and limits; what names a run's work."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+
+from partialhn import config as options
+from partialhn.config import Config, load_config
+from partialhn.errors import InputError
+
+LIMITS = {
+    "data.data": [""],
+    "data.tasks": [0, -1],
+    "data.task_sizes": [[3, 0]],
+    "data.classes": [1],
+    "data.input_size": [7, 1025],
+    "data.validation": [-0.1, 0.51],
+    "data.test": [0.0, 0.51],
+    "data.max_image_pixels": [63],
+    "data.stream_seed": [-1],
+    "backbone.freeze_depth": [-1],
+    "backbone.trunk_epochs": [0],
+    "backbone.trunk_batch_size": [1],
+    "backbone.trunk_learning_rate": [0.0, -1.0, math.nan],
+    "backbone.trunk_seed": [-1],
+    "features.views": [0, 65],
+    "features.shard_rows": [0],
+    "features.augment": ["none", "rotate"],
+    "features.feature_dtype": ["float64"],
+    "hypernet.generator": ["trilinear"],
+    "hypernet.code_dim": [0],
+    "hypernet.fresh_columns": [-1, 129],
+    "hypernet.channel_dim": [0],
+    "hypernet.hidden": [[], [0]],
+    "hypernet.norm": ["none"],
+    "hypernet.norm_groups": [0],
+    "hypernet.beta": [-0.1, math.nan],
+    "train.strategy": ["joint"],
+    "train.compare": [["partial_hn"], ["joint"]],
+    "train.epochs": [0],
+    "train.batch_size": [1],
+    "train.learning_rate": [0.0, math.nan],
+    "train.schedule": ["linear"],
+    "train.label_smoothing": [-0.1, 0.6],
+    "train.seed": [-1],
+    "compute.workers": [0],
+    "compute.device": ["tpu"],
+    "compute.feature_workers": [0],
+    "compute.threads": [0],
+}
+FREE = {"data.task_transforms", "data.on_bad_image", "backbone.backbone", "backbone.trunk",
+        "hypernet.residual", "compute.ray_address"}
+"""Checked where they are used, or unlimited."""
+
+
+def nested(key, value):
+    section, name = key.split(".")
+    return {section: {name: value}}
+
+
+def every_key():
+    return {f"{section.name}.{field.name}" for section in dataclasses.fields(Config)
+            for field in dataclasses.fields(section.default_factory)}
+
+
+def test_every_option_has_its_limits_here():
+    assert every_key() >= LIMITS.keys() | FREE
+    assert every_key() - LIMITS.keys() - FREE == set()
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    pytest.param(key, value, id=f"{key}={value}")
+    for key, values in LIMITS.items() for value in values])
+def test_out_of_range_names_key_value_and_what_is_allowed(key, value):
+    with pytest.raises(InputError) as caught:
+        Config.from_dict(nested(key, value))
+    message = str(caught.value)
+    assert key.split(".")[1] in message
+    assert "allowed: " in message
+    shown = value if not isinstance(value, list) else (value or [()])[-1]
+    assert str(shown) in message
+
+
+@pytest.mark.parametrize("key", sorted(every_key()))
+def test_a_wrong_type_is_refused_for_every_option(key):
+    for value in ({"a": 1}, object()):
+        with pytest.raises(InputError, match=key.replace(".", r"\.")):
+            Config.from_dict(nested(key, value))
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("train.epochs", "3"), ("train.epochs", 1.5), ("train.epochs", True), ("train.epochs", None),
+    ("train.learning_rate", "fast"), ("train.learning_rate", True),
+    ("hypernet.residual", 1), ("hypernet.residual", "yes"), ("data.data", 3),
+    ("data.task_sizes", 3), ("data.task_sizes", ["2", "3"]), ("hypernet.hidden", [1.5]),
+])
+def test_values_are_not_converted(key, value):
+    with pytest.raises(InputError, match=key.replace(".", r"\.")):
+        Config.from_dict(nested(key, value))
+
+
+def test_whole_numbers_serve_as_floats_and_none_as_absent():
+    config = Config.from_dict({"train": {"learning_rate": 1}, "data": {"tasks": None}})
+    assert config.train.learning_rate == 1.0
+    assert isinstance(config.train.learning_rate, float)
+    assert config.data.tasks is None
+
+
+@pytest.mark.parametrize("values", [{"trian": {}}, {"train": {"epoch": 3}}, {3: 4}])
+def test_unknown_keys_are_named_with_those_allowed(values):
+    with pytest.raises(InputError, match=r"unknown configuration key (trian|train\.epoch|3); "
+                                         r"allowed: .*(train, |train\.epochs)"):
+        Config.from_dict(values)
+
+
+def test_a_section_must_be_a_section():
+    with pytest.raises(InputError, match="train is 3; allowed: a section"):
+        Config.from_dict({"train": 3})
+
+
+def test_options_that_contradict_each_other():
+    for values, message in [
+        ({"data": {"tasks": 3, "task_sizes": [1, 2]}}, "one count for each of the 3 tasks"),
+        ({"train": {"strategy": "naive", "compare": ["naive"]}}, "other than the strategy"),
+        ({"hypernet": {"code_dim": 8, "fresh_columns": 9}}, "0 to code_dim = 8"),
+        ({"features": {"views": 2, "augment": "none"}}, "views is more than 1"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            Config.from_dict(values)
+    assert Config.from_dict({"features": {"views": 1, "augment": "none"}}).features.views == 1
+
+
+def test_dict_round_trip_through_json():
+    config = Config.from_dict({"data": {"task_sizes": [2, 3], "tasks": 2, "input_size": 16},
+                               "hypernet": {"hidden": [7], "beta": 0.25},
+                               "train": {"compare": ["naive", "separate_heads"]}})
+    assert config.hypernet.hidden == (7,)
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert Config.from_dict(Config().to_dict()) == Config()
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_yaml_fills_the_same_classes(tmp_path):
+    path = write(tmp_path / "a.yaml", "train:\n  epochs: 3\ndata:\n  task_sizes: [2, 2]\n")
+    config = load_config(path)
+    assert (config.train.epochs, config.data.task_sizes) == (3, (2, 2))
+    assert config.backbone == options.BackboneConfig()
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("train: [1", "is not YAML"),
+    ("a: b: c", "is not YAML"),
+    (b"\xff\xfe\x00\xd8", "cannot be read|is not YAML"),
+    ("", "holds NoneType; allowed: the sections data, backbone"),
+    ("- train", "holds list"),
+    ("trian: {}", "unknown configuration key trian"),
+    ("train: {epochs: many}", r"train\.epochs is 'many'"),
+    ("!!python/object/apply:os.getcwd []", "is not YAML"),
+])
+def test_broken_yaml_is_bad_input(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        load_config(write(tmp_path / "a.yaml", text))
+
+
+def test_a_missing_file_and_a_folder_are_bad_input(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(InputError, match=r"cannot be read: .*; give the path"):
+            load_config(path)
+
+
+def changed(config, key, value):
+    section, name = key.split(".")
+    part = dataclasses.replace(getattr(config, section), **{name: value})
+    return dataclasses.replace(config, **{section: part})
+
+
+def test_work_hash_ignores_what_changes_nothing():
+    config = Config()
+    for key, value in [("compute.workers", 2), ("compute.device", "cpu"), ("compute.threads", 7),
+                       ("compute.ray_address", "auto"), ("data.data", "/elsewhere")]:
+        assert changed(config, key, value).work_hash() == config.work_hash()
+
+
+def test_work_hash_names_everything_else():
+    config = Config()
+    changes = {
+        "data.tasks": 2, "data.task_sizes": (1, 1), "data.classes": 4, "data.input_size": 16,
+        "data.validation": 0.2, "data.test": 0.3, "data.task_transforms": ("blur",),
+        "data.on_bad_image": "skip", "data.max_image_pixels": 100, "data.stream_seed": 1,
+        "backbone.backbone": "resnet18", "backbone.freeze_depth": 2, "backbone.trunk": "a",
+        "backbone.trunk_epochs": 2, "backbone.trunk_batch_size": 2,
+        "backbone.trunk_learning_rate": 0.1, "backbone.trunk_seed": 1, "features.views": 3,
+        "features.augment": "flip", "features.feature_dtype": "float32", "features.shard_rows": 2,
+        "hypernet.generator": "additive", "hypernet.code_dim": 64, "hypernet.fresh_columns": 0,
+        "hypernet.hidden": (3,), "hypernet.channel_dim": 3, "hypernet.residual": False,
+        "hypernet.norm": "layer", "hypernet.norm_groups": 2, "hypernet.beta": 0.5,
+        "train.strategy": "naive", "train.compare": ("naive",), "train.epochs": 2,
+        "train.batch_size": 2, "train.learning_rate": 0.1, "train.schedule": "constant",
+        "train.label_smoothing": 0.1, "train.seed": 1,
+    }
+    ours = {key for key in every_key() if not key.startswith("compute.")} - {"data.data"}
+    assert changes.keys() == ours
+    hashes = [config.work_hash()] + [changed(config, key, value).work_hash()
+                                     for key, value in changes.items()]
+    assert all(a != b for a, b in itertools.combinations(hashes, 2))

@@ -1,0 +1,199 @@
+"""The head: against the published formulation, batch norm and its folding, the norms."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from partialhn.backbone import build_network, head_stages, split
+from partialhn.config import HypernetConfig
+from partialhn.errors import InputError
+from partialhn.model import Head, HeadWeights, check_feature_size, head_start
+from partialhn.strategies import PartialHypernet
+
+
+def hypernet(network, depth, **options):
+    config = dataclasses.replace(HypernetConfig(code_dim=8, fresh_columns=4, hidden=(6, 5),
+                                                channel_dim=4), **options)
+    head = Head(network, depth, config.norm, config.norm_groups)
+    return PartialHypernet(head, head_start(network, depth, config.norm, 0), config, seed=0)
+
+
+def published_forward(strategy, network, depth, z_BCHW, task):
+    """Weights generated for every sample and applied with vmap, BatchNorm over one sample.
+
+    Under vmap each sample has a network of its own, and so BatchNorm sees a batch of one.
+    """
+    own, generator = strategy.tasks[task], strategy.hypernet
+    stages = head_stages(network, depth).train()
+    torch.func.replace_all_batch_norm_modules_(stages)
+    names = [name for name, value in stages.named_parameters() if value.dim() == 4]
+    norms = [name for name, layer in stages.named_modules() if isinstance(layer, nn.BatchNorm2d)]
+    shapes = {name: value.shape for name, value in stages.named_parameters()}
+    scales, shifts = own.norm.chunk(2)
+    widths = [shapes[f"{name}.weight"][0] for name in norms]
+    affine = {f"{name}.{kind}": value for kind, values in (("weight", scales), ("bias", shifts))
+              for name, value in zip(norms, values.split(widths), strict=True)}
+
+    def generate(code):
+        x = generator.mlp(code)
+        weights = {}
+        for index, name in enumerate(names):
+            rows = [generator.A[index] @ torch.cat([x, row]) + generator.b[index]
+                    for row in generator.v[index]]
+            weights[name] = torch.stack(rows).view(shapes[name])
+        return weights
+
+    def one(z_CHW, code):
+        out = torch.func.functional_call(stages, generate(code) | affine, (z_CHW[None],))
+        return out.mean((2, 3))[0] @ own.classifier_KF.T + own.bias_K
+
+    codes_BE = own.code.expand(len(z_BCHW), -1)
+    return torch.func.vmap(one)(z_BCHW, codes_BE)
+
+
+@pytest.mark.parametrize("depth", range(5))
+def test_forward_equals_the_published_formulation(network, images, depth):
+    strategy = hypernet(network, depth, generator="additive", norm="instance", residual=False)
+    strategy.add_task(3)
+    strategy.add_task(2)
+    with torch.no_grad():
+        for own in strategy.tasks:
+            own.norm.copy_(1 + 0.3 * torch.randn(len(own.norm)))
+            own.code.normal_()
+    z_BCHW = split(network, depth)[0](images[:3])
+    for task in range(2):
+        with torch.no_grad():
+            wanted = published_forward(strategy, network, depth, z_BCHW, task)
+            found = strategy(z_BCHW, task)
+        assert found.shape == (3, 3 - task)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert (wanted[0] - wanted[1]).abs().max() > 1e-3
+
+
+def own_weights(network, head, stages):
+    norms = [layer for layer in stages.modules() if isinstance(layer, nn.BatchNorm2d)]
+    convolutions = [value for value in stages.parameters() if value.dim() == 4]
+
+    def joined(*kinds):
+        values = [getattr(layer, kind) for kind in kinds for layer in norms]
+        return torch.cat(values) if values else torch.empty(0)
+
+    return HeadWeights(head.named(convolutions), joined("weight", "bias"), network.body.fc.weight,
+                       network.body.fc.bias, joined("running_mean", "running_var"))
+
+
+@pytest.mark.parametrize("depth", range(5))
+def test_trunk_and_head_with_the_networks_weights_are_the_network(network, images, depth):
+    trunk, stages = split(network, depth)
+    head = Head(network, depth, "batch", 8).eval()
+    weights = own_weights(network, head, stages)
+    with torch.no_grad():
+        wanted = network(images[:8])
+        found = head(trunk(images[:8]), weights)
+        folded = weights._replace(norm=head.fold(weights.norm, weights.statistics),
+                                  statistics=None)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(head(trunk(images[:8]), folded), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def learned(network, images):
+    """A batch-norm task after some forward passes: running statistics, not folded yet."""
+    strategy = hypernet(network, 3, norm="batch")
+    strategy.add_task(3)
+    z_BCHW = split(network, 3)[0](images)
+    strategy.train()
+    with torch.no_grad():
+        for _ in range(10):
+            strategy(z_BCHW[:64], 0)
+    return strategy.eval(), z_BCHW
+
+
+@torch.no_grad()
+def test_folding_changes_no_answer(learned):
+    strategy, z_BCHW = copy.deepcopy(learned[0]), learned[1]
+    before = strategy(z_BCHW, 0)
+    statistics = strategy.tasks[0].statistics.clone()
+    strategy.finish(0)
+    assert strategy.tasks[0].statistics is None
+    torch.testing.assert_close(strategy(z_BCHW, 0), before, rtol=1e-5, atol=1e-5)
+    start = strategy.head.first_statistics()
+    assert (statistics - start).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_after_folding_an_answer_depends_on_no_other_image(learned):
+    strategy, z_BCHW = copy.deepcopy(learned[0]), learned[1]
+    strategy.finish(0)
+    together = strategy(z_BCHW[:64], 0)
+    alone = torch.cat([strategy(z_BCHW[i:i + 1], 0) for i in range(64)])
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_while_learning_batch_norm_sees_the_batch(learned):
+    strategy, z_BCHW = copy.deepcopy(learned[0]).train(), learned[1]
+    assert (strategy(z_BCHW[:2], 0)[0] - strategy(z_BCHW[:64], 0)[0]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", ["instance", "group", "layer"])
+def test_other_norms_see_one_image_even_while_learning(network, images, norm):
+    strategy = hypernet(network, 3, norm=norm, norm_groups=8).train()
+    strategy.add_task(3)
+    z_BCHW = split(network, 3)[0](images[:16])
+    alone = torch.cat([strategy(z_BCHW[i:i + 1], 0) for i in range(16)])
+    torch.testing.assert_close(strategy(z_BCHW, 0), alone, rtol=1e-5, atol=1e-5)
+    assert strategy.tasks[0].statistics is None
+
+
+def test_the_head_owns_no_weight(network):
+    head = Head(network, 2, "batch", 8)
+    assert not list(head.parameters())
+    assert not head.state_dict()
+    wanted = sum(value.numel() for value in head_stages(network, 2).parameters()
+                 if value.dim() == 4)
+    assert head.weight_count == wanted
+
+
+def test_a_head_starts_from_the_network_with_batch_norm_and_anew_with_others(network):
+    own = [v for v in head_stages(network, 3).parameters() if v.dim() == 4]
+    batch, group = head_start(network, 3, "batch", 0), head_start(network, 3, "group", 0)
+    assert all(torch.equal(a, b) for a, b in zip(batch.convolutions, own, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(group.convolutions, own, strict=True))
+    assert group.norm.unique().tolist() == [0, 1]
+    again, other = head_start(network, 3, "group", 0), head_start(network, 3, "group", 1)
+    assert torch.equal(again.convolutions[0], group.convolutions[0])
+    assert not torch.equal(other.convolutions[0], group.convolutions[0])
+
+
+def test_missing_and_extra_weights_raise(network, images):
+    head = Head(network, 3, "instance", 8)
+    start = head_start(network, 3, "instance", 0)
+    weights = HeadWeights(head.named(start.convolutions), start.norm, torch.zeros(2, 160),
+                          torch.zeros(2))
+    z_BCHW = split(network, 3)[0](images[:2])
+    name = next(iter(weights.convolutions))
+    less = {key: value for key, value in weights.convolutions.items() if key != name}
+    with pytest.raises(RuntimeError, match=name):
+        head(z_BCHW, weights._replace(convolutions=less))
+    with pytest.raises(RuntimeError, match="surplus"):
+        head(z_BCHW, weights._replace(
+            convolutions=weights.convolutions | {"surplus": torch.zeros(1)}))
+
+
+def test_groups_must_divide_every_width(network):
+    with pytest.raises(InputError, match="norm_groups is 7; allowed: a divisor"):
+        Head(network, 3, "group", 7)
+
+
+def test_instance_norm_over_a_single_pixel_is_refused():
+    network = build_network("resnet18", 2)
+    with pytest.raises(InputError, match=r"input_size 32 .* single pixel, .* larger input_size"):
+        check_feature_size("instance", network, 3, 32)
+    check_feature_size("instance", network, 3, 64)
+    check_feature_size("group", network, 3, 32)
+    check_feature_size("instance", network, 4, 32)

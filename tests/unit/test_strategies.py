@@ -1,0 +1,192 @@
+"""Strategies: nothing forgotten while columns are fresh, drift held back by the regulariser."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from partialhn.config import HypernetConfig
+from partialhn.errors import InputError
+from partialhn.strategies import STRATEGIES, PartialHypernet
+
+STEPS = 4
+
+
+@pytest.fixture
+def build(parts, config):
+    def make(name="partial_hn", **options):
+        changed = dataclasses.replace(config,
+                                      hypernet=dataclasses.replace(config.hypernet, **options))
+        return STRATEGIES[name](parts.head, parts.start, changed)
+    return make
+
+
+def learn(strategy, task, features, steps=STEPS, rate=1e-2):
+    """A few real steps of one task; returns the regulariser at each of them."""
+    if task == len(strategy.classes):
+        strategy.add_task(2)
+    strategy.begin(task)
+    strategy.train()
+    optimiser = torch.optim.Adam([p for p in strategy.parameters() if p.requires_grad], lr=rate)
+    rows, held = torch.arange(16), []
+    z_BCHW = features.train.gather(rows, torch.zeros_like(rows))
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(strategy(z_BCHW, task), features.train.y_N[rows])
+        regulariser = strategy.regulariser(task)
+        if regulariser is not None:
+            held.append(regulariser.item())
+            loss = loss + regulariser
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+    strategy.finish(task)
+    strategy.eval()
+    return held
+
+
+@torch.no_grad()
+def snapshot(strategy, task):
+    weights = strategy.weights(task)
+    return {**{key: value.clone() for key, value in weights.convolutions.items()},
+            "norm": weights.norm.clone(), "classifier": weights.classifier_KF.clone(),
+            "bias": weights.bias_K.clone()}
+
+
+def distance(one, two):
+    return sum((one[key] - two[key]).square().sum() for key in one).item()
+
+
+def test_earlier_tasks_keep_every_bit_while_columns_are_fresh(build, tasks):
+    strategy = build(code_dim=12, fresh_columns=4)
+    kept = []
+    for task in range(4):
+        assert learn(strategy, task, tasks[task]) == []
+        kept.append(snapshot(strategy, task))
+        for earlier, before in enumerate(kept):
+            now = snapshot(strategy, earlier)
+            assert [key for key in before if not torch.equal(before[key], now[key])] == []
+    assert all(distance(one, two) > 1e-3 for i, one in enumerate(kept) for two in kept[:i])
+    for task in range(4):
+        code_Ld = strategy.tasks[task].code.view(-1, 12)
+        assert not code_Ld[:, 4 * task:].any()
+        assert code_Ld[:, :4 * task].all()
+
+
+def test_an_exhausted_pool_drifts_with_the_regulariser(build, tasks):
+    strategy = build(code_dim=8, fresh_columns=4)
+    for task in range(3):
+        assert learn(strategy, task, tasks[task]) == []
+    before = [snapshot(strategy, task) for task in range(3)]
+    held = learn(strategy, 3, tasks[3])
+    assert held[0] == 0.0
+    assert held[-1] > 0.0
+    assert distance(before[0], snapshot(strategy, 0)) > 0
+    moved = [sum((before[task][key] - snapshot(strategy, task)[key]).square().sum()
+                 for key in strategy.weights(task).convolutions) for task in range(3)]
+    strategy.beta = 1.0
+    torch.testing.assert_close(strategy.regulariser(3), torch.stack(moved).mean(),
+                               rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("generator", ["bilinear", "additive"])
+@pytest.mark.parametrize("residual", [True, False])
+def test_more_beta_less_drift(build, tasks, generator, residual):
+    drifts = []
+    for beta in (0.0, 1e-2, 1.0):
+        strategy = build(generator=generator, residual=residual, fresh_columns=0, beta=beta)
+        learn(strategy, 0, tasks[0])
+        learn(strategy, 1, tasks[1])
+        before = snapshot(strategy, 1)
+        learn(strategy, 2, tasks[2], steps=10, rate=1e-3)
+        drifts.append(distance(before, snapshot(strategy, 1)))
+    assert drifts[0] > 0
+    assert drifts[0] > 2 * drifts[1] > 2 * drifts[2]
+
+
+def test_a_regulariser_of_no_strength_is_not_computed(build, tasks):
+    strategy = build(fresh_columns=0, beta=0.0)
+    learn(strategy, 0, tasks[0])
+    assert learn(strategy, 1, tasks[1]) == []
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_finished_tasks_take_no_gradient_and_do_not_move(build, tasks, name):
+    strategy = build(name)
+    learn(strategy, 0, tasks[0])
+    before = {key: value.clone() for key, value in strategy.tasks[0].state_dict().items()}
+    learn(strategy, 1, tasks[1])
+    assert not any(value.requires_grad for value in strategy.tasks[0].parameters())
+    assert all(value.requires_grad for value in strategy.tasks[1].parameters())
+    after = strategy.tasks[0].state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    groups = strategy.parameter_groups(1e-3)
+    listed = {id(value) for group in groups for value in group["params"]}
+    assert listed == {id(value) for value in strategy.parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_first_weights_depend_on_seed_and_position_alone(build, name):
+    torch.manual_seed(1)
+    one = build(name)
+    one.add_task(2)
+    one.add_task(3)
+    torch.manual_seed(2)
+    two = build(name)
+    two.add_task(2)
+    state = torch.get_rng_state()
+    two.add_task(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    for key, value in one.state_dict().items():
+        assert torch.equal(value, two.state_dict()[key]), key
+
+
+def test_tasks_have_their_own_numbers_of_classes(build, tasks):
+    strategy = build()
+    z_BCHW = tasks[0].train.gather(torch.arange(3), torch.zeros(3, dtype=torch.int64))
+    for classes in (2, 5, 1):
+        strategy.add_task(classes)
+    assert [strategy(z_BCHW, task).shape[1] for task in range(3)] == [2, 5, 1]
+    with pytest.raises(InputError, match="a task has 0 classes"):
+        strategy.add_task(0)
+
+
+def test_a_new_task_starts_from_the_one_before(build, tasks):
+    strategy = build(fresh_columns=0)
+    learn(strategy, 0, tasks[0])
+    learn(strategy, 1, tasks[1])
+    strategy.add_task(2)
+    old, new = strategy.tasks[1], strategy.tasks[2]
+    assert torch.equal(new.code, old.code)
+    assert torch.equal(new.norm, old.norm)
+    assert new.code.data_ptr() != old.code.data_ptr()
+
+
+def test_separate_heads_share_nothing(build, tasks):
+    strategy = build("separate_heads")
+    learn(strategy, 0, tasks[0])
+    learn(strategy, 1, tasks[1])
+    names = [name for name, _ in strategy.named_parameters() if not name.startswith("tasks.")]
+    assert names == []
+    assert strategy.task_bytes(1) > 4 * strategy.head.weight_count
+
+
+def test_a_task_of_the_hypernetwork_is_small(build):
+    strategy = build()
+    strategy.add_task(2)
+    codes = len(strategy.head.convolutions) * 8
+    numbers = codes + strategy.head.norm_length + 2 * 160 + 2
+    assert strategy.task_bytes(0) == 4 * numbers
+
+
+def test_restoring_what_a_strategy_does_not_use(build):
+    with pytest.raises(InputError, match="which Naive does not use"):
+        build("naive").restore_experience({"A.0": torch.zeros(1)})
+    build("naive").restore_experience({})
+
+
+def test_the_beginning_of_a_stream_has_no_regulariser(parts):
+    strategy = PartialHypernet(parts.head, parts.start, HypernetConfig(residual=False), 0)
+    strategy.add_task(2)
+    strategy.begin(0)
+    assert strategy.regulariser(0) is None
