@@ -44,6 +44,8 @@ from pipelines.worker import Assignment, Events, learn, model_folder
 
 Say = Callable[[str], None]
 MAX_FAILURES = 3
+START_ATTEMPTS = 3
+"""Ray gives a node 30 s to come up; a machine that is busy with other work may need longer."""
 
 
 def train(config: Config, output: OutputConfig, say: Say = print) -> dict[str, Any]:
@@ -59,6 +61,8 @@ def train(config: Config, output: OutputConfig, say: Say = print) -> dict[str, A
     classes = sum(len(each.classes) for each in experiences)
     say(f"{output.name}: {len(experiences)} tasks, {classes} classes, "
         f"{sum(len(each.train) for each in experiences)} training images (work {work})")
+    for note in _notes(config, len(experiences)):
+        say(note)
     clock.lap("data")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         connecting = pool.submit(connect, storage, output.tracking_uri)
@@ -70,6 +74,19 @@ def train(config: Config, output: OutputConfig, say: Say = print) -> dict[str, A
     Path(output.result).parent.mkdir(parents=True, exist_ok=True)
     Path(output.result).write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
+
+
+def _notes(config: Config, tasks: int) -> list[str]:
+    """What a user should know before hours are spent."""
+    hypernet = config.hypernet
+    fresh = hypernet.fresh_columns
+    if (config.train.strategy != "partial_hn" or hypernet.generator != "bilinear"
+            or not hypernet.residual or not fresh or (tasks - 1) * fresh <= hypernet.code_dim):
+        return []
+    served = 1 + -(-hypernet.code_dim // fresh)
+    return [f"note: {hypernet.code_dim} columns (--code-dim) give columns of their own to the "
+            f"first {served} of {tasks} tasks; the others are learned less well. All {tasks} "
+            f"would take --code-dim {(tasks - 1) * fresh}"]
 
 
 def work_name(config: Config, experiences: Sequence[Experience]) -> str:
@@ -89,12 +106,26 @@ def start_ray(config: Config, storage: Storage) -> None:
     if config.compute.ray_address is None:
         options["include_dashboard"] = False
     try:
-        ray.init(config.compute.ray_address or "local", **options,
-                 runtime_env={"env_vars": storage.environment()})
+        _init_ray(config.compute.ray_address or "local", **options,
+                  runtime_env={"env_vars": storage.environment()})
     except (ConnectionError, ValueError) as error:
         raise InputError(f"ray_address is {config.compute.ray_address!r} and no cluster answers "
                          f"({error}); allowed: auto, ray://host:10001, host:6379, or leave it out "
                          "for a local one") from error
+
+
+def _init_ray(address: str, **options: Any) -> None:
+    """Starts or joins Ray; again where a node took longer to come up than Ray waits for it."""
+    import ray
+
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(address, **options)
+            return
+        except Exception as error:  # Ray raises no class of its own for this
+            if "timed out during startup" not in str(error) or attempt + 1 == START_ATTEMPTS:
+                raise
+            ray.shutdown()
 
 
 def _dataset_cache(storage: Storage) -> Path:
