@@ -5,6 +5,7 @@ Imports nothing heavy until a command runs, so that `--help` answers at once. Ex
 """
 
 import dataclasses
+import io
 import json
 import sys
 import traceback
@@ -180,6 +181,8 @@ def next_commands(output: OutputConfig, result: dict[str, Any]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and exits with its code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # progress shows in a pipe or a log file too
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
