@@ -1,0 +1,62 @@
+"""The gradient of a second task's first step, as one worker of several sees it.
+
+Run as: first_gradient.py RANK WORLD PORT FOLDER; writes FOLDER/gradient.safetensors.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from pyarrow.fs import LocalFileSystem
+from safetensors.torch import save_file
+
+from partialhn.backbone import build_network
+from partialhn.config import BackboneConfig, Config, DataConfig, HypernetConfig, TrainConfig
+from partialhn.datasets import open_stream
+from partialhn.featurise import commit_features, compute_shard, feature_jobs, feature_shape
+from partialhn.run import collect, cut
+from partialhn.store import FeatureStore
+from partialhn.train import Objective, Workers, epoch_batches
+from pipelines.worker import _data_parallel
+
+CONFIG = Config(
+    data=DataConfig(data="digits", task_sizes=(5, 5), input_size=16),
+    backbone=BackboneConfig(freeze_depth=3),
+    hypernet=HypernetConfig(code_dim=8, fresh_columns=0, norm="group", norm_groups=4),
+    train=TrainConfig(batch_size=15))
+
+
+def main(rank: int, world: int, port: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    parts = cut(CONFIG, build_network("slim_resnet18", 5, seed=1).eval())
+    experiences = open_stream(CONFIG.data, folder / "datasets")
+    store = FeatureStore(LocalFileSystem(), str(folder))
+    jobs = feature_jobs(CONFIG, experiences, parts.trunk)
+    shape = feature_shape(parts.trunk, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    manifests = [commit_features(store, job, [compute_shard(store, parts.trunk, job, index)
+                                              for index in range(job.shards)], shape)
+                 for job in jobs]
+    tasks = collect(store, jobs, manifests, experiences)
+
+    strategy = parts.strategy(CONFIG)
+    for index, task in enumerate(tasks):
+        strategy.add_task(task.classes)
+        strategy.begin(index)
+    workers = Workers()
+    if world > 1:
+        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank,
+                                             world_size=world)
+        workers = Workers(rank, world, _data_parallel)
+    objective = workers.wrap(Objective(strategy.train(), 1, 0.0))
+    batch = next(epoch_batches(tasks[1].train, CONFIG.train.batch_size, (0, 1, 1), workers))
+    assert len(batch.y_B) == len(range(rank, CONFIG.train.batch_size, world))
+    loss, _ = objective(*batch)
+    loss.backward()
+    save_file({name: value.grad for name, value in strategy.named_parameters()
+               if value.grad is not None}, folder / "gradient.safetensors")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
