@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -106,12 +107,20 @@ def start_ray(config: Config, storage: Storage) -> None:
     if config.compute.ray_address is None:
         options["include_dashboard"] = False
     try:
+        _reach(config.compute.ray_address)
         _init_ray(config.compute.ray_address or "local", **options,
                   runtime_env={"env_vars": storage.environment()})
-    except (ConnectionError, ValueError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         raise InputError(f"ray_address is {config.compute.ray_address!r} and no cluster answers "
                          f"({error}); allowed: auto, ray://host:10001, host:6379, or leave it out "
                          "for a local one") from error
+
+
+def _reach(address: str | None) -> None:
+    """Raises OSError where nobody listens at host:port; Ray itself would try for many minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _init_ray(address: str, **options: Any) -> None:

@@ -29,15 +29,6 @@ def oracle(small, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def again(learned, run_main_job):
-    """The same work a second time."""
-    before = Path(learned.output.result).read_text()
-    repeated = run_main_job(learned.config, learned.output)
-    Path(learned.output.result).write_text(before)
-    return repeated
-
-
-@pytest.fixture(scope="module")
 def registry(learned):
     return connect(open_storage(learned.output.storage))
 
@@ -121,17 +112,6 @@ def test_progress_is_visible(learned):
     for part in ("trunk  epoch 2/2", "features: ", "task 1 '0' learned", "task 3 '2' learned",
                  "registered models:/digits/3"):
         assert part in text
-
-
-# The same command again ----------------------------------------------------------------------
-
-
-def test_again_trains_nothing_and_decodes_nothing(learned, again):
-    assert again.result["images_decoded"] == 0
-    assert "trunk: found, not trained again" in again.lines
-    assert not [line for line in again.lines if "epoch" in line]
-    for key in ("accuracy_matrix", "epochs", "weights_hash", "versions", "feature_keys"):
-        assert again.result[key] == learned.result[key], key
 
 
 # Predictions ---------------------------------------------------------------------------------
