@@ -25,7 +25,7 @@ Legend: C output channels (rows), D row length, R row-code length, d columns, T 
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,27 +50,38 @@ class GeneratedTensor(NamedTuple):
         return int(torch.Size(self.shape[1:]).numel())
 
 
-class Drift(NamedTuple):
-    """One layer's shared matrices: how far they moved, and where they started."""
+class DriftEnergy(torch.autograd.Function):
+    """<M^T M, S> with M = [dA | A* | db]: the squared change of the earlier tasks' weights.
 
-    dA_DR: Tensor
-    A_star_DR: Tensor
-    db_D: Tensor
-
-
-def drift_energy(drift: Drift, S_UU: Tensor) -> Tensor:
-    """<M^T M, S> with M = [dA | A* | db], by blocks: the squared change of the earlier weights.
-
-    S_UU has U = 2 R + 1 rows in the order z, z - z*, 1. Never subtracts two large numbers that
-    were nearly equal, as A z - A* z* would.
+    dA_DR and db_D are what A and b moved since the snapshot, A_star_DR is A at the snapshot and
+    gram_RR = A*^T A*, which does not change. S_UU is symmetric with U = 2 R + 1 rows in the order
+    z, z - z*, 1. Gradients go to dA, db and S. By blocks it takes four products of D R^2, two each
+    way, and it never subtracts two large numbers that were nearly equal, as A z - A* z* would.
     """
-    dA_DR, A_star_DR, db_D = drift
-    R = dA_DR.shape[1]
-    S_zz, S_zd, S_z1 = S_UU[:R, :R], S_UU[:R, R:-1], S_UU[:R, -1]
-    S_dd, S_d1, S_11 = S_UU[R:-1, R:-1], S_UU[R:-1, -1], S_UU[-1, -1]
-    inner_DR = dA_DR @ S_zz + 2 * (A_star_DR @ S_zd.T + torch.outer(db_D, S_z1))
-    star_DR = A_star_DR @ S_dd + 2 * torch.outer(db_D, S_d1)
-    return (dA_DR * inner_DR).sum() + (A_star_DR * star_DR).sum() + db_D.square().sum() * S_11
+
+    @staticmethod
+    def forward(ctx: Any, dA_DR: Tensor, db_D: Tensor, S_UU: Tensor, A_star_DR: Tensor,
+                gram_RR: Tensor) -> Tensor:
+        R = dA_DR.shape[1]
+        G_UU = torch.empty_like(S_UU)
+        G_UU[:R, :R] = dA_DR.T @ dA_DR
+        G_UU[:R, R:-1] = dA_DR.T @ A_star_DR
+        G_UU[R:-1, :R] = G_UU[:R, R:-1].T
+        G_UU[R:-1, R:-1] = gram_RR
+        G_UU[:R, -1] = G_UU[-1, :R] = dA_DR.T @ db_D
+        G_UU[R:-1, -1] = G_UU[-1, R:-1] = A_star_DR.T @ db_D
+        G_UU[-1, -1] = db_D @ db_D
+        ctx.save_for_backward(dA_DR, db_D, S_UU, A_star_DR, G_UU)
+        return (G_UU * S_UU).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dA_DR, db_D, S_UU, A_star_DR, G_UU = ctx.saved_tensors
+        R, gradient = dA_DR.shape[1], gradients[0]
+        to_dA = dA_DR @ S_UU[:R, :R]
+        to_dA.addmm_(A_star_DR, S_UU[R:-1, :R]).addr_(db_D, S_UU[:R, -1])
+        to_db = dA_DR @ S_UU[:R, -1] + A_star_DR @ S_UU[R:-1, -1] + db_D * S_UU[-1, -1]
+        return 2 * gradient * to_dA, 2 * gradient * to_db, gradient * G_UU, None, None
 
 
 class _Generator(nn.Module):
@@ -88,6 +99,7 @@ class _Generator(nn.Module):
         self.drifts = False
         """Whether what is trained now can change the weights of earlier tasks."""
         self._star: dict[str, Tensor] = {}
+        self._gram: dict[int, Tensor] = {}
 
     def set_base(self, weights: Sequence[Tensor]) -> None:
         """Residual generation: the first task trains on from these weights."""
@@ -128,6 +140,7 @@ class _Generator(nn.Module):
         """Keeps psi*: the shared parameters as they are now."""
         self._star = ({name: value.detach().clone() for name, value in self.named_parameters()
                        if not name.startswith("base.")} if self.drifts else {})
+        self._gram = {}
 
     def star(self) -> dict[str, Tensor]:
         """psi* by parameter name, for the checkpoint of a running experience."""
@@ -136,6 +149,7 @@ class _Generator(nn.Module):
     def restore_snapshot(self, star: dict[str, Tensor]) -> None:
         """Takes back what `star` gave, when an interrupted experience goes on."""
         self._star = {name: value.detach().clone() for name, value in star.items()}
+        self._gram = {}
 
     def _moments(self, index: int, codes: Tensor) -> Tensor:
         """S_UU = sum over tasks and rows of u u^T."""
@@ -149,8 +163,11 @@ class _Generator(nn.Module):
         total = codes.new_zeros(())
         for index in range(len(self.tensors)):
             A_star_DR, b_star_D = self._star[f"A.{index}"], self._star[f"b.{index}"]
-            drift = Drift(self.A[index] - A_star_DR, A_star_DR, self.b[index] - b_star_D)
-            total = total + drift_energy(drift, self._moments(index, codes))
+            if index not in self._gram:
+                self._gram[index] = A_star_DR.T @ A_star_DR
+            energy = DriftEnergy.apply(self.A[index] - A_star_DR, self.b[index] - b_star_D,
+                                       self._moments(index, codes), A_star_DR, self._gram[index])
+            total = total + energy
         return total / len(codes)
 
 

@@ -140,7 +140,8 @@ def _stage_figure(facts: Facts) -> str:
     beside = facts.bounds and own is not None and train > 1.05 * own
     return figure("Time per stage", drawing, "Start-up, data, trunk and features are paid once "
                   "for the stream; train, evaluate and register with every task."
-                  + (f" Of the training, {duration(own)} were ours, the rest the bounds."
+                  + (f" Of the training, {duration(own)} were ours, the rest the bounds and the "
+                     "workers' start."
                      if beside else ""))
 
 

@@ -379,4 +379,4 @@ def test_the_training_stage_says_how_much_of_it_was_ours():
     result = sample(2)
     assert "were ours" not in render(result)
     result["seconds"]["per_task"] = [{"name": "a", "train": 3.0}, {"name": "b", "train": 4.5}]
-    assert "7.5 s were ours, the rest the bounds" in Page(render(result)).text
+    assert "7.5 s were ours, the rest the bounds and" in Page(render(result)).text
