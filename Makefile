@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu lint clean
+.PHONY: help setup demo test test-all test-gpu bench lint clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test-all: setup  ## run the slow tests too
 
 test-gpu: setup  ## run the tests that need CUDA
 	$(PYTEST) -m gpu
+
+bench: setup  ## measure a training step against a plain head; QUICK=1 for fewer rounds
+	$(BIN)/python tests/bench/step.py --json bench.json $(if $(QUICK),--quick)
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .
