@@ -133,8 +133,13 @@ class FeatureStore:
 
     def find_shard(self, key: str, index: int) -> Shard | None:
         """A shard that some writer finished already, or None."""
-        text = self._read(f"{self.folder(key)}/part-{index:05d}.json")
-        return None if text is None else parse_shard(json.loads(text))
+        path = f"{self.folder(key)}/part-{index:05d}.json"
+        text = self._read(path)
+        try:
+            return None if text is None else parse_shard(json.loads(text))
+        except (ValueError, KeyError, TypeError) as error:
+            raise IntegrityError(f"{path} cannot be read as a shard's record: {error!r}"
+                                 ) from error
 
     def write_shard(self, recipe: FeatureRecipe, index: int, z_NVCHW: Tensor, y_N: np.ndarray,
                     ids: Sequence[str], *, seconds: float,

@@ -220,6 +220,7 @@ class Learner:
         trained = sum(record.seconds for record in self.epochs if record.task_index == index)
         finished = TaskRecord(task.name, index, row, trained, time.perf_counter() - start)
         self.finished.append(finished)
+        optimiser.zero_grad(set_to_none=True)
         self._optimiser = None
         yield finished
 
@@ -289,8 +290,10 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer,
 
 def load_optimiser(optimiser: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]],
                    tensors: dict[str, Tensor]) -> None:
-    """Takes back `optimiser_tensors`."""
+    """Takes back `optimiser_tensors`; a parameter without a gradient so far has none."""
     for name, parameter in named:
+        if f"optimiser.step.{name}" not in tensors:
+            continue
         for key in ("step", "exp_avg", "exp_avg_sq"):
             saved = tensors[f"optimiser.{key}.{name}"].to(parameter.device)
             optimiser.state[parameter][key] = saved.clone()

@@ -127,8 +127,10 @@ EVENTS = ("os.putenv", "os.unsetenv", "os.mkdir", "socket.connect", "subprocess.
 OURS = tuple(os.path.join(os.getcwd(), package, "") for package in ("partialhn", "pipelines"))
 touched = []
 def watch(event, args):
+    if event not in EVENTS:
+        return
     frame = sys._getframe()
-    while event in EVENTS and frame:
+    while frame:
         name = frame.f_code.co_filename
         if name.startswith(OURS):
             touched.append((event, args, name))

@@ -1,0 +1,165 @@
+"""Images to stored features: the same bytes whoever computes them, and none computed twice."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pyarrow.fs import LocalFileSystem
+
+from partialhn.backbone import split
+from partialhn.datasets import decode
+from partialhn.errors import InputError
+from partialhn.featurise import commit_features, compute_shard, feature_jobs, run_trunk
+from partialhn.store import FeatureStore
+from partialhn.stream import Experience, ImageTable
+from partialhn.views import augment
+
+LOCAL = LocalFileSystem()
+
+
+@pytest.fixture(scope="module")
+def trunk(network):
+    return split(network, 3)[0]
+
+
+@pytest.fixture
+def folder(tmp_path, images):
+    """25 digits as PNG files, which can be taken away."""
+    (tmp_path / "images").mkdir()
+    for index in range(25):
+        pixels_HWC = images[index].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels_HWC).save(tmp_path / "images" / f"{index:02d}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def experience(folder):
+    files = tuple(str(path) for path in sorted(folder.iterdir()))
+    whole = ImageTable(LOCAL, files, range(25), [-1] * 25, np.arange(25) % 2)
+    return Experience("a", ("x", "y"), whole.take(range(12)), whole.take(range(12, 15)),
+                      whole.take(range(15, 25)))
+
+
+@pytest.fixture
+def jobs(with_options, experience, trunk):
+    def make(**sections):
+        config = with_options(features={"views": 2, "shard_rows": 5}, **sections)
+        return feature_jobs(config, [experience], trunk)
+    return make
+
+
+def compute(store, trunk, job):
+    return [compute_shard(store, trunk, job, index) for index in range(job.shards)]
+
+
+def finish(store, trunk, job):
+    return store.open(commit_features(store, job, compute(store, trunk, job), (80, 4, 4)))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return FeatureStore(LOCAL, str(tmp_path / "store"))
+
+
+def test_training_images_get_all_views_and_others_one(jobs):
+    made = jobs()
+    assert [(job.split, job.recipe.views, job.shards) for job in made] == [
+        ("train", 2, 3), ("validation", 1, 1), ("test", 1, 2)]
+    assert [job.recipe.augment for job in made] == ["crop-flip", "none", "none"]
+
+
+def test_splits_without_images_make_no_job(with_options, experience, trunk):
+    bare = dataclasses.replace(experience, validation=experience.train.take([]))
+    assert [job.split for job in feature_jobs(with_options(), [bare], trunk)] == ["train", "test"]
+
+
+def test_features_are_the_trunks_of_every_view(store, trunk, jobs, experience):
+    job = jobs()[0]
+    opened = finish(store, trunk, job)
+    images_BCHW = decode(experience.train, 16).images_BCHW
+    rows = np.arange(12)
+    for view in range(2):
+        seen = augment(images_BCHW, rows, 12, view, "crop-flip", 0)
+        found = opened.gather(torch.arange(12), torch.full((12,), view))
+        assert torch.equal(found, run_trunk(trunk, seen))
+    assert opened.y_N.tolist() == experience.train.label_N.tolist()
+    assert opened.ids == experience.train.ids()
+
+
+def test_bytes_do_not_depend_on_who_computes_or_in_which_order(tmp_path, trunk, jobs):
+    job = jobs()[0]
+    one, two = (FeatureStore(LOCAL, str(tmp_path / name)) for name in ("one", "two"))
+    forward = compute(one, trunk, job)
+    backward = [compute_shard(two, trunk, job, index) for index in (2, 1, 0)][::-1]
+    assert [shard.sha256 for shard in forward] == [shard.sha256 for shard in backward]
+
+
+def test_finished_shards_are_not_computed_again(store, trunk, jobs, folder):
+    """The images are taken away: whoever decodes them again fails."""
+    job = jobs()[0]
+    assert job.recipe.key
+    first = compute_shard(store, trunk, job, 0)
+    second = compute_shard(store, trunk, job, 1)
+    for path in folder.iterdir():
+        path.unlink()
+    assert compute_shard(store, trunk, job, 0) == first
+    assert compute_shard(store, trunk, job, 1) == second
+    with pytest.raises(FileNotFoundError):
+        compute_shard(store, trunk, job, 2)
+
+
+def encoded(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_unreadable_images_stop_the_run_or_are_left_out(store, trunk, jobs, folder, experience):
+    (folder / "03.png").write_bytes(b"not an image")
+    (folder / "07.png").write_bytes((folder / "07.png").read_bytes()[:60])
+    with pytest.raises(InputError, match=r"03\.png is no readable"):
+        compute(store, trunk, jobs()[0])
+    opened = finish(store, trunk, jobs(data={"on_bad_image": "skip"})[0])
+    kept = [row for row in range(12) if row not in (3, 7)]
+    assert opened.ids == [experience.train.ids()[row] for row in kept]
+    assert opened.y_N.tolist() == [row % 2 for row in kept]
+    assert [name.rpartition("/")[2] for name, _ in opened.manifest.bad] == ["03.png", "07.png"]
+    images_BCHW = decode(experience.train.take(kept), 16).images_BCHW
+    seen = augment(images_BCHW, np.array(kept), 12, 1, "crop-flip", 0)
+    found = opened.gather(torch.arange(10), torch.ones(10, dtype=torch.int64))
+    assert torch.equal(found, run_trunk(trunk, seen))
+
+
+def test_a_shard_of_unreadable_images_is_empty_and_harmless(store, trunk, jobs, folder):
+    for index in range(5, 10):
+        (folder / f"{index:02d}.png").write_bytes(b"")
+    opened = finish(store, trunk, jobs(data={"on_bad_image": "skip"})[0])
+    assert [shard.rows for shard in opened.manifest.shards] == [5, 0, 2]
+    assert len(opened) == 7
+
+
+def test_nothing_readable_is_bad_input(store, trunk, jobs, folder):
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+    job = jobs(data={"on_bad_image": "skip"})[0]
+    with pytest.raises(InputError, match="task 'a' has no readable train image: all 12"):
+        finish(store, trunk, job)
+
+
+def test_recipes_follow_data_trunk_and_options(with_options, experience, trunk, network):
+    def key(change=experience, cut=trunk, **sections):
+        return feature_jobs(with_options(**sections), [change], cut)[0].recipe.key
+
+    other = dataclasses.replace(experience, train=experience.train.take(range(11)))
+    keys = [key(), key(change=other), key(cut=split(network, 2)[0]),
+            key(change=dataclasses.replace(experience, transform="blur")),
+            key(features={"views": 3}), key(features={"augment": "flip"}),
+            key(features={"feature_dtype": "float16"}), key(features={"shard_rows": 3}),
+            key(data={"input_size": 32}), key(data={"stream_seed": 1})]
+    assert len(set(keys)) == len(keys)
+    for same in (key(train={"seed": 5}), key(hypernet={"beta": 9.0}),
+                 key(change=dataclasses.replace(experience, name="b"))):
+        assert same == keys[0]
