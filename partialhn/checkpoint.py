@@ -6,6 +6,7 @@
 Nothing is ever pickled, so loading a checkpoint cannot run code.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -43,9 +45,14 @@ def save(folder: Path, kind: str, tensors: dict[str, Tensor], fields: dict[str, 
 
 
 def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
-    """Copies a checkpoint folder to any filesystem, the fields last: without them it is nothing."""
+    """Copies a checkpoint folder to any filesystem, the fields last: without them it is nothing.
+
+    Older fields go first, so that a copy that is cut short never mixes the two.
+    """
     if isinstance(filesystem, pafs.LocalFileSystem):
         Path(target).mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(f"{target}/{FIELDS}")
     for name in (TENSORS, FIELDS):
         with filesystem.open_output_stream(f"{target}/{name}") as sink:
             sink.write((folder / name).read_bytes())
@@ -73,13 +80,20 @@ def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
     except (OSError, ValueError) as error:
         raise IntegrityError(f"checkpoint {folder} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise IntegrityError(f"checkpoint {folder} is damaged: {FIELDS} holds no fields")
     if fields.get("format") != FORMAT or fields.get("kind") != kind:
         raise IntegrityError(f"checkpoint {folder} is of kind {fields.get('kind')!r} in format "
                              f"{fields.get('format')!r}; expected {kind!r} in {FORMAT}")
-    if found != fields["tensors_sha256"]:
+    wanted = str(fields.get("tensors_sha256"))
+    if found != wanted:
         raise IntegrityError(f"checkpoint {folder} is damaged: {TENSORS} has sha256 "
-                             f"{found[:12]}..., expected {fields['tensors_sha256'][:12]}...")
-    return load_file(folder / TENSORS), fields
+                             f"{found[:12]}..., expected tensors_sha256 {wanted[:12]}...")
+    try:
+        return load_file(folder / TENSORS), fields
+    except SafetensorError as error:
+        raise IntegrityError(f"checkpoint {folder} is damaged: {TENSORS} is no safetensors file: "
+                             f"{error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +150,8 @@ class Model:
             raise IntegrityError(f"checkpoint {folder} does not fit this version: {error}"
                                  ) from error
         model = Model(config, trunk, strategy.requires_grad_(False).eval(), tasks,
-                      fields["facts"])
-        if model.weights_hash() != fields["weights_hash"]:
+                      fields.get("facts", {}))
+        if model.weights_hash() != fields.get("weights_hash"):
             raise IntegrityError(f"checkpoint {folder} holds other weights than it was saved with")
         return model
 
