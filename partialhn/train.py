@@ -174,7 +174,7 @@ def evaluate(strategy: Strategy, task_index: int, features: FeatureSet,
     strategy.eval()
     weights = strategy.weights(task_index)
     device = weights.bias_K.device
-    features = _resident(features, device)
+    features = features if device.type == "cpu" else features.to(device)
     right = torch.zeros((), device=device)
     for rows_B in torch.split(torch.arange(len(features), device=device), batch_size):
         z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B))

@@ -255,7 +255,7 @@ class _Job:
                 if isinstance(record, TaskRecord) and strategy == self.config.train.strategy:
                     registrar.register(record)
                 elif isinstance(record, EpochRecord) and strategy == self.config.train.strategy:
-                    registrar.epochs.append(record)
+                    registrar.epochs[record.task_index, record.epoch] = record
             if not alive:
                 break
             thread.join(0.3)
@@ -265,7 +265,7 @@ class _Job:
         if "error" in returned:
             raise InputError(returned["error"])
         ours: Outcome = returned["outcomes"][self.config.train.strategy]
-        registrar.epochs = list(ours.epochs)
+        registrar.epochs = {(record.task_index, record.epoch): record for record in ours.epochs}
         for record in ours.finished:  # those of an earlier, interrupted driver too
             registrar.register(record)
         return returned
@@ -308,7 +308,8 @@ class _Registrar:
                  manifests: Sequence[Manifest]) -> None:
         self.job, self.parent = job, parent
         self.folder = job.storage.path("runs", job.output.name, job.work)
-        self.epochs: list[EpochRecord] = []
+        self.epochs: dict[tuple[int, int], EpochRecord] = {}
+        """By task and epoch: a worker that was started again may send one twice."""
         self.seconds: list[float] = []
         self.checkpoint_bytes = 0
         self._trunk = parts.trunk.fingerprint()
@@ -328,7 +329,7 @@ class _Registrar:
         total = len(self._rows)
         summary = summarise([[*row, *[None] * (total - len(row))] for row in self._rows])
         run = job.registry.task_run(self.parent, record.task, record.task_index)
-        job.registry.log_epochs(run, [dataclasses.asdict(epoch) for epoch in self.epochs
+        job.registry.log_epochs(run, [dataclasses.asdict(epoch) for epoch in self.epochs.values()
                                       if epoch.task_index == record.task_index])
         version = job.registry.register_task(run, Registration(
             stream=job.output.name, work=job.work, task=record.task,
