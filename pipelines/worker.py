@@ -183,7 +183,8 @@ def model_folder(folder: str, task_index: int) -> str:
 
 
 def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:
-    return torch.nn.parallel.DistributedDataParallel(module)
+    # unused: the first task trains the base of the generated weights, and its code has no part
+    return torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
 
 
 def _sum(total: Tensor) -> Tensor:

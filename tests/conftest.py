@@ -3,7 +3,8 @@
 import os
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true",
-               "DO_NOT_TRACK": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+               "DO_NOT_TRACK": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+               "RAY_worker_niceness": "0"}  # Ray's 15 starves its workers beside other work
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 
 import pytest
