@@ -7,6 +7,7 @@ that `--help` answers at once; that is why the classes are here and not beside t
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ Generator = Literal["additive", "bilinear"]
 Norm = Literal["batch", "instance", "group", "layer"]
 Schedule = Literal["constant", "cosine"]
 StrategyName = Literal["partial_hn", "separate_heads", "naive"]
+
+
+_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
 
 
 def _require(holds: bool, key: str, value: object, allowed: str) -> None:
@@ -306,6 +310,8 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return tuple(_convert(arguments[0], item, f"{key}[{i}]") for i, item in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is float and isinstance(value, str) and _NUMBER.fullmatch(value):
+        return float(value)  # YAML 1.1 takes 1e-3, without a point, for text
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise InputError(f"{key} is {value!r}; allowed: a value of type {kind.__name__}")
     return value

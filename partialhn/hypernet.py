@@ -124,15 +124,19 @@ class _Generator(nn.Module):
         return {tensor.name: self.rows(code, index).view(tensor.shape)
                 for index, tensor in enumerate(self.tensors)}
 
+    def uses_code(self, task: int) -> bool:
+        """Whether a task's weights depend on its code; a first task may have the base alone."""
+        return bool(self.tensors) and not (self.residual and task == 0)
+
     def column_bytes(self) -> int:
         """Bytes of shared columns that each later task fills."""
         return 0
 
     def begin(self, task: int) -> None:
         """Decides what this experience may change, and keeps psi* where earlier tasks could."""
-        first = self.residual and task == 0
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith("base.") == first)
+            parameter.requires_grad_(bool(self.tensors) and
+                                     name.startswith("base.") != self.uses_code(task))
         self.drifts = task > 0
         self.snapshot()
 

@@ -5,6 +5,7 @@ features of every task, computed once | one experience after the other | a Model
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,12 @@ def collect(store: FeatureStore, jobs: Sequence[FeatureJob], manifests: Sequence
             for experience in experiences]
 
 
+def work_name(config: Config, experiences: Sequence[Experience]) -> str:
+    """Names the work: equal for runs that learn the same thing from the same images."""
+    parts = [config.work_hash(), *(each.name + each.fingerprint for each in experiences)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
 def run_stream(config: Config, root: Path,
                report: Report | None = None) -> tuple[Model, dict[str, Any]]:
     """Learns the configured stream below `root` in this process.
@@ -132,7 +139,7 @@ def run_stream(config: Config, root: Path,
     fields = result_fields(config, experiences, parts.macs, dict(zip(jobs, manifests, strict=True)),
                            decoded, outcomes, clock.laps)
     model.facts = {"accuracy_matrix": fields["accuracy_matrix"]}
-    model.save(root / "models" / config.work_hash())
+    model.save(root / "models" / work_name(config, experiences))
     return model, fields | {"weights_hash": model.weights_hash()}
 
 

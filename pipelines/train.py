@@ -8,7 +8,6 @@ Every stage finds what an earlier run finished, so the same command goes on wher
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import socket
@@ -30,7 +29,7 @@ from partialhn.featurise import FeatureJob, feature_jobs
 from partialhn.metrics import summarise
 from partialhn.pretrain import fit_network, load_network
 from partialhn.result import Clock, Outcome, model_sizes, peak_rss_bytes, result_fields
-from partialhn.run import Parts, check, cut
+from partialhn.run import Parts, check, cut, work_name
 from partialhn.store import Manifest
 from partialhn.stream import Experience
 from partialhn.train import EpochRecord, TaskRecord
@@ -88,12 +87,6 @@ def _notes(config: Config, tasks: int) -> list[str]:
     return [f"note: {hypernet.code_dim} columns (--code-dim) give columns of their own to the "
             f"first {served} of {tasks} tasks; the others are learned less well. All {tasks} "
             f"would take --code-dim {(tasks - 1) * fresh}"]
-
-
-def work_name(config: Config, experiences: Sequence[Experience]) -> str:
-    """Names the work: equal for runs that learn the same thing from the same images."""
-    parts = [config.work_hash(), *(each.name + each.fingerprint for each in experiences)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def start_ray(config: Config, storage: Storage) -> None:

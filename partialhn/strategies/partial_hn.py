@@ -47,6 +47,8 @@ class PartialHypernet(Strategy):
     def begin(self, task: int) -> None:
         super().begin(task)
         self.hypernet.begin(task)
+        if not self.hypernet.uses_code(task):  # data-parallel training insists on a gradient
+            cast(HypernetTask, self.tasks[task]).code.requires_grad_(False)
 
     def weights(self, task: int) -> HeadWeights:
         own = cast(HypernetTask, self.tasks[task])
