@@ -36,19 +36,24 @@ class PartialHypernet(Strategy):
             self.hypernet = build_generator(config, head.convolutions)
         if config.residual:
             self.hypernet.set_base(start.convolutions)
+        self.register_buffer("next_norm", start.norm.clone())
 
     def new_task(self, classes: int) -> HypernetTask:
         """Starts from the previous task's code and norm, which carries over what they know."""
-        previous = cast(HypernetTask, self.tasks[-1]) if len(self.tasks) else None
-        code = self.hypernet.next_code(previous.code if previous else None, len(self.tasks))
-        return HypernetTask(classes, self.head, previous.norm if previous else self.start.norm,
-                            code)
+        previous = cast(HypernetTask, self.tasks[-1]).code if len(self.tasks) else None
+        code = self.hypernet.next_code(previous, len(self.tasks))
+        return HypernetTask(classes, self.head, self.get_buffer("next_norm"), code)
 
     def begin(self, task: int) -> None:
         super().begin(task)
         self.hypernet.begin(task)
         if not self.hypernet.uses_code(task):  # data-parallel training insists on a gradient
             cast(HypernetTask, self.tasks[task]).code.requires_grad_(False)
+
+    def finish(self, task: int) -> None:
+        """The next task starts from this one's norm as it was learned, before it is folded."""
+        self.get_buffer("next_norm").copy_(cast(HypernetTask, self.tasks[task]).norm.detach())
+        super().finish(task)
 
     def weights(self, task: int) -> HeadWeights:
         own = cast(HypernetTask, self.tasks[task])

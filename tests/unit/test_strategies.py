@@ -190,3 +190,21 @@ def test_the_beginning_of_a_stream_has_no_regulariser(parts):
     strategy.add_task(2)
     strategy.begin(0)
     assert strategy.regulariser(0) is None
+
+
+def test_a_new_task_starts_from_the_norm_that_was_learned_not_from_the_folded_one():
+    network = build_network("slim_resnet18", 2)
+    config = HypernetConfig(code_dim=4, fresh_columns=2, norm="batch")
+    strategy = PartialHypernet(Head(network, 3, "batch", 8), head_start(network, 3, "batch", 0),
+                               config, 0)
+    strategy.add_task(2)
+    strategy.begin(0)
+    own = strategy.tasks[0]
+    with torch.no_grad():
+        own.norm.add_(0.25)
+        own.statistics.mul_(4.0).add_(0.5)
+    learned = own.norm.detach().clone()
+    strategy.finish(0)
+    assert not torch.allclose(own.norm, learned)
+    strategy.add_task(2)
+    assert torch.equal(strategy.tasks[1].norm, learned)
