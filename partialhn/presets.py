@@ -30,7 +30,8 @@ PRESETS: dict[str, Config] = {
     # The first 50 classes at 32x32 as 5 tasks of 10, with both bounds.
     "split-tiny-imagenet-5x10": Config(
         DataConfig(tasks=5, classes=50), BackboneConfig(freeze_depth=3), FeatureConfig(views=4),
-        HypernetConfig(fresh_columns=32), TrainConfig(epochs=10, compare=("separate_heads", "naive"))),
+        HypernetConfig(fresh_columns=32),
+        TrainConfig(epochs=10, compare=("separate_heads", "naive"))),
 }
 
 

@@ -1,0 +1,41 @@
+"""The documented preset on real photographs, against the result it gave when it was recorded."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from partialhn.config import Config
+from partialhn.presets import PRESETS
+from pipelines.settings import OutputConfig
+
+NAME = "split-tiny-imagenet-5x10"
+RECORDED = json.loads((Path(__file__).parent / f"{NAME}.json").read_text(encoding="utf-8"))
+TOLERANCE = 0.03
+"""Rounding differs between machines; two standard errors of 2,500 test images are 0.02."""
+
+
+def test_the_recorded_result_keeps_what_the_preset_promises():
+    assert RECORDED["forgetting"] <= 0.01
+    assert RECORDED["acc"] >= RECORDED["bounds"]["separate_heads"]["acc"] - 0.02
+    assert RECORDED["bounds"]["naive"]["forgetting"] > 0.1
+    assert RECORDED["hypernet"] == PRESETS[NAME].to_dict()["hypernet"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * 3600)
+def test_the_preset_gives_the_recorded_result(tmp_path, ray_cluster):
+    if "PARTIALHN_TEST_DATA" not in os.environ:
+        pytest.skip("PARTIALHN_TEST_DATA names no folder with tiny-imagenet-32")
+    from pipelines.train import train
+
+    values = PRESETS[NAME].to_dict()
+    values["data"]["data"] = str(Path(os.environ["PARTIALHN_TEST_DATA"]) / "tiny-imagenet-32")
+    result = train(Config.from_dict(values), OutputConfig(
+        name="tiny", storage=str(tmp_path), result=str(tmp_path / "result.json")))
+    assert result["forgetting"] <= 0.01
+    assert result["acc"] >= result["bounds"]["separate_heads"]["acc"] - 0.02
+    assert result["acc"] == pytest.approx(RECORDED["acc"], abs=TOLERANCE)
+    assert result["bounds"]["separate_heads"]["acc"] == pytest.approx(
+        RECORDED["bounds"]["separate_heads"]["acc"], abs=TOLERANCE)
