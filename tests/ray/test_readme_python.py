@@ -16,7 +16,7 @@ def test_readme_python_blocks_run_in_order(tmp_path, monkeypatch, capsys, ray_cl
     assert scope["result"]["acc"] > 0.5
     printed = capsys.readouterr().out
     assert "models:/my-digits@champion" in printed
-    assert "probability" in printed
+    assert "label" in printed
     assert (tmp_path / "result.json").exists()
 
 

@@ -23,7 +23,6 @@ from partialhn.checkpoint import Model, TaskInfo, empty_parts
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.predict import Predictor
-from partialhn.strategies import STRATEGIES
 from pipelines.predict import predict_to_parquet
 from pipelines.registry import MAX_PARAM, Registry, connect
 from pipelines.show import show
@@ -49,10 +48,10 @@ def photo(number: int) -> bytes:
 
 def small_model(tasks: int) -> Model:
     config = Config()
-    trunk, head = empty_parts(config)
-    strategy = STRATEGIES[config.train.strategy](head, config, None)
-    for task in TASKS[:tasks]:
+    trunk, strategy = empty_parts(config)
+    for index, task in enumerate(TASKS[:tasks]):
         strategy.add_task(len(task.classes))
+        strategy.finish(index)
     return Model(config, trunk.eval(), strategy.requires_grad_(False).eval(), TASKS[:tasks])
 
 
