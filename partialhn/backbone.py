@@ -238,6 +238,12 @@ def hash_tensors(tensors: dict[str, Tensor], prefix: str = "") -> str:
     return digest.hexdigest()
 
 
+def tensors_below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, named without it."""
+    return {key.removeprefix(prefix): value for key, value in tensors.items()
+            if key.startswith(prefix)}
+
+
 def multiply_adds(module: nn.Module, z_BCHW: Tensor) -> int:
     """Multiply-adds of one forward pass of the module's convolutions and linear layers."""
     total = 0

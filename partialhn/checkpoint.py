@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from partialhn.backbone import Trunk, build_network, hash_tensors
+from partialhn.backbone import Trunk, build_network, hash_tensors, tensors_below
 from partialhn.config import Config
 from partialhn.errors import InputError, IntegrityError
 from partialhn.model import Head, head_start
@@ -144,8 +144,8 @@ class Model:
             for index, task in enumerate(tasks):
                 strategy.add_task(len(task.classes))
                 strategy.finish(index)
-            trunk.load_state_dict(_below(tensors, "trunk."), strict=True)
-            strategy.load_state_dict(_below(tensors, "strategy."), strict=True)
+            trunk.load_state_dict(tensors_below(tensors, "trunk."), strict=True)
+            strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
         except (KeyError, RuntimeError, InputError) as error:
             raise IntegrityError(f"checkpoint {folder} does not fit this version: {error}"
                                  ) from error
@@ -163,8 +163,3 @@ def empty_parts(config: Config) -> tuple[Trunk, Strategy]:
     head = Head(network, depth, norm, config.hypernet.norm_groups)
     start = head_start(network, depth, norm, 0)
     return Trunk(network, depth), STRATEGIES[config.train.strategy](head, start, config)
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items()
-            if key.startswith(prefix)}

@@ -20,7 +20,7 @@ import pyarrow.fs as pafs
 import torch
 
 from partialhn import checkpoint
-from partialhn.backbone import Network, build_network, supplied_network
+from partialhn.backbone import Network, build_network, supplied_network, tensors_below
 from partialhn.config import Config
 from partialhn.datasets import decode
 from partialhn.stream import Experience
@@ -85,9 +85,7 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
         folder = Path(scratch) / "network"
         if checkpoint.fetch(filesystem, f"{target}.partial", folder):
             tensors, fields = checkpoint.load(folder, "partial network")
-            network.load_state_dict({key.removeprefix("network."): value
-                                     for key, value in tensors.items()
-                                     if key.startswith("network.")})
+            network.load_state_dict(tensors_below(tensors, "network."))
             load_optimiser(optimiser, network.named_parameters(), tensors)
             epochs_done = fields["epochs_done"]
         for record in train_network(network, images_NCHW, y_N, backbone, config.features.augment,

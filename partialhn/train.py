@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partialhn.backbone import Network
+from partialhn.backbone import Network, tensors_below
 from partialhn.batch import FeatureBatch
 from partialhn.config import Augment, BackboneConfig, Schedule, TrainConfig
 from partialhn.errors import InputError
@@ -249,7 +249,7 @@ class Learner:
             if index < len(fields["finished"]):
                 self.strategy.finish(index)
         self.strategy.to(self.device)
-        self.strategy.load_state_dict(_below(tensors, "strategy."), strict=True)
+        self.strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
         self.epochs = [EpochRecord(**record) for record in fields["epochs"]]
         self.finished = [TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])})
                          for record in fields["finished"]]
@@ -258,7 +258,7 @@ class Learner:
         self._begin(len(self.finished), self.strategy.classes[-1])
         self.strategy.restore_experience(
             {key: value.to(self.device)
-             for key, value in _below(tensors, "experience.").items()})
+             for key, value in tensors_below(tensors, "experience.").items()})
         if self.epochs_done:
             load_optimiser(cast(torch.optim.Optimizer, self._optimiser), self._trainable(),
                            tensors)
@@ -345,8 +345,3 @@ def _resident(features: FeatureSet, device: torch.device) -> FeatureSet:
     """The features as one tensor on the device, where they fit; memory-mapped otherwise."""
     fits = features.manifest.bytes <= RESIDENT_BYTES
     return features.to(device) if fits or device.type != "cpu" else features
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in tensors.items()
-            if key.startswith(prefix)}

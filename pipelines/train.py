@@ -343,7 +343,7 @@ class _Registrar:
 
     def newest_model(self) -> Model:
         """The model after the last task."""
-        return Model.load(self._fetch(len(self._rows) - 1))
+        return Model.load(self._folder(len(self._rows) - 1))
 
     def version_fields(self) -> list[dict[str, Any]]:
         """The versions of this work for `result.json`."""
@@ -351,8 +351,11 @@ class _Registrar:
         return [version.fields() for version in versions
                 if version.tags.get("work") == self.job.work]
 
+    def _folder(self, task_index: int) -> Path:
+        return Path(self._scratch.name) / f"{task_index:04d}"
+
     def _fetch(self, task_index: int) -> Path:
-        folder = Path(self._scratch.name) / f"{task_index:04d}"
+        folder = self._folder(task_index)
         if not checkpoint.fetch(self.job.storage.filesystem,
                                 model_folder(self.folder, task_index), folder):
             raise RuntimeError(f"the model after task {task_index} is not at "

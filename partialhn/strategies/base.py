@@ -42,8 +42,7 @@ class Strategy(nn.Module):
     def begin(self, task: int) -> None:
         """Prepares training of one task: earlier tasks' own parameters are frozen."""
         for index, module in enumerate(self.tasks):
-            for parameter in module.parameters():
-                parameter.requires_grad_(index == task and parameter.numel() > 0)
+            module.requires_grad_(index == task)
 
     def finish(self, task: int) -> None:
         """Ends the training of a task: what was measured over batches becomes part of it."""

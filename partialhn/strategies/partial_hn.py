@@ -47,8 +47,6 @@ class PartialHypernet(Strategy):
     def begin(self, task: int) -> None:
         super().begin(task)
         self.hypernet.begin(task)
-        if not self.hypernet.uses_code(task):  # data-parallel training insists on a gradient
-            cast(HypernetTask, self.tasks[task]).code.requires_grad_(False)
 
     def finish(self, task: int) -> None:
         """The next task starts from this one's norm as it was learned, before it is folded."""
