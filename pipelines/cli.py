@@ -1,4 +1,4 @@
-"""The command line: `partialhn train | predict | report | show | demo`.
+"""The command line: `partialhn COMMAND`.
 
 Imports nothing heavy until a command runs, so that `--help` answers at once. Exit codes: 0 done,
 1 failed, 2 bad input.
@@ -9,7 +9,7 @@ import io
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from partialhn.config import (
 )
 from partialhn.errors import InputError
 from partialhn.presets import preset
-from pipelines.settings import OutputConfig
+from pipelines.settings import Group, OutputConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,9 @@ class Demo:
         demo(Path(self.folder), self.size)
 
 
-COMMANDS = {"train": Train, "predict": Predict, "report": Report, "show": Show, "demo": Demo}
+COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report, "show": Show,
+                            "demo": Demo}
+"""Every command by name: a class whose `run` does it, or a `Group` of such classes."""
 
 
 def next_commands(output: OutputConfig, result: dict[str, Any]) -> list[str]:
@@ -187,14 +189,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs a command; returns 0 (done), 1 (failed) or 2 (bad input)."""
+    """Runs a command; returns 0 (done), 1 (failed), 2 (bad input), or what the command says."""
     words = list(arguments)
     if words in (["--version"], ["-V"]):
         print(f"partialhn {__version__}")
         return 0
     try:
-        command = _parse(words)
-        command.run()
+        code = _parse(words).run() or 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -208,7 +209,7 @@ def run(arguments: Sequence[str]) -> int:
         traceback.print_exc()
         print("failed: the same command goes on from what was finished", file=sys.stderr)
         return 1
-    return 0
+    return int(code)
 
 
 def _parse(words: list[str]) -> Any:
@@ -220,13 +221,17 @@ def _parse(words: list[str]) -> Any:
             default["default"] = Train(data=config.data, backbone=config.backbone,
                                        features=config.features, hypernet=config.hypernet,
                                        train=config.train, compute=config.compute)
-    kinds: dict[str, Callable[[], Any]] = dict(COMMANDS)
-    if words and words[0] in kinds:
+    kinds, path = dict(COMMANDS), ["partialhn"]
+    description = __doc__.split("\n\n")[0]
+    while words and words[0] in kinds:
         kind = kinds[words[0]]
-        return tyro.cli(OmitArgPrefixes[kind], prog=f"partialhn {words[0]}", args=words[1:],
-                        **default)
-    return tyro.extras.subcommand_cli_from_dict(kinds, prog="partialhn", args=words,
-                                                description=__doc__.split("\n\n")[0])
+        path.append(words[0])
+        words = words[1:]
+        if not issubclass(kind, Group):
+            return tyro.cli(OmitArgPrefixes[kind], prog=" ".join(path), args=words, **default)
+        kinds, description = kind.COMMANDS, kind.__doc__ or ""
+    return tyro.extras.subcommand_cli_from_dict(kinds, prog=" ".join(path), args=words,
+                                                description=description)
 
 
 def _take_config(words: list[str]) -> tuple[list[str], Config | None]:

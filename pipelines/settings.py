@@ -6,6 +6,7 @@ imported, so that `--help` answers at once.
 
 import dataclasses
 import re
+from typing import Any, ClassVar
 
 from partialhn.errors import InputError
 
@@ -46,3 +47,11 @@ def check_name(name: str) -> str:
         raise InputError(f"name is {name!r}; allowed: letters, digits, _ and -, a letter or digit "
                          f"first, at most {MAX_NAME} characters, for example my-stream")
     return name
+
+
+class Group:
+    """Commands that belong together, such as `partialhn features list | verify`: a command class
+    whose docstring is the group's help and whose COMMANDS are the classes behind the words.
+    """
+
+    COMMANDS: ClassVar[dict[str, Any]] = {}
