@@ -139,6 +139,44 @@ class Registry:
         """Marks a run as done."""
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
+    # Searches --------------------------------------------------------------------------------
+
+    def search_run(self, name: str, settings: Mapping[str, Any]) -> str:
+        """The parent run of a search, new or found again, with its options and base."""
+        run_id = self._run(name, name, {"kind": "search", "search": name, "work": f"search {name}"})
+        self._log_parameters(run_id, settings)
+        return run_id
+
+    def trials_of(self, parent_id: str) -> set[str]:
+        """Ids of the trials whose child runs are complete."""
+        where = f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.complete = 'yes'"
+        experiment = self._client.get_run(parent_id).info.experiment_id
+        found, token = set[str](), None
+        while True:
+            page = self._client.search_runs([experiment], where, page_token=token)
+            found |= {run.data.tags["trial"] for run in page}
+            if not (token := page.token):
+                return found
+
+    def log_trial(self, parent_id: str, trial: str, status: str, config: Mapping[str, Any],
+                  metrics: Sequence[tuple[str, float, int]], tags: Mapping[str, str]) -> str:
+        """The child run of a trial that ended, once: one that was begun before is completed.
+
+        status: finished, pruned or failed. config: its configuration, whole in config.json, which
+        `train --config` takes. metrics: name, value and step.
+        """
+        parent = self._client.get_run(parent_id).data.tags
+        run_id = self._run(parent["search"], trial, dict(tags) | {
+            "kind": "trial", "search": parent["search"], "work": parent["work"], "trial": trial,
+            "status": status, "mlflow.parentRunId": parent_id})
+        self._log_parameters(run_id, config)
+        done = set(self._client.get_run(run_id).data.metrics)
+        self._log_points(run_id, [point for point in metrics if point[0] not in done])
+        self._client.set_terminated(run_id, {"finished": "FINISHED", "pruned": "KILLED",
+                                             "failed": "FAILED"}[status])
+        self._client.set_tag(run_id, "complete", "yes")
+        return run_id
+
     # Versions --------------------------------------------------------------------------------
 
     def register_task(self, run_id: str, record: Registration, checkpoint: str | Path,
@@ -258,7 +296,7 @@ class Registry:
         """The run with these tags, running."""
         experiment = self._experiment(stream)
         where = " and ".join(f"tags.`{key}` = '{tags[key]}'"
-                             for key in ("kind", "work", "task_index") if key in tags)
+                             for key in ("kind", "work", "task_index", "trial") if key in tags)
         found = self._client.search_runs([experiment], where, max_results=1)
         if found:
             run_id = found[0].info.run_id

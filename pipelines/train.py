@@ -56,7 +56,7 @@ def train(config: Config, output: OutputConfig, say: Say = print) -> dict[str, A
     check(config)
     storage = open_storage(output.storage)
     clock = Clock()
-    experiences = open_stream(config.data, _dataset_cache(storage))
+    experiences = open_stream(config.data, dataset_cache(storage))
     work = work_name(config, experiences)
     classes = sum(len(each.classes) for each in experiences)
     say(f"{output.name}: {len(experiences)} tasks, {classes} classes, "
@@ -130,7 +130,7 @@ def _init_ray(address: str, **options: Any) -> None:
             ray.shutdown()
 
 
-def _dataset_cache(storage: Storage) -> Path:
+def dataset_cache(storage: Storage) -> Path:
     """Where digits and torchvision data become Parquet: the storage, where that is a folder."""
     if storage.is_local:
         return Path(storage.root) / "datasets"
@@ -160,7 +160,8 @@ class _Job:
 
     def _run(self, parent: str) -> dict[str, Any]:
         self._resources()
-        parts = cut(self.config, self._network())
+        parts = cut(self.config, find_network(self.config, self.experiences[0], self.storage,
+                                              self.progress, gpu=self.gpu, threads=self.threads))
         self.clock.lap("trunk")
         jobs = feature_jobs(self.config, self.experiences, parts.trunk)
         manifests, decoded = self._features(jobs, parts)
@@ -198,26 +199,6 @@ class _Job:
                              f"there are {needed}s")
         cores = os.cpu_count() or 1
         self.threads = compute.threads or max(1, cores // compute.workers)
-
-    def _network(self) -> Network:
-        """The network the trunk is cut from: found, or trained by a Ray task."""
-        import ray
-
-        arguments = (self.config, self.experiences[0], self.storage.filesystem, self.storage.root)
-        network = load_network(*arguments)
-        if network is None:
-            remote = ray.remote(num_returns="streaming", num_gpus=1 if self.gpu else 0,
-                                max_retries=0)(_train_trunk)
-            for reference in remote.remote(arguments, "cuda" if self.gpu else "cpu", self.threads):
-                record = ray.get(reference)
-                if isinstance(record, str):
-                    raise InputError(record)
-                self.progress.trunk(record)
-            network = load_network(*arguments)
-            assert network is not None
-        else:
-            self.progress.line("trunk: found, not trained again")
-        return network
 
     def _features(self, jobs: list[FeatureJob],
                   parts: Parts) -> tuple[list[Manifest], int]:
@@ -362,6 +343,31 @@ class _Registrar:
                                f"{model_folder(self.folder, task_index)}")
         self.checkpoint_bytes = sum(file.stat().st_size for file in folder.iterdir())
         return folder
+
+
+def find_network(config: Config, first: Experience, storage: Storage, progress: Progress, *,
+                 gpu: bool, threads: int) -> Network:
+    """The network the trunk is cut from: found, or trained by a Ray task.
+
+    Raises: InputError naming an image that cannot be read.
+    """
+    import ray
+
+    arguments = (config, first, storage.filesystem, storage.root)
+    network = load_network(*arguments)
+    if network is not None:
+        progress.line("trunk: found, not trained again")
+        return network
+    remote = ray.remote(num_returns="streaming", num_gpus=1 if gpu else 0,
+                        max_retries=0)(_train_trunk)
+    for reference in remote.remote(arguments, "cuda" if gpu else "cpu", threads):
+        record = ray.get(reference)
+        if isinstance(record, str):
+            raise InputError(record)
+        progress.trunk(record)
+    network = load_network(*arguments)
+    assert network is not None
+    return network
 
 
 def _train_trunk(arguments: Any, device: str, threads: int) -> Iterator[EpochRecord | str]:

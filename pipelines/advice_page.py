@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def render(advice):
+    return ""
