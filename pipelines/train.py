@@ -66,7 +66,7 @@ def train(config: Config, output: OutputConfig, say: Say = print) -> dict[str, A
     clock.lap("data")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         connecting = pool.submit(connect, storage, output.tracking_uri)
-        start_ray(config, storage)
+        start_ray(config)
         registry = connecting.result()
     clock.lap("startup")
     job = _Job(config, output, storage, registry, experiences, work, Progress(config, say), clock)
@@ -89,7 +89,7 @@ def _notes(config: Config, tasks: int) -> list[str]:
             f"would take --code-dim {(tasks - 1) * fresh}"]
 
 
-def start_ray(config: Config, storage: Storage) -> None:
+def start_ray(config: Config) -> None:
     """Joins the configured cluster, or starts a local one that ends with this process."""
     import ray
 
@@ -101,8 +101,7 @@ def start_ray(config: Config, storage: Storage) -> None:
         options["include_dashboard"] = False
     try:
         _reach(config.compute.ray_address)
-        _init_ray(config.compute.ray_address or "local", **options,
-                  runtime_env={"env_vars": storage.environment()})
+        _init_ray(config.compute.ray_address or "local", **options)
     except (OSError, OverflowError, ValueError) as error:
         raise InputError(f"ray_address is {config.compute.ray_address!r} and no cluster answers "
                          f"({error}); allowed: auto, ray://host:10001, host:6379, or leave it out "
