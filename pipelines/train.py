@@ -23,7 +23,6 @@ from partialhn import checkpoint
 from partialhn.backbone import Network
 from partialhn.checkpoint import Model
 from partialhn.config import Config
-from partialhn.datasets import open_stream
 from partialhn.errors import InputError
 from partialhn.featurise import FeatureJob, feature_jobs
 from partialhn.metrics import summarise
@@ -33,6 +32,7 @@ from partialhn.run import Parts, check, cut, work_name
 from partialhn.store import Manifest
 from partialhn.stream import Experience
 from partialhn.train import EpochRecord, TaskRecord
+from pipelines.data import open_data
 from pipelines.features import compute_features
 from pipelines.progress import Progress
 from pipelines.registry import Registry, connect
@@ -55,8 +55,14 @@ def train(config: Config, output: OutputConfig, say: Say = print) -> dict[str, A
     """
     check(config)
     storage = open_storage(output.storage)
+    storage.check()
+    with storage.explained():
+        return _train(config, output, storage, say)
+
+
+def _train(config: Config, output: OutputConfig, storage: Storage, say: Say) -> dict[str, Any]:
     clock = Clock()
-    experiences = open_stream(config.data, _dataset_cache(storage))
+    experiences = open_data(config.data, storage)
     work = work_name(config, experiences)
     classes = sum(len(each.classes) for each in experiences)
     say(f"{output.name}: {len(experiences)} tasks, {classes} classes, "
@@ -129,13 +135,6 @@ def _init_ray(address: str, **options: Any) -> None:
             ray.shutdown()
 
 
-def _dataset_cache(storage: Storage) -> Path:
-    """Where digits and torchvision data become Parquet: the storage, where that is a folder."""
-    if storage.is_local:
-        return Path(storage.root) / "datasets"
-    return Path.home() / ".cache" / "partialhn" / "datasets"
-
-
 @dataclasses.dataclass
 class _Job:
     """One run of the main job, stage by stage."""
@@ -200,23 +199,38 @@ class _Job:
 
     def _network(self) -> Network:
         """The network the trunk is cut from: found, or trained by a Ray task."""
-        import ray
-
         arguments = (self.config, self.experiences[0], self.storage.filesystem, self.storage.root)
         network = load_network(*arguments)
         if network is None:
-            remote = ray.remote(num_returns="streaming", num_gpus=1 if self.gpu else 0,
-                                max_retries=0)(_train_trunk)
-            for reference in remote.remote(arguments, "cuda" if self.gpu else "cpu", self.threads):
-                record = ray.get(reference)
-                if isinstance(record, str):
-                    raise InputError(record)
-                self.progress.trunk(record)
+            self._fit_network(arguments)
             network = load_network(*arguments)
             assert network is not None
         else:
             self.progress.line("trunk: found, not trained again")
         return network
+
+    def _fit_network(self, arguments: Any) -> None:
+        """Trains the network; a task lost with its node goes on elsewhere, after its last epoch."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        remote = ray.remote(num_returns="streaming", num_gpus=1 if self.gpu else 0,
+                            max_retries=0)(_train_trunk)
+        for attempt in range(MAX_FAILURES + 1):
+            try:
+                for reference in remote.remote(arguments, "cuda" if self.gpu else "cpu",
+                                               self.threads):
+                    record = ray.get(reference)
+                    if isinstance(record, str):
+                        raise InputError(record)
+                    self.progress.trunk(record)
+                return
+            except RayTaskError:  # our own code raised it, and would again
+                raise
+            except RayError as error:
+                if attempt == MAX_FAILURES:
+                    raise
+                self.progress.line(f"trunk: lost its worker ({type(error).__name__}), goes on")
 
     def _features(self, jobs: list[FeatureJob],
                   parts: Parts) -> tuple[list[Manifest], int]:
@@ -232,8 +246,10 @@ class _Job:
                      registrar: "_Registrar") -> dict[str, Any]:
         """Runs Ray Train in a thread and follows its records in this one."""
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        events = ray.remote(num_cpus=0)(Events).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        events = ray.remote(num_cpus=0, scheduling_strategy=here)(Events).remote()
         assignment = Assignment(self.config, parts, tuple(self.experiences), tuple(jobs),
                                 tuple(manifests), self.storage, registrar.folder, self.threads,
                                 events)

@@ -31,7 +31,7 @@ PIPELINES = [
     {"files"},
     {"s3"},
     {"storage"},
-    {"pyfunc_model", "registry"},
+    {"data", "pyfunc_model", "registry"},
     {"features"},
     {"worker"},
     {"report_charts"},
