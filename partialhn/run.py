@@ -24,14 +24,7 @@ from partialhn.backbone import (
 from partialhn.checkpoint import Model, TaskInfo
 from partialhn.config import Config, StrategyName
 from partialhn.datasets import open_stream
-from partialhn.featurise import (
-    FeatureJob,
-    Split,
-    commit_features,
-    compute_shard,
-    feature_jobs,
-    feature_shape,
-)
+from partialhn.featurise import FeatureJob, Split, feature_jobs, precompute
 from partialhn.model import Head, HeadStart, check_feature_size, head_start
 from partialhn.pretrain import fit_network, load_network
 from partialhn.result import Clock, Outcome, result_fields
@@ -124,7 +117,7 @@ def run_stream(config: Config, root: Path,
     parts = cut(config, network)
     store = FeatureStore(filesystem, str(root))
     jobs = feature_jobs(config, experiences, parts.trunk)
-    manifests, decoded = _precompute(config, store, parts.trunk, jobs)
+    manifests, decoded = precompute(store, parts.trunk, jobs)
     tasks = collect(store, jobs, manifests, experiences)
     clock.lap("features")
     outcomes: dict[str, Outcome] = {}
@@ -147,21 +140,6 @@ def _each(records: Iterable[EpochRecord | TaskRecord], report: Report | None) ->
     for record in records:
         if report:
             report(record)
-
-
-def _precompute(config: Config, store: FeatureStore, trunk: Trunk,
-                jobs: Sequence[FeatureJob]) -> tuple[list[Manifest], int]:
-    size = config.data.input_size
-    shape_CHW = feature_shape(trunk, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-    manifests, decoded = [], 0
-    for job in jobs:
-        manifest = store.find(job.recipe)
-        if manifest is None:
-            shards = [compute_shard(store, trunk, job, index) for index in range(job.shards)]
-            manifest = commit_features(store, job, shards, shape_CHW)
-            decoded += manifest.rows
-        manifests.append(manifest)
-    return manifests, decoded
 
 
 def with_strategy(config: Config, name: StrategyName) -> Config:
