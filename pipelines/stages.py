@@ -39,7 +39,7 @@ START_ATTEMPTS = 3
 """Ray gives a node 30 s to come up; a machine that is busy with other work may need longer."""
 
 
-def start_ray(config: Config, storage: Storage) -> None:
+def start_ray(config: Config) -> None:
     """Joins the configured cluster, or starts a local one that ends with this process."""
     import ray
 
@@ -51,8 +51,7 @@ def start_ray(config: Config, storage: Storage) -> None:
         options["include_dashboard"] = False
     try:
         _reach(config.compute.ray_address)
-        _init_ray(config.compute.ray_address or "local", **options,
-                  runtime_env={"env_vars": storage.environment()})
+        _init_ray(config.compute.ray_address or "local", **options)
     except (OSError, OverflowError, ValueError) as error:
         raise InputError(f"ray_address is {config.compute.ray_address!r} and no cluster answers "
                          f"({error}); allowed: auto, ray://host:10001, host:6379, or leave it out "

@@ -56,7 +56,7 @@ def train(config: Config, output: OutputConfig, say: Say = print) -> dict[str, A
     clock.lap("data")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         connecting = pool.submit(connect, storage, output.tracking_uri)
-        start_ray(config, storage)
+        start_ray(config)
         registry = connecting.result()
     clock.lap("startup")
     job = _Job(config, output, storage, registry, experiences, work, Progress(config, say), clock)

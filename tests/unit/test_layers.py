@@ -29,6 +29,8 @@ LIBRARY = [
 
 PIPELINES = [
     {"__init__", "settings", "matrix", "versions", "progress"},
+    {"files"},
+    {"s3"},
     {"storage"},
     {"pyfunc_model", "registry"},
     {"features"},
@@ -45,7 +47,7 @@ PIPELINES = [
 ]
 
 RESTRICTED = {"mlflow": {"pipelines.registry", "pipelines.pyfunc_model"},
-              "boto3": {"pipelines.storage"}, "botocore": {"pipelines.storage"}}
+              "boto3": {"pipelines.s3"}, "botocore": {"pipelines.s3"}}
 """The only files that may import a package."""
 
 FORBIDDEN_IN_LIBRARY = {"ray", "mlflow", "boto3", "botocore", "pipelines"}
