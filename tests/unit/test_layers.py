@@ -20,8 +20,9 @@ LIBRARY = [
     {"strategies.naive", "strategies.partial_hn", "strategies.separate_heads"},
     {"strategies"},
     {"featurise", "train"},
-    {"checkpoint"},
+    {"checkpoint", "slots"},
     {"pretrain", "result"},
+    {"chain"},
     {"predict", "run"},
 ]
 """Modules of partialhn, lowest first: a file imports from lower rows only."""
@@ -34,6 +35,7 @@ PIPELINES = [
     {"data", "pyfunc_model", "registry"},
     {"features"},
     {"worker"},
+    {"stages"},
     {"report_charts"},
     {"report_facts", "report_html"},
     {"report_cost", "report_provenance", "report_tasks", "report_verdict", "report_text"},
