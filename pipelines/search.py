@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from partialhn.config import Config
-from partialhn.datasets import open_stream
 from partialhn.errors import InputError
 from partialhn.run import check
 from partialhn.stream import Experience
+from pipelines.data import open_data
 from pipelines.packing import Packing, Room, pack
 from pipelines.progress import Progress
 from pipelines.registry import connect
@@ -30,6 +30,7 @@ from pipelines.search_results import Results, say_forecast
 from pipelines.search_settings import Budget, SearchConfig, parse_budget
 from pipelines.search_space import Space, load_space, parse_space
 from pipelines.search_state import FORMAT, SearchState, TrialPlan, TrialRecord
+from pipelines.stages import Stages, start_ray
 from pipelines.storage import Storage, open_storage
 from pipelines.survey import (
     Computing,
@@ -38,7 +39,6 @@ from pipelines.survey import (
     task_shifts,
     whole_network_seconds,
 )
-from pipelines.train import dataset_cache, find_network, start_ray
 from pipelines.trial import Bench, run_trial
 
 Say = Callable[[str], None]
@@ -56,6 +56,12 @@ def tune(config: Config, options: SearchConfig, say: Say = print) -> dict[str, A
     Raises: InputError for anything the user can set right.
     """
     storage = open_storage(options.storage)
+    storage.check()
+    with storage.explained():
+        return _tune(config, options, storage, say)
+
+
+def _tune(config: Config, options: SearchConfig, storage: Storage, say: Say) -> dict[str, Any]:
     state = SearchState(storage, options.resume or options.name)
     saved = state.settings()
     if options.resume and saved is None:
@@ -67,7 +73,7 @@ def tune(config: Config, options: SearchConfig, say: Say = print) -> dict[str, A
     else:
         space = load_space(options.space, config, options.depths)
     _check(config, space)
-    experiences = open_stream(config.data, dataset_cache(storage))
+    experiences = open_data(config.data, storage)
     _check_stream(experiences)
     settings = {
         "format": FORMAT, "name": state.name, "config": config.to_dict(),
@@ -148,12 +154,11 @@ class _Search:
         self.say(f"{self.state.name}: {len(self.experiences)} tasks, freeze depths {names}")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             connecting = pool.submit(connect, self.storage, self.options.tracking_uri)
-            start_ray(self.config, self.storage)
+            start_ray(self.config)
             registry = connecting.result()
         self._resources()
-        self.network = find_network(self.config, self.experiences[0], self.storage,
-                                    Progress(self.config, self.say), gpu=self.need.gpus > 0,
-                                    threads=self.threads)
+        self.network = Stages(self.config, self.storage, self.state.name, Progress(
+            self.config, self.say)).network(self.experiences[0])
         forecast = self._remote(forecast_depths, self._bench(self.experiences[:2]))
         say_forecast(self.say, forecast)
         if self.options.forecast_only:

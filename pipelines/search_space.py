@@ -31,6 +31,8 @@ SEARCHABLE = (DEPTH, "features.views",
 """Everything else is the same for all trials, which share images, trunk and features."""
 ONLY_WITH = {"hypernet.hidden": ("hypernet.generator", "additive"),
              "hypernet.channel_dim": ("hypernet.generator", "additive"),
+             "hypernet.embedding_dim": ("hypernet.generator", "additive"),
+             "hypernet.code_dim": ("hypernet.generator", "bilinear"),
              "hypernet.fresh_columns": ("hypernet.generator", "bilinear"),
              "hypernet.norm_groups": ("hypernet.norm", "group")}
 """Keys that mean nothing unless another one has a value."""
@@ -124,13 +126,13 @@ def default_space(base: Config, depths: Sequence[int]) -> Space:
     """Ranges around the configuration that the user started from."""
     hypernet, train = base.hypernet, base.train
     rate = train.learning_rate
-    d, fresh = hypernet.code_dim, hypernet.fresh_columns
+    fresh, embedding = hypernet.fresh_columns, hypernet.embedding_dim
     beta = hypernet.beta or HypernetConfig().beta
     dimensions: dict[str, Dimension] = {
         DEPTH: Choice(tuple(depths), grid=True),
         "hypernet.generator": _choice(hypernet.generator, "bilinear", "additive"),
-        "hypernet.code_dim": _choice(d, max(1, d // 2), 2 * d),
-        "hypernet.fresh_columns": _choice(fresh, fresh // 2, min(2 * fresh, d)),
+        "hypernet.fresh_columns": _choice(fresh, max(1, fresh // 2), max(1, 2 * fresh)),
+        "hypernet.embedding_dim": _choice(embedding, 2 * embedding),
         "hypernet.hidden": _choice(hypernet.hidden, (50, 32), (100, 64)),
         "hypernet.beta": Range(beta / 10, beta * 10, log=True, whole=False),
         "hypernet.norm": _choice(hypernet.norm, "batch", "instance", "group"),

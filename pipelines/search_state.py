@@ -76,7 +76,7 @@ class Measured:
     """Weights of one task's head, as a server holds them."""
     checkpoint_bytes: int
     bytes_per_task: int
-    """What each task adds to the checkpoint, filled columns included."""
+    """What each task adds to the checkpoint."""
     device: str
 
     @property

@@ -39,18 +39,15 @@ class Computing:
 def depth_features(storage: Storage, network: Network, config: Config,
                    experiences: Sequence[Experience], depths: Sequence[int],
                    on: Computing) -> tuple[dict[Place, Manifest], int]:
-    """The stored features of every depth, computed where they are not there; images decoded."""
-    manifests: dict[Place, Manifest] = {}
-    decoded = 0
-    for depth in depths:
-        trunk = Trunk(network, depth)
-        jobs = feature_jobs(config, experiences, trunk)
-        found, count = compute_features(storage, trunk, jobs, workers=on.workers, gpu=on.gpu,
-                                        threads=on.threads, progress=on.progress)
-        decoded += count
-        manifests |= {(depth, job.task, job.split): manifest
-                      for job, manifest in zip(jobs, found, strict=True)}
-    return manifests, decoded
+    """The stored features of every depth, and how many images were decoded for them: each goes
+    through the trunk once for all depths.
+    """
+    trunk = Trunk(network, max(depths))
+    jobs = feature_jobs(config, experiences, trunk, depths)
+    found, decoded = compute_features(storage, trunk, jobs, workers=on.workers, gpu=on.gpu,
+                                      threads=on.threads, progress=on.progress)
+    return {(job.depth, job.task, job.split): manifest
+            for job, manifest in zip(jobs, found, strict=True)}, decoded
 
 
 def forecast_depths(bench: Bench) -> list[dict[str, Any]]:

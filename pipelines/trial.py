@@ -20,8 +20,10 @@ from partialhn import checkpoint
 from partialhn.backbone import Network
 from partialhn.config import Config
 from partialhn.errors import InputError
+from partialhn.hypernet import BilinearGenerator
 from partialhn.run import Parts, cut
 from partialhn.store import FeatureSet, Manifest
+from partialhn.strategies import PartialHypernet, Strategy
 from partialhn.train import Learner, TaskFeatures, TaskRecord, evaluate
 from pipelines.features import open_store
 from pipelines.search_state import Measured, TrialPlan
@@ -194,9 +196,9 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, parts: Parts, learn
         epochs=len(learner.epochs),
         feature_bytes=sum(_share(place, each, views) for place, each in used),
         feature_seconds=sum(shard.seconds for _, each in used for shard in each.shards),
-        serving_macs=int(parts.macs["trunk"] + parts.macs["head"]) + _generating(config, parts),
+        serving_macs=int(parts.macs["trunk"] + parts.macs["head"]) + _generating(strategy),
         head_bytes=4 * (strategy.head.weight_count + strategy.head.norm_length),
-        checkpoint_bytes=state, bytes_per_task=round(sum(own) / len(own)) + strategy.column_bytes(),
+        checkpoint_bytes=state, bytes_per_task=round(sum(own) / len(own)),
         device="cpu" if bench.device == "cpu" else torch.cuda.get_device_name())
 
 
@@ -206,13 +208,11 @@ def _share(place: Place, manifest: Manifest, views: int) -> int:
         manifest.bytes)
 
 
-def _generating(config: Config, parts: Parts) -> int:
-    """Multiply-adds of generating one task's head once; an own head is there already."""
-    if config.train.strategy != "partial_hn":
+def _generating(strategy: Strategy) -> int:
+    """Multiply-adds of generating the last task's head; an own head is there already."""
+    if not isinstance(strategy, PartialHypernet) or not strategy.hypernet.tensors:
         return 0
-    hypernet = config.hypernet
-    width = (hypernet.code_dim if hypernet.generator == "bilinear"
-             else hypernet.hidden[-1] + hypernet.channel_dim)
-    return parts.strategy(config).head.weight_count * width
-
-
+    task = len(strategy.classes) - 1
+    width = (strategy.code(task).shape[1] if isinstance(strategy.hypernet, BilinearGenerator)
+             else strategy.hypernet.row_dim)
+    return strategy.head.weight_count * width
