@@ -51,7 +51,7 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
         "recommendation": _recommendation(results, chosen, survey, votes, bool(ways)),
         "depths": [_depth_fields(each, results) for each in results],
         "front": {"costs": list(FRONT), "trials": front(records)},
-        "trials": [_trial_fields(each) for each in records],
+        "trials": [_trial_fields(each) for each in records], "fixed": dict(space.fixed),
         "more_search": _more(records, chosen),
         "importance": _importance(space, settings, records, goal),
         "forecast": {"stages": survey["forecast"],
