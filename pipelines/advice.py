@@ -98,7 +98,7 @@ def stage_name(depth: int) -> str:
 
 def results_by_depth(records: Sequence[TrialRecord],
                      score: Callable[[Measured], float]) -> list[DepthResult]:
-    """The best finished trial of each depth with its final runs; without one a depth is left out."""
+    """The best finished trial of each depth, with its final runs; a depth may have none."""
     found = []
     for depth in sorted({each.plan.depth for each in records}):
         here = [each for each in records if each.plan.depth == depth]

@@ -7,6 +7,7 @@ tells a fresh study of all of them, and the sampler's seed depends on the trial'
 17 of a random search is the same trial however often the search was killed.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -23,7 +24,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.trial import TrialState
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from partialhn.config import Config
@@ -36,6 +37,8 @@ from pipelines.search_state import Measured, SearchState, TrialPlan, TrialRecord
 GRACE_TASKS = 2
 """A trial is not stopped before as many tasks: the trunk was trained on the first one."""
 REDUCTION = 2
+UNDISTURBED = 3
+"""Trials of a depth that are never stopped: one worse than a single other is not clearly worse."""
 ATTEMPTS = 100
 """Draws of values that do not go together before the space is refused."""
 
@@ -267,11 +270,13 @@ class AshaByDepth(FIFOScheduler):
         super().__init__()
         self._tasks = tasks
         self._of: dict[int, ASHAScheduler] = {}
+        self._seen: dict[int, set[str]] = collections.defaultdict(set)
         for record in records:
             if record.plan.kind != "search" or record.measured is None:
                 continue
             asha, past = self._at(record.plan.depth), _Past(record.plan.id)
             asha.on_trial_add(None, past)
+            self._seen[record.plan.depth].add(past.trial_id)
             for index, row in enumerate(record.measured.rows[:tasks - 1]):
                 asha.on_trial_result(None, past, {"tasks_done": index + 1,
                                                   "accuracy": sum(row) / len(row)})
@@ -284,16 +289,24 @@ class AshaByDepth(FIFOScheduler):
         return self._of[depth]
 
     def _for(self, trial: Any) -> ASHAScheduler:
-        return self._at(trial.config["plan"]["config"]["backbone"]["freeze_depth"])
+        return self._at(_depth_of(trial))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         self._for(trial).on_trial_add(tune_controller, trial)
+        self._seen[_depth_of(trial)].add(trial.config["plan"]["id"])
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        return str(self._for(trial).on_trial_result(tune_controller, trial, result))
+        decision = str(self._for(trial).on_trial_result(tune_controller, trial, result))
+        few = len(self._seen[_depth_of(trial)]) <= UNDISTURBED
+        return (TrialScheduler.CONTINUE if few and result["tasks_done"] < self._tasks
+                else decision)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         self._for(trial).on_trial_complete(tune_controller, trial, result)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         self._for(trial).on_trial_remove(tune_controller, trial)
+
+
+def _depth_of(trial: Any) -> int:
+    return int(trial.config["plan"]["config"]["backbone"]["freeze_depth"])

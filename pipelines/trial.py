@@ -62,9 +62,9 @@ def run_trial(choice: dict[str, Any], bench: Bench) -> None:
             tasks_done = len(measured.rows)
             tune.report({"tasks_done": tasks_done, "accuracy": measured.accuracy, "failed": "",
                          "measured": json.dumps(dataclasses.asdict(measured))})
-    except InputError as error:  # trying again would fail again
-        tune.report({"tasks_done": tasks_done, "accuracy": 0.0, "measured": "",
-                     "failed": str(error)})
+    except Exception as error:  # ours or PyTorch's: trying again would fail again
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        tune.report({"tasks_done": tasks_done, "accuracy": 0.0, "measured": "", "failed": reason})
 
 
 def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
@@ -213,6 +213,7 @@ def _generating(strategy: Strategy) -> int:
     if not isinstance(strategy, PartialHypernet) or not strategy.hypernet.tensors:
         return 0
     task = len(strategy.classes) - 1
-    width = (strategy.code(task).shape[1] if isinstance(strategy.hypernet, BilinearGenerator)
-             else strategy.hypernet.row_dim)
+    hypernet = strategy.hypernet
+    width = (strategy.code(task).shape[1] if isinstance(hypernet, BilinearGenerator)
+             else hypernet.A[0].shape[1])
     return strategy.head.weight_count * width
