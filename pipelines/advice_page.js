@@ -81,7 +81,8 @@
               hovertemplate: `trial %{customdata}, depth ${depth}<br>%{y:.1f} %, %{x:.3g}<extra></extra>`};
     });
     draw("front", traces, {margin: {l: 56, r: 16, t: 40, b: 56},
-      xaxis: {title: {text: title}, type: cost === "seconds" ? "log" : "linear"},
+      xaxis: {title: {text: title}, type: cost === "seconds" ? "log" : "linear",
+              dtick: cost === "seconds" ? "D2" : undefined},
       yaxis: {title: {text: "held-out accuracy, %"}}});
   }
 
@@ -130,6 +131,8 @@
 
   function importance() {
     const rows = Object.entries(advice.importance).reverse();
+    document.getElementById("importance").hidden = rows.length === 0;
+    if (!rows.length) return;
     draw("importance", [{type: "bar", orientation: "h", x: rows.map(r => 100 * r[1]),
       y: rows.map(r => r[0].split(".").pop()), marker: {color: css("--accent")},
       hovertemplate: "%{y}: %{x:.0f} %<extra></extra>"}],

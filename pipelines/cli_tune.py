@@ -24,8 +24,9 @@ class Tune:
     advice.html, and a configuration for each depth that `partialhn train --config` takes.
 
     --config FILE and --preset NAME say where the search starts, as for train; the options of
-    data, network and training below are what trials have in common. The same command, or --resume
-    NAME, goes on where a search stopped: trials that ended are never run again.
+    data, network and training below are what trials have in common. The same command goes on
+    where a search stopped, and so does its name alone (resume): trials that ended are never run
+    again.
     """
 
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)

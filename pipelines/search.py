@@ -256,7 +256,7 @@ class _Search:
             results.add(record)
 
         asha = AshaByDepth(len(self.experiences), results.records) if (
-            saved["early_stopping"]) else None
+            saved["early_stopping"] == "asha") else None
         self._run(TrialSource(self.state, planned, more, ended, results.seconds), asha)
 
     def _may_begin(self, budget: Budget, number: int, results: "Results") -> bool:

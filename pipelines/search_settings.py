@@ -18,7 +18,7 @@ Algorithm = Literal["tpe", "multi", "random"]
 
 DEFAULTS: dict[str, Any] = {
     "budget": "30min", "objective": "balanced", "max_loss": 0.01, "algorithm": "tpe",
-    "sampler_seed": 0, "early_stopping": True, "seeds": 3}
+    "sampler_seed": 0, "early_stopping": "asha", "seeds": 3}
 """Of the options that a resumed search remembers."""
 _BUDGET = re.compile(r"(?P<count>\d+(?:\.\d+)?) ?(?P<unit>s|min|h)|(?P<trials>\d+)-trials?")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
@@ -51,9 +51,9 @@ class SearchConfig:
     bytes at once) or random."""
     sampler_seed: int | None = None
     """Seed of the choice of trials; default: 0."""
-    early_stopping: bool | None = None
-    """Stop a trial that is clearly worse than others of its depth after as many tasks (ASHA);
-    default: yes."""
+    early_stopping: Literal["asha", "none"] | None = None
+    """asha (default): a trial stops when it is clearly worse than others of its depth after as
+    many tasks. none: every trial learns all tasks."""
     seeds: int | None = None
     """Training seeds that the best trial of each depth is run again with, 1 to 20; default: 3."""
     trials_at_once: int | None = None

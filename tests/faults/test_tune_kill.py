@@ -27,7 +27,7 @@ STREAM = ("--data", "digits", "--tasks", "3", "--input-size", "16", "--trunk-epo
           "--trunk-batch-size", "32", "--augment", "crop", "--shard-rows", "500",
           "--fresh-columns", "4", "--batch-size", "32", "--threads", "1", "--epochs", "6")
 SEARCH = ("--depths", "3", "4", "--seeds", "1", "--name", "digits", "--algorithm", "random",
-          "--no-early-stopping")
+          "--early-stopping", "none")
 pytestmark = pytest.mark.timeout(3000)
 
 

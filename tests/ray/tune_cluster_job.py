@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
     lines: list[str] = []
     tune(CONFIG, SearchConfig(
         name="nodes", depths=(2, 3), budget="12-trials", seeds=1, algorithm="random",
-        early_stopping=False, storage=str(folder / "store"), output=str(folder / "advice")),
+        early_stopping="none", storage=str(folder / "store"), output=str(folder / "advice")),
         lambda text: (lines.append(text), print(text, flush=True)))
     records = {each.plan.id: each for each in state.records()}
     before = found["before"]
