@@ -1,4 +1,4 @@
-"""Which trial comes next, and which is stopped: Ray Tune's search algorithm and scheduler.
+"""Which trial comes next: Ray Tune's search algorithm over Optuna and the records of a search.
 
 Optuna chooses what a trial tries. Ray Tune's own `OptunaSearch` is not used, because it tells
 Optuna the last score of a stopped trial as if it had learned every task, and because what it knows
@@ -7,7 +7,6 @@ tells a fresh study of all of them, and the sampler's seed depends on the trial'
 17 of a random search is the same trial however often the search was killed.
 """
 
-import collections
 import dataclasses
 import hashlib
 import json
@@ -24,7 +23,6 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.trial import TrialState
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from partialhn.config import Config
@@ -34,11 +32,6 @@ from pipelines.search_settings import Algorithm, Objective
 from pipelines.search_space import DECIDING, Choice, Range, Space, applies, value_of
 from pipelines.search_state import Measured, SearchState, TrialPlan, TrialRecord, parse_measured
 
-GRACE_TASKS = 2
-"""A trial is not stopped before as many tasks: the trunk was trained on the first one."""
-REDUCTION = 2
-UNDISTURBED = 3
-"""Trials of a depth that are never stopped: one worse than a single other is not clearly worse."""
 ATTEMPTS = 100
 """Draws of values that do not go together before the space is refused."""
 
@@ -249,64 +242,3 @@ def _record(plan: TrialPlan, result: dict[str, Any] | None, error: bool,
                            f"{len(measured.rows)} of {len(measured.tasks)} tasks", measured,
                            seconds)
     return TrialRecord(plan, "finished", "", measured, seconds)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Past:
-    """A trial of an earlier session, as far as ASHA asks."""
-
-    trial_id: str
-
-
-class AshaByDepth(FIFOScheduler):
-    """ASHA over tasks, one for each depth.
-
-    A depth is compared with other depths in the advice; a trial is stopped when others of its own
-    depth were better after as many tasks, or every deep trial would be stopped and the price of
-    going deeper would never be known.
-    """
-
-    def __init__(self, tasks: int, records: Iterable[TrialRecord]) -> None:
-        super().__init__()
-        self._tasks = tasks
-        self._of: dict[int, ASHAScheduler] = {}
-        self._seen: dict[int, set[str]] = collections.defaultdict(set)
-        for record in records:
-            if record.plan.kind != "search" or record.measured is None:
-                continue
-            asha, past = self._at(record.plan.depth), _Past(record.plan.id)
-            asha.on_trial_add(None, past)
-            self._seen[record.plan.depth].add(past.trial_id)
-            for index, row in enumerate(record.measured.rows[:tasks - 1]):
-                asha.on_trial_result(None, past, {"tasks_done": index + 1,
-                                                  "accuracy": sum(row) / len(row)})
-
-    def _at(self, depth: int) -> ASHAScheduler:
-        if depth not in self._of:
-            self._of[depth] = ASHAScheduler(
-                "tasks_done", "accuracy", "max", max_t=self._tasks,
-                grace_period=min(GRACE_TASKS, self._tasks), reduction_factor=REDUCTION)
-        return self._of[depth]
-
-    def _for(self, trial: Any) -> ASHAScheduler:
-        return self._at(_depth_of(trial))
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        self._for(trial).on_trial_add(tune_controller, trial)
-        self._seen[_depth_of(trial)].add(trial.config["plan"]["id"])
-
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        decision = str(self._for(trial).on_trial_result(tune_controller, trial, result))
-        few = len(self._seen[_depth_of(trial)]) <= UNDISTURBED
-        return (TrialScheduler.CONTINUE if few and result["tasks_done"] < self._tasks
-                else decision)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        self._for(trial).on_trial_complete(tune_controller, trial, result)
-
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        self._for(trial).on_trial_remove(tune_controller, trial)
-
-
-def _depth_of(trial: Any) -> int:
-    return int(trial.config["plan"]["config"]["backbone"]["freeze_depth"])

@@ -19,18 +19,19 @@ from typing import Any
 
 from partialhn.config import Config
 from partialhn.errors import InputError
-from partialhn.run import check
 from partialhn.stream import Experience
 from pipelines.data import open_data
 from pipelines.packing import Packing, Room, pack
 from pipelines.progress import Progress
 from pipelines.registry import connect
-from pipelines.sampling import AshaByDepth, Goal, Proposals, TrialSource
+from pipelines.sampling import Goal, Proposals, TrialSource
+from pipelines.search_checks import check_search, check_stream, on_this_machine, settled
 from pipelines.search_results import Results, say_forecast
 from pipelines.search_settings import Budget, SearchConfig, parse_budget
 from pipelines.search_space import Space, load_space, parse_space
 from pipelines.search_state import FORMAT, SearchState, TrialPlan, TrialRecord
 from pipelines.stages import Stages, start_ray
+from pipelines.stopping import AshaByDepth
 from pipelines.storage import Storage, open_storage
 from pipelines.survey import (
     Computing,
@@ -68,13 +69,14 @@ def _tune(config: Config, options: SearchConfig, storage: Storage, say: Say) -> 
         raise InputError(f"no search {options.resume!r} at {storage.uri}; allowed: the name of a "
                          "search that was begun there")
     if options.resume and saved:
-        config = _on_this_machine(Config.from_dict(saved["config"]), config)
+        config = on_this_machine(Config.from_dict(saved["config"]), config)
         space = parse_space(saved["space"], config)
     else:
         space = load_space(options.space, config, options.depths)
-    _check(config, space)
+    remembered = options.changed(saved["options"]) if saved else options.remembered()
+    check_search(config, space, remembered["budget"])
     experiences = open_data(config.data, storage)
-    _check_stream(experiences)
+    check_stream(experiences)
     settings = {
         "format": FORMAT, "name": state.name, "config": config.to_dict(),
         "space": space.to_dict(), "options": options.remembered(),
@@ -83,57 +85,8 @@ def _tune(config: Config, options: SearchConfig, storage: Storage, say: Say) -> 
                   for each in experiences]}
     if not options.forecast_only:
         settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
-        settings = _settled(state.create(settings), settings, options)
+        settings = settled(state.create(settings), settings, options)
     return _Search(config, space, options, storage, state, settings, experiences, say).run()
-
-
-def _on_this_machine(saved: Config, given: Config) -> Config:
-    """A resumed search learns what it was started with, on what it is given now."""
-    return dataclasses.replace(saved, compute=given.compute)
-
-
-def _check(config: Config, space: Space) -> None:
-    """Refuses what cannot work before anything is spent."""
-    if config.compute.workers > 1:
-        raise InputError(f"workers is {config.compute.workers}; allowed: 1, since a trial of a "
-                         "search trains in one process (several trials run at once instead)")
-    if config.train.strategy != "partial_hn":
-        raise InputError(f"strategy is {config.train.strategy!r}; allowed: partial_hn, since the "
-                         "search compares it with separate_heads by itself")
-    if config.data.validation == 0:
-        raise InputError("validation is 0; allowed: more than 0, since a search decides on "
-                         "held-out images and never on test images")
-    for depth in space.depths():
-        check(dataclasses.replace(config, backbone=dataclasses.replace(
-            config.backbone, freeze_depth=depth)))
-
-
-def _check_stream(experiences: Sequence[Experience]) -> None:
-    if len(experiences) < 2:
-        raise InputError("the stream has 1 task; allowed: 2 or more, since what a depth costs "
-                         "shows on the tasks that the trunk was not trained on")
-    for each in experiences:
-        if not len(each.validation):
-            raise InputError(f"task {each.name!r} has no held-out images; allowed: at least one a "
-                             "task, so raise validation")
-
-
-def _settled(found: dict[str, Any], asked: dict[str, Any],
-             options: SearchConfig) -> dict[str, Any]:
-    """What the search was started with, but for the options that may change.
-
-    Raises: InputError where another search has the name, or its images are no longer the same.
-    """
-    prints = [[task["fingerprint"] for task in each["tasks"]] for each in (found, asked)]
-    same = {key: Config.from_dict(each["config"]).work_hash() + str(each["space"])
-            for key, each in (("found", found), ("asked", asked))}
-    if prints[0] != prints[1]:
-        raise InputError(f"search {found['name']!r} was begun on other images (the tasks' "
-                         "fingerprints differ); allowed: the same images, or another --name")
-    if same["found"] != same["asked"]:
-        raise InputError(f"search {found['name']!r} exists with another configuration or space; "
-                         f"allowed: --resume {found['name']} to go on with it, or another --name")
-    return found | {"options": options.changed(found["options"])}
 
 
 @dataclasses.dataclass
@@ -239,11 +192,7 @@ class _Search:
         begun = [int(plan.id) for plan in [*planned, *(each.plan for each in results.records)]
                  if plan.kind == "search"]
         numbers = iter(range(max(begun, default=-1) + 1, 1_000_000))
-        budget = parse_budget(saved["budget"])
-        least = len(self.space.grid_points())
-        if budget.trials is not None and budget.trials < least:
-            raise InputError(f"budget is {saved['budget']!r} for {least} grid points (depths); "
-                             f"allowed: at least {least}-trials, or fewer depths")
+        budget, least = parse_budget(saved["budget"]), len(self.space.grid_points())
 
         def more() -> TrialPlan | None:
             number = next(numbers)

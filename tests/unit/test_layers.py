@@ -34,7 +34,7 @@ PIPELINES = [
     {"s3"},
     {"storage"},
     {"data", "pyfunc_model", "registry", "search_state"},
-    {"features", "sampling", "advice"},
+    {"features", "sampling", "stopping", "advice", "search_checks"},
     {"worker", "trial", "advice_words"},
     {"survey", "advice_facts"},
     {"stages"},
