@@ -34,6 +34,7 @@ from partialhn.store import Manifest
 from partialhn.stream import Experience
 from partialhn.train import EpochRecord, TaskRecord
 from pipelines.features import compute_features
+from pipelines.package import Contents
 from pipelines.progress import Progress
 from pipelines.registry import Registry, connect
 from pipelines.report import write_report
@@ -330,8 +331,8 @@ class _Registrar:
             trunk_fingerprint=self._trunk, feature_keys=self._keys[record.task],
             weights_hash=checkpoint.load(folder, "model")[1]["weights_hash"],
             acc=summary.accuracy, learning_accuracy=summary.learning_accuracy,
-            forgetting=summary.forgetting, storage=job.storage.uri), folder,
-            experience.test.take([0]).read()[0])
+            forgetting=summary.forgetting, storage=job.storage.uri),
+            Contents(folder, record.task, experience.test.take([0]).read()[0]))
         metrics = {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
                    "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
         job.registry.log_metrics(self.parent, metrics, step=record.task_index)
