@@ -16,6 +16,7 @@ from partialhn.datasets import decode_images
 from partialhn.errors import InputError
 from partialhn.featurise import run_trunk
 from partialhn.model import HeadWeights
+from partialhn.stream import task_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,18 +48,19 @@ class Predictor:
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks, oldest first."""
-        return [task.name for task in self.model.tasks]
+        """Names of the tasks, oldest first; each once, however often it was refreshed."""
+        return list(dict.fromkeys(task_of(task.name) for task in self.model.tasks))
 
     def task_index(self, task: str) -> int:
-        """Position of a task given by name, or by its index where no task has that name.
+        """The slot that answers for a task given by name, or by its place in `tasks`.
 
-        Raises: InputError listing the tasks there are.
+        The newest slot of a refreshed task answers. Raises: InputError listing the tasks.
         """
-        if task in self.tasks:
-            return self.tasks.index(task)
-        if task.isdecimal() and int(task) < len(self.tasks):
-            return int(task)
+        if task not in self.tasks and task.isdecimal() and int(task) < len(self.tasks):
+            task = self.tasks[int(task)]
+        for index, slot in reversed(list(enumerate(self.model.tasks))):
+            if task in (task_of(slot.name), slot.name):
+                return index
         raise InputError(f"task is {task!r}; allowed: {', '.join(self.tasks)} or an index from 0 "
                          f"to {len(self.tasks) - 1}")
 

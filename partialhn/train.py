@@ -72,9 +72,12 @@ class TaskFeatures:
 
     name: str
     classes: int
-    train: FeatureSet
+    train: FeatureSet | None
+    """None for a task that is learned already and only tested."""
     validation: FeatureSet | None
     test: FeatureSet
+    refreshes: int | None = None
+    """The earlier slot of the same task that this one starts from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +139,7 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
     workers = workers or Workers()
     objective = workers.wrap(Objective(strategy, task_index, config.label_smoothing))
     device = strategy.weights(task_index).bias_K.device
+    assert task.train is not None, f"task {task.name} has no training features"
     features = _resident(task.train, device)
     steps = max(1, len(features) // config.batch_size)
     for epoch in range(epochs_done + 1, config.epochs + 1):
@@ -208,7 +212,7 @@ class Learner:
         index = len(self.finished)
         task = tasks[index]
         if self._optimiser is None:
-            self._begin(index, task.classes)
+            self._begin(index, task.classes, task.refreshes)
         optimiser = cast(torch.optim.Optimizer, self._optimiser)
         for record in fit_experience(self.strategy, index, task, self.config, optimiser,
                                      epochs_done=self.epochs_done, workers=self.workers):
@@ -224,9 +228,9 @@ class Learner:
         self._optimiser = None
         yield finished
 
-    def _begin(self, index: int, classes: int) -> None:
+    def _begin(self, index: int, classes: int, refreshes: int | None = None) -> None:
         if index == len(self.strategy.classes):
-            self.strategy.add_task(classes)
+            self.strategy.add_task(classes, refreshes)
         self.strategy.to(self.device)
         self.strategy.begin(index)
         self._optimiser = make_optimiser(self.strategy, self.config)

@@ -7,6 +7,7 @@ Imports nothing heavy until a command runs, so that `--help` answers at once. Ex
 import dataclasses
 import io
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from partialhn.config import (
 )
 from partialhn.errors import InputError
 from partialhn.presets import preset
+from pipelines import cli_models
 from pipelines.settings import Group, OutputConfig
 
 
@@ -164,15 +166,16 @@ class Demo:
 
 
 COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report, "show": Show,
-                            "demo": Demo}
+                            "demo": Demo, **cli_models.COMMANDS}
 """Every command by name: a class whose `run` does it, or a `Group` of such classes."""
 
 
 def next_commands(output: OutputConfig, result: dict[str, Any]) -> list[str]:
     """What a user may want to do after training."""
-    where = "" if output.storage == OutputConfig.storage else f" --storage {output.storage}"
+    where = ("" if output.storage == OutputConfig.storage
+             else f" --storage {shlex.quote(output.storage)}")
     if output.tracking_uri:
-        where += f" --tracking-uri {output.tracking_uri}"
+        where += f" --tracking-uri {shlex.quote(output.tracking_uri)}"
     first = result["tasks"][0]["name"]
     return ["next:",
             f"  partialhn report --name {output.name}{where}",

@@ -57,6 +57,7 @@ def open_client(storage: Storage, tracking_uri: str | None,
 
 def _quiet() -> None:
     """MLflow's and its migrations' progress lines are no news to our users; warnings are."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         for name in ("mlflow", "alembic", "matplotlib"):
             logging.getLogger(name).setLevel(logging.WARNING)

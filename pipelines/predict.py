@@ -20,7 +20,7 @@ from partialhn.datasets import BadImage, decode_images
 from partialhn.errors import InputError
 from partialhn.predict import Predictor
 from partialhn.readers import open_images
-from partialhn.stream import ImageTable
+from partialhn.stream import ImageTable, task_of
 from pipelines.registry import connect
 from pipelines.storage import Storage, open_storage
 from pipelines.versions import Version
@@ -81,7 +81,7 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
     if target.is_local and Path(target.root).is_dir():
         raise InputError(f"output {output!r} is a folder; allowed: a file to write, for example "
                          f"{output.rstrip('/')}/predictions.parquet")
-    name = predictor.tasks[predictor.task_index(task)]
+    name = task_of(predictor.model.tasks[predictor.task_index(task)].name)
     label = _Labeller(predictor, name, on_bad_image)
     counts, bad, done = Counter[str](), list[BadImage](), 0
     with tempfile.TemporaryDirectory(prefix=".partialhn-", dir=_folder_of(target)) as folder:

@@ -8,16 +8,17 @@ and started again makes nothing twice. MLflow is imported when first used: impor
 seconds.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
 import tempfile
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
+from partialhn.stream import task_of
 from pipelines import package
 from pipelines.aliases import Aliases
 from pipelines.connection import open_client
@@ -33,6 +34,7 @@ from pipelines.versions import (
     GATE,
     Registration,
     Version,
+    challenger_of,
     task_alias,
 )
 
@@ -113,6 +115,12 @@ class Registry(Runs):
             if not (token := page.token):
                 return sorted(found, key=lambda v: v.version)
 
+    def version_of(self, name: str, prefix: str) -> Version | None:
+        """The version of the model after a task, by its place in the chain; None: not there."""
+        with contextlib.suppress(InputError):  # nothing of the stream is registered yet
+            return next((v for v in self.versions(name) if v.tags.get("prefix") == prefix), None)
+        return None
+
     def resolve(self, model_uri: str) -> Version:
         """The version behind models:/<name>@<alias> or models:/<name>/<version>.
 
@@ -152,7 +160,7 @@ class Registry(Runs):
                                        tracking_uri=self.tracking_uri))
 
     def result(self, name: str) -> dict[str, Any]:
-        """The result.json of the champion's run of a stream.
+        """The result.json of the champion's run of a stream, and the `challenger` if there is one.
 
         Raises: InputError when the stream is unknown or its run has not ended.
         """
@@ -166,7 +174,12 @@ class Registry(Runs):
         with tempfile.TemporaryDirectory() as folder:
             path = download_artifacts(run_id=parent, artifact_path="result.json", dst_path=folder,
                                       tracking_uri=self.tracking_uri)
-            return typing.cast(dict[str, Any], json.loads(Path(path).read_text(encoding="utf-8")))
+            result: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        refused = challenger_of(self.versions(name))
+        if refused is not None:
+            result["challenger"] = {"version": refused.version, "task": refused.task,
+                                    "decision": refused.decision}
+        return result
 
     # Inside ----------------------------------------------------------------------------------
 
@@ -185,7 +198,7 @@ class Registry(Runs):
             return [CHALLENGER]
         entries = self.aliases.history(record.stream).entries()
         taken = []
-        for alias in (task_alias(record.task), CHAMPION):
+        for alias in (task_alias(task_of(record.task)), CHAMPION):
             holder = next((v for v in versions if alias in v.aliases), None)
             later = (holder is not None and holder.tags.get("work") == record.work
                      and holder.task_index > record.task_index)

@@ -136,8 +136,6 @@ def _cost(facts: Facts) -> str:
         adds = f"adds {size(ours)} to the model"
         if separate is not None and separate.bytes_per_task:
             adds += f", against {size(separate.bytes_per_task)} for a separate head"
-        if filled := facts.result.get("column_bytes_per_task"):
-            adds += f"; it fills {size(filled)} of the columns that were reserved for such tasks"
         parts.append(adds)
     if not parts:
         return ""
@@ -152,6 +150,10 @@ def _cost(facts: Facts) -> str:
 
 def _cautions(facts: Facts) -> tuple[str, ...]:
     found = []
+    if refused := facts.result.get("challenger"):
+        reasons = "; ".join((refused.get("decision") or {}).get("reasons") or ["no reason is kept"])
+        found.append(f"A newer version, {refused['version']} (task “{refused['task']}”), was refused "
+                     f"by the gate and is not in use: {reasons}.")
     bad = len(facts.bad_images)
     if bad:
         found.append(f"{bad} unreadable {'image was' if bad == 1 else 'images were'} left out.")

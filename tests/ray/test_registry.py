@@ -62,7 +62,7 @@ def registration(index: int, weights_hash: str, work: str = WORK) -> Registratio
                         classes=TASKS[index].classes, trunk_fingerprint="f" * 64,
                         feature_keys=(f"key{index}", "shared"), weights_hash=weights_hash,
                         acc=0.9, learning_accuracy=0.925, forgetting=0.05 * index,
-                        storage="/data/store")
+                        storage="/data/store", prefix=f"prefix{index}", parent="")
 
 
 class Stream:
