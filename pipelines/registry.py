@@ -25,6 +25,7 @@ from pipelines.connection import open_client
 from pipelines.history import Entry, Kind, Move
 from pipelines.package import Contents
 from pipelines.runs import Runs
+from pipelines.settings import mask_password
 from pipelines.storage import Storage
 from pipelines.versions import (
     CHALLENGER,
@@ -213,7 +214,8 @@ class Registry(Runs):
             return self._client.get_registered_model(name)
         except MlflowException as error:
             streams = [m.name for m in self._client.search_registered_models()]
-            raise InputError(f"no stream {name!r} in the registry {self.tracking_uri}; there: "
+            raise InputError(f"no stream {name!r} in the registry "
+                             f"{mask_password(self.tracking_uri)}; there: "
                              + _listed(streams)) from error
 
     def _add_version(self, run_id: str, tags: dict[str, str], contents: Contents,

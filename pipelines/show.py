@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from pipelines.registry import connect
+from pipelines.settings import mask_password
 from pipelines.storage import open_storage
 from pipelines.versions import CHAMPION, Version, challenger_of
 
@@ -29,7 +30,7 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
     lines = [f"stream   {name}",
              f"model    models:/{name}@{CHAMPION} = version {champion.version} "
              f"({champion.task_index + 1} tasks)",
-             f"mlflow   {registry.tracking_uri}",
+             f"mlflow   {mask_password(registry.tracking_uri)}",
              f"work     {champion.tags['work']}"
              + (f" ({older} versions of earlier work or weights are not shown)" if older else ""),
              *_refused(versions), "", *table([_COLUMNS, *map(_row, current)]), "",

@@ -33,7 +33,7 @@ from pipelines.package import Contents
 from pipelines.progress import Progress
 from pipelines.registry import Registry, connect
 from pipelines.report import write_report
-from pipelines.settings import OutputConfig
+from pipelines.settings import OutputConfig, mask_password
 from pipelines.stages import Stages, our_outcome, start_ray
 from pipelines.storage import Storage, open_storage
 from pipelines.versions import CHAMPION, Registration, Version
@@ -134,7 +134,8 @@ class _Job:
             "name": self.output.name, "work": self.work, "weights_hash": model.weights_hash(),
             "checkpoint_bytes": registrar.checkpoint_bytes, "device": returned["device"],
             "peak_rss_bytes": max(returned["peak_rss_bytes"], peak_rss_bytes()),
-            "storage": self.storage.uri, "tracking_uri": self.registry.tracking_uri,
+            "storage": self.storage.uri,
+            "tracking_uri": mask_password(self.registry.tracking_uri),
             "model_uri": f"models:/{self.output.name}@{CHAMPION}",
             "versions": registrar.version_fields()}
         for row, seconds in zip(fields["seconds"]["per_task"], registrar.seconds, strict=True):
