@@ -27,13 +27,7 @@ from partialhn.chain import prefixes_of
 from partialhn.checkpoint import Model, TaskInfo
 from partialhn.config import Config, StrategyName
 from partialhn.datasets import open_stream
-from partialhn.featurise import (
-    FeatureJob,
-    commit_features,
-    compute_shard,
-    feature_jobs,
-    feature_shape,
-)
+from partialhn.featurise import FeatureJob, feature_jobs, find_features, precompute
 from partialhn.model import Head, HeadStart, check_feature_size, head_start
 from partialhn.pretrain import fit_network, load_network
 from partialhn.result import Clock, Outcome, result_fields
@@ -131,8 +125,9 @@ def run_stream(config: Config, root: Path,
     first = 0 if config.train.compare else len(known)  # bounds are learned from the first task
     jobs = feature_jobs(config, experiences, parts.trunk)
     needed = needed_jobs(jobs, [each.name for each in experiences[:first]])
-    manifests, decoded = _precompute(config, store, parts.trunk, jobs, needed)
-    slots = slots_of(experiences, jobs, manifests)
+    _, decoded = precompute(store, parts.trunk, needed)
+    there = find_features(store, jobs)
+    slots = slots_of(experiences, jobs, [there.get(job.recipe.key) for job in jobs])
     tasks = open_features(store, slots, first)
     clock.lap("features")
     learner = Learner(parts.strategy(config), config.train)
@@ -166,23 +161,6 @@ def _each(records: Iterable[EpochRecord | TaskRecord],
         if report:
             report(record)
         yield record
-
-
-def _precompute(config: Config, store: FeatureStore, trunk: Trunk, jobs: Sequence[FeatureJob],
-                needed: Sequence[FeatureJob]) -> tuple[list[Manifest | None], int]:
-    """The features of all jobs that are there or needed, and how many images were decoded."""
-    size = config.data.input_size
-    shape_CHW = feature_shape(trunk, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-    manifests: list[Manifest | None] = []
-    decoded = 0
-    for job in jobs:
-        manifest = store.find(job.recipe)
-        if manifest is None and job in needed:
-            shards = [compute_shard(store, trunk, job, index) for index in range(job.shards)]
-            manifest = commit_features(store, job, shards, shape_CHW)
-            decoded += manifest.rows
-        manifests.append(manifest)
-    return manifests, decoded
 
 
 def with_strategy(config: Config, name: StrategyName) -> Config:

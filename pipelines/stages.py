@@ -101,23 +101,38 @@ class Stages:
 
     def network(self, first: Experience) -> Network:
         """The network the trunk is cut from: found, or trained on the first task by a Ray task."""
-        import ray
-
         arguments = (self.config, first, self.storage.filesystem, self.storage.root)
         network = load_network(*arguments)
         if network is not None:
             self.progress.line("trunk: found, not trained again")
             return network
-        remote = ray.remote(num_returns="streaming", num_gpus=1 if self.gpu else 0,
-                            max_retries=0)(_train_trunk)
-        for reference in remote.remote(arguments, "cuda" if self.gpu else "cpu", self.threads):
-            record = ray.get(reference)
-            if isinstance(record, str):
-                raise InputError(record)
-            self.progress.trunk(record)
+        self._fit_network(arguments)
         network = load_network(*arguments)
         assert network is not None
         return network
+
+    def _fit_network(self, arguments: Any) -> None:
+        """Trains the network; a task lost with its node goes on elsewhere, after its last epoch."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        remote = ray.remote(num_returns="streaming", num_gpus=1 if self.gpu else 0,
+                            max_retries=0)(_train_trunk)
+        for attempt in range(MAX_FAILURES + 1):
+            try:
+                for reference in remote.remote(arguments, "cuda" if self.gpu else "cpu",
+                                               self.threads):
+                    record = ray.get(reference)
+                    if isinstance(record, str):
+                        raise InputError(record)
+                    self.progress.trunk(record)
+                return
+            except RayTaskError:  # our own code raised it, and would again
+                raise
+            except RayError as error:
+                if attempt == MAX_FAILURES:
+                    raise
+                self.progress.line(f"trunk: lost its worker ({type(error).__name__}), goes on")
 
     def features(self, jobs: Sequence[FeatureJob], parts: Parts) -> tuple[list[Manifest], int]:
         """The features of all jobs, and how many images had to be decoded."""
@@ -141,12 +156,14 @@ class Stages:
         `peak_rss_bytes`. Raises: InputError for anything the user can set right.
         """
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         known = self.learned(prefixes)
         if len(known) == len(slots) and not self.config.train.compare:
             return {"outcomes": {self.config.train.strategy: chain.outcome_of(known)},
                     "peak_rss_bytes": 0, "device": "none: everything was learned before"}
-        events = ray.remote(num_cpus=0)(Events).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        events = ray.remote(num_cpus=0, scheduling_strategy=here)(Events).remote()
         assignment = Assignment(self.config, parts, tuple(slots), tuple(prefixes), self.storage,
                                 self.folder, self.threads, events)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:

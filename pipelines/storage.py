@@ -8,6 +8,7 @@ in `pipelines/files.py` for disks and in `pipelines/s3.py` for S3.
 import contextlib
 import dataclasses
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -18,6 +19,8 @@ from partialhn.errors import InputError, IntegrityError
 from pipelines.files import Entry, LocalFiles
 from pipelines.s3 import KeylessS3, S3Files, S3Options
 
+_DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
+                     r"|HTTP status 40\d|NoCredentialsError")
 _QUERY_KEYS = ("endpoint", "region", "path_style", "timeout")
 MAX_READ = 64 * 1024 ** 2
 """Bytes that `read_bytes` and `read_text` take at most, unless told otherwise."""
@@ -109,8 +112,14 @@ class Storage:
         except InputError:
             raise
         except Exception as error:
-            if self.s3 and any(sign in str(error) for sign in ("AWS Error", "botocore")):
+            text = str(error)
+            if self.s3 and any(sign in text for sign in ("AWS Error", "botocore")):
                 self.check()
+                if denied := _DENIED.search(text):
+                    raise InputError(
+                        f"S3 denies a worker ({denied[0]}) what it allows here: the AWS "
+                        "credentials of the Ray nodes are missing or others; partialhn doctor "
+                        "shows which node") from error
             raise
 
     @property

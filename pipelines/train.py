@@ -18,15 +18,14 @@ from partialhn import chain, checkpoint
 from partialhn.chain import prefixes_of
 from partialhn.checkpoint import Model
 from partialhn.config import Config
-from partialhn.datasets import open_stream
-from partialhn.featurise import feature_jobs
+from partialhn.featurise import feature_jobs, find_features
 from partialhn.metrics import summarise
 from partialhn.result import Clock, model_sizes, peak_rss_bytes, result_fields
 from partialhn.run import Parts, check, cut, work_name
 from partialhn.slots import Slot, needed_jobs, slots_of
-from partialhn.store import Manifest
 from partialhn.stream import Experience
 from partialhn.train import EpochRecord, TaskRecord
+from pipelines.data import open_data
 from pipelines.features import open_store
 from pipelines.progress import Progress
 from pipelines.registry import Registry, connect
@@ -38,6 +37,7 @@ from pipelines.versions import CHAMPION, Registration, Version
 
 Say = Callable[[str], None]
 
+
 def train(config: Config, output: OutputConfig, say: Say = print) -> dict[str, Any]:
     """Learns a stream and registers a version for each task; returns what `result.json` holds.
 
@@ -45,8 +45,14 @@ def train(config: Config, output: OutputConfig, say: Say = print) -> dict[str, A
     """
     check(config)
     storage = open_storage(output.storage)
+    storage.check()
+    with storage.explained():
+        return _train(config, output, storage, say)
+
+
+def _train(config: Config, output: OutputConfig, storage: Storage, say: Say) -> dict[str, Any]:
     clock = Clock()
-    experiences = open_stream(config.data, _dataset_cache(storage))
+    experiences = open_data(config.data, storage)
     work = work_name(config, experiences)
     classes = sum(len(each.classes) for each in experiences)
     say(f"{output.name}: {len(experiences)} tasks, {classes} classes, "
@@ -71,19 +77,15 @@ def _notes(config: Config, tasks: int) -> list[str]:
     hypernet = config.hypernet
     fresh = hypernet.fresh_columns
     if (config.train.strategy != "partial_hn" or hypernet.generator != "bilinear"
-            or not hypernet.residual or not fresh or (tasks - 1) * fresh <= hypernet.code_dim):
+            or not hypernet.residual or not fresh or hypernet.code_dim is None
+            or (tasks - 1) * fresh <= hypernet.code_dim):
         return []
     served = 1 + -(-hypernet.code_dim // fresh)
-    return [f"note: {hypernet.code_dim} columns (--code-dim) give columns of their own to the "
-            f"first {served} of {tasks} tasks; the others are learned less well. All {tasks} "
+    return [f"note: at most {hypernet.code_dim} columns (--code-dim) give columns of their own to "
+            f"the first {served} of {tasks} tasks; the others are learned less well. All {tasks} "
             f"would take --code-dim {(tasks - 1) * fresh}"]
 
 
-def _dataset_cache(storage: Storage) -> Path:
-    """Where digits and torchvision data become Parquet: the storage, where that is a folder."""
-    if storage.is_local:
-        return Path(storage.root) / "datasets"
-    return Path.home() / ".cache" / "partialhn" / "datasets"
 
 
 @dataclasses.dataclass
@@ -143,10 +145,9 @@ class _Job:
         jobs = feature_jobs(self.config, self.experiences, parts.trunk)
         learned = [] if self.config.train.compare else self.experiences[:known]
         needed = needed_jobs(jobs, [each.name for each in learned])
-        made, decoded = stages.features(needed, parts)
-        store = open_store(self.storage)
-        manifests: list[Manifest | None] = [
-            made[needed.index(job)] if job in needed else store.find(job.recipe) for job in jobs]
+        _, decoded = stages.features(needed, parts)
+        there = find_features(open_store(self.storage), jobs)
+        manifests = [there.get(job.recipe.key) for job in jobs]
         return slots_of(self.experiences, jobs, manifests), decoded
 
     def _publish(self, parent: str, fields: dict[str, Any]) -> None:

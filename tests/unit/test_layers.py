@@ -32,7 +32,7 @@ PIPELINES = [
     {"files"},
     {"s3"},
     {"storage"},
-    {"pyfunc_model", "registry"},
+    {"data", "pyfunc_model", "registry"},
     {"features"},
     {"worker"},
     {"stages"},
