@@ -58,7 +58,7 @@ class Decided:
     def passed(self) -> bool:
         return bool(self.decision["passed"])
 
-    def manifests(self, store: FeatureStore) -> Slot:
+    def with_features(self, store: FeatureStore) -> Slot:
         """The slot with what is stored of its features."""
         found = {split: store.find(FeatureRecipe(**recipe))
                  for split, recipe in self.recipes.items()}

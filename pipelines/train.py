@@ -27,6 +27,7 @@ from partialhn.stream import Experience
 from partialhn.train import EpochRecord, TaskRecord
 from pipelines.data import open_data
 from pipelines.features import open_store
+from pipelines.package import Contents
 from pipelines.progress import Progress
 from pipelines.registry import Registry, connect
 from pipelines.report import write_report
@@ -209,7 +210,7 @@ class _Registrar:
         job, index = self.job, record.task_index
         slot, experience = self._slots[index], job.experiences[index]
         folder = self._fetch(index)
-        run = job.registry.task_run(self.parent, record.task, index)
+        run = job.registry.task_run(self.parent, record.task, index, self._prefixes[index])
         job.registry.log_epochs(run, [dataclasses.asdict(epoch) for epoch in self._epochs.values()
                                       if epoch.task_index == index])
         version = job.registry.register_task(run, Registration(
@@ -220,7 +221,7 @@ class _Registrar:
             acc=metrics["acc"], learning_accuracy=metrics["learning_accuracy"],
             forgetting=metrics["forgetting"], storage=job.storage.uri,
             prefix=self._prefixes[index], parent=self._prefixes[index - 1] if index else ""),
-            folder, experience.test.take([0]).read()[0])
+            Contents(folder, record.task, experience.test.take([0]).read()[0]))
         job.registry.log_metrics(run, metrics)
         job.registry.end_run(run)
         return version
