@@ -23,10 +23,10 @@ from partialhn.stream import Experience
 from pipelines.data import open_data
 from pipelines.packing import Packing, Room, pack
 from pipelines.progress import Progress
-from pipelines.registry import connect
 from pipelines.sampling import Goal, Proposals, TrialSource
 from pipelines.search_checks import check_search, check_stream, on_this_machine, settled
 from pipelines.search_results import Results, say_forecast
+from pipelines.search_runs import connect_search
 from pipelines.search_settings import Budget, SearchConfig, parse_budget
 from pipelines.search_space import Space, load_space, parse_space
 from pipelines.search_state import FORMAT, SearchState, TrialPlan, TrialRecord
@@ -106,7 +106,7 @@ class _Search:
         names = ", ".join(map(str, self.space.depths()))
         self.say(f"{self.state.name}: {len(self.experiences)} tasks, freeze depths {names}")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            connecting = pool.submit(connect, self.storage, self.options.tracking_uri)
+            connecting = pool.submit(connect_search, self.storage, self.options.tracking_uri)
             start_ray(self.config)
             registry = connecting.result()
         self._resources()

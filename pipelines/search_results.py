@@ -15,8 +15,8 @@ from pipelines.advice import DepthResult, results_by_depth, stage_name
 from pipelines.advice_facts import advice_fields
 from pipelines.advice_page import render
 from pipelines.advice_words import percent
-from pipelines.registry import Registry
 from pipelines.sampling import Goal
+from pipelines.search_runs import SearchRuns
 from pipelines.search_space import Space
 from pipelines.search_state import Measured, SearchState, TrialPlan, TrialRecord
 
@@ -27,7 +27,7 @@ class Results:
     """Every record of a search, of this session and of earlier ones."""
 
     def __init__(self, state: SearchState, settings: Mapping[str, Any], space: Space,
-                 registry: Registry, survey: Mapping[str, Any], say: Say) -> None:
+                 registry: SearchRuns, survey: Mapping[str, Any], say: Say) -> None:
         self._state, self._settings, self._space = state, settings, space
         self._registry, self._survey, self._say = registry, survey, say
         self._start = time.monotonic()

@@ -20,20 +20,24 @@ LIBRARY = [
     {"strategies.naive", "strategies.partial_hn", "strategies.separate_heads"},
     {"strategies"},
     {"featurise", "train", "forecast"},
-    {"checkpoint", "slots"},
+    {"checkpoint", "slots", "probe"},
     {"pretrain", "result"},
     {"chain"},
     {"predict", "run"},
+    {"sample"},
 ]
 """Modules of partialhn, lowest first: a file imports from lower rows only."""
 
 PIPELINES = [
-    {"__init__", "settings", "matrix", "versions", "progress", "packing", "money", "search_space"},
+    {"__init__", "settings", "matrix", "versions", "progress", "gate", "outcome", "packing",
+     "money", "search_space"},
     {"search_settings"},
     {"files"},
     {"s3"},
     {"storage"},
-    {"data", "pyfunc_model", "registry", "search_state"},
+    {"data", "pyfunc_model", "package", "connection", "history", "lease", "inbox", "search_state"},
+    {"runs", "aliases", "journal", "validate"},
+    {"registry", "search_runs"},
     {"features", "sampling", "stopping", "advice", "search_checks"},
     {"worker", "trial", "advice_words"},
     {"survey", "advice_facts"},
@@ -43,13 +47,16 @@ PIPELINES = [
     {"report_cost", "report_provenance", "report_tasks", "report_verdict", "report_text"},
     {"report"},
     {"train", "advice_page"},
-    {"predict", "show", "search_results"},
-    {"demo", "search"},
-    {"cli_tune"},
+    {"predict", "show", "models", "verify", "candidate", "search_results"},
+    {"models_text", "retrain", "search"},
+    {"cli_retrain", "cli_models", "cli_tune"},
+    {"demo"},
     {"cli"},
 ]
 
-RESTRICTED = {"mlflow": {"pipelines.registry", "pipelines.pyfunc_model"},
+RESTRICTED = {"mlflow": {"pipelines.registry", "pipelines.runs", "pipelines.aliases",
+                         "pipelines.package", "pipelines.connection", "pipelines.pyfunc_model",
+                         "pipelines.verify"},
               "boto3": {"pipelines.s3"}, "botocore": {"pipelines.s3"}}
 """The only files that may import a package."""
 
