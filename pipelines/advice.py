@@ -134,13 +134,30 @@ def front(records: Sequence[TrialRecord]) -> list[str]:
                        for other in points.values())]
 
 
+def noise(results: Sequence[DepthResult]) -> float:
+    """The difference of two depths' accuracies that the seeds alone may make (95 %, two-sided t).
+
+    The spread over seeds is pooled over the depths, since a few seeds of one depth say little:
+    t * s * sqrt(2 / n), with n the seeds of a depth. 0 where no depth has two.
+    """
+    freedom = sum(len(each.accuracy.values) - 1 for each in results)
+    if freedom == 0:
+        return 0.0
+    squares = sum((value - each.accuracy.mean)**2 for each in results
+                  for value in each.accuracy.values)
+    seeds = min(len(each.accuracy.values) for each in results)
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(
+        squares / freedom * 2 / seeds)
+
+
 def choose(accuracy: Mapping[int, float], cost: Mapping[int, float], objective: Objective,
-           max_loss: float) -> int:
+           max_loss: float, margin: float = 0.0) -> int:
     """The depth that the objective prefers.
 
     accuracy: the most accurate. cost: the cheapest of those within max_loss of the most accurate.
     balanced: the largest accuracy - max_loss * log2(cost), so that each doubling of the cost must
-    buy max_loss. Where two are equal, the cheaper, then the deeper.
+    buy max_loss. Of depths whose value is within `margin` of the best one's, the cheapest, then
+    the deepest: what the seeds cannot tell apart is not worth paying for.
     """
     best = max(accuracy.values())
     depths = [depth for depth in accuracy
@@ -149,7 +166,9 @@ def choose(accuracy: Mapping[int, float], cost: Mapping[int, float], objective: 
         depth: {"accuracy": accuracy[depth], "cost": -cost[depth],
                 "balanced": accuracy[depth] - max_loss * math.log2(cost[depth])}[objective]
         for depth in depths}
-    return max(depths, key=lambda depth: (value[depth], -cost[depth], depth))
+    enough = max(value.values()) - (0.0 if objective == "cost" else margin)
+    return max((depth for depth in depths if value[depth] >= enough),
+               key=lambda depth: (-cost[depth], depth))
 
 
 def agreement(results: Sequence[DepthResult], cost: Mapping[int, float], objective: Objective,

@@ -18,6 +18,7 @@ from pipelines.advice import (
     choose,
     front,
     more_search,
+    noise,
     rank_correlation,
     stage_name,
 )
@@ -40,7 +41,9 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
             if ways else {each.depth: each.seconds for each in results})
     cost = {depth: max(value, 1e-9) for depth, value in cost.items()}
     accuracy = {each.depth: each.accuracy.mean for each in results}
-    depth = choose(accuracy, cost, goal.objective, goal.max_loss)
+    margin = noise(results)
+    depth = choose(accuracy, cost, goal.objective, goal.max_loss, margin)
+    first = choose(accuracy, cost, goal.objective, goal.max_loss)
     chosen = next(each for each in results if each.depth == depth)
     votes = agreement(results, cost, goal.objective, goal.max_loss)
     return {
@@ -48,7 +51,8 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
         "objective": goal.objective, "max_loss": goal.max_loss, "options": dict(options),
         "tasks": settings["tasks"], "config": settings["config"], "space": settings["space"],
         "search_seconds": round(seconds, 1),
-        "recommendation": _recommendation(results, chosen, survey, votes, bool(ways)),
+        "recommendation": _recommendation(results, chosen, survey, votes, bool(ways)) | {
+            "preferred": words.preferred(chosen, first, margin), "noise": margin},
         "depths": [_depth_fields(each, results) for each in results],
         "front": {"costs": list(FRONT), "trials": front(records)},
         "trials": [_trial_fields(each) for each in records], "fixed": dict(space.fixed),
@@ -146,7 +150,7 @@ def _importance(space: Space, settings: Mapping[str, Any], records: Sequence[Tri
         warnings.simplefilter("ignore")
         found = optuna.importance.get_param_importances(
             study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
-    return {key: round(value, 4) for key, value in found.items()}
+    return {key: round(float(value), 4) for key, value in found.items()}
 
 
 # Money -----------------------------------------------------------------------------------------

@@ -64,6 +64,14 @@ def _deeper(results: Sequence[DepthResult], chosen: DepthResult,
     return text + "."
 
 
+def preferred(chosen: DepthResult, first: int, margin: float) -> str:
+    """Why a cheaper depth was taken than the one with the best value; empty for the same one."""
+    if chosen.depth == first:
+        return ""
+    return (f"Freezing {stage_name(first)} is ahead by less than the seeds can tell apart "
+            f"({points(margin)}, 95 %), so the cheaper depth is recommended.")
+
+
 def sure(chosen: DepthResult, votes: Mapping[int, int]) -> str:
     """How sure the recommendation is."""
     seeds = sum(votes.values())
@@ -90,7 +98,7 @@ def beside_separate_heads(chosen: DepthResult) -> str:
     own, bound = chosen.runs[0], chosen.bounds[0].measured
     assert bound is not None
     where = (f"is {points(lost.mean)} behind" if lost.mean > 0.0005 else
-             f"is {points(-lost.mean)} ahead of" if lost.mean < -0.0005 else "is level with")
+             f"is {points(-lost.mean)} ahead" if lost.mean < -0.0005 else "is level")
     if lost.low is not None and lost.high is not None and lost.low <= 0 <= lost.high:
         where += " (within the noise of the seeds)"
     return (f"Against one separate head a task, which stores {size(bound.bytes_per_task)} a task "

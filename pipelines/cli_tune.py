@@ -52,7 +52,8 @@ def summary(advice: dict[str, Any], output: str) -> list[str]:
     """The advice as lines for a terminal."""
     chosen = advice["recommendation"]
     lines = [f"freeze depth {chosen['depth']} ({chosen['freeze']})", "", chosen["reason"],
-             chosen["confidence"], chosen["separate_heads"], advice["more_search"]["words"], "",
+             *([chosen["preferred"]] if chosen["preferred"] else []), chosen["confidence"],
+             chosen["separate_heads"], advice["more_search"]["words"], "",
              "depth  trials  accuracy            test     seconds   features  behind heads"]
     for each in advice["depths"]:
         accuracy, test = each["accuracy"], each["test_accuracy"]

@@ -15,6 +15,7 @@ from pipelines.advice import (
     expected_best,
     front,
     more_search,
+    noise,
     rank_correlation,
     results_by_depth,
 )
@@ -38,7 +39,7 @@ def three_depths():
     for origin, depth, row, seconds in (("0000", 1, (0.80, 0.80), 80.0),
                                         ("0001", 3, (0.79, 0.80), 20.0),
                                         ("0002", 4, (0.79, 0.60), 1.0)):
-        for seed, shift in ((1, -0.02), (2, 0.02)):
+        for seed, shift in ((1, -0.002), (2, 0.002)):
             moved = tuple(value + shift for value in row)
             records.append(record(f"final-{origin}-s{seed}", depth, moved, seconds, kind="final",
                                   seed=seed, test_row=(0.7, 0.8)))
@@ -100,6 +101,22 @@ def test_the_objective_chooses(objective, max_loss, depth):
 
 def test_of_two_equal_depths_the_cheaper():
     assert choose({1: 0.8, 2: 0.8}, {1: 8.0, 2: 4.0}, "accuracy", 0.01) == 2
+
+
+def test_what_the_seeds_cannot_tell_apart_is_not_paid_for():
+    """Values 0.727 (depth 1, dear), 0.722 (2) and 0.65 (3): within 0.006 the cheaper of two."""
+    accuracy, cost = {1: 0.8, 2: 0.79, 3: 0.70}, {1: 160.0, 2: 113.0, 3: 32.0}
+    for objective in ("balanced", "accuracy"):
+        assert choose(accuracy, cost, objective, 0.01) == 1
+        assert choose(accuracy, cost, objective, 0.01, 0.012) == 2
+        assert choose(accuracy, cost, objective, 0.01, 0.5) == 3
+    assert choose(accuracy, cost, "cost", 0.001, 0.5) == 1
+
+
+def test_the_noise_is_pooled_over_depths():
+    # deviations of 0.002 twice at each of three depths: s^2 = 6 * 0.000004 / 3, t(3) = 3.1824
+    assert noise(by_depth()) == pytest.approx(3.182446 * (0.000008 * 2 / 2)**0.5, rel=1e-5)
+    assert noise(results_by_depth([record("0000", 1)], GOAL.score)) == 0
 
 
 def test_each_seed_votes_alone():
@@ -164,6 +181,10 @@ def test_the_reason_for_the_most_accurate_depth():
 
 def test_how_sure_it_is():
     found = by_depth()
+    assert words.preferred(found[1], 3, 0.01) == ""
+    assert words.preferred(found[1], 1, 0.012) == (
+        "Freezing through layer1 is ahead by less than the seeds can tell apart (1.2 points, 95 "
+        "%), so the cheaper depth is recommended.")
     assert "Each seed alone would say the same (2 of 2)" in words.sure(found[1], {3: 2})
     assert "1 of 2 seeds" in words.sure(found[1], {3: 1, 1: 1})
     assert "nothing is known" in words.sure(found[1], {})
