@@ -29,12 +29,12 @@ LIBRARY = [
 """Modules of partialhn, lowest first: a file imports from lower rows only."""
 
 PIPELINES = [
-    {"__init__", "settings", "matrix", "versions", "progress", "gate"},
+    {"__init__", "settings", "matrix", "versions", "progress", "gate", "outcome"},
     {"files"},
     {"s3"},
     {"storage"},
-    {"data", "pyfunc_model", "package", "connection", "history"},
-    {"runs", "aliases"},
+    {"data", "pyfunc_model", "package", "connection", "history", "lease", "inbox"},
+    {"runs", "aliases", "journal", "validate"},
     {"registry"},
     {"features"},
     {"worker"},
@@ -44,9 +44,10 @@ PIPELINES = [
     {"report_cost", "report_provenance", "report_tasks", "report_verdict", "report_text"},
     {"report"},
     {"train"},
-    {"predict", "show", "models", "verify"},
-    {"models_text"},
-    {"demo", "cli_models"},
+    {"predict", "show", "models", "verify", "candidate"},
+    {"models_text", "retrain"},
+    {"cli_retrain", "cli_models"},
+    {"demo"},
     {"cli"},
 ]
 
