@@ -22,7 +22,7 @@ from torch import Tensor
 
 from partialhn.backbone import Trunk, build_network, hash_tensors, tensors_below
 from partialhn.config import Config
-from partialhn.errors import InputError, IntegrityError
+from partialhn.errors import IntegrityError
 from partialhn.model import Head, head_start
 from partialhn.strategies import STRATEGIES, Strategy
 
@@ -95,7 +95,7 @@ def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         fields = json.loads((folder / FIELDS).read_text(encoding="utf-8"))
         found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"checkpoint {folder} cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise IntegrityError(f"checkpoint {folder} is damaged: {FIELDS} holds no fields")
@@ -108,7 +108,7 @@ def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
                              f"{found[:12]}..., expected tensors_sha256 {wanted[:12]}...")
     try:
         return load_file(folder / TENSORS), fields
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise IntegrityError(f"checkpoint {folder} is damaged: {TENSORS} is no safetensors file: "
                              f"{error}") from error
 
@@ -163,7 +163,8 @@ class Model:
                 strategy.finish(index)
             trunk.load_state_dict(tensors_below(tensors, "trunk."), strict=True)
             strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
-        except (KeyError, RuntimeError, InputError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError,
+                OverflowError) as error:  # InputError is a ValueError
             raise IntegrityError(f"checkpoint {folder} does not fit this version: {error}"
                                  ) from error
         model = Model(config, trunk, strategy.requires_grad_(False).eval(), tasks,
