@@ -67,7 +67,7 @@ class Tasks:
 
         experience, folder = self.experiences[index], self.folder / f"model-{index + 1}"
         parent = registry.stream_run(name, work, self.config.to_dict())
-        run = registry.task_run(parent, experience.name, index)
+        run = registry.task_run(parent, experience.name, index, f"{work}-{index}")
         record = Registration(
             stream=name, work=work, task=experience.name, task_index=index,
             classes=experience.classes, trunk_fingerprint="f" * 64, feature_keys=("key",),
