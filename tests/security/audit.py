@@ -45,9 +45,9 @@ def licence_problems(found: list[dict[str, str]], allowed: list[str],
     problems = []
     for package in found:
         name, licence = package["Name"], package["License"]
-        if name in exceptions or any(
-                all(part in allowed or part.strip("() ") in allowed for part in re.split(r" AND |; ", choice))
-                for choice in licence.split(" OR ")):
+        choices = [re.split(r" AND |; ", choice) for choice in licence.split(" OR ")]
+        if name in exceptions or any(all(part in allowed or part.strip("() ") in allowed
+                                         for part in choice) for choice in choices):
             continue
         problems.append(f"{name} {package['Version']} has {licence!r}; allowed: those in "
                         "pyproject.toml, or an exception there with its reason")
