@@ -38,6 +38,7 @@ from partialhn.result import Clock, Outcome, result_fields
 from partialhn.store import FeatureSet, FeatureStore, Manifest
 from partialhn.strategies import STRATEGIES, Strategy
 from partialhn.stream import Experience
+from partialhn.task_inference import TaskInference
 from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord
 
 Report = Callable[[EpochRecord | TaskRecord], None]
@@ -128,14 +129,17 @@ def run_stream(config: Config, root: Path,
     tasks = collect(store, jobs, manifests, experiences)
     clock.lap("features")
     outcomes: dict[str, Outcome] = {}
-    learned: dict[str, Strategy] = {}
+    learned: dict[str, Learner] = {}
     for name in (config.train.strategy, *config.train.compare):
-        learner = Learner(parts.strategy(with_strategy(config, name)), config.train)
+        learner = Learner(parts.strategy(with_strategy(config, name)), config.train,
+                          inference=TaskInference() if name == config.train.strategy else None)
         _each(learner.learn(tasks), report)
-        outcomes[name], learned[name] = Outcome.of(learner), learner.strategy
+        outcomes[name], learned[name] = Outcome.of(learner), learner
     clock.lap("train")
-    model = Model(config, parts.trunk, learned[config.train.strategy],
-                  tuple(TaskInfo(each.name, each.classes) for each in experiences))
+    ours = learned[config.train.strategy]
+    model = Model(config, parts.trunk, ours.strategy,
+                  tuple(TaskInfo(each.name, each.classes) for each in experiences),
+                  inference=ours.inference)
     fields = result_fields(config, experiences, parts.macs, dict(zip(jobs, manifests, strict=True)),
                            decoded, outcomes, clock.laps)
     model.facts = {"accuracy_matrix": fields["accuracy_matrix"]}

@@ -26,6 +26,7 @@ from partialhn.result import Outcome, model_sizes, peak_rss_bytes
 from partialhn.run import Parts, collect, with_strategy
 from partialhn.store import Manifest
 from partialhn.stream import Experience
+from partialhn.task_inference import TaskInference
 from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord, Workers
 from pipelines.features import open_store
 from pipelines.storage import Storage
@@ -101,8 +102,9 @@ class _Worker:
             for name in (a.config.train.strategy, *a.config.train.compare):
                 if name not in self.outcomes:
                     config = with_strategy(a.config, name)
+                    ours = name == a.config.train.strategy
                     learner = Learner(a.parts.strategy(config), a.config.train, self.device,
-                                      self.workers)
+                                      self.workers, TaskInference() if ours else None)
                     if restored and restored[1]["strategy"] == name:
                         learner.restore(restored[0], restored[1]["learner"])
                     self._learn(name, learner, tasks)
@@ -131,7 +133,8 @@ class _Worker:
         known = self.a.experiences[:record.task_index + 1]
         facts = {"accuracy_rows": [list(done.accuracy_row) for done in learner.finished]}
         model = Model(self.a.config, self.a.parts.trunk, learner.strategy,
-                      tuple(TaskInfo(each.name, each.classes) for each in known), facts)
+                      tuple(TaskInfo(each.name, each.classes) for each in known), facts,
+                      learner.inference)
         model.facts |= model_sizes(model)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "model"
