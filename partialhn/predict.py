@@ -130,9 +130,16 @@ class Predictor:
         return self.answers(self.features(decoded.images_BCHW), [AUTO] * len(images))
 
     @torch.no_grad()
-    def features(self, images_BCHW: Tensor) -> Tensor:
-        """Trunk features z_BCHW of uint8 images, on the model's device."""
-        return run_trunk(self.model.trunk, images_BCHW).to(self._device)
+    def features(self, images_BCHW: Tensor, exact: bool = True) -> Tensor:
+        """Trunk features z_BCHW of uint8 images, on the model's device.
+
+        exact: an image's features are the same bits in any company, for which small batches are
+        filled up; without, they are equal but for rounding and a few images take less time.
+        """
+        if exact or not len(images_BCHW):
+            return run_trunk(self.model.trunk, images_BCHW).to(self._device)
+        features_BCHW: Tensor = self.model.trunk(images_BCHW.to(self._device))
+        return features_BCHW
 
     @torch.no_grad()
     def answers(self, z_BCHW: Tensor, tasks: Sequence[str]) -> list[Answer]:
@@ -142,16 +149,17 @@ class Predictor:
         """
         for task in set(tasks):
             self.check_task(task)
-        index_B = torch.tensor([-1 if task == AUTO else self.task_index(task) for task in tasks])
+        index_B = torch.tensor([-1 if task == AUTO else self.task_index(task) for task in tasks],
+                               dtype=torch.int64)
         known_B = torch.ones(len(tasks), dtype=torch.bool)
         unsaid_U = torch.nonzero(index_B < 0)[:, 0]
         head, inference = self.model.strategy.head, self.model.inference
         if len(unsaid_U) and inference is not None:
-            weights = [self.head_weights(index) for index in range(len(self.tasks))]
+            weights = [self.head_weights(index) for index in range(len(self.model.tasks))]
             found = infer(inference, head, weights, z_BCHW[unsaid_U])
             index_B[unsaid_U], known_B[unsaid_U] = found.task_B, found.known_B
         made: list[Answer | None] = [None] * len(tasks)
-        for index in index_B.unique().tolist():
+        for index in sorted(set(index_B.tolist())):
             info, rows_R = self.model.tasks[index], torch.nonzero(index_B == index)[:, 0]
             p_RK = head(z_BCHW[rows_R], self.head_weights(index)).softmax(1).cpu().double()
             for row, p_K in zip(rows_R.tolist(), p_RK, strict=True):

@@ -99,7 +99,8 @@ def result_fields(config: Config, experiences: Sequence[Experience], macs: Mappi
     own = ours.fields()
     del own["train_seconds"]
     return own | {
-        "without_task_id": ours.without_task_id(), "config": config.to_dict(), "seed": config.train.seed, "strategy": config.train.strategy,
+        "without_task_id": ours.without_task_id(), "config": config.to_dict(),
+        "seed": config.train.seed, "strategy": config.train.strategy,
         "tasks": [_task_fields(experience, features) for experience in experiences],
         "seconds": {"total": round(sum(stages.values()), 3),
                     "stages": {key: round(value, 3) for key, value in stages.items()},

@@ -61,8 +61,9 @@ class TaskInference:
         """Takes in a task's training features: one pass over the plain view of its images."""
         z_NC = torch.cat([pooled(features.gather(rows_B, torch.zeros_like(rows_B))).cpu()
                           for rows_B in torch.split(_rows(features), 256)]).double()
-        y_N = features.y_N.cpu()
-        present_K, inverse_N = y_N.unique(return_inverse=True)
+        y_N = features.y_N.cpu().numpy()
+        present_K, place_N = np.unique(y_N, return_inverse=True)  # a class may have no image left
+        inverse_N = torch.from_numpy(place_N)
         mean_KC = torch.zeros(len(present_K), z_NC.shape[1], dtype=torch.float64)
         mean_KC.index_add_(0, inverse_N, z_NC)
         mean_KC /= torch.bincount(inverse_N)[:, None]

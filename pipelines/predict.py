@@ -15,14 +15,14 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch import Tensor
 
 from partialhn.datasets import BadImage, decode_images
 from partialhn.errors import InputError
-from partialhn.predict import Answer, Predictor
+from partialhn.predict import Predictor
 from partialhn.readers import open_images
 from partialhn.stream import ImageTable
 from partialhn.task_inference import AUTO, NONE
+from pipelines.live import Recorder
 from pipelines.registry import connect
 from pipelines.storage import Storage, open_storage
 from pipelines.versions import Version
@@ -56,7 +56,7 @@ class Predicted:
 
 def predict_to_parquet(model: str, task: str, images: str, output: str,
                        storage: str = "partialhn-store", tracking_uri: str | None = None,
-                       on_bad_image: Literal["error", "skip"] = "error",
+                       on_bad_image: Literal["error", "skip"] = "error", record: bool = False,
                        progress: Callable[[int, int], None] | None = None) -> Predicted:
     """Labels all images of a folder, a file or a Parquet file with the classes of one task.
 
@@ -72,13 +72,15 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
         storage: the storage that `partialhn train` was given; finds the default registry.
         tracking_uri: MLflow server or database, as for `partialhn train`.
         on_bad_image: an unreadable image stops everything, or is listed and has no row.
+        record: keep a bounded sample of trunk features (no images) in the storage, for drift.
         progress: called with the images done and the images in all.
 
     Raises: InputError for an unknown model, task or path, or an unreadable image, by name.
     """
     source = open_storage(images)
     table = open_images(source.root, source.filesystem)
-    registry = connect(open_storage(storage), tracking_uri, create=False)
+    place = open_storage(storage)
+    registry = connect(place, tracking_uri, create=False)
     predictor, version = registry.load_predictor(model)
     target = open_storage(output)
     if target.is_local and Path(target.root).is_dir():
@@ -86,7 +88,8 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
                          f"{output.rstrip('/')}/predictions.parquet")
     predictor.check_task(task)
     name = AUTO if task == AUTO else predictor.tasks[predictor.task_index(task)]
-    label = _Labeller(predictor, name, on_bad_image)
+    recorder = Recorder(place, version.stream) if record else None
+    label = _Labeller(predictor, name, on_bad_image, recorder)
     counts, bad, done = Counter[str](), list[BadImage](), 0
     with tempfile.TemporaryDirectory(prefix=".partialhn-", dir=_folder_of(target)) as folder:
         draft = Path(folder) / "predictions.parquet"
@@ -100,6 +103,8 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
                 if progress:
                     progress(done, len(table))
         _publish(draft, target)
+    if recorder:
+        recorder.flush()
     return Predicted(len(table) - len(bad), tuple(bad), name, dict(counts.most_common()),
                      version.uri, target.uri)
 
@@ -117,8 +122,7 @@ class _Labeller:
     predictor: Predictor
     task: str
     on_bad: Literal["error", "skip"]
-    record: Callable[[Tensor, list[Answer]], None] | None = None
-    """Called with the trunk features z_BCHW of a batch and the answers."""
+    recorder: Recorder | None = None
 
     def __call__(self, images: list[bytes], ids: list[str]) -> tuple[pa.Table, list[BadImage]]:
         """A table of SCHEMA, and the images that have no row in it."""
@@ -127,8 +131,8 @@ class _Labeller:
                                 max_pixels=data.max_image_pixels)
         z_BCHW = self.predictor.features(decoded.images_BCHW)
         answers = self.predictor.answers(z_BCHW, [self.task] * len(z_BCHW))
-        if self.record:
-            self.record(z_BCHW, answers)
+        if self.recorder and answers:
+            self.recorder.add(self.predictor.model.trunk.fingerprint(), z_BCHW, answers)
         columns = zip(*((a.task, a.label, a.probability, a.classes, a.probabilities)
                         for a in answers), strict=True) if answers else [[]] * 5
         return pa.table([[ids[i] for i in decoded.index_B], *map(list, columns)],

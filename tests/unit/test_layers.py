@@ -38,8 +38,11 @@ PIPELINES = [
     {"report_cost", "report_provenance", "report_tasks", "report_verdict", "report_text"},
     {"report"},
     {"train"},
-    {"predict", "show"},
-    {"demo"},
+    {"live"},
+    {"drift", "predict", "serving_model", "show"},
+    {"serving_http"},
+    {"serving"},
+    {"demo", "cli_serve"},
     {"cli"},
 ]
 
