@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H W spatial, F features before the classifier, K classes.
 """
 
+import collections
 import copy
 import hashlib
 from collections.abc import Iterator
@@ -107,7 +108,6 @@ class Trunk(nn.Module):
         self.register_buffer("mean_C", network.mean_C.clone())
         self.register_buffer("std_C", network.std_C.clone())
         self.stages = nn.ModuleList(copy.deepcopy(network.stages()[:freeze_depth]))
-        self.pooled = freeze_depth == len(STAGE_NAMES)
         self.requires_grad_(False)
         self.eval()
 
@@ -122,10 +122,34 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        z_BCHW = self.normalise(images_BCHW)  # type: ignore[misc]
-        for stage in self.stages:
-            z_BCHW = stage(z_BCHW)
-        return z_BCHW.mean((2, 3), keepdim=True) if self.pooled else z_BCHW
+        return collections.deque(self.outputs(images_BCHW), maxlen=1)[0][1]
+
+    def outputs(self, images_BCHW: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(depth, z_BCHW) at depth 0 and after each stage, one pass for all: each equal, bit for
+        bit, to what `upto(depth)` gives.
+        """
+        with torch.no_grad():
+            z_BCHW = self.normalise(images_BCHW)  # type: ignore[misc]
+            yield 0, z_BCHW
+            for depth, stage in enumerate(self.stages, 1):
+                z_BCHW = stage(z_BCHW)
+                last = depth == len(STAGE_NAMES)
+                yield depth, z_BCHW.mean((2, 3), keepdim=True) if last else z_BCHW
+
+    def upto(self, freeze_depth: int) -> "Trunk":
+        """The trunk of the same network at this depth or a shallower one.
+
+        Raises: ValueError for a deeper one.
+        """
+        if not 0 <= freeze_depth <= self.freeze_depth:
+            raise ValueError(f"a trunk of depth {self.freeze_depth} holds none of depth "
+                             f"{freeze_depth}")
+        if freeze_depth == self.freeze_depth:
+            return self
+        shallower = copy.deepcopy(self)
+        shallower.stages = shallower.stages[:freeze_depth]
+        shallower.freeze_depth = freeze_depth
+        return shallower
 
     def fingerprint(self) -> str:
         """Hash of the architecture, the depth and every weight and statistic."""

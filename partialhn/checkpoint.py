@@ -71,6 +71,23 @@ def fetch(filesystem: pafs.FileSystem, source: str, folder: Path) -> bool:
     return True
 
 
+def read_fields(filesystem: pafs.FileSystem, source: str) -> dict[str, Any] | None:
+    """The fields of a checkpoint folder on any filesystem, without its tensors; None: not there.
+
+    Raises: IntegrityError for fields that cannot be read.
+    """
+    try:
+        with filesystem.open_input_file(f"{source}/{FIELDS}") as stream:
+            fields = json.loads(bytes(stream.readall()))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise IntegrityError(f"checkpoint {source} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise IntegrityError(f"checkpoint {source} is damaged: {FIELDS} holds no fields")
+    return fields
+
+
 def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a checkpoint folder.
 

@@ -1,11 +1,14 @@
 """Images to stored features, a shard at a time: the same bytes whoever computes the shard.
 
+Jobs that differ in the depth alone are one pass: images are decoded once, the stages run once,
+and features are kept at each depth that is asked for.
+
 Legend: N images, V views, B batch, C channels, H W spatial.
 """
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, cast
 
 import numpy as np
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from partialhn.backbone import Trunk
 from partialhn.config import Augment, Config
-from partialhn.datasets import decode
+from partialhn.datasets import Decoded, decode
 from partialhn.errors import InputError
 from partialhn.store import FeatureRecipe, FeatureStore, Manifest, Shard
 from partialhn.stream import Experience, ImageTable
@@ -27,10 +30,14 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureJob:
-    """One split of one task, to be turned into features."""
+    """One split of one task, to be turned into features at one depth."""
 
     task: str
     split: Split
+    depth: int
+    """Stages of the trunk that the images go through."""
+    shape_CHW: tuple[int, ...]
+    """Shape of one image's features."""
     recipe: FeatureRecipe
     table: ImageTable
     on_bad_image: Literal["error", "skip"]
@@ -42,15 +49,28 @@ class FeatureJob:
         return -(-len(self.table) // self.recipe.shard_rows)
 
 
-def feature_jobs(config: Config, experiences: Sequence[Experience],
-                 trunk: Trunk) -> list[FeatureJob]:
-    """Every split of every task that has images, in order; training images get all views."""
-    fingerprint = trunk.fingerprint()
-    return [FeatureJob(experience.name, split,
-                       _recipe(config, experience, split, fingerprint),
-                       table, config.data.on_bad_image, config.data.max_image_pixels)
-            for experience in experiences for split in SPLITS
-            if len(table := getattr(experience, split))]
+Pass = tuple[FeatureJob, ...]
+"""Jobs that are computed together, each at a depth of its own."""
+
+
+def feature_jobs(config: Config, experiences: Sequence[Experience], trunk: Trunk,
+                 depths: Sequence[int] | None = None) -> list[FeatureJob]:
+    """Every split of every task that has images, in order; training images get all views.
+
+    depths: of `trunk` or shallower, one after the other; default: the trunk's own.
+    """
+    size = config.data.input_size
+    images_BCHW = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    jobs = []
+    for depth in depths or (trunk.freeze_depth,):
+        cut = trunk.upto(depth)
+        fingerprint, shape_CHW = cut.fingerprint(), feature_shape(cut, images_BCHW)
+        jobs += [FeatureJob(experience.name, split, depth, shape_CHW,
+                            _recipe(config, experience, split, fingerprint), table,
+                            config.data.on_bad_image, config.data.max_image_pixels)
+                 for experience in experiences for split in SPLITS
+                 if len(table := getattr(experience, split))]
+    return jobs
 
 
 def _recipe(config: Config, experience: Experience, split: Split, trunk: str) -> FeatureRecipe:
@@ -62,33 +82,59 @@ def _recipe(config: Config, experience: Experience, split: Split, trunk: str) ->
                          config.features.shard_rows)
 
 
-def compute_shard(store: FeatureStore, trunk: Trunk, job: FeatureJob, index: int) -> Shard:
-    """Decodes, augments, runs the trunk and writes one shard, unless a writer finished it.
+def passes(jobs: Sequence[FeatureJob]) -> list[Pass]:
+    """Puts together what differs in depth or number type alone; of equal jobs one remains."""
+    groups: dict[FeatureRecipe, dict[str, FeatureJob]] = {}
+    for job in jobs:
+        common = dataclasses.replace(job.recipe, trunk="", dtype="")
+        groups.setdefault(common, {}).setdefault(job.recipe.key, job)
+    return [tuple(group.values()) for group in groups.values()]
 
-    Raises: InputError naming an image that cannot be read, where job.on_bad_image is error.
+
+def compute_shards(store: FeatureStore, trunk: Trunk, jobs: Pass,
+                   index: int) -> tuple[list[Shard], int]:
+    """One shard of every job of a pass, computing those that no writer has finished.
+
+    Returns the shards in the order of the jobs, and how many images were decoded. `trunk` is as
+    deep as the deepest job or deeper.
+
+    Raises: InputError naming an image that cannot be read, where on_bad_image is error.
     """
-    found = store.find_shard(job.recipe.key, index)
-    if found is not None:
-        return found
-    start = time.perf_counter()
-    recipe, total = job.recipe, len(job.table)
-    rows_N = np.arange(index * recipe.shard_rows, min((index + 1) * recipe.shard_rows, total))
-    part = job.table.take(rows_N)
-    decoded = decode(part, recipe.input_size, recipe.transform, job.on_bad_image,
-                     job.max_image_pixels, recipe.seed)
-    kept = decoded.index_B.numpy()
-    z_NVCHW = torch.stack([
-        run_trunk(trunk, augment(decoded.images_BCHW, rows_N[kept], total, view,
-                                 cast(Augment, recipe.augment), recipe.seed))
-        for view in range(recipe.views)], dim=1)
-    ids = part.ids()
-    return store.write_shard(recipe, index, z_NVCHW, part.label_N[kept],
-                             [ids[row] for row in kept], seconds=time.perf_counter() - start,
-                             bad=[(bad.id, bad.reason) for bad in decoded.bad])
+    found = {job.recipe.key: store.find_shard(job.recipe.key, index) for job in jobs}
+    missing = [job for job in jobs if found[job.recipe.key] is None]
+    decoded = 0
+    if missing:
+        start = time.perf_counter()
+        first, total = missing[0], len(missing[0].table)
+        rows = first.recipe.shard_rows
+        rows_N = np.arange(index * rows, min((index + 1) * rows, total))
+        part = first.table.take(rows_N)
+        images = decode(part, first.recipe.input_size, first.recipe.transform,
+                        first.on_bad_image, first.max_image_pixels, first.recipe.seed)
+        decoded = len(part)
+        kept = images.index_B.numpy()
+        ids = part.ids()
+        for job, z_NVCHW in _features(trunk, missing, images, rows_N[kept]).items():
+            found[job.recipe.key] = store.write_shard(
+                job.recipe, index, z_NVCHW, part.label_N[kept], [ids[row] for row in kept],
+                seconds=time.perf_counter() - start,
+                bad=[(bad.id, bad.reason) for bad in images.bad])
+    return [cast(Shard, found[job.recipe.key]) for job in jobs], decoded
 
 
-def commit_features(store: FeatureStore, job: FeatureJob, shards: Sequence[Shard],
-                    shape_CHW: Sequence[int]) -> Manifest:
+def _features(trunk: Trunk, jobs: Sequence[FeatureJob], images: Decoded,
+              rows_N: np.ndarray) -> Mapping[FeatureJob, Tensor]:
+    """z_NVCHW of every view at the depth of each job."""
+    recipe = jobs[0].recipe
+    depths = {job.depth for job in jobs}
+    views = [run_trunk_at(trunk, depths, augment(images.images_BCHW, rows_N, len(jobs[0].table),
+                                                 view, cast(Augment, recipe.augment), recipe.seed))
+             for view in range(recipe.views)]
+    z_NVCHW = {depth: torch.stack([view[depth] for view in views], dim=1) for depth in depths}
+    return {job: z_NVCHW[job.depth] for job in jobs}
+
+
+def commit_features(store: FeatureStore, job: FeatureJob, shards: Sequence[Shard]) -> Manifest:
     """Makes a job's features visible once all its shards are there.
 
     Raises: InputError where skipping unreadable images left nothing.
@@ -96,7 +142,55 @@ def commit_features(store: FeatureStore, job: FeatureJob, shards: Sequence[Shard
     if not any(shard.rows for shard in shards):
         raise InputError(f"task {job.task!r} has no readable {job.split} image: all "
                          f"{len(job.table)} were skipped; allowed: at least one")
-    return store.commit(job.recipe, shards, (job.recipe.views, *shape_CHW))
+    return store.commit(job.recipe, shards, (job.recipe.views, *job.shape_CHW))
+
+
+def precompute(store: FeatureStore, trunk: Trunk,
+               jobs: Sequence[FeatureJob]) -> tuple[list[Manifest], int]:
+    """The manifests of all jobs, computed here where they are not there; images decoded.
+
+    `trunk` is as deep as the deepest job or deeper. Raises: InputError, as `compute_shards`.
+    """
+    check_trunk(trunk, jobs)
+    manifests = find_features(store, jobs)
+    decoded = 0
+    for group in passes([job for job in jobs if job.recipe.key not in manifests]):
+        made = [compute_shards(store, trunk, group, index) for index in range(group[0].shards)]
+        decoded += sum(count for _, count in made)
+        for position, job in enumerate(group):
+            manifests[job.recipe.key] = commit_features(store, job,
+                                                        [row[position] for row, _ in made])
+    return [manifests[job.recipe.key] for job in jobs], decoded
+
+
+def find_features(store: FeatureStore, jobs: Iterable[FeatureJob]) -> dict[str, Manifest]:
+    """The finished features among the jobs, by key.
+
+    Raises: InputError where images were left out of them and a job's on_bad_image is error.
+    """
+    found: dict[str, Manifest] = {}
+    for job in jobs:
+        manifest = found.get(job.recipe.key) or store.find(job.recipe)
+        if manifest is None:
+            continue
+        if manifest.bad and job.on_bad_image == "error":
+            name, reason = manifest.bad[0]
+            raise InputError(f"image {name} {reason}; {len(manifest.bad)} such images were left "
+                             f"out of the stored features of task {job.task!r}: mend them, or "
+                             "allow that with on_bad_image skip")
+        found[job.recipe.key] = manifest
+    return found
+
+
+def check_trunk(trunk: Trunk, jobs: Iterable[FeatureJob]) -> None:
+    """Raises ValueError where a job is of another trunk."""
+    fingerprints: dict[int, str] = {}
+    for job in jobs:
+        if job.depth not in fingerprints:
+            fingerprints[job.depth] = trunk.upto(job.depth).fingerprint()
+        if job.recipe.trunk != fingerprints[job.depth]:
+            raise ValueError(f"the job of task {job.task!r} is of trunk {job.recipe.trunk[:12]}, "
+                             f"not of {fingerprints[job.depth][:12]} at depth {job.depth}")
 
 
 def run_trunk(trunk: Trunk, images_BCHW: Tensor) -> Tensor:
@@ -105,13 +199,25 @@ def run_trunk(trunk: Trunk, images_BCHW: Tensor) -> Tensor:
     A convolution may round differently for another batch size; with the last batch filled up, an
     image's features are the same bits in any company.
     """
+    return run_trunk_at(trunk, {trunk.freeze_depth}, images_BCHW)[trunk.freeze_depth]
+
+
+def run_trunk_at(trunk: Trunk, depths: Iterable[int], images_BCHW: Tensor) -> dict[int, Tensor]:
+    """z_BCHW at each depth, from one pass; each as `run_trunk` gives it for that depth alone."""
     device = trunk.mean_C.device
-    parts = []
-    for chunk_BCHW in torch.split(images_BCHW, MICRO_BATCH):
+    parts: dict[int, list[Tensor]] = {depth: [] for depth in depths}
+    deepest = max(parts)
+    for chunk_BCHW in torch.split(images_BCHW, MICRO_BATCH) if len(images_BCHW) else ():
         missing = MICRO_BATCH - len(chunk_BCHW)
         filled_BCHW = torch.nn.functional.pad(chunk_BCHW, [0] * 7 + [missing])
-        parts.append(trunk(filled_BCHW.to(device))[:len(chunk_BCHW)].cpu())
-    return torch.cat(parts) if parts else torch.empty(0, *feature_shape(trunk, images_BCHW))
+        for depth, z_BCHW in trunk.outputs(filled_BCHW.to(device)):
+            if depth in parts:
+                parts[depth].append(z_BCHW[:len(chunk_BCHW)].cpu())
+            if depth == deepest:
+                break
+    return {depth: torch.cat(chunks) if chunks else
+            torch.empty(0, *feature_shape(trunk.upto(depth), images_BCHW))
+            for depth, chunks in parts.items()}
 
 
 def feature_shape(trunk: Trunk, images_BCHW: Tensor) -> tuple[int, ...]:

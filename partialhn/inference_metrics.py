@@ -24,22 +24,23 @@ IMAGES = 2048
 
 
 @torch.no_grad()
-def without_task_id(strategy: Strategy, inference: TaskInference,
-                    tests: Sequence[FeatureSet]) -> dict[str, float]:
+def without_task_id(strategy: Strategy, inference: TaskInference, tests: Sequence[FeatureSet],
+                    slots: Sequence[int]) -> dict[str, float]:
     """Accuracy with the task given and inferred, on test images of every task, mean over tasks.
 
+    `slots`: those that answer, one for each task; a refreshed task has older ones that do not.
     Keys: acc_given, acc (the default method), task_accuracy (share of images whose task was
     found), acc_detector, acc_entropy, acc_combined, and known_rejected (share of these images,
     all of known tasks, that were taken for strangers).
     """
     strategy.eval()
-    weights = [strategy.weights(task) for task in range(len(tests))]
+    weights = [strategy.weights(slot) for slot in slots]
     rows = []
-    for task, features in enumerate(tests):
-        z_NCHW, y_N = _some(features, IMAGES // len(tests))
+    for task, slot in enumerate(slots):
+        z_NCHW, y_N = _some(tests[slot], IMAGES // len(slots))
         z_NCHW = z_NCHW.to(weights[0].bias_K.device)
         right_N = strategy.head(z_NCHW, weights[task]).argmax(1).cpu() == y_N
-        distances_NT = inference.distances(pooled(z_NCHW))
+        distances_NT = inference.distances(pooled(z_NCHW))[:, list(slots)]
         entropy_NT = entropies(strategy.head, weights, z_NCHW).cpu()
         row = {"acc_given": _share(right_N),
                "known_rejected": _share(distances_NT.amin(1) > inference.threshold)}

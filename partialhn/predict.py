@@ -21,6 +21,7 @@ from partialhn.datasets import decode_images
 from partialhn.errors import InputError
 from partialhn.featurise import run_trunk
 from partialhn.model import HeadWeights
+from partialhn.stream import task_of
 from partialhn.task_inference import AUTO, infer
 
 
@@ -68,18 +69,19 @@ class Predictor:
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks, oldest first."""
-        return [task.name for task in self.model.tasks]
+        """Names of the tasks, oldest first; each once, however often it was refreshed."""
+        return list(dict.fromkeys(task_of(task.name) for task in self.model.tasks))
 
     def task_index(self, task: str) -> int:
-        """Position of a task given by name, or by its index where no task has that name.
+        """The slot that answers for a task given by name, or by its place in `tasks`.
 
-        Raises: InputError listing the tasks there are.
+        The newest slot of a refreshed task answers. Raises: InputError listing the tasks.
         """
-        if task in self.tasks:
-            return self.tasks.index(task)
-        if task.isdecimal() and int(task) < len(self.tasks):
-            return int(task)
+        if task not in self.tasks and task.isdecimal() and int(task) < len(self.tasks):
+            task = self.tasks[int(task)]
+        for index, slot in reversed(list(enumerate(self.model.tasks))):
+            if task in (task_of(slot.name), slot.name):
+                return index
         auto = f", {AUTO}" if self.model.inference else ""
         raise InputError(f"task is {task!r}; allowed: {', '.join(self.tasks)}{auto} or an index "
                          f"from 0 to {len(self.tasks) - 1}")
@@ -93,7 +95,7 @@ class Predictor:
                              f"infer a task; allowed: {', '.join(self.tasks)}, or train it again")
 
     def head_weights(self, index: int) -> HeadWeights:
-        """A task's head weights, generated once."""
+        """A slot's head weights, generated once."""
         if index not in self._weights:
             self._weights[index] = self.model.strategy.weights(index)
         return self._weights[index]
@@ -155,15 +157,16 @@ class Predictor:
         unsaid_U = torch.nonzero(index_B < 0)[:, 0]
         head, inference = self.model.strategy.head, self.model.inference
         if len(unsaid_U) and inference is not None:
-            weights = [self.head_weights(index) for index in range(len(self.model.tasks))]
-            found = infer(inference, head, weights, z_BCHW[unsaid_U])
-            index_B[unsaid_U], known_B[unsaid_U] = found.task_B, found.known_B
+            slots = [self.task_index(task) for task in self.tasks]
+            weights = [self.head_weights(slot) for slot in slots]
+            found = infer(inference, head, slots, weights, z_BCHW[unsaid_U])
+            index_B[unsaid_U], known_B[unsaid_U] = found.slot_B, found.known_B
         made: list[Answer | None] = [None] * len(tasks)
         for index in sorted(set(index_B.tolist())):
             info, rows_R = self.model.tasks[index], torch.nonzero(index_B == index)[:, 0]
             p_RK = head(z_BCHW[rows_R], self.head_weights(index)).softmax(1).cpu().double()
             for row, p_K in zip(rows_R.tolist(), p_RK, strict=True):
                 best = int(p_K.argmax())
-                made[row] = Answer(info.name, info.classes[best] if known_B[row] else None,
+                made[row] = Answer(task_of(info.name), info.classes[best] if known_B[row] else None,
                                    float(p_K[best]), info.classes, tuple(p_K.tolist()))
         return [answer for answer in made if answer is not None]

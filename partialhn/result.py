@@ -10,10 +10,9 @@ from typing import Any
 import partialhn
 from partialhn.checkpoint import Model
 from partialhn.config import Config
-from partialhn.featurise import FeatureJob
+from partialhn.featurise import SPLITS
 from partialhn.metrics import summarise
-from partialhn.store import Manifest
-from partialhn.stream import Experience
+from partialhn.slots import Slot
 from partialhn.train import EpochRecord, Learner, TaskRecord
 
 LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "numpy")
@@ -84,14 +83,14 @@ class Outcome:
                 "train_seconds": round(sum(r.train_seconds for r in self.finished), 3)}
 
 
-def result_fields(config: Config, experiences: Sequence[Experience], macs: Mapping[str, float],
-                  features: Mapping[FeatureJob, Manifest], decoded: int,
+def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, float], decoded: int,
                   outcomes: Mapping[str, Outcome], stages: Mapping[str, float]) -> dict[str, Any]:
     """The fields of `result.json` but for names, versions and sizes of what is registered.
 
     `decoded`: images that were decoded for features in this run. `stages`: seconds by stage.
     """
     ours = outcomes[config.train.strategy]
+    features = [manifest for slot in slots for manifest in slot.manifests.values()]
     bounds = {name: outcome.fields() for name, outcome in outcomes.items()
               if name != config.train.strategy}
     for fields in bounds.values():
@@ -101,14 +100,14 @@ def result_fields(config: Config, experiences: Sequence[Experience], macs: Mappi
     return own | {
         "without_task_id": ours.without_task_id(), "config": config.to_dict(),
         "seed": config.train.seed, "strategy": config.train.strategy,
-        "tasks": [_task_fields(experience, features) for experience in experiences],
+        "tasks": [_task_fields(slot) for slot in slots],
         "seconds": {"total": round(sum(stages.values()), 3),
                     "stages": {key: round(value, 3) for key, value in stages.items()},
                     "per_task": [{"name": record.task, "train": round(record.train_seconds, 3),
                                   "evaluate": round(record.evaluate_seconds, 3)}
                                  for record in ours.finished]},
-        "feature_bytes": sum(manifest.bytes for manifest in features.values()),
-        "feature_keys": [manifest.key for manifest in features.values()],
+        "feature_bytes": sum(manifest.bytes for manifest in features),
+        "feature_keys": [manifest.key for manifest in features],
         "images_decoded": decoded, "peak_rss_bytes": peak_rss_bytes(), "macs": dict(macs),
         "bounds": bounds, "epochs": [dataclasses.asdict(record) for record in ours.epochs],
         "partialhn_version": partialhn.__version__,
@@ -129,16 +128,13 @@ def model_sizes(model: Model) -> dict[str, Any]:
                         "trunk": sum(value.numel() for value in trunk.values())}}
 
 
-def _task_fields(experience: Experience,
-                 features: Mapping[FeatureJob, Manifest]) -> dict[str, Any]:
-    mine = {job.split: manifest for job, manifest in features.items()
-            if job.task == experience.name}
-    return {"name": experience.name, "classes": list(experience.classes),
-            **{f"{split}_images": mine[split].rows if split in mine else 0
-               for split in ("train", "validation", "test")},
-            "bad_images": [{"id": name, "reason": reason} for manifest in mine.values()
+def _task_fields(slot: Slot) -> dict[str, Any]:
+    images = {f"{split}_images": slot.manifests[split].rows if split in slot.manifests else 0
+              for split in SPLITS}
+    return {"name": slot.name, "classes": list(slot.classes), **images,
+            "bad_images": [{"id": name, "reason": reason} for manifest in slot.manifests.values()
                            for name, reason in manifest.bad],
-            "transform": experience.transform}
+            "transform": slot.transform}
 
 
 def peak_rss_bytes() -> int:

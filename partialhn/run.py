@@ -6,36 +6,33 @@ features of every task, computed once | one experience after the other | a Model
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
 import torch
 
+from partialhn import chain
 from partialhn.backbone import (
     Network,
     Trunk,
     build_network,
     check_depth,
+    hash_tensors,
     multiply_adds,
     split,
 )
+from partialhn.chain import prefixes_of
 from partialhn.checkpoint import Model, TaskInfo
 from partialhn.config import Config, StrategyName
 from partialhn.datasets import open_stream
-from partialhn.featurise import (
-    FeatureJob,
-    Split,
-    commit_features,
-    compute_shard,
-    feature_jobs,
-    feature_shape,
-)
+from partialhn.featurise import FeatureJob, feature_jobs, find_features, precompute
 from partialhn.model import Head, HeadStart, check_feature_size, head_start
 from partialhn.pretrain import fit_network, load_network
 from partialhn.result import Clock, Outcome, result_fields
-from partialhn.store import FeatureSet, FeatureStore, Manifest
+from partialhn.slots import Slot, needed_jobs, open_features, slots_of
+from partialhn.store import FeatureStore, Manifest
 from partialhn.strategies import STRATEGIES, Strategy
 from partialhn.stream import Experience
 from partialhn.task_inference import TaskInference
@@ -54,6 +51,8 @@ class Parts:
     """What the first head starts from."""
     macs: dict[str, float]
     """Multiply-adds of one image through trunk and head, and the trunk's share."""
+    network: str
+    """SHA-256 of all weights of the network that was cut."""
 
     def strategy(self, config: Config) -> Strategy:
         """A fresh strategy as configured, before its first task."""
@@ -71,7 +70,8 @@ def cut(config: Config, network: Network) -> Parts:
     above = multiply_adds(stages, z_BCHW) + network.width * 2
     return Parts(trunk, Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups),
                  head_start(network, depth, config.hypernet.norm, config.train.seed),
-                 {"trunk": below, "head": above, "frozen_share": below / (below + above)})
+                 {"trunk": below, "head": above, "frozen_share": below / (below + above)},
+                 hash_tensors(network.state_dict()))
 
 
 def check(config: Config) -> None:
@@ -86,12 +86,7 @@ def check(config: Config) -> None:
 def collect(store: FeatureStore, jobs: Sequence[FeatureJob], manifests: Sequence[Manifest],
             experiences: Sequence[Experience]) -> list[TaskFeatures]:
     """Opens the features of every task."""
-    sets: dict[tuple[str, Split], FeatureSet] = {
-        (job.task, job.split): store.open(manifest)
-        for job, manifest in zip(jobs, manifests, strict=True)}
-    return [TaskFeatures(experience.name, len(experience.classes), sets[experience.name, "train"],
-                         sets.get((experience.name, "validation")), sets[experience.name, "test"])
-            for experience in experiences]
+    return open_features(store, slots_of(experiences, jobs, manifests))
 
 
 def work_name(config: Config, experiences: Sequence[Experience]) -> str:
@@ -104,8 +99,9 @@ def run_stream(config: Config, root: Path,
                report: Report | None = None) -> tuple[Model, dict[str, Any]]:
     """Learns the configured stream below `root` in this process.
 
-    Returns the model and the fields of `result.json` that need no registry. `report` is called
-    with every record as it comes.
+    Tasks that an earlier run learned there are not learned again. Returns the model and the
+    fields of `result.json` that need no registry. `report` is called with every record as it
+    comes.
 
     Raises: InputError for anything the user can set right.
     """
@@ -118,54 +114,54 @@ def run_stream(config: Config, root: Path,
     clock.lap("data")
     network = load_network(config, experiences[0], filesystem, str(root))
     if network is None:
-        _each(fit_network(config, experiences[0], filesystem, str(root)), report)
+        list(_each(fit_network(config, experiences[0], filesystem, str(root)), report))
         network = load_network(config, experiences[0], filesystem, str(root))
     assert network is not None
     clock.lap("trunk")
     parts = cut(config, network)
     store = FeatureStore(filesystem, str(root))
+    prefixes = prefixes_of(config, parts.network, experiences)
+    known = chain.find(filesystem, f"{root}/learned", prefixes)
+    first = 0 if config.train.compare else len(known)  # bounds are learned from the first task
     jobs = feature_jobs(config, experiences, parts.trunk)
-    manifests, decoded = _precompute(config, store, parts.trunk, jobs)
-    tasks = collect(store, jobs, manifests, experiences)
+    needed = needed_jobs(jobs, [each.name for each in experiences[:first]])
+    _, decoded = precompute(store, parts.trunk, needed)
+    there = find_features(store, jobs)
+    slots = slots_of(experiences, jobs, [there.get(job.recipe.key) for job in jobs])
+    tasks = open_features(store, slots, first)
     clock.lap("features")
-    outcomes: dict[str, Outcome] = {}
-    learned: dict[str, Learner] = {}
-    for name in (config.train.strategy, *config.train.compare):
-        learner = Learner(parts.strategy(with_strategy(config, name)), config.train,
-                          inference=TaskInference() if name == config.train.strategy else None)
-        _each(learner.learn(tasks), report)
-        outcomes[name], learned[name] = Outcome.of(learner), learner
+    learner = Learner(parts.strategy(config), config.train, inference=TaskInference())
+    if known:
+        learner.restore(*chain.state(filesystem, f"{root}/learned", known))
+    for record in _each(learner.learn(tasks), report):
+        if isinstance(record, TaskRecord):
+            index = record.task_index
+            done = chain.Learned.of(Outcome.of(learner), prefixes, index)
+            chain.keep(_model(config, parts, learner, slots[:index + 1]), done, filesystem,
+                       f"{root}/learned")
+    outcomes: dict[str, Outcome] = {config.train.strategy: Outcome.of(learner)}
+    for name in config.train.compare:
+        bound = Learner(parts.strategy(with_strategy(config, name)), config.train)
+        list(_each(bound.learn(tasks), report))
+        outcomes[name] = Outcome.of(bound)
     clock.lap("train")
-    ours = learned[config.train.strategy]
-    model = Model(config, parts.trunk, ours.strategy,
-                  tuple(TaskInfo(each.name, each.classes) for each in experiences),
-                  inference=ours.inference)
-    fields = result_fields(config, experiences, parts.macs, dict(zip(jobs, manifests, strict=True)),
-                           decoded, outcomes, clock.laps)
-    model.facts = {"accuracy_matrix": fields["accuracy_matrix"]}
-    model.save(root / "models" / work_name(config, experiences))
+    model = _model(config, parts, learner, slots)
+    fields = result_fields(config, slots, parts.macs, decoded, outcomes, clock.laps)
     return model, fields | {"weights_hash": model.weights_hash()}
 
 
-def _each(records: Iterable[EpochRecord | TaskRecord], report: Report | None) -> None:
+def _model(config: Config, parts: Parts, learner: Learner, slots: Sequence[Slot]) -> Model:
+    return Model(config, parts.trunk, learner.strategy,
+                 tuple(TaskInfo(slot.name, slot.classes) for slot in slots),
+                 inference=learner.inference)
+
+
+def _each(records: Iterable[EpochRecord | TaskRecord],
+          report: Report | None) -> Iterator[EpochRecord | TaskRecord]:
     for record in records:
         if report:
             report(record)
-
-
-def _precompute(config: Config, store: FeatureStore, trunk: Trunk,
-                jobs: Sequence[FeatureJob]) -> tuple[list[Manifest], int]:
-    size = config.data.input_size
-    shape_CHW = feature_shape(trunk, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-    manifests, decoded = [], 0
-    for job in jobs:
-        manifest = store.find(job.recipe)
-        if manifest is None:
-            shards = [compute_shard(store, trunk, job, index) for index in range(job.shards)]
-            manifest = commit_features(store, job, shards, shape_CHW)
-            decoded += manifest.rows
-        manifests.append(manifest)
-    return manifests, decoded
+        yield record
 
 
 def with_strategy(config: Config, name: StrategyName) -> Config:

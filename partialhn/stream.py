@@ -169,6 +169,17 @@ class Experience:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+def task_of(slot: str) -> str:
+    """The task that a slot answers for: `cats/2026-11` is learned from more data of `cats`."""
+    return slot.partition("/")[0]
+
+
+def refreshed(slots: Sequence[str], index: int) -> int | None:
+    """The newest earlier slot of the same task, which a slot starts from; None for a new task."""
+    task = task_of(slots[index])
+    return next((j for j in reversed(range(index)) if task_of(slots[j]) == task), None)
+
+
 def split_classes(class_count: int, tasks: int | None, task_sizes: Sequence[int] | None,
                   seed: int) -> list[tuple[int, ...]]:
     """Class-incremental split: a seeded permutation of the classes, cut into T disjoint tasks.

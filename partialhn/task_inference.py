@@ -143,8 +143,8 @@ class TaskInference:
 class Inferred:
     """Which task each of B images seems to be of."""
 
-    task_B: Tensor
-    """int64: the likeliest task."""
+    slot_B: Tensor
+    """int64: the place of the likeliest task."""
     known_B: Tensor
     """bool: False where the image seems to be of none of the tasks."""
 
@@ -181,13 +181,17 @@ def scores(method: Method, distances_BT: Tensor, entropy_BT: Tensor | None) -> T
     return (-distances_BT / 2).log_softmax(1) - ENTROPY_WEIGHT * entropy_BT
 
 
-def infer(inference: TaskInference, head: Head, weights: Sequence[HeadWeights], z_BCHW: Tensor,
-          method: Method = DEFAULT) -> Inferred:
-    """The task of each image from its trunk features, z_BCHW."""
-    distances_BT = inference.distances(pooled(z_BCHW))
+def infer(inference: TaskInference, head: Head, slots: Sequence[int],
+          weights: Sequence[HeadWeights], z_BCHW: Tensor, method: Method = DEFAULT) -> Inferred:
+    """The task of each image from its trunk features, z_BCHW.
+
+    slots: the tasks' places, where a task that was learned again counts by its newest only.
+    weights: theirs, in the same order.
+    """
+    distances_BT = inference.distances(pooled(z_BCHW))[:, list(slots)]
     entropy_BT = None if method == "detector" else entropies(head, weights, z_BCHW).cpu()
-    return Inferred(scores(method, distances_BT, entropy_BT).argmax(1).cpu(),
-                    distances_BT.amin(1) <= inference.threshold)
+    best_B = scores(method, distances_BT, entropy_BT).argmax(1)
+    return Inferred(torch.tensor(slots)[best_B], distances_BT.amin(1) <= inference.threshold)
 
 
 def _rows(features: FeatureSet) -> Tensor:

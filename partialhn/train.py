@@ -78,9 +78,12 @@ class TaskFeatures:
 
     name: str
     classes: int
-    train: FeatureSet
+    train: FeatureSet | None
+    """None for a task that is learned already and only tested."""
     validation: FeatureSet | None
     test: FeatureSet
+    refreshes: int | None = None
+    """The earlier slot of the same task that this one starts from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +145,7 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
     workers = workers or Workers()
     objective = workers.wrap(Objective(strategy, task_index, config.label_smoothing))
     device = strategy.weights(task_index).bias_K.device
+    assert task.train is not None, f"task {task.name} has no training features"
     features = _resident(task.train, device)
     steps = max(1, len(features) // config.batch_size)
     for epoch in range(epochs_done + 1, config.epochs + 1):
@@ -216,7 +220,7 @@ class Learner:
         index = len(self.finished)
         task = tasks[index]
         if self._optimiser is None:
-            self._begin(index, task.classes)
+            self._begin(index, task.classes, task.refreshes)
         optimiser = cast(torch.optim.Optimizer, self._optimiser)
         for record in fit_experience(self.strategy, index, task, self.config, optimiser,
                                      epochs_done=self.epochs_done, workers=self.workers):
@@ -239,18 +243,21 @@ class Learner:
         """Takes in a finished task's features; what is measured of a task before and after."""
         if self.inference is None:
             return None
-        tests = [task.test for task in tasks[:index + 1]]
+        train, tests = tasks[index].train, [task.test for task in tasks[:index + 1]]
+        assert train is not None, f"task {tasks[index].name} has no training features"
+        replaced = {task.refreshes for task in tasks[:index + 1]}
         measured = {}
-        if index:
+        if index and tasks[index].refreshes is None:
             measured["rejection_auroc"] = rejection_auroc(self.inference, tests[:-1], tests[-1])
-        self.inference.add_task(tasks[index].train, self.config.seed)
+        self.inference.add_task(train, self.config.seed)
         if index + 1 == len(tasks):
-            measured |= without_task_id(self.strategy, self.inference, tests)
+            measured |= without_task_id(self.strategy, self.inference, tests,
+                                        [i for i in range(index + 1) if i not in replaced])
         return measured
 
-    def _begin(self, index: int, classes: int) -> None:
+    def _begin(self, index: int, classes: int, refreshes: int | None = None) -> None:
         if index == len(self.strategy.classes):
-            self.strategy.add_task(classes)
+            self.strategy.add_task(classes, refreshes)
         self.strategy.to(self.device)
         self.strategy.begin(index)
         self._optimiser = make_optimiser(self.strategy, self.config)

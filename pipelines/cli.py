@@ -7,6 +7,7 @@ Imports nothing heavy until a command runs, so that `--help` answers at once. Ex
 import dataclasses
 import io
 import json
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -173,9 +174,10 @@ COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report
 
 def next_commands(output: OutputConfig, result: dict[str, Any]) -> list[str]:
     """What a user may want to do after training."""
-    where = "" if output.storage == OutputConfig.storage else f" --storage {output.storage}"
+    where = ("" if output.storage == OutputConfig.storage
+             else f" --storage {shlex.quote(output.storage)}")
     if output.tracking_uri:
-        where += f" --tracking-uri {output.tracking_uri}"
+        where += f" --tracking-uri {shlex.quote(output.tracking_uri)}"
     first = result["tasks"][0]["name"]
     return ["next:",
             f"  partialhn report --name {output.name}{where}",

@@ -24,6 +24,7 @@ import torch
 
 from partialhn.errors import InputError
 from partialhn.store import FeatureStore, Manifest
+from partialhn.stream import task_of
 from partialhn.task_inference import NONE, pooled
 from pipelines.features import open_store
 from pipelines.live import Live, read_live
@@ -102,34 +103,34 @@ def find_drift(name: str, storage: str, tracking_uri: str | None = None, *,
     unknown = live.pop(NONE, None)
     if not live:
         raise InputError(f"nothing was recorded of {champion.uri} in the last {hours:g} hours "
-                         f"below {place.uri_of('live', name)}; allowed: a stream that `partialhn serve` "
-                         "or `partialhn predict --record` answered for")
-    found = [_compare(version, live[version.task], place)
-             for version in _task_versions(registry, champion) if version.task in live]
+                         f"below {place.uri_of('live', name)}; allowed: a stream that "
+                         "`partialhn serve` or `partialhn predict --record` answered for")
+    found = [_compare(task, version, live[task], place)
+             for task, version in _task_versions(registry, champion).items() if task in live]
     tested = max(1, sum(each.p_value is not None for each in found))
     tasks = tuple(_corrected(each, tested, alpha) for each in found)
     return DriftReport(champion.uri, hours, alpha, tasks, unknown.seen if unknown else 0)
 
 
-def _task_versions(registry: Registry, champion: Version) -> list[Version]:
-    """For each task of the champion the version that learned it, in the order of the tasks."""
+def _task_versions(registry: Registry, champion: Version) -> dict[str, Version]:
+    """For each task of the champion the version that learned it last, in the tasks' order."""
     newest = {}
     for version in registry.versions(champion.stream):
         if (version.tags["trunk_fingerprint"] == champion.tags["trunk_fingerprint"]
                 and version.task_index <= champion.task_index
                 and version.version <= champion.version):
-            newest[version.task] = version
-    return sorted(newest.values(), key=lambda version: version.task_index)
+            newest[task_of(version.task)] = version
+    return dict(sorted(newest.items(), key=lambda item: item[1].task_index))
 
 
-def _compare(version: Version, live: Live, place: Storage) -> TaskDrift:
+def _compare(task: str, version: Version, live: Live, place: Storage) -> TaskDrift:
     """One task's p-value, corrected for its components only."""
     reference_NC = _held_out(version, place)
     compared = len(live.z_BC)
     if compared < FEWEST:
-        return TaskDrift(version.task, live.seen, compared, len(reference_NC), None, None, False)
+        return TaskDrift(task, live.seen, compared, len(reference_NC), None, None, False)
     p_value, effect = shift(reference_NC, live.z_BC)
-    return TaskDrift(version.task, live.seen, compared, len(reference_NC), p_value, effect, False)
+    return TaskDrift(task, live.seen, compared, len(reference_NC), p_value, effect, False)
 
 
 def _corrected(task: TaskDrift, tested: int, alpha: float) -> TaskDrift:

@@ -17,7 +17,15 @@ import torch
 
 from partialhn.backbone import Trunk
 from partialhn.errors import InputError
-from partialhn.featurise import FeatureJob, commit_features, compute_shard, feature_shape
+from partialhn.featurise import (
+    FeatureJob,
+    Pass,
+    check_trunk,
+    commit_features,
+    compute_shards,
+    find_features,
+    passes,
+)
 from partialhn.store import FeatureStore, Manifest, Shard, parse_shard
 from pipelines.storage import Storage
 
@@ -36,19 +44,20 @@ def open_store(storage: Storage, cache: Any = None) -> FeatureStore:
 class Featuriser:
     """The actor: turns shards into files, and says what it wrote."""
 
-    def __init__(self, storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob], device: str,
+    def __init__(self, storage: Storage, trunk: Trunk, groups: Sequence[Pass], device: str,
                  threads: int) -> None:
         torch.set_num_threads(threads)
         self.store = open_store(storage)
-        self.trunk, self.jobs = trunk.to(device), jobs
+        self.trunk, self.groups = trunk.to(device), groups
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        job = self.jobs[int(row["job"])]
+        group = self.groups[int(row["group"])]
         try:
-            shard = compute_shard(self.store, self.trunk, job, int(row["shard"]))
+            shards, decoded = compute_shards(self.store, self.trunk, group, int(row["shard"]))
         except InputError as error:  # the user's to mend: no reason for Ray to try again
-            return row | {"written": "", "error": str(error)}
-        return row | {"written": json.dumps(dataclasses.asdict(shard)), "error": ""}
+            return row | {"written": "", "decoded": 0, "error": str(error)}
+        written = json.dumps([dataclasses.asdict(shard) for shard in shards])
+        return row | {"written": written, "decoded": decoded, "error": ""}
 
 
 def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob], *,
@@ -56,47 +65,58 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
                      progress: Progress | None = None) -> tuple[list[Manifest], int]:
     """The manifests of all jobs, computing what is not there; and how many images were decoded.
 
+    Jobs may ask for several depths: `trunk` is as deep as the deepest or deeper, and each image
+    is decoded and goes through it once for all of them.
+
     Raises: InputError naming an image that cannot be read.
     """
     from ray.exceptions import RayActorError
 
     store = open_store(storage)
-    found = [store.find(job.recipe) for job in jobs]
-    todo = [(number, index) for number, job in enumerate(jobs) if found[number] is None
-            for index in range(job.shards)]
-    shards: dict[tuple[int, int], Shard] = {}
+    check_trunk(trunk, jobs)
+    manifests = find_features(store, jobs)
+    groups = passes([job for job in jobs if job.recipe.key not in manifests])
+    todo = [(number, index) for number, group in enumerate(groups)
+            for index in range(group[0].shards)]
+    shards: dict[tuple[int, int], list[Shard]] = {}
     decoded = 0
     for attempt in range(ATTEMPTS):
-        for number, index in todo:
-            done = store.find_shard(jobs[number].recipe.key, index)
-            if done is not None:
-                shards[number, index] = done
+        shards |= _finished(store, groups, [place for place in todo if place not in shards])
         missing = [place for place in todo if place not in shards]
         if not missing:
             break
         try:
-            for row in _start(storage, trunk, jobs, missing, workers, gpu, threads):
+            for row in _start(storage, trunk, groups, missing, workers, gpu, threads):
                 if row["error"]:
                     raise InputError(row["error"])
-                shard = parse_shard(json.loads(row["written"]))
-                shards[int(row["job"]), int(row["shard"])] = shard
-                decoded += shard.rows + len(shard.bad)
+                shards[int(row["group"]), int(row["shard"])] = [
+                    parse_shard(fields) for fields in json.loads(row["written"])]
+                decoded += int(row["decoded"])
                 if progress:
                     progress(len(shards), len(todo))
         except RayActorError:  # an actor died: what it finished is kept, the rest is done again
             if attempt + 1 == ATTEMPTS:
                 raise
-    size = jobs[0].recipe.input_size
-    shape_CHW = feature_shape(trunk, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-    manifests = []
-    for number, job in enumerate(jobs):
-        manifest = found[number] or commit_features(
-            store, job, [shards[number, index] for index in range(job.shards)], shape_CHW)
-        manifests.append(manifest)
-    return manifests, decoded
+    for number, group in enumerate(groups):
+        rows = [shards[number, index] for index in range(group[0].shards)]
+        for position, job in enumerate(group):
+            manifests[job.recipe.key] = commit_features(store, job,
+                                                        [row[position] for row in rows])
+    return [manifests[job.recipe.key] for job in jobs], decoded
 
 
-def _start(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
+def _finished(store: FeatureStore, groups: Sequence[Pass],
+              places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], list[Shard]]:
+    """Places (group, shard) where some writer has finished the shards of every depth."""
+    done = {}
+    for number, index in places:
+        found = [store.find_shard(job.recipe.key, index) for job in groups[number]]
+        if None not in found:
+            done[number, index] = [shard for shard in found if shard is not None]
+    return done
+
+
+def _start(storage: Storage, trunk: Trunk, groups: Sequence[Pass],
            todo: Sequence[tuple[int, int]], workers: int, gpu: bool,
            threads: int) -> Iterator[dict[str, Any]]:
     """Rows as shards are finished."""
@@ -106,10 +126,10 @@ def _start(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the caller shows its own
     context.execution_options.verbose_progress = False
-    items = [{"job": number, "shard": index} for number, index in todo]
+    items = [{"group": number, "shard": index} for number, index in todo]
     rows = ray.data.from_items(items, override_num_blocks=min(len(todo), 16 * workers))
     written = rows.map(Featuriser, concurrency=min(workers, len(todo)), num_gpus=1 if gpu else 0,
-                       fn_constructor_args=(storage, trunk, list(jobs), "cuda" if gpu else "cpu",
+                       fn_constructor_args=(storage, trunk, groups, "cuda" if gpu else "cpu",
                                             threads))
     with _without(HARMLESS):
         yield from written.iter_rows()

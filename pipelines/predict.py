@@ -20,7 +20,7 @@ from partialhn.datasets import BadImage, decode_images
 from partialhn.errors import InputError
 from partialhn.predict import Predictor
 from partialhn.readers import open_images
-from partialhn.stream import ImageTable
+from partialhn.stream import ImageTable, task_of
 from partialhn.task_inference import AUTO, NONE
 from pipelines.live import Recorder
 from pipelines.registry import connect
@@ -87,7 +87,8 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
         raise InputError(f"output {output!r} is a folder; allowed: a file to write, for example "
                          f"{output.rstrip('/')}/predictions.parquet")
     predictor.check_task(task)
-    name = AUTO if task == AUTO else predictor.tasks[predictor.task_index(task)]
+    name = AUTO if task == AUTO else task_of(
+        predictor.model.tasks[predictor.task_index(task)].name)
     recorder = Recorder(place, version.stream) if record else None
     label = _Labeller(predictor, name, on_bad_image, recorder)
     counts, bad, done = Counter[str](), list[BadImage](), 0

@@ -377,6 +377,7 @@ def _listed(names: Any) -> str:
 
 def _quiet() -> None:
     """MLflow's and its migrations' progress lines are no news to our users; warnings are."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         for name in ("mlflow", "alembic", "matplotlib"):
             logging.getLogger(name).setLevel(logging.WARNING)

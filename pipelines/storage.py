@@ -1,45 +1,34 @@
 """One URI -> the filesystem that Ray Data, Ray Train, the feature store and MLflow share.
 
 `/path`, `file:///path` and `s3://bucket/prefix` become a pyarrow filesystem and a root path in
-it. What pyarrow cannot do (write only where nothing is yet) is done here with a hard link on
-local disks and with boto3 (`If-None-Match: *`) on S3.
+it. What pyarrow cannot do (write only where nothing is yet, list with etags, say what is wrong) is
+in `pipelines/files.py` for disks and in `pipelines/s3.py` for S3.
 """
 
 import contextlib
 import dataclasses
-import functools
 import os
-import uuid
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow.fs
 
-from partialhn.errors import InputError
+from partialhn.errors import InputError, IntegrityError
+from pipelines.files import Entry, LocalFiles
+from pipelines.s3 import KeylessS3, S3Files, S3Options
 
-_QUERY_KEYS = ("endpoint", "region", "path_style")
-
-
-@dataclasses.dataclass(frozen=True)
-class S3Options:
-    """How to reach an S3 service. None: what the AWS environment or profile says."""
-
-    endpoint: str | None = None
-    region: str | None = None
-    path_style: bool = False
-
-    def environment(self) -> dict[str, str]:
-        """Variables that every process using the filesystem needs before it does.
-
-        Services other than AWS refuse the checksum trailers that newer clients send.
-        """
-        return {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"} if self.endpoint else {}
+_DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
+                     r"|HTTP status 40\d|NoCredentialsError")
+_QUERY_KEYS = ("endpoint", "region", "path_style", "timeout")
+MAX_READ = 64 * 1024 ** 2
+"""Bytes that `read_bytes` and `read_text` take at most, unless told otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A place for everything a stream leaves behind. Pickles to workers.
+    """A place for everything a stream leaves behind. Pickles to workers, without any key.
 
     Paths given to the methods are paths in `filesystem`, as `path()` makes them.
     """
@@ -63,64 +52,79 @@ class Storage:
         """The same as `path`, as a user writes it."""
         return "/".join([self.uri, *(part.strip("/") for part in parts)])
 
-    def environment(self) -> dict[str, str]:
-        """Variables for `runtime_env={"env_vars": ...}` of workers that use the filesystem."""
-        return self.s3.environment() if self.s3 else {}
-
     def exists(self, path: str) -> bool:
         """Whether a file or folder is there."""
         found = self.filesystem.get_file_info([path])[0]
         return bool(found.type != pyarrow.fs.FileType.NotFound)
 
+    def stat(self, path: str) -> Entry | None:
+        """Size, time of writing and etag of a file; None where there is none."""
+        return self._files.stat(path)
+
+    def list(self, path: str) -> Iterator[Entry]:
+        """Every file below a folder, in no order; none where there is no folder."""
+        return self._files.list(path)
+
+    def folders(self, path: str) -> tuple[str, ...]:
+        """Names of the folders directly below a folder, sorted."""
+        return self._files.folders(path)
+
+    def now(self) -> float:
+        """The storage's own clock, in seconds since 1970: what `Entry.modified` is told by."""
+        return self._files.now(self.root)
+
+    def read_bytes(self, path: str, limit: int = MAX_READ) -> bytes:
+        """A small file. Raises: FileNotFoundError; IntegrityError where it is larger than that."""
+        with self.filesystem.open_input_file(path) as source:
+            if source.size() > limit:
+                raise IntegrityError(f"{path} has {source.size()} bytes; expected at most {limit}")
+            return bytes(source.readall())
+
     def read_text(self, path: str) -> str:
-        """A small UTF-8 file. Raises: FileNotFoundError."""
-        with self.filesystem.open_input_stream(path) as stream:
-            return bytes(stream.read()).decode()
+        """A small UTF-8 file. Raises: as `read_bytes`."""
+        return self.read_bytes(path).decode()
 
     def write_text(self, path: str, text: str) -> None:
         """Writes or replaces a small UTF-8 file; readers see the old or the new, never a part."""
-        if self.is_local:
-            with _complete_file(path, text.encode()) as complete:
-                complete.replace(path)
-        else:  # an S3 object appears whole when its upload ends
-            with self.filesystem.open_output_stream(path) as stream:
-                stream.write(text.encode())
+        self._files.write(path, text.encode())
 
     def put_if_absent(self, path: str, content: bytes) -> bool:
         """Writes a file unless one is there; of several writers exactly one gets True."""
-        if self.s3 is None:
-            with _complete_file(path, content) as complete:
-                try:
-                    os.link(complete, path)
-                except FileExistsError:
-                    return False
-                return True
-        bucket, _, key = path.partition("/")
-        client = s3_client(self.s3)
+        return self._files.put_if_absent(path, content)
+
+    def delete(self, path: str) -> None:
+        """Deletes a file, or a folder with all that is in it; nothing there is no error."""
+        self._files.delete(path)
+
+    def check(self, write: bool = True) -> None:
+        """Asks once whether the storage can be used, and leaves nothing behind.
+
+        Raises: InputError that says which of bucket, credentials, permissions, region or endpoint
+        is wrong and what to do; where nobody listens, within seconds.
+        """
+        self._files.check(self.root, write)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Where something fails inside because of S3, says what is wrong as `check` does."""
         try:
-            client.put_object(Bucket=bucket, Key=key, Body=content, IfNoneMatch="*")
-        except client.exceptions.ClientError as error:
-            # 412: there already; 409: another writer of the same key was faster
-            if error.response["ResponseMetadata"]["HTTPStatusCode"] in (409, 412):
-                return False
+            yield
+        except InputError:
             raise
-        return True
+        except Exception as error:
+            text = str(error)
+            if self.s3 and any(sign in text for sign in ("AWS Error", "botocore")):
+                self.check()
+                if denied := _DENIED.search(text):
+                    raise InputError(
+                        f"S3 denies a worker ({denied[0]}) what it allows here: the AWS "
+                        "credentials of the Ray nodes are missing or others; partialhn doctor "
+                        "shows which node") from error
+            raise
 
-
-@contextlib.contextmanager
-def _complete_file(path: str, content: bytes) -> Any:
-    """A synced temporary file beside `path`, gone afterwards unless it was moved."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    complete = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with complete.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield complete
-    finally:
-        complete.unlink(missing_ok=True)
+    @property
+    def _files(self) -> LocalFiles | S3Files:
+        return S3Files(self.s3) if self.s3 else LocalFiles()
 
 
 def open_storage(uri: str, endpoint: str | None = None, region: str | None = None,
@@ -129,7 +133,7 @@ def open_storage(uri: str, endpoint: str | None = None, region: str | None = Non
 
     An S3 endpoint, region and addressing style come from the arguments, else from the URI's
     query, else from AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_REGION, AWS_DEFAULT_REGION.
-    Keys come from the AWS environment, profile or instance role, never from the URI.
+    Keys come from the AWS environment, profile or role of each process, never from the URI.
 
     Raises: InputError for a scheme, a query key or a bucket that cannot be used.
     """
@@ -154,22 +158,25 @@ def _open_s3(uri: str, endpoint: str | None, region: str | None,
              path_style: bool | None) -> Storage:
     parts = urlsplit(uri)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    host = parts.netloc.rpartition("@")[2]
+    shown = f"s3://{host}{parts.path}"  # what stands before @ or in the query may be a key
     for key in query:
         if key not in _QUERY_KEYS:
-            raise InputError(f"storage {uri!r} has the unknown option {key!r}; allowed: "
+            raise InputError(f"storage {shown!r} has the unknown option {key!r}; allowed: "
                              + ", ".join(_QUERY_KEYS))
     if not parts.netloc or "@" in parts.netloc:
-        raise InputError(f"storage {uri!r} names no bucket; allowed: s3://bucket/prefix (keys come "
-                         "from the AWS environment or profile)")
+        raise InputError(f"storage {shown!r} names no bucket, or a key with it; allowed: "
+                         "s3://bucket/prefix (keys come from the AWS environment or profile)")
     endpoint = (endpoint or query.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3")
                 or os.environ.get("AWS_ENDPOINT_URL"))
     region = (region or query.get("region") or os.environ.get("AWS_REGION")
               or os.environ.get("AWS_DEFAULT_REGION"))
     if path_style is None:  # services other than AWS rarely have a host name for each bucket
-        path_style = _boolean(query.get("path_style", "true" if endpoint else "false"), uri)
-    options = S3Options(endpoint, region or ("us-east-1" if endpoint else None), path_style)
+        path_style = _boolean(query.get("path_style", "true" if endpoint else "false"), shown)
+    options = S3Options(endpoint, region or ("us-east-1" if endpoint else None), path_style,
+                        _seconds(query.get("timeout", str(S3Options.timeout)), shown))
     root = "/".join([parts.netloc, *filter(None, parts.path.split("/"))])
-    return Storage(f"s3://{root}", _s3_filesystem(options), root, options)
+    return Storage(f"s3://{root}", KeylessS3(options), root, options)
 
 
 def _boolean(value: str, uri: str) -> bool:
@@ -178,35 +185,8 @@ def _boolean(value: str, uri: str) -> bool:
     return value.lower() == "true"
 
 
-def _s3_filesystem(options: S3Options) -> pyarrow.fs.FileSystem:
-    """The pyarrow filesystem, with the keys of this process so that workers have them too."""
-    for key, value in options.environment().items():
-        os.environ.setdefault(key, value)
-    arguments: dict[str, Any] = {"force_virtual_addressing": not options.path_style}
-    if options.endpoint:
-        endpoint = urlsplit(options.endpoint)
-        if endpoint.scheme not in ("http", "https") or not endpoint.netloc:
-            raise InputError(f"S3 endpoint is {options.endpoint!r}; allowed: http://host:port or "
-                             "https://host:port")
-        arguments |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
-    if options.region:
-        arguments["region"] = options.region
-    access, secret = os.environ.get("AWS_ACCESS_KEY_ID"), os.environ.get("AWS_SECRET_ACCESS_KEY")
-    if access and secret:
-        arguments |= {"access_key": access, "secret_key": secret}
-        if token := os.environ.get("AWS_SESSION_TOKEN"):
-            arguments["session_token"] = token
-    return pyarrow.fs.S3FileSystem(**arguments)
-
-
-@functools.cache
-def s3_client(options: S3Options) -> Any:
-    """The boto3 client for what pyarrow cannot do; made once a process."""
-    import boto3
-    from botocore.config import Config
-
-    style = "path" if options.path_style else "auto"
-    config = Config(s3={"addressing_style": style}, retries={"mode": "standard"},
-                    request_checksum_calculation="when_required")
-    return boto3.client("s3", endpoint_url=options.endpoint, region_name=options.region,
-                        config=config)
+def _seconds(value: str, uri: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 1 <= float(value) <= 3600:
+            return float(value)
+    raise InputError(f"storage {uri!r} has timeout={value!r}; allowed: 1 to 3600 seconds")

@@ -30,6 +30,10 @@ class Registration:
     forgetting: float
     storage: str
     """Where the features lie: <storage>/features/<key>."""
+    prefix: str
+    """Names the model after this task (`partialhn.chain`): one version for each."""
+    parent: str
+    """The prefix that it was learned from; empty for a first task."""
 
     def tags(self) -> dict[str, str]:
         """Strings for MLflow; tuples become JSON lists."""

@@ -17,15 +17,13 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from partialhn import checkpoint
+from partialhn import chain, checkpoint
 from partialhn.checkpoint import Model, TaskInfo
 from partialhn.config import Config
 from partialhn.errors import InputError
-from partialhn.featurise import FeatureJob
 from partialhn.result import Outcome, model_sizes, peak_rss_bytes
-from partialhn.run import Parts, collect, with_strategy
-from partialhn.store import Manifest
-from partialhn.stream import Experience
+from partialhn.run import Parts, with_strategy
+from partialhn.slots import Slot, open_features
 from partialhn.task_inference import TaskInference
 from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord, Workers
 from pipelines.features import open_store
@@ -40,12 +38,12 @@ class Assignment:
 
     config: Config
     parts: Parts
-    experiences: tuple[Experience, ...]
-    jobs: tuple[FeatureJob, ...]
-    manifests: tuple[Manifest, ...]
+    slots: tuple[Slot, ...]
+    prefixes: tuple[str, ...]
+    """Names of the models after each slot (`partialhn.chain`)."""
     storage: Storage
     folder: str
-    """Where finished tasks' models go, as a path in the storage's filesystem."""
+    """Where finished tasks' models are and go, as a path in the storage's filesystem."""
     threads: int
     events: Any
     """Handle of the driver's `Events` actor."""
@@ -97,16 +95,21 @@ class _Worker:
         a = self.a
         with tempfile.TemporaryDirectory() as cache:
             store = open_store(a.storage, Path(cache))
-            tasks = collect(store, a.jobs, a.manifests, a.experiences)
+            known = chain.find(a.storage.filesystem, a.folder, a.prefixes)
+            tasks = open_features(store, a.slots, 0 if a.config.train.compare else len(known))
             restored = self._restored()
             for name in (a.config.train.strategy, *a.config.train.compare):
                 if name not in self.outcomes:
                     config = with_strategy(a.config, name)
-                    ours = name == a.config.train.strategy
+                    main = name == a.config.train.strategy
                     learner = Learner(a.parts.strategy(config), a.config.train, self.device,
-                                      self.workers, TaskInference() if ours else None)
-                    if restored and restored[1]["strategy"] == name:
+                                      self.workers, TaskInference() if main else None)
+                    ours = known if main else []
+                    if restored and restored[1]["strategy"] == name and (
+                            len(restored[1]["learner"]["finished"]) >= len(ours)):
                         learner.restore(restored[0], restored[1]["learner"])
+                    elif ours:  # what an earlier run, of fewer tasks, has learned
+                        learner.restore(*chain.state(a.storage.filesystem, a.folder, ours))
                     self._learn(name, learner, tasks)
         return {"outcomes": self.outcomes, "peak_rss_bytes": peak_rss_bytes(),
                 "device": _device_name(self.device)}
@@ -114,6 +117,8 @@ class _Worker:
     def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
         for record in learner.finished:
             self._send(name, record)
+        if len(learner.finished) == len(tasks):
+            self.outcomes[name] = Outcome.of(learner)
         for record in learner.learn(tasks):
             if isinstance(record, TaskRecord) and name == self.a.config.train.strategy:
                 self._keep_model(learner, record)
@@ -130,17 +135,14 @@ class _Worker:
         """The model as it is after a task, for the driver to register."""
         if self.workers.rank:
             return
-        known = self.a.experiences[:record.task_index + 1]
-        facts = {"accuracy_rows": [list(done.accuracy_row) for done in learner.finished]}
-        model = Model(self.a.config, self.a.parts.trunk, learner.strategy,
-                      tuple(TaskInfo(each.name, each.classes) for each in known), facts,
-                      learner.inference)
+        a = self.a
+        model = Model(a.config, a.parts.trunk, learner.strategy,
+                      tuple(TaskInfo(slot.name, slot.classes)
+                            for slot in a.slots[:record.task_index + 1]),
+                      inference=learner.inference)
         model.facts |= model_sizes(model)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "model"
-            model.save(folder)
-            target = model_folder(self.a.folder, record.task_index)
-            checkpoint.upload(folder, self.a.storage.filesystem, target)
+        done = chain.Learned.of(Outcome.of(learner), a.prefixes, record.task_index)
+        chain.keep(model, done, a.storage.filesystem, a.folder)
 
     def _report(self, name: str, learner: Learner, record: EpochRecord | TaskRecord) -> None:
         """A checkpoint for Ray Train: always after a task, otherwise when the last is old."""
@@ -178,11 +180,6 @@ class _Worker:
             for record in outcome.finished:
                 self._send(name, record)
         return tensors, fields
-
-
-def model_folder(folder: str, task_index: int) -> str:
-    """Where the model after a task lies below a run's folder."""
-    return f"{folder}/tasks/{task_index:04d}"
 
 
 def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:

@@ -4,7 +4,7 @@ Legend: F features before the classifier, K classes of a task.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,22 @@ class Strategy(nn.Module):
         self.classes: list[int] = []
         self.tasks = nn.ModuleList()
 
-    def add_task(self, classes: int) -> None:
-        """A new task with K = `classes`, initialised from the seed and the task's position."""
+    def add_task(self, classes: int, refreshes: int | None = None) -> None:
+        """A new task with K = `classes`, initialised from the seed and the task's position.
+
+        refreshes: the earlier slot of the same task that it starts from.
+        """
         if classes < 1:
             raise InputError(f"a task has {classes} classes; allowed: 1 or more")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed * 1_000_003 + len(self.classes))
-            self.tasks.append(self.new_task(classes))
+            own = self.new_task(classes, refreshes)
+        if refreshes is not None:
+            own.take_classifier(cast(Classifier, self.tasks[refreshes]))
+        self.tasks.append(own)
         self.classes.append(classes)
 
-    def new_task(self, classes: int) -> nn.Module:
+    def new_task(self, classes: int, refreshes: int | None) -> "Classifier":
         """The parameters that belong to one task alone."""
         raise NotImplementedError
 
@@ -97,6 +103,12 @@ class Classifier(nn.Module):
         bound = 1 / math.sqrt(head.width)
         self.classifier_KF = nn.Parameter(torch.empty(classes, head.width).uniform_(-bound, bound))
         self.bias_K = nn.Parameter(torch.empty(classes).uniform_(-bound, bound))
+
+    def take_classifier(self, other: "Classifier") -> None:
+        """Starts from another task's classifier of the same classes."""
+        with torch.no_grad():
+            self.classifier_KF.copy_(other.classifier_KF)
+            self.bias_K.copy_(other.bias_K)
 
 
 class OwnNorm(Classifier):

@@ -38,9 +38,14 @@ class PartialHypernet(Strategy):
             self.hypernet.set_base(start.convolutions)
         self.register_buffer("next_norm", start.norm.clone())
 
-    def new_task(self, classes: int) -> HypernetTask:
-        """Starts from the previous task's code and norm, which carries over what they know."""
-        previous = cast(HypernetTask, self.tasks[-1]).code if len(self.tasks) else None
+    def new_task(self, classes: int, refreshes: int | None) -> HypernetTask:
+        """Starts from the previous task's code and norm, which carries over what they know.
+
+        A task that is refreshed starts from its own old code. Its old norm has been folded, so
+        the norm is the previous task's here too.
+        """
+        source = -1 if refreshes is None else refreshes
+        previous = cast(HypernetTask, self.tasks[source]).code if len(self.tasks) else None
         code = self.hypernet.next_code(previous, len(self.tasks))
         return HypernetTask(classes, self.head, self.get_buffer("next_norm"), code)
 

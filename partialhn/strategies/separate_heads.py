@@ -22,8 +22,12 @@ class PlainHead(OwnNorm):
 class SeparateHeads(Strategy):
     """The bound without sharing: every task trains a head of its own from the same start."""
 
-    def new_task(self, classes: int) -> PlainHead:
-        return PlainHead(classes, self.head, self.start)
+    def new_task(self, classes: int, refreshes: int | None) -> PlainHead:
+        own = PlainHead(classes, self.head, self.start)
+        if refreshes is not None:
+            own.convolutions.load_state_dict(
+                cast(PlainHead, self.tasks[refreshes]).convolutions.state_dict())
+        return own
 
     def weights(self, task: int) -> HeadWeights:
         own = cast(PlainHead, self.tasks[task])

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from partialhn.backbone import build_network
 from partialhn.config import BackboneConfig, Config, DataConfig, HypernetConfig, TrainConfig
 from partialhn.datasets import open_stream
-from partialhn.featurise import commit_features, compute_shard, feature_jobs, feature_shape
+from partialhn.featurise import feature_jobs, precompute
 from partialhn.run import collect, cut
 from partialhn.store import FeatureStore
 from partialhn.train import Objective, Workers, epoch_batches
@@ -32,10 +32,7 @@ def main(rank: int, world: int, port: str, folder: Path) -> None:
     experiences = open_stream(CONFIG.data, folder / "datasets")
     store = FeatureStore(LocalFileSystem(), str(folder))
     jobs = feature_jobs(CONFIG, experiences, parts.trunk)
-    shape = feature_shape(parts.trunk, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
-    manifests = [commit_features(store, job, [compute_shard(store, parts.trunk, job, index)
-                                              for index in range(job.shards)], shape)
-                 for job in jobs]
+    manifests, _ = precompute(store, parts.trunk, jobs)
     tasks = collect(store, jobs, manifests, experiences)
 
     strategy = parts.strategy(CONFIG)

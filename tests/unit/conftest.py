@@ -16,7 +16,7 @@ from partialhn.config import (
     TrainConfig,
 )
 from partialhn.datasets import open_stream
-from partialhn.featurise import commit_features, compute_shard, feature_jobs, feature_shape
+from partialhn.featurise import feature_jobs, precompute
 from partialhn.run import collect, cut
 from partialhn.store import FeatureStore
 
@@ -78,10 +78,7 @@ def tasks(tmp_path_factory, digits, parts):
     """The features of `digits`, in Arrow shards of 20 images."""
     store = FeatureStore(LocalFileSystem(), str(tmp_path_factory.mktemp("store")))
     jobs = feature_jobs(TINY, digits, parts.trunk)
-    shape = feature_shape(parts.trunk, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
-    manifests = [commit_features(store, job, [compute_shard(store, parts.trunk, job, index)
-                                              for index in range(job.shards)], shape)
-                 for job in jobs]
+    manifests, _ = precompute(store, parts.trunk, jobs)
     return collect(store, jobs, manifests, digits)
 
 

@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from pyarrow.fs import LocalFileSystem
 
-from partialhn.backbone import split
+from partialhn.backbone import build_network, split
 from partialhn.datasets import decode
 from partialhn.errors import InputError
-from partialhn.featurise import commit_features, compute_shard, feature_jobs, run_trunk
+from partialhn.featurise import compute_shards, feature_jobs, passes, precompute, run_trunk
 from partialhn.store import FeatureStore
 from partialhn.stream import Experience, ImageTable
 from partialhn.views import augment
@@ -51,12 +51,16 @@ def jobs(with_options, experience, trunk):
     return make
 
 
+def compute_shard(store, trunk, job, index):
+    return compute_shards(store, trunk, (job,), index)[0][0]
+
+
 def compute(store, trunk, job):
     return [compute_shard(store, trunk, job, index) for index in range(job.shards)]
 
 
 def finish(store, trunk, job):
-    return store.open(commit_features(store, job, compute(store, trunk, job), (80, 4, 4)))
+    return store.open(precompute(store, trunk, [job])[0][0])
 
 
 @pytest.fixture
@@ -163,3 +167,72 @@ def test_recipes_follow_data_trunk_and_options(with_options, experience, trunk, 
     for same in (key(train={"seed": 5}), key(hypernet={"beta": 9.0}),
                  key(change=dataclasses.replace(experience, name="b"))):
         assert same == keys[0]
+
+
+# Several depths in one pass ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deepest(network):
+    return split(network, 4)[0]
+
+
+def jobs_at(with_options, experience, trunk, depths=None, **sections):
+    return feature_jobs(with_options(features={"views": 2, "shard_rows": 5}, **sections),
+                        [experience], trunk, depths)
+
+
+def test_many_depths_in_one_pass_are_bit_for_bit_those_of_one(tmp_path, with_options, experience,
+                                                              network, deepest):
+    together, alone = (FeatureStore(LOCAL, str(tmp_path / name)) for name in ("one", "many"))
+    jobs = jobs_at(with_options, experience, deepest, range(5))
+    manifests, decoded = precompute(together, deepest, jobs)
+    assert decoded == 25, "every image once, whatever the number of depths"
+    assert len({manifest.key for manifest in manifests}) == 15
+    for depth in range(5):
+        trunk = split(network, depth)[0]
+        mine = [m for job, m in zip(jobs, manifests, strict=True) if job.depth == depth]
+        theirs, _ = precompute(alone, trunk, jobs_at(with_options, experience, trunk))
+        assert [m.key for m in mine] == [m.key for m in theirs]
+        assert [[s.sha256 for s in m.shards] for m in mine] == [
+            [s.sha256 for s in m.shards] for m in theirs]
+
+
+def test_only_the_missing_depths_are_computed(store, with_options, experience, deepest, folder):
+    precompute(store, deepest, jobs_at(with_options, experience, deepest, [2]))
+    jobs = jobs_at(with_options, experience, deepest, [1, 2, 4])
+    assert [[job.depth for job in group] for group in passes(jobs)] == [[1, 2, 4]] * 3
+    before = {path: path.stat().st_mtime_ns for path in
+              (folder.parent / "store").rglob("*.arrow")}
+    assert precompute(store, deepest, jobs)[1] == 25
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    for path in folder.iterdir():
+        path.unlink()
+    assert precompute(store, deepest, jobs)[1] == 0
+
+
+def test_equal_jobs_are_computed_once(store, with_options, experience, trunk):
+    twin = dataclasses.replace(experience, name="b")
+    jobs = feature_jobs(with_options(), [experience, twin], trunk)
+    manifests, decoded = precompute(store, trunk, jobs)
+    assert decoded == 25
+    assert manifests[:3] == manifests[3:]
+
+
+def test_a_job_of_another_trunk_is_refused(store, with_options, experience, deepest, images):
+    other = split(build_network("slim_resnet18", 2, seed=9), 3)[0]
+    with pytest.raises(ValueError, match="task 'a' is of trunk"):
+        precompute(store, deepest, jobs_at(with_options, experience, other))
+    with pytest.raises(ValueError, match="depth 2 holds none of depth 3"):
+        deepest.upto(2).upto(3)
+
+
+def test_images_left_out_earlier_are_not_silently_missing(store, with_options, experience, trunk,
+                                                          folder):
+    (folder / "03.png").write_bytes(b"not an image")
+    lenient = jobs_at(with_options, experience, trunk, data={"on_bad_image": "skip"})
+    strict = jobs_at(with_options, experience, trunk, data={"on_bad_image": "error"})
+    assert lenient[0].recipe == strict[0].recipe
+    precompute(store, trunk, lenient)
+    with pytest.raises(InputError, match=r"03\.png is no readable .*1 such images were left out"):
+        precompute(store, trunk, strict)

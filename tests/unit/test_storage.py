@@ -1,11 +1,13 @@
 import multiprocessing
+import os
 import pickle
+import time
 from pathlib import Path
 
 import pyarrow.fs
 import pytest
 
-from partialhn.errors import InputError
+from partialhn.errors import InputError, IntegrityError
 from pipelines.storage import S3Options, open_storage
 
 
@@ -24,7 +26,6 @@ def test_one_local_place_however_it_is_written(tmp_path, monkeypatch):
         storage = open_storage(uri)
         assert storage.uri == storage.root == str(tmp_path / "a b")
         assert storage.is_local
-        assert storage.environment() == {}
     assert not (tmp_path / "a b").exists(), "opening makes nothing"
     assert storage.path("features", "/k/", "x.json") == f"{tmp_path}/a b/features/k/x.json"
 
@@ -36,13 +37,14 @@ def test_unusable_uris(uri):
         open_storage(uri)
 
 
-def test_s3_options_from_query(no_aws):
+def test_s3_options_from_query(no_aws, monkeypatch):
+    monkeypatch.delenv("AWS_REQUEST_CHECKSUM_CALCULATION")
     storage = open_storage("s3://bucket/a/b/?endpoint=http://127.0.0.1:9&region=eu-x-1")
     assert (storage.uri, storage.root) == ("s3://bucket/a/b", "bucket/a/b")
     assert storage.path("c") == "bucket/a/b/c"
     assert storage.uri_of("c") == "s3://bucket/a/b/c"
-    assert storage.s3 == S3Options("http://127.0.0.1:9", "eu-x-1", path_style=True)
-    assert storage.environment() == {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
+    assert storage.s3 == S3Options("http://127.0.0.1:9", "eu-x-1", path_style=True, timeout=30)
+    assert os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] == "when_required"
 
 
 def test_s3_options_order_arguments_query_environment(no_aws, monkeypatch):
@@ -56,7 +58,9 @@ def test_s3_options_order_arguments_query_environment(no_aws, monkeypatch):
 
 
 @pytest.mark.parametrize(("query", "message"), [
-    ("endpont=x", "unknown option 'endpont'; allowed: endpoint, region, path_style"),
+    ("endpont=x", "unknown option 'endpont'; allowed: endpoint, region, path_style, timeout"),
+    ("timeout=0", "timeout='0'; allowed: 1 to 3600 seconds"),
+    ("timeout=soon", "timeout='soon'; allowed: 1 to 3600 seconds"),
     ("path_style=maybe", "path_style='maybe'; allowed: true, false"),
     ("endpoint=127.0.0.1:9000", "endpoint is '127.0.0.1:9000'; allowed: http://host:port")])
 def test_bad_s3_options(no_aws, query, message):
@@ -65,11 +69,26 @@ def test_bad_s3_options(no_aws, query, message):
     assert message in str(caught.value)
 
 
-def test_s3_storage_pickles(no_aws):
-    storage = open_storage("s3://bucket/a", "http://127.0.0.1:9", "r")
-    again = pickle.loads(pickle.dumps(storage))
+@pytest.mark.parametrize("uri", ["s3://AKIA:hush@bucket/a", "s3://bucket/a?secret_key=hush"])
+def test_keys_in_a_uri_are_refused_and_not_repeated(uri):
+    with pytest.raises(InputError, match="allowed: ") as caught:
+        open_storage(uri)
+    assert "hush" not in str(caught.value)
+
+
+def test_s3_storage_pickles_without_keys(no_aws, monkeypatch):
+    """A worker takes the keys of its own AWS chain."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+    storage = open_storage("s3://bucket/a?timeout=7", "http://127.0.0.1:9", "r")
+    dump = pickle.dumps(storage)
+    assert b"AKIAEXAMPLE" not in dump
+    assert b"hush-hush" not in dump
+    again = pickle.loads(dump)
     assert again == storage
+    assert again.s3.timeout == 7
     assert isinstance(again.filesystem, pyarrow.fs.S3FileSystem)
+    assert again.filesystem.options == storage.s3
 
 
 def test_text_is_written_whole_and_replaced(tmp_path):
@@ -114,3 +133,51 @@ def test_of_racing_writers_one_wins(tmp_path):
     winners = [number for number, won in outcomes.items() if won]
     assert len(winners) == 1
     assert (tmp_path / "claim").read_bytes() == str(winners[0]).encode() * 10_000
+
+
+def test_what_is_there(tmp_path):
+    storage = open_storage(str(tmp_path / "store"))
+    assert list(storage.list(storage.path("inbox"))) == []
+    assert storage.folders(storage.path("inbox")) == ()
+    assert storage.stat(storage.path("inbox", "a")) is None
+    before = storage.now()
+    storage.write_text(storage.path("inbox", "a", "x.json"), "one")
+    storage.write_text(storage.path("inbox", "b", "deep", "y.json"), "four")
+    (tmp_path / "store" / "inbox" / ".z.json.123.tmp").write_text("unfinished")
+    found = {entry.path: entry for entry in storage.list(storage.path("inbox"))}
+    assert sorted(found) == [storage.path("inbox/a/x.json"), storage.path("inbox/b/deep/y.json")]
+    assert storage.folders(storage.path("inbox")) == ("a", "b")
+    assert storage.stat(storage.path("inbox/a")) is None
+    entry = storage.stat(storage.path("inbox/a/x.json"))
+    assert entry == found[entry.path]
+    assert entry.size == 3
+    assert before - 1 < entry.modified < storage.now() + 1
+    time.sleep(0.01)
+    storage.write_text(entry.path, "two")
+    assert storage.stat(entry.path).etag != entry.etag
+
+
+def test_delete(tmp_path):
+    storage = open_storage(str(tmp_path))
+    for name in ("a/1", "a/b/2", "c"):
+        storage.write_text(storage.path(name), name)
+    for name in ("a", "c", "nothing"):
+        storage.delete(storage.path(name))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_small_files_are_read_whole(tmp_path):
+    storage = open_storage(str(tmp_path))
+    storage.write_text(storage.path("a"), "12345")
+    assert storage.read_bytes(storage.path("a"), limit=5) == b"12345"
+    with pytest.raises(IntegrityError, match="a has 5 bytes; expected at most 4"):
+        storage.read_bytes(storage.path("a"), limit=4)
+
+
+def test_check_makes_nothing_and_names_what_is_wrong(tmp_path):
+    storage = open_storage(str(tmp_path / "new" / "store"))
+    storage.check()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").write_text("a file")
+    with pytest.raises(InputError, match="new is no folder; allowed: a folder"):
+        storage.check()
