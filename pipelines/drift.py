@@ -145,11 +145,13 @@ def shift(reference_NC: np.ndarray, live_MC: np.ndarray) -> tuple[float, float]:
     from scipy.stats import ks_2samp
 
     mean_C = reference_NC.mean(0)
-    _, spread_D, basis_DC = np.linalg.svd(reference_NC - mean_C, full_matrices=False)
-    usable = int((spread_D > 1e-6 * max(spread_D[0], 1e-12)).sum())
-    basis_DC = basis_DC[:max(1, min(COMPONENTS, usable))]
-    tests = [ks_2samp((reference_NC - mean_C) @ axis_C, (live_MC - mean_C) @ axis_C)
-             for axis_C in basis_DC]
+    _, spread_D, basis_DC = torch.linalg.svd(torch.from_numpy(reference_NC - mean_C),
+                                             full_matrices=False)
+    usable = int((spread_D > 1e-6 * spread_D[0].clamp_min(1e-12)).sum())
+    axes_DC = basis_DC[:max(1, min(COMPONENTS, usable))].numpy()
+    # asymptotic: the exact p-value takes fifty times as long and differs little from FEWEST on
+    tests = [ks_2samp((reference_NC - mean_C) @ axis_C, (live_MC - mean_C) @ axis_C,
+                      method="asymp") for axis_C in axes_DC]
     return (min(1.0, len(tests) * min(float(test.pvalue) for test in tests)),
             max(float(test.statistic) for test in tests))
 

@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import logging
 import signal
 import socket
 import threading
@@ -147,12 +148,12 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
     Raises: InputError for an unknown model, or a port that is taken.
     """
     registry = connect(open_storage(source.storage), source.tracking_uri, create=False)
-    source = dataclasses.replace(source, tracking_uri=registry.tracking_uri)
+    source = _absolute(source, registry.tracking_uri)
     version = registry.resolve(source.uri)
     _check_port(options.host, options.port)
     if record:
         options = dataclasses.replace(options, record=_record(source))
-    start_ray(Config(compute=ComputeConfig(ray_address=ray_address)), open_storage(source.storage))
+    start_ray(Config(compute=ComputeConfig(ray_address=ray_address)))
     with running(bind(source, options), options):
         say(f"{version.uri} of {source.uri} at http://{options.host}:{options.port}/predict "
             "(also /healthz, /metrics); ends with Ctrl-C or SIGTERM")
@@ -164,6 +165,7 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
 def running(app: serve.Application, options: ServeOptions) -> Any:
     """Serve with the application, on a Ray that is there, until the block ends."""
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="HeadOnly", logging_config=quiet,
                 http_options={"host": options.host, "port": options.port})
     try:
@@ -171,6 +173,18 @@ def running(app: serve.Application, options: ServeOptions) -> Any:
         yield
     finally:
         serve.shutdown()
+
+
+def _absolute(source: RegistrySource, tracking_uri: str) -> RegistrySource:
+    """The same source for a process in another folder.
+
+    A server's address stays as it was given: it may hold a password, which the environment of
+    the cluster has too.
+    """
+    place = open_storage(source.storage)
+    return dataclasses.replace(
+        source, storage=place.root if place.is_local else source.storage,
+        tracking_uri=tracking_uri if tracking_uri.startswith("sqlite") else source.tracking_uri)
 
 
 def _record(source: RegistrySource) -> tuple[str, str]:

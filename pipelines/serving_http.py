@@ -34,7 +34,7 @@ from starlette.routing import Route
 
 from partialhn.errors import InputError
 from partialhn.predict import Answer
-from pipelines.serving_model import Loaded
+from pipelines.serving_model import Loaded, UnknownTaskError
 
 RETRY_AFTER_SECONDS = 1
 
@@ -188,6 +188,8 @@ class _Front:
         finally:
             self.images -= len(images)
         for number, (_, reply) in enumerate(replies):
+            if isinstance(reply, UnknownTaskError):  # the model was exchanged meanwhile
+                raise RefusedError(404, "unknown task", str(reply))
             if isinstance(reply, InputError):
                 name = f"image number {number}: " if as_json else ""
                 raise RefusedError(400, "bad image", f"{name}{reply}")

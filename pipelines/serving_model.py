@@ -41,6 +41,10 @@ class Loaded:
     """Fingerprint of the trunk."""
 
 
+class UnknownTaskError(InputError):
+    """A task that the model in use does not know, or cannot infer."""
+
+
 ASKED = InputError("not answered yet")
 """Stands in a batch's replies until the answer is there."""
 
@@ -184,5 +188,5 @@ def _check(predictor: Predictor, task: str) -> InputError:
     try:
         predictor.check_task(task)
     except InputError as error:
-        return error
+        return UnknownTaskError(str(error))
     return ASKED
