@@ -2,6 +2,7 @@
 
 import base64
 import concurrent.futures
+import contextlib
 import dataclasses
 import http.client
 import io
@@ -304,3 +305,36 @@ def test_stops_when_told_and_keeps_what_it_recorded(server, learned, predictor):
                      predictor.model.trunk.fingerprint(), hours=1)
     assert {"0", "1", "2"} <= live.keys()
     assert len(live["0"].z_BC) == min(live["0"].seen, 512)
+
+
+@pytest.mark.slow
+def test_mlflow_serves_the_model_with_and_without_a_task(learned, predictor, images, tmp_path):
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/digits@champion",
+         "--env-manager", "local", "-p", str(port)], cwd=tmp_path, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"MLFLOW_TRACKING_URI": learned.result["tracking_uri"],
+                          "MLFLOW_DISABLE_TELEMETRY": "true",
+                          "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    served = Running(process, port, "", tmp_path)
+    try:
+        for _ in range(240):
+            assert process.poll() is None
+            with contextlib.suppress(OSError):
+                if served.call("/ping")[0] == 200:
+                    break
+            time.sleep(0.5)
+        asked = [(images["0"][0], "0"), (images["1"][0], "1"), (images["1"][1], "auto")]
+        body = {"dataframe_split": {"columns": ["image", "task"], "data": [
+            [base64.b64encode(image).decode(), task] for image, task in asked]}}
+        status, text, _ = served.call("/invocations", json.dumps(body).encode(),
+                                      **{"Content-Type": "application/json"})
+        assert status == 200, text
+        labels = [row["label"] for row in json.loads(text)["predictions"]]
+        assert labels == [predictor.predict([images["0"][0]], "0").labels[0],
+                          predictor.predict([images["1"][0]], "1").labels[0],
+                          predictor.predict_auto([images["1"][1]])[0].label]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

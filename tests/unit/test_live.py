@@ -37,7 +37,8 @@ def test_what_is_written_is_read(storage):
                                           *answers("a", 1, None)])
     path = recorder.flush()
     found = read_live(storage, "s", TRUNK, hours=1)
-    assert {task: (sorted(each.z_BC[:, 0].tolist()), each.seen) for task, each in found.items()} == {
+    assert {task: (sorted(each.z_BC[:, 0].tolist()), each.seen)
+            for task, each in found.items()} == {
         "a": ([0, 1, 2], 3), "b/2": ([3], 1), "none": ([4], 1)}
     assert found["a"].z_BC.shape == (3, 3)
     assert set(pq.read_schema(path).names) == {"task", "seen", "z"}
