@@ -191,6 +191,16 @@ def topology(folder: Path, bucket: str) -> Iterator[tuple[str, dict[str, str]]]:
         print(f"all stopped; logs: {logs}")
 
 
+def check_logs(logs: Path, environment: Mapping[str, str]) -> None:
+    """Raises SystemExit where a secret that was made here stands in a log."""
+    for name in ("RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "MLFLOW_TRACKING_PASSWORD",
+                 "AWS_SECRET_ACCESS_KEY"):
+        for log in logs.iterdir():
+            if environment[name] in log.read_text(errors="replace"):
+                raise SystemExit(f"{log} shows {name}")
+    print("no secret in any log")
+
+
 def main() -> int:
     """Brings the topology up, runs the main job and looks at what it registered."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -211,6 +221,7 @@ def main() -> int:
             code = subprocess.call([str(BIN / "partialhn"), *words], env=environment)
             if code:
                 return code
+    check_logs(folder / "logs", environment)
     return 0
 
 

@@ -32,7 +32,7 @@ from pipelines.registry import Registry, connect
 from pipelines.storage import Storage, open_storage
 from pipelines.versions import Version
 
-COMPONENTS = 8
+COMPONENTS = 16
 REFERENCE_ROWS = 2048
 """Held-out images of a task that are compared with, at most."""
 FEWEST = 30

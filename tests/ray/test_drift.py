@@ -26,6 +26,9 @@ def folder_of(images, path, transform="none"):
     """The images as files, corrupted or as they are."""
     path.mkdir(parents=True)
     for number, encoded in enumerate(images):
+        if transform == "none":  # another size, or other pixels, would be a change
+            (path / f"{number:04d}.png").write_bytes(encoded)
+            continue
         with Image.open(io.BytesIO(encoded)) as image:
             changed = corruptions.corrupt(image.convert("RGB").resize((16, 16)),
                                           corruptions.parse(transform), encoded, 0)

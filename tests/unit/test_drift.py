@@ -17,9 +17,9 @@ DATA = os.environ.get("PARTIALHN_TEST_DATA")
 ALPHA = 0.05
 
 
-def features(parts, images, transform="none"):
+def features(parts, images, size, transform):
     """Pooled trunk features of a table's images."""
-    decoded = datasets.decode(images, 16, transform)
+    decoded = datasets.decode(images, size, transform)
     with torch.no_grad():
         return torch.cat([pooled(parts.trunk(chunk))
                           for chunk in decoded.images_BCHW.split(256)]).numpy()
@@ -30,13 +30,13 @@ def pool(request, parts, tmp_path_factory):
     """Real images of one kind, and a function that gives their features under a corruption."""
     if request.param == "digits":
         folder = tmp_path_factory.mktemp("digits")
-        table_N = datasets.open_stream(DataConfig(tasks=1, input_size=16), folder)[0].train
+        table_N, size = datasets.open_stream(DataConfig(tasks=1), folder)[0].train, 16
     else:
         if DATA is None:
             pytest.skip("PARTIALHN_TEST_DATA names no folder of real images")
-        table_N = read_sets(str(Path(DATA) / "cifar10")).test
+        table_N, size = read_sets(str(Path(DATA) / "cifar10")).test, 32
     images = table_N.take(np.arange(900))
-    return lambda transform="none": features(parts, images, transform)
+    return lambda transform="none": features(parts, images, size, transform)
 
 
 def test_the_same_images_rarely_alarm(pool):
