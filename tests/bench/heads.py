@@ -65,7 +65,8 @@ def case(depth, tasks, images):
             run()
             times[name].append(1000 * (time.perf_counter() - start))
     middle = {name: statistics.median(values) for name, values in times.items()}
-    print(f"depth {depth}, {tasks:3d} tasks, {images:3d} images: looped {middle['looped']:8.1f} ms, "
+    print(f"depth {depth}, {tasks:3d} tasks, {images:3d} images: "
+          f"looped {middle['looped']:8.1f} ms, "
           f"stacked {middle['stacked']:8.1f} ms, ratio "
           f"{middle['stacked'] / middle['looped']:.2f}")
 
