@@ -48,8 +48,8 @@ test-all: setup  ## run the slow tests too
 test-gpu: setup  ## run the tests that need CUDA
 	$(PYTEST) -m gpu
 
-bench: setup  ## measure a training step against a plain head; QUICK=1 for fewer rounds
-	$(BIN)/python tests/bench/step.py --json bench.json $(if $(QUICK),--quick)
+bench: setup  ## measure steps, memory and bytes, into bench.json; QUICK=1 takes three minutes
+	$(BIN)/python tests/bench/step.py --json bench.json $(if $(QUICK),--quick,--plot bench.svg)
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .

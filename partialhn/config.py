@@ -135,15 +135,17 @@ class HypernetConfig:
     """The hypernetwork that generates the head's weights."""
 
     generator: Generator = "bilinear"
-    """bilinear: one code a layer and task over shared columns. additive: one embedding a task
-    through a small network, as published."""
-    code_dim: int = 128
-    """Length d of a task's code for each layer, which is the number of shared columns (bilinear),
-    or of its embedding (additive)."""
+    """bilinear: a code a layer and task over columns that tasks share. additive: one embedding a
+    task through a small network, as published."""
     fresh_columns: int = 16
-    """Shared columns that each task after the first opens for itself (bilinear with residual).
-    Those opened before stay frozen while any are left, and nothing is forgotten; afterwards all
-    move, held by the regulariser. 0: all are open from the start."""
+    """Columns that each task after the first opens for itself (bilinear with residual); it
+    inherits those of the task it starts from, which stay frozen, so nothing is forgotten. 0: all
+    code_dim are open from the start, and move with every task, held by the regulariser."""
+    code_dim: int | None = None
+    """Columns there may be at most (bilinear); default: as many as the tasks open. Tasks that find
+    none left to open move all of them, held by the regulariser."""
+    embedding_dim: int = 32
+    """Length of a task's embedding (additive only)."""
     hidden: tuple[int, ...] = (50, 32)
     """Widths of the network between embedding and rows (additive only)."""
     channel_dim: int = 32
@@ -159,9 +161,16 @@ class HypernetConfig:
     """Strength of the regulariser that keeps the earlier tasks' weights."""
 
     def __post_init__(self) -> None:
-        _require(self.code_dim >= 1, "code_dim", self.code_dim, "1 or more")
-        _require(0 <= self.fresh_columns <= self.code_dim, "fresh_columns", self.fresh_columns,
-                 f"0 to code_dim = {self.code_dim}")
+        columns = self.code_dim
+        _require(self.fresh_columns >= 0, "fresh_columns", self.fresh_columns, "0 or more")
+        _require(columns is None or columns >= 1, "code_dim", columns, "1 or more")
+        _require(columns is not None or self.generator != "bilinear"
+                 or (self.residual and self.fresh_columns > 0), "code_dim", columns,
+                 "a number of columns where all are open from the start (fresh_columns 0, or no "
+                 "residual)")
+        _require(columns is None or self.fresh_columns <= columns, "fresh_columns",
+                 self.fresh_columns, f"0 to code_dim = {columns}")
+        _require(self.embedding_dim >= 1, "embedding_dim", self.embedding_dim, "1 or more")
         _require(self.channel_dim >= 1, "channel_dim", self.channel_dim, "1 or more")
         _require(len(self.hidden) >= 1 and all(n >= 1 for n in self.hidden), "hidden",
                  self.hidden, "one or more positive widths")

@@ -17,13 +17,17 @@ the start of the experience and u = [z ; z - z* ; 1],
     W - W* = M u,   M = [A - A* | A* | b - b*],   sum over t, c of |M u|^2 = <M^T M, S>,
 
 where S = sum over t, c of u u^T has a closed form that costs nothing per task. A bilinear
-generator can also keep the columns of A and v apart: an earlier task's code is zero at columns
-that were opened after it, so while used columns stay frozen, nothing it knows can change.
+generator can also keep its columns apart: each task opens a block of its own and inherits the
+columns of the task it starts from, with their codes. Blocks that are learned stay frozen, so
+nothing that an earlier task knows can change, and what is inherited is generated once a task: a
+step costs the same whatever the number of tasks.
 
-Legend: C output channels (rows), D row length, R row-code length, d columns, T earlier tasks.
+Legend: C output channels (rows), D row length, R row-code length, d columns, L generated tensors,
+T earlier tasks.
 """
 
 import itertools
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
@@ -84,17 +88,23 @@ class DriftEnergy(torch.autograd.Function):
         return 2 * gradient * to_dA, 2 * gradient * to_db, gradient * G_UU, None, None
 
 
-class _Generator(nn.Module):
-    """What both generators share: A_l, b_l, v_l, base_l, and psi* at the experience's start."""
+class Inherited(NamedTuple):
+    """What a task's weights are before its own columns add to them."""
 
-    def __init__(self, tensors: Sequence[GeneratedTensor], row_dim: int, channel_dim: int, *,
-                 residual: bool) -> None:
+    columns: int
+    """How many of the shared columns it is made of."""
+    rows: tuple[Tensor, ...]
+    """(C, D) of each generated tensor."""
+
+
+class _Generator(nn.Module):
+    """What both generators share: b_l, base_l, and psi* at the experience's start."""
+
+    def __init__(self, tensors: Sequence[GeneratedTensor], *, residual: bool) -> None:
         super().__init__()
         self.tensors = tuple(tensors)
-        self.row_dim, self.residual = row_dim, residual
-        self.A = nn.ParameterList(torch.zeros(t.row_length, row_dim) for t in self.tensors)
+        self.residual = residual
         self.b = nn.ParameterList(torch.zeros(t.row_length) for t in self.tensors)
-        self.v = nn.ParameterList(torch.empty(t.rows, channel_dim) for t in self.tensors)
         self.base = nn.ParameterList(torch.zeros(t.rows, t.row_length) for t in self.tensors)
         self.drifts = False
         """Whether what is trained now can change the weights of earlier tasks."""
@@ -106,30 +116,51 @@ class _Generator(nn.Module):
         for base, weight in zip(self.base, weights, strict=True):
             base.data.copy_(weight.reshape(base.shape))
 
+    def add_task(self, task: int) -> None:
+        """Makes room for what a task needs of the shared parts."""
+
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
-        """The code a task starts from: the previous task's, so that what it knows carries over."""
+        """The code a task starts from, given that of the task it starts from."""
         raise NotImplementedError
 
-    def row_codes(self, code: Tensor, index: int) -> Tensor:
-        """z_l(t, .): (C, R) for one task's code."""
+    def inherits(self, task: int) -> bool:
+        """Whether a task's own code only adds to the code of the task it started from."""
+        del task
+        return False
+
+    def whole_code(self, code: Tensor, before: Tensor | None, task: int) -> Tensor:
+        """(L, d) or (1, E): a task's own code after `before`, that of the task it started from."""
         raise NotImplementedError
 
-    def rows(self, code: Tensor, index: int) -> Tensor:
+    def inherit(self, before: Tensor, task: int) -> Inherited:
+        """What a task's weights are before its own columns add to them."""
+        raise NotImplementedError
+
+    def columns(self, index: int) -> tuple[Tensor, Tensor]:
+        """A_l (D, R) and v_l: C rows."""
+        raise NotImplementedError
+
+    def rows(self, code: Tensor, index: int, inherited: Inherited | None) -> Tensor:
         """W_l(t): (C, D)."""
-        bias_CD = self.base[index] + self.b[index]
-        return torch.addmm(bias_CD, self.row_codes(code, index), self.A[index].T)
+        raise NotImplementedError
 
-    def forward(self, code: Tensor) -> dict[str, Tensor]:
+    def bias(self, index: int) -> Tensor:
+        """base_l + b_l: (C, D)."""
+        bias_CD: Tensor = self.base[index] + self.b[index]
+        return bias_CD
+
+    def forward(self, code: Tensor, inherited: Inherited | None = None) -> dict[str, Tensor]:
         """The head's convolution weights for one task, by name: once a step, for every image."""
-        return {tensor.name: self.rows(code, index).view(tensor.shape)
+        return {tensor.name: self.rows(code, index, inherited).view(tensor.shape)
                 for index, tensor in enumerate(self.tensors)}
 
     def uses_code(self, task: int) -> bool:
         """Whether a task's weights depend on its code; a first task may have the base alone."""
         return bool(self.tensors) and not (self.residual and task == 0)
 
-    def column_bytes(self) -> int:
-        """Bytes of shared columns that each later task fills."""
+    def task_bytes(self, task: int) -> int:
+        """Bytes that the shared parts grow by for a task."""
+        del task
         return 0
 
     def begin(self, task: int) -> None:
@@ -140,10 +171,18 @@ class _Generator(nn.Module):
         self.drifts = task > 0
         self.snapshot()
 
+    def shared(self) -> dict[str, Tensor]:
+        """What may drift while a task is learned: psi by name."""
+        found: dict[str, Tensor] = {}
+        for index in range(len(self.tensors)):
+            A_DR, v_CE = self.columns(index)
+            found |= {f"A.{index}": A_DR, f"v.{index}": v_CE, f"b.{index}": self.b[index]}
+        return found
+
     def snapshot(self) -> None:
         """Keeps psi*: the shared parameters as they are now."""
-        self._star = ({name: value.detach().clone() for name, value in self.named_parameters()
-                       if not name.startswith("base.")} if self.drifts else {})
+        self._star = ({name: value.detach().clone() for name, value in self.shared().items()}
+                      if self.drifts else {})
         self._gram = {}
 
     def star(self) -> dict[str, Tensor]:
@@ -155,137 +194,200 @@ class _Generator(nn.Module):
         self._star = {name: value.detach().clone() for name, value in star.items()}
         self._gram = {}
 
-    def _moments(self, index: int, codes: Tensor) -> Tensor:
+    def _moments(self, index: int, codes: Tensor, v_CE: Tensor) -> Tensor:
         """S_UU = sum over tasks and rows of u u^T."""
         raise NotImplementedError
 
     def regulariser(self, codes: Tensor) -> Tensor:
         """Mean over the earlier tasks of |H(e_j) - H*(e_j)|^2, gradient to the shared parts.
 
-        codes: one row a finished task. A scalar; zero right after `snapshot`.
+        codes: (T, L, d), or (T, 1, E) for embeddings: `whole_code` of the finished tasks. A scalar;
+        zero right after `snapshot`.
         """
         total = codes.new_zeros(())
         for index in range(len(self.tensors)):
             A_star_DR, b_star_D = self._star[f"A.{index}"], self._star[f"b.{index}"]
             if index not in self._gram:
                 self._gram[index] = A_star_DR.T @ A_star_DR
-            energy = DriftEnergy.apply(self.A[index] - A_star_DR, self.b[index] - b_star_D,
-                                       self._moments(index, codes), A_star_DR, self._gram[index])
+            A_DR, v_CE = self.columns(index)
+            energy = DriftEnergy.apply(A_DR - A_star_DR, self.b[index] - b_star_D,
+                                       self._moments(index, codes, v_CE), A_star_DR,
+                                       self._gram[index])
             total = total + energy
         return total / len(codes)
 
 
 class BilinearGenerator(_Generator):
-    """W_l(t) = base_l + V_l diag(x_tl) A_l^T + b_l; codes are (L * d) numbers a task."""
+    """W_l(t) = base_l + V_l diag(x_tl) A_l^T + b_l; a code has a number a layer and column."""
 
-    def __init__(self, tensors: Sequence[GeneratedTensor], columns: int, fresh: int, *,
+    def __init__(self, tensors: Sequence[GeneratedTensor], limit: int | None, fresh: int, *,
                  residual: bool) -> None:
-        """`fresh`: columns a task opens; 0 opens all of them for the first that uses any."""
-        super().__init__(tensors, columns, columns, residual=residual)
-        self.code_length = len(self.tensors) * columns
+        """At most `limit` columns, of which a task opens `fresh`; 0 opens all for the first that
+        uses any, and then there must be a limit.
+        """
+        super().__init__(tensors, residual=residual)
         self.fresh = fresh if residual else 0
-        self._frozen, self._open = 0, columns
-        opened = self.fresh or columns
-        for index, tensor in enumerate(self.tensors):
-            if residual:
-                nn.init.normal_(self.v[index], std=3 * opened ** -0.5)
-            else:
-                nn.init.normal_(self.v[index], std=columns ** -0.5)
-                nn.init.normal_(self.A[index], std=_row_scale(tensor))
+        if limit is None and not self.fresh:
+            raise ValueError("limit is None; allowed: a number where no columns are kept fresh")
+        self.limit = sys.maxsize if limit is None else limit
+        self.A = nn.ModuleList(nn.ParameterList() for _ in self.tensors)
+        self.v = nn.ModuleList(nn.ParameterList() for _ in self.tensors)
 
     def open_columns(self, task: int) -> int:
-        """Columns that tasks 0 to `task` use; a first task with a base of its own uses none."""
-        if self.residual and task <= 0:
+        """Columns there are for tasks 0 to `task`; a first task with a base of its own has none."""
+        if task < 0 or (self.residual and task == 0):
             return 0
-        return min(self.row_dim, task * self.fresh) if self.fresh else self.row_dim
+        return min(self.limit, task * self.fresh) if self.fresh else self.limit
 
-    def column_bytes(self) -> int:
-        return 4 * self.fresh * sum(t.rows + t.row_length for t in self.tensors)
+    def own_columns(self, task: int) -> tuple[int, int]:
+        """First and last + 1 of the columns that a task's own code is for: those it opens, or all
+        where there are none left to open.
+        """
+        before, after = self.open_columns(task - 1), self.open_columns(task)
+        return (before if before < after else 0), after
+
+    def add_task(self, task: int) -> None:
+        """Opens the task's block of columns: V at random, A zero unless everything is generated."""
+        width = self.open_columns(task) - self.open_columns(task - 1)
+        if width == 0:
+            return
+        for A, v, tensor in zip(self.A, self.v, self.tensors, strict=True):
+            A_Dd, v_Cd = torch.zeros(tensor.row_length, width), torch.empty(tensor.rows, width)
+            if self.residual:
+                nn.init.normal_(v_Cd, std=3 * width ** -0.5)
+            else:
+                nn.init.normal_(v_Cd, std=width ** -0.5)
+                nn.init.normal_(A_Dd, std=_row_scale(tensor))
+            cast(nn.ParameterList, A).append(nn.Parameter(A_Dd))
+            cast(nn.ParameterList, v).append(nn.Parameter(v_Cd))
+
+    def task_bytes(self, task: int) -> int:
+        width = self.open_columns(task) - self.open_columns(task - 1)
+        return 4 * width * sum(t.rows + t.row_length for t in self.tensors)
 
     def begin(self, task: int) -> None:
         """While a task opens columns, those before them are frozen and nothing drifts."""
         super().begin(task)
-        self._frozen, self._open = 0, self.open_columns(task)
-        before = self.open_columns(task - 1) if task else 0
-        if self.fresh and task and before < self._open:
-            self._frozen, self.drifts, self._star = before, False, {}
-            self.b.requires_grad_(False)
+        if not self.fresh or not task or self.own_columns(task)[1] == self.open_columns(task - 1):
+            return
+        self.drifts, self._star = False, {}
+        self.b.requires_grad_(False)
+        for blocks in [*self.A, *self.v]:
+            for block in list(blocks.parameters())[:-1]:
+                block.requires_grad_(False)
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
-        """Ones at the columns the task opens, zeros at those not opened yet."""
-        code_Ld = (torch.zeros(len(self.tensors), self.row_dim) if previous is None
-                   else previous.detach().clone().view(len(self.tensors), self.row_dim))
-        before = self.open_columns(task - 1) if task else 0
-        code_Ld[:, before:self.open_columns(task)] = 1
-        return code_Ld.flatten()
+        """Ones at the columns the task opens; with none left, all of the previous task's code.
 
-    def row_codes(self, code: Tensor, index: int) -> Tensor:
-        d = self.row_dim
-        v_Cd: Tensor = self.v[index]
-        return v_Cd * code[index * d:(index + 1) * d]
-
-    def rows(self, code: Tensor, index: int) -> Tensor:
-        """W_l(t): the frozen columns give their codes a gradient, the open ones all they have.
-
-        One product over all of them: in two, an earlier task's weights would round differently
-        once the cut between frozen and open columns has moved.
+        previous: (L, d), inherited columns included.
         """
-        bias_CD: Tensor = self.base[index] + self.b[index]
-        if not self._open:
+        first, last = self.own_columns(task)
+        if previous is None or first or not self.open_columns(task - 1):
+            return torch.ones(len(self.tensors) * (last - first))
+        return widened(previous, last).flatten()
+
+    def inherits(self, task: int) -> bool:
+        return self.own_columns(task)[0] > 0
+
+    def whole_code(self, code: Tensor, before: Tensor | None, task: int) -> Tensor:
+        own_Ld = self._by_layer(code)
+        if before is None:
+            return own_Ld
+        return torch.cat([widened(before, self.own_columns(task)[0]), own_Ld], 1)
+
+    @torch.no_grad()
+    def inherit(self, before: Tensor, task: int) -> Inherited:
+        """What a task's weights are before its own columns, started from a task of this code."""
+        d = self.own_columns(task)[0]
+        code_Ld = widened(before, d)
+        rows = []
+        for index in range(len(self.tensors)):
+            A_Dd, v_Cd = self._block(self.A[index], 0, d), self._block(self.v[index], 0, d)
+            rows.append(torch.addmm(self.bias(index), v_Cd * code_Ld[index], A_Dd.T))
+        return Inherited(d, tuple(rows))
+
+    def columns(self, index: int) -> tuple[Tensor, Tensor]:
+        return (torch.cat(list(self.A[index].parameters()), 1),
+                torch.cat(list(self.v[index].parameters()), 1))
+
+    def rows(self, code: Tensor, index: int, inherited: Inherited | None) -> Tensor:
+        first = inherited.columns if inherited else 0
+        bias_CD = inherited.rows[index] if inherited else self.bias(index)
+        x_d = self._by_layer(code)[index]
+        if not len(x_d):
             return bias_CD
-        x_d = code[index * self.row_dim:(index + 1) * self.row_dim]
-        A_Dd, v_Cd = self._columns(self.A[index]), self._columns(self.v[index])
-        return torch.addmm(bias_CD, v_Cd * x_d[:self._open], A_Dd.T)
+        A_Dd = self._block(self.A[index], first, first + len(x_d))
+        v_Cd = self._block(self.v[index], first, first + len(x_d))
+        return torch.addmm(bias_CD, v_Cd * x_d, A_Dd.T)
 
-    def _columns(self, shared: Tensor) -> Tensor:
-        """The columns in use, of which the frozen ones take no gradient."""
-        if not self._frozen:
-            return shared[:, :self._open]
-        return torch.cat([shared[:, :self._frozen].detach(),
-                          shared[:, self._frozen:self._open]], 1)
+    def _by_layer(self, code: Tensor) -> Tensor:
+        return code.view(len(self.tensors), len(code) // max(1, len(self.tensors)))
 
-    def _moments(self, index: int, codes: Tensor) -> Tensor:
-        d = self.row_dim
-        x_Td = codes[:, index * d:(index + 1) * d]
-        v_Cd = self.v[index]
+    @staticmethod
+    def _block(blocks: nn.Module, first: int, last: int) -> Tensor:
+        """Columns `first` to `last` - 1, which are whole blocks."""
+        ends = list(itertools.accumulate(block.shape[1] for block in blocks.parameters()))
+        chosen: list[Tensor] = [block for block, end in zip(blocks.parameters(), ends, strict=True)
+                                if first < end <= last]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, 1)
+
+    def _moments(self, index: int, codes: Tensor, v_CE: Tensor) -> Tensor:
+        x_Td = codes[:, index]
         a_TU = torch.cat([x_Td, x_Td, x_Td.new_ones(len(x_Td), 1)], 1)
-        b_CU = torch.cat([v_Cd, v_Cd - self._star[f"v.{index}"], v_Cd.new_ones(len(v_Cd), 1)], 1)
+        b_CU = torch.cat([v_CE, v_CE - self._star[f"v.{index}"], v_CE.new_ones(len(v_CE), 1)], 1)
         return (a_TU.T @ a_TU) * (b_CU.T @ b_CU)
 
 
 class AdditiveGenerator(_Generator):
     """W_l(t)[c] = base_l[c] + A_l [mlp(e_t) ; v_lc] + b_l; an embedding of E numbers a task."""
 
-    def __init__(self, tensors: Sequence[GeneratedTensor], code_dim: int, hidden: Sequence[int],
-                 channel_dim: int, *, residual: bool) -> None:
-        super().__init__(tensors, hidden[-1] + channel_dim, channel_dim, residual=residual)
-        self.code_length = code_dim
+    def __init__(self, tensors: Sequence[GeneratedTensor], embedding_dim: int,
+                 hidden: Sequence[int], channel_dim: int, *, residual: bool) -> None:
+        super().__init__(tensors, residual=residual)
+        self.embedding_dim = embedding_dim
+        row_dim = hidden[-1] + channel_dim
+        self.A = nn.ParameterList(torch.zeros(t.row_length, row_dim) for t in self.tensors)
+        self.v = nn.ParameterList(torch.empty(t.rows, channel_dim) for t in self.tensors)
         layers: list[nn.Module] = []
-        for width_in, width in itertools.pairwise((code_dim, *hidden)):
+        for width_in, width in itertools.pairwise((embedding_dim, *hidden)):
             layers += [nn.Linear(width_in, width), nn.ReLU()]
         self.mlp = nn.Sequential(*layers[:-1])
         for index, tensor in enumerate(self.tensors):
             nn.init.normal_(self.v[index])
             if not residual:
-                nn.init.normal_(self.A[index], std=_row_scale(tensor) * self.row_dim ** -0.5)
+                nn.init.normal_(self.A[index], std=_row_scale(tensor) * row_dim ** -0.5)
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
-        """Standard normal for the first task."""
+        """The previous task's, so that what it knows carries over; at first standard normal."""
         del task
-        return torch.randn(self.code_length) if previous is None else previous.detach().clone()
+        return torch.randn(self.embedding_dim) if previous is None else previous.flatten().clone()
 
-    def row_codes(self, code: Tensor, index: int) -> Tensor:
+    def whole_code(self, code: Tensor, before: Tensor | None, task: int) -> Tensor:
+        del before, task
+        return code[None]
+
+    def columns(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.A[index], self.v[index]
+
+    def rows(self, code: Tensor, index: int, inherited: Inherited | None) -> Tensor:
+        assert inherited is None
         x_H, v_CE = self.mlp(code), self.v[index]
-        return torch.cat([x_H.expand(len(v_CE), -1), v_CE], 1)
+        z_CR = torch.cat([x_H.expand(len(v_CE), -1), v_CE], 1)
+        return torch.addmm(self.bias(index), z_CR, self.A[index].T)
+
+    def shared(self) -> dict[str, Tensor]:
+        return super().shared() | {f"mlp.{name}": value
+                                   for name, value in self.mlp.named_parameters()}
 
     def _wide_mlp(self, codes: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """x_TH in float64, so that two that are nearly equal can be subtracted."""
         wide = {name: value.double() for name, value in parameters.items()}
         return cast(Tensor, torch.func.functional_call(self.mlp, wide, (codes.double(),)))
 
-    def _moments(self, index: int, codes: Tensor) -> Tensor:
+    def _moments(self, index: int, codes: Tensor, v_CE: Tensor) -> Tensor:
         """u(t, c) = p(t) + q(c), so S needs the sums over tasks and over rows only."""
-        star, v_CE = self._star, self.v[index]
+        star = self._star
+        codes = codes[:, 0]
         x_TH = self._wide_mlp(codes, dict(self.mlp.named_parameters()))
         with torch.no_grad():
             x_star_TH = self._wide_mlp(codes, {name: star[f"mlp.{name}"]
@@ -299,6 +401,11 @@ class AdditiveGenerator(_Generator):
                           v_CE.new_zeros(C, x_TH.shape[1]), dv_CE, v_CE.new_ones(C, 1)], 1)
         cross_UU = torch.outer(p_TU.sum(0), q_CU.sum(0))
         return C * p_TU.T @ p_TU + cross_UU + cross_UU.T + T * q_CU.T @ q_CU
+
+
+def widened(code_Ld: Tensor, columns: int) -> Tensor:
+    """A code for more columns, which is zero at those it did not know."""
+    return nn.functional.pad(code_Ld, (0, columns - code_Ld.shape[1]))
 
 
 def _row_scale(tensor: GeneratedTensor) -> float:
@@ -315,5 +422,5 @@ def build_generator(config: HypernetConfig, tensors: Sequence[GeneratedTensor]) 
     if config.generator == "bilinear":
         return BilinearGenerator(tensors, config.code_dim, config.fresh_columns,
                                  residual=config.residual)
-    return AdditiveGenerator(tensors, config.code_dim, config.hidden, config.channel_dim,
+    return AdditiveGenerator(tensors, config.embedding_dim, config.hidden, config.channel_dim,
                              residual=config.residual)

@@ -18,7 +18,7 @@ PRESETS: dict[str, Config] = {
         DataConfig(data="digits", tasks=5, input_size=16),
         BackboneConfig(freeze_depth=3, trunk_epochs=15, trunk_batch_size=32),
         FeatureConfig(views=3, augment="crop"),
-        HypernetConfig(code_dim=64),
+        HypernetConfig(),
         TrainConfig(epochs=15, batch_size=32, compare=("separate_heads", "naive")),
         ComputeConfig(threads=1)),
     # partialhn train --preset split-cifar10 --data CIFAR10_FOLDER

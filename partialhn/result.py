@@ -119,12 +119,11 @@ def model_sizes(model: Model) -> dict[str, Any]:
     def size(tensors: Mapping[str, Any]) -> int:
         return int(sum(value.numel() * value.element_size() for value in tensors.values()))
 
-    state = model.strategy.state_dict()
-    owned = {key: value for key, value in state.items() if key.startswith("tasks.")}
+    strategy = model.strategy
+    own = sum(strategy.task_bytes(task) for task in range(len(strategy.classes)))
     trunk = model.trunk.state_dict()
-    return {"trunk_bytes": size(trunk), "shared_bytes": size(state) - size(owned),
-            "column_bytes_per_task": model.strategy.column_bytes(),
-            "weights": {"generated": model.strategy.head.weight_count,
+    return {"trunk_bytes": size(trunk), "shared_bytes": size(strategy.state_dict()) - own,
+            "weights": {"generated": strategy.head.weight_count,
                         "trunk": sum(value.numel() for value in trunk.values())}}
 
 

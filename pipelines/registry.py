@@ -179,6 +179,12 @@ class Registry:
             if not (token := page.token):
                 return sorted(found, key=lambda v: v.version)
 
+    def version_of(self, name: str, prefix: str) -> Version | None:
+        """The version of the model after a task, by its place in the chain; None: not there."""
+        with contextlib.suppress(InputError):  # nothing of the stream is registered yet
+            return next((v for v in self.versions(name) if v.tags.get("prefix") == prefix), None)
+        return None
+
     def resolve(self, model_uri: str) -> Version:
         """The version behind models:/<name>@<alias> or models:/<name>/<version>.
 

@@ -194,10 +194,8 @@ def _bytes_table(facts: Facts) -> str:
         ("Stored features", "can be deleted and computed again", "feature_bytes"),
         ("Checkpoint", "everything prediction needs, all tasks", "checkpoint_bytes"),
         ("Trunk", "frozen; part of the checkpoint", "trunk_bytes"),
-        ("Shared generator", "of all tasks; part of the checkpoint", "shared_bytes"),
+        ("Shared base", "of all tasks; part of the checkpoint", "shared_bytes"),
         ("Each new task", "what the checkpoint grows by", "bytes_per_task"),
-        ("Columns a task fills", "of the shared generator, reserved from the start",
-         "column_bytes_per_task"),
     ) if result.get(field) is not None]
     if not rows:
         return ""

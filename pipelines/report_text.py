@@ -82,7 +82,6 @@ def _costs(facts: Facts) -> list[str]:
     sizes = [(label, size(result[field])) for label, field in (
         ("features", "feature_bytes"), ("checkpoint", "checkpoint_bytes"),
         ("trunk", "trunk_bytes"), ("shared", "shared_bytes"), ("per task", "bytes_per_task"),
-        ("of shared filled per task", "column_bytes_per_task"),
         ("peak memory", "peak_rss_bytes")) if result.get(field) is not None]
     lines = _wrapped("Time", stages) + _wrapped("Bytes", sizes)
     if result.get("model_uri"):

@@ -136,8 +136,6 @@ def _cost(facts: Facts) -> str:
         adds = f"adds {size(ours)} to the model"
         if separate is not None and separate.bytes_per_task:
             adds += f", against {size(separate.bytes_per_task)} for a separate head"
-        if filled := facts.result.get("column_bytes_per_task"):
-            adds += f"; it fills {size(filled)} of the columns that were reserved for such tasks"
         parts.append(adds)
     if not parts:
         return ""

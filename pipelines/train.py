@@ -77,11 +77,12 @@ def _notes(config: Config, tasks: int) -> list[str]:
     hypernet = config.hypernet
     fresh = hypernet.fresh_columns
     if (config.train.strategy != "partial_hn" or hypernet.generator != "bilinear"
-            or not hypernet.residual or not fresh or (tasks - 1) * fresh <= hypernet.code_dim):
+            or not hypernet.residual or not fresh or hypernet.code_dim is None
+            or (tasks - 1) * fresh <= hypernet.code_dim):
         return []
     served = 1 + -(-hypernet.code_dim // fresh)
-    return [f"note: {hypernet.code_dim} columns (--code-dim) give columns of their own to the "
-            f"first {served} of {tasks} tasks; the others are learned less well. All {tasks} "
+    return [f"note: at most {hypernet.code_dim} columns (--code-dim) give columns of their own to "
+            f"the first {served} of {tasks} tasks; the others are learned less well. All {tasks} "
             f"would take --code-dim {(tasks - 1) * fresh}"]
 
 

@@ -85,10 +85,6 @@ class Strategy(nn.Module):
             raise InputError(f"checkpoint holds {sorted(state)[:3]}, which "
                              f"{type(self).__name__} does not use")
 
-    def column_bytes(self) -> int:
-        """Bytes of shared state, reserved from the start, that each later task fills."""
-        return 0
-
     def task_bytes(self, task: int) -> int:
         """Bytes that one task adds to the checkpoint."""
         return sum(value.numel() * value.element_size()

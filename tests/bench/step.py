@@ -1,30 +1,34 @@
-"""Time of a training step: ours against a plain head of the same shape on the same features.
+"""Time and memory of a training step against a plain head, and against the method as published.
 
-    python tests/bench/step.py [--quick] [--json FILE]
+    python tests/bench/step.py [--quick] [--json FILE] [--plot FILE]
 
-Rounds alternate between the two, so that a machine that slows down slows both; a row is the median
-over rounds of the ratio within a round. Milliseconds are of one thread's processor time.
+Milliseconds are processor time of one thread; a ratio is the median over rounds that alternate.
 
 Legend: B batch, C channels, H W spatial.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
+from published import BETA, PublishedStep
+from rows import compare, row, say, write
 from torch import nn
 
 from partialhn.backbone import build_network, split
 from partialhn.config import HypernetConfig, TrainConfig
 from partialhn.model import Head, head_start
-from partialhn.strategies import PartialHypernet, Strategy
+from partialhn.strategies import PartialHypernet
 from partialhn.train import Objective, make_optimiser
 
 CLASSES, BATCH = 10, 64
+TASKS = (0, 1, 10, 100)
+DEFAULT = HypernetConfig()
+FULL = HypernetConfig(code_dim=128)
+"""After nine tasks no column is left: all move, held by the regulariser."""
 
 
 class PlainHead(nn.Module):
@@ -41,14 +45,39 @@ class PlainHead(nn.Module):
         return nn.functional.cross_entropy(logits_BK, y_B)
 
 
+class DirectRegulariser(nn.Module):
+    """Our strategy with the regulariser as the sum it stands for: old weights generated twice."""
+
+    def __init__(self, strategy: PartialHypernet, task: int) -> None:
+        super().__init__()
+        self.strategy, self.task = strategy, task
+        with torch.no_grad():
+            self.codes = [strategy.code(earlier).flatten() for earlier in range(1, task)]
+
+    def forward(self, z_BCHW, y_B, share):
+        loss = share * nn.functional.cross_entropy(self.strategy(z_BCHW, self.task), y_B)
+        for code in self.codes:
+            with torch.no_grad():
+                old = self.strategy.hypernet(code)
+            new = self.strategy.hypernet(code)
+            loss = loss + BETA / len(self.codes) * sum((new[name] - old[name]).square().sum()
+                                                       for name in new)
+        return loss
+
+
+def images() -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch: what is in it does not matter for time."""
+    return (torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8),
+            torch.randint(0, CLASSES, (BATCH,)))
+
+
 def features(depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch of real-sized features: what is in them does not matter for time."""
-    trunk, _ = split(build_network("slim_resnet18", CLASSES), depth)
-    images_BCHW = torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8)
-    return trunk(images_BCHW), torch.randint(0, CLASSES, (BATCH,))
+    """A batch of stored features."""
+    images_BCHW, y_B = images()
+    return split(build_network("slim_resnet18", CLASSES), depth)[0](images_BCHW), y_B
 
 
-def ours(depth: int, earlier: int, config: HypernetConfig) -> Strategy:
+def strategy_at(depth: int, earlier: int, config: HypernetConfig) -> PartialHypernet:
     """Our strategy as it is while it learns a task after `earlier` others."""
     network = build_network("slim_resnet18", CLASSES)
     head = Head(network, depth, config.norm, config.norm_groups)
@@ -72,50 +101,148 @@ def stepper(module, optimiser, batch):
     return step
 
 
-def measure(first, second, rounds: int, steps: int) -> tuple[float, float, float]:
-    """Median milliseconds of each, and the median ratio of pairs."""
-    def once(step) -> float:
-        start = time.process_time()
-        for _ in range(steps):
-            step()
-        return 1e3 * (time.process_time() - start) / steps
+def plain(depth: int, batch):
+    """A step of the plain head."""
+    head = PlainHead(depth).train()
+    return stepper(head, torch.optim.Adam(head.parameters(), 1e-3, fused=True), batch)
 
-    once(first), once(second)
-    pairs = [(once(first), once(second)) for _ in range(rounds)]
-    return (statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs),
-            statistics.median(a / b for a, b in pairs))
+
+def ours(depth: int, earlier: int, batch, config: HypernetConfig = DEFAULT):
+    """A step of ours."""
+    strategy = strategy_at(depth, earlier, config)
+    return stepper(Objective(strategy, earlier, 0.0), make_optimiser(strategy, TrainConfig()),
+                   (*batch, 1.0))
+
+
+def direct(depth: int, earlier: int, batch):
+    """A step of ours with the direct regulariser."""
+    strategy = strategy_at(depth, earlier, FULL)
+    return stepper(DirectRegulariser(strategy, earlier), make_optimiser(strategy, TrainConfig()),
+                   (*batch, 1.0))
+
+
+def published(depth: int, earlier: int):
+    """A step of the method as published, on images."""
+    module = PublishedStep(depth, earlier, CLASSES)
+    return stepper(module, torch.optim.Adam(module.hypernet.parameters(), 1e-3), images())
+
+
+def against_a_plain_head(rounds: int, steps: int):
+    """Goal 1, and goal 2 of the same numbers."""
+    for depth in (1, 2, 3, 4):
+        batch = features(depth)
+        base = plain(depth, batch)
+        for earlier in TASKS:
+            mine, theirs, ratio, spread = compare(ours(depth, earlier, batch), base, rounds, steps)
+            yield row(f"step/plain-head/depth{depth}/t{earlier}", "plain nn.Module head", ratio,
+                      3.0 if depth == 4 else 1.15, median_ms=mine, baseline_ms=theirs,
+                      spread=round(spread, 3))
+        late, early, ratio, spread = compare(ours(depth, 100, batch), ours(depth, 1, batch), rounds,
+                                             steps)
+        yield row(f"step/flat/depth{depth}/t100", "the same step after 1 task", ratio, 1.05,
+                  median_ms=late, baseline_ms=early, spread=round(spread, 3))
+    batch = features(3)
+    base = plain(3, batch)
+    for earlier in (10, 100):
+        mine, theirs, ratio, spread = compare(ours(3, earlier, batch, FULL), base, rounds, steps)
+        yield row(f"step/plain-head/columns-used-up/depth3/t{earlier}", "plain nn.Module head",
+                  ratio, 1.15, median_ms=mine, baseline_ms=theirs, spread=round(spread, 3))
+
+
+def against_the_published(rounds: int):
+    """Goal 3."""
+    for depth, goal in ((1, 1.0), (2, 1.0), (3, 25.0), (4, 100.0)):
+        theirs, mine, ratio, spread = compare(published(depth, 19),
+                                              ours(depth, 19, features(depth)), rounds, 1)
+        yield row(f"step/published/depth{depth}/t19", "ours; the ratio is how much slower the "
+                  "published method is", ratio, goal, at_least=True, median_ms=mine,
+                  baseline_ms=theirs, spread=round(spread, 3))
+
+
+def memory():
+    """Peak resident memory of ten steps, each in a process of its own, libraries included."""
+    late, early = _peak("ours", 3, 100), _peak("ours", 3, 1)
+    theirs = _peak("published", 3, 19)
+    yield row("memory/flat/depth3/t100", "the same after 1 task", late / early, 1.05,
+              bytes=late, baseline_bytes=early)
+    yield row("memory/published/depth3/t19", "ours after 100 tasks; the ratio is how much more the "
+              "published method takes", theirs / late, 1.0, at_least=True, bytes=late,
+              baseline_bytes=theirs)
+
+
+def _peak(what: str, depth: int, earlier: int) -> int:
+    done = subprocess.run([sys.executable, __file__, "--peak", what, str(depth), str(earlier)],
+                          capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+def print_peak(what: str, depth: int, earlier: int) -> None:
+    """Takes ten steps and prints this process's peak resident memory in bytes."""
+    step = {"ours": lambda: ours(depth, earlier, features(depth)),
+            "published": lambda: published(depth, earlier)}[what]()
+    for _ in range(10):
+        step()
+    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def growth():
+    """Bytes that a task adds, against a whole head."""
+    for fresh in (16, 4, 1):
+        strategy = strategy_at(3, 2, HypernetConfig(fresh_columns=fresh))
+        head = 4 * (strategy.head.weight_count + strategy.head.norm_length
+                    + CLASSES * (strategy.head.width + 1))
+        yield row(f"bytes/task/depth3/fresh{fresh}", "a head of its own",
+                  strategy.task_bytes(2) / head, 0.15, bytes=strategy.task_bytes(2),
+                  baseline_bytes=head)
+
+
+def plot(path: Path, rounds: int) -> None:
+    """Step time at depth 3 against the number of earlier tasks, of all four."""
+    import matplotlib
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    batch, lines = features(3), {}
+    base = plain(3, batch)
+    for name, make, tasks in (
+            ("per sample, as published", lambda t: published(3, t), (1, 5, 10, 19)),
+            ("ours, direct regulariser", lambda t: direct(3, t, batch), (10, 19, 50)),
+            ("ours, columns used up", lambda t: ours(3, t, batch, FULL), (10, 19, 50, 100)),
+            ("ours", lambda t: ours(3, t, batch), (1, 5, 10, 19, 50, 100))):
+        lines[name] = [(t, *compare(make(t), base, rounds, 1)[:2]) for t in tasks]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, points in lines.items():
+        axes.plot([t for t, _, _ in points], [ms for _, ms, _ in points], marker="o", label=name)
+    axes.axhline(lines["ours"][0][2], color="0.4", linestyle="--", label="plain head")
+    axes.set(yscale="log", xlabel="earlier tasks", ylabel="processor milliseconds a step",
+             title="A training step at depth 3, batch 64, one CPU thread")
+    axes.legend(loc="center right")
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="draw step time against earlier tasks, as SVG")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    if options.peak:
+        print_peak(options.peak[0], int(options.peak[1]), int(options.peak[2]))
+        return
     rounds, steps = (3, 3) if options.quick else (9, 8)
     rows = []
-    for depth in (1, 2, 3, 4):
-        z_BCHW, y_B = features(depth)
-        plain = PlainHead(depth).train()
-        base = stepper(plain, torch.optim.Adam(plain.parameters(), 1e-3, fused=True),
-                       (z_BCHW, y_B))
-        for earlier in (0, 1, 10, 100):
-            strategy = ours(depth, earlier, HypernetConfig())
-            step = stepper(Objective(strategy, earlier, 0.0),
-                           make_optimiser(strategy, TrainConfig()), (z_BCHW, y_B, 1.0))
-            mine, theirs, ratio = measure(step, base, rounds, steps)
-            goal = 3.0 if depth == 4 else 1.15
-            rows.append({"name": f"step/plain-head/depth{depth}/t{earlier}",
-                         "baseline": "plain nn.Module head", "ratio": round(ratio, 3),
-                         "goal": goal, "holds": ratio <= goal, "median_ms": round(mine, 2),
-                         "baseline_ms": round(theirs, 2)})
-            print("{name:34} {median_ms:8.2f} ms  {baseline_ms:8.2f} ms  ratio {ratio:.3f}  "
-                  "goal {goal}  {holds}".format(**rows[-1]), flush=True)
-    if options.json:
-        machine = {"machine": platform.processor() or platform.machine(),
-                   "torch": torch.__version__, "threads": 1}
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    for group in (against_a_plain_head(rounds, steps),
+                  against_the_published(2 if options.quick else 5), memory(), growth()):
+        for made in group:
+            rows.append(made)
+            say(made)
+    write(options.json, rows)
+    if options.plot:
+        plot(options.plot, rounds)
 
 
 if __name__ == "__main__":

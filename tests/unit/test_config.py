@@ -8,7 +8,7 @@ import math
 import pytest
 
 from partialhn import config as options
-from partialhn.config import Config, load_config
+from partialhn.config import Config, HypernetConfig, load_config
 from partialhn.errors import InputError
 
 LIMITS = {
@@ -32,7 +32,8 @@ LIMITS = {
     "features.feature_dtype": ["float64"],
     "hypernet.generator": ["trilinear"],
     "hypernet.code_dim": [0],
-    "hypernet.fresh_columns": [-1, 129],
+    "hypernet.fresh_columns": [-1, 0],
+    "hypernet.embedding_dim": [0],
     "hypernet.channel_dim": [0],
     "hypernet.hidden": [[], [0]],
     "hypernet.norm": ["none"],
@@ -126,6 +127,8 @@ def test_options_that_contradict_each_other():
         ({"data": {"tasks": 3, "task_sizes": [1, 2]}}, "one count for each of the 3 tasks"),
         ({"train": {"strategy": "naive", "compare": ["naive"]}}, "other than the strategy"),
         ({"hypernet": {"code_dim": 8, "fresh_columns": 9}}, "0 to code_dim = 8"),
+        ({"hypernet": {"fresh_columns": 0}}, "code_dim is None; allowed: a number of columns"),
+        ({"hypernet": {"residual": False}}, "code_dim is None; allowed: a number of columns"),
         ({"features": {"views": 2, "augment": "none"}}, "views is more than 1"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -189,7 +192,7 @@ def test_work_hash_ignores_what_changes_nothing():
 
 
 def test_work_hash_names_everything_else():
-    config = Config()
+    config = Config(hypernet=HypernetConfig(code_dim=128))
     changes = {
         "data.tasks": 2, "data.task_sizes": (1, 1), "data.classes": 4, "data.input_size": 16,
         "data.validation": 0.2, "data.test": 0.3, "data.task_transforms": ("blur",),
@@ -199,6 +202,7 @@ def test_work_hash_names_everything_else():
         "backbone.trunk_learning_rate": 0.1, "backbone.trunk_seed": 1, "features.views": 3,
         "features.augment": "flip", "features.feature_dtype": "float32", "features.shard_rows": 2,
         "hypernet.generator": "additive", "hypernet.code_dim": 64, "hypernet.fresh_columns": 0,
+        "hypernet.embedding_dim": 16,
         "hypernet.hidden": (3,), "hypernet.channel_dim": 3, "hypernet.residual": False,
         "hypernet.norm": "layer", "hypernet.norm_groups": 2, "hypernet.beta": 0.5,
         "train.strategy": "naive", "train.compare": ("naive",), "train.epochs": 2,

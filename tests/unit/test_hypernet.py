@@ -23,9 +23,17 @@ def generator(kind, residual, dtype=torch.float64, seed=0):
     torch.manual_seed(seed)
     made = (BilinearGenerator(LAYERS, 7, 0, residual=residual) if kind == "bilinear"
             else AdditiveGenerator(LAYERS, 9, (6, 5), 4, residual=residual))
+    for task in range(2):
+        made.add_task(task)
     for parameter in made.parameters():
         parameter.data.normal_().mul_(0.3)
     return made.to(dtype)
+
+
+def random_codes(made, earlier, dtype):
+    """Whole codes of earlier tasks, as `whole_code` gives them."""
+    shape = (len(LAYERS), 7) if isinstance(made, BilinearGenerator) else (1, 9)
+    return torch.randn(earlier, *shape, dtype=dtype)
 
 
 def shared(made):
@@ -40,14 +48,14 @@ def drifted(kind, residual, earlier, drift, dtype):
     with torch.no_grad():
         for value in shared(made):
             value.add_(drift * torch.randn_like(value))
-    return made, star, torch.randn(earlier, made.code_length, dtype=dtype)
+    return made, star, random_codes(made, earlier, dtype)
 
 
 def direct(made, star, codes):
     """Every earlier weight generated twice, in float64."""
     total = 0.0
     for code in codes.double():
-        new, old = made.double()(code), star.double()(code)
+        new, old = made.double()(code.flatten()), star.double()(code.flatten())
         total = total + sum((new[name] - old[name].detach()).square().sum() for name in new)
     return total / len(codes)
 
@@ -78,7 +86,8 @@ def test_closed_form_equals_the_direct_sum(dtype, kind, residual, earlier, drift
 def test_the_difference_of_large_numbers_would_fail_the_same_test(kind):
     """The test above can tell: the naive form in float32 is wrong where drift is tiny."""
     made, star, codes = drifted(kind, False, 7, 1e-6, torch.float32)
-    naive = sum((made(code)[name] - star(code)[name]).square().sum() for code in codes
+    naive = sum((made(code.flatten())[name] - star(code.flatten())[name]).square().sum()
+                for code in codes
                 for name in ("first", "second", "shortcut")) / len(codes)
     assert relative(naive, direct(made, star, codes)) > 1e-4
 
@@ -103,10 +112,11 @@ def test_snapshot_survives_its_own_round_trip(kind):
 
 def test_bilinear_weights_are_the_published_product():
     made = generator("bilinear", True)
-    code = torch.randn(made.code_length, dtype=torch.float64)
+    code = torch.randn(3 * 7, dtype=torch.float64)
     for index, tensor in enumerate(LAYERS):
         x = code.view(3, 7)[index]
-        wanted = made.base[index] + made.v[index] @ torch.diag(x) @ made.A[index].T + made.b[index]
+        A_Dd, v_Cd = made.columns(index)
+        wanted = made.base[index] + v_Cd @ torch.diag(x) @ A_Dd.T + made.b[index]
         torch.testing.assert_close(made(code)[tensor.name], wanted.view(tensor.shape))
 
 
@@ -122,8 +132,9 @@ def test_additive_task_part_is_one_vector_for_every_channel():
 def test_first_weights_have_the_spread_of_a_fresh_convolution(kind):
     torch.manual_seed(0)
     layer = GeneratedTensor("w", (64, 32, 3, 3))
-    config = HypernetConfig(generator=kind, residual=False, fresh_columns=0)
+    config = HypernetConfig(generator=kind, residual=False, fresh_columns=0, code_dim=64)
     made = build_generator(config, [layer])
+    made.add_task(0)
     weights = made(made.next_code(None, 0))["w"]
     wanted = (2 / (64 * 9)) ** 0.5
     assert 0.5 * wanted < weights.std().item() < 2 * wanted
@@ -135,59 +146,97 @@ def test_residual_starts_at_the_given_weights(kind):
     made = build_generator(HypernetConfig(generator=kind, code_dim=8, fresh_columns=2), LAYERS)
     weights = [torch.randn(layer.shape) for layer in LAYERS]
     made.set_base(weights)
-    code = made.next_code(None, 0)
+    whole = None
     for task in range(3):
+        made.add_task(task)
+        code = made.next_code(whole, task)
         made.begin(task)
+        inherited = made.inherit(whole, task) if made.inherits(task) else None
         for layer, weight in zip(LAYERS, weights, strict=True):
-            assert torch.equal(made(code)[layer.name], weight)
-        code = made.next_code(code, task + 1)
+            assert torch.equal(made(code, inherited)[layer.name], weight)
+        whole = made.whole_code(code, whole if made.inherits(task) else None, task)
 
 
-def bilinear(fresh, columns=6):
+def bilinear(fresh, columns=6, tasks=6):
     torch.manual_seed(0)
-    return BilinearGenerator(LAYERS, columns, fresh, residual=True)
+    made = BilinearGenerator(LAYERS, columns, fresh, residual=True)
+    for task in range(tasks):
+        made.add_task(task)
+    return made
+
+
+def widths(made):
+    return [[block.shape[1] for block in blocks] for blocks in made.A]
 
 
 def test_columns_open_task_by_task_until_none_is_left():
-    made = bilinear(fresh=2)
-    assert [made.open_columns(task) for task in range(6)] == [0, 2, 4, 6, 6, 6]
+    made = bilinear(fresh=2, columns=5)
+    assert [made.open_columns(task) for task in range(6)] == [0, 2, 4, 5, 5, 5]
+    assert [made.own_columns(task) for task in range(6)] == [(0, 0), (0, 2), (2, 4), (4, 5),
+                                                             (0, 5), (0, 5)]
+    assert widths(made) == [[2, 2, 1]] * 3
     drifts = []
     for task in range(6):
         made.begin(task)
         drifts.append(made.drifts)
     assert drifts == [False, False, False, False, True, True]
-    assert made.star().keys() == {name for name, _ in made.named_parameters()
-                                  if not name.startswith("base.")}
+    assert made.star().keys() == {f"{name}.{index}" for name in "Abv" for index in range(3)}
 
 
-def test_codes_are_zero_at_columns_opened_later_and_carry_over_before():
-    made, code = bilinear(fresh=2), None
+def test_columns_are_made_when_a_task_opens_them():
+    """What tasks to come may need takes no memory, no checkpoint and no step."""
+    made = bilinear(fresh=2, columns=1000, tasks=3)
+    assert widths(made) == [[2, 2]] * 3
+    assert [made.task_bytes(task) for task in range(3)] == [
+        0, 4 * 2 * sum(t.rows + t.row_length for t in LAYERS),
+        4 * 2 * sum(t.rows + t.row_length for t in LAYERS)]
+
+
+def test_a_whole_code_is_what_was_inherited_and_then_the_own():
+    made, whole = bilinear(fresh=2), None
     for task in range(4):
-        code = made.next_code(code, task)
-        code_Ld = code.view(3, 6)
-        assert not code_Ld[:, 2 * task:].any()
-        assert code_Ld[:, 2 * max(0, task - 1):2 * task].eq(1).all()
-        code = code * 3
-    assert made.next_code(code, 4).view(3, 6)[0].tolist() == [27, 27, 9, 9, 3, 3]
+        code = 3.0 ** task * made.next_code(whole, task)
+        whole = made.whole_code(code, whole if made.inherits(task) else None, task)
+        assert whole.shape == (3, 2 * task)
+    assert whole[0].tolist() == [3, 3, 9, 9, 27, 27]
+    assert torch.equal(made.next_code(whole, 4), whole.flatten())
+    early = made.whole_code(made.next_code(None, 1), None, 1)
+    again = made.whole_code(made.next_code(early, 3), early, 3)  # task 3 refreshes task 1
+    assert again[0].tolist() == [1, 1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("task", [2, 3])
+def test_inherited_columns_are_generated_once_and_give_the_same_weights(task):
+    made = bilinear(fresh=2).double()
+    for parameter in made.parameters():
+        parameter.data.normal_()
+    before = torch.randn(3, 2 * task - 2, dtype=torch.float64)
+    code = torch.randn(3 * 2, dtype=torch.float64)
+    whole = made.whole_code(code, before, task)
+    found = made(code, made.inherit(before, task))
+    for index, layer in enumerate(LAYERS):
+        A_Dd, v_Cd = (shared[:, :2 * task] for shared in made.columns(index))
+        wanted = made.base[index] + made.b[index] + (v_Cd * whole[index]) @ A_Dd.T
+        torch.testing.assert_close(found[layer.name], wanted.view(layer.shape))
 
 
 def test_only_opened_columns_take_a_gradient():
-    made = bilinear(fresh=2)
-    with torch.no_grad():
-        for value in made.A:
-            value.normal_()
-    code = torch.ones(made.code_length)
+    made = bilinear(fresh=2, tasks=3)
+    for blocks in made.A:
+        for block in blocks:
+            block.data.normal_()
+    code = torch.ones(3 * 2).requires_grad_()
     made.begin(2)
-    loss = sum(weight.square().sum() for weight in made(code.requires_grad_()).values())
+    inherited = made.inherit(torch.ones(3, 2), 2)
+    loss = sum(weight.square().sum() for weight in made(code, inherited).values())
     loss.backward()
     for index in range(3):
-        for gradient in (made.A[index].grad, made.v[index].grad):
-            assert not gradient[:, :2].any()
-            assert gradient[:, 2:4].abs().min() > 0
-            assert not gradient[:, 4:].any()
+        for blocks in (made.A[index], made.v[index]):
+            assert blocks[0].grad is None
+            assert blocks[1].grad.abs().min() > 0
         assert made.b[index].grad is None
         assert made.base[index].grad is None
-    assert code.grad.view(3, 6)[:, :4].abs().min() > 0
+    assert code.grad.abs().min() > 0
 
 
 def test_first_task_trains_the_base_alone():

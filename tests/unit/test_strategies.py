@@ -67,9 +67,8 @@ def test_earlier_tasks_keep_every_bit_while_columns_are_fresh(build, tasks):
             assert [key for key in before if not torch.equal(before[key], now[key])] == []
     assert all(distance(one, two) > 1e-3 for i, one in enumerate(kept) for two in kept[:i])
     for task in range(4):
-        code_Ld = strategy.tasks[task].code.view(-1, 12)
-        assert not code_Ld[:, 4 * task:].any()
-        assert code_Ld[:, :4 * task].all()
+        assert strategy.code(task).shape == (len(strategy.head.convolutions), 4 * task)
+        assert strategy.code(task).all()
 
 
 def test_an_exhausted_pool_drifts_with_the_regulariser(build, tasks):
@@ -172,11 +171,39 @@ def test_separate_heads_share_nothing(build, tasks):
 
 
 def test_a_task_of_the_hypernetwork_is_small(build):
-    strategy = build()
-    strategy.add_task(2)
-    codes = len(strategy.head.convolutions) * 8
-    numbers = codes + strategy.head.norm_length + 2 * 160 + 2
-    assert strategy.task_bytes(0) == 4 * numbers
+    strategy = build(fresh_columns=4)
+    for _ in range(3):
+        strategy.add_task(2)
+    own = strategy.head.norm_length + 2 * 160 + 2
+    columns = 4 * sum(t.rows + t.row_length for t in strategy.head.convolutions)
+    codes = 4 * len(strategy.head.convolutions)
+    assert [strategy.task_bytes(task) for task in range(3)] == [
+        4 * own, 4 * (own + codes + columns), 4 * (own + codes + columns)]
+    assert strategy.task_bytes(2) < 0.05 * build("separate_heads").head.weight_count * 4
+
+
+def test_the_checkpoint_grows_by_what_a_task_is_said_to_add(build):
+    strategy = build(fresh_columns=4)
+
+    def size():
+        return sum(value.numel() * value.element_size() for value in strategy.parameters())
+
+    for task in range(4):
+        before = size()
+        strategy.add_task(3)
+        assert size() - before == strategy.task_bytes(task)
+
+
+def test_a_refreshed_task_inherits_its_own_columns(build, tasks):
+    strategy = build(fresh_columns=4)
+    for task in range(3):
+        learn(strategy, task, tasks[task])
+    strategy.add_task(tasks[1].classes, refreshes=1)
+    old, new = strategy.code(1), strategy.code(3)
+    assert torch.equal(new[:, :4], old)
+    assert not new[:, 4:8].any()
+    assert new[:, 8:].eq(1).all()
+    torch.testing.assert_close(strategy.weights(3).convolutions, strategy.weights(1).convolutions)
 
 
 def test_restoring_what_a_strategy_does_not_use(build):
@@ -186,7 +213,8 @@ def test_restoring_what_a_strategy_does_not_use(build):
 
 
 def test_the_beginning_of_a_stream_has_no_regulariser(parts):
-    strategy = PartialHypernet(parts.head, parts.start, HypernetConfig(residual=False), 0)
+    strategy = PartialHypernet(parts.head, parts.start, HypernetConfig(residual=False, code_dim=8,
+                                                                      fresh_columns=0), 0)
     strategy.add_task(2)
     strategy.begin(0)
     assert strategy.regulariser(0) is None
