@@ -12,7 +12,7 @@ import time
 import torch
 
 from partialhn.backbone import build_network
-from partialhn.config import BackboneConfig, Config, HypernetConfig
+from partialhn.config import BackboneConfig, Config
 from partialhn.run import cut
 
 CLASSES = 10
@@ -44,8 +44,7 @@ def stacked(head, weights):
 
 
 def case(depth, tasks, images):
-    config = Config(backbone=BackboneConfig(freeze_depth=depth),
-                    hypernet=HypernetConfig(code_dim=16 * (tasks - 1)))
+    config = Config(backbone=BackboneConfig(freeze_depth=depth))
     parts = cut(config, build_network("slim_resnet18", CLASSES))
     strategy = parts.strategy(config)
     for task in range(tasks):

@@ -25,7 +25,7 @@ from PIL import Image
 
 from partialhn.backbone import Trunk, build_network
 from partialhn.checkpoint import Model, TaskInfo
-from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig, HypernetConfig
+from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig
 from partialhn.predict import Answer, Predictor
 from partialhn.run import cut
 from partialhn.strategies import STRATEGIES
@@ -38,7 +38,6 @@ SIZE, TASKS, CLASSES, MOST = 64, 10, 10, 20_000
 
 def config(depth: int) -> Config:
     return Config(DataConfig(input_size=SIZE), BackboneConfig("resnet18", depth),
-                  hypernet=HypernetConfig(code_dim=16 * (TASKS - 1)),
                   compute=ComputeConfig(threads=1))
 
 
