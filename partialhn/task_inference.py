@@ -22,11 +22,10 @@ from torch import Tensor
 from partialhn.errors import InputError, IntegrityError
 from partialhn.model import Head, HeadWeights
 from partialhn.store import FeatureSet
+from partialhn.stream import RESERVED
 
-AUTO = "auto"
-"""What a caller gives for the task to have it inferred."""
-NONE = "none"
-"""The answer where an image seems to be of no task that was learned."""
+AUTO, NONE = RESERVED
+"""What a caller gives for the task to have it inferred; what stands for no known task."""
 Method = Literal["detector", "entropy", "combined"]
 METHODS: tuple[Method, ...] = ("detector", "entropy", "combined")
 DEFAULT: Method = "combined"

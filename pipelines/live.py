@@ -186,13 +186,24 @@ def _drop_old(storage: Storage, folder: str) -> None:
         storage.filesystem.delete_file(info.path)
 
 
+def _check_size(metadata: Any, path: str) -> None:
+    """Raises IntegrityError for a small file that would become a large table."""
+    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    if metadata.num_rows > CAPACITY * MAX_TASKS or size > MAX_FILE_BYTES:
+        raise IntegrityError(f"recorded features {path} hold {metadata.num_rows} rows of {size} "
+                             f"bytes; expected at most {CAPACITY * MAX_TASKS} and "
+                             f"{MAX_FILE_BYTES}")
+
+
 def _read(storage: Storage, info: Any) -> dict[str, Live]:
     if info.size > MAX_FILE_BYTES:
         raise IntegrityError(f"recorded features {info.path} have {info.size} bytes; expected at "
                              f"most {MAX_FILE_BYTES}")
     try:
         with storage.filesystem.open_input_file(info.path) as source:
-            table = pq.read_table(source, columns=["task", "seen", "z"])
+            file = pq.ParquetFile(source)
+            _check_size(file.metadata, info.path)
+            table = file.read(columns=["task", "seen", "z"])
         column = table["z"].combine_chunks()
         z_NC = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
         task_N, seen_N = np.array(table["task"].to_pylist()), table["seen"].to_numpy()

@@ -105,7 +105,7 @@ def test_a_disk_that_refuses_does_not_stop_the_answers(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not Parquet", "other columns", "no numbers",
-                                    "no list"])
+                                    "no list", "a bomb"])
 def test_damaged_files_are_named(storage, damage):
     recorder = Recorder(storage, "s")
     recorder.add(TRUNK, batch(range(50)), answers("a", 50))
@@ -118,6 +118,10 @@ def test_damaged_files_are_named(storage, damage):
             file.write(content)
     elif damage == "other columns":
         pq.write_table(pa.table({"task": ["a"]}), path)
+    elif damage == "a bomb":  # 4 million rows in a few kilobytes
+        same = pa.array(np.zeros(4_000_000, np.int64))
+        pq.write_table(pa.table({"task": pa.array(["a"] * 1).take(same), "seen": same, "z": same}),
+                       path)
     elif damage == "no list":
         pq.write_table(pa.table({"task": ["a"], "seen": [1], "z": [1.0]}), path)
     else:
