@@ -54,7 +54,7 @@ def test_what_was_asked_drifts_or_not(learned, experiences, live, command, tmp_p
                    tmp_path / "a.parquet", "--storage", learned.output.storage, "--record")[0] == 0
     code, text, _ = command("drift", *where)
     assert (code, "same" in text, "DRIFTS" in text) == (0, True, False), text
-    changed = folder_of(experiences[2].test.read(), tmp_path / "changed", "blur")
+    changed = folder_of(experiences[2].test.read(), tmp_path / "changed", "solarise")
     predict_to_parquet(MODEL, "2", changed, str(tmp_path / "b.parquet"), learned.output.storage,
                        record=True)
     code, text, _ = command("drift", *where)
