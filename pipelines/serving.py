@@ -27,6 +27,7 @@ from starlette.applications import Starlette
 from partialhn.config import ComputeConfig, Config
 from partialhn.errors import InputError
 from partialhn.predict import Answer
+from pipelines.features import without_lines
 from pipelines.live import Recorder
 from pipelines.registry import connect
 from pipelines.serving_http import Limits, Metrics, Reply, build_app
@@ -36,6 +37,8 @@ from pipelines.train import start_ray
 
 MAX_BATCH = 64
 """Images in one batch."""
+HARMLESS = "Task ServeController.graceful_shutdown failed"
+"""Said at every end: the controller ends before it can answer that it will."""
 DRAIN_SECONDS = 20.0
 """Requests in progress have so long to end when the server is stopped."""
 
@@ -172,7 +175,8 @@ def running(app: serve.Application, options: ServeOptions) -> Any:
         serve.run(app, name="partialhn", route_prefix="/", logging_config=quiet)
         yield
     finally:
-        serve.shutdown()
+        with without_lines(HARMLESS):
+            serve.shutdown()
 
 
 def _absolute(source: RegistrySource, tracking_uri: str) -> RegistrySource:
