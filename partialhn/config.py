@@ -253,7 +253,7 @@ class Config:
 
         Raises: InputError naming an unknown key or a value of the wrong type.
         """
-        return typing.cast(Config, _build(Config, values, ""))
+        return typing.cast(Config, build(Config, values, ""))
 
     def work_hash(self) -> str:
         """Names the work: equal for two configurations that learn the same thing.
@@ -286,7 +286,11 @@ def load_config(path: str | Path) -> Config:
     return Config.from_dict(values)
 
 
-def _build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+def build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+    """An options dataclass from plain values; `where` stands before keys in messages.
+
+    Raises: InputError naming an unknown key or a value of the wrong type.
+    """
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
     for key in values:
@@ -303,7 +307,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         if not isinstance(value, Mapping):
             raise InputError(f"{key} is {value!r}; allowed: a section with keys of "
                              f"{typing.cast(type, kind).__name__}")
-        return _build(kind, value, f"{key}.")
+        return build(kind, value, f"{key}.")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if value is None:

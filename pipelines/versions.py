@@ -4,11 +4,16 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 CHAMPION = "champion"
-"""Alias of the newest version."""
+"""Alias of the version in use: the newest that passed, or one that a person chose."""
+CHALLENGER = "challenger"
+"""Alias of the newest version that the gate refused."""
+GATE, DECISION, FILES = "gate", "gate_decision", "files_sha256"
+"""Tags of a version: passed or failed; the whole decision with its numbers; the SHA-256 of every
+file of the version by its path. The latter two are JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +45,11 @@ class Registration:
         return {key: json.dumps(value) if isinstance(value, tuple) else str(value)
                 for key, value in dataclasses.asdict(self).items()}
 
+    def metrics(self) -> dict[str, float]:
+        """The accuracies, for the history."""
+        return {"acc": self.acc, "learning_accuracy": self.learning_accuracy,
+                "forgetting": self.forgetting}
+
 
 @dataclasses.dataclass(frozen=True)
 class Version:
@@ -67,6 +77,31 @@ class Version:
     @property
     def task_index(self) -> int:
         return int(self.tags["task_index"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Accuracies over the tasks so far, after this version's task."""
+        return {key: float(self.tags[key]) for key in ("acc", "learning_accuracy", "forgetting")}
+
+    @property
+    def decision(self) -> dict[str, Any] | None:
+        """What the gate decided, as `pipelines.gate.Decision.fields` gives it; None: not asked."""
+        text = self.tags.get(DECISION)
+        return json.loads(text) if text else None
+
+
+def is_ours(alias: str) -> bool:
+    """Whether this product moves the alias; a user's own aliases are left alone."""
+    return alias in (CHAMPION, CHALLENGER) or alias.startswith("task-")
+
+
+def challenger_of(versions: Sequence[Version]) -> Version | None:
+    """The version the gate refused last, while it is newer than the champion."""
+    by_alias = {alias: version for version in versions for alias in version.aliases}
+    refused, champion = by_alias.get(CHALLENGER), by_alias.get(CHAMPION)
+    if refused is None or (champion is not None and champion.version >= refused.version):
+        return None
+    return refused
 
 
 def task_alias(task: str) -> str:

@@ -23,8 +23,10 @@ from partialhn.checkpoint import Model, TaskInfo, empty_parts
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.predict import Predictor
+from pipelines.package import Contents
 from pipelines.predict import predict_to_parquet
-from pipelines.registry import MAX_PARAM, Registry, connect
+from pipelines.registry import Registry, connect
+from pipelines.runs import MAX_PARAM
 from pipelines.show import show
 from pipelines.storage import open_storage
 from pipelines.versions import Registration, task_alias
@@ -60,7 +62,7 @@ def registration(index: int, weights_hash: str, work: str = WORK) -> Registratio
                         classes=TASKS[index].classes, trunk_fingerprint="f" * 64,
                         feature_keys=(f"key{index}", "shared"), weights_hash=weights_hash,
                         acc=0.9, learning_accuracy=0.925, forgetting=0.05 * index,
-                        storage="/data/store")
+                        storage="/data/store", prefix=f"prefix{index}", parent="")
 
 
 class Stream:
@@ -80,7 +82,8 @@ class Stream:
         if run_id not in self.runs:
             self.runs.append(run_id)
         record = registration(index, model.weights_hash())
-        return self.registry.register_task(run_id, record, folder, photo(index))
+        return self.registry.register_task(run_id, record,
+                                           Contents(folder, record.task, photo(index)))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,7 @@ def test_aliases_of_a_new_work_and_of_new_weights(tmp_path, stream):
     def register(work, index, weights):
         run = registry.task_run(registry.stream_run("moves", work, {}), TASKS[index].name, index)
         record = Registration(**{**registration(index, weights, work).__dict__, "stream": "moves"})
-        return registry.register_task(run, record, folder, photo(0))
+        return registry.register_task(run, record, Contents(folder, record.task, photo(0)))
 
     def champion():
         return registry.resolve("models:/moves@champion").version

@@ -1,0 +1,84 @@
+"""Reaching MLflow: which server or database, and a client that answers."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from partialhn.errors import InputError
+from pipelines.settings import mask_password
+from pipelines.storage import Storage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+
+def default_tracking_uri(storage: Storage) -> str:
+    """SQLite in the storage folder, or in the working folder when the storage is remote."""
+    folder = Path(storage.root) if storage.is_local else Path.cwd()
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def open_client(storage: Storage, tracking_uri: str | None,
+                create: bool) -> tuple["MlflowClient", str]:
+    """A client that was answered, and the URI: `tracking_uri`, else MLFLOW_TRACKING_URI, else
+    SQLite at the storage.
+
+    A new SQLite database is set up here, once, under a lock. With `create=False` a database that
+    does not exist is an InputError: nothing is registered there.
+    """
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(storage)
+    database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    if database and not create and not database.exists():
+        raise InputError(f"no registry at {uri}; give the --storage or --tracking-uri that "
+                         "`partialhn train` was given")
+    if storage.s3 and storage.s3.endpoint:  # MLflow's own uploads know the endpoint by these only
+        os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", storage.s3.endpoint)
+        if storage.s3.path_style:
+            os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    _quiet()
+    try:
+        _check_server(uri)
+        with _exclusive(database) if database else contextlib.nullcontext():
+            client = MlflowClient(tracking_uri=uri)
+            client.search_registered_models(max_results=1)
+    except (MlflowException, OSError, ImportError) as error:
+        shown = mask_password(f"{uri!r} does not answer: {error}")
+        raise InputError(f"MLflow at {shown}; allowed: an http(s):// server, sqlite:///file or "
+                         "another database") from None  # the error may hold the password
+    return client, uri
+
+
+def _quiet() -> None:
+    """MLflow's and its migrations' progress lines are no news to our users; warnings are."""
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        for name in ("mlflow", "alembic", "matplotlib"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        # it warns where pip is not installed, as in an environment made by uv
+        logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
+
+
+def _check_server(uri: str) -> None:
+    """Fails within seconds where no server is; MLflow alone would try again for minutes."""
+    if uri.startswith(("http://", "https://")):
+        # an HTTPError is an answer too, if only a request for credentials
+        with contextlib.suppress(urllib.error.HTTPError):
+            urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=15).close()
+
+
+@contextlib.contextmanager
+def _exclusive(database: Path) -> Iterator[None]:
+    """One process at a time sets up a database: MLflow's migrations race."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(database.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
