@@ -184,7 +184,8 @@ def main() -> None:
     seconds, clients = min(chosen.seconds, 60), min(chosen.clients, 64)
     start_ray(Config(compute=ComputeConfig(threads=1)))
     rows = measure(clients, seconds, min(chosen.rounds, 9))
-    result = {"command": f"python tests/bench/serving.py --seconds {seconds:g} --clients {clients}",
+    result = {"command": f"python tests/bench/serving.py --seconds {seconds:g} --clients {clients} "
+                         f"--rounds {chosen.rounds}",
               "date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), "network": "resnet18",
               "input_size": SIZE, "tasks": TASKS, "rows": rows}
     print(json.dumps(result, indent=1))
