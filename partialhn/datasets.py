@@ -98,6 +98,34 @@ def open_stream(config: DataConfig, cache_dir: Path, filesystem: Any = None) -> 
             for (name, images), transform in zip(sets.items(), transforms, strict=True)]
 
 
+def given_experience(name: str, images: ImageSet, config: DataConfig, transform: str = "none",
+                     classes: Sequence[str] | None = None) -> Experience:
+    """One task that is a data set of its own; its missing parts are drawn as `open_stream` does.
+
+    classes: number the labels by these classes, of which the data may show a few only.
+
+    Raises: InputError for a class that is not among them, or data that cannot be used.
+    """
+    corruptions.parse(transform)
+    images = _with_held_out(images, config)
+    if classes is None:
+        return _experience(name, images, transform)
+    unknown = [label for label in images.classes if label not in classes]
+    if unknown:
+        raise InputError(f"class {unknown[0]!r} of {images.where} is not declared; allowed: "
+                         + ", ".join(classes))
+    new_K = np.array([list(classes).index(label) for label in images.classes])
+
+    def numbered(table: ImageTable | None) -> ImageTable | None:
+        return table and dataclasses.replace(table, label_N=new_K[table.label_N])
+
+    train = numbered(images.train)
+    assert train is not None
+    return _experience(name, ImageSet(images.where, tuple(classes), train,
+                                      numbered(images.validation), numbered(images.test)),
+                       transform)
+
+
 def _with_held_out(images: ImageSet, config: DataConfig) -> ImageSet:
     """All three parts; the missing ones are drawn from the training images."""
     train, validation, test = images.train, images.validation, images.test

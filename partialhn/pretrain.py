@@ -52,15 +52,20 @@ def load_network(config: Config, first: Experience, filesystem: pafs.FileSystem,
     backbone = config.backbone
     if backbone.trunk != "train":
         return supplied_network(backbone.trunk, backbone.backbone, len(first.classes))
+    return stored_network(config, network_key(config, first), filesystem, root)
+
+
+def stored_network(config: Config, key: str, filesystem: pafs.FileSystem,
+                   root: str) -> Network | None:
+    """A network by the name it was stored under, or None: the first task need not be there."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "network"
-        key = network_key(config, first)
         if not checkpoint.fetch(filesystem, f"{root}/trunks/{key}", folder):
             return None
         tensors, _ = checkpoint.load(folder, "network")
-        network = build_network(backbone.backbone, len(first.classes))
-        network.load_state_dict(tensors)
-        return network
+    network = build_network(config.backbone.backbone, len(tensors["body.fc.bias"]))
+    network.load_state_dict(tensors)
+    return network
 
 
 def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, root: str,

@@ -52,7 +52,7 @@ class Parts:
     macs: dict[str, float]
     """Multiply-adds of one image through trunk and head, and the trunk's share."""
     network: str
-    """SHA-256 of all weights of the network that was cut."""
+    """SHA-256 of the weights of the network that was cut, its own classifier aside."""
 
     def strategy(self, config: Config) -> Strategy:
         """A fresh strategy as configured, before its first task."""
@@ -71,7 +71,8 @@ def cut(config: Config, network: Network) -> Parts:
     return Parts(trunk, Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups),
                  head_start(network, depth, config.hypernet.norm, config.train.seed),
                  {"trunk": below, "head": above, "frozen_share": below / (below + above)},
-                 hash_tensors(network.state_dict()))
+                 hash_tensors({key: value for key, value in network.state_dict().items()
+                               if not key.startswith("body.fc.")}))
 
 
 def check(config: Config) -> None:

@@ -63,7 +63,7 @@ class ImageTable:
         are best read together.
         """
         images = [b""] * len(self)
-        for position_n, chunk in self._chunks():
+        for position_n, chunk in self.chunks():
             for position, image in zip(position_n, chunk, strict=True):
                 images[position] = image
         return images
@@ -83,14 +83,14 @@ class ImageTable:
     @functools.cached_property
     def _fingerprint(self) -> str:
         digest_N = [b""] * len(self)
-        for position_n, chunk in self._chunks():
+        for position_n, chunk in self.chunks():
             for position, image in zip(position_n, chunk, strict=True):
                 digest_N[position] = hashlib.sha256(image).digest()
         whole = hashlib.sha256(b"".join(digest_N))
         whole.update(self.label_N.astype("<i8").tobytes())
         return whole.hexdigest()
 
-    def _chunks(self) -> Iterator[tuple[IntArray, list[bytes]]]:
+    def chunks(self) -> Iterator[tuple[IntArray, list[bytes]]]:
         """Positions and their encoded images, one file or one Parquet row group at a time."""
         if not len(self):
             return

@@ -30,7 +30,7 @@ from partialhn.config import (
 )
 from partialhn.errors import InputError
 from partialhn.presets import preset
-from pipelines import cli_models, cli_serve
+from pipelines import cli_models, cli_retrain, cli_serve
 from pipelines.settings import Group, OutputConfig, mask_password
 
 
@@ -168,7 +168,8 @@ class Demo:
 
 
 COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report, "show": Show,
-                            "demo": Demo, **cli_models.COMMANDS, **cli_serve.COMMANDS}
+                            "demo": Demo, **cli_models.COMMANDS, **cli_retrain.COMMANDS,
+                            **cli_serve.COMMANDS}
 """Every command by name: a class whose `run` does it, or a `Group` of such classes."""
 
 

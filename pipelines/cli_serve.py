@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from partialhn.errors import InputError
+from pipelines.settings import RetrainConfig
 
 DRIFTS = 3
 """Exit code of drift where a task does."""
@@ -82,6 +83,8 @@ class Drift:
     """How far back to look, in hours."""
     json: bool = False
     """Print JSON instead of a table."""
+    retrain: bool = False
+    """Where a task drifts, start one pass of retrain: it learns what has arrived in the inbox."""
 
     def run(self) -> int:
         import json
@@ -91,7 +94,20 @@ class Drift:
         found = find_drift(self.name, self.storage, self.tracking_uri, alpha=self.alpha,
                            hours=self.hours)
         print(json.dumps(found.fields(), indent=1) if self.json else "\n".join(table(found)))
+        if found.drifts and self.retrain:
+            self._retrain()
         return DRIFTS if found.drifts else 0
+
+    def _retrain(self) -> None:
+        import sys
+
+        from pipelines.retrain import retrain
+
+        out = sys.stderr if self.json else sys.stdout
+        settings = RetrainConfig(name=self.name, storage=self.storage,
+                                 tracking_uri=self.tracking_uri)
+        done = retrain(settings, lambda text: print(text, file=out))
+        print("\n".join(done.lines()), file=out)
 
 
 COMMANDS: dict[str, Any] = {"serve": Serve, "drift": Drift}

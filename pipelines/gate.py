@@ -126,8 +126,15 @@ class Decision:
 def load_policy(path: str | Path) -> Policy:
     """Reads a policy file: YAML with the keys of `Policy`, all optional.
 
-    Raises: InputError for a missing file, broken YAML, an unknown key or a wrong value.
+    Its section `inbox` is about what arrives (`pipelines.validate`). Raises: InputError for a
+    missing file, broken YAML, an unknown key or a wrong value.
     """
+    values = {key: value for key, value in read_policy(path).items() if key != "inbox"}
+    return typing.cast(Policy, build(Policy, values, "policy."))
+
+
+def read_policy(path: str | Path) -> Mapping[str, Any]:
+    """The plain values of a policy file. Raises: InputError."""
     try:
         values = yaml.safe_load(Path(path).read_bytes().decode())
     except OSError as error:
@@ -138,8 +145,8 @@ def load_policy(path: str | Path) -> Policy:
     if not isinstance(values, Mapping):
         keys = ", ".join(field.name for field in dataclasses.fields(Policy))
         raise InputError(f"policy file {str(path)!r} holds {type(values).__name__}; allowed: the "
-                         f"keys {keys}")
-    return typing.cast(Policy, build(Policy, values, "policy."))
+                         f"keys {keys} and the section inbox")
+    return values
 
 
 def decide(policy: Policy, facts: GateFacts) -> Decision:

@@ -75,7 +75,7 @@ class Registry(Runs):
 
     def register_task(self, run_id: str, record: Registration, contents: Contents,
                       placing: Placing | None = None) -> Version:
-        """Registers the model after a task, once: the same work, task and weights are one version.
+        """Registers the model after a task, once: a place in the chain of tasks is one version.
 
         As champion it also takes the task's alias. A later task of the same work keeps an alias,
         and so does a version that a person chose when this one had been champion before. A
@@ -87,9 +87,7 @@ class Registry(Runs):
         self._create_model(record.stream)
         self.aliases.reconcile(record.stream)
         versions = self.versions(record.stream)
-        same = [v for v in versions if v.tags.get("work") == record.work
-                and v.task_index == record.task_index
-                and v.tags.get("weights_hash") == record.weights_hash]
+        same = [v for v in versions if v.tags.get("prefix") == record.prefix]
         tags = record.tags() | _decision_tags(placing.decision)
         number = same[0].version if same else self._add_version(run_id, tags, contents, record)
         if placing.decision is not None:

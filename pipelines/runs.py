@@ -35,12 +35,16 @@ class Runs:
         self._log_parameters(run_id, config)
         return run_id
 
-    def task_run(self, parent_id: str, task: str, task_index: int,
+    def task_run(self, parent_id: str, task: str, task_index: int, prefix: str,
                  parameters: Mapping[str, Any] | None = None) -> str:
-        """The child run of one experience, new or found again."""
+        """The child run of one experience, new or found again.
+
+        prefix: names the model after it; another model at the same place has a run of its own.
+        """
         parent = self._client.get_run(parent_id).data.tags
         tags = {"kind": "task", "stream": parent["stream"], "work": parent["work"], "task": task,
-                "task_index": str(task_index), "mlflow.parentRunId": parent_id}
+                "task_index": str(task_index), "prefix": prefix,
+                "mlflow.parentRunId": parent_id}
         run_id = self._run(parent["stream"], f"{task_index} {task}", tags)
         own = {"task": task, "task_index": task_index}
         self._log_parameters(run_id, own | dict(parameters or {}))
@@ -92,7 +96,7 @@ class Runs:
         """The run with these tags, running."""
         experiment = self._experiment(stream)
         where = " and ".join(f"tags.`{key}` = '{tags[key]}'"
-                             for key in ("kind", "work", "task_index") if key in tags)
+                             for key in ("kind", "work", "prefix") if key in tags)
         found = self._client.search_runs([experiment], where, max_results=1)
         if found:
             run_id = found[0].info.run_id

@@ -38,6 +38,37 @@ class OutputConfig:
                                  (" or s3://bucket/prefix" if key == "storage" else ""))
 
 
+@dataclasses.dataclass(frozen=True)
+class RetrainConfig:
+    """One pass over a stream's inbox."""
+
+    name: str = "stream"
+    """Name of the stream and of its registered model. The first pass founds the stream: its
+    network, hypernetwork and features stay as they are from then on."""
+    storage: str = "partialhn-store"
+    """Folder or s3://bucket/prefix; tasks arrive in <storage>/inbox/<task>/, as train/ and test/
+    image folders or Parquet files with the marker _READY written last."""
+    tracking_uri: str | None = None
+    """MLflow server or database, as for train."""
+    policy: str | None = None
+    """YAML file of limits that a new version, and (section inbox) what arrives, must keep to."""
+    config: str | None = None
+    """YAML file of the stream's configuration, as for train; default: that of the first pass."""
+    preset: str | None = None
+    """A known configuration by name, in place of --config."""
+    quiet_minutes: float | None = None
+    """Without a _READY marker a folder is ready when nothing in it changed for so long."""
+    dry_run: bool = False
+    """Say what would be done; change nothing."""
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if self.config and self.preset:
+            raise InputError("--config and --preset are given; allowed: one of them")
+        if self.quiet_minutes is not None and self.quiet_minutes < 0:
+            raise InputError(f"quiet_minutes is {self.quiet_minutes}; allowed: 0 or more")
+
+
 def check_name(name: str) -> str:
     """Returns the stream name when MLflow's model names and aliases take it.
 

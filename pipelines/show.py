@@ -12,7 +12,7 @@ _COLUMNS = ("task", "name", "classes", "version", "acc", "learned", "forgotten",
 
 
 def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None = None) -> str:
-    """A table of a stream's tasks as the champion's work has registered them.
+    """A table of a stream's tasks as the champion has learned them.
 
     Accuracies are shares of the test images, of the model as it was after each task: `acc` is
     the mean over the tasks so far, `learned` the mean right after each was learned, `forgotten`
@@ -25,14 +25,14 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
         registry.aliases.reconcile(name)
     champion = registry.resolve(f"models:/{name}@{CHAMPION}")
     versions = registry.versions(name)
-    current = _newest_of_work(versions, champion.tags["work"])
+    current = chain_of(versions, champion)
     older = len(versions) - len(current)
     lines = [f"stream   {name}",
              f"model    models:/{name}@{CHAMPION} = version {champion.version} "
              f"({champion.task_index + 1} tasks)",
              f"mlflow   {mask_password(registry.tracking_uri)}",
              f"work     {champion.tags['work']}"
-             + (f" ({older} versions of earlier work or weights are not shown)" if older else ""),
+             + (f" ({older} versions of other work or weights are not shown)" if older else ""),
              *_refused(versions), "", *table([_COLUMNS, *map(_row, current)]), "",
              f"trunk {champion.tags['trunk_fingerprint']}", "features in"]
     return "\n".join(lines + [f"  {place}" for place in _feature_folders(current)])
@@ -48,10 +48,13 @@ def _refused(versions: Sequence[Version]) -> list[str]:
             *(f"         {reason}" for reason in reasons)]
 
 
-def _newest_of_work(versions: Sequence[Version], work: str) -> list[Version]:
-    """One version for each task of the work, the newest, in the order of the tasks."""
-    newest = {v.task_index: v for v in versions if v.tags["work"] == work}
-    return [newest[index] for index in sorted(newest)]
+def chain_of(versions: Sequence[Version], newest: Version) -> list[Version]:
+    """The versions that one was learned from, task after task, and itself."""
+    by_prefix = {version.tags["prefix"]: version for version in versions}
+    found = [newest]
+    while parent := by_prefix.get(found[-1].tags["parent"]):
+        found.append(parent)
+    return found[::-1]
 
 
 def _row(version: Version) -> tuple[str, ...]:

@@ -213,7 +213,7 @@ class _Registrar:
         job, index = self.job, record.task_index
         slot, experience = self._slots[index], job.experiences[index]
         folder = self._fetch(index)
-        run = job.registry.task_run(self.parent, record.task, index)
+        run = job.registry.task_run(self.parent, record.task, index, self._prefixes[index])
         job.registry.log_epochs(run, [dataclasses.asdict(epoch) for epoch in self._epochs.values()
                                       if epoch.task_index == index])
         version = job.registry.register_task(run, Registration(

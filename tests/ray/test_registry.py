@@ -62,7 +62,9 @@ def registration(index: int, weights_hash: str, work: str = WORK) -> Registratio
                         classes=TASKS[index].classes, trunk_fingerprint="f" * 64,
                         feature_keys=(f"key{index}", "shared"), weights_hash=weights_hash,
                         acc=0.9, learning_accuracy=0.925, forgetting=0.05 * index,
-                        storage="/data/store", prefix=f"prefix{index}", parent="")
+                        storage="/data/store", prefix=f"{work}-{index}-{weights_hash}",
+                        parent=(f"{work}-{index - 1}-{small_model(index).weights_hash()}"
+                                if index else ""))
 
 
 class Stream:
@@ -78,10 +80,10 @@ class Stream:
         folder = self.root / f"checkpoint-{index}"
         model = small_model(index + 1)
         model.save(folder)
-        run_id = self.registry.task_run(self.runs[0], TASKS[index].name, index)
+        record = registration(index, model.weights_hash())
+        run_id = self.registry.task_run(self.runs[0], record.task, index, record.prefix)
         if run_id not in self.runs:
             self.runs.append(run_id)
-        record = registration(index, model.weights_hash())
         return self.registry.register_task(run_id, record,
                                            Contents(folder, record.task, photo(index)))
 
@@ -134,8 +136,9 @@ def test_aliases_of_a_new_work_and_of_new_weights(tmp_path, stream):
     folder = stream.root / "checkpoint-0"
 
     def register(work, index, weights):
-        run = registry.task_run(registry.stream_run("moves", work, {}), TASKS[index].name, index)
         record = Registration(**{**registration(index, weights, work).__dict__, "stream": "moves"})
+        run = registry.task_run(registry.stream_run("moves", work, {}), record.task, index,
+                                record.prefix)
         return registry.register_task(run, record, Contents(folder, record.task, photo(0)))
 
     def champion():

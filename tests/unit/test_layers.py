@@ -30,12 +30,12 @@ LIBRARY = [
 """Modules of partialhn, lowest first: a file imports from lower rows only."""
 
 PIPELINES = [
-    {"__init__", "settings", "matrix", "versions", "progress", "gate"},
+    {"__init__", "settings", "matrix", "versions", "progress", "gate", "outcome"},
     {"files"},
     {"s3"},
     {"storage"},
-    {"data", "pyfunc_model", "package", "connection", "history"},
-    {"runs", "aliases"},
+    {"data", "pyfunc_model", "package", "connection", "history", "lease", "inbox"},
+    {"runs", "aliases", "journal", "validate"},
     {"registry"},
     {"features"},
     {"worker"},
@@ -47,10 +47,11 @@ PIPELINES = [
     {"report"},
     {"train"},
     {"live"},
-    {"drift", "predict", "serving_model", "show", "models", "verify"},
-    {"models_text", "serving_http"},
+    {"drift", "predict", "serving_model", "show", "models", "verify", "candidate"},
+    {"models_text", "retrain", "serving_http"},
     {"serving"},
-    {"demo", "cli_models", "cli_serve"},
+    {"cli_retrain", "cli_models", "cli_serve"},
+    {"demo"},
     {"cli"},
 ]
 
