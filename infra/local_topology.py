@@ -54,7 +54,7 @@ class Processes:
                                        start_new_session=True)
         self._running.append((name, process))
 
-    def wait_for(self, name: str, ready: Callable[[], bool], seconds: float = 180) -> None:
+    def wait_for(self, name: str, ready: Callable[[], bool], seconds: float = 400) -> None:
         """Waits until a program answers; shows its log where it ends instead."""
         start = time.monotonic()
         process = next(running for known, running in self._running if known == name)
