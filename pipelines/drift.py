@@ -160,10 +160,10 @@ def _held_out(version: Version, place: Storage) -> np.ndarray:
     """Pooled features of a task's images that nothing was learned from, (N, C)."""
     with tempfile.TemporaryDirectory() as cache:
         store = open_store(place, Path(cache))
-        manifests = [_manifest(store, key, version)
-                     for key in json.loads(version.tags["feature_keys"])]
+        keys = json.loads(version.tags["feature_keys"])
         # the first is the training split; of very small data nothing else may be there
-        return np.concatenate([_pooled(store, manifest) for manifest in manifests[1:] or manifests])
+        return np.concatenate([_pooled(store, _manifest(store, key, version))
+                               for key in keys[1:] or keys])
 
 
 def _manifest(store: FeatureStore, key: str, version: Version) -> Manifest:
