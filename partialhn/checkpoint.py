@@ -25,6 +25,7 @@ from partialhn.config import Config
 from partialhn.errors import IntegrityError
 from partialhn.model import Head, head_start
 from partialhn.strategies import STRATEGIES, Strategy
+from partialhn.task_inference import TaskInference
 
 FORMAT = 1
 TENSORS, FIELDS = "model.safetensors", "model.json"
@@ -131,11 +132,15 @@ class Model:
     tasks: tuple[TaskInfo, ...]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Whatever else is worth keeping: stream name, accuracy rows, feature keys."""
+    inference: TaskInference | None = None
+    """Finds the task of an image where it is not given; None in models made without it."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of trunk and strategy by name."""
+        """Every tensor of trunk, strategy and task inference by name."""
+        inference = self.inference.tensors() if self.inference else {}
         return ({f"trunk.{key}": value for key, value in self.trunk.state_dict().items()}
-                | {f"strategy.{key}": value for key, value in self.strategy.state_dict().items()})
+                | {f"strategy.{key}": value for key, value in self.strategy.state_dict().items()}
+                | {f"inference.{key}": value for key, value in inference.items()})
 
     def weights_hash(self) -> str:
         """SHA-256 over all tensors: equal hashes answer equally."""
@@ -163,12 +168,14 @@ class Model:
                 strategy.finish(index)
             trunk.load_state_dict(tensors_below(tensors, "trunk."), strict=True)
             strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
+            found = tensors_below(tensors, "inference.")
+            inference = TaskInference.from_tensors(found, len(tasks)) if found else None
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError,
                 OverflowError) as error:  # InputError is a ValueError
             raise IntegrityError(f"checkpoint {folder} does not fit this version: {error}"
                                  ) from error
         model = Model(config, trunk, strategy.requires_grad_(False).eval(), tasks,
-                      fields.get("facts", {}))
+                      fields.get("facts", {}), inference)
         if model.weights_hash() != fields.get("weights_hash"):
             raise IntegrityError(f"checkpoint {folder} holds other weights than it was saved with")
         return model

@@ -133,8 +133,12 @@ class FeatureStore:
 
     def find(self, recipe: FeatureRecipe) -> Manifest | None:
         """The finished features of a recipe, or None."""
-        content = self._read(f"{self.folder(recipe.key)}/manifest.json")
-        return None if content is None else _parse_manifest(content, recipe.key)
+        return self.find_key(recipe.key)
+
+    def find_key(self, key: str) -> Manifest | None:
+        """The finished features of a key, or None."""
+        content = self._read(f"{self.folder(key)}/manifest.json")
+        return None if content is None else _parse_manifest(content, key)
 
     def find_shard(self, key: str, index: int) -> Shard | None:
         """A shard that some writer finished already, or None."""

@@ -189,6 +189,10 @@ class Experience:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
+RESERVED = ("auto", "none")
+"""What a caller says who does not know the task, and what stands for no known task."""
+
+
 def task_of(slot: str) -> str:
     """The task that a slot answers for: `cats/2026-11` is learned from more data of `cats`."""
     return slot.partition("/")[0]
