@@ -30,8 +30,8 @@ from partialhn.config import (
 )
 from partialhn.errors import InputError
 from partialhn.presets import preset
-from pipelines import cli_retrain
-from pipelines.settings import Group, OutputConfig
+from pipelines import cli_models, cli_retrain
+from pipelines.settings import Group, OutputConfig, mask_password
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Demo:
 
 
 COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report, "show": Show,
-                            "demo": Demo, **cli_retrain.COMMANDS}
+                            "demo": Demo, **cli_models.COMMANDS, **cli_retrain.COMMANDS}
 """Every command by name: a class whose `run` does it, or a `Group` of such classes."""
 
 
@@ -175,7 +175,7 @@ def next_commands(output: OutputConfig, result: dict[str, Any]) -> list[str]:
     where = ("" if output.storage == OutputConfig.storage
              else f" --storage {shlex.quote(output.storage)}")
     if output.tracking_uri:
-        where += f" --tracking-uri {shlex.quote(output.tracking_uri)}"
+        where += f" --tracking-uri {shlex.quote(mask_password(output.tracking_uri))}"
     first = result["tasks"][0]["name"]
     return ["next:",
             f"  partialhn report --name {output.name}{where}",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from partialhn.errors import InputError
+from pipelines.settings import mask_password
 from pipelines.storage import Storage
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ def open_client(storage: Storage, tracking_uri: str | None,
             client = MlflowClient(tracking_uri=uri)
             client.search_registered_models(max_results=1)
     except (MlflowException, OSError, ImportError) as error:
-        raise InputError(f"MLflow at {uri!r} does not answer: {error}; allowed: an http(s):// "
-                         "server, sqlite:///file or another database") from error
+        shown = mask_password(f"{uri!r} does not answer: {error}")
+        raise InputError(f"MLflow at {shown}; allowed: an http(s):// server, sqlite:///file or "
+                         "another database") from None  # the error may hold the password
     return client, uri
 
 

@@ -19,8 +19,6 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import pyarrow.fs
-
 from partialhn.errors import IntegrityError
 from pipelines.settings import check_name
 from pipelines.storage import Storage
@@ -119,11 +117,9 @@ class History:
 
     def _last(self) -> int:
         """The highest number there is; 0 for an empty history."""
-        folder = self._storage.path("history", self.stream)
-        found = self._storage.filesystem.get_file_info(
-            pyarrow.fs.FileSelector(folder, allow_not_found=True))
-        numbers = [int(match[1]) for info in found
-                   if (match := _FILE.fullmatch(info.path.rpartition("/")[2]))]
+        numbers = [int(match[1])
+                   for file in self._storage.list(self._storage.path("history", self.stream))
+                   if (match := _FILE.fullmatch(file.path.rpartition("/")[2]))]
         return max(numbers, default=0)
 
     def _read(self, seq: int) -> Entry:

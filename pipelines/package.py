@@ -50,7 +50,7 @@ def write(path: Path, model: Any, contents: Contents) -> None:
         artifacts["sample"] = str(contents.sample)
     mlflow.pyfunc.save_model(
         path, mlflow_model=model, python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-        artifacts=artifacts, pip_requirements=_requirements(), signature=_signature(),
+        artifacts=artifacts, pip_requirements=_requirements(), signature=signature(),
         input_example=example)
 
 
@@ -71,6 +71,13 @@ def artifact(folder: Path, name: str) -> Path:
     return path
 
 
+def has_artifact(folder: Path, name: str) -> bool:
+    """Whether a downloaded version has this artifact at all."""
+    from mlflow.models import Model
+
+    return name in Model.load(str(folder)).flavors.get("python_function", {}).get("artifacts", {})
+
+
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file by its path below the folder, but for what MLflow adds on download."""
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
@@ -78,7 +85,8 @@ def file_hashes(folder: Path) -> dict[str, str]:
             if path.is_file() and path.name != "registered_model_meta"}
 
 
-def _signature() -> "ModelSignature":
+def signature() -> "ModelSignature":
+    """What a version takes and gives, by name and type."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array

@@ -13,18 +13,19 @@ import dataclasses
 import json
 import re
 import tempfile
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
+from partialhn.stream import task_of
 from pipelines import package
 from pipelines.aliases import Aliases
 from pipelines.connection import open_client
 from pipelines.history import Entry, Kind, Move
 from pipelines.package import Contents
 from pipelines.runs import Runs
+from pipelines.settings import mask_password
 from pipelines.storage import Storage
 from pipelines.versions import (
     CHALLENGER,
@@ -34,6 +35,7 @@ from pipelines.versions import (
     GATE,
     Registration,
     Version,
+    challenger_of,
     task_alias,
 )
 
@@ -157,7 +159,7 @@ class Registry(Runs):
                                        tracking_uri=self.tracking_uri))
 
     def result(self, name: str) -> dict[str, Any]:
-        """The result.json of the champion's run of a stream.
+        """The result.json of the champion's run of a stream, and the `challenger` if there is one.
 
         Raises: InputError when the stream is unknown or its run has not ended.
         """
@@ -171,7 +173,12 @@ class Registry(Runs):
         with tempfile.TemporaryDirectory() as folder:
             path = download_artifacts(run_id=parent, artifact_path="result.json", dst_path=folder,
                                       tracking_uri=self.tracking_uri)
-            return typing.cast(dict[str, Any], json.loads(Path(path).read_text(encoding="utf-8")))
+            result: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        refused = challenger_of(self.versions(name))
+        if refused is not None:
+            result["challenger"] = {"version": refused.version, "task": refused.task,
+                                    "decision": refused.decision}
+        return result
 
     # Inside ----------------------------------------------------------------------------------
 
@@ -190,7 +197,7 @@ class Registry(Runs):
             return [CHALLENGER]
         entries = self.aliases.history(record.stream).entries()
         taken = []
-        for alias in (task_alias(record.task), CHAMPION):
+        for alias in (task_alias(task_of(record.task)), CHAMPION):
             holder = next((v for v in versions if alias in v.aliases), None)
             later = (holder is not None and holder.tags.get("work") == record.work
                      and holder.task_index > record.task_index)
@@ -205,7 +212,8 @@ class Registry(Runs):
             return self._client.get_registered_model(name)
         except MlflowException as error:
             streams = [m.name for m in self._client.search_registered_models()]
-            raise InputError(f"no stream {name!r} in the registry {self.tracking_uri}; there: "
+            raise InputError(f"no stream {name!r} in the registry "
+                             f"{mask_password(self.tracking_uri)}; there: "
                              + _listed(streams)) from error
 
     def _add_version(self, run_id: str, tags: dict[str, str], contents: Contents,

@@ -6,7 +6,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -182,11 +181,6 @@ def size(n_bytes: float | None) -> str:
     power = next((p for p in (1, 2, 3) if n_bytes < 999.5 * 1000 ** p), 4)
     value, unit = n_bytes / 1000 ** power, ("kB", "MB", "GB", "TB")[power - 1]
     return f"{value:.1f}{NBSP}{unit}" if value < 99.5 else f"{value:.0f}{NBSP}{unit}"
-
-
-def mask_password(text: str) -> str:
-    """Hides the password of a URI such as postgresql://user:password@host/database."""
-    return re.sub(r"(://[^/\s:@]*):[^/\s]+@", r"\1:***@", text)
 
 
 def break_even(facts: Facts) -> int | None:

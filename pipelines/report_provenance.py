@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.report_charts import escape
-from pipelines.report_facts import Facts, mask_password, size
+from pipelines.report_facts import Facts, size
 from pipelines.report_html import data_table, facts_list, pair, section
+from pipelines.settings import mask_password
 
 
 def usage(facts: Facts) -> str:

@@ -150,6 +150,10 @@ def _cost(facts: Facts) -> str:
 
 def _cautions(facts: Facts) -> tuple[str, ...]:
     found = []
+    if refused := facts.result.get("challenger"):
+        reasons = (refused.get("decision") or {}).get("reasons") or ["no reason is kept"]
+        found.append(f"A newer version, {refused['version']} (task “{refused['task']}”), was "
+                     f"refused by the gate and is not in use: {'; '.join(reasons)}.")
     bad = len(facts.bad_images)
     if bad:
         found.append(f"{bad} unreadable {'image was' if bad == 1 else 'images were'} left out.")

@@ -80,6 +80,11 @@ def check_name(name: str) -> str:
     return name
 
 
+def mask_password(text: str) -> str:
+    """Hides the password of a URI such as postgresql://user:password@host/database."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s]+@", r"\1:***@", text)
+
+
 class Group:
     """Commands that belong together, such as `partialhn features list | verify`: a command class
     whose docstring is the group's help and whose COMMANDS are the classes behind the words.

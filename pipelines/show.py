@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 
 from pipelines.registry import connect
+from pipelines.settings import mask_password
 from pipelines.storage import open_storage
-from pipelines.versions import CHAMPION, Version
+from pipelines.versions import CHAMPION, Version, challenger_of
 
 _COLUMNS = ("task", "name", "classes", "version", "acc", "learned", "forgotten", "aliases")
 
@@ -20,6 +21,8 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
     Raises: InputError for an unknown stream, listing the known ones.
     """
     registry = connect(open_storage(storage), tracking_uri, create=False)
+    if registry.aliases.keeps_history(name):
+        registry.aliases.reconcile(name)
     champion = registry.resolve(f"models:/{name}@{CHAMPION}")
     versions = registry.versions(name)
     current = chain_of(versions, champion)
@@ -27,12 +30,22 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
     lines = [f"stream   {name}",
              f"model    models:/{name}@{CHAMPION} = version {champion.version} "
              f"({champion.task_index + 1} tasks)",
-             f"mlflow   {registry.tracking_uri}",
+             f"mlflow   {mask_password(registry.tracking_uri)}",
              f"work     {champion.tags['work']}"
              + (f" ({older} versions of other work or weights are not shown)" if older else ""),
-             "", *_table([_COLUMNS, *map(_row, current)]), "",
+             *_refused(versions), "", *table([_COLUMNS, *map(_row, current)]), "",
              f"trunk {champion.tags['trunk_fingerprint']}", "features in"]
     return "\n".join(lines + [f"  {place}" for place in _feature_folders(current)])
+
+
+def _refused(versions: Sequence[Version]) -> list[str]:
+    """The challenger, and what the gate holds against it."""
+    version = challenger_of(versions)
+    if version is None:
+        return []
+    reasons = (version.decision or {}).get("reasons", [])
+    return [f"refused  version {version.version} (task {version.task!r}) is challenger only:",
+            *(f"         {reason}" for reason in reasons)]
 
 
 def chain_of(versions: Sequence[Version], newest: Version) -> list[Version]:
@@ -60,7 +73,8 @@ def _feature_folders(versions: Sequence[Version]) -> list[str]:
                               for key in json.loads(v.tags["feature_keys"])))
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with the cells of a column below each other."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows]

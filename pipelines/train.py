@@ -20,8 +20,10 @@ from partialhn.checkpoint import Model
 from partialhn.config import Config
 from partialhn.featurise import feature_jobs, find_features
 from partialhn.metrics import summarise
+from partialhn.predict import Predictor
 from partialhn.result import Clock, model_sizes, peak_rss_bytes, result_fields
 from partialhn.run import Parts, check, cut, work_name
+from partialhn.sample import write_sample
 from partialhn.slots import Slot, needed_jobs, slots_of
 from partialhn.stream import Experience
 from partialhn.train import EpochRecord, TaskRecord
@@ -31,7 +33,7 @@ from pipelines.package import Contents
 from pipelines.progress import Progress
 from pipelines.registry import Registry, connect
 from pipelines.report import write_report
-from pipelines.settings import OutputConfig
+from pipelines.settings import OutputConfig, mask_password
 from pipelines.stages import Stages, our_outcome, start_ray
 from pipelines.storage import Storage, open_storage
 from pipelines.versions import CHAMPION, Registration, Version
@@ -132,7 +134,8 @@ class _Job:
             "name": self.output.name, "work": self.work, "weights_hash": model.weights_hash(),
             "checkpoint_bytes": registrar.checkpoint_bytes, "device": returned["device"],
             "peak_rss_bytes": max(returned["peak_rss_bytes"], peak_rss_bytes()),
-            "storage": self.storage.uri, "tracking_uri": self.registry.tracking_uri,
+            "storage": self.storage.uri,
+            "tracking_uri": mask_password(self.registry.tracking_uri),
             "model_uri": f"models:/{self.output.name}@{CHAMPION}",
             "versions": registrar.version_fields()}
         for row, seconds in zip(fields["seconds"]["per_task"], registrar.seconds, strict=True):
@@ -221,10 +224,17 @@ class _Registrar:
             acc=metrics["acc"], learning_accuracy=metrics["learning_accuracy"],
             forgetting=metrics["forgetting"], storage=job.storage.uri,
             prefix=self._prefixes[index], parent=self._prefixes[index - 1] if index else ""),
-            Contents(folder, record.task, experience.test.take([0]).read()[0]))
+            Contents(folder, record.task, experience.test.take([0]).read()[0], self._sample(index)))
         job.registry.log_metrics(run, metrics)
         job.registry.end_run(run)
         return version
+
+    def _sample(self, index: int) -> Path:
+        """Test images of the tasks so far with the model's answers; `models verify` asks again."""
+        path = Path(self._scratch.name) / "sample.parquet"
+        predictor = Predictor.load(self._fetch(index))
+        write_sample(path, predictor, self.job.experiences[:index + 1])
+        return path
 
     def newest_model(self) -> Model:
         """The model after the last task."""

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 CHAMPION = "champion"
@@ -93,6 +93,15 @@ class Version:
 def is_ours(alias: str) -> bool:
     """Whether this product moves the alias; a user's own aliases are left alone."""
     return alias in (CHAMPION, CHALLENGER) or alias.startswith("task-")
+
+
+def challenger_of(versions: Sequence[Version]) -> Version | None:
+    """The version the gate refused last, while it is newer than the champion."""
+    by_alias = {alias: version for version in versions for alias in version.aliases}
+    refused, champion = by_alias.get(CHALLENGER), by_alias.get(CHAMPION)
+    if refused is None or (champion is not None and champion.version >= refused.version):
+        return None
+    return refused
 
 
 def task_alias(task: str) -> str:

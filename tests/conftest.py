@@ -1,5 +1,6 @@
 """For every test: nothing asks the network, and Ray is started at most once."""
 
+import dataclasses
 import os
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -19,3 +20,65 @@ def ray_cluster():
              logging_level="ERROR")
     yield
     ray.shutdown()
+
+
+class Tasks:
+    """Real small models of a stream of digits, one task more each, registered on demand."""
+
+    NAMES = ("zero-one", "two-three", "four-five")
+
+    def __init__(self, folder):
+        from partialhn.config import BackboneConfig, Config, DataConfig
+        from partialhn.datasets import open_stream
+
+        self.folder = folder
+        self.config = Config(DataConfig(data="digits", tasks=5, input_size=16),
+                             BackboneConfig(freeze_depth=3))
+        self.experiences = [dataclasses.replace(each, name=name) for name, each in
+                            zip(self.NAMES, open_stream(self.config.data, folder), strict=False)]
+        for count in range(1, len(self.NAMES) + 1):
+            self._save(count)
+
+    def _save(self, count):
+        import torch
+
+        from partialhn.checkpoint import Model, TaskInfo, empty_parts
+        from partialhn.predict import Predictor
+        from partialhn.sample import write_sample
+
+        torch.manual_seed(count)
+        known = self.experiences[:count]
+        trunk, strategy = empty_parts(self.config)
+        for index, experience in enumerate(known):
+            strategy.add_task(len(experience.classes))
+            strategy.finish(index)
+        model = Model(self.config, trunk.eval(), strategy.requires_grad_(False).eval(),
+                      tuple(TaskInfo(each.name, each.classes) for each in known))
+        model.save(self.folder / f"model-{count}")
+        write_sample(self.folder / f"sample-{count}.parquet",
+                     Predictor.load(self.folder / f"model-{count}"), known)
+
+    def register(self, registry, name, index, placing=None, work="0123456789ab"):
+        """Registers the model after a task as the main job does."""
+        from partialhn.checkpoint import load
+        from pipelines.package import Contents
+        from pipelines.versions import Registration
+
+        experience, folder = self.experiences[index], self.folder / f"model-{index + 1}"
+        parent = registry.stream_run(name, work, self.config.to_dict())
+        run = registry.task_run(parent, experience.name, index)
+        record = Registration(
+            stream=name, work=work, task=experience.name, task_index=index,
+            classes=experience.classes, trunk_fingerprint="f" * 64, feature_keys=("key",),
+            weights_hash=load(folder, "model")[1]["weights_hash"], acc=0.9 - index / 100,
+            learning_accuracy=0.9, forgetting=0.0, storage="/data/store",
+            prefix=f"{work}-{index}", parent="")
+        return registry.register_task(run, record, Contents(
+            folder, experience.name, experience.test.take([0]).read()[0],
+            self.folder / f"sample-{index + 1}.parquet"), placing)
+
+
+@pytest.fixture(scope="session")
+def digit_tasks(tmp_path_factory):
+    """Three real models of digit tasks with their samples, not registered yet."""
+    return Tasks(tmp_path_factory.mktemp("digit-tasks"))

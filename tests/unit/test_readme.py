@@ -12,6 +12,7 @@ from partialhn.config import Config, load_config
 from partialhn.presets import PRESETS
 from pipelines.cli import COMMANDS, _parse
 from pipelines.demo import demo_config
+from pipelines.settings import Group
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md",
@@ -50,7 +51,7 @@ def test_a_command_of_the_readme_parses(line, tmp_path, monkeypatch):
         return
     (tmp_path / "my-stream.yaml").write_text(blocks(TEXTS["README.md"], "yaml")[0])
     monkeypatch.chdir(tmp_path)
-    assert isinstance(_parse(words), COMMANDS[words[0]])
+    assert isinstance(_parse(words), tuple(kinds()))
 
 
 def test_configuration_files_of_the_readme_are_valid(tmp_path):
@@ -62,8 +63,14 @@ def test_configuration_files_of_the_readme_are_valid(tmp_path):
         assert load_config(path) != Config()
 
 
+def kinds(commands=COMMANDS):
+    """The classes of all commands, those in groups too."""
+    for kind in commands.values():
+        yield from kinds(kind.COMMANDS) if issubclass(kind, Group) else [kind]
+
+
 def test_every_option_that_is_named_exists():
-    options = {"--" + field.name.replace("_", "-") for kind in COMMANDS.values()
+    options = {"--" + field.name.replace("_", "-") for kind in kinds()
                for part in [kind, *(f.type for f in dataclasses.fields(kind))]
                if dataclasses.is_dataclass(part) for field in dataclasses.fields(part)}
     for name, text in TEXTS.items():

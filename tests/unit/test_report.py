@@ -16,13 +16,13 @@ from pipelines.report import render, text_summary, write_report
 from pipelines.report_facts import (
     break_even,
     duration,
-    mask_password,
     percent,
     points,
     read_facts,
     size,
 )
 from pipelines.report_verdict import verdict
+from pipelines.settings import mask_password
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("report_samples.py")))
 sample, forgetful, minimal, hostile = (SAMPLES[name] for name in

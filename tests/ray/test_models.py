@@ -1,0 +1,305 @@
+"""`partialhn models` against a real MLflow on SQLite, and what crashes and bad hands leave."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from partialhn.errors import InputError
+from pipelines.gate import GateFacts, Policy, decide
+from pipelines.history import Move, StaleTokenError
+from pipelines.registry import Placing, connect
+from pipelines.show import show
+from pipelines.storage import open_storage
+
+FACTS = GateFacts("four-five", 2, {"zero-one": 0.4, "two-three": 0.9, "four-five": 0.9},
+                  {"zero-one": 0.9, "two-three": 0.9})
+REFUSED = decide(Policy(), FACTS)
+REASON = "task 'zero-one': 0.900 -> 0.400, loss 0.500, allowed at most 0.02"
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return connect(open_storage(str(tmp_path / "store")))
+
+
+@pytest.fixture
+def three(registry, digit_tasks):
+    """Two tasks that passed, and a third that the gate refused."""
+    for index in (0, 1):
+        digit_tasks.register(registry, "digits", index)
+    digit_tasks.register(registry, "digits", 2, refused())
+    return registry
+
+
+def refused(**more):
+    return Placing(False, "gate-rejected", REASON, decision=REFUSED.fields(), **more)
+
+
+def aliases_of(registry):
+    return {alias: version.version for version in registry.versions("digits")
+            for alias in version.aliases}
+
+
+def kinds(registry):
+    return [(entry.move.kind, entry.move.alias, entry.origin, entry.move.to)
+            for entry in registry.aliases.history("digits").entries()]
+
+
+@pytest.fixture
+def models(command, three, tmp_path):
+    """`partialhn models WORD` on the stream."""
+    return lambda *words: command("models", *words, "--name", "digits", "--storage",
+                                  tmp_path / "store")
+
+
+TRAINED = [("trained", "task-zero-one", None, 1), ("trained", "champion", None, 1),
+           ("trained", "task-two-three", None, 2), ("trained", "champion", 1, 2)]
+
+
+def test_a_refused_version_is_challenger_and_says_why(three):
+    assert aliases_of(three) == {"task-zero-one": 1, "task-two-three": 2, "champion": 2,
+                                 "challenger": 3}
+    assert kinds(three) == [*TRAINED, ("gate-rejected", "challenger", None, 3)]
+    version = three.resolve("models:/digits@challenger")
+    assert version.tags["gate"] == "failed"
+    assert version.decision == REFUSED.fields()
+    entry = three.aliases.history("digits").entries()[-1]
+    assert entry.move.decision == REFUSED.fields()
+    assert entry.move.metrics["acc"] == pytest.approx(0.88)
+    text = show("digits", str(three._storage.root))
+    assert "refused  version 3 (task 'four-five') is challenger only:" in text
+    assert REASON in text
+
+
+def test_registering_again_writes_nothing_new(three, digit_tasks):
+    before = kinds(three)
+    for index in (0, 1):
+        digit_tasks.register(three, "digits", index)
+    digit_tasks.register(three, "digits", 2, refused())
+    assert kinds(three) == before
+    assert len(three.versions("digits")) == 3
+
+
+def test_the_report_names_the_challenger(three):
+    run = three._client.get_run(three.resolve("models:/digits@champion").run_id)
+    three.log_result(run.data.tags["mlflow.parentRunId"],
+                     {"name": "digits", "accuracy_matrix": [[0.9]]})
+    from pipelines.report_facts import read_facts
+    from pipelines.report_verdict import verdict
+
+    result = three.result("digits")
+    assert result["challenger"]["version"] == 3
+    cautions = verdict(read_facts(result)).cautions
+    assert any("version, 3 (task “four-five”), was refused" in text and REASON in text
+               for text in cautions)
+
+
+def test_list_show_and_history(models):
+    code, out, _ = models("list")
+    assert code == 0
+    assert "version 3 was refused: " + REASON in out
+    code, out, _ = models("list", "--json")
+    rows = json.loads(out)["versions"]
+    assert [(row["version"], row["gate"]) for row in rows] == [(1, None), (2, None), (3, "failed")]
+    code, out, _ = models("show", "--version", "challenger")
+    assert code == 0
+    for part in ("gate: failed", "zero-one", "would have lost too much", "gate-rejected"):
+        assert part in out
+    code, out, _ = models("history", "--json")
+    assert [row["seq"] for row in json.loads(out)["entries"]] == [1, 2, 3, 4, 5]
+
+
+def test_promoting_what_the_gate_refused_takes_force_and_a_reason(models, three):
+    code, _, err = models("promote")
+    assert code == 3
+    assert REASON in err
+    assert aliases_of(three)["champion"] == 2
+    assert models("promote", "--force")[0] == 2
+    code, out, _ = models("promote", "--force", "--why", "zero-one is no longer sold", "--json")
+    assert code == 0
+    assert json.loads(out)["champion"] == 3
+    assert aliases_of(three) == {"task-zero-one": 1, "task-two-three": 2, "task-four-five": 3,
+                                 "champion": 3, "challenger": 3}
+    assert three.aliases.history("digits").entries()[-1].move.why == "zero-one is no longer sold"
+    assert "refused  version" not in show("digits", str(three._storage.root))
+
+
+def test_rollback_is_one_entry_and_stays_when_training_is_started_again(models, three,
+                                                                        digit_tasks):
+    code, out, _ = models("rollback", "--why", "complaints")
+    assert (code, "champion is version 1" in out) == (0, True)
+    assert kinds(three)[5:] == [("rollback", "champion", 2, 1)]
+    assert models("rollback")[0] == 2, "there is no champion before the first"
+    digit_tasks.register(three, "digits", 1)
+    assert aliases_of(three)["champion"] == 1
+    code, out, _ = models("rollback", "--to", "2")
+    assert (code, aliases_of(three)["champion"]) == (0, 2)
+    code, _, err = models("rollback", "--to", "3")
+    assert (code, "was never champion; allowed: 1, 2" in err) == (2, True)
+
+
+@pytest.mark.parametrize("words", [["show", "--version", "9"], ["promote", "--version", "nope"],
+                                   ["rollback", "--to", "9"], ["verify", "--version", "9"]])
+def test_versions_that_are_not_there(models, words):
+    code, _, err = models(*words)
+    assert code == 2
+    assert "versions: 1, 2, 3" in err
+
+
+# Crashes -------------------------------------------------------------------------------------
+
+
+def test_a_crash_between_history_and_alias_is_mended_once(three, models):
+    history = three.aliases.history("digits")
+    model = three._client.get_registered_model("digits")
+    history.append(Move("champion", 1, "promoted", "then the power failed"),
+                   str(model.creation_timestamp))
+    assert aliases_of(three)["champion"] == 2
+    code, out, _ = models("history")
+    assert code == 0
+    assert "alias champion pointed to version 2; history entry 6 (promoted) says version 1" in out
+    assert aliases_of(three)["champion"] == 1
+    before = kinds(three)
+    assert "pointed to" not in models("history")[1]
+    assert kinds(three) == before
+
+
+def test_a_rollback_that_was_interrupted_is_not_made_twice(three, models, digit_tasks):
+    digit_tasks.register(three, "digits", 2, Placing(decision=REFUSED.fields() | {"passed": True}))
+    model = three._client.get_registered_model("digits")
+    three.aliases.history("digits").append(Move("champion", 2, "rollback", "killed here"),
+                                           str(model.creation_timestamp))
+    assert aliases_of(three)["champion"] == 3
+    assert models("rollback")[0] == 0
+    assert aliases_of(three)["champion"] == 2
+    assert [kind for kind, *_ in kinds(three)].count("rollback") == 1
+
+
+def test_an_alias_moved_behind_our_back_is_set_back_and_foreign_ones_stay(three):
+    three._client.set_registered_model_alias("digits", "champion", "3")
+    three._client.set_registered_model_alias("digits", "shop-window", "1")
+    assert [repair.alias for repair in three.aliases.reconcile("digits")] == ["champion"]
+    assert aliases_of(three) | {"shop-window": 1} == aliases_of(three)
+    assert aliases_of(three)["champion"] == 2
+    assert three.aliases.reconcile("digits") == []
+
+
+def test_streams_older_than_the_history_are_taken_over(three, tmp_path):
+    import shutil
+
+    before = aliases_of(three)
+    shutil.rmtree(tmp_path / "store" / "history")
+    again = connect(open_storage(str(tmp_path / "store")))
+    assert {repair.entry.move.kind for repair in again.aliases.reconcile("digits")} == {"reconcile"}
+    assert aliases_of(again) == before
+    assert again.aliases.reconcile("digits") == []
+    again.aliases.move("digits", Move("champion", 1, "promoted", ""))
+    assert kinds(again)[-1] == ("promoted", "champion", 2, 1)
+
+
+def test_a_deleted_version_takes_its_alias_along(three):
+    three._client.delete_model_version("digits", "3")
+    repairs = three.aliases.reconcile("digits")
+    assert [str(repair) for repair in repairs] == [
+        "alias challenger: version 3 is not in the registry any more (history entry 6)"]
+    assert three.aliases.reconcile("digits") == []
+
+
+def test_a_lost_lease_cannot_move_an_alias(three):
+    three.aliases.move("digits", Move("champion", 1, "promoted", "", token=5))
+    with pytest.raises(StaleTokenError, match=r"fencing token 4"):
+        three.aliases.move("digits", Move("champion", 2, "trained", "", token=4))
+    assert aliases_of(three)["champion"] == 1
+
+
+def test_history_and_registry_belong_together(three, digit_tasks, tmp_path):
+    elsewhere = connect(open_storage(str(tmp_path / "other")), three.tracking_uri)
+    with pytest.raises(InputError, match=r"keeps its history in .*/store/history/digits, not in"):
+        elsewhere.aliases.move("digits", Move("champion", 1, "promoted", ""))
+    assert not elsewhere.aliases.keeps_history("digits")
+    fresh = connect(open_storage(str(tmp_path / "store")), f"sqlite:///{tmp_path}/fresh.db")
+    with pytest.raises(InputError, match="in another registry; allowed: the --tracking-uri"):
+        digit_tasks.register(fresh, "digits", 0)
+
+
+# Verification --------------------------------------------------------------------------------
+
+
+def stored(three, version):
+    return Path(three._client.get_model_version_download_uri("digits", version))
+
+
+def test_verify_in_a_clean_process(models):
+    code, out, err = models("verify", "--json")
+    assert code == 0, (out, err)
+    found = json.loads(out)
+    assert [check["name"] for check in found["checks"]] == ["files", "weights", "signature",
+                                                            "sample"]
+    assert "on 128 images" in found["checks"][-1]["found"]
+
+
+def test_verify_notices_every_changed_file_and_runs_none(models, three, tmp_path):
+    folder = stored(three, "2")
+    (folder / "planted.pkl").write_bytes(b"x")
+    code, out, _ = models("verify")
+    assert (code, "planted.pkl was added" in out) == (1, True)
+    (folder / "planted.pkl").unlink()
+    script = folder / "pyfunc_model.py"
+    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n" + script.read_text())
+    code, out, _ = models("verify")
+    assert (code, "pyfunc_model.py was changed" in out) == (1, True)
+    script.unlink()
+    code, out, _ = models("verify")
+    assert (code, "pyfunc_model.py is missing" in out) == (1, True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_verify_notices_other_weights_and_other_answers(three, models, digit_tasks):
+    """Where someone could change the registry's hashes of files too."""
+    from pipelines.package import file_hashes
+
+    folder = stored(three, "2")
+    saved = next(folder.glob("artifacts/model-*"))
+    for name in ("model.safetensors", "model.json"):  # a sound model, but with one task less
+        (saved / name).write_bytes((digit_tasks.folder / "model-1" / name).read_bytes())
+    three._client.set_model_version_tag("digits", "2", "files_sha256",
+                                        json.dumps(file_hashes(folder)))
+    code, out, _ = models("verify", "--json")
+    assert code == 1
+    checks = {check["name"]: check["passed"] for check in json.loads(out)["checks"]}
+    assert checks["files"]
+    assert not checks.get("weights", checks.get("loads"))
+
+
+def test_a_planted_pickle_does_not_run(three, tmp_path):
+    """A pickled model under the same name, its hash put right: loading refuses to unpickle it."""
+    from pipelines.package import file_hashes
+
+    folder = stored(three, "2")
+    mark = tmp_path / "ran"
+    code = ("import pickle, sys\nclass Evil:\n def __reduce__(self):\n"
+            f"  return (open, ({str(mark)!r}, 'w'))\n"
+            "open(sys.argv[1], 'wb').write(pickle.dumps(Evil()))\n")
+    subprocess.run([sys.executable, "-c", code, str(folder / "python_model.pkl")], check=True)
+    text = (folder / "MLmodel").read_text()
+    lines = [line for line in text.splitlines() if "model_code_path" not in line]
+    at = next(i for i, line in enumerate(lines) if "loader_module" in line)
+    indent = lines[at][:len(lines[at]) - len(lines[at].lstrip())]
+    lines.insert(at + 1, f"{indent}python_model: python_model.pkl")
+    (folder / "MLmodel").write_text("\n".join(lines) + "\n")
+    three._client.set_model_version_tag("digits", "2", "files_sha256",
+                                        json.dumps(file_hashes(folder)))
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("partialhn")), "models", "verify", "--name", "digits",
+         "--storage", str(three._storage.root)],
+        capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert not mark.exists()
+    assert "FAILED loads" in done.stdout
+    predictor, _ = three.load_predictor("models:/digits/2")  # never looks at it
+    assert predictor.tasks == ["zero-one", "two-three"]
+    assert not mark.exists()
