@@ -1,4 +1,4 @@
-"""Of several that want a stream, one has it; a dead one does not keep it; the log knows who wrote."""
+"""Of several that want a stream one has it; a dead one does not keep it; the log says who wrote."""
 
 import json
 import multiprocessing
