@@ -1,4 +1,4 @@
-"""What arrives: when it is ready, in which order, and what is refused before anything is trained."""
+"""What arrives: when it is ready, in which order, and what is refused before any training."""
 
 import io
 import json
