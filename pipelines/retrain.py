@@ -170,7 +170,8 @@ class _Pass:
         if decided and aliases.keeps_history(name):
             promoted = {entry.move.to for entry in aliases.history(name).entries()
                         if entry.move.alias == CHAMPION}
-        versions = {version.tags.get("prefix", ""): version for version in self._versions(held.registry)}
+        versions = {version.tags.get("prefix", ""): version
+                    for version in self._versions(held.registry)}
         for each in decided:
             version = versions.get(each.prefix)
             if version is None or (each.passed and version.version not in promoted):
