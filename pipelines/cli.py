@@ -30,7 +30,7 @@ from partialhn.config import (
 )
 from partialhn.errors import InputError
 from partialhn.presets import preset
-from pipelines import cli_models, cli_retrain, cli_serve
+from pipelines import cli_models, cli_retrain, cli_serve, cli_tune
 from pipelines.settings import Group, OutputConfig, mask_password
 
 
@@ -169,7 +169,7 @@ class Demo:
 
 COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report, "show": Show,
                             "demo": Demo, **cli_models.COMMANDS, **cli_retrain.COMMANDS,
-                            **cli_serve.COMMANDS}
+                            **cli_serve.COMMANDS, **cli_tune.COMMANDS}
 """Every command by name: a class whose `run` does it, or a `Group` of such classes."""
 
 
@@ -221,12 +221,12 @@ def run(arguments: Sequence[str]) -> int:
 def _parse(words: list[str]) -> Any:
     """The command with its options; tyro prints help and its own errors (exit code 2)."""
     default: dict[str, Any] = {}
-    if words[:1] == ["train"]:
+    if words[:1] in (["train"], ["tune"]):
         words, config = _take_config(words)
         if config:
-            default["default"] = Train(data=config.data, backbone=config.backbone,
-                                       features=config.features, hypernet=config.hypernet,
-                                       train=config.train, compute=config.compute)
+            default["default"] = COMMANDS[words[0]](
+                data=config.data, backbone=config.backbone, features=config.features,
+                hypernet=config.hypernet, train=config.train, compute=config.compute)
     kinds, path = dict(COMMANDS), ["partialhn"]
     description = __doc__.split("\n\n")[0]
     while words and words[0] in kinds:

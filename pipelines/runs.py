@@ -96,7 +96,7 @@ class Runs:
         """The run with these tags, running."""
         experiment = self._experiment(stream)
         where = " and ".join(f"tags.`{key}` = '{tags[key]}'"
-                             for key in ("kind", "work", "prefix") if key in tags)
+                             for key in ("kind", "work", "prefix", "trial") if key in tags)
         found = self._client.search_runs([experiment], where, max_results=1)
         if found:
             run_id = found[0].info.run_id

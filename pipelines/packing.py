@@ -1,0 +1,67 @@
+"""How many trials run at once, and where: arithmetic on CPUs, GPUs and memory of each node."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from partialhn.errors import InputError
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What one node has, or what one trial needs."""
+
+    cpus: float
+    gpus: float
+    memory: float
+    """Bytes."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.cpus:g} CPU", f"{self.gpus:g} GPU" if self.gpus else "",
+                 f"{self.memory / GIB:.2f} GiB"]
+        return ", ".join(part for part in parts if part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Trials that fit at the same time."""
+
+    need: Room
+    per_node: tuple[int, ...]
+    """For each node."""
+    limit: int | None
+    """What the user allows."""
+
+    @property
+    def at_once(self) -> int:
+        """Trials that run at the same time."""
+        return min(sum(self.per_node), self.limit or sum(self.per_node))
+
+    def __str__(self) -> str:
+        nodes = " + ".join(map(str, self.per_node))
+        limit = f", limited to {self.limit}" if self.limit and self.limit < sum(
+            self.per_node) else ""
+        return (f"{self.at_once} at once (nodes have room for {nodes}{limit}), each with "
+                f"{self.need}")
+
+
+def pack(need: Room, nodes: Sequence[Room], limit: int | None = None) -> Packing:
+    """How many trials of this need the nodes hold at once.
+
+    Raises: InputError with the arithmetic where not even one fits on any node.
+    """
+    per_node = tuple(min(_times(node.cpus, need.cpus), _times(node.gpus, need.gpus),
+                         _times(node.memory, need.memory)) for node in nodes)
+    if not any(per_node):
+        have = "; ".join(f"node {index + 1}: {node}" for index, node in enumerate(nodes))
+        raise InputError(f"a trial needs {need}, and no node has that ({have}); allowed: fewer "
+                         "cpus_per_trial or gpus_per_trial, or shallower stored features (other "
+                         "depths, fewer views) where memory is short")
+    return Packing(need, per_node, limit)
+
+
+def _times(have: float, need: float) -> int:
+    """How often a need fits; what is not needed fits any number of times."""
+    return math.floor(have / need + 1e-9) if need > 0 else 1_000_000

@@ -1,0 +1,291 @@
+"""What a search tries: configuration keys with the values they may take.
+
+    hypernet.beta: {loguniform: [0.001, 1]}     a number, drawn on a logarithmic scale
+    train.learning_rate: {uniform: [0.001, 0.01]}
+    hypernet.norm: {choice: [batch, instance]}  one of these, as the search sees fit
+    backbone.freeze_depth: {grid: [2, 3, 4]}    one of these, each equally often
+    train.epochs: 10                            not searched: always this
+    defaults: false                             only what this file says
+
+Keys that are not named keep the default space. A range over a whole number gives whole numbers.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from partialhn.config import Config, HypernetConfig
+from partialhn.errors import InputError
+
+DEPTH = "backbone.freeze_depth"
+KINDS = ("choice", "grid", "uniform", "loguniform")
+SEARCHABLE = (DEPTH, "features.views",
+              *(f"hypernet.{field.name}" for field in dataclasses.fields(HypernetConfig)),
+              "train.epochs", "train.batch_size", "train.learning_rate", "train.schedule",
+              "train.label_smoothing")
+"""Everything else is the same for all trials, which share images, trunk and features."""
+ONLY_WITH = {"hypernet.hidden": ("hypernet.generator", "additive"),
+             "hypernet.channel_dim": ("hypernet.generator", "additive"),
+             "hypernet.embedding_dim": ("hypernet.generator", "additive"),
+             "hypernet.code_dim": ("hypernet.generator", "bilinear"),
+             "hypernet.fresh_columns": ("hypernet.generator", "bilinear"),
+             "hypernet.norm_groups": ("hypernet.norm", "group")}
+"""Keys that mean nothing unless another one has a value."""
+DECIDING = {other for other, _ in ONLY_WITH.values()}
+"""The keys whose value decides whether others mean anything."""
+MAX_COMBINATIONS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One of some values."""
+
+    values: tuple[Any, ...]
+    grid: bool = False
+    """Each value equally often, whatever the search has learned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A number from low to high, both included."""
+
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+
+Dimension = Choice | Range
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """Dimensions by configuration key, and values that every trial has."""
+
+    dimensions: dict[str, Dimension]
+    fixed: dict[str, Any]
+
+    def grid_points(self) -> list[dict[str, Any]]:
+        """Every combination of the grid dimensions' values; one empty one where there is none."""
+        grids = {key: each.values for key, each in self.dimensions.items()
+                 if isinstance(each, Choice) and each.grid}
+        return [dict(zip(grids, values, strict=True))
+                for values in itertools.product(*grids.values())]
+
+    def depths(self) -> list[int]:
+        """The freeze depths of the space, in order."""
+        found = self.dimensions.get(DEPTH)
+        if found is None:
+            return [self.fixed[DEPTH]]
+        if isinstance(found, Range):
+            return list(range(int(found.low), int(found.high) + 1))
+        return sorted(set(found.values))
+
+    def largest(self, key: str, default: int) -> int:
+        """The largest whole number that a key may take."""
+        found = self.dimensions.get(key)
+        if found is None:
+            return int(self.fixed.get(key, default))
+        return int(found.high if isinstance(found, Range) else max(found.values))
+
+    def config(self, base: Config, params: Mapping[str, Any]) -> Config:
+        """The configuration of a trial. Raises: InputError where values do not go together."""
+        return _with(base, self.fixed | dict(params))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `parse_space` takes back, complete."""
+        written: dict[str, Any] = {"defaults": False} | dict(self.fixed)
+        for key, each in self.dimensions.items():
+            if isinstance(each, Choice):
+                written[key] = {"grid" if each.grid else "choice": list(each.values)}
+            else:
+                written[key] = {"loguniform" if each.log else "uniform": [each.low, each.high]}
+        return written
+
+
+def applies(key: str, params: Mapping[str, Any], base: Config) -> bool:
+    """Whether a key means anything beside the other values of a trial."""
+    if key not in ONLY_WITH:
+        return True
+    other, wanted = ONLY_WITH[key]
+    return bool(params.get(other, value_of(base, other)) == wanted)
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def default_space(base: Config, depths: Sequence[int]) -> Space:
+    """Ranges around the configuration that the user started from."""
+    hypernet, train = base.hypernet, base.train
+    rate = train.learning_rate
+    fresh, embedding = hypernet.fresh_columns, hypernet.embedding_dim
+    beta = hypernet.beta or HypernetConfig().beta
+    dimensions: dict[str, Dimension] = {
+        DEPTH: Choice(tuple(depths), grid=True),
+        "hypernet.generator": _choice(hypernet.generator, "bilinear", "additive"),
+        "hypernet.fresh_columns": _choice(fresh, max(1, fresh // 2), max(1, 2 * fresh)),
+        "hypernet.embedding_dim": _choice(embedding, 2 * embedding),
+        "hypernet.hidden": _choice(hypernet.hidden, (50, 32), (100, 64)),
+        "hypernet.beta": Range(beta / 10, beta * 10, log=True, whole=False),
+        "hypernet.norm": _choice(hypernet.norm, "batch", "instance", "group"),
+        "train.learning_rate": Range(rate / 3, rate * 3, log=True, whole=False),
+        "train.epochs": _choice(train.epochs, max(1, train.epochs // 2)),
+        "features.views": _choice(base.features.views, max(1, base.features.views // 2)),
+    }
+    return Space(dimensions, {})
+
+
+def _choice(*values: Any) -> Choice:
+    return Choice(tuple(dict.fromkeys(values)))
+
+
+def load_space(path: str | None, base: Config, depths: Sequence[int] | None) -> Space:
+    """The default space, changed by a YAML file; `depths` decides on the depths.
+
+    Raises: InputError naming the key, what was found and what is allowed.
+    """
+    if path is None:
+        return parse_space({}, base, depths)
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"space file {path!r} cannot be read: {error.strerror}; give the path of "
+                         "a YAML file") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"space file {path!r} is not YAML: {error}") from error
+    if not isinstance(values, Mapping):
+        raise InputError(f"space file {path!r} holds {type(values).__name__}; allowed: keys such "
+                         "as hypernet.beta: {loguniform: [0.001, 1]}")
+    return parse_space(values, base, depths)
+
+
+def parse_space(values: Mapping[str, Any], base: Config,
+                depths: Sequence[int] | None = None) -> Space:
+    """A space from plain values, as a YAML file or `Space.to_dict` gives them.
+
+    Raises: InputError naming the key, what was found and what is allowed.
+    """
+    given = dict(values)
+    keep = given.pop("defaults", True)
+    if not isinstance(keep, bool):
+        raise InputError(f"defaults is {keep!r}; allowed: true, false")
+    dimensions = dict(default_space(base, depths or range(5)).dimensions) if keep else {}
+    fixed: dict[str, Any] = {}
+    for key, value in given.items():
+        _check_key(key)
+        dimensions.pop(key, None)
+        if isinstance(value, Mapping):
+            dimensions[key] = _dimension(key, value, base)
+        else:
+            _with(base, {key: value})
+            fixed[key] = value
+    if depths is not None:
+        fixed.pop(DEPTH, None)
+        dimensions[DEPTH] = Choice(tuple(depths), grid=True)
+    elif DEPTH not in dimensions and DEPTH not in fixed:
+        dimensions[DEPTH] = Choice(tuple(range(5)), grid=True)
+    space = Space(dimensions, fixed)
+    for key in dimensions:
+        _check_values(key, space, base)
+    return space
+
+
+def _check_key(key: Any) -> None:
+    if key not in SEARCHABLE:
+        known = _exists(str(key))
+        why = (" is the same for every trial of a search (trials share images, trunk and features)"
+               if known else " is no configuration key")
+        raise InputError(f"space key {key!r}{why}; allowed: {', '.join(SEARCHABLE)}")
+
+
+def _exists(key: str) -> bool:
+    try:
+        value_of(Config(), key)
+    except AttributeError:
+        return False
+    return True
+
+
+def _dimension(key: str, value: Mapping[str, Any], base: Config) -> Dimension:
+    if len(value) != 1 or next(iter(value)) not in KINDS:
+        raise InputError(f"space of {key} is {dict(value)!r}; allowed: one of "
+                         + ", ".join(f"{kind}: [...]" for kind in KINDS))
+    kind, members = next(iter(value.items()))
+    if not isinstance(members, Sequence) or isinstance(members, str) or not members:
+        raise InputError(f"{kind} of {key} is {members!r}; allowed: a list of values")
+    if kind in ("choice", "grid"):
+        frozen = tuple(tuple(each) if isinstance(each, list) else each for each in members)
+        return Choice(tuple(dict.fromkeys(frozen)), grid=kind == "grid")
+    current = value_of(base, key)
+    numbers = [_number(each) for each in members]
+    if isinstance(current, bool) or not isinstance(current, int | float):
+        raise InputError(f"space of {key} is a {kind}; allowed: choice or grid, since {key} is no "
+                         "number")
+    if (len(numbers) != 2 or any(not math.isfinite(each) for each in numbers)
+            or not numbers[0] < numbers[1]
+            or (kind == "loguniform" and numbers[0] <= 0)):
+        raise InputError(f"{kind} of {key} is {list(members)!r}; allowed: [low, high] with low < "
+                         "high" + (" and both above 0" if kind == "loguniform" else ""))
+    whole = isinstance(current, int)
+    if whole and any(each != int(each) for each in numbers):
+        raise InputError(f"{kind} of {key} is {list(members)!r}; allowed: whole numbers")
+    return Range(numbers[0], numbers[1], kind == "loguniform", whole)
+
+
+def _number(value: Any) -> float:
+    """A number, also one that YAML 1.1 takes for text (1e-3)."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _check_values(key: str, space: Space, base: Config) -> None:
+    """Every value must be possible beside some values of the other keys."""
+    each = space.dimensions[key]
+    values = each.values if isinstance(each, Choice) else (_end(each, each.low),
+                                                           _end(each, each.high))
+    for value in values:
+        first: InputError | None = None
+        for others in _combinations(key, space):
+            try:
+                space.config(base, others | {key: value})
+                first = None
+                break
+            except InputError as error:
+                first = first or error
+        if first:
+            raise InputError(f"space of {key}: {first}")
+
+
+def _end(each: Range, value: float) -> float | int:
+    return int(value) if each.whole else value
+
+
+def _combinations(key: str, space: Space) -> Iterator[dict[str, Any]]:
+    """The base alone, then combinations of what the other keys of the same section may be."""
+    yield {}
+    section = key.partition(".")[0]
+    others = {name: (each.values if isinstance(each, Choice) else
+                     (_end(each, each.low), _end(each, each.high)))
+              for name, each in space.dimensions.items()
+              if name != key and name.startswith(f"{section}.")}
+    for values in itertools.islice(itertools.product(*others.values()), MAX_COMBINATIONS):
+        yield dict(zip(others, values, strict=True))
+
+
+def _with(base: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with dotted keys replaced. Raises: InputError."""
+    nested = base.to_dict()
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        nested[section][name] = list(value) if isinstance(value, tuple) else value
+    return Config.from_dict(nested)

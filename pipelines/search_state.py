@@ -1,0 +1,232 @@
+"""What a search leaves behind: plain JSON, each file written once, nothing ever unpickled.
+
+    <root>/searches/<name>/search.json          what is searched for; written first
+    <root>/searches/<name>/started/<id>.json    a trial that was begun, with its configuration
+    <root>/searches/<name>/running/<id>/        its state after the last kept epoch (a checkpoint)
+    <root>/searches/<name>/trials/<id>.json     its record; from then on it is never run again
+
+A trial that was begun and has no record was interrupted: it is run again under the same name, from
+the state it left.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import pyarrow.fs as pafs
+
+from partialhn.errors import IntegrityError
+from pipelines.storage import Storage
+
+FORMAT = 1
+READERS = 16
+Kind = Literal["search", "final", "bound"]
+Status = Literal["finished", "pruned", "failed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialPlan:
+    """A trial to run."""
+
+    id: str
+    kind: Kind
+    """search: chosen by the sampler. final: the best of a depth under another seed. bound: one
+    separate head for each task, beside a final."""
+    config: dict[str, Any]
+    """The whole configuration."""
+    params: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the sampler chose, by dotted key."""
+
+    @property
+    def depth(self) -> int:
+        """The freeze depth."""
+        return int(self.config["backbone"]["freeze_depth"])
+
+    @property
+    def seed(self) -> int:
+        """The training seed."""
+        return int(self.config["train"]["seed"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a trial measured. Accuracies are shares, seconds and bytes as they are."""
+
+    tasks: tuple[str, ...]
+    rows: tuple[tuple[float, ...], ...]
+    """R[i, 0..i] on held-out (validation) images, for each task learned so far."""
+    test_row: tuple[float, ...] | None
+    """Accuracy on every task's test images at the end; final runs and bounds only."""
+    train_seconds: float
+    """Wall-clock time in training steps."""
+    processor_seconds: float
+    """Processor time of the trial's process in training steps."""
+    evaluate_seconds: float
+    epochs: int
+    """Passes over a task's features, all tasks together."""
+    feature_bytes: int
+    """Stored features of all tasks that this trial reads."""
+    feature_seconds: float
+    """Time it took to compute them."""
+    serving_macs: int
+    """Multiply-adds of one answer, generating the head's weights included."""
+    head_bytes: int
+    """Weights of one task's head, as a server holds them."""
+    checkpoint_bytes: int
+    bytes_per_task: int
+    """What each task adds to the checkpoint."""
+    device: str
+
+    @property
+    def accuracy(self) -> float:
+        """Mean held-out accuracy over the tasks learned so far."""
+        return sum(self.rows[-1]) / len(self.rows[-1])
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """Mean accuracy on test images, where they were looked at."""
+        return None if self.test_row is None else sum(self.test_row) / len(self.test_row)
+
+    @property
+    def seconds(self) -> float:
+        """What training cost: processor time on a CPU, where trials disturb each other's
+        wall-clock time, and wall-clock time on a GPU.
+        """
+        return self.processor_seconds if self.device == "cpu" else self.train_seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class TrialRecord:
+    """A trial that ended, for good."""
+
+    plan: TrialPlan
+    status: Status
+    reason: str
+    """Why it failed or was stopped; empty for a finished one."""
+    measured: Measured | None
+    """None where it failed before its first task."""
+    search_seconds: float
+    """When it ended, in seconds of searching."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it learned every task."""
+        return self.status == "finished"
+
+    def to_json(self) -> bytes:
+        """The record's file."""
+        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1).encode()
+
+
+class SearchState:
+    """The files of one search."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage = storage
+        self.name = name
+        self.folder = storage.path("searches", name)
+
+    def create(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes search.json unless it is there; returns what is there."""
+        self._storage.put_if_absent(f"{self.folder}/search.json",
+                                    json.dumps(dict(settings), indent=1).encode())
+        found = self.settings()
+        assert found is not None
+        return found
+
+    def settings(self) -> dict[str, Any] | None:
+        """search.json, or None where there is no such search.
+
+        Raises: IntegrityError where it cannot be read.
+        """
+        path = f"{self.folder}/search.json"
+        try:
+            found = json.loads(self._storage.read_text(path))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise IntegrityError(f"{path} is no JSON: {error}") from error
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise IntegrityError(f"{path} has another format than {FORMAT}")
+        return found
+
+    def keep(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` gave the first time, as JSON under this name."""
+        path = f"{self.folder}/{name}.json"
+        if not self._storage.exists(path):
+            self._storage.put_if_absent(path, json.dumps(make(), indent=1).encode())
+        return self._read(path)
+
+    def start(self, plan: TrialPlan) -> None:
+        """Keeps a trial's configuration before it runs."""
+        self._storage.put_if_absent(f"{self.folder}/started/{plan.id}.json",
+                                    json.dumps(dataclasses.asdict(plan), indent=1).encode())
+
+    def finish(self, record: TrialRecord) -> bool:
+        """Keeps a trial's record, once; False where it had one. Its running state goes."""
+        first = self._storage.put_if_absent(f"{self.folder}/trials/{record.plan.id}.json",
+                                            record.to_json())
+        if self._storage.exists(self.running(record.plan.id)):
+            self._storage.filesystem.delete_dir(self.running(record.plan.id))
+        return first
+
+    def running(self, trial: str) -> str:
+        """Where a running trial keeps its state, as a path in the storage's filesystem."""
+        return f"{self.folder}/running/{trial}"
+
+    def records(self) -> list[TrialRecord]:
+        """Every trial that ended, in order of ending. Raises: IntegrityError."""
+        found = [parse_record(path, fields) for path, fields in self._read_all("trials")]
+        return sorted(found, key=lambda record: (record.search_seconds, record.plan.id))
+
+    def interrupted(self) -> list[TrialPlan]:
+        """Trials that were begun and have no record, in order. Raises: IntegrityError."""
+        done = {record.plan.id for record in self.records()}
+        plans = [parse_plan(path, fields) for path, fields in self._read_all("started")]
+        return [plan for plan in sorted(plans, key=lambda plan: plan.id) if plan.id not in done]
+
+    def _read_all(self, folder: str) -> list[tuple[str, Any]]:
+        selector = pafs.FileSelector(f"{self.folder}/{folder}", allow_not_found=True)
+        paths = [info.path for info in self._storage.filesystem.get_file_info(selector)
+                 if info.path.endswith(".json") and not info.base_name.startswith(".")]
+        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+            return list(zip(paths, pool.map(self._read, paths), strict=True))
+
+    def _read(self, path: str) -> Any:
+        try:
+            return json.loads(self._storage.read_text(path))
+        except ValueError as error:
+            raise IntegrityError(f"{path} is no JSON: {error}") from error
+
+
+def parse_plan(where: str, fields: Mapping[str, Any]) -> TrialPlan:
+    """The plan that `dataclasses.asdict` and JSON made these fields of. Raises: IntegrityError."""
+    try:
+        return TrialPlan(**fields)
+    except TypeError as error:
+        raise IntegrityError(f"{where} cannot be read as a trial: {error}") from error
+
+
+def parse_record(where: str, fields: Mapping[str, Any]) -> TrialRecord:
+    """The record that `TrialRecord.to_json` wrote. Raises: IntegrityError."""
+    try:
+        values = dict(fields)
+        if values.pop("format") != FORMAT:
+            raise IntegrityError(f"{where} has another format than {FORMAT}")
+        plan = parse_plan(where, values.pop("plan"))
+        measured = values.pop("measured")
+        return TrialRecord(plan=plan, **values,
+                           measured=None if measured is None else parse_measured(measured))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{where} cannot be read as a trial's record: {error!r}") from error
+
+
+def parse_measured(fields: Mapping[str, Any]) -> Measured:
+    """What was measured, from plain values."""
+    values = dict(fields)
+    test_row = values.pop("test_row")
+    return Measured(tasks=tuple(values.pop("tasks")),
+                    rows=tuple(tuple(row) for row in values.pop("rows")),
+                    test_row=None if test_row is None else tuple(test_row), **values)

@@ -1,0 +1,277 @@
+"""The advice against numbers worked by hand."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import pytest
+
+from partialhn.config import Config
+from pipelines import advice_words as words
+from pipelines.advice import (
+    Interval,
+    agreement,
+    choose,
+    expected_best,
+    front,
+    more_search,
+    rank_correlation,
+    results_by_depth,
+)
+from pipelines.advice_facts import advice_fields
+from pipelines.advice_page import render
+from pipelines.money import GIB, Prices, Way, yearly
+from pipelines.sampling import Goal
+from pipelines.search_settings import SearchConfig
+from pipelines.search_space import parse_space
+
+SAMPLES = runpy.run_path(str(Path(__file__).with_name("search_samples.py")))
+record, measured = SAMPLES["record"], SAMPLES["measured"]
+GOAL = Goal("random", 0, "accuracy", 0.01)
+
+
+def three_depths():
+    """Depth 1 best and slow, depth 3 nearly as good and 4 times faster, depth 4 poor."""
+    records = [record("0000", 1, (0.80, 0.80), 80.0, at=1), record("0001", 3, (0.79, 0.80), 20.0),
+               record("0002", 4, (0.79, 0.60), 1.0), record("0003", 3, (0.5, 0.6), 20.0),
+               record("0004", 3, (0.4,), status="pruned"), record("0005", 4, status="failed")]
+    for origin, depth, row, seconds in (("0000", 1, (0.80, 0.80), 80.0),
+                                        ("0001", 3, (0.79, 0.80), 20.0),
+                                        ("0002", 4, (0.79, 0.60), 1.0)):
+        for seed, shift in ((1, -0.02), (2, 0.02)):
+            moved = tuple(value + shift for value in row)
+            records.append(record(f"final-{origin}-s{seed}", depth, moved, seconds, kind="final",
+                                  seed=seed, test_row=(0.7, 0.8)))
+            records.append(record(f"bound-{origin}-s{seed}", depth, (row[0] + shift + 0.01,) * 2,
+                                  seconds, kind="bound", seed=seed, bytes_per_task=1 << 20))
+    return records
+
+
+def by_depth():
+    return results_by_depth(three_depths(), GOAL.score)
+
+
+def test_the_interval_is_students():
+    interval = Interval.of([0.5, 0.7])
+    assert interval.mean == pytest.approx(0.6)
+    assert interval.high - interval.mean == pytest.approx(12.7062 * 0.1, rel=1e-4)
+    assert Interval.of([0.5]).low is None
+
+
+def test_the_best_trial_of_each_depth_and_its_final_runs():
+    found = by_depth()
+    assert [(each.depth, each.best.plan.id) for each in found] == [
+        (1, "0000"), (3, "0001"), (4, "0002")]
+    middle = found[1]
+    assert middle.counts == {"finished": 2, "pruned": 1, "failed": 0}
+    assert [each.plan.id for each in middle.finals] == ["final-0001-s1", "final-0001-s2"]
+    assert middle.accuracy.mean == pytest.approx(0.795)
+    assert middle.per_task == pytest.approx([0.79, 0.80])
+    assert middle.lost().mean == pytest.approx(0.80 - 0.795)
+    assert middle.lost().values == pytest.approx([0.005, 0.005])
+
+
+def test_a_depth_without_a_finished_trial_is_left_out():
+    records = [record("0000", 1), record("0001", 2, (0.5,), status="pruned")]
+    assert [each.depth for each in results_by_depth(records, GOAL.score)] == [1]
+
+
+def test_final_runs_of_another_trial_do_not_count():
+    records = [record("0000", 1), record("final-0009-s1", 1, kind="final", seed=1)]
+    assert results_by_depth(records, GOAL.score)[0].finals == ()
+
+
+def test_the_front_has_what_nothing_beats():
+    records = [record("a", row=(0.8, 0.8), seconds=10), record("b", row=(0.7, 0.7), seconds=5),
+               record("c", row=(0.6, 0.6), seconds=7), record("d", row=(0.8, 0.8), seconds=12),
+               record("e", row=(0.1, 0.1), seconds=99, feature_bytes=1),
+               record("f", row=(0.9,), status="pruned")]
+    assert front(records) == ["a", "b", "e"]
+
+
+@pytest.mark.parametrize(("objective", "max_loss", "depth"), [
+    ("accuracy", 0.01, 1), ("cost", 0.01, 3), ("cost", 0.2, 4), ("cost", 0.001, 1),
+    # 3: 0.795 - 0.01 * log2(20) = 0.752; 1: 0.8 - 0.01 * log2(80) = 0.737; 4: 0.695
+    ("balanced", 0.01, 3), ("balanced", 0.05, 4), ("balanced", 0.0001, 1)])
+def test_the_objective_chooses(objective, max_loss, depth):
+    accuracy, cost = {1: 0.8, 3: 0.795, 4: 0.695}, {1: 80.0, 3: 20.0, 4: 1.0}
+    assert choose(accuracy, cost, objective, max_loss) == depth
+
+
+def test_of_two_equal_depths_the_cheaper():
+    assert choose({1: 0.8, 2: 0.8}, {1: 8.0, 2: 4.0}, "accuracy", 0.01) == 2
+
+
+def test_each_seed_votes_alone():
+    found = [record("0000", 1, (0.8, 0.8), 8.0), record("0001", 2, (0.8, 0.8), 8.0)]
+    for seed, one, two in ((1, 0.9, 0.8), (2, 0.8, 0.9), (3, 0.9, 0.7)):
+        found += [record(f"final-0000-s{seed}", 1, (one, one), kind="final", seed=seed),
+                  record(f"final-0001-s{seed}", 2, (two, two), kind="final", seed=seed)]
+    results = results_by_depth(found, GOAL.score)
+    assert agreement(results, {1: 8.0, 2: 8.0}, "accuracy", 0.01) == {1: 2, 2: 1}
+
+
+def test_the_expected_best_of_some_trials():
+    assert expected_best([1, 2, 3, 4], 4) == 4
+    assert expected_best([1, 2, 3, 4], 1) == pytest.approx(2.5)
+    # of the 6 pairs the larger is 2 once, 3 twice, 4 three times
+    assert expected_best([4, 1, 3, 2], 2) == pytest.approx((2 + 2 * 3 + 3 * 4) / 6)
+
+
+def test_the_value_of_more_search_shrinks_by_the_last_ratio():
+    found = more_search([1, 2, 3, 4])
+    last, before = 4 - 20 / 6, 20 / 6 - 2.5
+    assert found == {"trials": 4, "last_doubling": pytest.approx(last),
+                     "next_doubling": pytest.approx(last * last / before)}
+    assert more_search([1, 2, 3]) is None
+    assert more_search([0.5] * 8)["next_doubling"] == 0
+
+
+def test_the_forecast_is_judged_by_ranks():
+    stages = [{"depth": 1, "kept": 0.9}, {"depth": 3, "kept": 0.8}, {"depth": 4, "kept": 0.7}]
+    assert rank_correlation(stages, by_depth()) == pytest.approx(1)
+    assert rank_correlation(stages[::-1], by_depth()) == pytest.approx(1)
+    turned = [stage | {"kept": 1 - stage["kept"]} for stage in stages]
+    assert rank_correlation(turned, by_depth()) == pytest.approx(-1)
+    assert rank_correlation(stages, by_depth()[:2]) is None
+
+
+# Words ---------------------------------------------------------------------------------------
+
+
+def test_the_reason_says_what_is_kept_saved_needed_and_lost_further_down():
+    found = by_depth()
+    text = words.reason(found, found[1], {"b": 0.3})
+    assert text == (
+        "Freezing through layer3 keeps 99.4 % of the accuracy of the best model (freezing through "
+        "layer1), trains 4.0 times faster and needs 1.0 GiB of stored features. Going deeper "
+        "(freezing everything but the classifier) costs 10.0 points, most on task 'b' (20.0 "
+        "points), which differs most from the first: 30% of its features' spread lies outside "
+        "that of the first task.")
+
+
+def test_a_task_that_does_not_differ_most_is_not_blamed():
+    found = by_depth()
+    assert "differs" not in words.reason(found, found[1], {"b": 0.3, "c": 0.4})
+
+
+def test_the_reason_for_the_most_accurate_depth():
+    found = by_depth()
+    text = words.reason(found, found[0], {})
+    assert text.startswith("Freezing through layer1 gives the best accuracy, 80.0 %")
+    assert "costs 0.5 points" in text
+
+
+def test_how_sure_it_is():
+    found = by_depth()
+    assert "Each seed alone would say the same (2 of 2)" in words.sure(found[1], {3: 2})
+    assert "1 of 2 seeds" in words.sure(found[1], {3: 1, 1: 1})
+    assert "nothing is known" in words.sure(found[1], {})
+    assert words.beside_separate_heads(found[1]) == (
+        "Against one separate head a task, which stores 1.0 MiB a task instead of 1.0 KiB, it is "
+        "0.5 points behind.")
+
+
+def test_whether_to_search_on():
+    estimate = {"trials": 8, "last_doubling": 0.004, "next_doubling": 0.002}
+    assert "stop here" in words.search_value(estimate, 0.006)
+    assert "more search may pay" in words.search_value(estimate, 0.001)
+    assert "Too few" in words.search_value(None, None)
+
+
+# Money ---------------------------------------------------------------------------------------
+
+
+def test_a_year_on_features():
+    # half an hour a task at 2 an hour: 1 a task, 24 tasks; storage 78 * 2 * 0.5 GiB at 0.1
+    row = yearly(Way("ours", 1800, GIB / 2, False, 0.8), Prices(2, 0.1, 2))
+    assert row == {"way": "ours", "accuracy": 0.8, "retraining": 1, "retraining_seconds": 1800,
+                   "computing_a_year": 24, "storage_a_year": pytest.approx(7.8),
+                   "a_year": pytest.approx(31.8)}
+
+
+def test_a_year_of_retraining_everything():
+    # 1 a task, the 12th retraining trains 12 tasks, all together 1 + 2 + ... + 12 = 78
+    row = yearly(Way("all", 1800, 0, True, None), Prices(2, 0.1, 1))
+    assert (row["retraining"], row["computing_a_year"]) == (12, 78)
+
+
+# All together --------------------------------------------------------------------------------
+
+
+def settings(**options):
+    base = Config()
+    return {"name": "sample", "config": base.to_dict(),
+            "space": parse_space({}, base, (1, 3, 4)).to_dict(),
+            "options": SearchConfig(**options).remembered(),
+            "tasks": [{"name": name, "classes": ["x", "y"], "fingerprint": name,
+                       "train_images": 100} for name in "ab"]}
+
+
+SURVEY = {"forecast": [{"depth": depth, "probe_first": 0.6, "probe_second": 0.5, "cka_first": 0.3,
+                        "cka_second": 0.2, "kept": kept, "worth_trying": kept > 0.6}
+                       for depth, kept in ((1, 0.9), (3, 0.8), (4, 0.5))],
+          "shifts": {"b": 0.3},
+          "whole_network": {"seconds_per_image": 0.01, "bytes_per_image": 1000.0}}
+
+
+def fields(records=None, **options):
+    found, saved = records or three_depths(), settings(**options)
+    space = parse_space(saved["space"], Config())
+    goal = Goal("tpe", 0, saved["options"]["objective"], saved["options"]["max_loss"])
+    return advice_fields(saved, space, found, results_by_depth(found, goal.score), goal, SURVEY,
+                         60.0)
+
+
+def test_the_advice_recommends_and_explains():
+    advice = fields()
+    chosen = advice["recommendation"]
+    assert (chosen["depth"], chosen["trial"], chosen["config_file"]) == (3, "0001", "depth-3.yaml")
+    assert chosen["votes"] == {"3": 2}
+    assert advice["money"] is None
+    assert [each["share_of_best"] for each in advice["depths"]] == pytest.approx(
+        [1, 0.79375 / 0.8 + 0.0015625, 0.86875], abs=0.002)
+    assert advice["depths"][1]["test_accuracy"]["mean"] == pytest.approx(0.75)
+    assert advice["forecast"]["rank_correlation"] == pytest.approx(1)
+    assert advice["more_search"]["best_so_far"][0] == [1, 0.8]
+
+
+def test_test_images_decide_nothing():
+    turned = [dataclasses.replace(each, measured=dataclasses.replace(
+        each.measured, test_row=(0.99, 0.99) if each.plan.depth == 4 else (0.1, 0.1)))
+        if each.measured and each.plan.kind != "search" else each for each in three_depths()]
+    assert fields(turned)["recommendation"]["depth"] == 3
+
+
+def test_with_prices_money_is_the_cost():
+    advice = fields(price_gpu_hour=3600.0, price_gib_month=0.0)
+    rows = advice["money"]["rows"]
+    assert [row["way"] for row in rows] == [
+        "partial hypernetwork, freezing through layer3", "separate heads on the same features",
+        "retrain everything"]
+    # (20 s of training + 6 s of features) / 2 tasks at 1 a second; 100 images * 15 epochs * 0.01
+    assert rows[0]["retraining"] == pytest.approx(13)
+    assert rows[2]["retraining"] == pytest.approx(12 * 100 * 15 * 0.01)
+    assert advice["recommendation"]["cost"] == "money a year"
+    # storage so dear that the deepest, smallest features win
+    small = [dataclasses.replace(each, measured=dataclasses.replace(
+        each.measured, feature_bytes=1 << 10)) if each.measured and each.plan.depth == 4 else each
+        for each in three_depths()]
+    assert fields(small, price_gpu_hour=0.0, price_gib_month=100.0,
+                  objective="balanced")["recommendation"]["depth"] == 4
+
+
+def test_the_page_holds_everything_and_asks_for_nothing():
+    hostile = three_depths()
+    advice = fields(hostile, price_gpu_hour=1.0, price_gib_month=0.0)
+    advice["name"] = "<img src=x>"
+    advice["tasks"][0]["name"] = "</script><script>alert(1)</script>"
+    page = render(advice)
+    assert "<img" not in page.split("<script")[0]
+    data = page.split('id="advice">')[1].split("</script>")[0]
+    assert "alert(1)" in data
+    assert "<script>alert" not in page
+    assert "Freeze through layer3 (depth 3)" in page
+    assert 'class="chosen"><th scope="row">3 ·' in page
+    assert "retrain everything" in page
+    assert "default-src 'none'" in page

@@ -1,0 +1,139 @@
+"""A trial in this process, on real digits: the numbers of the library, and it goes on when cut."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from partialhn.backbone import Trunk
+from partialhn.checkpoint import fetch
+from partialhn.featurise import feature_jobs, precompute
+from partialhn.run import cut
+from partialhn.strategies import STRATEGIES
+from partialhn.train import Learner, TaskFeatures, evaluate
+from pipelines.features import open_store
+from pipelines.search_state import TrialPlan
+from pipelines.storage import open_storage
+from pipelines.trial import Bench, learn, open_features, run_trial
+
+DEPTHS = (3, 4)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, config, digits, network):
+    storage = open_storage(str(tmp_path_factory.mktemp("bench")))
+    jobs = feature_jobs(config, digits[:3], Trunk(network, 4), DEPTHS)
+    manifests, _ = precompute(open_store(storage), Trunk(network, 4), jobs)
+    return Bench(storage, network, tuple((each.name, len(each.classes)) for each in digits[:3]),
+                 {(job.depth, job.task, job.split): manifest
+                  for job, manifest in zip(jobs, manifests, strict=True)},
+                 storage.path("running"), "cpu", 1)
+
+
+def planned(config, trial, kind="search", depth=3):
+    backbone = dataclasses.replace(config.backbone, freeze_depth=depth)
+    return TrialPlan(trial, kind, dataclasses.replace(config, backbone=backbone).to_dict())
+
+
+def test_a_trial_is_a_stream_judged_on_held_out_images(bench, config, network):
+    parts = cut(config, network)
+    tasks = [TaskFeatures(name, classes, open_features(bench, (3, name, "train")), None,
+                          open_features(bench, (3, name, "validation")))
+             for name, classes in bench.tasks]
+    learner = Learner(parts.strategy(config), config.train)
+    for _ in learner.learn(tasks):
+        pass
+    found = list(learn(planned(config, "0000"), bench))
+    assert [len(each.rows) for each in found] == [1, 2, 3]
+    assert found[-1].rows == tuple(record.accuracy_row for record in learner.finished)
+    assert found[-1].test_row is None
+    assert found[-1].epochs == 3 * config.train.epochs
+
+
+def test_only_final_runs_look_at_test_images(bench, config, network):
+    last = list(learn(planned(config, "final-0000-s1", "final"), bench))[-1]
+    parts = cut(config, network)
+    learner = Learner(STRATEGIES["partial_hn"](parts.head, parts.start, config), config.train)
+    tests = [open_features(bench, (3, name, "test")) for name, _ in bench.tasks]
+    tasks = [TaskFeatures(name, classes, open_features(bench, (3, name, "train")), None, test)
+             for (name, classes), test in zip(bench.tasks, tests, strict=True)]
+    for _ in learner.learn(tasks):
+        pass
+    assert last.test_row == tuple(evaluate(learner.strategy, index, test)
+                                  for index, test in enumerate(tests))
+
+
+def test_an_interrupted_trial_goes_on_after_its_last_task(bench, config):
+    whole = list(learn(planned(config, "whole"), bench))[-1]
+    begun = learn(planned(config, "cut"), bench)
+    assert len(next(begun).rows) == 1
+    begun.close()
+    again = list(learn(planned(config, "cut"), bench))
+    assert [len(each.rows) for each in again] == [1, 2, 3]
+    assert again[-1].rows == whole.rows
+    assert again[-1].epochs == whole.epochs
+
+
+def test_within_a_task_state_is_kept_too(bench, config, monkeypatch, tmp_path):
+    monkeypatch.setattr("pipelines.trial.STATE_SECONDS", 0.0)
+    kept = []
+    monkeypatch.setattr("pipelines.trial.checkpoint.upload",
+                        lambda folder, filesystem, target: kept.append(target))
+    list(learn(planned(config, "often"), bench))
+    assert len(kept) == 3 * (config.train.epochs + 1)
+    assert not fetch(bench.storage.filesystem, kept[0], tmp_path / "none")
+
+
+def test_fewer_views_are_the_first_of_those_stored(bench, config):
+    one = dataclasses.replace(config, features=dataclasses.replace(config.features, views=1))
+    two = list(learn(planned(config, "views-2"), bench))[-1]
+    found = list(learn(planned(one, "views-1"), bench))[-1]
+    test = bench.manifests[3, bench.tasks[0][0], "test"].bytes
+    assert test < found.feature_bytes < two.feature_bytes
+    features = open_features(bench, (3, bench.tasks[0][0], "train"))
+    from pipelines.trial import _first_views
+
+    rows_B = torch.tensor([0, 3])
+    assert torch.equal(_first_views(features, 1).gather(rows_B, torch.zeros(2, dtype=int)),
+                       features.gather(rows_B, torch.zeros(2, dtype=int)))
+
+
+def test_costs_are_those_of_the_parts(bench, config):
+    shallow, deep = (list(learn(planned(config, f"cost-{depth}", depth=depth), bench))[-1]
+                     for depth in DEPTHS)
+    assert deep.feature_bytes < shallow.feature_bytes
+    assert deep.head_bytes == 0
+    assert shallow.head_bytes > 0
+    parts = cut(config, bench.network)
+    # the third task's code: the columns of the second and its own, 4 each
+    generating = parts.head.weight_count * 2 * config.hypernet.fresh_columns
+    assert shallow.serving_macs == int(parts.macs["trunk"] + parts.macs["head"]) + generating
+    assert shallow.processor_seconds > 0
+    assert shallow.device == "cpu"
+
+
+@pytest.mark.parametrize(("generator", "norm"), [("additive", "group"), ("bilinear", "instance")])
+def test_every_generator_and_norm_is_a_trial(bench, config, generator, norm):
+    hypernet = dataclasses.replace(config.hypernet, generator=generator, norm=norm, norm_groups=4,
+                                   code_dim=None)
+    changed = dataclasses.replace(config, hypernet=hypernet)
+    assert len(list(learn(planned(changed, f"{generator}-{norm}"), bench))) == 3
+
+
+def test_separate_heads_are_a_trial_too(bench, config):
+    heads = dataclasses.replace(config, train=dataclasses.replace(
+        config.train, strategy="separate_heads"))
+    last = list(learn(planned(heads, "bound-0000-s1", "bound"), bench))[-1]
+    assert last.bytes_per_task > last.head_bytes
+
+
+def test_a_trial_that_cannot_work_says_why(bench, config, monkeypatch):
+    from ray import tune
+
+    told = []
+    monkeypatch.setattr(tune, "report", told.append)
+    wild = dataclasses.replace(config, train=dataclasses.replace(config.train,
+                                                                 learning_rate=1e18))
+    run_trial({"plan": dataclasses.asdict(planned(wild, "wild"))}, bench)
+    assert "learning_rate" in told[-1]["failed"]
+    assert told[-1]["measured"] == ""
