@@ -28,6 +28,7 @@ import pyarrow.fs as pafs
 import torch
 from torch import Tensor
 
+from partialhn.cache import ShardCache, check_content, is_verified, mapped, mark_settled
 from partialhn.errors import IntegrityError
 
 FORMAT = 1
@@ -109,11 +110,11 @@ class FeatureStore:
     """Reads and writes feature sets below one root on a pyarrow filesystem.
 
     `put_if_absent(path, content)` creates a small file unless it exists and says whether it did;
-    local paths need none. `cache` is where shards of a remote filesystem are fetched to.
+    local paths need none. `cache` holds local copies of a remote filesystem's shards.
     """
 
     def __init__(self, filesystem: pafs.FileSystem, root: str,
-                 put_if_absent: PutIfAbsent | None = None, cache: Path | None = None) -> None:
+                 put_if_absent: PutIfAbsent | None = None, cache: ShardCache | None = None) -> None:
         self.filesystem = filesystem
         self.root = root.rstrip("/")
         self.local = isinstance(filesystem, pafs.LocalFileSystem)
@@ -184,36 +185,27 @@ class FeatureStore:
 
     def _open_shard(self, manifest: Manifest,
                     shard: Shard) -> tuple[Tensor, np.ndarray, list[str]]:
-        path = self._local_copy(manifest.key, shard)
-        try:
-            source = pa.memory_map(path)
-        except FileNotFoundError as error:
-            raise IntegrityError(f"shard {path} is missing; the manifest of {manifest.key} lists "
-                                 f"it with {shard.rows} rows") from error
-        view = memoryview(source.read_buffer())
-        found = hashlib.sha256(view).hexdigest()
-        if found != shard.sha256:
-            raise IntegrityError(f"shard {path} is damaged: sha256 {found[:12]}... of {len(view)} "
-                                 f"bytes, expected {shard.sha256[:12]}... of {shard.bytes}")
-        table = pa.ipc.open_file(pa.py_buffer(view)).read_all()
+        table = pa.ipc.open_file(self._content(manifest, shard)).read_all()
         values = table["features"].chunk(0).storage.flatten()
         flat = np.frombuffer(values.buffers()[1], dtype=manifest.recipe.dtype,
                              count=len(values), offset=values.offset * values.type.bit_width // 8)
         z_NVCHW = flat.reshape(shard.rows, *manifest.shape_VCHW)
         return _as_tensor(z_NVCHW), table["label"].to_numpy(), table["id"].to_pylist()
 
-    def _local_copy(self, key: str, shard: Shard) -> str:
-        remote = f"{self.folder(key)}/{shard.name}"
-        if self.local:
-            return remote
-        if self._cache is None:
-            raise ValueError("a remote feature store needs a cache folder to read from")
-        path = self._cache / key / shard.name
-        if not path.exists() or path.stat().st_size != shard.bytes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self.filesystem.open_input_file(remote) as source:
-                _write_atomically(path, source.readall())
-        return str(path)
+    def _content(self, manifest: Manifest, shard: Shard) -> pa.Buffer:
+        """The verified bytes of a shard, mapped: hashed once, and again when the file changed."""
+        path = f"{self.folder(manifest.key)}/{shard.name}"
+        missing = (f"shard {path} is missing; the manifest of {manifest.key} lists it with "
+                   f"{shard.rows} rows")
+        try:
+            if self.local:
+                return _verified(Path(path), shard)
+            if self._cache is None:
+                raise ValueError("a remote feature store needs a cache to read through")
+            return self._cache.fetch(manifest.key, shard.name, shard.bytes, shard.sha256,
+                                     lambda: self.filesystem.open_input_stream(path))
+        except FileNotFoundError as error:
+            raise IntegrityError(missing) from error
 
     def _read(self, path: str) -> str | None:
         try:
@@ -276,6 +268,21 @@ class FeatureSet:
             local_B = rows_B[here] - int(self._starts[index])
             z_BCHW[here] = flat.index_select(0, local_B * self.views + views_B[here]).float()
         return z_BCHW
+
+
+def _verified(path: Path, shard: Shard) -> pa.Buffer:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != shard.bytes:
+            check_content(str(path), size, hashlib.sha256(file.read()).hexdigest(), shard.bytes,
+                          shard.sha256)
+        content = mapped(file)
+    if not is_verified(path):
+        check_content(str(path), size, hashlib.sha256(memoryview(content)).hexdigest(),
+                      shard.bytes, shard.sha256)
+        with contextlib.suppress(OSError):  # a folder that cannot be written to: hashed each time
+            mark_settled(path)
+    return content
 
 
 def put_file_if_absent(path: str, content: bytes) -> bool:
