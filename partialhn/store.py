@@ -129,8 +129,15 @@ class FeatureStore:
 
     def find(self, recipe: FeatureRecipe) -> Manifest | None:
         """The finished features of a recipe, or None."""
-        text = self._read(f"{self.folder(recipe.key)}/manifest.json")
-        return None if text is None else _parse_manifest(text, recipe.key)
+        return self.manifest(recipe.key)
+
+    def manifest(self, key: str) -> Manifest | None:
+        """The manifest of a key, or None where its features are not finished.
+
+        Raises: IntegrityError where it cannot be read or describes another key.
+        """
+        text = self._read(f"{self.folder(key)}/manifest.json")
+        return None if text is None else _parse_manifest(text, key)
 
     def find_shard(self, key: str, index: int) -> Shard | None:
         """A shard that some writer finished already, or None."""

@@ -17,7 +17,7 @@ from partialhn.datasets import decode_images
 from partialhn.errors import IntegrityError
 from partialhn.metrics import StreamMetrics, summarise
 from partialhn.slots import Slot, open_features
-from partialhn.store import FeatureSet
+from partialhn.store import FeatureSet, FeatureStore
 from partialhn.stream import Experience, refreshed, task_of
 from partialhn.train import evaluate
 from pipelines.features import open_store
@@ -33,7 +33,7 @@ WORK = "retrain"
 MAX_EXAMPLE = 32 * 1024
 
 
-def gate_facts(storage: Storage, folder: str, slots: Sequence[Slot],
+def gate_facts(store: FeatureStore, folder: str, slots: Sequence[Slot],
                learned: Sequence[chain.Learned], policy: Policy) -> GateFacts:
     """What was measured of the last of the slots, on every task's test images.
 
@@ -48,10 +48,9 @@ def gate_facts(storage: Storage, folder: str, slots: Sequence[Slot],
     before = {each: max(row[index] for row in rows[index:last])
               for each, index in answering.items() if each != task}
     with tempfile.TemporaryDirectory() as scratch:
-        store = open_store(storage, Path(scratch) / "cache")
         old = refreshed(names, last)
         if old is not None:
-            copy = chain.fetch_model(storage.filesystem, folder, learned[last].prefix,
+            copy = chain.fetch_model(store.filesystem, folder, learned[last].prefix,
                                      Path(scratch) / "model")
             test = open_features(store, slots, len(slots))[last].test
             before[task] = evaluate(Model.load(copy).strategy, old, test)

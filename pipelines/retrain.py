@@ -288,7 +288,7 @@ class _Learning:
         self.this, self.registry, self.lease, self.base = this, registry, lease, base
         start_ray(this.config)
         self.stages = Stages(this.config, this.storage, this.settings.name, this.progress)
-        self.store = open_store(this.storage)
+        self.store = open_store(this.storage, this.config.compute)
 
     def run(self, waiting: list[Checked]) -> list[Decided]:
         """Returns the tasks of the champion afterwards."""
@@ -372,7 +372,7 @@ class _Learning:
         this, experience, slot = self.this, checked.experience, slots[-1]
         assert experience is not None
         write_hashes(this.storage, this._hashes(experience.fingerprint), checked.hashes)
-        facts = gate_facts(this.storage, this.folder, slots, learned, this.policy)
+        facts = gate_facts(self.store, this.folder, slots, learned, this.policy)
         record, done = learned[-1].record, learned[-1]
         model = sum(entry.size for entry in this.storage.list(f"{this.folder}/{done.prefix}"))
         return Decided(

@@ -37,7 +37,7 @@ PIPELINES = [
     {"runs", "aliases", "journal", "validate"},
     {"registry"},
     {"features"},
-    {"worker"},
+    {"worker", "feature_admin"},
     {"stages"},
     {"report_charts"},
     {"report_facts", "report_html"},
@@ -46,7 +46,7 @@ PIPELINES = [
     {"train"},
     {"predict", "show", "models", "verify", "candidate"},
     {"models_text", "retrain"},
-    {"cli_retrain", "cli_models"},
+    {"cli_retrain", "cli_models", "cli_features"},
     {"demo"},
     {"cli"},
 ]
