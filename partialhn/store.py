@@ -29,6 +29,7 @@ import pyarrow.fs as pafs
 import torch
 from torch import Tensor
 
+from partialhn.cache import ShardCache, check_content, is_verified, mapped, mark_settled
 from partialhn.errors import IntegrityError
 
 FORMAT = 1
@@ -114,11 +115,11 @@ class FeatureStore:
     """Reads and writes feature sets below one root on a pyarrow filesystem.
 
     `put_if_absent(path, content)` creates a small file unless it exists and says whether it did;
-    local paths need none. `cache` is where shards of a remote filesystem are fetched to.
+    local paths need none. `cache` holds local copies of a remote filesystem's shards.
     """
 
     def __init__(self, filesystem: pafs.FileSystem, root: str,
-                 put_if_absent: PutIfAbsent | None = None, cache: Path | None = None) -> None:
+                 put_if_absent: PutIfAbsent | None = None, cache: ShardCache | None = None) -> None:
         self.filesystem = filesystem
         self.root = root.rstrip("/")
         self.local = isinstance(filesystem, pafs.LocalFileSystem)
@@ -133,10 +134,13 @@ class FeatureStore:
 
     def find(self, recipe: FeatureRecipe) -> Manifest | None:
         """The finished features of a recipe, or None."""
-        return self.find_key(recipe.key)
+        return self.manifest(recipe.key)
 
-    def find_key(self, key: str) -> Manifest | None:
-        """The finished features of a key, or None."""
+    def manifest(self, key: str) -> Manifest | None:
+        """The manifest of a key, or None where its features are not finished.
+
+        Raises: IntegrityError where it cannot be read or describes another key.
+        """
         content = self._read(f"{self.folder(key)}/manifest.json")
         return None if content is None else _parse_manifest(content, key)
 
@@ -195,35 +199,27 @@ class FeatureStore:
 
     def _open_shard(self, manifest: Manifest,
                     shard: Shard) -> tuple[Tensor, np.ndarray, list[str]]:
-        path = self._local_copy(manifest.key, shard)
+        content = self._content(manifest, shard)
         try:
-            source = pa.memory_map(path)
-        except FileNotFoundError as error:
-            raise IntegrityError(f"shard {path} is missing; the manifest of {manifest.key} lists "
-                                 f"it with {shard.rows} rows") from error
-        view = memoryview(source.read_buffer())
-        found = hashlib.sha256(view).hexdigest()
-        if found != shard.sha256:
-            raise IntegrityError(f"shard {path} is damaged: sha256 {found[:12]}... of {len(view)} "
-                                 f"bytes, expected {shard.sha256[:12]}... of {shard.bytes}")
-        try:
-            return _decode(pa.py_buffer(view), manifest, shard)
+            return _decode(content, manifest, shard)
         except (*_MALFORMED, pa.ArrowException, OSError, MemoryError) as error:
-            raise IntegrityError(f"shard {path} is not what its manifest says: {error!r}"
-                                 ) from error
+            raise IntegrityError(f"shard {shard.name} of {manifest.key} is not what its manifest "
+                                 f"says: {error!r}") from error
 
-    def _local_copy(self, key: str, shard: Shard) -> str:
-        remote = f"{self.folder(key)}/{shard.name}"
-        if self.local:
-            return remote
-        if self._cache is None:
-            raise ValueError("a remote feature store needs a cache folder to read from")
-        path = self._cache / key / shard.name
-        if not path.exists() or path.stat().st_size != shard.bytes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self.filesystem.open_input_file(remote) as source:
-                _write_atomically(path, source.readall())
-        return str(path)
+    def _content(self, manifest: Manifest, shard: Shard) -> pa.Buffer:
+        """The verified bytes of a shard, mapped: hashed once, and again when the file changed."""
+        path = f"{self.folder(manifest.key)}/{shard.name}"
+        missing = (f"shard {path} is missing; the manifest of {manifest.key} lists it with "
+                   f"{shard.rows} rows")
+        try:
+            if self.local:
+                return _verified(Path(path), shard)
+            if self._cache is None:
+                raise ValueError("a remote feature store needs a cache to read through")
+            return self._cache.fetch(manifest.key, shard.name, shard.bytes, shard.sha256,
+                                     lambda: self.filesystem.open_input_stream(path))
+        except FileNotFoundError as error:
+            raise IntegrityError(missing) from error
 
     def _read(self, path: str) -> bytes | None:
         try:
@@ -286,6 +282,21 @@ class FeatureSet:
             local_B = rows_B[here] - int(self._starts[index])
             z_BCHW[here] = flat.index_select(0, local_B * self.views + views_B[here]).float()
         return z_BCHW
+
+
+def _verified(path: Path, shard: Shard) -> pa.Buffer:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != shard.bytes:
+            check_content(str(path), size, hashlib.sha256(file.read()).hexdigest(), shard.bytes,
+                          shard.sha256)
+        content = mapped(file)
+    if not is_verified(path):
+        check_content(str(path), size, hashlib.sha256(memoryview(content)).hexdigest(),
+                      shard.bytes, shard.sha256)
+        with contextlib.suppress(OSError):  # a folder that cannot be written to: hashed each time
+            mark_settled(path)
+    return content
 
 
 def put_file_if_absent(path: str, content: bytes) -> bool:

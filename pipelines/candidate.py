@@ -19,7 +19,6 @@ from partialhn.sample import write_sample
 from partialhn.slots import Slot, open_features
 from partialhn.stream import Experience, refreshed, task_of
 from partialhn.train import evaluate
-from pipelines.features import open_store
 from pipelines.gate import GateFacts, Policy
 from pipelines.held import Held
 from pipelines.journal import Decided, chain_to
@@ -47,7 +46,7 @@ def gate_facts(held: Held, slots: Sequence[Slot], learned: Sequence[chain.Learne
     before = {each: max(row[index] for row in rows[index:last])
               for each, index in answering.items() if each != task}
     with tempfile.TemporaryDirectory() as scratch:
-        store = open_store(held.storage, Path(scratch) / "cache")
+        store = held.store
         old = refreshed(names, last)
         if old is not None:
             copy = chain.fetch_model(held.storage.filesystem, held.folder, learned[last].prefix,

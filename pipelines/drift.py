@@ -14,14 +14,13 @@ Legend: N held-out images, M live ones, C channels of pooled features, D compone
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from partialhn.config import ComputeConfig
 from partialhn.errors import InputError
 from partialhn.store import FeatureStore, Manifest
 from partialhn.stream import task_of
@@ -158,16 +157,15 @@ def shift(reference_NC: np.ndarray, live_MC: np.ndarray) -> tuple[float, float]:
 
 def _held_out(version: Version, place: Storage) -> np.ndarray:
     """Pooled features of a task's images that nothing was learned from, (N, C)."""
-    with tempfile.TemporaryDirectory() as cache:
-        store = open_store(place, Path(cache))
-        keys = json.loads(version.tags["feature_keys"])
-        # the first is the training split; of very small data nothing else may be there
-        return np.concatenate([_pooled(store, _manifest(store, key, version))
-                               for key in keys[1:] or keys])
+    store = open_store(place, ComputeConfig())
+    keys = json.loads(version.tags["feature_keys"])
+    # the first is the training split; of very small data nothing else may be there
+    return np.concatenate([_pooled(store, _manifest(store, key, version))
+                           for key in keys[1:] or keys])
 
 
 def _manifest(store: FeatureStore, key: str, version: Version) -> Manifest:
-    found = store.find_key(key)
+    found = store.manifest(key)
     if found is None:
         raise InputError(f"features {key} of {version.uri} are not in {store.root}; allowed: the "
                          "storage that `partialhn train` was given, with its features")

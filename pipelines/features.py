@@ -11,11 +11,14 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from partialhn.backbone import Trunk
+from partialhn.cache import ShardCache
+from partialhn.config import ComputeConfig
 from partialhn.errors import InputError
 from partialhn.featurise import (
     FeatureJob,
@@ -36,8 +39,15 @@ HARMLESS = "has constructor arguments in the object store and max_restarts > 0"
 """Logged at every start of an actor pool; the arguments live as long as the dataset does."""
 
 
-def open_store(storage: Storage, cache: Any = None) -> FeatureStore:
-    """The feature store of a storage; `cache` is a local folder for remote shards."""
+def open_store(storage: Storage, compute: ComputeConfig | None = None) -> FeatureStore:
+    """The feature store of a storage. `compute` says where this machine keeps copies of remote
+    shards; without it remote shards are written and found, and cannot be read.
+    """
+    cache = None
+    if compute and not storage.is_local:
+        folder = (Path(compute.cache).expanduser() if compute.cache
+                  else Path.home() / ".cache" / "partialhn" / "features")
+        cache = ShardCache(folder, int(compute.cache_gib * 2**30))
     return FeatureStore(storage.filesystem, storage.root, storage.put_if_absent, cache)
 
 

@@ -37,7 +37,7 @@ class Held:
     @property
     def store(self) -> FeatureStore:
         """The stored features."""
-        return open_store(self.storage)
+        return open_store(self.storage, self.config.compute)
 
     def hashes(self, fingerprint: str) -> str:
         """Where the hashes of a task's images are kept."""

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 LIBRARY = [
     {"__init__", "errors"},
-    {"config", "batch"},
+    {"config", "batch", "cache"},
     {"backbone", "hypernet", "metrics", "stream", "corruptions", "conversions", "views", "presets"},
     {"parts"},
     {"readers"},
@@ -40,7 +40,7 @@ PIPELINES = [
     {"runs", "aliases", "journal", "validate"},
     {"registry", "search_runs"},
     {"features", "sampling", "stopping", "advice", "search_checks"},
-    {"worker", "trial", "advice_words"},
+    {"worker", "trial", "advice_words", "feature_admin"},
     {"survey", "advice_facts"},
     {"stages"},
     {"report_charts"},
@@ -54,7 +54,7 @@ PIPELINES = [
     {"models_text", "candidate", "serving_http", "search"},
     {"learning", "publish", "serving"},
     {"retrain"},
-    {"cli_retrain", "cli_models", "cli_serve", "cli_tune"},
+    {"cli_retrain", "cli_models", "cli_serve", "cli_tune", "cli_features"},
     {"demo"},
     {"cli"},
 ]
