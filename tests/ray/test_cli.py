@@ -88,7 +88,8 @@ def test_help_lists_every_option_with_its_default(command, words, kind):
     _usage, _, listed = out.partition("\n\n")
     text = " ".join(re.sub(r"[│|]", " ", listed).split())
     for option, default in options(kind).items():
-        found = re.search(rf"{option}(?= [A-Z{{\[]|, --no-).*?\((?:default: ?(.*?)|(required))\)(?= |$)", text)
+        found = re.search(rf"{option}(?= [A-Z{{\[]|, --no-).*?"
+                          r"\((?:default: ?(.*?)|(required))\)(?= |$)", text)
         assert found, option
         if default is dataclasses.MISSING:
             assert found[2] == "required", option
