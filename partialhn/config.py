@@ -291,6 +291,9 @@ def build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
 
     Raises: InputError naming an unknown key or a value of the wrong type.
     """
+    if not isinstance(values, Mapping):
+        raise InputError(f"configuration {where or 'file'} holds {type(values).__name__}; allowed: "
+                         "a section with keys")
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
     for key in values:

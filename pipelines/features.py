@@ -131,12 +131,12 @@ def _start(storage: Storage, trunk: Trunk, groups: Sequence[Pass],
     written = rows.map(Featuriser, concurrency=min(workers, len(todo)), num_gpus=1 if gpu else 0,
                        fn_constructor_args=(storage, trunk, groups, "cuda" if gpu else "cpu",
                                             threads))
-    with _without(HARMLESS):
+    with without_lines(HARMLESS):
         yield from written.iter_rows()
 
 
 @contextlib.contextmanager
-def _without(text: str) -> Iterator[None]:
+def without_lines(text: str) -> Iterator[None]:
     """Keeps lines with `text` from stderr, whoever writes them: Ray's C++ parts ask no logger."""
     saved, (reader, writer) = os.dup(2), os.pipe()
     os.dup2(writer, 2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true",
                "DO_NOT_TRACK": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -66,7 +67,7 @@ class Tasks:
 
         experience, folder = self.experiences[index], self.folder / f"model-{index + 1}"
         parent = registry.stream_run(name, work, self.config.to_dict())
-        run = registry.task_run(parent, experience.name, index)
+        run = registry.task_run(parent, experience.name, index, f"{work}-{index}")
         record = Registration(
             stream=name, work=work, task=experience.name, task_index=index,
             classes=experience.classes, trunk_fingerprint="f" * 64, feature_keys=("key",),
@@ -76,6 +77,21 @@ class Tasks:
         return registry.register_task(run, record, Contents(
             folder, experience.name, experience.test.take([0]).read()[0],
             self.folder / f"sample-{index + 1}.parquet"), placing)
+
+
+@pytest.fixture(scope="session")
+def empty_registry(tmp_path_factory):
+    """Puts an empty MLflow database into a storage folder: MLflow takes seconds to make one."""
+    from pipelines.registry import connect
+    from pipelines.storage import open_storage
+
+    made = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    connect(open_storage(str(made.parent)), f"sqlite:///{made}")
+
+    def put(folder):
+        folder.mkdir(parents=True)
+        shutil.copy(made, folder)
+    return put
 
 
 @pytest.fixture(scope="session")
