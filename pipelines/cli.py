@@ -30,7 +30,7 @@ from partialhn.config import (
 )
 from partialhn.errors import InputError
 from partialhn.presets import preset
-from pipelines import cli_features, cli_models, cli_retrain, cli_serve, cli_tune
+from pipelines import cli_doctor, cli_features, cli_models, cli_retrain, cli_serve, cli_tune
 from pipelines.settings import Group, OutputConfig, mask_password
 
 
@@ -169,7 +169,8 @@ class Demo:
 
 COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report, "show": Show,
                             "demo": Demo, **cli_models.COMMANDS, **cli_retrain.COMMANDS,
-                            **cli_serve.COMMANDS, **cli_tune.COMMANDS, **cli_features.COMMANDS}
+                            **cli_serve.COMMANDS, **cli_tune.COMMANDS, **cli_features.COMMANDS,
+                            **cli_doctor.COMMANDS}
 """Every command by name: a class whose `run` does it, or a `Group` of such classes."""
 
 

@@ -45,10 +45,14 @@ def open_store(storage: Storage, compute: ComputeConfig | None = None) -> Featur
     """
     cache = None
     if compute and not storage.is_local:
-        folder = (Path(compute.cache).expanduser() if compute.cache
-                  else Path.home() / ".cache" / "partialhn" / "features")
-        cache = ShardCache(folder, int(compute.cache_gib * 2**30))
+        cache = ShardCache(cache_folder(compute), int(compute.cache_gib * 2**30))
     return FeatureStore(storage.filesystem, storage.root, storage.put_if_absent, cache)
+
+
+def cache_folder(compute: ComputeConfig) -> Path:
+    """Where a machine keeps copies of remote features."""
+    return (Path(compute.cache).expanduser() if compute.cache
+            else Path.home() / ".cache" / "partialhn" / "features")
 
 
 class Featuriser:

@@ -51,10 +51,10 @@ PIPELINES = [
     {"train", "advice_page"},
     {"live"},
     {"drift", "predict", "serving_model", "show", "models", "verify", "held", "search_results"},
-    {"models_text", "candidate", "serving_http", "search"},
+    {"models_text", "candidate", "serving_http", "search", "doctor"},
     {"learning", "publish", "serving"},
     {"retrain"},
-    {"cli_retrain", "cli_models", "cli_serve", "cli_tune", "cli_features"},
+    {"cli_retrain", "cli_models", "cli_serve", "cli_tune", "cli_features", "cli_doctor"},
     {"demo"},
     {"cli"},
 ]
