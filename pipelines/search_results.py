@@ -117,7 +117,7 @@ class Results:
             return f"{text}  stopped early"
         best = max((each for each in self.records if each.finished), key=_accuracy)
         return (f"{text}  (best {percent(_accuracy(best))} at depth {best.plan.depth}; "
-                f"{len(self.records)} trials in {self.seconds():.0f} s)")
+                f"{len(self.records)} done in {self.seconds():.0f} s)")
 
     # MLflow ----------------------------------------------------------------------------------
 
