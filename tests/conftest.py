@@ -8,8 +8,14 @@ os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true
                "DO_NOT_TRACK": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
                "RAY_worker_niceness": "0"}  # Ray's 15 starves its workers beside other work
 os.environ.pop("MLFLOW_TRACKING_URI", None)
-
+# keys of the service under test, or of nobody: no test reaches an account of the developer's
+os.environ |= {"AWS_ACCESS_KEY_ID": os.environ.get("PARTIALHN_TEST_S3_ACCESS_KEY", "testing"),
+               "AWS_SECRET_ACCESS_KEY": os.environ.get("PARTIALHN_TEST_S3_SECRET_KEY", "testing")}
 import pytest
+
+for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
+             "AWS_REGION", "AWS_DEFAULT_REGION"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

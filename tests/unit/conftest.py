@@ -21,7 +21,6 @@ from partialhn.run import collect, cut
 from partialhn.store import FeatureStore
 
 
-
 @pytest.fixture(autouse=True)
 def same_arithmetic():
     """Whatever a test before it has set for the whole process."""
