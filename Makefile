@@ -15,7 +15,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu bench lint clean
+.PHONY: help setup demo test test-all test-gpu bench lint audit clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ bench: setup  ## measure steps, memory and bytes, into bench.json; QUICK=1 takes
 lint: setup  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+audit: setup  ## check licences and known vulnerabilities; 4: something could not be checked here
+	$(BIN)/python tests/security/audit.py
 
 clean:  ## remove .venv, what the demo made, and caches
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache

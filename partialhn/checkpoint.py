@@ -22,9 +22,10 @@ from torch import Tensor
 
 from partialhn.backbone import Trunk, build_network, hash_tensors, tensors_below
 from partialhn.config import Config
-from partialhn.errors import InputError, IntegrityError
+from partialhn.errors import IntegrityError
 from partialhn.model import Head, head_start
 from partialhn.strategies import STRATEGIES, Strategy
+from partialhn.task_inference import TaskInference
 
 FORMAT = 1
 TENSORS, FIELDS = "model.safetensors", "model.json"
@@ -95,7 +96,7 @@ def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         fields = json.loads((folder / FIELDS).read_text(encoding="utf-8"))
         found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise IntegrityError(f"checkpoint {folder} cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise IntegrityError(f"checkpoint {folder} is damaged: {FIELDS} holds no fields")
@@ -108,7 +109,7 @@ def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
                              f"{found[:12]}..., expected tensors_sha256 {wanted[:12]}...")
     try:
         return load_file(folder / TENSORS), fields
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise IntegrityError(f"checkpoint {folder} is damaged: {TENSORS} is no safetensors file: "
                              f"{error}") from error
 
@@ -131,11 +132,15 @@ class Model:
     tasks: tuple[TaskInfo, ...]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Whatever else is worth keeping: stream name, accuracy rows, feature keys."""
+    inference: TaskInference | None = None
+    """Finds the task of an image where it is not given; None in models made without it."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of trunk and strategy by name."""
+        """Every tensor of trunk, strategy and task inference by name."""
+        inference = self.inference.tensors() if self.inference else {}
         return ({f"trunk.{key}": value for key, value in self.trunk.state_dict().items()}
-                | {f"strategy.{key}": value for key, value in self.strategy.state_dict().items()})
+                | {f"strategy.{key}": value for key, value in self.strategy.state_dict().items()}
+                | {f"inference.{key}": value for key, value in inference.items()})
 
     def weights_hash(self) -> str:
         """SHA-256 over all tensors: equal hashes answer equally."""
@@ -163,11 +168,14 @@ class Model:
                 strategy.finish(index)
             trunk.load_state_dict(tensors_below(tensors, "trunk."), strict=True)
             strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
-        except (KeyError, RuntimeError, InputError) as error:
+            found = tensors_below(tensors, "inference.")
+            inference = TaskInference.from_tensors(found, len(tasks)) if found else None
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError,
+                OverflowError) as error:  # InputError is a ValueError
             raise IntegrityError(f"checkpoint {folder} does not fit this version: {error}"
                                  ) from error
         model = Model(config, trunk, strategy.requires_grad_(False).eval(), tasks,
-                      fields.get("facts", {}))
+                      fields.get("facts", {}), inference)
         if model.weights_hash() != fields.get("weights_hash"):
             raise IntegrityError(f"checkpoint {folder} holds other weights than it was saved with")
         return model

@@ -225,11 +225,18 @@ class ComputeConfig:
     """CPU threads of a worker; default: the machine's cores divided by the workers."""
     ray_address: str | None = None
     """Cluster to join (auto, ray://host:10001); default: a local one for this run."""
+    cache: str | None = None
+    """Folder on each machine for copies of remote features, shared by all that runs there;
+    default: ~/.cache/partialhn/features."""
+    cache_gib: float = 50.0
+    """Room for those copies in GiB; those used least recently make way."""
 
     def __post_init__(self) -> None:
         _require(self.workers >= 1, "workers", self.workers, "1 or more")
         _require(self.feature_workers >= 1, "feature_workers", self.feature_workers, "1 or more")
         _require(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
+        _require(self.cache != "", "cache", self.cache, "a folder")
+        _require(self.cache_gib > 0, "cache_gib", self.cache_gib, "more than 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +298,9 @@ def build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
 
     Raises: InputError naming an unknown key or a value of the wrong type.
     """
+    if not isinstance(values, Mapping):
+        raise InputError(f"configuration {where or 'file'} holds {type(values).__name__}; allowed: "
+                         "a section with keys")
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
     for key in values:

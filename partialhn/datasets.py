@@ -22,7 +22,14 @@ from partialhn import conversions, corruptions
 from partialhn.config import DataConfig
 from partialhn.errors import InputError
 from partialhn.readers import ImageSet, read_sets
-from partialhn.stream import Experience, ImageTable, held_out, split_classes
+from partialhn.stream import (
+    RESERVED,
+    Experience,
+    ImageTable,
+    held_out,
+    split_classes,
+    task_of,
+)
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """Encodings that are decoded (PPM stands for PGM and PBM too); Pillow knows riskier ones."""
@@ -159,6 +166,9 @@ def _subset(images: ImageSet, labels: Sequence[int]) -> ImageSet:
 
 def _experience(name: str, images: ImageSet, transform: str) -> Experience:
     assert images.validation is not None
+    if task_of(name) in RESERVED:
+        raise InputError(f"task is named {name!r}; allowed: any name but {', '.join(RESERVED)}, "
+                         "which say that a task is to be inferred, or is none of those known")
     if not images.test:
         raise InputError(f"task {name!r} of {images.where} (classes {', '.join(images.classes)}) "
                          "has no test images; every task needs some")

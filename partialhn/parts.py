@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from partialhn.errors import InputError
-from partialhn.stream import ImageTable, image_field
+from partialhn.stream import ImageTable, image_field, sound
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 """Names a Parquet column of labels may have, the first one found counts."""
@@ -79,11 +79,8 @@ def file_table(filesystem: Any, paths: Sequence[str]) -> ImageTable:
 
 @contextlib.contextmanager
 def _open_parquet(filesystem: Any, path: str) -> Iterator[Any]:
-    try:
-        with filesystem.open_input_file(path) as source:
-            yield pq.ParquetFile(source)
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is no readable Parquet file: {error}") from error
+    with filesystem.open_input_file(path) as source, sound(path, "Parquet"):
+        yield pq.ParquetFile(source)
 
 
 def parquet_table(filesystem: Any, paths: Sequence[str]) -> ImageTable:

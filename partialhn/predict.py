@@ -1,6 +1,10 @@
-"""Answers: encoded images and a task in, labels and probabilities out.
+"""Answers: encoded images and their tasks in, labels and probabilities out.
 
-Legend: B images, K classes of the task.
+`Predictor.predict` answers for images of one task. `features` and `answers` are its two halves
+for batches of mixed tasks: the trunk runs once over all of them, then each task's head over its
+own. A task may be `auto`, to be inferred from the image.
+
+Legend: B images, C channels, H W spatial, K classes of the task.
 """
 
 import dataclasses
@@ -10,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from partialhn.checkpoint import Model
 from partialhn.datasets import decode_images
@@ -17,6 +22,7 @@ from partialhn.errors import InputError
 from partialhn.featurise import run_trunk
 from partialhn.model import HeadWeights
 from partialhn.stream import task_of
+from partialhn.task_inference import AUTO, infer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +35,21 @@ class Prediction:
     """Softmax over the task's classes; rows sum to 1."""
     classes: tuple[str, ...]
     """Names of the K columns."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The answer for one image of a batch of mixed tasks."""
+
+    task: str
+    """The task's name: given, or the likeliest."""
+    label: str | None
+    """The likeliest class; None where the image seems to be of no task that was learned."""
+    probability: float
+    """Of the likeliest class, among the classes of the task."""
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    """Of all classes, in the same order."""
 
 
 class Predictor:
@@ -61,8 +82,23 @@ class Predictor:
         for index, slot in reversed(list(enumerate(self.model.tasks))):
             if task in (task_of(slot.name), slot.name):
                 return index
-        raise InputError(f"task is {task!r}; allowed: {', '.join(self.tasks)} or an index from 0 "
-                         f"to {len(self.tasks) - 1}")
+        auto = f", {AUTO}" if self.model.inference else ""
+        raise InputError(f"task is {task!r}; allowed: {', '.join(self.tasks)}{auto} or an index "
+                         f"from 0 to {len(self.tasks) - 1}")
+
+    def check_task(self, task: str) -> None:
+        """Raises InputError for a task that is neither known nor one that can be inferred."""
+        if task != AUTO:
+            self.task_index(task)
+        elif self.model.inference is None:
+            raise InputError(f"task is {AUTO!r}, but this model was made without what it takes to "
+                             f"infer a task; allowed: {', '.join(self.tasks)}, or train it again")
+
+    def head_weights(self, index: int) -> HeadWeights:
+        """A slot's head weights, generated once."""
+        if index not in self._weights:
+            self._weights[index] = self.model.strategy.weights(index)
+        return self._weights[index]
 
     @torch.no_grad()
     def predict(self, images: Sequence[bytes], task: str) -> Prediction:
@@ -75,13 +111,62 @@ class Predictor:
         data = self.model.config.data
         decoded = decode_images(images, [f"number {i}" for i in range(len(images))],
                                 data.input_size, max_pixels=data.max_image_pixels)
-        if index not in self._weights:
-            self._weights[index] = self.model.strategy.weights(index)
         classes = self.model.tasks[index].classes
         probabilities_BK = np.empty((len(images), len(classes)), np.float32)
         if len(images):
             z_BCHW = run_trunk(self.model.trunk, decoded.images_BCHW).to(self._device)
-            logits_BK = self.model.strategy.head(z_BCHW, self._weights[index])
+            logits_BK = self.model.strategy.head(z_BCHW, self.head_weights(index))
             probabilities_BK = logits_BK.softmax(1).cpu().numpy()
         labels = [classes[best] for best in probabilities_BK.argmax(1)] if len(images) else []
         return Prediction(labels, probabilities_BK, classes)
+
+    def predict_auto(self, images: Sequence[bytes]) -> list[Answer]:
+        """Labels encoded images whose tasks are not known.
+
+        Raises: InputError for an image that cannot be decoded, or a model that infers no task.
+        """
+        self.check_task(AUTO)
+        data = self.model.config.data
+        decoded = decode_images(images, [f"number {i}" for i in range(len(images))],
+                                data.input_size, max_pixels=data.max_image_pixels)
+        return self.answers(self.features(decoded.images_BCHW), [AUTO] * len(images))
+
+    @torch.no_grad()
+    def features(self, images_BCHW: Tensor, exact: bool = True) -> Tensor:
+        """Trunk features z_BCHW of uint8 images, on the model's device.
+
+        exact: an image's features are the same bits in any company, for which small batches are
+        filled up; without, they are equal but for rounding and a few images take less time.
+        """
+        if exact or not len(images_BCHW):
+            return run_trunk(self.model.trunk, images_BCHW).to(self._device)
+        features_BCHW: Tensor = self.model.trunk(images_BCHW.to(self._device))
+        return features_BCHW
+
+    @torch.no_grad()
+    def answers(self, z_BCHW: Tensor, tasks: Sequence[str]) -> list[Answer]:
+        """Answers from trunk features, each image with the task given for it, or with `auto`.
+
+        Raises: InputError for an unknown task.
+        """
+        for task in set(tasks):
+            self.check_task(task)
+        index_B = torch.tensor([-1 if task == AUTO else self.task_index(task) for task in tasks],
+                               dtype=torch.int64)
+        known_B = torch.ones(len(tasks), dtype=torch.bool)
+        unsaid_U = torch.nonzero(index_B < 0)[:, 0]
+        head, inference = self.model.strategy.head, self.model.inference
+        if len(unsaid_U) and inference is not None:
+            slots = [self.task_index(task) for task in self.tasks]
+            weights = [self.head_weights(slot) for slot in slots]
+            found = infer(inference, head, slots, weights, z_BCHW[unsaid_U])
+            index_B[unsaid_U], known_B[unsaid_U] = found.slot_B, found.known_B
+        made: list[Answer | None] = [None] * len(tasks)
+        for index in sorted(set(index_B.tolist())):
+            info, rows_R = self.model.tasks[index], torch.nonzero(index_B == index)[:, 0]
+            p_RK = head(z_BCHW[rows_R], self.head_weights(index)).softmax(1).cpu().double()
+            for row, p_K in zip(rows_R.tolist(), p_RK, strict=True):
+                best = int(p_K.argmax())
+                made[row] = Answer(task_of(info.name), info.classes[best] if known_B[row] else None,
+                                   float(p_K[best]), info.classes, tuple(p_K.tolist()))
+        return [answer for answer in made if answer is not None]

@@ -45,8 +45,10 @@ class Outcome:
     def of(learner: Learner) -> "Outcome":
         """The outcome so far of a learner."""
         tasks = range(len(learner.finished))
+        known = learner.inference
         return Outcome(tuple(learner.epochs), tuple(learner.finished),
-                       tuple(learner.strategy.task_bytes(task) for task in tasks))
+                       tuple(learner.strategy.task_bytes(task)
+                             + (known.task_bytes(task) if known else 0) for task in tasks))
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "Outcome":
@@ -62,6 +64,14 @@ class Outcome:
         total = len(self.finished)
         return [[*record.accuracy_row, *[None] * (total - len(record.accuracy_row))]
                 for record in self.finished]
+
+    def without_task_id(self) -> dict[str, float]:
+        """What was measured of task inference; empty where it was not learned."""
+        measured = [record.without_id for record in self.finished if record.without_id]
+        if not measured:
+            return {}
+        told = [each["rejection_auroc"] for each in measured if "rejection_auroc" in each]
+        return measured[-1] | ({"rejection_auroc": sum(told) / len(told)} if told else {})
 
     def fields(self) -> dict[str, Any]:
         """Metrics, seconds and bytes of this strategy."""
@@ -88,7 +98,8 @@ def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, floa
     own = ours.fields()
     del own["train_seconds"]
     return own | {
-        "config": config.to_dict(), "seed": config.train.seed, "strategy": config.train.strategy,
+        "without_task_id": ours.without_task_id(), "config": config.to_dict(),
+        "seed": config.train.seed, "strategy": config.train.strategy,
         "tasks": [_task_fields(slot) for slot in slots],
         "seconds": {"total": round(sum(stages.values()), 3),
                     "stages": {key: round(value, 3) for key, value in stages.items()},

@@ -35,6 +35,7 @@ from partialhn.slots import Slot, needed_jobs, open_features, slots_of
 from partialhn.store import FeatureStore, Manifest
 from partialhn.strategies import STRATEGIES, Strategy
 from partialhn.stream import Experience
+from partialhn.task_inference import TaskInference
 from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord
 
 Report = Callable[[EpochRecord | TaskRecord], None]
@@ -130,7 +131,7 @@ def run_stream(config: Config, root: Path,
     slots = slots_of(experiences, jobs, [there.get(job.recipe.key) for job in jobs])
     tasks = open_features(store, slots, first)
     clock.lap("features")
-    learner = Learner(parts.strategy(config), config.train)
+    learner = Learner(parts.strategy(config), config.train, inference=TaskInference())
     if known:
         learner.restore(*chain.state(filesystem, f"{root}/learned", known))
     for record in _each(learner.learn(tasks), report):
@@ -152,7 +153,8 @@ def run_stream(config: Config, root: Path,
 
 def _model(config: Config, parts: Parts, learner: Learner, slots: Sequence[Slot]) -> Model:
     return Model(config, parts.trunk, learner.strategy,
-                 tuple(TaskInfo(slot.name, slot.classes) for slot in slots))
+                 tuple(TaskInfo(slot.name, slot.classes) for slot in slots),
+                 inference=learner.inference)
 
 
 def _each(records: Iterable[EpochRecord | TaskRecord],

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 import warnings
@@ -28,10 +29,15 @@ import pyarrow.fs as pafs
 import torch
 from torch import Tensor
 
+from partialhn.cache import ShardCache, check_content, is_verified, mapped, mark_settled
 from partialhn.errors import IntegrityError
 
 FORMAT = 1
 PutIfAbsent = Callable[[str, bytes], bool]
+_SHARD_NAME = re.compile(r"part-\d{5,}-[0-9a-f]{12}\.arrow")
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError,
+              RecursionError)
+"""What Python raises on content that has another form than expected."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +115,11 @@ class FeatureStore:
     """Reads and writes feature sets below one root on a pyarrow filesystem.
 
     `put_if_absent(path, content)` creates a small file unless it exists and says whether it did;
-    local paths need none. `cache` is where shards of a remote filesystem are fetched to.
+    local paths need none. `cache` holds local copies of a remote filesystem's shards.
     """
 
     def __init__(self, filesystem: pafs.FileSystem, root: str,
-                 put_if_absent: PutIfAbsent | None = None, cache: Path | None = None) -> None:
+                 put_if_absent: PutIfAbsent | None = None, cache: ShardCache | None = None) -> None:
         self.filesystem = filesystem
         self.root = root.rstrip("/")
         self.local = isinstance(filesystem, pafs.LocalFileSystem)
@@ -128,16 +134,23 @@ class FeatureStore:
 
     def find(self, recipe: FeatureRecipe) -> Manifest | None:
         """The finished features of a recipe, or None."""
-        text = self._read(f"{self.folder(recipe.key)}/manifest.json")
-        return None if text is None else _parse_manifest(text, recipe.key)
+        return self.manifest(recipe.key)
+
+    def manifest(self, key: str) -> Manifest | None:
+        """The manifest of a key, or None where its features are not finished.
+
+        Raises: IntegrityError where it cannot be read or describes another key.
+        """
+        content = self._read(f"{self.folder(key)}/manifest.json")
+        return None if content is None else _parse_manifest(content, key)
 
     def find_shard(self, key: str, index: int) -> Shard | None:
         """A shard that some writer finished already, or None."""
         path = f"{self.folder(key)}/part-{index:05d}.json"
-        text = self._read(path)
+        content = self._read(path)
         try:
-            return None if text is None else parse_shard(json.loads(text))
-        except (ValueError, KeyError, TypeError) as error:
+            return None if content is None else parse_shard(json.loads(content))
+        except _MALFORMED as error:
             raise IntegrityError(f"{path} cannot be read as a shard's record: {error!r}"
                                  ) from error
 
@@ -178,47 +191,40 @@ class FeatureStore:
         Raises: IntegrityError naming the shard, what was expected and what was found.
         """
         parts = [self._open_shard(manifest, shard) for shard in manifest.shards if shard.rows]
+        if not parts:
+            raise IntegrityError(f"the manifest of features {manifest.key} lists no rows")
         return FeatureSet(manifest, [part[0] for part in parts],
                           torch.from_numpy(np.concatenate([part[1] for part in parts])),
                           [name for part in parts for name in part[2]])
 
     def _open_shard(self, manifest: Manifest,
                     shard: Shard) -> tuple[Tensor, np.ndarray, list[str]]:
-        path = self._local_copy(manifest.key, shard)
+        content = self._content(manifest, shard)
         try:
-            source = pa.memory_map(path)
+            return _decode(content, manifest, shard)
+        except (*_MALFORMED, pa.ArrowException, OSError, MemoryError) as error:
+            raise IntegrityError(f"shard {shard.name} of {manifest.key} is not what its manifest "
+                                 f"says: {error!r}") from error
+
+    def _content(self, manifest: Manifest, shard: Shard) -> pa.Buffer:
+        """The verified bytes of a shard, mapped: hashed once, and again when the file changed."""
+        path = f"{self.folder(manifest.key)}/{shard.name}"
+        missing = (f"shard {path} is missing; the manifest of {manifest.key} lists it with "
+                   f"{shard.rows} rows")
+        try:
+            if self.local:
+                return _verified(Path(path), shard)
+            if self._cache is None:
+                raise ValueError("a remote feature store needs a cache to read through")
+            return self._cache.fetch(manifest.key, shard.name, shard.bytes, shard.sha256,
+                                     lambda: self.filesystem.open_input_stream(path))
         except FileNotFoundError as error:
-            raise IntegrityError(f"shard {path} is missing; the manifest of {manifest.key} lists "
-                                 f"it with {shard.rows} rows") from error
-        view = memoryview(source.read_buffer())
-        found = hashlib.sha256(view).hexdigest()
-        if found != shard.sha256:
-            raise IntegrityError(f"shard {path} is damaged: sha256 {found[:12]}... of {len(view)} "
-                                 f"bytes, expected {shard.sha256[:12]}... of {shard.bytes}")
-        table = pa.ipc.open_file(pa.py_buffer(view)).read_all()
-        values = table["features"].chunk(0).storage.flatten()
-        flat = np.frombuffer(values.buffers()[1], dtype=manifest.recipe.dtype,
-                             count=len(values), offset=values.offset * values.type.bit_width // 8)
-        z_NVCHW = flat.reshape(shard.rows, *manifest.shape_VCHW)
-        return _as_tensor(z_NVCHW), table["label"].to_numpy(), table["id"].to_pylist()
+            raise IntegrityError(missing) from error
 
-    def _local_copy(self, key: str, shard: Shard) -> str:
-        remote = f"{self.folder(key)}/{shard.name}"
-        if self.local:
-            return remote
-        if self._cache is None:
-            raise ValueError("a remote feature store needs a cache folder to read from")
-        path = self._cache / key / shard.name
-        if not path.exists() or path.stat().st_size != shard.bytes:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with self.filesystem.open_input_file(remote) as source:
-                _write_atomically(path, source.readall())
-        return str(path)
-
-    def _read(self, path: str) -> str | None:
+    def _read(self, path: str) -> bytes | None:
         try:
             with self.filesystem.open_input_file(path) as source:
-                return bytes(source.readall()).decode()
+                return bytes(source.readall())
         except FileNotFoundError:
             return None
 
@@ -278,6 +284,21 @@ class FeatureSet:
         return z_BCHW
 
 
+def _verified(path: Path, shard: Shard) -> pa.Buffer:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != shard.bytes:
+            check_content(str(path), size, hashlib.sha256(file.read()).hexdigest(), shard.bytes,
+                          shard.sha256)
+        content = mapped(file)
+    if not is_verified(path):
+        check_content(str(path), size, hashlib.sha256(memoryview(content)).hexdigest(),
+                      shard.bytes, shard.sha256)
+        with contextlib.suppress(OSError):  # a folder that cannot be written to: hashed each time
+            mark_settled(path)
+    return content
+
+
 def put_file_if_absent(path: str, content: bytes) -> bool:
     """Creates a local file with its whole content unless it exists; says whether it did."""
     target = Path(path)
@@ -319,6 +340,25 @@ def _encode(recipe: FeatureRecipe, z_NVCHW: Tensor, y_N: np.ndarray, ids: Sequen
     return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
 
+def _decode(content: pa.Buffer, manifest: Manifest,
+            shard: Shard) -> tuple[Tensor, np.ndarray, list[str]]:
+    """Features, labels and ids of a shard; its offsets are checked before they are followed."""
+    table = pa.ipc.open_file(content).read_all()
+    table.validate(full=True)
+    labels, dtype = table["label"], np.dtype(manifest.recipe.dtype)
+    if (table["features"].num_chunks != 1 or labels.type != pa.int64() or labels.null_count
+            or table["features"].type.value_type != pa.from_numpy_dtype(dtype)):
+        raise ValueError(f"it holds {table.schema}")
+    values = table["features"].chunk(0).storage.flatten()
+    flat = np.frombuffer(values.buffers()[1], dtype=dtype, count=len(values),
+                         offset=values.offset * dtype.itemsize)
+    z_NVCHW = flat.reshape(shard.rows, *manifest.shape_VCHW)
+    y_N, ids = labels.to_numpy(), table["id"].to_pylist()
+    if len(y_N) != shard.rows or len(ids) != shard.rows:
+        raise ValueError(f"it holds {len(y_N)} labels for {shard.rows} rows")
+    return _as_tensor(z_NVCHW), y_N, ids
+
+
 def _as_tensor(values: np.ndarray) -> Tensor:
     """A tensor over read-only mapped memory; it is only ever gathered from."""
     with warnings.catch_warnings():
@@ -327,18 +367,29 @@ def _as_tensor(values: np.ndarray) -> Tensor:
 
 
 def parse_shard(fields: dict[str, Any]) -> Shard:
-    """The shard that `dataclasses.asdict` and JSON made these fields of."""
-    bad = tuple((str(name), str(reason)) for name, reason in fields.pop("bad"))
-    return Shard(**fields, bad=bad)
+    """The shard that `dataclasses.asdict` and JSON made these fields of.
+
+    Raises: KeyError, TypeError or ValueError for anything else, such as a name that leads away.
+    """
+    bad = tuple((str(name), str(reason)) for name, reason in fields["bad"])
+    shard = Shard(**fields | {"bad": bad})
+    if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
+        raise ValueError(f"name is {shard.name!r}")
+    for key in ("rows", "bytes"):
+        if type(getattr(shard, key)) is not int or getattr(shard, key) < 0:
+            raise ValueError(f"{key} is {getattr(shard, key)!r}")
+    return shard
 
 
-def _parse_manifest(text: str, key: str) -> Manifest:
+def _parse_manifest(content: bytes, key: str) -> Manifest:
     try:
-        fields = json.loads(text)
+        fields = json.loads(content)
         manifest = Manifest(fields["key"], FeatureRecipe(**fields["recipe"]),
                             tuple(parse_shard(shard) for shard in fields["shards"]),
                             tuple(fields["shape_VCHW"]), fields["created"], fields["libraries"])
-    except (ValueError, KeyError, TypeError) as error:
+        if not all(type(size) is int and size > 0 for size in manifest.shape_VCHW):
+            raise ValueError(f"shape_VCHW is {fields['shape_VCHW']!r}")
+    except _MALFORMED as error:
         raise IntegrityError(f"the manifest of features {key} cannot be read: {error!r}") from error
     if manifest.key != key or manifest.recipe.key != key:
         raise IntegrityError(f"the manifest of features {key} describes {manifest.recipe.key}")

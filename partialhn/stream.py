@@ -6,6 +6,7 @@ table of a million images is a few arrays: it pickles small and travels between 
 Shape suffix: N images of a table; n some of them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
 
-from partialhn.errors import InputError
+from partialhn.errors import InputError, IntegrityError
 
 IntArray = npt.NDArray[np.integer[Any]]
 
@@ -107,12 +108,31 @@ class ImageTable:
                     yield position_n[mine], images
 
 
+@contextlib.contextmanager
+def sound(path: str, kind: str) -> Iterator[None]:
+    """Whatever a damaged file makes of the library that reads it becomes one clear error.
+
+    A file that is not there, a disk or a network in trouble stay what they are.
+
+    Raises: InputError naming the file.
+    """
+    try:
+        yield
+    except (InputError, IntegrityError):
+        raise
+    except (OSError, pa.ArrowException, ValueError, TypeError, IndexError, OverflowError,
+            MemoryError) as error:
+        if isinstance(error, OSError) and (error.errno is not None or "AWS Error" in str(error)):
+            raise
+        raise InputError(f"{path} is no readable {kind} file: {error}") from error
+
+
 def _read_rows(filesystem: Any, path: str,
                row_n: IntArray) -> Iterator[tuple[IntArray, list[bytes]]]:
     """Images of a Parquet file, a row group at a time, with their positions in `row_n`."""
     import pyarrow.parquet as pq  # here: decoding Parquet is not needed to hold a table
 
-    with filesystem.open_input_file(path) as source:
+    with filesystem.open_input_file(path) as source, sound(path, "Parquet"):
         parquet = pq.ParquetFile(source)
         field = image_field(parquet.schema_arrow, path)
         packed = pa.types.is_struct(field.type)
@@ -167,6 +187,10 @@ class Experience:
         parts = [self.train.fingerprint(), self.validation.fingerprint(), self.test.fingerprint(),
                  list(self.classes), self.transform]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+RESERVED = ("auto", "none")
+"""What a caller says who does not know the task, and what stands for no known task."""
 
 
 def task_of(slot: str) -> str:

@@ -25,8 +25,10 @@ from partialhn.backbone import Network, tensors_below
 from partialhn.batch import FeatureBatch
 from partialhn.config import Augment, BackboneConfig, Schedule, TrainConfig
 from partialhn.errors import InputError
+from partialhn.inference_metrics import rejection_auroc, without_task_id
 from partialhn.store import FeatureSet
 from partialhn.strategies import Strategy
+from partialhn.task_inference import TaskInference
 from partialhn.views import augment
 
 RESIDENT_BYTES = 4 << 30
@@ -64,6 +66,10 @@ class TaskRecord:
     """R[i, 0..i]: accuracy on the test images of every task so far."""
     train_seconds: float
     evaluate_seconds: float
+    without_id: dict[str, float] | None = None
+    """Where task inference is learned: rejection_auroc (how well this task's images were told
+    from those of earlier ones before it was learned), and after the last task what
+    `partialhn.inference_metrics.without_task_id` says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +196,10 @@ class Learner:
     """A strategy on its way through a stream, able to stop after any epoch and go on."""
 
     def __init__(self, strategy: Strategy, config: TrainConfig, device: torch.device | str = "cpu",
-                 workers: Workers | None = None) -> None:
+                 workers: Workers | None = None, inference: TaskInference | None = None) -> None:
+        """`inference`: an empty one, to learn as well which task an image is of."""
         self.strategy, self.config = strategy.to(device), config
+        self.inference = inference
         self.device = torch.device(device)
         self.workers = workers or Workers()
         self.epochs: list[EpochRecord] = []
@@ -221,12 +229,31 @@ class Learner:
         start = time.perf_counter()
         self.strategy.finish(index)
         row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
+        without_id = self._learn_inference(tasks, index)
         trained = sum(record.seconds for record in self.epochs if record.task_index == index)
-        finished = TaskRecord(task.name, index, row, trained, time.perf_counter() - start)
+        finished = TaskRecord(task.name, index, row, trained, time.perf_counter() - start,
+                              without_id)
         self.finished.append(finished)
         optimiser.zero_grad(set_to_none=True)
         self._optimiser = None
         yield finished
+
+    def _learn_inference(self, tasks: Sequence[TaskFeatures],
+                         index: int) -> dict[str, float] | None:
+        """Takes in a finished task's features; what is measured of a task before and after."""
+        if self.inference is None:
+            return None
+        train, tests = tasks[index].train, [task.test for task in tasks[:index + 1]]
+        assert train is not None, f"task {tasks[index].name} has no training features"
+        replaced = {task.refreshes for task in tasks[:index + 1]}
+        measured = {}
+        if index and tasks[index].refreshes is None:
+            measured["rejection_auroc"] = rejection_auroc(self.inference, tests[:-1], tests[-1])
+        self.inference.add_task(train, self.config.seed)
+        if index + 1 == len(tasks):
+            measured |= without_task_id(self.strategy, self.inference, tests,
+                                        [i for i in range(index + 1) if i not in replaced])
+        return measured
 
     def _begin(self, index: int, classes: int, refreshes: int | None = None) -> None:
         if index == len(self.strategy.classes):
@@ -242,6 +269,9 @@ class Learner:
             tensors |= {f"experience.{key}": value
                         for key, value in self.strategy.experience_state().items()}
             tensors |= optimiser_tensors(self._optimiser, self._trainable())
+        if self.inference is not None:
+            tensors |= {f"inference.{key}": value
+                        for key, value in self.inference.tensors().items()}
         return tensors, {"classes": list(self.strategy.classes),
                          "epochs": [dataclasses.asdict(record) for record in self.epochs],
                          "finished": [dataclasses.asdict(record) for record in self.finished]}
@@ -257,6 +287,9 @@ class Learner:
         self.epochs = [EpochRecord(**record) for record in fields["epochs"]]
         self.finished = [TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])})
                          for record in fields["finished"]]
+        if self.inference is not None:
+            self.inference = TaskInference.from_tensors(tensors_below(tensors, "inference."),
+                                                        len(self.finished))
         if len(self.finished) == len(self.strategy.classes):
             return
         self._begin(len(self.finished), self.strategy.classes[-1])

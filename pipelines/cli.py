@@ -30,7 +30,7 @@ from partialhn.config import (
 )
 from partialhn.errors import InputError
 from partialhn.presets import preset
-from pipelines import cli_models, cli_retrain, cli_tune
+from pipelines import cli_doctor, cli_features, cli_models, cli_retrain, cli_serve, cli_tune
 from pipelines.settings import Group, OutputConfig, mask_password
 
 
@@ -66,12 +66,12 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Label images with the classes of one task of a registered model."""
+    """Label images with the classes of their task, given or inferred, by a registered model."""
 
     model: str
     """Model: models:/NAME@champion, models:/NAME@task-TASK or models:/NAME/VERSION."""
     task: str
-    """Name of the task, or its index from 0."""
+    """Name of the task, its index from 0, or auto to have each image's task inferred."""
     input: str
     """Images: a folder (searched deeply), an image file or a Parquet file; local or s3://."""
     output: str = "preds.parquet"
@@ -82,12 +82,14 @@ class Predict:
     """MLflow server or database, as for train."""
     on_bad_image: Literal["error", "skip"] = "error"
     """An unreadable image stops the run (error) or is counted and left out (skip)."""
+    record: bool = False
+    """Keep a bounded sample of trunk features (no images) in the storage, for drift."""
 
     def run(self) -> None:
         from pipelines.predict import predict_to_parquet
 
         done = predict_to_parquet(self.model, self.task, self.input, self.output, self.storage,
-                                  self.tracking_uri, self.on_bad_image)
+                                  self.tracking_uri, self.on_bad_image, self.record)
         print(f"{done.images} images of task {done.task!r} labelled by {done.model_uri}: "
               + ", ".join(f"{label} {count}" for label, count in done.labels.items()))
         for bad in done.bad:
@@ -167,7 +169,8 @@ class Demo:
 
 COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report, "show": Show,
                             "demo": Demo, **cli_models.COMMANDS, **cli_retrain.COMMANDS,
-                            **cli_tune.COMMANDS}
+                            **cli_serve.COMMANDS, **cli_tune.COMMANDS, **cli_features.COMMANDS,
+                            **cli_doctor.COMMANDS}
 """Every command by name: a class whose `run` does it, or a `Group` of such classes."""
 
 

@@ -43,6 +43,7 @@ def open_client(storage: Storage, tracking_uri: str | None,
             os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     _quiet()
     try:
@@ -50,7 +51,7 @@ def open_client(storage: Storage, tracking_uri: str | None,
         with _exclusive(database) if database else contextlib.nullcontext():
             client = MlflowClient(tracking_uri=uri)
             client.search_registered_models(max_results=1)
-    except (MlflowException, OSError, ImportError) as error:
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         shown = mask_password(f"{uri!r} does not answer: {error}")
         raise InputError(f"MLflow at {shown}; allowed: an http(s):// server, sqlite:///file or "
                          "another database") from None  # the error may hold the password

@@ -11,11 +11,14 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from partialhn.backbone import Trunk
+from partialhn.cache import ShardCache
+from partialhn.config import ComputeConfig
 from partialhn.errors import InputError
 from partialhn.featurise import (
     FeatureJob,
@@ -36,9 +39,20 @@ HARMLESS = "has constructor arguments in the object store and max_restarts > 0"
 """Logged at every start of an actor pool; the arguments live as long as the dataset does."""
 
 
-def open_store(storage: Storage, cache: Any = None) -> FeatureStore:
-    """The feature store of a storage; `cache` is a local folder for remote shards."""
+def open_store(storage: Storage, compute: ComputeConfig | None = None) -> FeatureStore:
+    """The feature store of a storage. `compute` says where this machine keeps copies of remote
+    shards; without it remote shards are written and found, and cannot be read.
+    """
+    cache = None
+    if compute and not storage.is_local:
+        cache = ShardCache(cache_folder(compute), int(compute.cache_gib * 2**30))
     return FeatureStore(storage.filesystem, storage.root, storage.put_if_absent, cache)
+
+
+def cache_folder(compute: ComputeConfig) -> Path:
+    """Where a machine keeps copies of remote features."""
+    return (Path(compute.cache).expanduser() if compute.cache
+            else Path.home() / ".cache" / "partialhn" / "features")
 
 
 class Featuriser:
@@ -131,12 +145,12 @@ def _start(storage: Storage, trunk: Trunk, groups: Sequence[Pass],
     written = rows.map(Featuriser, concurrency=min(workers, len(todo)), num_gpus=1 if gpu else 0,
                        fn_constructor_args=(storage, trunk, groups, "cuda" if gpu else "cpu",
                                             threads))
-    with _without(HARMLESS):
+    with without_lines(HARMLESS):
         yield from written.iter_rows()
 
 
 @contextlib.contextmanager
-def _without(text: str) -> Iterator[None]:
+def without_lines(text: str) -> Iterator[None]:
     """Keeps lines with `text` from stderr, whoever writes them: Ray's C++ parts ask no logger."""
     saved, (reader, writer) = os.dup(2), os.pipe()
     os.dup2(writer, 2)

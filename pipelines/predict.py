@@ -21,6 +21,8 @@ from partialhn.errors import InputError
 from partialhn.predict import Predictor
 from partialhn.readers import open_images
 from partialhn.stream import ImageTable, task_of
+from partialhn.task_inference import AUTO, NONE
+from pipelines.live import Recorder
 from pipelines.registry import connect
 from pipelines.storage import Storage, open_storage
 from pipelines.versions import Version
@@ -44,9 +46,9 @@ class Predicted:
     bad: tuple[BadImage, ...]
     """Images left out (on_bad_image skip)."""
     task: str
-    """The task's name, also where its index was given."""
+    """The task's name, also where its index was given; or auto."""
     labels: dict[str, int]
-    """How often each label was given, most frequent first."""
+    """How often each label was given, most frequent first; none: images of no known task."""
     model_uri: str
     """The version behind the alias: models:/name/version."""
     output: str
@@ -54,35 +56,41 @@ class Predicted:
 
 def predict_to_parquet(model: str, task: str, images: str, output: str,
                        storage: str = "partialhn-store", tracking_uri: str | None = None,
-                       on_bad_image: Literal["error", "skip"] = "error",
+                       on_bad_image: Literal["error", "skip"] = "error", record: bool = False,
                        progress: Callable[[int, int], None] | None = None) -> Predicted:
     """Labels all images of a folder, a file or a Parquet file with the classes of one task.
 
     Args:
         model: models:/NAME@champion, models:/NAME@task-TASK or models:/NAME/VERSION.
-        task: a task's name, or its index from 0.
+        task: a task's name, its index from 0, or auto to have each image's task inferred.
         images: image folder (searched deeply), image file, or Parquet with an image column; a
             local path or s3://.
         output: Parquet file to write, local or s3://; complete or not there at all. Columns:
             id (the image's path below `images`, with #row for Parquet), task, label,
-            probability, and classes and probabilities (lists in the same order).
+            probability, and classes and probabilities (lists in the same order). With task
+            auto, task is each image's likeliest and label is null where it seems to be of none.
         storage: the storage that `partialhn train` was given; finds the default registry.
         tracking_uri: MLflow server or database, as for `partialhn train`.
         on_bad_image: an unreadable image stops everything, or is listed and has no row.
+        record: keep a bounded sample of trunk features (no images) in the storage, for drift.
         progress: called with the images done and the images in all.
 
     Raises: InputError for an unknown model, task or path, or an unreadable image, by name.
     """
     source = open_storage(images)
     table = open_images(source.root, source.filesystem)
-    registry = connect(open_storage(storage), tracking_uri, create=False)
+    place = open_storage(storage)
+    registry = connect(place, tracking_uri, create=False)
     predictor, version = registry.load_predictor(model)
     target = open_storage(output)
     if target.is_local and Path(target.root).is_dir():
         raise InputError(f"output {output!r} is a folder; allowed: a file to write, for example "
                          f"{output.rstrip('/')}/predictions.parquet")
-    name = task_of(predictor.model.tasks[predictor.task_index(task)].name)
-    label = _Labeller(predictor, name, on_bad_image)
+    predictor.check_task(task)
+    name = AUTO if task == AUTO else task_of(
+        predictor.model.tasks[predictor.task_index(task)].name)
+    recorder = Recorder(place, version.stream) if record else None
+    label = _Labeller(predictor, name, on_bad_image, recorder)
     counts, bad, done = Counter[str](), list[BadImage](), 0
     with tempfile.TemporaryDirectory(prefix=".partialhn-", dir=_folder_of(target)) as folder:
         draft = Path(folder) / "predictions.parquet"
@@ -90,12 +98,14 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
             for images_B, ids_B in _batches(table, _base(table, source.root)):
                 rows, skipped = label(images_B, ids_B)
                 writer.write_table(rows)
-                counts.update(rows.column("label").to_pylist())
+                counts.update(label or NONE for label in rows.column("label").to_pylist())
                 bad += skipped
                 done += len(images_B)
                 if progress:
                     progress(done, len(table))
         _publish(draft, target)
+    if recorder:
+        recorder.flush()
     return Predicted(len(table) - len(bad), tuple(bad), name, dict(counts.most_common()),
                      version.uri, target.uri)
 
@@ -113,23 +123,21 @@ class _Labeller:
     predictor: Predictor
     task: str
     on_bad: Literal["error", "skip"]
+    recorder: Recorder | None = None
 
     def __call__(self, images: list[bytes], ids: list[str]) -> tuple[pa.Table, list[BadImage]]:
         """A table of SCHEMA, and the images that have no row in it."""
-        bad: list[BadImage] = []
-        try:
-            found = self.predictor.predict(images, self.task)
-        except InputError:  # which image is it? the names are known here
-            data = self.predictor.model.config.data
-            decoded = decode_images(images, ids, data.input_size, on_bad=self.on_bad,
-                                    max_pixels=data.max_image_pixels)
-            images, ids = ([values[i] for i in decoded.index_B] for values in (images, ids))
-            found, bad = self.predictor.predict(images, self.task), decoded.bad
-        probabilities_BK = found.probabilities_BK.astype(np.float64)
-        count, likeliest_B = len(ids), probabilities_BK.max(axis=1, initial=0)
-        return pa.table([ids, [self.task] * count, found.labels, likeliest_B,
-                         [list(found.classes)] * count, probabilities_BK.tolist()],
-                        schema=SCHEMA), bad
+        data = self.predictor.model.config.data
+        decoded = decode_images(images, ids, data.input_size, on_bad=self.on_bad,
+                                max_pixels=data.max_image_pixels)
+        z_BCHW = self.predictor.features(decoded.images_BCHW)
+        answers = self.predictor.answers(z_BCHW, [self.task] * len(z_BCHW))
+        if self.recorder and answers:
+            self.recorder.add(self.predictor.model.trunk.fingerprint(), z_BCHW, answers)
+        columns = zip(*((a.task, a.label, a.probability, a.classes, a.probabilities)
+                        for a in answers), strict=True) if answers else [[]] * 5
+        return pa.table([[ids[i] for i in decoded.index_B], *map(list, columns)],
+                        schema=SCHEMA), decoded.bad
 
 
 def _batches(table: ImageTable, base: str) -> Iterator[tuple[list[bytes], list[str]]]:

@@ -5,10 +5,11 @@ imports nothing of `pipelines`. The checkpoint beside it is safetensors and JSON
 unpickled.
 
 Input columns: `image` (bytes of an encoded image file; in JSON requests base64) and `task` (a
-task's name, or its index "0".."T-1"). Rows of different tasks may be mixed.
-Output columns, one row for each input row in the same order: `label` (name of the likeliest
-class), `probability` (its probability), `classes` (all class names of the row's task) and
-`probabilities` (theirs, in the same order, summing to 1).
+task's name, its index "0".."T-1", or "auto" to have it inferred). Rows of different tasks may be
+mixed. Output columns, one row for each input row in the same order: `label` (name of the
+likeliest class; null where the task was inferred and the image seems to be of none), `probability`
+(its probability), `classes` (all class names of the row's task) and `probabilities` (theirs, in
+the same order, summing to 1).
 """
 
 import mlflow
@@ -18,6 +19,7 @@ from mlflow.pyfunc.model import PythonModel
 
 from partialhn.errors import InputError
 from partialhn.predict import Predictor
+from partialhn.task_inference import AUTO
 
 
 class TaskClassifier(PythonModel):
@@ -41,7 +43,16 @@ class TaskClassifier(PythonModel):
             if not isinstance(image, bytes | bytearray):
                 raise InputError(f"column image holds {type(image).__name__}; allowed: bytes (the "
                                  "content of an image file), in JSON requests as base64")
-        found = self.predictor.predict([bytes(image) for image in rows["image"]], task)
+        images = [bytes(image) for image in rows["image"]]
+        if task == AUTO:
+            answers = self.predictor.predict_auto(images)
+            return pd.DataFrame({
+                "label": [answer.label for answer in answers],
+                "probability": [answer.probability for answer in answers],
+                "classes": [list(answer.classes) for answer in answers],
+                "probabilities": [list(answer.probabilities) for answer in answers],
+            }, index=rows.index)
+        found = self.predictor.predict(images, task)
         probabilities_BK = found.probabilities_BK.astype(float)
         return pd.DataFrame({
             "label": found.labels,

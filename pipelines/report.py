@@ -16,6 +16,7 @@ from typing import Any
 from partialhn.errors import InputError
 from pipelines import report_charts as charts
 from pipelines import report_provenance as provenance
+from pipelines.report_auto import without_id
 from pipelines.report_charts import escape
 from pipelines.report_cost import cost, training
 from pipelines.report_facts import (
@@ -45,8 +46,8 @@ def render(result: Mapping[str, Any]) -> str:
     """
     facts = read_facts(result)
     parts = [_header(facts), _verdict(facts), _headline(facts), task_by_task(facts),
-             bounds(facts), training(facts), cost(facts), provenance.usage(facts),
-             provenance.configuration(facts), provenance.terms()]
+             bounds(facts), without_id(facts), training(facts), cost(facts),
+             provenance.usage(facts), provenance.configuration(facts), provenance.terms()]
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         title=escape(f"{facts.name} – continual-learning report"), body="\n".join(parts),

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipelines.report_auto import without_id_line
 from pipelines.report_charts import row_label, shorten
 from pipelines.report_facts import NBSP, Facts, dig, duration, points, read_facts, size
 
@@ -27,7 +28,7 @@ def text_summary(result: Mapping[str, Any]) -> str:
     head += [f"seed {result['seed']}"] if result.get("seed") is not None else []
     blocks = [[shorten(", ".join(head), COLUMNS)],
               _matrix(facts) if len(facts.tasks) <= WHOLE_MATRIX else _compressed(facts),
-              _methods(facts), _costs(facts)]
+              _methods(facts), without_id_line(facts), _costs(facts)]
     text = "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
     return text.translate(PLAIN)
 

@@ -83,10 +83,18 @@ class Runs:
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:
             location = None if self._is_server else self._storage.uri_of("mlartifacts", name)
-            return str(self._client.create_experiment(name, artifact_location=location))
+            try:
+                return str(self._client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:  # another client was faster
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = self._client.get_experiment_by_name(name)
+                assert experiment is not None
         if experiment.lifecycle_stage == "deleted":
             raise InputError(f"MLflow experiment {name!r} was deleted; take another name or "
                              f"`mlflow experiments restore -x {experiment.experiment_id}`")

@@ -10,12 +10,14 @@ import dataclasses
 import email.utils
 import functools
 import os
+import random
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+import pyarrow
 import pyarrow.fs
 
 from partialhn.errors import InputError
@@ -24,6 +26,8 @@ from pipelines.files import Entry
 ATTEMPTS = 8
 """Requests sent before giving up; the pauses between them grow to 20 s, half a minute in all."""
 CONNECT_SECONDS = 5
+SMALL = 1024 ** 2
+"""Bytes up to which an object is fetched by one request when it is opened."""
 _DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden"}
 _WRONG_KEY = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken",
@@ -77,6 +81,71 @@ class KeylessS3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return KeylessS3, (self.options,)
+
+    def open_input_file(self, path: str) -> pyarrow.NativeFile:
+        """As Arrow's, but reading is patient (`_again`). Small files are fetched here and now."""
+        file = super().open_input_file(path)
+        if file.size() <= SMALL:
+            return pyarrow.BufferReader(_again(lambda: file.read_at(file.size(), 0)))
+        return pyarrow.PythonFile(_PatientFile(file), mode="r")
+
+    def open_input_stream(self, path: str, compression: str | None = None,  # noqa: ARG002
+                          buffer_size: int | None = None) -> pyarrow.NativeFile:  # noqa: ARG002
+        """As `open_input_file`: nothing is decompressed for its name."""
+        return self.open_input_file(path)
+
+
+def _again(read: Callable[[], bytes]) -> bytes:
+    """Reads, again after a pause where a 500 or 503 met a read of few bytes.
+
+    Arrow writes any answer's body, also an error's, to a buffer as large as the bytes asked for.
+    An error's text that does not fit fails there, and Arrow's own retries never see the error.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return read()
+        except OSError as error:
+            if "Failed to flush response stream" not in str(error) or attempt + 1 == ATTEMPTS:
+                raise
+            time.sleep(random.random() * min(20, 2 ** attempt))
+    raise AssertionError("unreachable")
+
+
+class _PatientFile:
+    """A large S3 object as a Python file whose reads are patient."""
+
+    def __init__(self, file: pyarrow.NativeFile) -> None:
+        self._file, self._place = file, 0
+        self.size = file.size()
+
+    def read(self, count: int = -1) -> bytes:
+        left = self.size - self._place
+        count = left if count is None or count < 0 else min(count, left)
+        place = self._place
+        content = _again(lambda: self._file.read_at(count, place)) if count else b""
+        self._place += len(content)
+        return content
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
+        self._place = start + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._file.closed)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @functools.cache
@@ -214,10 +283,21 @@ class S3Files:
 
     @property
     def _client(self) -> Any:
-        return s3_client(self.options)
+        return s3_client(self.options, ATTEMPTS)
 
     def _read(self, bucket: str, key: str) -> bytes:
-        return cast(bytes, self._client.get_object(Bucket=bucket, Key=key)["Body"].read())
+        """A small object, asked for again where its body broke off: no client retries that."""
+        from botocore.exceptions import ReadTimeoutError, ResponseStreamingError
+
+        for attempt in range(ATTEMPTS):
+            try:
+                answer = self._client.get_object(Bucket=bucket, Key=key)
+                return cast(bytes, answer["Body"].read())
+            except (ResponseStreamingError, ReadTimeoutError):
+                if attempt + 1 == ATTEMPTS:
+                    raise
+                time.sleep(0.05 * 2 ** attempt)
+        raise AssertionError("unreachable")
 
     def _pages(self, bucket: str, **arguments: Any) -> Any:
         return self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, **arguments)

@@ -171,7 +171,7 @@ class _Search:
         return Bench(self.storage, self.network,
                      tuple((each.name, len(each.classes)) for each in experiences), manifests,
                      f"{self.state.folder}/running", "cuda" if self.need.gpus else "cpu",
-                     self.threads)
+                     self.threads, compute)
 
     def _remote(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The answer of a function that runs on the cluster, with a trial's resources."""

@@ -50,9 +50,9 @@ def _refused(versions: Sequence[Version]) -> list[str]:
 
 def chain_of(versions: Sequence[Version], newest: Version) -> list[Version]:
     """The versions that one was learned from, task after task, and itself."""
-    by_prefix = {version.tags["prefix"]: version for version in versions}
+    by_prefix = {version.tags.get("prefix", ""): version for version in versions}
     found = [newest]
-    while parent := by_prefix.get(found[-1].tags["parent"]):
+    while parent := by_prefix.get(found[-1].tags.get("parent") or None):
         found.append(parent)
     return found[::-1]
 

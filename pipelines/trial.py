@@ -18,7 +18,7 @@ import torch
 
 from partialhn import checkpoint
 from partialhn.backbone import Network
-from partialhn.config import Config
+from partialhn.config import ComputeConfig, Config
 from partialhn.errors import InputError
 from partialhn.hypernet import BilinearGenerator
 from partialhn.run import Parts, cut
@@ -49,6 +49,8 @@ class Bench:
     """Where running trials keep their states, as a path in the storage's filesystem."""
     device: str
     threads: int
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    """Where a node keeps copies of remote features."""
 
 
 def run_trial(choice: dict[str, Any], bench: Bench) -> None:
@@ -124,8 +126,7 @@ def open_features(bench: Bench, place: Place) -> FeatureSet:
     manifest = bench.manifests[place]
     opened = _opened()
     if manifest.key not in opened:
-        cache = None if bench.storage.is_local else _cache()
-        opened[manifest.key] = open_store(bench.storage, cache).open(manifest)
+        opened[manifest.key] = open_store(bench.storage, bench.compute).open(manifest)
     return opened[manifest.key]
 
 
@@ -133,14 +134,6 @@ def open_features(bench: Bench, place: Place) -> FeatureSet:
 def _opened() -> dict[str, FeatureSet]:
     """Memory-mapped features by key: an actor runs many trials, one after the other."""
     return {}
-
-
-@functools.cache
-def _cache() -> Path:
-    """Where this process fetches remote shards to; gone when it ends."""
-    folder = tempfile.TemporaryDirectory(prefix="partialhn-tune-")
-    _cache.__dict__["folder"] = folder  # lives as long as the process
-    return Path(folder.name)
 
 
 def _first_views(features: FeatureSet, views: int) -> FeatureSet:

@@ -24,6 +24,7 @@ from partialhn.errors import InputError
 from partialhn.result import Outcome, model_sizes, peak_rss_bytes
 from partialhn.run import Parts, with_strategy
 from partialhn.slots import Slot, open_features
+from partialhn.task_inference import TaskInference
 from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord, Workers
 from pipelines.features import open_store
 from pipelines.storage import Storage
@@ -92,23 +93,23 @@ class _Worker:
     def run(self) -> dict[str, Any]:
         """Learns what is not learned yet, by every strategy asked for."""
         a = self.a
-        with tempfile.TemporaryDirectory() as cache:
-            store = open_store(a.storage, Path(cache))
-            known = chain.find(a.storage.filesystem, a.folder, a.prefixes)
-            tasks = open_features(store, a.slots, 0 if a.config.train.compare else len(known))
-            restored = self._restored()
-            for name in (a.config.train.strategy, *a.config.train.compare):
-                if name not in self.outcomes:
-                    config = with_strategy(a.config, name)
-                    learner = Learner(a.parts.strategy(config), a.config.train, self.device,
-                                      self.workers)
-                    ours = known if name == a.config.train.strategy else []
-                    if restored and restored[1]["strategy"] == name and (
-                            len(restored[1]["learner"]["finished"]) >= len(ours)):
-                        learner.restore(restored[0], restored[1]["learner"])
-                    elif ours:  # what an earlier run, of fewer tasks, has learned
-                        learner.restore(*chain.state(a.storage.filesystem, a.folder, ours))
-                    self._learn(name, learner, tasks)
+        store = open_store(a.storage, a.config.compute)
+        known = chain.find(a.storage.filesystem, a.folder, a.prefixes)
+        tasks = open_features(store, a.slots, 0 if a.config.train.compare else len(known))
+        restored = self._restored()
+        for name in (a.config.train.strategy, *a.config.train.compare):
+            if name not in self.outcomes:
+                config = with_strategy(a.config, name)
+                main = name == a.config.train.strategy
+                learner = Learner(a.parts.strategy(config), a.config.train, self.device,
+                                  self.workers, TaskInference() if main else None)
+                ours = known if main else []
+                if restored and restored[1]["strategy"] == name and (
+                        len(restored[1]["learner"]["finished"]) >= len(ours)):
+                    learner.restore(restored[0], restored[1]["learner"])
+                elif ours:  # what an earlier run, of fewer tasks, has learned
+                    learner.restore(*chain.state(a.storage.filesystem, a.folder, ours))
+                self._learn(name, learner, tasks)
         return {"outcomes": self.outcomes, "peak_rss_bytes": peak_rss_bytes(),
                 "device": _device_name(self.device)}
 
@@ -136,7 +137,8 @@ class _Worker:
         a = self.a
         model = Model(a.config, a.parts.trunk, learner.strategy,
                       tuple(TaskInfo(slot.name, slot.classes)
-                            for slot in a.slots[:record.task_index + 1]))
+                            for slot in a.slots[:record.task_index + 1]),
+                      inference=learner.inference)
         model.facts |= model_sizes(model)
         done = chain.Learned.of(Outcome.of(learner), a.prefixes, record.task_index)
         chain.keep(model, done, a.storage.filesystem, a.folder)

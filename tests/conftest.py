@@ -2,13 +2,20 @@
 
 import dataclasses
 import os
+import shutil
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true",
                "DO_NOT_TRACK": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
                "RAY_worker_niceness": "0"}  # Ray's 15 starves its workers beside other work
 os.environ.pop("MLFLOW_TRACKING_URI", None)
-
+# keys of the service under test, or of nobody: no test reaches an account of the developer's
+os.environ |= {"AWS_ACCESS_KEY_ID": os.environ.get("PARTIALHN_TEST_S3_ACCESS_KEY", "testing"),
+               "AWS_SECRET_ACCESS_KEY": os.environ.get("PARTIALHN_TEST_S3_SECRET_KEY", "testing")}
 import pytest
+
+for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
+             "AWS_REGION", "AWS_DEFAULT_REGION"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +73,7 @@ class Tasks:
 
         experience, folder = self.experiences[index], self.folder / f"model-{index + 1}"
         parent = registry.stream_run(name, work, self.config.to_dict())
-        run = registry.task_run(parent, experience.name, index)
+        run = registry.task_run(parent, experience.name, index, f"{work}-{index}")
         record = Registration(
             stream=name, work=work, task=experience.name, task_index=index,
             classes=experience.classes, trunk_fingerprint="f" * 64, feature_keys=("key",),
@@ -76,6 +83,21 @@ class Tasks:
         return registry.register_task(run, record, Contents(
             folder, experience.name, experience.test.take([0]).read()[0],
             self.folder / f"sample-{index + 1}.parquet"), placing)
+
+
+@pytest.fixture(scope="session")
+def empty_registry(tmp_path_factory):
+    """Puts an empty MLflow database into a storage folder: MLflow takes seconds to make one."""
+    from pipelines.registry import connect
+    from pipelines.storage import open_storage
+
+    made = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    connect(open_storage(str(made.parent)), f"sqlite:///{made}")
+
+    def put(folder):
+        folder.mkdir(parents=True)
+        shutil.copy(made, folder)
+    return put
 
 
 @pytest.fixture(scope="session")

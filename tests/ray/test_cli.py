@@ -16,6 +16,7 @@ import yaml
 from partialhn import __version__
 from partialhn.config import Config
 from pipelines.cli import COMMANDS
+from pipelines.settings import Group
 
 HEAVY = ("torch", "torchvision", "ray", "mlflow", "pandas", "pyarrow", "sklearn", "boto3")
 QUICK = ("--data", "digits", "--tasks", "3", "--input-size", "16", "--trunk-epochs", "1",
@@ -33,7 +34,16 @@ def options(kind) -> dict[str, object]:
     return found
 
 
+def leaves(commands, *before) -> list[tuple]:
+    """The words and the class of every command, those of groups too."""
+    return [leaf for name, kind in commands.items()
+            for leaf in (leaves(kind.COMMANDS, *before, name) if issubclass(kind, Group)
+                         else [((*before, name), kind)])]
+
+
 def shown(default: object) -> str:
+    if default == "":
+        return "''"
     return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
@@ -71,14 +81,15 @@ def test_version(command):
     assert command("--version") == (0, f"partialhn {__version__}\n", "")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_lists_every_option_with_its_default(command, name):
-    code, out, _ = command(name, "--help")
+@pytest.mark.parametrize(("words", "kind"), leaves(COMMANDS))
+def test_help_lists_every_option_with_its_default(command, words, kind):
+    code, out, _ = command(*words, "--help")
     assert code == 0
     _usage, _, listed = out.partition("\n\n")
     text = " ".join(re.sub(r"[│|]", " ", listed).split())
-    for option, default in options(COMMANDS[name]).items():
-        found = re.search(rf"{option}\b.*?\((?:default: ?(.*?)|(required))\)(?= |$)", text)
+    for option, default in options(kind).items():
+        found = re.search(rf"{option}(?= [A-Z{{\[]|, --no-).*?"
+                          r"\((?:default: ?(.*?)|(required))\)(?= |$)", text)
         assert found, option
         if default is dataclasses.MISSING:
             assert found[2] == "required", option

@@ -21,8 +21,9 @@ REASON = "task 'zero-one': 0.900 -> 0.400, loss 0.500, allowed at most 0.02"
 
 
 @pytest.fixture
-def registry(tmp_path, monkeypatch):
+def registry(tmp_path, monkeypatch, empty_registry):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    empty_registry(tmp_path / "store")
     return connect(open_storage(str(tmp_path / "store")))
 
 
@@ -258,6 +259,7 @@ def test_verify_notices_every_changed_file_and_runs_none(models, three, tmp_path
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 def test_verify_notices_other_weights_and_other_answers(three, models, digit_tasks):
     """Where someone could change the registry's hashes of files too."""
     from pipelines.package import file_hashes
@@ -275,7 +277,7 @@ def test_verify_notices_other_weights_and_other_answers(three, models, digit_tas
     assert not checks.get("weights", checks.get("loads"))
 
 
-def test_a_planted_pickle_does_not_run(three, tmp_path):
+def test_a_planted_pickle_does_not_run(three, models, tmp_path):
     """A pickled model under the same name, its hash put right: loading refuses to unpickle it."""
     from pipelines.package import file_hashes
 
@@ -293,13 +295,10 @@ def test_a_planted_pickle_does_not_run(three, tmp_path):
     (folder / "MLmodel").write_text("\n".join(lines) + "\n")
     three._client.set_model_version_tag("digits", "2", "files_sha256",
                                         json.dumps(file_hashes(folder)))
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("partialhn")), "models", "verify", "--name", "digits",
-         "--storage", str(three._storage.root)],
-        capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stdout + done.stderr
+    status, out, _ = models("verify")
+    assert status == 1, out
     assert not mark.exists()
-    assert "FAILED loads" in done.stdout
+    assert "FAILED loads" in out
     predictor, _ = three.load_predictor("models:/digits/2")  # never looks at it
     assert predictor.tasks == ["zero-one", "two-three"]
     assert not mark.exists()

@@ -74,7 +74,7 @@ def running(words, log: Path, **options):
             process.wait()
 
 
-def wait(ready, process, log: Path, seconds: float = 120) -> None:
+def wait(ready, process, log: Path, seconds: float = 420) -> None:
     end = time.monotonic() + seconds
     while not ready():
         assert process.poll() is None, log.read_text()
@@ -84,7 +84,7 @@ def wait(ready, process, log: Path, seconds: float = 120) -> None:
 
 @pytest.fixture(scope="session")
 def database():
-    """postgresql://... of a fresh cluster on a free port, with a password."""
+    """postgresql+psycopg2://... of a fresh cluster on a free port, with a password."""
     binary, folder = binaries(), Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
     prefix, port = as_owner(folder), free_port()
     secret = folder / "password"
@@ -103,7 +103,7 @@ def database():
             wait(lambda: subprocess.run([binary / "pg_isready", "-h", "127.0.0.1", "-p", str(port)],
                                         capture_output=True, check=False).returncode == 0,
                  process, log)
-            yield f"postgresql://partialhn:{PASSWORD}@127.0.0.1:{port}/postgres"
+            yield f"postgresql+psycopg2://partialhn:{PASSWORD}@127.0.0.1:{port}/postgres"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -56,7 +56,8 @@ def test_a_stream_from_registration_to_rollback(server, digit_tasks, tmp_path):
 def test_aliases_and_tags_lie_in_postgresql(server, digit_tasks, tmp_path):
     registry = connect(open_storage(str(tmp_path / "store")), server.uri)
     digit_tasks.register(registry, "tables", 0)
-    with psycopg2.connect(server.database) as connection, connection.cursor() as cursor:
+    plain = server.database.replace("+psycopg2", "")
+    with psycopg2.connect(plain) as connection, connection.cursor() as cursor:
         cursor.execute("select alias, version from registered_model_aliases where name = 'tables'"
                        " order by alias")
         assert cursor.fetchall() == [("champion", 1), ("task-zero-one", 1)]

@@ -20,7 +20,13 @@ from partialhn.featurise import feature_jobs, precompute
 from partialhn.run import collect, cut
 from partialhn.store import FeatureStore
 
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def same_arithmetic():
+    """Whatever a test before it has set for the whole process."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
+
 
 TINY = Config(
     data=DataConfig(data="digits", tasks=5, input_size=16),

@@ -51,6 +51,8 @@ LIMITS = {
     "compute.device": ["tpu"],
     "compute.feature_workers": [0],
     "compute.threads": [0],
+    "compute.cache": [""],
+    "compute.cache_gib": [0],
 }
 FREE = {"data.task_transforms", "data.on_bad_image", "backbone.backbone", "backbone.trunk",
         "hypernet.residual", "compute.ray_address"}

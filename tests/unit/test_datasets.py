@@ -580,3 +580,17 @@ def test_images_for_prediction(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images found"):
         open_images(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("name", ["auto", "none"])
+def test_names_that_mean_something_else_are_refused(tmp_path, name):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    for task in (name, "cats"):
+        for part in ("train", "test"):
+            for label in ("a", "b"):
+                folder = tmp_path / "tasks" / task / part / label
+                folder.mkdir(parents=True)
+                for number in range(4):
+                    Image.fromarray(pixels + number).save(folder / f"{number}.png")
+    with pytest.raises(InputError, match=f"task is named '{name}'"):
+        open_stream(DataConfig(data=str(tmp_path / "tasks")), tmp_path / "cache")

@@ -12,13 +12,15 @@ from partialhn.config import Config, load_config
 from partialhn.presets import PRESETS
 from pipelines.cli import COMMANDS, _parse
 from pipelines.demo import demo_config
+from pipelines.gate import Policy, load_policy
+from pipelines.search_space import load_space
 from pipelines.settings import Group
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md",
                                                                      "ARCHITECTURE.md")}
 TOOLS = {".venv/bin/partialhn": "partialhn", "partialhn": "partialhn", "make": "make"}
-ELSEWHERE = {"--help", "--version", "--config", "--preset"}
+ELSEWHERE = {"--help", "--version", "--config", "--preset", "--env-manager"}
 """Options that are no field of a configuration class."""
 
 
@@ -35,11 +37,15 @@ def commands() -> list[str]:
     return list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
 
 
+CONFIGURATION = next(text for text in blocks(TEXTS["README.md"], "yaml")
+                     if not text.startswith("#"))
+
+
 def test_there_are_commands():
     tools = {shlex.split(line)[0] for line in commands()}
     assert tools == {".venv/bin/partialhn", "make"}, "teach this test the new one"
     shown = {shlex.split(line)[1] for line in commands() if "partialhn " in line}
-    assert shown >= {"train", "predict", "report", "show"}
+    assert shown >= {"train", "predict", "report", "show", "tune", "retrain", "models", "serve"}
 
 
 @pytest.mark.parametrize("line", commands())
@@ -49,7 +55,9 @@ def test_a_command_of_the_readme_parses(line, tmp_path, monkeypatch):
         done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return
-    (tmp_path / "my-stream.yaml").write_text(blocks(TEXTS["README.md"], "yaml")[0])
+    (tmp_path / "advice").mkdir()
+    for name in ("my-stream.yaml", "advice/depth-3.yaml"):
+        (tmp_path / name).write_text(CONFIGURATION)
     monkeypatch.chdir(tmp_path)
     assert isinstance(_parse(words), tuple(kinds()))
 
@@ -60,7 +68,12 @@ def test_configuration_files_of_the_readme_are_valid(tmp_path):
     for number, text in enumerate(found):
         path = tmp_path / f"{number}.yaml"
         path.write_text(text)
-        assert load_config(path) != Config()
+        if text.startswith("# policy.yaml"):
+            assert load_policy(path) != Policy()
+        elif text.startswith("# space.yaml"):
+            assert load_space(str(path), Config(), [2, 3, 4]).depths() == [2, 3, 4]
+        else:
+            assert load_config(path) != Config()
 
 
 def kinds(commands=COMMANDS):

@@ -380,3 +380,15 @@ def test_the_training_stage_says_how_much_of_it_was_ours():
     assert "were ours" not in render(result)
     result["seconds"]["per_task"] = [{"name": "a", "train": 3.0}, {"name": "b", "train": 4.5}]
     assert "7.5 s were ours, the rest the bounds and" in Page(render(result)).text
+
+
+def test_what_it_costs_not_to_know_the_task_is_said():
+    result = sample()
+    page, text = render(result), text_summary(result)
+    assert "Without a task id" in page
+    assert "42.1" in page
+    assert "AUROC of 0.71" in page
+    assert "Without a task id: 42.1 % right, task found for 57.3 %" in text
+    assert "AUROC 0.71" in text
+    del result["without_task_id"]
+    assert "Without a task id" not in render(result) + text_summary(result)

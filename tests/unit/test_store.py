@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from partialhn.cache import ShardCache
 from partialhn.errors import IntegrityError
 from partialhn.store import FeatureRecipe, FeatureStore
 
@@ -261,7 +262,7 @@ def test_a_remote_store_reads_through_its_cache(tmp_path):
         return True
 
     (tmp_path / "bucket" / "root" / "features" / RECIPE.key).mkdir(parents=True)
-    store = FeatureStore(remote, "root", put, tmp_path / "cache")
+    store = FeatureStore(remote, "root", put, ShardCache(tmp_path / "cache", 1 << 20))
     manifest = write(store, RECIPE, features(10))
     opened = store.open(manifest)
     assert torch.equal(torch.cat(opened.shards), features(10))
@@ -271,5 +272,5 @@ def test_a_remote_store_reads_through_its_cache(tmp_path):
     assert cached.stat().st_mtime_ns == before
     cached.write_bytes(cached.read_bytes()[:-1])
     assert torch.equal(torch.cat(store.open(manifest).shards), features(10))
-    with pytest.raises(ValueError, match="cache folder"):
+    with pytest.raises(ValueError, match="needs a cache"):
         FeatureStore(remote, "root", put).open(manifest)

@@ -1,0 +1,197 @@
+"""Which task is an image of, where the caller does not know? Or of none that was learned?
+
+Two witnesses. The *detector* looks at pooled trunk features alone: a Gaussian for each class with
+one covariance for all (linear discriminant analysis; Lee et al. 2018 for the rejection). The
+*heads* are asked too: the task whose head answers with the lowest entropy (Henning et al. 2021).
+
+A task leaves behind its class means and a small sample, in float16; the covariance is shared and
+its size does not grow. All of it comes from stored features: no image is decoded again.
+
+Legend: B images, T tasks, C channels of pooled features, K classes of a task, S sampled images.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from partialhn.errors import InputError, IntegrityError
+from partialhn.model import Head, HeadWeights
+from partialhn.store import FeatureSet
+from partialhn.stream import RESERVED
+
+AUTO, NONE = RESERVED
+"""What a caller gives for the task to have it inferred; what stands for no known task."""
+Method = Literal["detector", "entropy", "combined"]
+METHODS: tuple[Method, ...] = ("detector", "entropy", "combined")
+DEFAULT: Method = "combined"
+SAMPLE = 12
+"""Training images of each task whose pooled features are kept, to know usual distances."""
+REJECT_SHARE = 0.02
+"""Share of training images that lie further off than the threshold."""
+SHRINKAGE = 0.05
+"""Weight of the isotropic part of the covariance."""
+ENTROPY_WEIGHT = 2.0
+"""Log-odds that a whole unit of normalised entropy counts in the combined score."""
+
+
+class TaskInference:
+    """What is known of the trunk features of every task learned so far."""
+
+    def __init__(self) -> None:
+        self.means: list[Tensor] = []
+        """One (K, C) float16 for each task."""
+        self.samples: list[Tensor] = []
+        """One (S, C) float16 for each task."""
+        self.scatter_CC: Tensor | None = None
+        """Sum over images of (z - class mean)(z - class mean)^T, float32."""
+        self.count = 0
+        """Images in the scatter."""
+        self._whitening: tuple[Tensor, Tensor, float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.means)
+
+    def add_task(self, features: FeatureSet, seed: int = 0) -> None:
+        """Takes in a task's training features: one pass over the plain view of its images."""
+        z_NC = torch.cat([pooled(features.gather(rows_B, torch.zeros_like(rows_B))).cpu()
+                          for rows_B in torch.split(_rows(features), 256)]).double()
+        y_N = features.y_N.cpu().numpy()
+        present_K, place_N = np.unique(y_N, return_inverse=True)  # a class may have no image left
+        inverse_N = torch.from_numpy(place_N)
+        mean_KC = torch.zeros(len(present_K), z_NC.shape[1], dtype=torch.float64)
+        mean_KC.index_add_(0, inverse_N, z_NC)
+        mean_KC /= torch.bincount(inverse_N)[:, None]
+        centred_NC = z_NC - mean_KC[inverse_N]
+        scatter_CC = centred_NC.T @ centred_NC
+        if self.scatter_CC is not None:
+            scatter_CC += self.scatter_CC.double()
+        self.scatter_CC, self.count = scatter_CC.float(), self.count + len(y_N)
+        picked_S = np.random.default_rng([seed, len(self)]).permutation(len(y_N))[:SAMPLE]
+        self.means.append(mean_KC.half())
+        self.samples.append(z_NC[torch.from_numpy(picked_S)].half())
+        self._whitening = None
+
+    def distances(self, z_BC: Tensor) -> Tensor:
+        """Squared Mahalanobis distance of pooled features to each task's nearest class: (B, T)."""
+        inverse_CC, means_MC, _ = self._prepared()
+        white_BC = z_BC.cpu().double() @ inverse_CC
+        squared_BM = torch.cdist(white_BC, means_MC).square()
+        parts = torch.split(squared_BM, [len(mean) for mean in self.means], dim=1)
+        return torch.stack([part.amin(1) for part in parts], dim=1).float()
+
+    @property
+    def threshold(self) -> float:
+        """Squared distance to the nearest class of all beyond which an image is of no task."""
+        return self._prepared()[2]
+
+    def task_bytes(self, task: int) -> int:
+        """Bytes that a task adds to the checkpoint."""
+        return sum(value.numel() * value.element_size()
+                   for value in (self.means[task], self.samples[task]))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by name, for a checkpoint."""
+        named = {f"means.{task}": value for task, value in enumerate(self.means)}
+        named |= {f"samples.{task}": value for task, value in enumerate(self.samples)}
+        if self.scatter_CC is not None:
+            named |= {"scatter": self.scatter_CC, "count": torch.tensor(self.count)}
+        return named
+
+    @staticmethod
+    def from_tensors(tensors: dict[str, Tensor], tasks: int) -> "TaskInference":
+        """Takes back what `tensors` gave for so many tasks.
+
+        Raises: IntegrityError where it is not there.
+        """
+        made = TaskInference()
+        try:
+            made.means = [tensors[f"means.{task}"] for task in range(tasks)]
+            made.samples = [tensors[f"samples.{task}"] for task in range(tasks)]
+            if tasks:
+                made.scatter_CC, made.count = tensors["scatter"], int(tensors["count"])
+        except KeyError as error:
+            raise IntegrityError(f"what is known of tasks' features lacks {error}; it was saved "
+                                 "by another version") from error
+        return made
+
+    def _prepared(self) -> tuple[Tensor, Tensor, float]:
+        """Whitening matrix, whitened class means (M, C) of all tasks, and the threshold."""
+        if self._whitening is None:
+            if self.scatter_CC is None:
+                raise InputError("no task was learned yet; a task can be inferred after the first")
+            covariance_CC = self.scatter_CC.double() / max(1, self.count)
+            C = len(covariance_CC)
+            scale = covariance_CC.diagonal().mean().clamp_min(1e-12)
+            covariance_CC = ((1 - SHRINKAGE) * covariance_CC
+                             + SHRINKAGE * scale * torch.eye(C, dtype=torch.float64))
+            inverse_CC = torch.linalg.inv(torch.linalg.cholesky(covariance_CC)).T.contiguous()
+            means_MC = torch.cat(self.means).double() @ inverse_CC
+            sample_SC = torch.cat(self.samples).double() @ inverse_CC
+            nearest_S = torch.cdist(sample_SC, means_MC).square().amin(1)
+            threshold = torch.quantile(nearest_S, 1 - REJECT_SHARE).item()
+            self._whitening = inverse_CC, means_MC, threshold
+        return self._whitening
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inferred:
+    """Which task each of B images seems to be of."""
+
+    slot_B: Tensor
+    """int64: the place of the likeliest task."""
+    known_B: Tensor
+    """bool: False where the image seems to be of none of the tasks."""
+
+
+def pooled(z_BCHW: Tensor) -> Tensor:
+    """Pooled trunk features z_BC: the mean over an image's positions."""
+    return z_BCHW.mean((2, 3))
+
+
+def entropies(head: Head, weights: Sequence[HeadWeights], z_BCHW: Tensor) -> Tensor:
+    """Entropy of every task's answer to every image, as a share of its largest: (B, T).
+
+    A head with a single class says nothing: 1.
+    """
+    columns = []
+    for own in weights:
+        p_BK = head(z_BCHW, own).softmax(1)
+        K = p_BK.shape[1]
+        columns.append(torch.special.entr(p_BK).sum(1) / math.log(K) if K > 1
+                       else p_BK.new_ones(len(p_BK)))
+    return torch.stack(columns, dim=1)
+
+
+def scores(method: Method, distances_BT: Tensor, entropy_BT: Tensor | None) -> Tensor:
+    """How well each task fits each image: (B, T), larger is better.
+
+    `entropy_BT` may be None for the detector, which does not ask the heads.
+    """
+    if method == "detector":
+        return -distances_BT / 2
+    assert entropy_BT is not None
+    if method == "entropy":
+        return -entropy_BT
+    return (-distances_BT / 2).log_softmax(1) - ENTROPY_WEIGHT * entropy_BT
+
+
+def infer(inference: TaskInference, head: Head, slots: Sequence[int],
+          weights: Sequence[HeadWeights], z_BCHW: Tensor, method: Method = DEFAULT) -> Inferred:
+    """The task of each image from its trunk features, z_BCHW.
+
+    slots: the tasks' places, where a task that was learned again counts by its newest only.
+    weights: theirs, in the same order.
+    """
+    distances_BT = inference.distances(pooled(z_BCHW))[:, list(slots)]
+    entropy_BT = None if method == "detector" else entropies(head, weights, z_BCHW).cpu()
+    best_B = scores(method, distances_BT, entropy_BT).argmax(1)
+    return Inferred(torch.tensor(slots)[best_B], distances_BT.amin(1) <= inference.threshold)
+
+
+def _rows(features: FeatureSet) -> Tensor:
+    return torch.arange(len(features), device=features.y_N.device)

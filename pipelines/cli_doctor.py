@@ -1,0 +1,36 @@
+"""`partialhn doctor`: light, so that `--help` answers at once."""
+
+import dataclasses
+from typing import Any
+
+from partialhn.config import ComputeConfig
+from pipelines.settings import OutputConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Check storage, registry, clocks, packages, GPUs and room, here and on every node of Ray.
+
+    Exit code 1 where something failed; the lines below the table say what to do about it.
+    """
+
+    storage: str = OutputConfig.storage
+    """Folder or s3://bucket/prefix, as for train."""
+    tracking_uri: str | None = None
+    """MLflow server or database, as for train."""
+    json: bool = False
+    """Print JSON for machines."""
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+
+    def run(self) -> int:
+        import json
+
+        from pipelines.doctor import examine, fields, lines
+        from pipelines.storage import open_storage
+
+        checks = examine(open_storage(self.storage), self.tracking_uri, self.compute)
+        print(json.dumps(fields(checks), indent=1) if self.json else "\n".join(lines(checks)))
+        return 0 if all(each.passed for each in checks) else 1
+
+
+COMMANDS: dict[str, Any] = {"doctor": Doctor}

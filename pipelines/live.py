@@ -1,0 +1,215 @@
+"""What was asked lately, as features: a bounded sample of each task's pooled trunk features.
+
+    <root>/live/<stream>/<trunk>/<writer>.parquet     task, seen, z
+
+A reservoir of each task holds at most CAPACITY rows, each of everything asked so far with the
+same chance (Vitter 1985, algorithm R). No image is kept. A writer replaces its one file; of files
+that nobody writes any more the newest KEEP stay.
+
+Legend: B images, C channels of pooled features.
+"""
+
+import dataclasses
+import io
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+import torch
+
+from partialhn.errors import IntegrityError
+from partialhn.predict import Answer
+from partialhn.task_inference import NONE, pooled
+from pipelines.storage import Storage
+
+CAPACITY = 512
+"""Rows of a task in one writer's file."""
+MAX_TASKS = 4096
+"""Tasks in one writer's file."""
+KEEP = 32
+"""Files of a trunk that stay."""
+FLUSH_SECONDS = 60.0
+MAX_FILE_BYTES = 1 << 30
+
+
+@dataclasses.dataclass
+class _Reservoir:
+    """A sample of everything seen, each with the same chance."""
+
+    seen: int = 0
+    rows: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def add(self, z_C: np.ndarray, rng: np.random.Generator) -> None:
+        self.seen += 1
+        if len(self.rows) < CAPACITY:
+            self.rows.append(z_C)
+        elif (place := int(rng.integers(self.seen))) < CAPACITY:
+            self.rows[place] = z_C
+
+
+class Recorder:
+    """Samples batches of answers and writes the sample now and then. Safe between threads."""
+
+    def __init__(self, storage: Storage, stream: str, seed: int | None = None,
+                 flush_seconds: float = FLUSH_SECONDS) -> None:
+        self.storage, self.stream = storage, stream
+        self.writer = uuid.uuid4().hex[:16]
+        self._rng = np.random.default_rng(seed)
+        self._trunk = ""
+        self._tasks: dict[str, _Reservoir] = {}
+        self._flush_seconds, self._flushed = flush_seconds, time.monotonic()
+        self._lock = threading.Lock()
+        self._error = ""
+        self._writing: threading.Thread | None = None
+
+    def add(self, trunk: str, z_BCHW: torch.Tensor, answers: Sequence[Answer]) -> None:
+        """Takes in a batch; images that seemed to be of no task are kept apart as `none`."""
+        z_BC = pooled(z_BCHW).cpu().half().numpy()
+        with self._lock:
+            if trunk != self._trunk:  # another trunk's features are other numbers
+                self._trunk, self._tasks = trunk, {}
+                self.writer = uuid.uuid4().hex[:16]
+            for z_C, answer in zip(z_BC, answers, strict=True):
+                task = NONE if answer.label is None else answer.task
+                if task in self._tasks or len(self._tasks) < MAX_TASKS:
+                    self._tasks.setdefault(task, _Reservoir()).add(z_C, self._rng)
+        idle = self._writing is None or not self._writing.is_alive()
+        if time.monotonic() - self._flushed > self._flush_seconds and idle:
+            self._flushed = time.monotonic()
+            self._writing = threading.Thread(target=self._try_flush, daemon=True)
+            self._writing.start()
+
+    def close(self) -> None:
+        """Writes what is not written yet."""
+        if self._writing is not None:
+            self._writing.join()
+        self._try_flush()
+
+    def state(self) -> dict[str, Any]:
+        """For /healthz: rows kept by task, and what went wrong when they were written."""
+        with self._lock:
+            rows = {task: len(own.rows) for task, own in self._tasks.items()}
+        return {"rows": rows, "error": self._error or None}
+
+    def flush(self) -> str | None:
+        """Writes the sample; returns its path, or None where there is nothing."""
+        with self._lock:
+            if not self._tasks:
+                return None
+            path = self.storage.path("live", self.stream, self._trunk[:32],
+                                     f"{self.writer}.parquet")
+            table = _table(self._tasks)
+        _write(self.storage, path, table)
+        _drop_old(self.storage, path.rpartition("/")[0])
+        return path
+
+    def _try_flush(self) -> None:
+        """A full disk must not stop the answers; health tells."""
+        try:
+            self.flush()
+            self._error = ""
+        except Exception as error:
+            self._error = f"{type(error).__name__}: {error}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Live:
+    """What was recorded of one task."""
+
+    z_BC: np.ndarray
+    """float32 pooled features."""
+    seen: int
+    """Images asked, of which these are a sample."""
+
+
+def read_live(storage: Storage, stream: str, trunk: str, hours: float) -> dict[str, Live]:
+    """Everything recorded of a trunk in the last hours, by task; several writers are joined.
+
+    Raises: IntegrityError naming a file that cannot be read.
+    """
+    found: dict[str, list[Live]] = {}
+    for info in _files(storage, storage.path("live", stream, trunk[:32])):
+        if info.mtime_ns < (time.time() - 3600 * hours) * 1e9:
+            continue
+        for task, live in _read(storage, info).items():
+            found.setdefault(task, []).append(live)
+    return {task: _join(parts) for task, parts in found.items()}
+
+
+def _join(parts: Sequence[Live]) -> Live:
+    """One sample of all: of each writer's as many rows as its share of what was seen."""
+    total = sum(part.seen for part in parts)
+    size = min(min(len(part.z_BC) * total / part.seen for part in parts), len(parts) * CAPACITY)
+    rng = np.random.default_rng(0)
+    kept = [part.z_BC[rng.permutation(len(part.z_BC))[:max(1, round(size * part.seen / total))]]
+            for part in parts]
+    return Live(np.concatenate(kept), total)
+
+
+def _table(tasks: dict[str, _Reservoir]) -> pa.Table:
+    rows = np.concatenate([np.stack(own.rows) for own in tasks.values()])
+    sizes = [len(own.rows) for own in tasks.values()]
+    values = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
+    return pa.table({
+        "task": pa.array(np.repeat(list(tasks), sizes)),
+        "seen": pa.array(np.repeat([own.seen for own in tasks.values()], sizes)), "z": values})
+
+
+def _write(storage: Storage, path: str, table: pa.Table) -> None:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    if storage.is_local:  # readers see the old file or the new one
+        draft = Path(path).with_name(f".{uuid.uuid4().hex}.tmp")
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_bytes(sink.getvalue())
+        draft.replace(path)
+        return
+    with storage.filesystem.open_output_stream(path) as stream:
+        stream.write(sink.getvalue())
+
+
+def _files(storage: Storage, folder: str) -> list[Any]:
+    found = storage.filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+    return [info for info in found if info.extension == "parquet"]
+
+
+def _drop_old(storage: Storage, folder: str) -> None:
+    newest_first = sorted(_files(storage, folder), key=lambda info: -info.mtime_ns)
+    for info in newest_first[KEEP:]:
+        storage.filesystem.delete_file(info.path)
+
+
+def _check_size(metadata: Any, path: str) -> None:
+    """Raises IntegrityError for a small file that would become a large table."""
+    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    if metadata.num_rows > CAPACITY * MAX_TASKS or size > MAX_FILE_BYTES:
+        raise IntegrityError(f"recorded features {path} hold {metadata.num_rows} rows of {size} "
+                             f"bytes; expected at most {CAPACITY * MAX_TASKS} and "
+                             f"{MAX_FILE_BYTES}")
+
+
+def _read(storage: Storage, info: Any) -> dict[str, Live]:
+    if info.size > MAX_FILE_BYTES:
+        raise IntegrityError(f"recorded features {info.path} have {info.size} bytes; expected at "
+                             f"most {MAX_FILE_BYTES}")
+    try:
+        with storage.filesystem.open_input_file(info.path) as source:
+            file = pq.ParquetFile(source)
+            _check_size(file.metadata, info.path)
+            table = file.read(columns=["task", "seen", "z"])
+        column = table["z"].combine_chunks()
+        z_NC = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+        task_N, seen_N = np.array(table["task"].to_pylist()), table["seen"].to_numpy()
+    except (pa.ArrowException, KeyError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"recorded features {info.path} cannot be read: {error}") from error
+    if not np.isfinite(z_NC).all():
+        raise IntegrityError(f"recorded features {info.path} hold values that are no numbers")
+    return {str(task): Live(z_NC[task_N == task].astype(np.float32),
+                            int(seen_N[task_N == task][0])) for task in np.unique(task_N)}

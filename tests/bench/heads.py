@@ -1,0 +1,79 @@
+"""All tasks' heads over one batch of features: one after the other, or stacked under vmap.
+
+    python tests/bench/heads.py
+
+What `partialhn.task_inference.entropies` does for a batch whose tasks are not known. Milliseconds
+of one thread, median of rounds that alternate; the ratio is stacked to looped.
+"""
+
+import statistics
+import time
+
+import torch
+
+from partialhn.backbone import build_network
+from partialhn.config import BackboneConfig, Config
+from partialhn.run import cut
+
+CLASSES = 10
+
+
+def stacked(head, weights):
+    """Logits of every task by vmap over the stacked weights, (T, B, K)."""
+    skeleton = head.__dict__["_skeleton"]
+    widths = head.norm_widths * 2
+    tensors = {}
+    for own in weights:
+        named = own.convolutions | dict(zip(head._norm_names, own.norm.split(widths), strict=True))
+        if head._statistic_names:
+            halves = torch.cat([torch.zeros(sum(head.norm_widths)),
+                                torch.full((sum(head.norm_widths),), 1 - 1e-5)])
+            named |= dict(zip(head._statistic_names, halves.split(widths), strict=True))
+        for name, value in named.items():
+            tensors.setdefault(name, []).append(value)
+    stacks = {name: torch.stack(values) for name, values in tensors.items()}
+    classifier = torch.stack([own.classifier_KF for own in weights])
+    bias = torch.stack([own.bias_K for own in weights])
+
+    def one(tensors, classifier_KF, bias_K, z_BCHW):
+        out = torch.func.functional_call(skeleton, tensors, (z_BCHW,), strict=True)
+        return torch.nn.functional.linear(out.mean((2, 3)), classifier_KF, bias_K)
+
+    mapped = torch.vmap(one, in_dims=(0, 0, 0, None))
+    return lambda z_BCHW: mapped(stacks, classifier, bias, z_BCHW)
+
+
+def case(depth, tasks, images):
+    config = Config(backbone=BackboneConfig(freeze_depth=depth))
+    parts = cut(config, build_network("slim_resnet18", CLASSES))
+    strategy = parts.strategy(config)
+    for task in range(tasks):
+        strategy.add_task(CLASSES)
+        strategy.finish(task)
+    strategy.requires_grad_(False).eval()
+    weights = [strategy.weights(task) for task in range(tasks)]
+    z_BCHW = parts.trunk(torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8))
+    together = stacked(strategy.head, weights)
+    looped = torch.stack([strategy.head(z_BCHW, own) for own in weights])
+    torch.testing.assert_close(together(z_BCHW), looped, rtol=1e-3, atol=1e-4)
+    times = {"looped": [], "stacked": []}
+    for _ in range(9):
+        for name, run in (("looped", lambda: [strategy.head(z_BCHW, own) for own in weights]),
+                          ("stacked", lambda: together(z_BCHW))):
+            start = time.perf_counter()
+            run()
+            times[name].append(1000 * (time.perf_counter() - start))
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    print(f"depth {depth}, {tasks:3d} tasks, {images:3d} images: "
+          f"looped {middle['looped']:8.1f} ms, "
+          f"stacked {middle['stacked']:8.1f} ms, ratio "
+          f"{middle['stacked'] / middle['looped']:.2f}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        for depth in (2, 3, 4):
+            for tasks in (5, 20):
+                for images in (1, 16, 64):
+                    case(depth, tasks, images)

@@ -1,0 +1,237 @@
+"""A stream's life through its inbox: tasks arrive, one is poisoned, one rolled back, one grows."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from partialhn.config import Config
+from partialhn.run import run_stream
+from pipelines import learning
+from pipelines.journal import Journal
+from pipelines.registry import connect
+from pipelines.retrain import retrain
+from pipelines.settings import RetrainConfig
+from pipelines.storage import open_storage
+
+CONFIG = Config.from_dict({
+    "data": {"data": "inbox", "input_size": 16},
+    "backbone": {"freeze_depth": 3, "trunk_epochs": 2, "trunk_batch_size": 32},
+    "features": {"views": 1, "augment": "none"}, "hypernet": {"fresh_columns": 4},
+    "train": {"epochs": 3, "batch_size": 16}, "compute": {"threads": 1}})
+
+
+def put_task(inbox: Path, task: str, labels: tuple[int, int], rows=range(60), seed=None) -> None:
+    """Two digits as image folders, a fifth of them for testing; `seed` shuffles the labels."""
+    digits, rng = load_digits(), np.random.default_rng(seed)
+    for label in labels:
+        pixels_NHW = (digits.images[digits.target == label] * 15.9).astype(np.uint8)
+        for number in rows:
+            shown = label if seed is None else rng.choice(labels)
+            folder = inbox / task / ("test" if number % 5 == 0 else "train") / str(shown)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels_NHW[number]).save(folder / f"{label}-{number:03d}.png")
+    (inbox / task / "_READY").write_text("")
+
+
+class Stream:
+    """A stream in a folder, and what each pass over it said."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root / "config.yaml").write_text(yaml.safe_dump(CONFIG.to_dict()))
+        (root / "policy.yaml").write_text("max_loss_on_earlier_task: 0.02\n"
+                                          "min_above_chance: 0.3\ninbox: {min_test_images: 4}\n")
+        self.storage = open_storage(str(root / "store"))
+        self.inbox = root / "store" / "inbox"
+
+    def run(self, **changes):
+        settings = RetrainConfig("digits", str(self.root / "store"),
+                                 policy=str(self.root / "policy.yaml"),
+                                 config=str(self.root / "config.yaml"))
+        return retrain(dataclasses.replace(settings, **changes), lambda line: None)
+
+    @property
+    def registry(self):
+        return connect(self.storage)
+
+    def versions(self):
+        return self.registry.versions("digits")
+
+
+@pytest.fixture(scope="module")
+def life(ray_cluster, tmp_path_factory):
+    """Every pass of the life by name, and the stream at its end."""
+    stream, passes = Stream(tmp_path_factory.mktemp("life")), {}
+    put_task(stream.inbox, "a", (0, 1))
+    put_task(stream.inbox, "b", (2, 3))
+    put_task(stream.inbox, "copy", (0, 1))
+    (stream.inbox / "bad name").mkdir()
+    (stream.inbox / "bad name" / "_READY").write_text("")
+    passes["dry"] = stream.run(dry_run=True)
+    stream.after_dry = sorted(p.name for p in (stream.root / "store").iterdir())
+    passes["founding"] = stream.run()
+    passes["again"] = stream.run()
+    put_task(stream.inbox, "poison", (4, 5), seed=1)
+    put_task(stream.inbox, "c", (6, 7))
+    with pytest.MonkeyPatch.context() as patch:  # the pass dies after its first decision
+        patch.setattr(learning, "register", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+        with pytest.raises(OSError, match="killed"):
+            stream.run()
+    passes["repaired"] = stream.run()
+    stream.learned = {v.task: v.tags["weights_hash"] for v in stream.versions()}
+    passes["not again"] = stream.run()
+    registry = stream.registry
+    from pipelines.history import Move
+    registry.aliases.move("digits", Move("champion", 2, "rollback", "c is not wanted"))
+    passes["rolled back"] = stream.run()
+    put_task(stream.inbox, "a/2026-11", (0, 1), rows=range(60, 120))
+    passes["refresh"] = stream.run()
+    return stream, passes
+
+
+def test_a_dry_run_says_and_changes_nothing(life):
+    stream, passes = life
+    assert [line.split(" (")[0] for line in passes["dry"].would] == ["learn a", "learn b"]
+    assert {each["task"] for each in passes["dry"].rejected} == {"copy", "bad name"}
+    assert stream.after_dry == ["inbox"]
+
+
+def test_the_first_pass_founds_the_stream(life):
+    _, passes = life
+    done = passes["founding"]
+    assert [each["slot"] for each in done.learned] == ["a", "b"]
+    assert all(each["decision"]["passed"] for each in done.learned)
+    assert (done.exit_code, done.champion) == (0, 2)
+    fields = json.loads(json.dumps(done.fields()))
+    assert fields["learned"][1]["seconds"].keys() == {"features", "train", "evaluate"}
+    assert min(fields["learned"][1]["added_bytes"].values()) > 0
+
+
+def test_what_is_unfit_stays_and_is_told_why(life):
+    stream, passes = life
+    found = {each["task"]: each["codes"] for each in passes["founding"].rejected}
+    assert found == {"copy": ["duplicate"], "bad name": ["name"]}
+    said = json.loads((stream.inbox / "copy" / "_REJECTED.json").read_text())
+    assert "those of task 'a'" in said["reasons"][0]
+    assert (stream.inbox / "copy" / "train").is_dir()
+
+
+def test_a_pass_without_news_does_nothing(life):
+    _, passes = life
+    assert passes["again"].did_nothing
+    assert passes["again"].exit_code == 0
+    assert passes["again"].lines()[-1] == "digits: nothing to do"
+    assert "learn" not in passes["again"].seconds
+
+
+def test_the_gate_stops_a_poisoned_task_and_the_one_behind_is_learned_without_it(life):
+    stream, passes = life
+    done = passes["repaired"]
+    assert any("poison was learned" in text for text in done.repaired)
+    assert [each["slot"] for each in done.learned] == ["c"]
+    versions = {version.task: version for version in stream.versions()
+                if version.tags["prefix"]}
+    assert versions["poison"].tags["gate"] == "failed"
+    assert "challenger" in versions["poison"].aliases
+    decided = {each.slot: each for each in Journal(stream.storage, "digits").decided()}
+    assert not decided["poison"].passed
+    assert "above chance" in decided["poison"].decision["reasons"][0]
+    assert decided["c"].parent == decided["b"].prefix
+
+
+def test_nothing_is_tried_twice(life):
+    stream, passes = life
+    assert passes["not again"].did_nothing
+    assert sorted(passes["not again"].skipped) == ["bad name (rejected)", "copy (rejected)",
+                                                   "poison (decided)"]
+    tasks = [(version.task, version.task_index) for version in stream.versions()]
+    assert tasks == [("a", 0), ("b", 1), ("poison", 2), ("c", 2), ("a", 2)]
+
+
+def test_passes_learn_what_one_run_learns(life, tmp_path):
+    """Two passes, one that died and one that was relearned: the weights of one process at once."""
+    stream = life[0]
+    for task, labels in (("a", (0, 1)), ("b", (2, 3)), ("c", (6, 7))):
+        put_task(tmp_path / "tasks", task, labels)
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data,
+                                                                  data=str(tmp_path / "tasks")))
+    model, _ = run_stream(config, tmp_path / "oracle")
+    assert model.weights_hash() == stream.learned["c"]
+
+
+def test_after_a_rollback_the_report_is_of_what_is_champion(life):
+    _, passes = life
+    assert passes["rolled back"].learned == []
+    assert passes["rolled back"].champion == 2
+    assert "report" in passes["rolled back"].seconds
+    assert "c (decided)" in passes["rolled back"].skipped
+
+
+def test_more_data_of_a_task_makes_a_slot_on_top_of_the_champion(life):
+    stream, passes = life
+    [new] = passes["refresh"].learned
+    assert (new["slot"], new["decision"]["passed"]) == ("a/2026-11", True)
+    rows = {row["task"]: row for row in new["decision"]["tasks"]}
+    assert rows.keys() == {"a", "b"}
+    assert rows["a"]["before"] is not None  # the old slot, on the test images of both
+    predictor, version = stream.registry.load_predictor("models:/digits@champion")
+    assert predictor.tasks == ["a", "b"]
+    assert predictor.task_index("a") == 2
+    assert set(version.aliases) == {"champion", "task-a"}
+    result = stream.registry.result("digits")
+    assert [task["name"] for task in result["tasks"]] == ["a", "b", "a/2026-11"]
+    assert result["weights_hash"] == version.tags["weights_hash"]
+
+
+def test_the_history_tells_the_whole_life(life):
+    entries = [entry for entry in life[0].registry.aliases.history("digits").entries()
+               if entry.move.alias in ("champion", "challenger")]
+    assert [(e.move.alias, e.move.kind, e.move.to) for e in entries] == [
+        ("champion", "trained", 1), ("champion", "trained", 2), ("challenger", "gate-rejected", 3),
+        ("champion", "trained", 4), ("champion", "rollback", 2), ("champion", "refresh", 5)]
+    assert all(entry.move.token for entry in entries if entry.move.kind != "rollback")
+
+
+def test_a_stream_keeps_what_it_was_founded_with(life, tmp_path):
+    from partialhn.errors import InputError
+
+    other = CONFIG.to_dict() | {"backbone": CONFIG.to_dict()["backbone"] | {"freeze_depth": 2}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    with pytest.raises(InputError, match=r"backbone.freeze_depth is 2.*founded with 3"):
+        life[0].run(config=str(tmp_path / "other.yaml"))
+
+
+# Two at the same second -----------------------------------------------------------------------
+
+
+def start(stream: Stream) -> subprocess.Popen:
+    return subprocess.Popen(
+        [Path(sys.executable).with_name("partialhn"), "retrain", "--name", "digits", "--storage",
+         stream.root / "store", "--config", stream.root / "config.yaml", "--policy",
+         stream.root / "lenient.yaml", "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.timeout(3600)
+def test_two_passes_at_the_same_second(tmp_path, rounds):
+    stream, labels = Stream(tmp_path), [(i, j) for i in range(10) for j in range(i + 1, 10)]
+    (tmp_path / "lenient.yaml").write_text("min_above_chance: null\n")
+    for number in range(rounds):
+        put_task(stream.inbox, f"t{number}", labels[number], range(8 * number, 8 * number + 8))
+        processes = [start(stream) for _ in range(2)]
+        outputs = [process.communicate(timeout=900) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+        found = [json.loads(out) for out, _ in outputs]
+        learned = [each["slot"] for one in found for each in one["learned"]]
+        assert learned == [f"t{number}"], found
+        assert sum(bool(one["held_by"]) or one["nothing_to_do"] for one in found) == 1
+    assert [version.task for version in stream.versions()] == [f"t{n}" for n in range(rounds)]

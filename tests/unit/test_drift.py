@@ -1,0 +1,80 @@
+"""The test for drift on real images: quiet on the same ones, loud on changed ones."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from partialhn import datasets
+from partialhn.config import DataConfig
+from partialhn.readers import read_sets
+from partialhn.task_inference import pooled
+from pipelines.drift import DriftReport, TaskDrift, shift, table
+
+DATA = os.environ.get("PARTIALHN_TEST_DATA")
+ALPHA = 0.05
+
+
+def features(parts, images, size, transform):
+    """Pooled trunk features of a table's images."""
+    decoded = datasets.decode(images, size, transform)
+    with torch.no_grad():
+        return torch.cat([pooled(parts.trunk(chunk))
+                          for chunk in decoded.images_BCHW.split(256)]).numpy()
+
+
+@pytest.fixture(scope="module", params=["digits", "photographs"])
+def pool(request, parts, tmp_path_factory):
+    """Real images of one kind, and a function that gives their features under a corruption."""
+    if request.param == "digits":
+        folder = tmp_path_factory.mktemp("digits")
+        table_N, size = datasets.open_stream(DataConfig(tasks=1), folder)[0].train, 16
+    else:
+        if DATA is None:
+            pytest.skip("PARTIALHN_TEST_DATA names no folder of real images")
+        table_N, size = read_sets(str(Path(DATA) / "cifar10")).test, 32
+    images = table_N.take(np.arange(900))
+    return lambda transform="none": features(parts, images, size, transform)
+
+
+def test_the_same_images_rarely_alarm(pool):
+    z_NC = pool()
+    alarms = 0
+    for seed in range(200):
+        order_N = np.random.default_rng(seed).permutation(len(z_NC))
+        p_value, effect = shift(z_NC[order_N[:450]], z_NC[order_N[450:650]])
+        assert 0 <= effect <= 1
+        alarms += p_value < ALPHA
+    # 3 standard errors above alpha; Bonferroni over dependent components may stay below it
+    assert alarms / 200 <= ALPHA + 3 * (ALPHA * (1 - ALPHA) / 200) ** 0.5
+    assert alarms > 0, "a test that never alarms tests nothing"
+
+
+@pytest.mark.parametrize("transform", ["blur", "noise", "grey+blur+autocontrast"])
+def test_corrupted_images_alarm(pool, transform):
+    plain, changed = pool(), pool(transform)
+    order_N = np.random.default_rng(0).permutation(len(plain))
+    p_value, _ = shift(plain[order_N[:450]], changed[order_N[450:650]])
+    same, _ = shift(plain[order_N[:450]], plain[order_N[450:650]])
+    assert p_value < 0.002 < same
+
+
+def test_constant_features_are_no_drift():
+    assert shift(np.ones((50, 4)), np.ones((40, 4)))[0] == 1
+
+
+def test_the_table_tells_which_task():
+    report = DriftReport("models:/s/3", 24, 0.01, (
+        TaskDrift("cats", 900, 512, 600, 1.2e-9, 0.41, True),
+        TaskDrift("dogs", 80, 80, 600, 0.7, 0.08, False),
+        TaskDrift("hats", 3, 3, 600, None, None, False)), unknown=7)
+    lines = table(report)
+    assert "DRIFTS" in lines[2]
+    assert "1.2e-09" in lines[2]
+    assert lines[3].endswith("same")
+    assert "too few" in lines[4]
+    assert "7 images" in lines[5]
+    assert report.drifts
+    assert report.fields()["tasks"][0]["task"] == "cats"

@@ -1,0 +1,91 @@
+"""The feature store from the command line: listed, described, and read again byte for byte."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from partialhn.store import FeatureRecipe
+from pipelines.cli import run
+from pipelines.features import open_store
+from pipelines.storage import open_storage
+
+RECIPE = FeatureRecipe(trunk="t", data="d", transform="none", input_size=16, views=2,
+                       augment="flip", seed=0, dtype="float16", shard_rows=4)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A finished set of ten rows in three shards, and one that was not finished."""
+    store = open_store(open_storage(str(tmp_path)))
+    shards = [store.write_shard(RECIPE, index, torch.zeros(rows, 2, 3, 2, 2), np.zeros(rows),
+                                [str(row) for row in range(rows)], seconds=1.5,
+                                bad=[("9.png", "is empty")] if not index else [])
+              for index, rows in enumerate((4, 4, 2))]
+    store.commit(RECIPE, shards, (2, 3, 2, 2))
+    other = dataclasses.replace(RECIPE, seed=1)
+    store.write_shard(other, 0, torch.zeros(4, 2, 3, 2, 2), np.zeros(4), list("abcd"), seconds=1)
+    return store
+
+
+@pytest.fixture
+def command(store, capsys):
+    def call(*words):
+        code = run(["features", *words, "--storage", store.root])
+        return code, *capsys.readouterr()
+    return call
+
+
+def test_list_tells_finished_from_unfinished(command):
+    code, out, _ = command("list")
+    assert code == 0
+    rows = {line.split()[0]: line.split() for line in out.splitlines()}
+    assert rows[RECIPE.key][1:5] == ["complete", "10", "2x3x2x2", "float16"]
+    assert rows[dataclasses.replace(RECIPE, seed=1).key][1] == "partial"
+    assert out.splitlines()[-1].startswith("2 keys, ")
+
+
+def test_an_empty_store_says_so(tmp_path, capsys):
+    assert run(["features", "list", "--storage", str(tmp_path / "none")]) == 0
+    assert "no features in" in capsys.readouterr().out
+
+
+def test_show_says_how_it_was_made(command):
+    code, out, _ = command("show", RECIPE.key[:8])
+    assert code == 0
+    for part in ("10 of 16 pixels", "2x3x2x2", "in 3 shards", "4.5 s of work", "pyarrow",
+                 "left out 9.png: is empty"):
+        assert part in out
+    assert command("show", "zzz")[0] == 2
+    code, _, err = command("show", dataclasses.replace(RECIPE, seed=1).key)
+    assert (code, "not finished" in err) == (2, True)
+
+
+def test_verify_names_the_damaged_shard(command, store):
+    code, out, _ = command("verify")
+    assert (code, f"{RECIPE.key}  good: 3 shards, 10 rows" in out) == (0, True)
+    manifest = store.find(RECIPE)
+    store.open(manifest)
+    path = f"{store.folder(RECIPE.key)}/{manifest.shards[1].name}"
+    content = bytearray(open(path, "rb").read())  # noqa: PTH123, SIM115
+    content[200] ^= 1
+    open(path, "wb").write(content)  # noqa: PTH123, SIM115
+    code, out, _ = command("verify", "--key", RECIPE.key[:6])
+    assert code == 1
+    assert manifest.shards[1].name in out
+    assert manifest.shards[0].name not in out
+    assert f"expected {manifest.shards[1].sha256[:12]}" in out
+
+
+def test_verify_names_a_missing_shard_and_a_damaged_manifest(command, store):
+    import pathlib
+
+    folder = pathlib.Path(store.folder(RECIPE.key))
+    (folder / store.find(RECIPE).shards[2].name).unlink()
+    code, out, _ = command("verify")
+    assert (code, "is missing" in out) == (1, True)
+    (folder / "manifest.json").write_text("{")
+    code, out, _ = command("verify")
+    assert (code, f"manifest of features {RECIPE.key} cannot be read" in out) == (1, True)
+    assert "damaged" in command("list")[1]

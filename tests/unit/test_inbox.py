@@ -1,0 +1,278 @@
+"""What arrives: when it is ready, in which order, and what is refused before any training."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from partialhn.config import DataConfig
+from partialhn.errors import InputError, IntegrityError
+from pipelines.inbox import Inbox
+from pipelines.storage import open_storage
+from pipelines.validate import (
+    ArrivalPolicy,
+    check_arrival,
+    read_hashes,
+    write_hashes,
+)
+
+DATA = DataConfig(data="inbox", input_size=16)
+
+
+def png(seed: int) -> bytes:
+    sink = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(sink, "PNG")
+    return sink.getvalue()
+
+
+class World:
+    """A storage with an inbox."""
+
+    def __init__(self, root):
+        self.root = root / "inbox"
+        self.storage = open_storage(str(root))
+        self.inbox = Inbox(self.storage)
+
+    def put(self, task, classes=("x", "y"), first=0, images=8, ready=100, tests=3):
+        """A task of image folders; images are numbered from `first`."""
+        for part, count in (("train", images), ("test", tests)):
+            for label in classes:
+                folder = self.root / task / part / label
+                folder.mkdir(parents=True, exist_ok=True)
+                for number in range(count):
+                    first += 1
+                    (folder / f"{number}.png").write_bytes(png(first))
+        if ready is not None:
+            self.ready(task, ready)
+
+    def ready(self, task, when=100):
+        marker = self.root / task / "_READY"
+        marker.write_text("")
+        os.utime(marker, (when, when))
+
+    def scan(self, learned=(), quiet=None):
+        return self.inbox.scan(lambda slot: slot in learned, quiet)
+
+    def one(self):
+        arrivals, _ = self.scan()
+        assert len(arrivals) == 1, arrivals
+        return arrivals[0]
+
+    def check(self, policy=None, earlier=None, classes=None, data=DATA):
+        return check_arrival(self.storage, self.one(), data, policy or ArrivalPolicy(),
+                             earlier or {}, classes)
+
+    def problems(self, **arguments):
+        return [(each.code, each.text) for each in self.check(**arguments).problems]
+
+
+@pytest.fixture
+def world(tmp_path):
+    return World(tmp_path)
+
+
+# When, and in which order ---------------------------------------------------------------------
+
+
+def test_ready_by_marker_then_by_natural_name(world):
+    for task, when in (("task-10", 200), ("task-9", 200), ("late", 300), ("early", 100)):
+        world.put(task, ready=when)
+    world.put("unfinished", ready=None)
+    arrivals, waiting = world.scan()
+    assert [each.slot for each in arrivals] == ["early", "task-9", "task-10", "late"]
+    assert waiting == ["unfinished: no _READY marker"]
+    assert [each.slot for each in world.scan(learned={"early", "late"})[0]] == ["task-9", "task-10"]
+
+
+def test_ready_by_a_quiet_period(world):
+    world.put("old", ready=None)
+    for file in world.root.rglob("*.png"):
+        os.utime(file, (1000, 1000))
+    world.put("fresh", ready=None)
+    arrivals, waiting = world.scan(quiet=5)
+    assert [each.slot for each in arrivals] == ["old"]
+    assert len(waiting) == 1
+    assert waiting[0].startswith("fresh: changed ")
+
+
+def test_more_data_of_a_task(world):
+    world.put("cats")
+    world.put("cats/2026-11", first=500, ready=400)
+    arrivals, _ = world.scan()
+    assert [(each.task, each.part) for each in arrivals] == [("cats", ""), ("cats", "2026-11")]
+    assert not any("2026-11" in entry.path for entry in arrivals[0].files)
+    assert [each.slot for each in world.scan(learned={"cats"})[0]] == ["cats/2026-11"]
+
+
+def test_nothing_there(world):
+    assert world.scan() == ([], [])
+
+
+# What is sound --------------------------------------------------------------------------------
+
+
+def test_a_sound_task(world):
+    world.put("cats")
+    checked = world.check()
+    assert checked.problems == ()
+    assert checked.experience.classes == ("x", "y")
+    parts = (checked.experience.train, checked.experience.validation, checked.experience.test)
+    assert [len(part) for part in parts] == [14, 2, 6]
+    assert len(np.unique(checked.hashes)) == 22
+
+
+def test_parquet_too(world):
+    folder = world.root / "cats"
+    folder.mkdir(parents=True)
+    for part, first in (("train", 0), ("test", 100)):
+        rows = [{"bytes": png(first + n), "path": ""} for n in range(20)]
+        pq.write_table(pa.table({"image": rows, "label": [n % 2 for n in range(20)]}),
+                       folder / f"{part}.parquet")
+    world.ready("cats")
+    checked = world.check()
+    assert checked.problems == ()
+    assert len(checked.experience.test) == 20
+    content = bytearray((folder / "train.parquet").read_bytes())
+    content[len(content) // 3:len(content) // 2] = b"\0" * (len(content) // 2 - len(content) // 3)
+    (folder / "train.parquet").write_bytes(content)
+    assert world.problems()[0][0] in ("data", "image")
+
+
+def test_unreadable_images_are_all_looked_for(world):
+    world.put("cats", images=20)
+    for number in range(12):
+        (world.root / "cats" / "train" / "x" / f"{number}.png").write_bytes(b"no image")
+    problems = world.problems()
+    assert {code for code, _ in problems} >= {"image"}
+    named = [text for code, text in problems if code == "image"]
+    assert len(named) == 11
+    assert "cats/train/x/" in named[0]
+    assert named[-1].endswith("more such images")
+    skipping = DataConfig(data="inbox", input_size=16, on_bad_image="skip")
+    assert world.problems(data=skipping) == []
+
+
+@pytest.mark.parametrize(("change", "code", "text"), [
+    (lambda root: (root / "train" / "z").mkdir(), "data", "class 'z' has no training images"),
+    (lambda root: (root / "test" / "z").mkdir() or (root / "test" / "z" / "0.png").write_bytes(
+        png(9)), "data", "'z'"),
+    (lambda root: (root / "task.yaml").write_text("classes: [x]"), "data",
+     "label 'y' is not declared"),
+    (lambda root: (root / "task.yaml").write_text("classes: [x, y, z]"), "data",
+     "class 'z' is declared"),
+    (lambda root: (root / "task.yaml").write_text("colours: 3"), "data", "colours"),
+    (lambda root: (root / "task.yaml").write_text("[" * 3000), "data", "task.yaml"),
+    (lambda root: (root / "task.yaml").write_text("transform: swirl"), "data", "swirl"),
+    (lambda root: [file.unlink() for file in sorted((root / "train" / "x").iterdir())[2:]],
+     "few", "class 'x' has 1 training images"),
+    (lambda root: (root / "test" / "x" / "0.png").write_bytes(
+        (root / "train" / "x" / "0.png").read_bytes()), "duplicate", "test images are training"),
+])
+def test_what_is_wrong_is_said(world, change, code, text):
+    world.put("cats")
+    change(world.root / "cats")
+    world.ready("cats")
+    assert any(found == code and text in said for found, said in world.problems()), (
+        world.problems())
+
+
+def test_images_of_an_earlier_task(world, tmp_path):
+    world.put("cats")
+    hashes = world.check().hashes
+    path = world.storage.path("streams", "s", "images", "f.parquet")
+    write_hashes(world.storage, path, hashes)
+    assert np.array_equal(read_hashes(world.storage, path), hashes)
+    earlier = {"dogs": np.array([1], np.uint64), "old": hashes[:5]}
+    [(code, text)] = world.problems(earlier=earlier)
+    assert code == "duplicate"
+    assert "23% of its images are those of task 'old'" in text
+    assert world.problems(earlier=earlier, policy=ArrivalPolicy(max_duplicate_share=0.5)) == []
+    world.storage.write_text(path, "PAR1 nonsense")
+    with pytest.raises(IntegrityError, match="image hashes"):
+        read_hashes(world.storage, path)
+
+
+def test_more_data_is_numbered_by_the_tasks_own_classes(world):
+    world.put("cats", classes=("y",))
+    checked = world.check(classes=("x", "y", "z"))
+    assert checked.problems == ()
+    assert checked.experience.classes == ("x", "y", "z")
+    assert set(checked.experience.train.label_N) == {1}
+    [(code, text)] = world.problems(classes=("x", "z"))
+    assert (code, "class 'y'" in text) == ("data", True)
+
+
+@pytest.mark.parametrize("values", [{"max_duplicate_share": 2}, {"min_images_per_class": 0}])
+def test_a_policy_is_checked(values):
+    with pytest.raises(InputError, match=next(iter(values))):
+        ArrivalPolicy(**values)
+
+
+# Names and paths ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a b", "-x", "über", "x" * 101, "a\nb", "a;b", "..."])
+def test_a_name_that_is_not_taken(world, name):
+    world.put(name)
+    problems = world.inbox.name_problems(world.one(), [])
+    assert problems
+    assert problems[0].code == "name"
+
+
+def test_names_that_differ_in_case_only(world):
+    world.put("Cats")
+    assert world.inbox.name_problems(world.one(), ["dogs"]) == []
+    [problem] = world.inbox.name_problems(world.one(), ["dogs", "cats"])
+    assert "differ in case only" in problem.text
+
+
+def test_paths_that_lead_out(world, tmp_path):
+    world.put("cats")
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "0.png").write_bytes(png(1))
+    (world.root / "cats" / "train" / "x" / "link.png").symlink_to(secret / "0.png")
+    (world.root / "cats" / "train" / "z").symlink_to(secret)
+    (world.root / "cats" / "train" / "x" / "a\x07b.png").write_bytes(png(2))
+    (world.root / "cats" / "train" / "x" / "inner.png").symlink_to("0.png")
+    problems = world.inbox.name_problems(world.one(), [])
+    assert {problem.code for problem in problems} == {"path"}
+    assert len(problems) == 3
+    assert sum("is a link to" in problem.text for problem in problems) == 2
+
+
+def test_a_task_folder_that_is_a_link(world, tmp_path):
+    World(tmp_path / "other").put("real")
+    world.root.mkdir()
+    (world.root / "cats").symlink_to(tmp_path / "other" / "inbox" / "real")
+    problems = world.inbox.name_problems(world.one(), [])
+    assert any("is a link to" in problem.text for problem in problems)
+
+
+# Rejections -----------------------------------------------------------------------------------
+
+
+def test_a_rejection_says_why_and_holds_until_something_changes(world):
+    world.put("cats", images=2)
+    checked = world.check()
+    world.inbox.reject(checked.arrival, "policy-1", checked.problems)
+    said = json.loads((world.root / "cats" / "_REJECTED.json").read_text())
+    assert said["task"] == "cats"
+    assert set(said["codes"]) == {"few"}
+    assert "training images" in said["reasons"][0]
+    again = world.one()
+    assert again.signature == checked.arrival.signature
+    assert world.inbox.rejected(again, "policy-1")["reasons"] == said["reasons"]
+    assert world.inbox.rejected(again, "policy-2") is None
+    world.put("cats", images=9, first=900)
+    mended = world.one()
+    assert world.inbox.rejected(mended, "policy-1") is None
+    assert world.check().problems == ()
+    world.inbox.accept(mended)
+    assert not (world.root / "cats" / "_REJECTED.json").exists()
