@@ -22,3 +22,8 @@ def test_a_recorded_search_is_large_and_quick_enough(name):
 @pytest.mark.parametrize("name", SEARCHES)
 def test_the_forecast_orders_the_depths_as_the_search_found_them(name):
     assert SEARCHES[name]["forecast"]["rank_correlation"] == 1.0
+
+
+def test_the_recommendation_does_not_depend_on_the_samplers_seed():
+    assert {each["sampler_seed"] for each in SEARCHES.values()} == {0, 1}
+    assert {each["recommended_depth"] for each in SEARCHES.values()} == {2}
