@@ -32,7 +32,7 @@ def main() -> int:
     if unchecked:
         print(f"NOT CHECKED: the advisories of {len(unchecked)} requirements could not be looked "
               f"up here, the first: {unchecked[0]}. This is no all-clear; run make audit where "
-              "pypi.org can be reached.")
+              "the package index can be reached.")
     return 1 if problems or holes else UNCHECKED if unchecked else 0
 
 
