@@ -462,7 +462,7 @@ def test_show(stream):
 
 
 def test_large_examples_are_made_small():
-    from pipelines.registry import MAX_EXAMPLE_BYTES, _small
+    from pipelines.package import MAX_EXAMPLE_BYTES, _small
 
     assert _small(photo(0)) == photo(0)
     encoded = io.BytesIO()

@@ -79,7 +79,8 @@ def shelf(tmp_path):
 
 def test_a_pickle_as_a_feature_shard_does_not_run(evil, shelf):
     store, manifest, folder = shelf
-    shard = dataclasses.replace(manifest.shards[0], sha256=hashlib.sha256(evil).hexdigest())
+    shard = dataclasses.replace(manifest.shards[0], bytes=len(evil),
+                                sha256=hashlib.sha256(evil).hexdigest())
     (folder / shard.name).write_bytes(evil)
     with pytest.raises(IntegrityError, match="is not what its manifest says"):
         store.open(dataclasses.replace(manifest, shards=(shard,)))
