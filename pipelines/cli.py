@@ -237,6 +237,9 @@ def _parse(words: list[str]) -> Any:
         if not issubclass(kind, Group):
             return tyro.cli(OmitArgPrefixes[kind], prog=" ".join(path), args=words, **default)
         kinds, description = kind.COMMANDS, kind.__doc__ or ""
+    if words and not words[0].startswith("-"):
+        raise InputError(f"command is {' '.join([*path[1:], words[0]])!r}; allowed: "
+                         + ", ".join(kinds))
     return tyro.extras.subcommand_cli_from_dict(kinds, prog=" ".join(path), args=words,
                                                 description=description)
 

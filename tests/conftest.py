@@ -104,3 +104,10 @@ def empty_registry(tmp_path_factory):
 def digit_tasks(tmp_path_factory):
     """Three real models of digit tasks with their samples, not registered yet."""
     return Tasks(tmp_path_factory.mktemp("digit-tasks"))
+
+
+@pytest.fixture(autouse=True)
+def no_registry_of_another_test():
+    """MLflow keeps a tracking URI that was set in the environment, for whatever comes next."""
+    yield
+    os.environ.pop("MLFLOW_TRACKING_URI", None)

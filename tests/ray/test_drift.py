@@ -114,6 +114,7 @@ def test_the_registered_model_takes_auto(learned, experiences):
     found = model.predict(pd.DataFrame({"image": images, "task": ["auto"] * 8 + ["1"]}))
     checkpoint = model.unwrap_python_model().predictor
     assert isinstance(checkpoint, Predictor)
-    assert found["label"].tolist()[:8] == [a.label for a in checkpoint.predict_auto(images[:8])]
+    labels = [None if pd.isna(label) else label for label in found["label"][:8]]
+    assert labels == [answer.label for answer in checkpoint.predict_auto(images[:8])]
     assert found["classes"][8] == list(experiences[1].classes)
     assert list(found.columns) == ["label", "probability", "classes", "probabilities"]
