@@ -30,6 +30,8 @@ from pipelines.lease import Lease
 from pipelines.registry import connect
 from pipelines.storage import open_storage
 
+pytestmark = pytest.mark.slow
+
 TASKS = {"a": (0, 1), "b": (2, 3), "c": (4, 5)}
 CONFIG = {
     "data": {"data": "inbox", "input_size": 16},

@@ -28,7 +28,7 @@ STREAM = ("--data", "digits", "--tasks", "3", "--input-size", "16", "--trunk-epo
           "--fresh-columns", "4", "--batch-size", "32", "--threads", "1", "--epochs", "6")
 SEARCH = ("--seeds", "1", "--name", "digits", "--algorithm", "random",
           "--early-stopping", "none")
-pytestmark = pytest.mark.timeout(3000)
+pytestmark = [pytest.mark.timeout(3000), pytest.mark.slow]
 
 
 class Session:

@@ -14,6 +14,8 @@ from partialhn.datasets import open_stream
 from partialhn.predict import Predictor
 from pipelines.predict import predict_to_parquet
 
+pytestmark = pytest.mark.slow
+
 MODEL = "models:/digits@champion"
 
 

@@ -30,6 +30,8 @@ from pipelines.live import read_live
 from pipelines.registry import connect
 from pipelines.storage import open_storage
 
+pytestmark = pytest.mark.slow
+
 WAITING = 16
 BODY = 200_000
 

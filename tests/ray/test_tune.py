@@ -11,6 +11,8 @@ from pipelines.cli import run
 from pipelines.search_state import SearchState
 from pipelines.storage import open_storage
 
+pytestmark = pytest.mark.slow
+
 STREAM = ("--data", "digits", "--tasks", "3", "--input-size", "16", "--trunk-epochs", "1",
           "--trunk-batch-size", "32", "--augment", "crop", "--shard-rows", "500", "--epochs", "2",
           "--fresh-columns", "4", "--batch-size", "32", "--threads", "1")
