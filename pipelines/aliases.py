@@ -5,6 +5,7 @@ may run at any time, by several processes at once. Every move of this product go
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 PLACE = "history"
 """Tag of a registered model: where its history is."""
 ATTEMPTS = 100
+REFUSALS = 5
+"""How often a database may refuse the same write before it is an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Aliases:
         model = self._model(stream)
         history = self._open(model)
         if PLACE not in model.tags:
-            self._client.set_registered_model_tag(stream, PLACE, history.uri)
+            _contended(self._client.set_registered_model_tag, stream, PLACE, history.uri)
         entry = history.append(move, _identity(model))
         self._settle(stream, move.alias)
         return entry
@@ -106,9 +109,9 @@ class Aliases:
             if (None if have is None else int(have)) == want:
                 return
             if want is None:
-                self._client.delete_registered_model_alias(stream, alias)
+                _contended(self._client.delete_registered_model_alias, stream, alias)
             else:
-                self._client.set_registered_model_alias(stream, alias, str(want))
+                _contended(self._client.set_registered_model_alias, stream, alias, str(want))
         raise RuntimeError(f"alias {alias!r} of {stream!r} does not stay where it is set; is "
                            "something else moving it?")
 
@@ -161,6 +164,23 @@ class Aliases:
                 raise
             return False
         return True
+
+
+def _contended(write: Callable[..., Any], *arguments: str) -> None:
+    """Writes a tag or an alias, again where the database refused it.
+
+    MLflow looks for a row and inserts it in two steps: of two clients that set one for the first
+    time, PostgreSQL refuses the second, which then finds the row there and updates it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for left in reversed(range(REFUSALS)):
+        try:
+            write(*arguments)
+            return
+        except MlflowException as error:
+            if error.error_code != "BAD_REQUEST" or not left:
+                raise
 
 
 def _identity(model: Any) -> str:

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg2
@@ -120,6 +122,28 @@ def test_two_clients_register_a_new_stream_at_once(server, digit_tasks, tmp_path
     last = [e.move.to for e in registry.aliases.history("both").entries()
             if e.move.alias == "champion"][-1]
     assert registry.resolve("models:/both@champion").version == last
+
+
+def test_two_clients_set_the_same_new_aliases(server, digit_tasks, tmp_path):
+    """PostgreSQL refuses one of two inserts of the same alias; both clients go on all the same."""
+    storage = open_storage(str(tmp_path / "store"))
+    for index in range(2):
+        digit_tasks.register(connect(storage, server.uri), "fresh", index)
+    names = [f"task-new-{n}" for n in range(40)]
+    barrier = threading.Barrier(4)
+
+    def move_all(number):
+        aliases = connect(storage, server.uri).aliases
+        for name in names:
+            barrier.wait(60)
+            aliases.move("fresh", Move(name, number % 2 + 1, "promoted", f"client {number}"))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(move_all, range(4)))
+    registry = connect(storage, server.uri)
+    assert registry.aliases.reconcile("fresh") == []
+    found = {alias for version in registry.versions("fresh") for alias in version.aliases}
+    assert found >= set(names)
 
 
 def test_the_database_itself_as_registry_and_its_password(server, digit_tasks, tmp_path):
