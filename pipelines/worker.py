@@ -171,8 +171,10 @@ class _Worker:
         found = ray.train.get_checkpoint()
         if found is None:
             return None
-        with found.as_directory() as folder:
-            tensors, fields = checkpoint.load(Path(folder), "learner")
+        # not `as_directory`: a process that is killed in it leaves the copy on the node's disk
+        with tempfile.TemporaryDirectory() as scratch:
+            checkpoint.fetch(found.filesystem, found.path, Path(scratch))
+            tensors, fields = checkpoint.load(Path(scratch), "learner")
         self.outcomes = {name: Outcome.from_fields(values)
                          for name, values in fields["outcomes"].items()}
         for name, outcome in self.outcomes.items():
