@@ -24,16 +24,25 @@ def default_tracking_uri(storage: Storage) -> str:
     return f"sqlite:///{folder / 'mlflow.db'}"
 
 
+def chosen_uri(storage: Storage, tracking_uri: str | None) -> str:
+    """`tracking_uri`, else MLFLOW_TRACKING_URI, else SQLite at the storage."""
+    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(storage)
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite registry; None for any other."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
 def open_client(storage: Storage, tracking_uri: str | None,
                 create: bool) -> tuple["MlflowClient", str]:
-    """A client that was answered, and the URI: `tracking_uri`, else MLFLOW_TRACKING_URI, else
-    SQLite at the storage.
+    """A client that was answered, and the URI, as `chosen_uri` gives it.
 
     A new SQLite database is set up here, once, under a lock. With `create=False` a database that
     does not exist is an InputError: nothing is registered there.
     """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_tracking_uri(storage)
-    database = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    uri = chosen_uri(storage, tracking_uri)
+    database = sqlite_file(uri)
     if database and not create and not database.exists():
         raise InputError(f"no registry at {uri}; give the --storage or --tracking-uri that "
                          "`partialhn train` was given")

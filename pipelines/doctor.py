@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from partialhn.config import ComputeConfig, Config
+from pipelines.connection import chosen_uri, sqlite_file
 from pipelines.features import cache_folder
 from pipelines.registry import connect
 from pipelines.show import table
@@ -85,6 +86,9 @@ def check_machine(place: str, storage: Storage, compute: ComputeConfig) -> list[
 def check_registry(storage: Storage, tracking_uri: str | None) -> Check:
     """Whether MLflow answers, with a schema that this client knows."""
     def ask() -> str:
+        uri = chosen_uri(storage, tracking_uri)
+        if (file := sqlite_file(uri)) and not file.exists():
+            return f"none yet; the first run makes {uri}"
         connect(storage, tracking_uri)
         return f"MLflow {metadata.version('mlflow')} answers"
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -27,7 +28,7 @@ from partialhn.config import (
 from partialhn.run import run_stream
 
 CONFIG = Config(
-    data=DataConfig(data="images", tasks=4, input_size=32),
+    data=DataConfig(data="images", tasks=4, classes=20, input_size=32),
     backbone=BackboneConfig(freeze_depth=3, trunk_epochs=2, trunk_batch_size=64),
     features=FeatureConfig(views=4, augment="crop-flip", shard_rows=128),
     hypernet=HypernetConfig(fresh_columns=4),
@@ -48,7 +49,7 @@ def images(folder: Path) -> Path:
         table = pq.read_table(min(source.glob(f"{split}*.parquet")))
         rows = [table.filter(pc.equal(table["label"], label)).slice(0, each)
                 for label in range(20)]
-        pq.write_table(pq.pa.concat_tables(rows), folder / "images" / f"{split}.parquet")
+        pq.write_table(pa.concat_tables(rows), folder / "images" / f"{split}.parquet")
     return folder / "images"
 
 

@@ -20,7 +20,9 @@ import torch
 from partialhn import checkpoint
 from partialhn.errors import InputError, IntegrityError
 from partialhn.store import FeatureRecipe, FeatureStore
+from pipelines.search_state import SearchState
 from pipelines.settings import check_name
+from pipelines.storage import open_storage
 from pipelines.versions import task_alias
 
 HERE = Path(__file__).parent
@@ -87,6 +89,24 @@ def test_a_pickle_as_a_feature_shard_does_not_run(evil, shelf):
     (folder / "manifest.json").write_bytes(evil)
     with pytest.raises(IntegrityError, match="cannot be read"):
         store.find(manifest.recipe)
+
+
+@pytest.mark.parametrize("file", ["search.json", "forecast.json", "trials/0001.json",
+                                  "started/0001.json"])
+def test_a_pickle_as_the_state_of_a_search_does_not_run(evil, tmp_path, file):
+    """Nor does one under the names that Ray Tune gives its own state, which nothing reads."""
+    state = SearchState(open_storage(str(tmp_path / "store")), "s")
+    planted = Path(state.folder) / file
+    names = [planted, *(Path(state.folder) / name for name in (
+        "tuner.pkl", "trainable.pkl", "searcher-state.pkl", "experiment_state.json"))]
+    planted.parent.mkdir(parents=True)
+    for path in names:
+        path.write_bytes(evil)
+    reads = {"search.json": state.settings, "trials/0001.json": state.records,
+             "started/0001.json": state.interrupted,
+             "forecast.json": lambda: state.keep("forecast", dict)}
+    with pytest.raises(IntegrityError, match=f"{file} (is no JSON|cannot be read)"):
+        reads[file]()
 
 
 # Malformed files -----------------------------------------------------------------------------
