@@ -380,5 +380,5 @@ def _set_rate(optimiser: torch.optim.Optimizer, schedule: Schedule, step: int,
 
 def _resident(features: FeatureSet, device: torch.device) -> FeatureSet:
     """The features as one tensor on the device, where they fit; memory-mapped otherwise."""
-    fits = features.manifest.bytes <= RESIDENT_BYTES
+    fits = features.nbytes <= RESIDENT_BYTES
     return features.to(device) if fits or device.type != "cpu" else features

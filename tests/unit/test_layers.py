@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 LIBRARY = [
     {"__init__", "errors"},
-    {"config", "batch", "cache"},
+    {"config", "batch", "cache", "codec"},
     {"backbone", "hypernet", "metrics", "stream", "corruptions", "conversions", "views", "presets"},
     {"parts"},
     {"readers"},
