@@ -229,7 +229,8 @@ class FeatureStore:
         """The verified bytes of a shard, mapped: hashed once, and again when the file changed."""
         path = f"{self.folder(manifest.key)}/{shard.name}"
         missing = (f"shard {path} is missing; the manifest of {manifest.key} lists it with "
-                   f"{shard.rows} rows")
+                   f"{shard.rows} rows (a set that was pruned while it was opened is computed "
+                   "again by the same command)")
         try:
             if self.local:
                 return _verified(Path(path), shard)

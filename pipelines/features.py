@@ -30,6 +30,7 @@ from partialhn.featurise import (
     passes,
 )
 from partialhn.store import FeatureStore, Manifest, Shard, parse_shard
+from pipelines.in_use import InUse
 from pipelines.storage import Storage
 
 Progress = Callable[[int, int], None]
@@ -76,11 +77,13 @@ class Featuriser:
 
 def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob], *,
                      workers: int = 1, gpu: bool = False, threads: int = 1,
-                     progress: Progress | None = None) -> tuple[list[Manifest], int]:
+                     progress: Progress | None = None,
+                     in_use: InUse | None = None) -> tuple[list[Manifest], int]:
     """The manifests of all jobs, computing what is not there; and how many images were decoded.
 
     Jobs may ask for several depths: `trunk` is as deep as the deepest or deeper, and each image
-    is decoded and goes through it once for all of them.
+    is decoded and goes through it once for all of them. `in_use` is told of their keys, so that
+    none is pruned as long as it is held.
 
     Raises: InputError naming an image that cannot be read.
     """
@@ -88,6 +91,8 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
 
     store = open_store(storage)
     check_trunk(trunk, jobs)
+    if in_use:
+        in_use.add(job.recipe.key for job in jobs)
     manifests = find_features(store, jobs)
     groups = passes([job for job in jobs if job.recipe.key not in manifests])
     todo = [(number, index) for number, group in enumerate(groups)
