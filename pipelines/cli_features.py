@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tyro.conf import Positional
 
+from partialhn.config import BackboneConfig, Config, DataConfig, FeatureConfig
 from partialhn.errors import InputError
 from pipelines.settings import Group, OutputConfig
 
@@ -132,11 +133,46 @@ class PruneFeatures:
         return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class PlanFeatures:
+    """Say what stored features of every freeze depth would take and when they pay; store none.
+
+    --config FILE and --preset NAME as for train.
+    """
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+    features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
+    storage: str = OutputConfig.storage
+    """Where data sets that come from a library are kept."""
+
+    def run(self) -> int:
+        from partialhn.backbone import Trunk, build_network
+        from partialhn.featurise import feature_jobs
+        from partialhn.plan import described, plan
+        from pipelines.data import open_data
+
+        storage = _storage(self.storage)
+        network = build_network(self.backbone.backbone, 2).eval()
+        depths = range(len(network.stages()) + 1)
+        trunk = Trunk(network, depths[-1])
+        with storage.explained():
+            experiences = open_data(self.data, storage)
+            config = Config(data=self.data, backbone=self.backbone, features=self.features)
+            plans = plan(feature_jobs(config, experiences, trunk, depths), trunk)
+        if not plans:
+            raise InputError(f"data is {self.data.data!r}, and none of the images looked at can be "
+                             "read; allowed: PNG, JPEG and other images")
+        print("\n".join(described(plans)))
+        return 0
+
+
 class Features(Group):
-    """Look at the stored features, check them, and delete what nothing needs."""
+    """Look at the stored features, check them, plan them, and delete what nothing needs."""
 
     COMMANDS: ClassVar[dict[str, Any]] = {"list": ListFeatures, "show": ShowFeatures,
-                                          "verify": VerifyFeatures, "prune": PruneFeatures}
+                                          "verify": VerifyFeatures, "plan": PlanFeatures,
+                                          "prune": PruneFeatures}
 
 
 COMMANDS: dict[str, Any] = {"features": Features}

@@ -168,7 +168,7 @@ class _Search:
         config = self.space.config(self.config, {"features.views": self.space.largest(
             "features.views", self.config.features.views)})
         on = Computing(compute.feature_workers, self.need.gpus > 0, self.threads,
-                       progress.features, self.in_use)
+                       progress.features, progress.line, self.in_use)
         manifests, decoded = depth_features(self.storage, self.network, config, experiences,
                                             self.space.depths(), on)
         progress.features_done(list(manifests.values()), decoded)

@@ -151,7 +151,7 @@ class Stages:
         manifests, decoded = compute_features(
             self.storage, parts.trunk, jobs, workers=workers, gpu=self.gpu,
             threads=self.config.compute.threads or max(1, (os.cpu_count() or 1) // workers),
-            progress=self.progress.features, in_use=self.in_use)
+            progress=self.progress.features, say=self.progress.line, in_use=self.in_use)
         self.progress.features_done(manifests, decoded)
         return manifests, decoded
 

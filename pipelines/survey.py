@@ -35,6 +35,7 @@ class Computing:
     gpu: bool
     threads: int
     progress: Callable[[int, int], None]
+    say: Callable[[str], None]
     in_use: InUse
     """Keeps the features from being pruned."""
 
@@ -49,7 +50,7 @@ def depth_features(storage: Storage, network: Network, config: Config,
     jobs = feature_jobs(config, experiences, trunk, depths)
     found, decoded = compute_features(storage, trunk, jobs, workers=on.workers, gpu=on.gpu,
                                       threads=on.threads, progress=on.progress,
-                                      in_use=on.in_use)
+                                      say=on.say, in_use=on.in_use)
     return {(job.depth, job.task, job.split): manifest
             for job, manifest in zip(jobs, found, strict=True)}, decoded
 

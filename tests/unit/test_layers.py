@@ -21,7 +21,7 @@ LIBRARY = [
     {"strategies"},
     {"inference_metrics"},
     {"featurise", "train", "forecast"},
-    {"checkpoint", "slots", "probe"},
+    {"checkpoint", "slots", "probe", "plan"},
     {"pretrain", "result"},
     {"chain"},
     {"predict", "run"},
