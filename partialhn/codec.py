@@ -14,6 +14,7 @@ Legend: N images, V views, C channels, H W spatial.
 
 import dataclasses
 import json
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -22,6 +23,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from partialhn.cache import mapped
 from partialhn.errors import InputError
 
 DTYPES: Mapping[str, tuple[torch.dtype, type[np.generic], pa.DataType]] = {
@@ -96,6 +98,16 @@ def decode(content: pa.Buffer, dtype: str, rows: int, shape_VCHW: Sequence[int])
     z_NVCHW = _as_tensor(flat.reshape(rows, *shape_VCHW)).view(kind)
     scale_C = _scale(table.schema, shape_VCHW[1]) if kind is torch.int8 else None
     return Block(z_NVCHW, scale_C, y_N, ids)
+
+
+def spilled(block: Block) -> Block:
+    """The same with its features in a file that nobody else sees, mapped: they take no memory."""
+    flat = block.z_NVCHW.flatten()
+    with tempfile.TemporaryFile() as file:
+        flat.view(torch.uint8).numpy().tofile(file)
+        file.flush()
+        bytes_ = _as_tensor(np.frombuffer(mapped(file), np.uint8))
+    return dataclasses.replace(block, z_NVCHW=bytes_.view(flat.dtype).view(block.z_NVCHW.shape))
 
 
 def _quantised(z_NVCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -29,10 +30,13 @@ import torch
 from torch import Tensor
 
 from partialhn.cache import ShardCache, check_content, is_verified, mapped, mark_settled
-from partialhn.codec import COMPRESSIONS, DTYPES, Block, decode, encode
+from partialhn.codec import COMPRESSIONS, DTYPES, Block, decode, encode, spilled
 from partialhn.errors import IntegrityError
 
 FORMAT = 1
+SPILL_BYTES = 1 << 30
+"""A compressed set that is larger than this when read is kept in temporary files ($TMPDIR), which
+are mapped, and not in memory."""
 PutIfAbsent = Callable[[str, bytes], bool]
 _SHARD_NAME = re.compile(r"part-\d{5,}-[0-9a-f]{12}\.arrow")
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError,
@@ -219,8 +223,12 @@ class FeatureStore:
 
     def _open_shard(self, manifest: Manifest, shard: Shard) -> Block:
         content = self._content(manifest, shard)
+        recipe, rows = manifest.recipe, manifest.rows
+        size = rows * math.prod(manifest.shape_VCHW) * DTYPES[recipe.dtype][0].itemsize
         try:
-            return decode(content, manifest.recipe.dtype, shard.rows, manifest.shape_VCHW)
+            block = decode(content, recipe.dtype, shard.rows, manifest.shape_VCHW)
+            large = recipe.compression != "none" and size > SPILL_BYTES
+            return spilled(block) if large else block
         except (*_MALFORMED, pa.ArrowException, OSError, MemoryError) as error:
             raise IntegrityError(f"shard {shard.name} of {manifest.key} is not what its manifest "
                                  f"says: {error!r}") from error

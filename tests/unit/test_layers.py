@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 LIBRARY = [
     {"__init__", "errors"},
-    {"config", "batch", "cache", "codec"},
+    {"config", "batch", "cache"},
+    {"codec"},
     {"backbone", "hypernet", "metrics", "stream", "corruptions", "conversions", "views", "presets"},
     {"parts"},
     {"readers"},
