@@ -56,10 +56,11 @@ def prefixes_of(config: Config, network: str, slots: Sequence[Slot | Experience]
     """The prefix after each slot; the first ones may be `known`, learned with other settings.
 
     network: fingerprint of the network that the trunk is cut from. What a run is compared with,
-    what it runs on, and how data was cut into tasks do not count; the data itself does.
+    what it runs on, how features are compressed, and how data was cut into tasks do not count;
+    the data itself does.
     """
     values = config.to_dict()
-    del values["train"]["compare"]
+    del values["train"]["compare"], values["features"]["compression"]
     data = {key: values["data"][key] for key in ("input_size", "on_bad_image", "stream_seed",
                                                  "max_image_pixels")}
     backbone = {key: values["backbone"][key] for key in ("backbone", "freeze_depth")}

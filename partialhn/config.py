@@ -19,6 +19,8 @@ import yaml
 from partialhn.errors import InputError
 
 Augment = Literal["none", "crop", "flip", "crop-flip"]
+Compression = Literal["none", "lz4"]
+FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
 Generator = Literal["additive", "bilinear"]
 Norm = Literal["batch", "instance", "group", "layer"]
 Schedule = Literal["constant", "cosine"]
@@ -117,8 +119,11 @@ class FeatureConfig:
     """Augmented views V kept of each training image; the first is the plain image."""
     augment: Augment = "crop-flip"
     """What the views beyond the first do: crop (shift by up to an eighth), flip (left-right)."""
-    feature_dtype: Literal["float16", "float32"] = "float16"
-    """Number type of the stored features."""
+    feature_dtype: FeatureDtype = "float16"
+    """Number type of the stored features; int8 has a scale for each channel of each shard."""
+    compression: Compression = "none"
+    """lz4 makes fewer bytes of some features; compressed ones are read into memory and not mapped.
+    Nothing that is learned depends on it."""
     shard_rows: int = 1024
     """Images in one Arrow shard."""
 
@@ -265,10 +270,11 @@ class Config:
     def work_hash(self) -> str:
         """Names the work: equal for two configurations that learn the same thing.
 
-        `compute` is left out, and so is `data.data`, which the data's fingerprint replaces.
+        `compute` and the features' compression are left out, and so is `data.data`, which the
+        data's fingerprint replaces.
         """
         work = self.to_dict()
-        del work["compute"], work["data"]["data"]
+        del work["compute"], work["data"]["data"], work["features"]["compression"]
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -8,7 +8,7 @@ Legend: N images, V views, B batch, C channels, H W spatial.
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, cast
 
 import numpy as np
@@ -79,14 +79,14 @@ def _recipe(config: Config, experience: Experience, split: Split, trunk: str) ->
     return FeatureRecipe(trunk, table.fingerprint(), experience.transform, config.data.input_size,
                          views, config.features.augment if views > 1 else "none",
                          config.data.stream_seed, config.features.feature_dtype,
-                         config.features.shard_rows)
+                         config.features.shard_rows, config.features.compression)
 
 
 def passes(jobs: Sequence[FeatureJob]) -> list[Pass]:
-    """Puts together what differs in depth or number type alone; of equal jobs one remains."""
+    """Puts together what differs in depth and number type or compression; of equals one remains."""
     groups: dict[FeatureRecipe, dict[str, FeatureJob]] = {}
     for job in jobs:
-        common = dataclasses.replace(job.recipe, trunk="", dtype="")
+        common = dataclasses.replace(job.recipe, trunk="", dtype="", compression="")
         groups.setdefault(common, {}).setdefault(job.recipe.key, job)
     return [tuple(group.values()) for group in groups.values()]
 
@@ -104,34 +104,42 @@ def compute_shards(store: FeatureStore, trunk: Trunk, jobs: Pass,
     missing = [job for job in jobs if found[job.recipe.key] is None]
     decoded = 0
     if missing:
-        start = time.perf_counter()
         first, total = missing[0], len(missing[0].table)
         rows = first.recipe.shard_rows
         rows_N = np.arange(index * rows, min((index + 1) * rows, total))
         part = first.table.take(rows_N)
+        start = time.perf_counter()
         images = decode(part, first.recipe.input_size, first.recipe.transform,
                         first.on_bad_image, first.max_image_pixels, first.recipe.seed)
-        decoded = len(part)
+        decoded, decoding = len(part), time.perf_counter() - start
         kept = images.index_B.numpy()
         ids = part.ids()
-        for job, z_NVCHW in _features(trunk, missing, images, rows_N[kept]).items():
+        z_NVCHW, seconds = _features(trunk, missing, images, rows_N[kept])
+        for job in missing:
             found[job.recipe.key] = store.write_shard(
-                job.recipe, index, z_NVCHW, part.label_N[kept], [ids[row] for row in kept],
-                seconds=time.perf_counter() - start,
+                job.recipe, index, z_NVCHW[job.depth], part.label_N[kept],
+                [ids[row] for row in kept], seconds=decoding + seconds[job.depth],
                 bad=[(bad.id, bad.reason) for bad in images.bad])
     return [cast(Shard, found[job.recipe.key]) for job in jobs], decoded
 
 
 def _features(trunk: Trunk, jobs: Sequence[FeatureJob], images: Decoded,
-              rows_N: np.ndarray) -> Mapping[FeatureJob, Tensor]:
-    """z_NVCHW of every view at the depth of each job."""
+              rows_N: np.ndarray) -> tuple[dict[int, Tensor], dict[int, float]]:
+    """z_NVCHW of every view at each depth, and the seconds it takes to get there from images."""
     recipe = jobs[0].recipe
-    depths = {job.depth for job in jobs}
-    views = [run_trunk_at(trunk, depths, augment(images.images_BCHW, rows_N, len(jobs[0].table),
-                                                 view, cast(Augment, recipe.augment), recipe.seed))
-             for view in range(recipe.views)]
-    z_NVCHW = {depth: torch.stack([view[depth] for view in views], dim=1) for depth in depths}
-    return {job: z_NVCHW[job.depth] for job in jobs}
+    seconds = {job.depth: 0.0 for job in jobs}
+    views = []
+    for view in range(recipe.views):
+        start = time.perf_counter()
+        images_BCHW = augment(images.images_BCHW, rows_N, len(jobs[0].table), view,
+                              cast(Augment, recipe.augment), recipe.seed)
+        augmenting = time.perf_counter() - start
+        z_BCHW, spent = run_trunk_at(trunk, seconds, images_BCHW)
+        views.append(z_BCHW)
+        for depth in seconds:
+            seconds[depth] += augmenting + spent[depth]
+    return {depth: torch.stack([view[depth] for view in views], dim=1)
+            for depth in seconds}, seconds
 
 
 def commit_features(store: FeatureStore, job: FeatureJob, shards: Sequence[Shard]) -> Manifest:
@@ -199,25 +207,31 @@ def run_trunk(trunk: Trunk, images_BCHW: Tensor) -> Tensor:
     A convolution may round differently for another batch size; with the last batch filled up, an
     image's features are the same bits in any company.
     """
-    return run_trunk_at(trunk, {trunk.freeze_depth}, images_BCHW)[trunk.freeze_depth]
+    return run_trunk_at(trunk, {trunk.freeze_depth}, images_BCHW)[0][trunk.freeze_depth]
 
 
-def run_trunk_at(trunk: Trunk, depths: Iterable[int], images_BCHW: Tensor) -> dict[int, Tensor]:
-    """z_BCHW at each depth, from one pass; each as `run_trunk` gives it for that depth alone."""
+def run_trunk_at(trunk: Trunk, depths: Iterable[int],
+                 images_BCHW: Tensor) -> tuple[dict[int, Tensor], dict[int, float]]:
+    """z_BCHW at each depth, from one pass, and the seconds from the images to there; each as
+    `run_trunk` gives it for that depth alone.
+    """
     device = trunk.mean_C.device
     parts: dict[int, list[Tensor]] = {depth: [] for depth in depths}
+    seconds = dict.fromkeys(parts, 0.0)
     deepest = max(parts)
     for chunk_BCHW in torch.split(images_BCHW, MICRO_BATCH) if len(images_BCHW) else ():
         missing = MICRO_BATCH - len(chunk_BCHW)
+        start = time.perf_counter()
         filled_BCHW = torch.nn.functional.pad(chunk_BCHW, [0] * 7 + [missing])
         for depth, z_BCHW in trunk.outputs(filled_BCHW.to(device)):
             if depth in parts:
                 parts[depth].append(z_BCHW[:len(chunk_BCHW)].cpu())
+                seconds[depth] += time.perf_counter() - start
             if depth == deepest:
                 break
     return {depth: torch.cat(chunks) if chunks else
             torch.empty(0, *feature_shape(trunk.upto(depth), images_BCHW))
-            for depth, chunks in parts.items()}
+            for depth, chunks in parts.items()}, seconds
 
 
 def feature_shape(trunk: Trunk, images_BCHW: Tensor) -> tuple[int, ...]:

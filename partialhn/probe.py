@@ -59,8 +59,8 @@ def _ridge(z_NF: Tensor, y_N: Tensor,
 def _pooled(features: FeatureSet) -> Tensor:
     """(N, F) of the first, plain view, averaged over as many cells as MAX_FEATURES allows."""
     parts = []
-    for shard in features.shards:
-        z_NCHW = shard[:, 0].cpu().float()
+    for rows_B in torch.split(torch.arange(len(features), device=features.y_N.device), 1024):
+        z_NCHW = features.gather(rows_B, torch.zeros_like(rows_B)).cpu()
         channels, height, width = z_NCHW.shape[1:]
         side = next((s for s in range(min(height, width, 32), 0, -1)
                      if channels * s * s <= MAX_FEATURES), 1)

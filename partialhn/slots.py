@@ -7,10 +7,8 @@ model answers for a task with its newest slot. Nothing of an earlier slot change
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from partialhn.featurise import FeatureJob, Split
-from partialhn.store import FeatureSet, FeatureStore, Manifest
+from partialhn.store import FeatureSet, FeatureStore, Manifest, join
 from partialhn.stream import Experience, refreshed, task_of
 from partialhn.train import TaskFeatures
 
@@ -70,12 +68,3 @@ def open_features(store: FeatureStore, slots: Sequence[Slot], first: int = 0) ->
         tasks.append(TaskFeatures(slot.name, len(slot.classes), train, validation, test,
                                   refreshed(names, index)))
     return tasks
-
-
-def join(sets: Sequence[FeatureSet]) -> FeatureSet | None:
-    """Several feature sets of one shape as one; None of none."""
-    if len(sets) < 2:
-        return sets[0] if sets else None
-    return FeatureSet(sets[0].manifest, [shard for each in sets for shard in each.shards],
-                      torch.cat([each.y_N for each in sets]),
-                      [name for each in sets for name in each.ids])

@@ -1,6 +1,6 @@
 """Frozen-trunk features in Arrow files: computed once, addressed by what determines them.
 
-    <root>/features/<key>/part-00000-<sha256[:12]>.arrow   one record batch, uncompressed
+    <root>/features/<key>/part-00000-<sha256[:12]>.arrow   one record batch (`partialhn.codec`)
     <root>/features/<key>/part-00000.json                  which of them counts
     <root>/features/<key>/manifest.json                    written last; without it nothing is there
 
@@ -14,11 +14,11 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,13 @@ import torch
 from torch import Tensor
 
 from partialhn.cache import ShardCache, check_content, is_verified, mapped, mark_settled
+from partialhn.codec import COMPRESSIONS, DTYPES, Block, decode, encode, spilled
 from partialhn.errors import IntegrityError
 
 FORMAT = 1
+SPILL_BYTES = 1 << 30
+"""A compressed set that is larger than this when read is kept in temporary files ($TMPDIR), which
+are mapped, and not in memory."""
 PutIfAbsent = Callable[[str, bytes], bool]
 _SHARD_NAME = re.compile(r"part-\d{5,}-[0-9a-f]{12}\.arrow")
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError,
@@ -59,15 +63,26 @@ class FeatureRecipe:
     seed: int
     """Seed of the views."""
     dtype: str
-    """float16 or float32."""
+    """float32, float16, bfloat16 or int8."""
     shard_rows: int
     """Rows of the table in one shard."""
+    compression: str = "none"
+    """none or lz4."""
 
     @property
     def key(self) -> str:
         """The name of the folder: 32 hexadecimal digits."""
-        fields = json.dumps(dataclasses.asdict(self) | {"format": FORMAT}, sort_keys=True)
-        return hashlib.sha256(fields.encode()).hexdigest()[:32]
+        text = json.dumps(self.fields() | {"format": FORMAT}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def fields(self) -> dict[str, Any]:
+        """Plain values that make the recipe again. A compression of none is left out: features
+        that were stored before there was any keep their key.
+        """
+        fields = dataclasses.asdict(self)
+        if self.compression == "none":
+            del fields["compression"]
+        return fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +94,8 @@ class Shard:
     bytes: int
     sha256: str
     seconds: float
-    """Time it took to decode, compute and write."""
+    """Time it takes to make it alone: decoding, the stages up to its depth, and writing. Where one
+    pass makes several depths, what they share counts for each, and what is deeper does not."""
     bad: tuple[tuple[str, str], ...] = ()
     """Images left out: (id, reason)."""
 
@@ -157,13 +173,18 @@ class FeatureStore:
     def write_shard(self, recipe: FeatureRecipe, index: int, z_NVCHW: Tensor, y_N: np.ndarray,
                     ids: Sequence[str], *, seconds: float,
                     bad: Sequence[tuple[str, str]] = ()) -> Shard:
-        """Writes one shard and claims its place; where another writer was first, theirs counts."""
-        content = _encode(recipe, z_NVCHW, y_N, ids)
+        """Writes one shard and claims its place; where another writer was first, theirs counts.
+
+        seconds: spent on it so far.
+        """
+        start = time.perf_counter()
+        content = encode(z_NVCHW, y_N, ids, recipe.dtype, recipe.compression,
+                         json.dumps(recipe.fields()))
         digest = hashlib.sha256(content).hexdigest()
-        shard = Shard(f"part-{index:05d}-{digest[:12]}.arrow", len(ids), len(content), digest,
-                      round(seconds, 3), tuple(bad))
-        folder = self.folder(recipe.key)
-        self._write(f"{folder}/{shard.name}", content)
+        folder, name = self.folder(recipe.key), f"part-{index:05d}-{digest[:12]}.arrow"
+        self._write(f"{folder}/{name}", content)
+        shard = Shard(name, len(ids), len(content), digest,
+                      round(seconds + time.perf_counter() - start, 3), tuple(bad))
         sidecar = f"{folder}/part-{index:05d}.json"
         if self._put_if_absent(sidecar, json.dumps(dataclasses.asdict(shard)).encode()):
             return shard
@@ -178,7 +199,8 @@ class FeatureStore:
         manifest = Manifest(recipe.key, recipe, tuple(shards), tuple(shape_VCHW),
                             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                             {"torch": torch.__version__, "pyarrow": pa.__version__})
-        content = json.dumps(dataclasses.asdict(manifest), indent=1).encode()
+        fields = dataclasses.asdict(manifest) | {"recipe": recipe.fields()}
+        content = json.dumps(fields, indent=1).encode()
         self._put_if_absent(f"{self.folder(recipe.key)}/manifest.json", content)
         found = self.find(recipe)
         if found is None:
@@ -190,18 +212,23 @@ class FeatureStore:
 
         Raises: IntegrityError naming the shard, what was expected and what was found.
         """
-        parts = [self._open_shard(manifest, shard) for shard in manifest.shards if shard.rows]
-        if not parts:
+        blocks = [self._open_shard(manifest, shard) for shard in manifest.shards if shard.rows]
+        if not blocks:
             raise IntegrityError(f"the manifest of features {manifest.key} lists no rows")
-        return FeatureSet(manifest, [part[0] for part in parts],
-                          torch.from_numpy(np.concatenate([part[1] for part in parts])),
-                          [name for part in parts for name in part[2]])
+        return FeatureSet(manifest, [block.z_NVCHW for block in blocks],
+                          torch.from_numpy(np.concatenate([block.y_N for block in blocks])),
+                          [name for block in blocks for name in block.ids],
+                          Scales.of([block.scale_C for block in blocks],
+                                    [len(block.y_N) for block in blocks]))
 
-    def _open_shard(self, manifest: Manifest,
-                    shard: Shard) -> tuple[Tensor, np.ndarray, list[str]]:
+    def _open_shard(self, manifest: Manifest, shard: Shard) -> Block:
         content = self._content(manifest, shard)
+        recipe, rows = manifest.recipe, manifest.rows
+        size = rows * math.prod(manifest.shape_VCHW) * DTYPES[recipe.dtype][0].itemsize
         try:
-            return _decode(content, manifest, shard)
+            block = decode(content, recipe.dtype, shard.rows, manifest.shape_VCHW)
+            large = recipe.compression != "none" and size > SPILL_BYTES
+            return spilled(block) if large else block
         except (*_MALFORMED, pa.ArrowException, OSError, MemoryError) as error:
             raise IntegrityError(f"shard {shard.name} of {manifest.key} is not what its manifest "
                                  f"says: {error!r}") from error
@@ -210,7 +237,8 @@ class FeatureStore:
         """The verified bytes of a shard, mapped: hashed once, and again when the file changed."""
         path = f"{self.folder(manifest.key)}/{shard.name}"
         missing = (f"shard {path} is missing; the manifest of {manifest.key} lists it with "
-                   f"{shard.rows} rows")
+                   f"{shard.rows} rows (a set that was pruned while it was opened is computed "
+                   "again by the same command)")
         try:
             if self.local:
                 return _verified(Path(path), shard)
@@ -237,16 +265,45 @@ class FeatureStore:
                 sink.write(content)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scales:
+    """What stored whole numbers are multiplied with: a scale for each channel of each shard."""
+
+    scale_SC: Tensor
+    shard_N: Tensor
+    """The shard of each image."""
+
+    @staticmethod
+    def of(scales: Sequence[Tensor | None], rows: Sequence[int]) -> "Scales | None":
+        """The scales of shards with so many rows; None where no shard has one."""
+        there = [scale_C for scale_C in scales if scale_C is not None]
+        if not there:
+            return None
+        ones_C = torch.ones_like(there[0])
+        scale_SC = torch.stack([ones_C if scale_C is None else scale_C for scale_C in scales])
+        return Scales(scale_SC, torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)))
+
+    def to(self, device: torch.device) -> "Scales":
+        return Scales(self.scale_SC.to(device), self.shard_N.to(device))
+
+    def apply(self, z_BCHW: Tensor, rows_B: Tensor) -> Tensor:
+        """The numbers that were stored, in place."""
+        scale_BC = self.scale_SC[self.shard_N[rows_B]]
+        return z_BCHW.mul_(scale_BC.view(*scale_BC.shape, *[1] * (z_BCHW.dim() - 2)))
+
+
 @dataclasses.dataclass
 class FeatureSet:
     """One task's features of one split: N images with V views each."""
 
     manifest: Manifest
     shards: list[Tensor]
-    """Memory-mapped (n, V, C, H, W) tensors."""
+    """(n, V, C, H, W) in the stored number type, memory-mapped where they are not compressed."""
     y_N: Tensor
     """int64 labels."""
     ids: list[str]
+    scales: Scales | None = None
+    """For int8."""
 
     def __post_init__(self) -> None:
         self._starts = np.cumsum([0] + [len(shard) for shard in self.shards])
@@ -264,13 +321,32 @@ class FeatureSet:
         """Shape of one image's features."""
         return self.manifest.shape_VCHW[1:]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the features in memory."""
+        return sum(shard.nbytes for shard in self.shards)
+
     def to(self, device: torch.device) -> "FeatureSet":
         """One tensor on the device: read once, whatever the number of epochs."""
         whole = self.shards[0] if len(self.shards) == 1 else torch.cat(self.shards)
-        return FeatureSet(self.manifest, [whole.to(device)], self.y_N.to(device), self.ids)
+        return FeatureSet(self.manifest, [whole.to(device)], self.y_N.to(device), self.ids,
+                          self.scales and self.scales.to(device))
+
+    def first_views(self, views: int) -> "FeatureSet":
+        """The same images with the first views alone: they do not depend on how many there are."""
+        if self.views == views:
+            return self
+        manifest = dataclasses.replace(self.manifest,
+                                       shape_VCHW=(views, *self.manifest.shape_VCHW[1:]))
+        return dataclasses.replace(self, manifest=manifest, shards=[
+            shard[:, :views].contiguous() for shard in self.shards])
 
     def gather(self, rows_B: Tensor, views_B: Tensor) -> Tensor:
         """z_BCHW as float32: row rows_B[b] seen through view views_B[b]."""
+        z_BCHW = self._stored(rows_B, views_B)
+        return z_BCHW if self.scales is None else self.scales.apply(z_BCHW, rows_B)
+
+    def _stored(self, rows_B: Tensor, views_B: Tensor) -> Tensor:
         if len(self.shards) == 1:
             flat = self.shards[0].flatten(0, 1)
             return flat.index_select(0, rows_B * self.views + views_B).float()
@@ -282,6 +358,18 @@ class FeatureSet:
             local_B = rows_B[here] - int(self._starts[index])
             z_BCHW[here] = flat.index_select(0, local_B * self.views + views_B[here]).float()
         return z_BCHW
+
+
+def join(sets: Sequence[FeatureSet]) -> FeatureSet | None:
+    """Several feature sets of one shape as one; None of none."""
+    if len(sets) < 2:
+        return sets[0] if sets else None
+    shards = [shard for each in sets for shard in each.shards]
+    scales = [scale_C for each in sets for scale_C in
+              (each.scales.scale_SC if each.scales else [None] * len(each.shards))]
+    return FeatureSet(sets[0].manifest, shards, torch.cat([each.y_N for each in sets]),
+                      [name for each in sets for name in each.ids],
+                      Scales.of(scales, [len(shard) for shard in shards]))
 
 
 def _verified(path: Path, shard: Shard) -> pa.Buffer:
@@ -325,47 +413,6 @@ def _write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def _encode(recipe: FeatureRecipe, z_NVCHW: Tensor, y_N: np.ndarray, ids: Sequence[str]) -> bytes:
-    values = z_NVCHW.to(getattr(torch, recipe.dtype)).cpu().contiguous().numpy()
-    kind = pa.fixed_shape_tensor(pa.from_numpy_dtype(values.dtype), values.shape[1:])
-    storage = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)),
-                                                int(np.prod(values.shape[1:])))
-    schema = pa.schema([("id", pa.string()), ("label", pa.int64()), ("features", kind)],
-                       metadata={"partialhn": json.dumps(dataclasses.asdict(recipe))})
-    batch = pa.record_batch([pa.array(ids, pa.string()), pa.array(y_N, pa.int64()),
-                             pa.ExtensionArray.from_storage(kind, storage)], schema=schema)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
-
-
-def _decode(content: pa.Buffer, manifest: Manifest,
-            shard: Shard) -> tuple[Tensor, np.ndarray, list[str]]:
-    """Features, labels and ids of a shard; its offsets are checked before they are followed."""
-    table = pa.ipc.open_file(content).read_all()
-    table.validate(full=True)
-    labels, dtype = table["label"], np.dtype(manifest.recipe.dtype)
-    if (table["features"].num_chunks != 1 or labels.type != pa.int64() or labels.null_count
-            or table["features"].type.value_type != pa.from_numpy_dtype(dtype)):
-        raise ValueError(f"it holds {table.schema}")
-    values = table["features"].chunk(0).storage.flatten()
-    flat = np.frombuffer(values.buffers()[1], dtype=dtype, count=len(values),
-                         offset=values.offset * dtype.itemsize)
-    z_NVCHW = flat.reshape(shard.rows, *manifest.shape_VCHW)
-    y_N, ids = labels.to_numpy(), table["id"].to_pylist()
-    if len(y_N) != shard.rows or len(ids) != shard.rows:
-        raise ValueError(f"it holds {len(y_N)} labels for {shard.rows} rows")
-    return _as_tensor(z_NVCHW), y_N, ids
-
-
-def _as_tensor(values: np.ndarray) -> Tensor:
-    """A tensor over read-only mapped memory; it is only ever gathered from."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(values)
-
-
 def parse_shard(fields: dict[str, Any]) -> Shard:
     """The shard that `dataclasses.asdict` and JSON made these fields of.
 
@@ -389,6 +436,9 @@ def _parse_manifest(content: bytes, key: str) -> Manifest:
                             tuple(fields["shape_VCHW"]), fields["created"], fields["libraries"])
         if not all(type(size) is int and size > 0 for size in manifest.shape_VCHW):
             raise ValueError(f"shape_VCHW is {fields['shape_VCHW']!r}")
+        recipe = manifest.recipe
+        if recipe.dtype not in DTYPES or recipe.compression not in COMPRESSIONS:
+            raise ValueError(f"dtype is {recipe.dtype!r}, compression {recipe.compression!r}")
     except _MALFORMED as error:
         raise IntegrityError(f"the manifest of features {key} cannot be read: {error!r}") from error
     if manifest.key != key or manifest.recipe.key != key:

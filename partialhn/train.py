@@ -11,8 +11,11 @@ a function of (seed, task, epoch), so a loop that stopped after an epoch goes on
 Legend: B batch, C channels, H W spatial, K classes, N images.
 """
 
+import contextlib
 import dataclasses
 import math
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -32,6 +35,8 @@ from partialhn.task_inference import TaskInference
 from partialhn.views import augment
 
 RESIDENT_BYTES = 4 << 30
+"""A task's features up to this many bytes are held in memory, on the device; of larger ones
+batches are read from the mapped shards while the step before them is taken."""
 WARM_UP = 40
 """Steps over which the learning rate rises, at most a tenth of all."""
 TRUNK_WEIGHT_DECAY, TRUNK_LABEL_SMOOTHING = 0.05, 0.1
@@ -147,13 +152,15 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
     device = strategy.weights(task_index).bias_K.device
     assert task.train is not None, f"task {task.name} has no training features"
     features = _resident(task.train, device)
+    streamed = features is task.train
     steps = max(1, len(features) // config.batch_size)
     for epoch in range(epochs_done + 1, config.epochs + 1):
         start = time.perf_counter()
         totals, count, done = torch.zeros(3, device=device), 0, 0
         strategy.train()
         seed = (config.seed, task_index, epoch)
-        for step, batch in enumerate(epoch_batches(features, config.batch_size, seed, workers)):
+        batches = epoch_batches(features, config.batch_size, seed, workers)
+        for step, batch in enumerate(prefetched(batches, device) if streamed else batches):
             _set_rate(optimiser, config.schedule, (epoch - 1) * steps + step,
                       steps * config.epochs)
             loss, terms = objective(*batch)
@@ -184,11 +191,12 @@ def evaluate(strategy: Strategy, task_index: int, features: FeatureSet,
     strategy.eval()
     weights = strategy.weights(task_index)
     device = weights.bias_K.device
-    features = features if device.type == "cpu" else features.to(device)
+    features = features if device.type == "cpu" else _resident(features, device)
     right = torch.zeros((), device=device)
-    for rows_B in torch.split(torch.arange(len(features), device=device), batch_size):
-        z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B))
-        right += (strategy.head(z_BCHW, weights).argmax(1) == features.y_N[rows_B]).sum()
+    for rows_B in torch.split(torch.arange(len(features), device=features.y_N.device), batch_size):
+        z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B)).to(device)
+        y_B = features.y_N[rows_B].to(device)
+        right += (strategy.head(z_BCHW, weights).argmax(1) == y_B).sum()
     return right.item() / len(features)
 
 
@@ -379,6 +387,39 @@ def _set_rate(optimiser: torch.optim.Optimizer, schedule: Schedule, step: int,
 
 
 def _resident(features: FeatureSet, device: torch.device) -> FeatureSet:
-    """The features as one tensor on the device, where they fit; memory-mapped otherwise."""
-    fits = features.manifest.bytes <= RESIDENT_BYTES
-    return features.to(device) if fits or device.type != "cpu" else features
+    """The features as one tensor on the device, where they fit; as they are otherwise."""
+    return features.to(device) if features.nbytes <= RESIDENT_BYTES else features
+
+
+def prefetched(batches: Iterator[FeatureBatch], device: torch.device,
+               ahead: int = 2) -> Iterator[FeatureBatch]:
+    """The same batches on the device, read by a thread that is at most `ahead` of their user."""
+    waiting: queue.Queue[FeatureBatch | BaseException | None] = queue.Queue(ahead)
+    stop = threading.Event()
+
+    def put(item: FeatureBatch | BaseException | None) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                waiting.put(item, timeout=0.1)
+                return
+
+    def read() -> None:
+        try:
+            for batch in batches:
+                put(FeatureBatch(batch.z_BCHW.to(device), batch.y_B.to(device), batch.share))
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised again where the batches are used
+            put(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        while (item := waiting.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

@@ -221,13 +221,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _parse(words: list[str]) -> Any:
     """The command with its options; tyro prints help and its own errors (exit code 2)."""
-    default: dict[str, Any] = {}
-    if words[:1] in (["train"], ["tune"]):
-        words, config = _take_config(words)
-        if config:
-            default["default"] = COMMANDS[words[0]](
-                data=config.data, backbone=config.backbone, features=config.features,
-                hypernet=config.hypernet, train=config.train, compute=config.compute)
+    words, default = _configured(words)
     kinds, path = dict(COMMANDS), ["partialhn"]
     description = __doc__.split("\n\n")[0]
     while words and words[0] in kinds:
@@ -242,6 +236,18 @@ def _parse(words: list[str]) -> Any:
                          + ", ".join(kinds))
     return tyro.extras.subcommand_cli_from_dict(kinds, prog=" ".join(path), args=words,
                                                 description=description)
+
+
+def _configured(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Takes a configuration out of the words of a command that has one, as its default."""
+    kinds = {"train": Train, "tune": COMMANDS["tune"], "features plan": cli_features.PlanFeatures}
+    kind = kinds.get(" ".join(words[:1])) or kinds.get(" ".join(words[:2]))
+    words, config = _take_config(words) if kind else (words, None)
+    if config is None or kind is None:
+        return words, {}
+    sections = {field.name for field in dataclasses.fields(Config)}
+    return words, {"default": kind(**{field.name: getattr(config, field.name) for field in
+                                      dataclasses.fields(kind) if field.name in sections})}
 
 
 def _take_config(words: list[str]) -> tuple[list[str], Config | None]:

@@ -6,20 +6,22 @@ from collections.abc import Iterator
 
 from partialhn.cache import CHUNK, check_content
 from partialhn.errors import InputError, IntegrityError
-from partialhn.store import FeatureStore, Manifest, Shard
+from partialhn.store import FeatureRecipe, FeatureStore, Manifest, Shard
 from pipelines.features import open_store
+from pipelines.prune import age_text, stored
+from pipelines.references import References
 from pipelines.storage import Storage
 
-_COLUMNS = ("key", "state", "rows", "shape VCHW", "dtype", "MiB", "made")
+_COLUMNS = ("key", "state", "rows", "shape VCHW", "dtype", "MiB", "age", "needed by")
 
 
-def listing(storage: Storage) -> list[str]:
+def listing(storage: Storage, needed: References) -> list[str]:
     """A table of every key, finished or not; a damaged manifest is a row that says so."""
     store, rows, total = open_store(storage), [_COLUMNS], 0
-    for key in _keys(storage):
-        size = sum(entry.size for entry in storage.list(storage.path("features", key)))
-        total += size
-        rows.append(_row(store, key, size))
+    for each in stored(storage):
+        total += each.bytes
+        rows.append((each.key, *_described(store, each.key), f"{each.bytes / 2**20:.1f}",
+                     age_text(each.age), _users(needed.get(each.key, []))))
     if len(rows) == 1:
         return [f"no features in {storage.uri}"]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -28,16 +30,24 @@ def listing(storage: Storage) -> list[str]:
     return [*lines, f"{len(rows) - 1} keys, {total / 2**20:.1f} MiB"]
 
 
-def _row(store: FeatureStore, key: str, size: int) -> tuple[str, ...]:
-    mebibytes = f"{size / 2**20:.1f}"
+def _described(store: FeatureStore, key: str) -> tuple[str, str, str, str]:
+    """State, rows, shape and number type."""
     try:
         manifest = store.manifest(key)
     except IntegrityError:
-        return (key, "damaged", "-", "-", "-", mebibytes, "-")
+        return ("damaged", "-", "-", "-")
     if manifest is None:
-        return (key, "partial", "-", "-", "-", mebibytes, "-")
-    return (key, "complete", str(manifest.rows), _shape(manifest), manifest.recipe.dtype,
-            mebibytes, manifest.created)
+        return ("partial", "-", "-", "-")
+    return ("complete", str(manifest.rows), _shape(manifest), _type(manifest.recipe))
+
+
+def _users(users: list[str]) -> str:
+    more = f" and {len(users) - 1} more" if len(users) > 1 else ""
+    return f"{users[0]}{more}" if users else "-"
+
+
+def _type(recipe: FeatureRecipe) -> str:
+    return recipe.dtype if recipe.compression == "none" else f"{recipe.dtype}+{recipe.compression}"
 
 
 def _shape(manifest: Manifest) -> str:
@@ -59,7 +69,7 @@ def description(storage: Storage, prefix: str) -> list[str]:
              f"trunk     {recipe.trunk}", f"data      {recipe.data}",
              f"images    {manifest.rows} of {recipe.input_size} pixels, transform "
              f"{recipe.transform}, {recipe.views} views ({recipe.augment}, seed {recipe.seed})",
-             f"features  {_shape(manifest)} (views, channels, height, width) {recipe.dtype}",
+             f"features  {_shape(manifest)} (views, channels, height, width) {_type(recipe)}",
              f"bytes     {manifest.bytes} in {len(manifest.shards)} shards",
              f"made      {manifest.created} in {seconds:.1f} s of work, by "
              + ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())]

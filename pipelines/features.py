@@ -29,7 +29,9 @@ from partialhn.featurise import (
     find_features,
     passes,
 )
+from partialhn.plan import described, plan
 from partialhn.store import FeatureStore, Manifest, Shard, parse_shard
+from pipelines.in_use import InUse
 from pipelines.storage import Storage
 
 Progress = Callable[[int, int], None]
@@ -76,11 +78,14 @@ class Featuriser:
 
 def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob], *,
                      workers: int = 1, gpu: bool = False, threads: int = 1,
-                     progress: Progress | None = None) -> tuple[list[Manifest], int]:
+                     progress: Progress | None = None, say: Callable[[str], None] | None = None,
+                     in_use: InUse | None = None) -> tuple[list[Manifest], int]:
     """The manifests of all jobs, computing what is not there; and how many images were decoded.
 
     Jobs may ask for several depths: `trunk` is as deep as the deepest or deeper, and each image
-    is decoded and goes through it once for all of them.
+    is decoded and goes through it once for all of them. `say` gets what they will cost before
+    any is computed (`partialhn.plan`). `in_use` is told of their keys, so that
+    none is pruned as long as it is held.
 
     Raises: InputError naming an image that cannot be read.
     """
@@ -88,19 +93,24 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
 
     store = open_store(storage)
     check_trunk(trunk, jobs)
+    if in_use:
+        in_use.add(job.recipe.key for job in jobs)
     manifests = find_features(store, jobs)
-    groups = passes([job for job in jobs if job.recipe.key not in manifests])
+    missing = [job for job in jobs if job.recipe.key not in manifests]
+    groups = passes(missing)
+    for line in described(plan(missing, trunk)) if missing and say else ():
+        say(line)
     todo = [(number, index) for number, group in enumerate(groups)
             for index in range(group[0].shards)]
     shards: dict[tuple[int, int], list[Shard]] = {}
     decoded = 0
     for attempt in range(ATTEMPTS):
         shards |= _finished(store, groups, [place for place in todo if place not in shards])
-        missing = [place for place in todo if place not in shards]
-        if not missing:
+        left = [place for place in todo if place not in shards]
+        if not left:
             break
         try:
-            for row in _start(storage, trunk, groups, missing, workers, gpu, threads):
+            for row in _start(storage, trunk, groups, left, workers, gpu, threads):
                 if row["error"]:
                     raise InputError(row["error"])
                 shards[int(row["group"]), int(row["shard"])] = [

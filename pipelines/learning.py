@@ -39,18 +39,19 @@ class Learning:
         if held.journal.config() is None:
             held.journal.append(held.lease, "founded", {"config": held.config.to_dict()})
         held.clock.lap("startup")
-        while waiting:
-            key, parts = self._parts(waiting[0])
-            slots = self._slots(waiting, parts)
-            prefixes = prefixes_of(held.config, parts.network, slots,
-                                   [each.prefix for each in self.base])
-            self.held.lease.check()
-            self.stages.learn(parts, slots, prefixes, lambda *_: None)
-            held.clock.lap("learn")
-            learned = self.stages.learned(prefixes)
-            waiting = self._decide_all(waiting, slots, learned, key)
-            self.stages.forget_run(prefixes)
-            held.clock.lap("register")
+        with self.stages:
+            while waiting:
+                key, parts = self._parts(waiting[0])
+                slots = self._slots(waiting, parts)
+                prefixes = prefixes_of(held.config, parts.network, slots,
+                                       [each.prefix for each in self.base])
+                self.held.lease.check()
+                self.stages.learn(parts, slots, prefixes, lambda *_: None)
+                held.clock.lap("learn")
+                learned = self.stages.learned(prefixes)
+                waiting = self._decide_all(waiting, slots, learned, key)
+                self.stages.forget_run(prefixes)
+                held.clock.lap("register")
         return self.base
 
     def _parts(self, first: Checked) -> tuple[str, Parts]:

@@ -55,8 +55,8 @@ class Holder:
     @property
     def is_gone(self) -> bool:
         """Whether it ran on this machine and does not any more."""
-        return (bool(self.machine) and self.machine == _machine()
-                and _start_of(self.pid) != self.started)
+        return (bool(self.machine) and self.machine == machine()
+                and start_of(self.pid) != self.started)
 
 
 class Lease:
@@ -78,7 +78,7 @@ class Lease:
         if holder is not None and holder.expires > now and not holder.is_gone:
             return holder
         token, begun = newest + 1, time.monotonic()
-        mine = Holder(token, socket.gethostname(), os.getpid(), _machine(), _start_of(os.getpid()),
+        mine = Holder(token, socket.gethostname(), os.getpid(), machine(), start_of(os.getpid()),
                       now, now + self.seconds)
         content = json.dumps(dataclasses.asdict(mine), indent=1).encode()
         if not self._storage.put_if_absent(self._path(token), content):
@@ -162,7 +162,7 @@ class Lease:
         return f"{self._folder}/{token:08d}.beat.json"
 
 
-def _machine() -> str:
+def machine() -> str:
     """Names boot and process namespace; empty where that cannot be known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -171,7 +171,7 @@ def _machine() -> str:
         return ""
 
 
-def _start_of(pid: int) -> str:
+def start_of(pid: int) -> str:
     """When a process of this machine started; empty where it is gone or a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()

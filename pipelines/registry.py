@@ -114,6 +114,15 @@ class Registry(Runs):
             if not (token := page.token):
                 return sorted(found, key=lambda v: v.version)
 
+    def streams(self) -> list[str]:
+        """Names of all registered models."""
+        found, token = [], None
+        while True:
+            page = self._client.search_registered_models(page_token=token)
+            found += [model.name for model in page]
+            if not (token := page.token):
+                return found
+
     def version_of(self, name: str, prefix: str) -> Version | None:
         """The version of the model after a task, by its place in the chain; None: not there."""
         with contextlib.suppress(InputError):  # nothing of the stream is registered yet
@@ -211,10 +220,9 @@ class Registry(Runs):
         try:
             return self._client.get_registered_model(name)
         except MlflowException as error:
-            streams = [m.name for m in self._client.search_registered_models()]
             raise InputError(f"no stream {name!r} in the registry "
                              f"{mask_password(self.tracking_uri)}; there: "
-                             + _listed(streams)) from error
+                             + _listed(self.streams())) from error
 
     def _add_version(self, run_id: str, tags: dict[str, str], contents: Contents,
                      record: Registration) -> int:

@@ -33,6 +33,8 @@ _WRONG_KEY = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken",
             "RequestExpired", "UnauthorizedSSOTokenError", "TokenRetrievalError"}
 _MISSING = {"NoSuchBucket", "404"}
+_NO_KEYS = ("no AWS credentials found; give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "AWS_PROFILE, or a role of the machine, to this process and to every Ray node")
 _REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "301",
            "IllegalLocationConstraintException"}
 
@@ -150,7 +152,10 @@ class _PatientFile:
 
 @functools.cache
 def s3_client(options: S3Options, attempts: int = ATTEMPTS) -> Any:
-    """The boto3 client for what pyarrow cannot do; made once a process."""
+    """The boto3 client for what pyarrow cannot do; made once a process.
+
+    Raises: InputError where the AWS chain of this process finds no keys.
+    """
     import boto3
     from botocore.config import Config
 
@@ -161,6 +166,8 @@ def s3_client(options: S3Options, attempts: int = ATTEMPTS) -> Any:
                     request_checksum_calculation="when_required",
                     response_checksum_validation="when_required")
     session = boto3.session.Session()  # the default one is not made for several threads
+    if session.get_credentials() is None:
+        raise InputError(_NO_KEYS)
     return session.client("s3", endpoint_url=options.endpoint, region_name=options.region,
                           config=config)
 
@@ -325,8 +332,7 @@ def explain(error: Exception, options: S3Options, bucket: str) -> str:
 
     if not isinstance(error, ClientError):
         if isinstance(error, NoCredentialsError | PartialCredentialsError):
-            return ("no AWS credentials found; give AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                    "AWS_PROFILE, or a role of the machine, to this process and to every Ray node")
+            return _NO_KEYS
         if type(error).__name__ in _EXPIRED or "expired" in str(error).lower():
             return f"AWS credentials have expired ({error}); renew them and run the same command"
         return (f"S3 service {options} does not answer ({error}); allowed: an endpoint that "

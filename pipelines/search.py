@@ -21,6 +21,7 @@ from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.stream import Experience
 from pipelines.data import open_data
+from pipelines.in_use import InUse
 from pipelines.packing import Packing, Room, pack
 from pipelines.progress import Progress
 from pipelines.sampling import Goal, Proposals, TrialSource
@@ -86,7 +87,9 @@ def _tune(config: Config, options: SearchConfig, storage: Storage, say: Say) -> 
     if not options.forecast_only:
         settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
         settings = settled(state.create(settings), settings, options)
-    return _Search(config, space, options, storage, state, settings, experiences, say).run()
+    with InUse(storage, f"search {state.name}") as in_use:
+        return _Search(config, space, options, storage, state, settings, experiences, say,
+                       in_use).run()
 
 
 @dataclasses.dataclass
@@ -101,6 +104,7 @@ class _Search:
     settings: dict[str, Any]
     experiences: list[Experience]
     say: Say
+    in_use: InUse
 
     def run(self) -> dict[str, Any]:
         names = ", ".join(map(str, self.space.depths()))
@@ -164,7 +168,7 @@ class _Search:
         config = self.space.config(self.config, {"features.views": self.space.largest(
             "features.views", self.config.features.views)})
         on = Computing(compute.feature_workers, self.need.gpus > 0, self.threads,
-                       progress.features)
+                       progress.features, progress.line, self.in_use)
         manifests, decoded = depth_features(self.storage, self.network, config, experiences,
                                             self.space.depths(), on)
         progress.features_done(list(manifests.values()), decoded)

@@ -29,6 +29,7 @@ from partialhn.store import Manifest
 from partialhn.stream import Experience
 from partialhn.train import EpochRecord, TaskRecord
 from pipelines.features import compute_features
+from pipelines.in_use import InUse
 from pipelines.progress import Progress
 from pipelines.storage import Storage
 from pipelines.worker import Assignment, Events, learn
@@ -80,7 +81,10 @@ def _init_ray(address: str, **options: Any) -> None:
 
 
 class Stages:
-    """The stages of one stream's run; Ray must have been started."""
+    """The stages of one stream's run; Ray must have been started.
+
+    A context: inside it no features that the stages made or found are pruned.
+    """
 
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
         """Decides on devices and threads, and refuses what the cluster can never give."""
@@ -98,6 +102,13 @@ class Stages:
                              f"cluster has {there.get(needed, 0):g}; allowed: as many workers as "
                              f"there are {needed}s")
         self.threads = compute.threads or max(1, (os.cpu_count() or 1) // compute.workers)
+        self.in_use = InUse(storage, f"stream {stream}")
+
+    def __enter__(self) -> "Stages":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.in_use.__exit__(*error)
 
     def network(self, first: Experience) -> Network:
         """The network the trunk is cut from: found, or trained on the first task by a Ray task."""
@@ -140,7 +151,7 @@ class Stages:
         manifests, decoded = compute_features(
             self.storage, parts.trunk, jobs, workers=workers, gpu=self.gpu,
             threads=self.config.compute.threads or max(1, (os.cpu_count() or 1) // workers),
-            progress=self.progress.features)
+            progress=self.progress.features, say=self.progress.line, in_use=self.in_use)
         self.progress.features_done(manifests, decoded)
         return manifests, decoded
 

@@ -89,8 +89,6 @@ def _notes(config: Config, tasks: int) -> list[str]:
             f"would take --code-dim {(tasks - 1) * fresh}"]
 
 
-
-
 @dataclasses.dataclass
 class _Job:
     """One run of the main job, stage by stage."""
@@ -113,7 +111,10 @@ class _Job:
             raise
 
     def _run(self, parent: str) -> dict[str, Any]:
-        stages = Stages(self.config, self.storage, self.output.name, self.progress)
+        with Stages(self.config, self.storage, self.output.name, self.progress) as stages:
+            return self._walk(stages, parent)
+
+    def _walk(self, stages: Stages, parent: str) -> dict[str, Any]:
         parts = cut(self.config, stages.network(self.experiences[0]))
         self.clock.lap("trunk")
         prefixes = prefixes_of(self.config, parts.network, self.experiences)

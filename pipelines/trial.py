@@ -118,7 +118,7 @@ def _task(bench: Bench, config: Config, name: str, classes: int) -> TaskFeatures
     depth = config.backbone.freeze_depth
     train = open_features(bench, (depth, name, "train"))
     held_out = open_features(bench, (depth, name, "validation"))
-    return TaskFeatures(name, classes, _first_views(train, config.features.views), None, held_out)
+    return TaskFeatures(name, classes, train.first_views(config.features.views), None, held_out)
 
 
 def open_features(bench: Bench, place: Place) -> FeatureSet:
@@ -134,16 +134,6 @@ def open_features(bench: Bench, place: Place) -> FeatureSet:
 def _opened() -> dict[str, FeatureSet]:
     """Memory-mapped features by key: an actor runs many trials, one after the other."""
     return {}
-
-
-def _first_views(features: FeatureSet, views: int) -> FeatureSet:
-    """The same images with the first views alone: they do not depend on how many there are."""
-    if features.views == views:
-        return features
-    manifest = dataclasses.replace(features.manifest,
-                                   shape_VCHW=(views, *features.manifest.shape_VCHW[1:]))
-    return FeatureSet(manifest, [shard[:, :views].contiguous() for shard in features.shards],
-                      features.y_N, features.ids)
 
 
 def _keep(bench: Bench, folder: str, learner: Learner, meter: _Meter) -> None:

@@ -125,8 +125,19 @@ class Features:
     """Arrow shards whose manifest vouches for them, and manifests."""
 
     def __init__(self, folder):
+        self.sets = [StoredSet(folder, dtype, compression) for dtype, compression in
+                     (("float32", "none"), ("int8", "none"), ("int8", "lz4"))]
+
+    def run(self, rng):
+        self.sets[int(rng.integers(len(self.sets)))].run(rng)
+
+
+class StoredSet:
+    """One set of features."""
+
+    def __init__(self, folder, dtype, compression):
         self.store = FeatureStore(pafs.LocalFileSystem(), str(folder))
-        self.recipe = FeatureRecipe("t", "d", "none", 16, 1, "none", 0, "float32", 10)
+        self.recipe = FeatureRecipe("t", "d", "none", 16, 1, "none", 0, dtype, 10, compression)
         z_NVCHW = torch.arange(10 * 12.0).reshape(10, 1, 3, 2, 2)
         shard = self.store.write_shard(self.recipe, 0, z_NVCHW, np.arange(10) % 2,
                                        [str(i) for i in range(10)], seconds=0.1)

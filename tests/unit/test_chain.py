@@ -19,7 +19,8 @@ from partialhn.errors import IntegrityError
 from partialhn.predict import Predictor
 from partialhn.result import Outcome
 from partialhn.run import run_stream
-from partialhn.slots import Slot, join
+from partialhn.slots import Slot
+from partialhn.store import join
 from partialhn.train import EpochRecord, Learner, TaskFeatures
 
 CONFIG = Config.from_dict({

@@ -30,6 +30,7 @@ LIMITS = {
     "features.shard_rows": [0],
     "features.augment": ["none", "rotate"],
     "features.feature_dtype": ["float64"],
+    "features.compression": ["zstd"],
     "hypernet.generator": ["trilinear"],
     "hypernet.code_dim": [0],
     "hypernet.fresh_columns": [-1, 0],
@@ -189,7 +190,8 @@ def changed(config, key, value):
 def test_work_hash_ignores_what_changes_nothing():
     config = Config()
     for key, value in [("compute.workers", 2), ("compute.device", "cpu"), ("compute.threads", 7),
-                       ("compute.ray_address", "auto"), ("data.data", "/elsewhere")]:
+                       ("compute.ray_address", "auto"), ("data.data", "/elsewhere"),
+                       ("features.compression", "lz4")]:
         assert changed(config, key, value).work_hash() == config.work_hash()
 
 
@@ -211,7 +213,8 @@ def test_work_hash_names_everything_else():
         "train.batch_size": 2, "train.learning_rate": 0.1, "train.schedule": "constant",
         "train.label_smoothing": 0.1, "train.seed": 1,
     }
-    ours = {key for key in every_key() if not key.startswith("compute.")} - {"data.data"}
+    ours = {key for key in every_key() if not key.startswith("compute.")}
+    ours -= {"data.data", "features.compression"}
     assert changes.keys() == ours
     hashes = [config.work_hash()] + [changed(config, key, value).work_hash()
                                      for key, value in changes.items()]

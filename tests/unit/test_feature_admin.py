@@ -89,3 +89,18 @@ def test_verify_names_a_missing_shard_and_a_damaged_manifest(command, store):
     code, out, _ = command("verify")
     assert (code, f"manifest of features {RECIPE.key} cannot be read" in out) == (1, True)
     assert "damaged" in command("list")[1]
+
+
+@pytest.mark.parametrize("words", [("features", "list"), ("features", "verify"),
+                                   ("features", "show", "a"), ("features", "prune",
+                                                               "--unreferenced"),
+                                   ("train", "--data", "digits", "--tasks", "5")])
+def test_without_keys_of_aws_a_command_says_what_to_set(words, monkeypatch, tmp_path, capsys):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    code = run([*words, "--storage", "s3://bucket/a?endpoint=http://127.0.0.1:9&region=nowhere"])
+    assert code == 2
+    assert "error: no AWS credentials found; give AWS_ACCESS_KEY_ID" in capsys.readouterr().err

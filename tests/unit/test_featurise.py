@@ -2,6 +2,9 @@
 
 import dataclasses
 import io
+import os
+import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -236,3 +239,84 @@ def test_images_left_out_earlier_are_not_silently_missing(store, with_options, e
     precompute(store, trunk, lenient)
     with pytest.raises(InputError, match=r"03\.png is no readable .*1 such images were left out"):
         precompute(store, trunk, strict)
+
+
+def test_the_seconds_of_a_depth_are_those_it_takes_alone(store, with_options, experience, deepest,
+                                                         monkeypatch):
+    """What is deeper does not count, nor what was written for others before it."""
+    whole, written = type(deepest).outputs, FeatureStore._write
+
+    def outputs(self, images_BCHW):
+        for depth, z_BCHW in whole(self, images_BCHW):
+            if depth == 3:
+                time.sleep(0.3)
+            yield depth, z_BCHW
+
+    def write(self, path, content):
+        time.sleep(0.1)
+        written(self, path, content)
+
+    monkeypatch.setattr(type(deepest), "outputs", outputs)
+    monkeypatch.setattr(FeatureStore, "_write", write)
+    jobs = jobs_at(with_options, experience, deepest, [1, 2, 3])[1::3]  # of one shard
+    start = time.perf_counter()
+    manifests, _ = precompute(store, deepest, jobs)
+    total = time.perf_counter() - start
+    one, two, three = (manifest.shards[0].seconds for manifest in manifests)
+    assert three >= 0.4
+    assert three - two >= 0.25
+    assert abs(two - one) < 0.15
+    assert max(one, two, three) <= total - 0.2 + 0.001, "the others' writing is theirs"
+
+
+def test_two_processes_may_write_the_same_features_at_once(tmp_path, store, jobs, trunk):
+    """Both succeed with one set, which verifies, and whose every shard is one of theirs."""
+    torch.set_num_threads(1)
+    made = jobs()
+    go, children = tmp_path / "go", []
+    for name in "ab":
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                while not go.exists():
+                    time.sleep(0.001)
+                manifests, decoded = precompute(store, trunk, made)
+                (tmp_path / name).write_text(f"{decoded} {[m.key for m in manifests]} "
+                                             f"{[m.created for m in manifests]}")
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    go.touch()
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    (decoded, keys), (others, same) = ((tmp_path / name).read_text().split(" ", 1)
+                                       for name in "ab")
+    assert keys == same
+    assert 25 <= int(decoded) + int(others) <= 50
+    for job in made:
+        manifest = store.find(job.recipe)
+        assert manifest.rows == len(job.table)
+        opened = store.open(manifest)
+        again = finish(FeatureStore(LOCAL, str(tmp_path / "alone")), trunk, job)
+        assert all(map(torch.equal, opened.shards, again.shards))
+        folder = pathlib.Path(store.folder(job.recipe.key))
+        assert {path.name for path in folder.glob("*.arrow")} == {
+            shard.name for shard in manifest.shards}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_number_types_are_made_in_one_pass_with_the_others(store, with_options, experience, trunk,
+                                                           dtype):
+    configs = [with_options(features={"feature_dtype": each, "compression": compression})
+               for each in ("float32", dtype) for compression in ("none", "lz4")]
+    jobs = [job for config in configs for job in feature_jobs(config, [experience], trunk)]
+    manifests, decoded = precompute(store, trunk, jobs)
+    assert decoded == 25
+    rows_B = torch.arange(12)
+    train = [store.open(manifest).gather(rows_B, torch.ones_like(rows_B))
+             for manifest in manifests[::3]]
+    assert torch.equal(train[0], train[1])
+    assert torch.equal(train[2], train[3])
+    assert not torch.equal(train[0], train[2])
+    assert (train[0] - train[2]).abs().max() < 0.01 * train[0].abs().max()

@@ -59,7 +59,7 @@ def test_eight_at_the_same_moment(storage):
 
 
 def test_it_expires(storage, monkeypatch):
-    monkeypatch.setattr(module, "_machine", lambda: "")  # as on another machine
+    monkeypatch.setattr(module, "machine", lambda: "")  # as on another machine
     first = Lease(storage, "s", seconds=3600)
     assert first.acquire() is None
     assert Lease(storage, "s").acquire().token == 1
@@ -74,7 +74,7 @@ def test_it_expires(storage, monkeypatch):
 
 
 def test_it_is_kept_alive_while_it_is_held(storage, monkeypatch):
-    monkeypatch.setattr(module, "_machine", lambda: "")
+    monkeypatch.setattr(module, "machine", lambda: "")
     with Lease(storage, "s", seconds=1.2) as held:
         assert held.acquire() is None
         time.sleep(2.4)

@@ -12,7 +12,8 @@ from partialhn.probe import _pooled, linear_probe
 
 def features_of(tasks, z_NVCHW, y_N):
     whole = tasks[0].train
-    return dataclasses.replace(whole, shards=[z_NVCHW], y_N=y_N,
+    manifest = dataclasses.replace(whole.manifest, shape_VCHW=tuple(z_NVCHW.shape[1:]))
+    return dataclasses.replace(whole, manifest=manifest, shards=[z_NVCHW], y_N=y_N,
                                ids=[str(i) for i in range(len(y_N))])
 
 

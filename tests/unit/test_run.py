@@ -145,3 +145,21 @@ def test_given_tasks_of_image_folders_at_full_depth(tmp_path, images):
     assert [task.name for task in model.tasks] == ["first", "second"]
     assert [len(task.classes) for task in model.tasks] == [2, 3]
     assert fields["macs"]["frozen_share"] > 0.99
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_stream_is_learned_from_any_number_type(run, dtype):
+    """About as well as from float16; and compressed it is the same stream, learned already."""
+    root, _, _, wanted = run
+    train = dataclasses.replace(CONFIG.train, compare=())
+    config = dataclasses.replace(CONFIG, train=train, features=dataclasses.replace(
+        CONFIG.features, feature_dtype=dtype))
+    _, found = run_stream(config, root)
+    assert found["acc"] == pytest.approx(wanted["acc"], abs=0.04)
+    assert found["without_task_id"]["acc"] == pytest.approx(
+        wanted["without_task_id"]["acc"], abs=0.06)
+    packed = dataclasses.replace(config, features=dataclasses.replace(config.features,
+                                                                      compression="lz4"))
+    _, again = run_stream(packed, root)
+    assert again["weights_hash"] == found["weights_hash"]
+    assert again["images_decoded"] == sum(task["test_images"] for task in again["tasks"])

@@ -11,8 +11,8 @@ import torch
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from partialhn.cache import ShardCache
-from partialhn.errors import IntegrityError
-from partialhn.store import FeatureRecipe, FeatureStore
+from partialhn.errors import InputError, IntegrityError
+from partialhn.store import FeatureRecipe, FeatureStore, join
 
 RECIPE = FeatureRecipe(trunk="t", data="d", transform="none", input_size=16, views=2,
                        augment="flip", seed=0, dtype="float32", shard_rows=4)
@@ -39,10 +39,11 @@ def write(store, recipe, z_NVCHW, bad=()):
     return store.commit(recipe, shards, SHAPE_VCHW)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("compression", ["none", "lz4"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("rows", [3, 10])
-def test_round_trip(store, dtype, rows):
-    recipe = dataclasses.replace(RECIPE, dtype=dtype)
+def test_round_trip(store, dtype, compression, rows):
+    recipe = dataclasses.replace(RECIPE, dtype=dtype, compression=compression)
     z_NVCHW = features(rows)
     manifest = write(store, recipe, z_NVCHW, bad=[("image 99", "is empty")])
     found = store.find(recipe)
@@ -76,7 +77,7 @@ def mappings(name):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")  # noqa: PTH110
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 def test_features_are_mapped_and_not_copied(store, dtype):
     recipe = dataclasses.replace(RECIPE, dtype=dtype)
     manifest = write(store, recipe, features(10))
@@ -109,13 +110,94 @@ def test_a_single_shard_gathers_the_same(store):
 
 @pytest.mark.parametrize(("field", "value"), [
     ("trunk", "u"), ("data", "e"), ("transform", "blur"), ("input_size", 32), ("views", 3),
-    ("augment", "crop"), ("seed", 1), ("dtype", "float16"), ("shard_rows", 5)])
+    ("augment", "crop"), ("seed", 1), ("dtype", "float16"), ("dtype", "bfloat16"),
+    ("dtype", "int8"), ("shard_rows", 5), ("compression", "lz4")])
 def test_every_field_of_the_recipe_changes_the_key(field, value):
     assert dataclasses.replace(RECIPE, **{field: value}).key != RECIPE.key
     assert {f.name for f in dataclasses.fields(RECIPE)} == {
         "trunk", "data", "transform", "input_size", "views", "augment", "seed", "dtype",
-        "shard_rows"}
+        "shard_rows", "compression"}
     assert dataclasses.replace(RECIPE).key == RECIPE.key
+
+
+def test_features_stored_before_there_was_compression_are_found():
+    old = FeatureRecipe("t", "d", "none", 16, 2, "flip", 0, "float16", 4)
+    assert old.key == "5c7a2872108c1cdc66808a8dfaa11509"
+    assert FeatureRecipe(**old.fields()) == old
+    assert "compression" not in old.fields()
+
+
+# int8 --------------------------------------------------------------------------------------------
+
+
+def int8(store, z_NVCHW, compression="none"):
+    recipe = dataclasses.replace(RECIPE, dtype="int8", compression=compression)
+    return store.open(write(store, recipe, z_NVCHW))
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4"])
+def test_int8_is_within_half_a_step_of_each_channel_of_each_shard(store, compression):
+    z_NVCHW = features(10) * torch.tensor([1.0, 100.0, 1e-4]).view(1, 1, 3, 1, 1)
+    z_NVCHW[4:8] *= 7  # the second shard has other scales
+    z_NVCHW[8:, :, 1] = 0  # nothing in a channel of the third
+    opened = int8(store, z_NVCHW, compression)
+    assert all(shard.dtype == torch.int8 for shard in opened.shards)
+    for features_ in (opened, opened.to(torch.device("cpu"))):
+        for view in (0, 1):
+            rows_B = torch.arange(10)
+            found = features_.gather(rows_B, torch.full((10,), view))
+            assert found.dtype == torch.float32
+            for start in (0, 4, 8):
+                part = z_NVCHW[start:start + 4]
+                step_C = part.abs().amax((0, 1, 3, 4)) / 127
+                error_NCHW = (found[start:start + 4] - part[:, view]).abs()
+                assert (error_NCHW <= 0.501 * step_C.view(1, 3, 1, 1) + 1e-12).all()
+
+
+def test_int8_is_a_function_of_the_shard_alone(store, tmp_path):
+    z_NVCHW = features(10)
+    others = z_NVCHW.clone()
+    others[:4] *= 3
+    mine = int8(store, z_NVCHW).manifest
+    theirs = int8(FeatureStore(LocalFileSystem(), str(tmp_path / "b")), others).manifest
+    assert [shard.sha256 for shard in mine.shards[1:]] == [
+        shard.sha256 for shard in theirs.shards[1:]]
+    assert mine.shards[0].sha256 != theirs.shards[0].sha256
+
+
+def test_int8_refuses_what_is_not_finite(store):
+    z_NVCHW = features(4)
+    z_NVCHW[2, 0, 1, 1, 1] = float("inf")
+    with pytest.raises(InputError, match=r"feature_dtype is 'int8'.*not finite"):
+        int8(store, z_NVCHW)
+
+
+@pytest.mark.parametrize("scale", [None, "[1.0]", "[1.0, 0.0, 1.0]", "[1.0, NaN, 1.0]", "{}", "x"])
+def test_an_int8_shard_without_its_scales_is_refused(store, scale, monkeypatch):
+    from partialhn import codec
+
+    whole = codec.pa.schema
+
+    def other(fields, metadata):
+        metadata = {key: value for key, value in metadata.items() if key != "scale"}
+        return whole(fields, metadata=metadata | ({"scale": scale} if scale else {}))
+
+    monkeypatch.setattr(codec.pa, "schema", other)
+    with pytest.raises(IntegrityError, match="is not what its manifest says"):
+        int8(store, features(4))
+
+
+def test_sets_of_several_number_types_are_joined(store):
+    z_NVCHW = features(10)
+    plain = store.open(write(store, RECIPE, z_NVCHW))
+    both = join([plain, int8(store, z_NVCHW)])
+    rows_B = torch.arange(20)
+    for each in (both, both.to(torch.device("cpu"))):
+        found = each.gather(rows_B, torch.ones_like(rows_B))
+        assert torch.equal(found[:10], z_NVCHW[:, 1])
+        assert (found[10:] - z_NVCHW[:, 1]).abs().max() < 0.03
+    assert torch.equal(both.first_views(1).gather(rows_B, torch.zeros_like(rows_B)),
+                       both.gather(rows_B, torch.zeros_like(rows_B)))
 
 
 def test_without_a_manifest_nothing_is_there(store):

@@ -91,10 +91,8 @@ def test_fewer_views_are_the_first_of_those_stored(bench, config):
     test = bench.manifests[3, bench.tasks[0][0], "test"].bytes
     assert test < found.feature_bytes < two.feature_bytes
     features = open_features(bench, (3, bench.tasks[0][0], "train"))
-    from pipelines.trial import _first_views
-
     rows_B = torch.tensor([0, 3])
-    assert torch.equal(_first_views(features, 1).gather(rows_B, torch.zeros(2, dtype=int)),
+    assert torch.equal(features.first_views(1).gather(rows_B, torch.zeros(2, dtype=int)),
                        features.gather(rows_B, torch.zeros(2, dtype=int)))
 
 

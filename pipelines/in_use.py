@@ -1,0 +1,146 @@
+"""Who works with which stored features now, so that none is deleted under a running job.
+
+    <root>/in-use/<id>.json    who, which keys, until when; rewritten by its holder as it lives
+
+A job writes down its keys *before* it looks for them; a prune writes down that it prunes *before*
+it looks for jobs. So of two at once at least one sees the other: the prune leaves the job's keys
+alone, and the job waits until the prune has ended. A record ends when it is given back, has expired
+by the storage's own clock, or was made on this machine by a process that is gone.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from partialhn.errors import InputError, IntegrityError
+from pipelines.lease import machine, start_of
+from pipelines.storage import Storage
+
+SECONDS = 120.0
+"""How long a record holds without a sign of life."""
+_FOLDER = "in-use"
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One record."""
+
+    what: str
+    keys: tuple[str, ...]
+    prunes: bool
+    host: str
+    pid: int
+    machine: str
+    started: str
+    expires: float
+    """Seconds since 1970, by the storage's clock."""
+
+    def __str__(self) -> str:
+        return f"{self.what} on {self.host} (process {self.pid})"
+
+    def is_over(self, now: float) -> bool:
+        """Whether nobody holds it any more."""
+        gone = bool(self.machine) and self.machine == machine() and (
+            start_of(self.pid) != self.started)
+        return gone or self.expires <= now
+
+
+class InUse:
+    """This process's record, written with the first keys and kept alive by a thread."""
+
+    def __init__(self, storage: Storage, what: str, *, prunes: bool = False,
+                 seconds: float = SECONDS) -> None:
+        self._storage, self._seconds = storage, seconds
+        self._path = storage.path(_FOLDER, f"{uuid.uuid4().hex}.json")
+        self._mine = Use(what, (), prunes, socket.gethostname(), os.getpid(), machine(),
+                         start_of(os.getpid()), 0.0)
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, keys: Iterable[str]) -> None:
+        """Says that these keys are in use too, and returns once no prune is under way.
+
+        Raises: InputError for a prune where another one is under way.
+        """
+        with self._lock:
+            both = dict.fromkeys([*self._mine.keys, *keys])
+            self._mine = dataclasses.replace(self._mine, keys=tuple(both))
+        self._write()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._beat_on, daemon=True)
+            self._thread.start()
+        while other := self._prune():
+            if self._mine.prunes:
+                self.release()
+                raise InputError(f"{self._storage.uri} is being pruned by {other}; allowed: one "
+                                 "prune at a time")
+            time.sleep(0.2)
+
+    def release(self) -> None:
+        """Takes the record back."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._storage.delete(self._path)
+
+    def __enter__(self) -> "InUse":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # it expires by itself; what failed inside counts
+            self.release()
+
+    def _prune(self) -> Use | None:
+        return next((use for path, use in records(self._storage)
+                     if use.prunes and path != self._path), None)
+
+    def _beat_on(self) -> None:
+        while not self._stop.wait(self._seconds / 6):
+            with contextlib.suppress(Exception):  # the next beat may succeed
+                self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            self._mine = dataclasses.replace(self._mine,
+                                             expires=self._storage.now() + self._seconds)
+            self._storage.write_text(self._path, json.dumps(dataclasses.asdict(self._mine)))
+
+
+def records(storage: Storage) -> Iterator[tuple[str, Use]]:
+    """Path and content of every record that somebody holds.
+
+    Raises: IntegrityError for a file that is no record.
+    """
+    now = storage.now() if storage.exists(storage.path(_FOLDER)) else 0.0
+    for entry in storage.list(storage.path(_FOLDER)):
+        with contextlib.suppress(FileNotFoundError):  # given back meanwhile
+            use = _parse(entry.path, storage.read_text(entry.path))
+            if not use.is_over(now):
+                yield entry.path, use
+
+
+def clear(storage: Storage) -> None:
+    """Deletes the records that nobody holds any more."""
+    held = {path for path, _ in records(storage)}
+    for entry in storage.list(storage.path(_FOLDER)):
+        if entry.path not in held and entry.modified < storage.now() - SECONDS:
+            storage.delete(entry.path)
+
+
+def _parse(path: str, text: str) -> Use:
+    try:
+        fields: dict[str, Any] = json.loads(text)
+        use = Use(**fields | {"keys": tuple(fields["keys"])})
+        if not isinstance(use.expires, int | float) or type(use.pid) is not int:
+            raise ValueError(f"expires is {use.expires!r}, pid {use.pid!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{path} cannot be read as a record of features in use: {error!r}; "
+                             "delete it where no job runs") from error
+    return use

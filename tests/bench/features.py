@@ -1,0 +1,186 @@
+"""The feature store against what it cannot be faster than: the bare trunk, numpy, the local disk.
+
+    python tests/bench/features.py [--quick] [--json FILE]
+
+Real digits at 32x32, slim ResNet-18 frozen through its third stage, one thread. S3 is the service
+that PARTIALHN_TEST_S3_ENDPOINT names (with PARTIALHN_TEST_S3_ACCESS_KEY and _SECRET_KEY), else
+moto's.
+
+Legend: N images, V views, B batch, C channels, H W spatial.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+from pyarrow.fs import LocalFileSystem
+from rows import compare, row, say, write
+
+from partialhn.backbone import build_network, split
+from partialhn.cache import SETTLED_SECONDS
+from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig, FeatureConfig
+from partialhn.datasets import decode, open_stream
+from partialhn.featurise import compute_shards, feature_jobs, precompute, run_trunk
+from partialhn.run import cut
+from partialhn.store import FeatureStore
+from partialhn.train import Learner, TaskFeatures, Workers, epoch_batches
+from partialhn.views import augment
+from pipelines.features import open_store
+from pipelines.s3 import s3_client
+from pipelines.storage import open_storage
+
+CONFIG = Config(DataConfig(tasks=1), BackboneConfig(freeze_depth=3),
+                FeatureConfig(shard_rows=256))
+
+
+def precomputing(folder: Path, experience, rounds: int):
+    """A shard from encoded images to a claimed Arrow file, against the trunk on decoded pixels."""
+    trunk = split(build_network("slim_resnet18", 2), 3)[0]
+    few = dataclasses.replace(experience, train=experience.train.take(range(256)))
+    job = feature_jobs(CONFIG, [few], trunk)[0]
+    images_BCHW = decode(few.train, 32).images_BCHW
+    views = [augment(images_BCHW, np.arange(256), 256, view, "crop-flip", 0) for view in (0, 1)]
+
+    def ours() -> None:
+        store = FeatureStore(LocalFileSystem(), str(folder / uuid.uuid4().hex))
+        compute_shards(store, trunk, (job,), 0)
+
+    def bare() -> None:
+        for view_BCHW in views:
+            run_trunk(trunk, view_BCHW)
+
+    theirs, mine, ratio, spread = compare(bare, ours, rounds, 1)
+    yield row("features/precompute/depth3", "the bare trunk on decoded pixels; the ratio is of "
+              "throughputs", ratio, 0.9, at_least=True, median_ms=mine, baseline_ms=theirs,
+              spread=round(spread, 3))
+
+
+def reading(folder: Path, features, rounds: int):
+    """An epoch of batches from the mapped shards, against numpy on one mapped file of the bytes."""
+    path = folder / "whole.npy"
+    np.save(path, torch.cat(features.shards).numpy())
+    whole_NVCHW, y_N = np.load(path, mmap_mode="r"), features.y_N.numpy()
+
+    def ours() -> None:
+        for _ in epoch_batches(features, 64, (0, 0, 0), Workers()):
+            pass
+
+    def plain() -> None:
+        rng = np.random.default_rng((0, 0, 0))
+        order_N = rng.permutation(len(y_N))
+        view_N = rng.integers(0, features.views, len(y_N))
+        for start in range(0, len(y_N) - 63, 64):
+            rows_B = order_N[start:start + 64]
+            torch.from_numpy(whole_NVCHW[rows_B, view_N[start:start + 64]].astype(np.float32))
+            torch.from_numpy(y_N[rows_B])
+
+    mine, theirs, ratio, spread = compare(ours, plain, rounds, 3)
+    yield row("features/epoch/mapped-arrow", "numpy on one mapped file of the same bytes", ratio,
+              1.1, median_ms=mine, baseline_ms=theirs, spread=round(spread, 3),
+              shards=len(features.shards))
+
+
+def training(folder: Path, experience, rounds: int, epochs: int):
+    """Opening features and learning from them: on S3, with copies in the cache, against local."""
+    network = build_network("slim_resnet18", 2)
+    parts = cut(CONFIG, network)
+    with s3() as place:
+        remote = open_storage(place)
+        stores = {"s3": open_store(remote, ComputeConfig(cache=str(folder / "cache"))),
+                  "local": FeatureStore(LocalFileSystem(), str(folder / "local"))}
+        jobs = feature_jobs(CONFIG, [experience], parts.trunk)
+        precompute(stores["local"], parts.trunk, jobs)
+        for job in jobs:  # the same bytes, uploaded
+            source = Path(stores["local"].folder(job.recipe.key))
+            for file in sorted(source.iterdir(), key=lambda file: file.name == "manifest.json"):
+                with remote.filesystem.open_output_stream(
+                        f"{stores['s3'].folder(job.recipe.key)}/{file.name}") as sink:
+                    sink.write(file.read_bytes())
+        config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, epochs=epochs))
+
+        def learn(store):
+            def step() -> None:
+                train, test = (store.open(store.find(job.recipe)) for job in jobs
+                               if job.split in ("train", "test"))
+                learner = Learner(parts.strategy(config), config.train)
+                for _ in learner.learn([TaskFeatures("a", len(experience.classes), train, None,
+                                                     test)]):
+                    pass
+            return step
+
+        learn(stores["s3"])()
+        learn(stores["local"])()
+        time.sleep(2 * SETTLED_SECONDS)
+        mine, theirs, ratio, spread = compare(learn(stores["s3"]), learn(stores["local"]), rounds,
+                                              1)
+    yield row("features/train/s3-warm-cache", "the same from local files", ratio, 1.05,
+              median_ms=mine, baseline_ms=theirs, spread=round(spread, 3))
+
+
+@contextlib.contextmanager
+def s3():
+    """The URI of a new bucket, gone afterwards."""
+    endpoint = os.environ.get("PARTIALHN_TEST_S3_ENDPOINT")
+    keys = {f"AWS_{name}": os.environ.get(f"PARTIALHN_TEST_S3_{short}", "testing") for name, short
+            in (("ACCESS_KEY_ID", "ACCESS_KEY"), ("SECRET_ACCESS_KEY", "SECRET_KEY"))}
+    os.environ.update(keys)
+    with contextlib.ExitStack() as stack:
+        if endpoint is None:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            server = stack.enter_context(subprocess.Popen(
+                [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+            stack.callback(server.terminate)
+            endpoint = f"http://127.0.0.1:{port}"
+            for _ in range(300):
+                with contextlib.suppress(OSError):
+                    socket.create_connection(("127.0.0.1", port), 1).close()
+                    break
+                time.sleep(0.2)
+        bucket = f"partialhn-bench-{uuid.uuid4().hex[:12]}"
+        place = f"s3://{bucket}/store?endpoint={endpoint}&region=us-east-1"
+        client = s3_client(open_storage(place).s3)
+        client.create_bucket(Bucket=bucket)
+        yield place
+        open_storage(place).delete(f"{bucket}/store")
+        client.delete_bucket(Bucket=bucket)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    rounds = 3 if options.quick else 9
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        experience = open_stream(CONFIG.data, folder / "datasets")[0]
+        trunk = split(build_network("slim_resnet18", 2), 3)[0]
+        store = FeatureStore(LocalFileSystem(), str(folder / "mapped"))
+        manifests, _ = precompute(store, trunk, feature_jobs(CONFIG, [experience], trunk)[:1])
+        for group in (precomputing(folder, experience, rounds),
+                      reading(folder, store.open(manifests[0]), 5 * rounds),
+                      training(folder, experience, rounds, 1 if options.quick else 3)):
+            for made in group:
+                rows.append(made)
+                say(made)
+    write(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()

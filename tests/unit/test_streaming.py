@@ -1,0 +1,208 @@
+"""Tasks larger than memory: computed shard by shard, and learned from in an order of the seed's."""
+
+import dataclasses
+import os
+import re
+import resource
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pyarrow.fs import LocalFileSystem
+
+from partialhn import store as store_module
+from partialhn import train as train_module
+from partialhn.backbone import split
+from partialhn.batch import FeatureBatch
+from partialhn.config import DataConfig
+from partialhn.datasets import open_stream
+from partialhn.featurise import feature_jobs, precompute
+from partialhn.run import cut
+from partialhn.store import FeatureRecipe, FeatureStore
+from partialhn.train import Learner, TaskFeatures, Workers, epoch_batches, prefetched
+
+MIB = 1 << 20
+CPU = torch.device("cpu")
+
+
+def in_a_process_with(memory, work):
+    """What work() returns, as text, from a process that may take so many bytes more than it has;
+    maps of files do not count.
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(reading)
+        try:
+            if memory:
+                status = Path("/proc/self/status").read_text()
+                now = 1024 * int(re.search(r"VmData:\s+(\d+)", status)[1])
+                resource.setrlimit(resource.RLIMIT_DATA, (now + memory,) * 2)
+            said = str(work())
+        except BaseException:
+            said = traceback.format_exc()
+        os.write(writing, said.encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    return said
+
+
+needs_limits = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+
+
+@needs_limits
+def test_a_task_larger_than_memory_is_computed(tmp_path, network, with_options):
+    """176 MB of features of real digits, in a process that may take 110 MiB more than it has."""
+    config = with_options(data={"input_size": 64}, backbone={"freeze_depth": 0},
+                          features={"shard_rows": 128})
+    whole = open_stream(DataConfig(data="digits", tasks=1, input_size=64, validation=0.0,
+                                   test=0.01), tmp_path / "datasets")[0]
+    trunk = split(network, 0)[0]
+    jobs = feature_jobs(config, [dataclasses.replace(whole, test=whole.test.take([0]),
+                                                     validation=whole.train.take([]))], trunk)
+    store = FeatureStore(LocalFileSystem(), str(tmp_path / "store"))
+
+    def work():
+        manifests, decoded = precompute(store, trunk, jobs)
+        return decoded, sum(manifest.bytes for manifest in manifests) // MIB
+
+    done = in_a_process_with(110 * MIB, work)
+    decoded, size = map(int, done.strip("()").split(",")) if done.startswith("(") else (done, 0)
+    assert decoded == len(whole.train) + 1
+    assert size > 150
+    too_much = in_a_process_with(110 * MIB, lambda: torch.zeros(150 * MIB, dtype=torch.uint8))
+    assert "can't allocate memory" in too_much, "the limit is one"
+
+
+# Larger than memory to learn from ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory, network, tasks):
+    """A task of 96 MiB of features (float32, depth 3) in shards of 8 MiB, compressed and not."""
+    shape_CHW = tasks[0].train.shape_CHW
+    rows = 96 * MIB // (4 * int(np.prod(shape_CHW)))
+    store = FeatureStore(LocalFileSystem(), str(tmp_path_factory.mktemp("large")))
+    manifests = {}
+    for compression in ("none", "lz4"):
+        recipe = FeatureRecipe("t", "d", "none", 16, 1, "none", 0, "float32", rows // 12,
+                               compression)
+        shards = []
+        for index, start in enumerate(range(0, rows, recipe.shard_rows)):
+            count = min(recipe.shard_rows, rows - start)
+            z_NVCHW = torch.randn(count, 1, *shape_CHW,
+                                  generator=torch.Generator().manual_seed(index))
+            shards.append(store.write_shard(recipe, index, z_NVCHW, np.arange(count) % 2,
+                                            list(map(str, range(count))), seconds=0))
+        manifests[compression] = store.commit(recipe, shards, (1, *shape_CHW))
+    return store, manifests
+
+
+def learned_weights(config, network, store, manifest, test):
+    """What an epoch of a small share of steps leads to."""
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1,
+                                                                   batch_size=512))
+    learner = Learner(cut(config, network).strategy(config), config.train)
+    train = store.open(manifest)
+    list(learner.learn([TaskFeatures("a", 2, train, None, test)]))
+    return sum(value.double().sum().item() for value in learner.strategy.state_dict().values())
+
+
+@needs_limits
+@pytest.mark.parametrize("compression", ["none", "lz4"])
+def test_a_task_larger_than_memory_is_learned_and_to_the_same_weights(large, config, network,
+                                                                      tasks, compression,
+                                                                      monkeypatch):
+    store, manifests = large
+
+    def work():
+        return learned_weights(config, network, store, manifests[compression], tasks[0].test)
+
+    resident = in_a_process_with(0, work)
+    refused = in_a_process_with(70 * MIB, work)
+    assert "emory" in refused, "the limit is one"
+    monkeypatch.setattr(train_module, "RESIDENT_BYTES", 32 * MIB)
+    monkeypatch.setattr(store_module, "SPILL_BYTES", 32 * MIB)
+    assert in_a_process_with(70 * MIB, work) == resident
+    assert float(resident) != 0
+
+
+def test_the_order_is_the_seeds_whatever_the_shards_and_workers(tmp_path):
+    z_NVCHW = torch.arange(50 * 2.0).reshape(50, 2, 1, 1, 1)
+    orders = []
+    for shard_rows in (7, 16, 50):
+        for world in (1, 2, 3):
+            for ahead in (0, 1, 3):
+                store = FeatureStore(LocalFileSystem(), str(tmp_path))
+                recipe = FeatureRecipe("t", "d", "none", 8, 2, "flip", 0, "float32", shard_rows)
+                shards = [store.write_shard(
+                    recipe, index, z_NVCHW[start:start + shard_rows], np.zeros(
+                        len(z_NVCHW[start:start + shard_rows])), list(map(str, range(
+                            len(z_NVCHW[start:start + shard_rows])))), seconds=0)
+                    for index, start in enumerate(range(0, 50, shard_rows))]
+                features = store.open(store.commit(recipe, shards, (2, 1, 1, 1)))
+                parts = [list(_read(features, Workers(rank, world), ahead))
+                         for rank in range(world)]
+                whole = []
+                for batch in zip(*parts, strict=True):
+                    mine = torch.empty(12)
+                    for rank, z_BCHW in enumerate(batch):
+                        mine[rank::world] = z_BCHW.flatten()
+                    whole.append(mine.tolist())
+                orders.append(whole)
+    assert all(order == orders[0] for order in orders)
+    assert len({value for batch in orders[0] for value in batch}) == 48
+
+
+def _read(features, workers, ahead):
+    batches = epoch_batches(features, 12, (3, 1, 4), workers)
+    return [batch.z_BCHW for batch in (prefetched(batches, CPU, ahead) if ahead else batches)]
+
+
+# The thread that reads ahead ---------------------------------------------------------------------
+
+
+def batches(count, seconds=0.0, fail=None):
+    for index in range(count):
+        if index == fail:
+            raise OSError("the disk is gone")
+        time.sleep(seconds)
+        yield FeatureBatch(torch.full((2, 1, 1, 1), float(index)), torch.zeros(2).long(), 1.0)
+
+
+def test_reading_goes_on_while_a_batch_is_used():
+    start = time.perf_counter()
+    for _ in prefetched(batches(8, 0.1), CPU):
+        time.sleep(0.1)
+    assert time.perf_counter() - start < 0.85 * 1.6
+
+
+def test_it_reads_no_further_ahead_than_asked():
+    read = []
+
+    def counted():
+        for batch in batches(10):
+            read.append(batch)
+            yield batch
+
+    ours = prefetched(counted(), CPU, 2)
+    next(ours)
+    time.sleep(0.3)
+    assert len(read) <= 4, "one in use, two waiting, one in the reader's hand"
+    assert [thread for thread in threading.enumerate() if thread.name.endswith("(read)")]
+    ours.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.endswith("(read)")]
+
+
+def test_an_error_of_the_reader_is_the_users():
+    reader = prefetched(batches(5, fail=3), CPU)
+    assert [next(reader).z_BCHW[0].item() for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(reader)
