@@ -80,8 +80,6 @@ class DataConfig:
         _require(self.classes is None or self.classes >= 2, "classes", self.classes, "2 or more")
         _require(self.images_per_class is None or self.images_per_class >= 2, "images_per_class",
                  self.images_per_class, "2 or more")
-        _require(self.stream == "classes" or self.task_transforms is not None, "task_transforms",
-                 self.task_transforms, "one transform a task where the stream is domains")
         _require(8 <= self.input_size <= 1024, "input_size", self.input_size, "8 to 1024 pixels")
         _require(0 <= self.validation <= 0.5, "validation", self.validation, "0 to 0.5")
         _require(0.01 <= self.test <= 0.5, "test", self.test, "0.01 to 0.5")
