@@ -1,11 +1,13 @@
 """`partialhn reproduce`: the comparisons, by one command."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import Positional
 
+from partialhn import __version__
 from partialhn.config import ComputeConfig
 from partialhn.errors import InputError
 from partialhn.packs import SizeName, find_pack
@@ -17,7 +19,8 @@ class Reproduce:
 
     Packs: noisy-cifar, split-cifar10, split-cifar100, split-tiny-imagenet. Runs in one process;
     what is finished is kept, so the same command goes on where it stopped. Writes table.csv,
-    table.md, plots.svg and the cells. Exit code 3: a row lies outside of its recorded range.
+    table.md, plots.svg, result.json and the cells. Exit code 3: a row lies outside of its recorded
+    range.
     """
 
     pack: Positional[str]
@@ -54,7 +57,11 @@ class Reproduce:
         cells = run_cells(config, pack.cells(self.size, self.seeds), out,
                           lambda line: print(line, flush=True))
         found = rows(cells, expected(self.pack, self.size))
-        texts = {"table.csv": table_csv(found), "table.md": table_markdown(found),
+        result = {"pack": self.pack, "size": self.size, "config": config.to_dict(),
+                  "partialhn_version": __version__,
+                  "rows": [dataclasses.asdict(row) for row in found]}
+        texts = {"result.json": json.dumps(result, indent=1), "table.csv": table_csv(found),
+                 "table.md": table_markdown(found),
                  "plots.svg": plots_svg(found, cells, config.backbone.freeze_depth)}
         for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")

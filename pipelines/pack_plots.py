@@ -84,6 +84,7 @@ def _over_time(axes: Any, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]
                   for cell in cells if cell["label"] == row.label]
         axes.plot(range(1, len(curves[0]) + 1), np.mean(curves, 0), marker=".",
                   color=_colour(row.label), label=row.label)
+    axes.set_xticks(range(1, len(cells[0]["tasks"]) + 1))
     axes.set(title="Mean accuracy over the stream", xlabel="tasks learned",
              ylabel="accuracy on all so far")
 
