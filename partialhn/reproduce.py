@@ -20,7 +20,7 @@ import torch
 from partialhn.backbone import Network
 from partialhn.config import Config
 from partialhn.datasets import open_stream
-from partialhn.errors import IntegrityError
+from partialhn.errors import InputError, IntegrityError
 from partialhn.featurise import feature_jobs, precompute
 from partialhn.packs import Cell
 from partialhn.pretrain import fit_network, load_network
@@ -39,6 +39,7 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, say: Say) -> lis
 
     `say` gets a line when something ends. Raises: InputError for anything the user can set right.
     """
+    device = _device(config)
     for depth in {cell.depth for cell in cells}:
         check(_at(config, Cell("partial_hn", depth, 0)))
     torch.set_num_threads(config.compute.threads or torch.get_num_threads())
@@ -48,7 +49,8 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, say: Say) -> lis
     folder.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if not (folder / f"{cell.name}.json").exists()]
     if missing:
-        bench = _Bench(config, experiences, {cell.depth for cell in missing}, out / "store", say)
+        bench = _Bench(config, experiences, {cell.depth for cell in missing}, out / "store", device,
+                       say)
         for done, cell in enumerate(missing, len(cells) - len(missing) + 1):
             fields = bench.learn(cell)
             _write(folder / f"{cell.name}.json", fields)
@@ -61,13 +63,14 @@ class _Bench:
     """What all cells share: the network, and the features of each depth."""
 
     def __init__(self, config: Config, experiences: Sequence[Experience], depths: set[int],
-                 root: Path, say: Say) -> None:
-        self.config, self.experiences = config, experiences
+                 root: Path, device: torch.device, say: Say) -> None:
+        self.config, self.experiences, self.device = config, experiences, device
         self.store = FeatureStore(pafs.LocalFileSystem(), str(root))
         start = time.process_time()
         self.network = self._network(root)
         trained = time.process_time()
-        deepest = cut(_at(config, Cell("partial_hn", max(depths), 0)), self.network).trunk
+        deepest = cut(_at(config, Cell("partial_hn", max(depths), 0)),
+                      self.network).trunk.to(self.device)
         self.jobs = {depth: feature_jobs(config, experiences, deepest, [depth])
                      for depth in sorted(depths)}
         _, decoded = precompute(self.store, deepest, [job for depth in sorted(depths)
@@ -81,7 +84,7 @@ class _Bench:
         """Learns one cell from its beginning."""
         config = _at(self.config, cell)
         parts = cut(config, self.network)
-        learner = Learner(parts.strategy(config), config.train)
+        learner = Learner(parts.strategy(config), config.train, self.device)
         tasks = self._tasks(cell.depth)
         start = time.process_time()
         for _ in learner.learn(tasks):
@@ -101,7 +104,8 @@ class _Bench:
         filesystem = pafs.LocalFileSystem()
         network = load_network(self.config, self.experiences[0], filesystem, str(root))
         if network is None:
-            for _ in fit_network(self.config, self.experiences[0], filesystem, str(root)):
+            for _ in fit_network(self.config, self.experiences[0], filesystem, str(root),
+                                 self.device):
                 pass
             network = load_network(self.config, self.experiences[0], filesystem, str(root))
         assert network is not None
@@ -114,6 +118,14 @@ class _Bench:
             slots = slots_of(self.experiences, self.jobs[depth], manifests)
             self._opened[depth] = open_features(self.store, slots)
         return self._opened[depth]
+
+
+def _device(config: Config) -> torch.device:
+    """Raises: InputError where a GPU is asked for and there is none."""
+    there = torch.cuda.is_available()
+    if config.compute.device == "gpu" and not there:
+        raise InputError("device is 'gpu' but no CUDA device was found; allowed here: cpu, auto")
+    return torch.device("cuda" if there and config.compute.device != "cpu" else "cpu")
 
 
 def _at(config: Config, cell: Cell) -> Config:

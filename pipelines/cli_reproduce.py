@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tyro.conf import Positional
 
@@ -33,6 +33,8 @@ class Reproduce:
     """How many seeds; default: what the size says."""
     out: str | None = None
     """Folder for everything it makes; default: reproduce/PACK-SIZE."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto: a GPU where there is one."""
     threads: int = 1
     """CPU threads."""
 
@@ -53,7 +55,8 @@ class Reproduce:
         pack = find_pack(self.pack)
         out = Path(self.out or f"reproduce/{self.pack}-{self.size}")
         config = dataclasses.replace(pack.config(self.size, self.data),
-                                     compute=ComputeConfig(threads=self.threads))
+                                     compute=ComputeConfig(device=self.device,
+                                                           threads=self.threads))
         cells = run_cells(config, pack.cells(self.size, self.seeds), out,
                           lambda line: print(line, flush=True))
         found = rows(cells, expected(self.pack, self.size))

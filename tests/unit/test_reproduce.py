@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from partialhn.errors import InputError
 from partialhn.packs import EVERY, PACKS, Cell, expected, find_pack
@@ -50,6 +51,13 @@ def test_bad_input_is_named(words, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(["reproduce", *words, "--data", "nowhere"])
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(capsys):
+    words = ["reproduce", "split-cifar10", "--data", "digits", "--device", "gpu"]
+    assert run([*words, "--out", "unused"]) == 2
+    assert "no CUDA device was found" in capsys.readouterr().err
 
 
 def test_an_unknown_pack():
