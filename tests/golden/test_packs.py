@@ -30,6 +30,6 @@ def test_nothing_is_forgotten_where_nothing_is_shared(name):
     for (label, _), row in rows.items():
         if label in ("partial_hn", "full_hn", "separate_heads", "linear_probe"):
             assert max(row["forgetting"]["values"]) == 0
-    assert rows["naive", 3]["forgetting"]["mean"] > 0.05
+    assert rows["naive", 3]["forgetting"]["mean"] > 0.02
     for label in ("joint", "latent_replay"):
         assert rows[label, 3]["forgetting"]["mean"] < rows["naive", 3]["forgetting"]["mean"]
