@@ -28,6 +28,8 @@ from partialhn.stream import Experience
 from partialhn.train import EpochRecord, TaskRecord
 
 FORMAT = 1
+BASELINE_OPTIONS = ("buffer", "ewc_strength", "lwf_strength")
+"""What the hypernetwork is not learned with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,9 @@ def prefixes_of(config: Config, network: str, slots: Sequence[Slot | Experience]
     """
     values = config.to_dict()
     del values["train"]["compare"], values["features"]["compression"]
+    if config.train.strategy == "partial_hn":
+        for key in BASELINE_OPTIONS:
+            del values["train"][key]
     data = {key: values["data"][key] for key in ("input_size", "on_bad_image", "stream_seed",
                                                  "max_image_pixels")}
     backbone = {key: values["backbone"][key] for key in ("backbone", "freeze_depth")}

@@ -24,7 +24,9 @@ FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
 Generator = Literal["additive", "bilinear"]
 Norm = Literal["batch", "instance", "group", "layer"]
 Schedule = Literal["constant", "cosine"]
-StrategyName = Literal["partial_hn", "separate_heads", "naive"]
+StreamKind = Literal["classes", "domains"]
+StrategyName = Literal["partial_hn", "separate_heads", "linear_probe", "joint", "latent_replay",
+                       "ewc", "lwf", "naive"]
 
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
@@ -42,12 +44,17 @@ class DataConfig:
     data: str = "digits"
     """Images: a Parquet file or folder, an image folder (train/<class>/*), a directory of tasks
     (<task>/{train,test}/...), torchvision:NAME, or digits (bundled with scikit-learn)."""
+    stream: StreamKind = "classes"
+    """How one data set becomes tasks. classes: each task has classes of its own. domains: each has
+    all classes and its share of every class's images, changed by its task_transforms."""
     tasks: int | None = None
     """Number of tasks T to cut the classes into; leave out for a directory of tasks."""
     task_sizes: tuple[int, ...] | None = None
     """Classes of each task, for example 4 3 3; default: as even as possible."""
     classes: int | None = None
     """Use only the classes labelled 0 to N-1; default: all."""
+    images_per_class: int | None = None
+    """Use at most so many images of each class for training, and as many for testing."""
     input_size: int = 32
     """Side of the square images the network sees, in pixels; others are resized."""
     validation: float = 0.1
@@ -73,6 +80,8 @@ class DataConfig:
                  or len(self.task_sizes) == self.tasks,
                  "task_sizes", self.task_sizes, f"one count for each of the {self.tasks} tasks")
         _require(self.classes is None or self.classes >= 2, "classes", self.classes, "2 or more")
+        _require(self.images_per_class is None or self.images_per_class >= 2, "images_per_class",
+                 self.images_per_class, "2 or more")
         _require(8 <= self.input_size <= 1024, "input_size", self.input_size, "8 to 1024 pixels")
         _require(0 <= self.validation <= 0.5, "validation", self.validation, "0 to 0.5")
         _require(0.01 <= self.test <= 0.5, "test", self.test, "0.01 to 0.5")
@@ -188,9 +197,11 @@ class TrainConfig:
     """How each task is learned."""
 
     strategy: StrategyName = "partial_hn"
-    """partial_hn (the product), or a bound: separate_heads, naive."""
+    """partial_hn (the product), or what it is held against: separate_heads, linear_probe, joint,
+    latent_replay, ewc, lwf, naive."""
     compare: tuple[StrategyName, ...] = ()
-    """Bounds to train as well on the same features, for the report: separate_heads naive."""
+    """Other strategies to train as well on the same features, for the report, for example
+    separate_heads naive."""
     epochs: int = 10
     """Passes over a task's features."""
     batch_size: int = 64
@@ -204,6 +215,17 @@ class TrainConfig:
     """Share of the target spread over all classes of the task, 0 to 0.5."""
     seed: int = 0
     """Seed of first weights, batches and views."""
+    buffer: int = 200
+    """Images of earlier tasks whose features are kept in all (latent_replay only)."""
+    ewc_strength: float = 10_000.0
+    """Strength of the penalty on moving what earlier tasks need (ewc only)."""
+    lwf_strength: float = 1.0
+    """Strength of the distillation from the head before the task (lwf only)."""
+
+    @property
+    def needs_every_task(self) -> bool:
+        """Whether the training features of tasks that are learned already are needed again."""
+        return bool(self.compare) or self.strategy == "joint"
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
@@ -212,6 +234,9 @@ class TrainConfig:
         _require(0 <= self.label_smoothing <= 0.5, "label_smoothing", self.label_smoothing,
                  "0 to 0.5")
         _require(self.seed >= 0, "seed", self.seed, "0 or more")
+        _require(self.buffer >= 1, "buffer", self.buffer, "1 or more images")
+        _require(self.ewc_strength >= 0, "ewc_strength", self.ewc_strength, "0 or more")
+        _require(self.lwf_strength >= 0, "lwf_strength", self.lwf_strength, "0 or more")
         _require(self.strategy not in self.compare, "compare", self.compare,
                  f"bounds other than the strategy {self.strategy!r} itself")
 

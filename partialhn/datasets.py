@@ -26,6 +26,7 @@ from partialhn.stream import (
     RESERVED,
     Experience,
     ImageTable,
+    IntArray,
     held_out,
     split_classes,
     task_of,
@@ -83,7 +84,10 @@ def open_stream(config: DataConfig, cache_dir: Path, filesystem: Any = None) -> 
     sets = (_with_held_out(sets, config) if isinstance(sets, ImageSet)
             else {name: _with_held_out(images, config) for name, images in sets.items()})
     if isinstance(sets, ImageSet):
-        sets = _cut(sets, config)
+        sets = _cut(sets, config) if config.stream == "classes" else _domains(sets, config)
+    elif config.stream == "domains":
+        raise InputError(f"stream is 'domains' but {config.data!r} is a directory of {len(sets)} "
+                         "tasks; allowed: one data set, or the stream classes")
     elif config.task_sizes is not None or config.tasks not in (None, len(sets)):
         option = "task_sizes" if config.task_sizes is not None else "tasks"
         raise InputError(f"{option} is given but {config.data!r} is a directory of "
@@ -128,6 +132,8 @@ def given_experience(name: str, images: ImageSet, config: DataConfig, transform:
 
 def _with_held_out(images: ImageSet, config: DataConfig) -> ImageSet:
     """All three parts; the missing ones are drawn from the training images."""
+    if config.images_per_class is not None:
+        images = _first_of_each_class(images, config.images_per_class)
     train, validation, test = images.train, images.validation, images.test
     if test is None:
         test, validation = validation, None
@@ -145,6 +151,55 @@ def _cut(images: ImageSet, config: DataConfig) -> dict[str, ImageSet]:
     """Class-incremental split of one data set into tasks named 0 to T-1."""
     parts = split_classes(len(images.classes), config.tasks, config.task_sizes, config.stream_seed)
     return {str(t): _subset(images, labels) for t, labels in enumerate(parts)}
+
+
+def _domains(images: ImageSet, config: DataConfig) -> dict[str, ImageSet]:
+    """Tasks 0 to T-1 of all classes: each class's images are dealt out among them, seeded."""
+    if config.task_transforms is None:
+        raise InputError("task_transforms is not given; allowed where the stream is 'domains': one "
+                         "a task")
+    count = len(config.task_transforms)
+    if config.task_sizes is not None or config.tasks not in (None, count):
+        raise InputError(f"stream is 'domains' with {count} task_transforms; allowed: no "
+                         f"task_sizes, and tasks {count} or left out")
+
+    def share(table: ImageTable | None, part: int, task: int) -> ImageTable | None:
+        if table is None:
+            return None
+        order_N = np.random.default_rng([config.stream_seed, 3, part]).permutation(len(table))
+        place_N = _place_in_class(table.label_N, order_N)
+        return table.take(place_N % count == task)
+
+    dealt = {}
+    for task in range(count):
+        train, validation, test = (share(table, part, task) for part, table in enumerate(
+            (images.train, images.validation, images.test)))
+        assert train is not None
+        missing = set(range(len(images.classes))) - set(train.label_N.tolist())
+        if missing:
+            raise InputError(f"class {images.classes[min(missing)]!r} of {images.where} has too "
+                             f"few images for {count} tasks; allowed: one a task at least")
+        dealt[str(task)] = ImageSet(images.where, images.classes, train, validation, test)
+    return dealt
+
+
+def _first_of_each_class(images: ImageSet, count: int) -> ImageSet:
+    """The first images of each class, in the order of the data."""
+    def first(table: ImageTable | None) -> ImageTable | None:
+        return table and table.take(_place_in_class(table.label_N, np.arange(len(table))) < count)
+
+    train = first(images.train)
+    assert train is not None
+    return ImageSet(images.where, images.classes, train, images.validation, first(images.test))
+
+
+def _place_in_class(label_N: IntArray, order_N: IntArray) -> IntArray:
+    """How many images of its class come before each image, in an order of all."""
+    sorted_N = order_N[np.argsort(label_N[order_N], kind="stable")]
+    counts_K = np.bincount(label_N) if len(label_N) else np.zeros(0, int)
+    place_N = np.empty(len(label_N), dtype=np.int64)
+    place_N[sorted_N] = np.concatenate([np.arange(count) for count in counts_K] or [np.arange(0)])
+    return place_N
 
 
 def _subset(images: ImageSet, labels: Sequence[int]) -> ImageSet:

@@ -89,6 +89,17 @@ class Head(nn.Module):
         cast(nn.Module, self.__dict__["_skeleton"]).train(mode)
         return super().train(mode)
 
+    def without_stages(self) -> "Head":
+        """A linear head over the same features: pooling, a task's batch norm, a classifier."""
+        bare = copy.copy(self)
+        bare.width = self.convolutions[0].shape[1] if self.convolutions else self.width
+        bare.convolutions, bare.norm_widths = (), [bare.width]
+        bare._norm_names = _names(["1"], "weight", "bias")
+        bare._statistic_names = _names(["1"], "mean", "variance")
+        bare.__dict__["_skeleton"] = nn.Sequential(nn.AdaptiveAvgPool2d(1),
+                                                   TaskBatchNorm(bare.width)).to("meta")
+        return bare
+
     @property
     def norm_length(self) -> int:
         """Numbers in a task's norm vector: a scale and a shift for every normalised channel."""

@@ -123,7 +123,7 @@ def run_stream(config: Config, root: Path,
     store = FeatureStore(filesystem, str(root))
     prefixes = prefixes_of(config, parts.network, experiences)
     known = chain.find(filesystem, f"{root}/learned", prefixes)
-    first = 0 if config.train.compare else len(known)  # bounds are learned from the first task
+    first = 0 if config.train.needs_every_task else len(known)
     jobs = feature_jobs(config, experiences, parts.trunk)
     needed = needed_jobs(jobs, [each.name for each in experiences[:first]])
     _, decoded = precompute(store, parts.trunk, needed)

@@ -1,8 +1,9 @@
 """The training loops: of the trunk on the first task, and of each experience on its features.
 
     for task t: strategy.begin(t)
-        for epoch: for (z_BCHW, y_B): loss = cross_entropy + regulariser; step
+        for epoch: for (z_BCHW, y_B): loss = cross_entropy + what the strategy adds; step
             yield EpochRecord(...)
+        strategy.remember(t, features); strategy.finish(t)
         yield TaskRecord(accuracy on every task so far)
 
 A loop yields records; saving, logging and reporting happen in the caller. Every random choice is
@@ -55,6 +56,7 @@ class EpochRecord:
     loss: float
     cross_entropy: float
     regulariser: float
+    """What the strategy adds to the loss."""
     accuracy: float
     """Share of training images answered right during the epoch."""
     validation_accuracy: float | None
@@ -108,13 +110,13 @@ class Objective(nn.Module):
         super().__init__()
         self.strategy, self.task, self.label_smoothing = strategy, task, label_smoothing
 
-    def forward(self, z_BCHW: Tensor, y_B: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def forward(self, z_BCHW: Tensor, y_B: Tensor, share: float,
+                seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The loss, and the detached sums (cross-entropy, regulariser, right answers)."""
-        logits_BK = self.strategy(z_BCHW, self.task)
+        logits_BK, added = self.strategy.answers(self.task, FeatureBatch(z_BCHW, y_B, share, seed))
         cross_entropy = share * nn.functional.cross_entropy(logits_BK, y_B,
                                                             label_smoothing=self.label_smoothing)
-        regulariser = self.strategy.regulariser(self.task)
-        loss = cross_entropy if regulariser is None else cross_entropy + regulariser
+        loss = cross_entropy if added is None else cross_entropy + added
         right = (logits_BK.argmax(1) == y_B).sum()
         terms = [cross_entropy, loss - cross_entropy, right]
         return loss, torch.stack([term.detach().float() for term in terms])
@@ -136,11 +138,11 @@ def epoch_batches(features: FeatureSet, batch_size: int, seed: Sequence[int],
         raise InputError(f"a task has {len(order_N)} training images for {workers.world} workers; "
                          "allowed: at least one each")
     rows_N, view_N = torch.from_numpy(order_N).to(device), torch.from_numpy(views_N).to(device)
-    for start in range(0, len(order_N) - size + 1, size):
+    for step, start in enumerate(range(0, len(order_N) - size + 1, size)):
         mine = slice(start + workers.rank, start + size, workers.world)
         rows_B = rows_N[mine]
         yield FeatureBatch(features.gather(rows_B, view_N[mine]), features.y_N[rows_B],
-                           workers.world * len(rows_B) / size)
+                           workers.world * len(rows_B) / size, (*seed, step))
 
 
 def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, config: TrainConfig,
@@ -230,17 +232,21 @@ class Learner:
         if self._optimiser is None:
             self._begin(index, task.classes, task.refreshes)
         optimiser = cast(torch.optim.Optimizer, self._optimiser)
+        self.strategy.revisit([(each.name, each.train) for each in tasks[:index]])
         for record in fit_experience(self.strategy, index, task, self.config, optimiser,
                                      epochs_done=self.epochs_done, workers=self.workers):
             self.epochs.append(record)
             yield record
         start = time.perf_counter()
+        assert task.train is not None, f"task {task.name} has no training features"
+        self.strategy.remember(index, task.train, (self.config.seed, index))
         self.strategy.finish(index)
+        remembered = time.perf_counter()
         row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
         without_id = self._learn_inference(tasks, index)
         trained = sum(record.seconds for record in self.epochs if record.task_index == index)
-        finished = TaskRecord(task.name, index, row, trained, time.perf_counter() - start,
-                              without_id)
+        finished = TaskRecord(task.name, index, row, trained + remembered - start,
+                              time.perf_counter() - remembered, without_id)
         self.finished.append(finished)
         optimiser.zero_grad(set_to_none=True)
         self._optimiser = None

@@ -12,32 +12,12 @@ from typing import Any
 from scipy import stats
 
 from partialhn.backbone import STAGE_NAMES
+from partialhn.seeds import CONFIDENCE, Interval
 from pipelines.search_settings import Objective
 from pipelines.search_state import Measured, TrialRecord
 
-CONFIDENCE = 0.95
 FRONT = ("seconds", "feature_bytes", "serving_macs")
 """Costs of the front, each the smaller the better, against accuracy."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Interval:
-    """A mean over seeds with its 95 % interval (Student's t); none for a single value."""
-
-    mean: float
-    low: float | None
-    high: float | None
-    values: tuple[float, ...]
-
-    @staticmethod
-    def of(values: Sequence[float]) -> "Interval":
-        """The interval of some values, at least one."""
-        count, mean = len(values), sum(values) / len(values)
-        if count == 1:
-            return Interval(mean, None, None, tuple(values))
-        spread = math.sqrt(sum((value - mean)**2 for value in values) / (count - 1) / count)
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
-        return Interval(mean, mean - half, mean + half, tuple(values))
 
 
 @dataclasses.dataclass(frozen=True)

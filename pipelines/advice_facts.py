@@ -9,11 +9,11 @@ import optuna
 
 import partialhn
 from partialhn.config import Config
+from partialhn.seeds import Interval
 from pipelines import advice_words as words
 from pipelines.advice import (
     FRONT,
     DepthResult,
-    Interval,
     agreement,
     choose,
     front,

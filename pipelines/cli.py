@@ -30,7 +30,15 @@ from partialhn.config import (
 )
 from partialhn.errors import InputError
 from partialhn.presets import preset
-from pipelines import cli_doctor, cli_features, cli_models, cli_retrain, cli_serve, cli_tune
+from pipelines import (
+    cli_doctor,
+    cli_features,
+    cli_models,
+    cli_reproduce,
+    cli_retrain,
+    cli_serve,
+    cli_tune,
+)
 from pipelines.settings import Group, OutputConfig, mask_password
 
 
@@ -39,8 +47,9 @@ class Train:
     """Learn a stream of tasks and register a model version for each.
 
     The same command goes on where an interrupted one stopped. --preset NAME starts from a known
-    configuration (digits, split-cifar10, split-tiny-imagenet-5x10), --config FILE from a YAML file
-    (sections data, backbone, features, hypernet, train, compute); options given here win.
+    configuration (digits, split-cifar10, split-cifar100, split-tiny-imagenet,
+    split-tiny-imagenet-5x10, noisy-cifar, domain-cifar10), --config FILE from a YAML file (sections
+    data, backbone, features, hypernet, train, compute); options given here win.
     """
 
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
@@ -170,7 +179,7 @@ class Demo:
 COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report, "show": Show,
                             "demo": Demo, **cli_models.COMMANDS, **cli_retrain.COMMANDS,
                             **cli_serve.COMMANDS, **cli_tune.COMMANDS, **cli_features.COMMANDS,
-                            **cli_doctor.COMMANDS}
+                            **cli_reproduce.COMMANDS, **cli_doctor.COMMANDS}
 """Every command by name: a class whose `run` does it, or a `Group` of such classes."""
 
 

@@ -21,6 +21,11 @@ NBSP = "\u00a0"
 LABELS = {
     "partial_hn": "Partial hypernetwork",
     "separate_heads": "Separate head per task",
+    "linear_probe": "Linear classifier per task",
+    "joint": "Joint training on all tasks",
+    "latent_replay": "Latent replay",
+    "ewc": "Elastic weight consolidation",
+    "lwf": "Learning without forgetting",
     "naive": "Naive fine-tuning",
 }
 

@@ -148,7 +148,7 @@ class _Job:
     def _features(self, stages: Stages, parts: Parts, known: int) -> tuple[list[Slot], int]:
         """The features that are needed, and those of learned tasks where they are still there."""
         jobs = feature_jobs(self.config, self.experiences, parts.trunk)
-        learned = [] if self.config.train.compare else self.experiences[:known]
+        learned = [] if self.config.train.needs_every_task else self.experiences[:known]
         needed = needed_jobs(jobs, [each.name for each in learned])
         _, decoded = stages.features(needed, parts)
         there = find_features(open_store(self.storage), jobs)

@@ -95,7 +95,8 @@ class _Worker:
         a = self.a
         store = open_store(a.storage, a.config.compute)
         known = chain.find(a.storage.filesystem, a.folder, a.prefixes)
-        tasks = open_features(store, a.slots, 0 if a.config.train.compare else len(known))
+        tasks = open_features(store, a.slots,
+                              0 if a.config.train.needs_every_task else len(known))
         restored = self._restored()
         for name in (a.config.train.strategy, *a.config.train.compare):
             if name not in self.outcomes:

@@ -4,20 +4,24 @@ Legend: F features before the classifier, K classes of a task.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from partialhn.batch import FeatureBatch
 from partialhn.errors import InputError
 from partialhn.model import Head, HeadStart, HeadWeights
+from partialhn.store import FeatureSet
 
 
 class Strategy(nn.Module):
     """Owns what is learned over a stream; the trunk and the head's skeleton are beside it.
 
     A task is added with `add_task` and trained after `begin`; everything that must not change any
-    more takes no gradient from then on. `weights` may be asked for any task at any time.
+    more takes no gradient from then on. `weights` may be asked for any task at any time. What a
+    strategy needs of data beside the running batch comes through `revisit` and `remember`.
     """
 
     def __init__(self, head: Head, start: HeadStart, seed: int) -> None:
@@ -50,6 +54,14 @@ class Strategy(nn.Module):
         for index, module in enumerate(self.tasks):
             module.requires_grad_(index == task)
 
+    def revisit(self, earlier: Sequence[tuple[str, FeatureSet | None]]) -> None:
+        """Shows the names and training features of the earlier tasks, before an experience starts
+        or goes on; None where they are not there any more.
+        """
+
+    def remember(self, task: int, features: FeatureSet, seed: Sequence[int]) -> None:
+        """Takes out of a task's training features what later tasks need, once it is trained."""
+
     def finish(self, task: int) -> None:
         """Ends the training of a task: what was measured over batches becomes part of it."""
         own = self.tasks[task]
@@ -65,8 +77,12 @@ class Strategy(nn.Module):
         logits_BK: Tensor = self.head(z_BCHW, self.weights(task))
         return logits_BK
 
+    def answers(self, task: int, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
+        """logits_BK of a step's batch of `task`, and what is added to the step's loss."""
+        return self(batch.z_BCHW, task), self.regulariser(task)
+
     def regulariser(self, task: int) -> Tensor | None:
-        """What is added to the loss while `task` is trained; None for nothing."""
+        """What the weights alone add to the loss while `task` is trained; None for nothing."""
         del task
         return None
 

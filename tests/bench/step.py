@@ -111,7 +111,7 @@ def ours(depth: int, earlier: int, batch, config: HypernetConfig = DEFAULT):
     """A step of ours."""
     strategy = strategy_at(depth, earlier, config)
     return stepper(Objective(strategy, earlier, 0.0), make_optimiser(strategy, TrainConfig()),
-                   (*batch, 1.0))
+                   (*batch, 1.0, ()))
 
 
 def direct(depth: int, earlier: int, batch):

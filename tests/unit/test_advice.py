@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from partialhn.config import Config
+from partialhn.seeds import Interval
 from pipelines import advice_words as words
 from pipelines.advice import (
-    Interval,
     agreement,
     choose,
     expected_best,

@@ -16,6 +16,8 @@ LIMITS = {
     "data.tasks": [0, -1],
     "data.task_sizes": [[3, 0]],
     "data.classes": [1],
+    "data.stream": ["instances"],
+    "data.images_per_class": [1],
     "data.input_size": [7, 1025],
     "data.validation": [-0.1, 0.51],
     "data.test": [0.0, 0.51],
@@ -40,8 +42,11 @@ LIMITS = {
     "hypernet.norm": ["none"],
     "hypernet.norm_groups": [0],
     "hypernet.beta": [-0.1, math.nan],
-    "train.strategy": ["joint"],
-    "train.compare": [["partial_hn"], ["joint"]],
+    "train.strategy": ["full_hn"],
+    "train.compare": [["partial_hn"], ["full_hn"]],
+    "train.buffer": [0],
+    "train.ewc_strength": [-0.1, math.nan],
+    "train.lwf_strength": [-0.1, math.nan],
     "train.epochs": [0],
     "train.batch_size": [1],
     "train.learning_rate": [0.0, math.nan],
@@ -198,6 +203,7 @@ def test_work_hash_ignores_what_changes_nothing():
 def test_work_hash_names_everything_else():
     config = Config(hypernet=HypernetConfig(code_dim=128))
     changes = {
+        "data.stream": "domains", "data.images_per_class": 9,
         "data.tasks": 2, "data.task_sizes": (1, 1), "data.classes": 4, "data.input_size": 16,
         "data.validation": 0.2, "data.test": 0.3, "data.task_transforms": ("blur",),
         "data.on_bad_image": "skip", "data.max_image_pixels": 100, "data.stream_seed": 1,
@@ -211,7 +217,8 @@ def test_work_hash_names_everything_else():
         "hypernet.norm": "layer", "hypernet.norm_groups": 2, "hypernet.beta": 0.5,
         "train.strategy": "naive", "train.compare": ("naive",), "train.epochs": 2,
         "train.batch_size": 2, "train.learning_rate": 0.1, "train.schedule": "constant",
-        "train.label_smoothing": 0.1, "train.seed": 1,
+        "train.label_smoothing": 0.1, "train.seed": 1, "train.buffer": 9,
+        "train.ewc_strength": 2.0, "train.lwf_strength": 2.0,
     }
     ours = {key for key in every_key() if not key.startswith("compute.")}
     ours -= {"data.data", "features.compression"}

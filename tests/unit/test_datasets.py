@@ -1,5 +1,6 @@
 """Data in: the five forms of input, every input error, and the decoder."""
 
+import dataclasses
 import io
 import json
 import os
@@ -594,3 +595,50 @@ def test_names_that_mean_something_else_are_refused(tmp_path, name):
                     Image.fromarray(pixels + number).save(folder / f"{number}.png")
     with pytest.raises(InputError, match=f"task is named '{name}'"):
         open_stream(DataConfig(data=str(tmp_path / "tasks")), tmp_path / "cache")
+
+
+def test_domains_share_classes_and_divide_images(tmp_path):
+    config = DataConfig(data="digits", stream="domains", input_size=16,
+                        task_transforms=("none", "blur", "noise"))
+    first, *rest = open_stream(config, tmp_path)
+    whole = open_stream(DataConfig(data="digits", tasks=1), tmp_path)[0]
+    assert [each.transform for each in (first, *rest)] == ["none", "blur", "noise"]
+    for part in ("train", "validation", "test"):
+        ids = [getattr(each, part).ids() for each in (first, *rest)]
+        assert sorted(name for own in ids for name in own) == sorted(getattr(whole, part).ids())
+        counts = [np.bincount(getattr(each, part).label_N, minlength=10)
+                  for each in (first, *rest)]
+        assert np.ptp(counts, axis=0).max() <= 1
+    assert first.classes == rest[0].classes == whole.classes
+    again = open_stream(config, tmp_path)
+    assert [each.fingerprint for each in again] == [first.fingerprint,
+                                                    *(each.fingerprint for each in rest)]
+    other = open_stream(dataclasses.replace(config, stream_seed=1), tmp_path)
+    assert other[0].train.ids() != first.train.ids()
+
+
+@pytest.mark.parametrize("options", [{"tasks": 2}, {"task_sizes": (5, 5)}])
+def test_domains_take_no_split_of_classes(tmp_path, options):
+    config = DataConfig(data="digits", stream="domains", task_transforms=("none",) * 3, **options)
+    with pytest.raises(InputError, match="stream is 'domains' with 3 task_transforms"):
+        open_stream(config, tmp_path)
+
+
+def test_domains_are_named(tmp_path):
+    with pytest.raises(InputError, match="task_transforms is not given"):
+        open_stream(DataConfig(data="digits", stream="domains"), tmp_path)
+
+
+def test_domains_need_an_image_of_every_class_in_every_task(tmp_path):
+    config = DataConfig(data="digits", stream="domains", task_transforms=("none",) * 9,
+                        images_per_class=8)
+    with pytest.raises(InputError, match=r"class '0' .* has too few images for 9 tasks"):
+        open_stream(config, tmp_path)
+
+
+def test_so_many_images_of_each_class_and_no_more(tmp_path):
+    config = DataConfig(data="digits", tasks=5, images_per_class=30, validation=0.1)
+    for task in open_stream(config, tmp_path):
+        counts = [np.bincount(getattr(task, part).label_N) for part in ("train", "validation",
+                                                                        "test")]
+        assert sum(counts).tolist() == [30, 30]

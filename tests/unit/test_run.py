@@ -163,3 +163,17 @@ def test_a_stream_is_learned_from_any_number_type(run, dtype):
     _, again = run_stream(packed, root)
     assert again["weights_hash"] == found["weights_hash"]
     assert again["images_decoded"] == sum(task["test_images"] for task in again["tasks"])
+
+
+def test_the_same_classes_in_changing_images(tmp_path):
+    """A domain-incremental stream: every task has all ten digits, and a head of its own."""
+    values = CONFIG.to_dict()
+    values["data"] |= {"tasks": None, "stream": "domains", "images_per_class": 40,
+                       "task_transforms": ["none", "solarise", "grey+blur+autocontrast"]}
+    values["backbone"]["freeze_depth"] = 4
+    values["train"] |= {"compare": ["latent_replay"], "epochs": 2}
+    model, fields = run_stream(Config.from_dict(values), tmp_path)
+    assert [len(task.classes) for task in model.tasks] == [10, 10, 10]
+    assert [task["transform"] for task in fields["tasks"]] == values["data"]["task_transforms"]
+    assert fields["forgetting"] == 0
+    assert fields["bounds"]["latent_replay"]["bytes_per_task"] > fields["bytes_per_task"]

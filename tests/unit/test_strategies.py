@@ -108,7 +108,8 @@ def test_a_regulariser_of_no_strength_is_not_computed(build, tasks):
     assert learn(strategy, 1, tasks[1]) == []
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", [name for name in STRATEGIES
+                                  if name not in ("latent_replay", "joint")])  # train them on
 def test_finished_tasks_take_no_gradient_and_do_not_move(build, tasks, name):
     strategy = build(name)
     learn(strategy, 0, tasks[0])

@@ -1,0 +1,120 @@
+"""Packs: comparisons that one command reproduces, each in sizes for a check, a CPU and a GPU.
+
+A pack is a preset learned by every strategy, at several depths, under several seeds. What is
+expected of a size comes from recorded runs (`expected.json`); where there is none, nothing is.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Literal
+
+from partialhn.config import Config, StrategyName
+from partialhn.errors import InputError
+from partialhn.presets import preset
+
+SizeName = Literal["smoke", "cpu", "full"]
+EVERY: tuple[StrategyName, ...] = ("partial_hn", "separate_heads", "linear_probe", "joint",
+                                   "latent_replay", "ewc", "lwf", "naive")
+AT_DEPTHS: tuple[StrategyName, ...] = ("partial_hn", "separate_heads", "latent_replay",
+                                       "linear_probe")
+"""What is learned at every depth; the others at the preset's depth alone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much of a preset is learned."""
+
+    depths: tuple[int, ...]
+    seeds: int
+    images_per_class: int | None
+    epochs: int
+    views: int
+    trunk_epochs: int
+    tasks: int | None = None
+    """The first tasks only; default: all."""
+
+
+FULL = Size((0, 1, 2, 3, 4), 5, None, 100, 8, 60)
+"""The paper's number of epochs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One strategy at one depth under one seed."""
+
+    strategy: StrategyName
+    depth: int
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """What the literature calls it: at depth 0 two strategies have names of their own."""
+        return {("partial_hn", 0): "full_hn", ("latent_replay", 0): "er"}.get(
+            (self.strategy, self.depth), self.strategy)
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.label}-depth{self.depth}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """A preset in three sizes."""
+
+    name: str
+    sizes: dict[SizeName, Size]
+
+    def config(self, size: SizeName, data: str) -> Config:
+        """What its cells have in common; strategy, depth and seed are each cell's own."""
+        config, made = preset(self.name), self.sizes[size]
+        tasks, classes = config.data.tasks, config.data.classes
+        if made.tasks is not None and tasks is not None:
+            classes = made.tasks * (CLASSES[self.name] // tasks)
+            tasks = made.tasks
+        return dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, data=data, tasks=tasks, classes=classes,
+                                     images_per_class=made.images_per_class),
+            backbone=dataclasses.replace(config.backbone, trunk_epochs=made.trunk_epochs),
+            features=dataclasses.replace(config.features, views=made.views),
+            train=dataclasses.replace(config.train, epochs=made.epochs, compare=()))
+
+    def cells(self, size: SizeName, seeds: int | None = None) -> list[Cell]:
+        """In the order they are learned: seed by seed, so that an early stop leaves whole seeds.
+
+        A linear probe of the pixels (depth 0) is left out.
+        """
+        made, own = self.sizes[size], preset(self.name).backbone.freeze_depth
+        pairs = [(strategy, depth) for depth in made.depths for strategy in EVERY
+                 if (depth == own or strategy in AT_DEPTHS)
+                 and not (strategy == "linear_probe" and depth == 0)]
+        return [Cell(strategy, depth, seed) for seed in range(seeds or made.seeds)
+                for strategy, depth in pairs]
+
+
+CLASSES = {"split-cifar10": 10, "split-cifar100": 100, "split-tiny-imagenet": 200,
+           "noisy-cifar": 20}
+PACKS = {pack.name: pack for pack in (
+    Pack("split-cifar10", {"smoke": Size((3, 4), 1, 20, 2, 2, 2),
+                           "cpu": Size((2, 3, 4), 3, 150, 5, 2, 15), "full": FULL}),
+    Pack("split-cifar100", {"smoke": Size((3, 4), 1, 20, 2, 2, 2, 2),
+                            "cpu": Size((2, 3, 4), 3, 150, 5, 2, 15, 5), "full": FULL}),
+    Pack("split-tiny-imagenet", {"smoke": Size((3, 4), 1, 20, 2, 2, 2, 2),
+                                 "cpu": Size((3, 4), 3, 60, 5, 2, 15, 5), "full": FULL}),
+    Pack("noisy-cifar", {"smoke": Size((3, 4), 1, 20, 2, 2, 2),
+                         "cpu": Size((3, 4), 3, 100, 5, 2, 15), "full": FULL}))}
+
+
+def find_pack(name: str) -> Pack:
+    """A pack by name. Raises: InputError listing those there are."""
+    if name not in PACKS:
+        raise InputError(f"pack is {name!r}; allowed: {', '.join(PACKS)}")
+    return PACKS[name]
+
+
+def expected(pack: str, size: str) -> dict[str, tuple[float, float]]:
+    """ACC that a recorded run lets expect, lowest and highest, by `label@depth`."""
+    found = json.loads(Path(__file__).with_name("expected.json").read_text(encoding="utf-8"))
+    return {key: (low, high) for key, (low, high) in found.get(f"{pack}/{size}", {}).items()}

@@ -1,0 +1,47 @@
+"""Numbers over seeds: mean, 95 % interval, and the difference of two strategies seed by seed."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from scipy import stats
+
+from partialhn.errors import InputError
+
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % interval (Student's t); none for a single value."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    values: tuple[float, ...]
+
+    @staticmethod
+    def of(values: Sequence[float]) -> "Interval":
+        """The interval of some values, at least one."""
+        count, mean = len(values), sum(values) / len(values)
+        if count == 1:
+            return Interval(mean, None, None, tuple(values))
+        spread = math.sqrt(sum((value - mean)**2 for value in values) / (count - 1) / count)
+        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
+        return Interval(mean, mean - half, mean + half, tuple(values))
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the whole interval is on one side of zero."""
+        return self.low is not None and self.high is not None and self.low * self.high > 0
+
+
+def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval:
+    """Ours minus theirs, by seed: what both share by the seed is no part of the interval.
+
+    Raises: InputError where the seeds are not the same.
+    """
+    if ours.keys() != theirs.keys() or not ours:
+        raise InputError(f"seeds are {sorted(ours)} and {sorted(theirs)}; allowed: the same seeds, "
+                         "at least one")
+    return Interval.of([ours[seed] - theirs[seed] for seed in sorted(ours)])

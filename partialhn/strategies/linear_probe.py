@@ -1,0 +1,34 @@
+"""The least a trunk allows: a linear classifier for each task on its pooled features.
+
+Trained by the same loop as every other strategy, on features that batch norm standardises; folded
+when the task is done, so what remains is linear. `partialhn.probe` has the closed form that the
+gate uses.
+"""
+
+from typing import Any, cast
+
+import torch
+
+from partialhn.model import Head, HeadStart, HeadWeights
+from partialhn.strategies.base import OwnNorm, Strategy
+
+RATE = 10.0
+"""Times the peak learning rate of the others: it is one linear layer."""
+
+
+class LinearProbe(Strategy):
+    """A linear classifier a task and nothing else above the trunk."""
+
+    def __init__(self, head: Head, start: HeadStart, seed: int) -> None:
+        super().__init__(head.without_stages(), start, seed)
+
+    def new_task(self, classes: int, refreshes: int | None) -> OwnNorm:
+        del refreshes  # `add_task` carries the classifier over
+        width = self.head.width
+        return OwnNorm(classes, self.head, torch.cat([torch.ones(width), torch.zeros(width)]))
+
+    def weights(self, task: int) -> HeadWeights:
+        return cast(OwnNorm, self.tasks[task]).weights({})
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        return super().parameter_groups(RATE * learning_rate)

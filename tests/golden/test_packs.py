@@ -1,0 +1,35 @@
+"""Recorded packs: what their rows show, and that what the packs expect comes from them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from partialhn.packs import expected
+
+FOLDER = Path(__file__).parent
+RECORDED = {path.stem.removeprefix("pack-"): json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(FOLDER.glob("pack-*.json"))}
+TOLERANCE = 0.03
+"""Rounding differs between machines, and hundreds of test images have a standard error of 0.015."""
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_expectations_are_the_recorded_means_and_a_tolerance(name):
+    recorded = RECORDED[name]
+    ranges = expected(recorded["pack"], recorded["size"])
+    assert set(ranges) == {f"{row['label']}@{row['depth']}" for row in recorded["rows"]}
+    for row in recorded["rows"]:
+        wanted = (row["acc"]["mean"] - TOLERANCE, row["acc"]["mean"] + TOLERANCE)
+        assert ranges[f"{row['label']}@{row['depth']}"] == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_nothing_is_forgotten_where_nothing_is_shared(name):
+    rows = {(row["label"], row["depth"]): row for row in RECORDED[name]["rows"]}
+    for (label, _), row in rows.items():
+        if label in ("partial_hn", "full_hn", "separate_heads", "linear_probe"):
+            assert max(row["forgetting"]["values"]) == 0
+    assert rows["naive", 3]["forgetting"]["mean"] > 0.02
+    for label in ("joint", "latent_replay"):
+        assert rows[label, 3]["forgetting"]["mean"] < rows["naive", 3]["forgetting"]["mean"]

@@ -1,0 +1,89 @@
+"""Packs: what is in them, and the smoke size of one on real photographs."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from partialhn.errors import InputError
+from partialhn.packs import EVERY, PACKS, Cell, expected, find_pack
+from pipelines.cli import run
+
+DATA = os.environ.get("PARTIALHN_TEST_DATA")
+
+
+@pytest.mark.parametrize("name", PACKS)
+@pytest.mark.parametrize("size", ["smoke", "cpu", "full"])
+def test_every_strategy_is_in_every_size(name, size):
+    pack = find_pack(name)
+    cells = pack.cells(size)
+    own = pack.config(size, "DATA").backbone.freeze_depth
+    assert {cell.strategy for cell in cells if cell.depth == own} == set(EVERY)
+    assert len({cell.name for cell in cells}) == len(cells)
+    first = pack.cells(size, 1)
+    assert cells[:len(first)] == first
+    assert len(pack.cells(size, 7)) == 7 * len(first)
+    known = {f"{cell.label}@{cell.depth}" for cell in cells}
+    assert set(expected(name, size)) <= known
+
+
+def test_a_smaller_size_is_the_first_tasks_of_the_same_kind():
+    small = find_pack("split-tiny-imagenet").config("cpu", "DATA").data
+    assert (small.tasks, small.classes, small.data) == (5, 50, "DATA")
+    full = find_pack("split-tiny-imagenet").config("full", "DATA").data
+    assert (full.tasks, full.classes, full.images_per_class) == (20, None, None)
+
+
+def test_depth_0_has_the_names_of_the_literature():
+    assert [Cell(strategy, 0, 0).label for strategy in ("partial_hn", "latent_replay", "naive")
+            ] == ["full_hn", "er", "naive"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["split-cifar11"], "pack is 'split-cifar11'; allowed: split-cifar10"),
+    (["split-cifar10", "--seeds", "0"], "seeds is 0; allowed: 1 or more"),
+    (["split-cifar10", "--threads", "0"], "threads is 0; allowed: 1 or more"),
+])
+def test_bad_input_is_named(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(["reproduce", *words, "--data", "nowhere"])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there(capsys):
+    words = ["reproduce", "split-cifar10", "--data", "digits", "--device", "gpu"]
+    assert run([*words, "--out", "unused"]) == 2
+    assert "no CUDA device was found" in capsys.readouterr().err
+
+
+def test_an_unknown_pack():
+    with pytest.raises(InputError, match="allowed: split-cifar10, split-cifar100"):
+        find_pack("cifar")
+
+
+@pytest.mark.skipif(not DATA, reason="PARTIALHN_TEST_DATA is not set: the folder of image sets")
+def test_smoke_on_photographs_goes_on_where_it_stopped(tmp_path, capsys):
+    words = ["reproduce", "noisy-cifar", "--data", str(Path(DATA) / "tiny-imagenet-32"),
+             "--out", str(tmp_path / "out")]
+    assert run(words) == 0
+    first = capsys.readouterr().out
+    assert "no run of this size is recorded" in first
+    table = list(csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines()))
+    assert {row["strategy"] for row in table if row["depth"] == "3"} == set(EVERY)
+    svg = (tmp_path / "out" / "plots.svg").read_text()
+    assert "solarise" in svg
+    assert "partial_hn" in svg
+    cells = sorted((tmp_path / "out" / "cells").rglob("*.json"))
+    assert len(cells) == len(find_pack("noisy-cifar").cells("smoke"))
+    kept = {path: path.read_bytes() for path in cells[1:]}
+    fields = json.loads(cells[0].read_text())
+    cells[0].unlink()
+    assert run(words) == 0
+    assert " 0 images decoded" in capsys.readouterr().out
+    again = json.loads(cells[0].read_text())
+    assert again["accuracy_matrix"] == fields["accuracy_matrix"]
+    assert {path: path.read_bytes() for path in kept} == kept
