@@ -412,7 +412,7 @@ def prefetched(batches: Iterator[FeatureBatch], device: torch.device,
     def read() -> None:
         try:
             for batch in batches:
-                put(FeatureBatch(batch.z_BCHW.to(device), batch.y_B.to(device), batch.share))
+                put(batch._replace(z_BCHW=batch.z_BCHW.to(device), y_B=batch.y_B.to(device)))
                 if stop.is_set():
                     return
             put(None)

@@ -5,7 +5,6 @@ One node is killed while features are computed, the one that learns in the middl
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path

@@ -174,7 +174,8 @@ def batches(count, seconds=0.0, fail=None):
         if index == fail:
             raise OSError("the disk is gone")
         time.sleep(seconds)
-        yield FeatureBatch(torch.full((2, 1, 1, 1), float(index)), torch.zeros(2).long(), 1.0)
+        yield FeatureBatch(torch.full((2, 1, 1, 1), float(index)), torch.zeros(2).long(), 1.0,
+                           (0,))
 
 
 def test_reading_goes_on_while_a_batch_is_used():

@@ -1,0 +1,34 @@
+"""The recorded year: what the gate stopped, what was undone, and what a pass costs late in it."""
+
+import json
+import statistics
+from pathlib import Path
+
+YEAR = json.loads((Path(__file__).parent / "year.json").read_text(encoding="utf-8"))
+PASSES = {each["event"]: each for each in YEAR["passes"]}
+
+
+def test_the_poisoned_task_was_stopped_and_the_others_went_on():
+    poisoned = PASSES["task-09 (poisoned)"]
+    assert poisoned["exit_code"] == 3
+    assert poisoned["champion"] == PASSES["task-08"]["champion"]
+    assert PASSES["task-10"]["exit_code"] == 0
+    assert "task-09" not in YEAR["tasks"]
+
+
+def test_the_rollback_and_the_refresh_are_in_the_history():
+    moves = {(each["kind"], each["alias"]): each for each in YEAR["history"]}
+    back = moves["rollback", "champion"]
+    assert back["to"] == back["from"] - 1
+    assert PASSES["after a rollback"]["champion"] == back["to"]
+    assert moves["refresh", "champion"]["to"] == PASSES["task-01/2026-11"]["champion"]
+    assert "task-01/2026-11" in YEAR["tasks"]
+    assert [each["seq"] for each in YEAR["history"]] == list(range(1, len(YEAR["history"]) + 1))
+
+
+def test_a_pass_costs_the_same_late_in_the_year():
+    learned = [each for each in YEAR["passes"] if each["champion"] and each["learned"]][1:]
+    early, late = (statistics.median(each["seconds"] for each in part)
+                   for part in (learned[:8], learned[-8:]))
+    assert late < 1.15 * early
+    assert YEAR["forgetting"] == 0
