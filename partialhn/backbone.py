@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from typing import cast
 
 import torch
-import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, ResNet
 
 from partialhn.errors import InputError
 
@@ -21,6 +19,29 @@ STAGE_NAMES = ("layer1", "layer2", "layer3", "layer4")
 SLIM = "slim_resnet18"
 TORCHVISION_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 BACKBONES = (SLIM, *TORCHVISION_RESNETS)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a way past them (He et al. 2016).
+
+    Its own class, with the names of torchvision's, because importing torchvision takes longer than
+    importing torch, in every process of a cluster.
+    """
+
+    def __init__(self, width_in: int, width: int, stride: int = 1,
+                 downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = downsample
+
+    def forward(self, z_BCHW: Tensor) -> Tensor:
+        past_BCHW = z_BCHW if self.downsample is None else self.downsample(z_BCHW)
+        out_BCHW = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(z_BCHW)))))
+        return cast(Tensor, self.relu(out_BCHW + past_BCHW))
 
 
 class SlimResNet18(nn.Module):
@@ -167,9 +188,15 @@ def build_network(name: str, classes: int, seed: int = 0) -> Network:
         raise InputError(f"backbone is {name!r}; allowed: {', '.join(BACKBONES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        body: nn.Module = (SlimResNet18(classes) if name == SLIM
-                           else torchvision.models.get_model(name, num_classes=classes))
-    return Network(name, body)
+        return Network(name, SlimResNet18(classes) if name == SLIM
+                       else _torchvision_body(name, classes))
+
+
+def _torchvision_body(name: str, classes: int) -> nn.Module:
+    from torchvision import models  # here: seconds
+
+    body: nn.Module = models.get_model(name, num_classes=classes)
+    return body
 
 
 def check_depth(name: str, freeze_depth: int) -> None:
@@ -219,13 +246,15 @@ def _torchvision_network(source: str, name: str, classes: int) -> Network:
     if parts[1] != name:
         raise InputError(f"trunk is {source!r} but backbone is {name!r}; allowed: the same network "
                          f"in both, for example --backbone {parts[1]}")
-    kinds = torchvision.models.get_model_weights(name)
+    from torchvision import models  # here: seconds
+
+    kinds = models.get_model_weights(name)
     if parts[2] not in kinds.__members__:
         raise InputError(f"trunk weights {parts[2]!r} of {name} are unknown; allowed: "
                          f"{', '.join(kinds.__members__)}")
     weights = kinds[parts[2]]
     try:
-        body = torchvision.models.get_model(name, weights=weights)
+        body = models.get_model(name, weights=weights)
     except OSError as error:
         raise InputError(f"trunk {source!r} cannot be downloaded ({error}); it needs a network, or "
                          "a .safetensors file in its place") from error
@@ -233,7 +262,7 @@ def _torchvision_network(source: str, name: str, classes: int) -> Network:
     network = Network(name, body)
     network.mean_C.copy_(torch.tensor(transform.mean))
     network.std_C.copy_(torch.tensor(transform.std))
-    cast(ResNet, body).fc = nn.Linear(network.width, classes)
+    body.fc = nn.Linear(network.width, classes)
     return network
 
 

@@ -28,11 +28,12 @@ from partialhn.slots import Slot
 from partialhn.store import Manifest
 from partialhn.stream import Experience
 from partialhn.train import EpochRecord, TaskRecord
+from pipelines.events import Events
 from pipelines.features import compute_features
 from pipelines.in_use import InUse
 from pipelines.progress import Progress
 from pipelines.storage import Storage
-from pipelines.worker import Assignment, Events, learn
+from pipelines.worker import Assignment, learn
 
 Follow = Callable[[str, EpochRecord | TaskRecord], None]
 MAX_FAILURES = 3
@@ -50,6 +51,8 @@ def start_ray(config: Config) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if config.compute.ray_address is None:
         options["include_dashboard"] = False
+        # nobody takes a local machine away with notice, and the actor that watches costs seconds
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         _reach(config.compute.ray_address)
         _init_ray(config.compute.ray_address or "local", **options)

@@ -49,22 +49,6 @@ class Assignment:
     """Handle of the driver's `Events` actor."""
 
 
-class Events:
-    """The actor through which rank 0 tells the driver what happens."""
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[str, Any]] = []
-
-    def add(self, strategy: str, record: Any) -> None:
-        """Queues a record of a strategy."""
-        self._waiting.append((strategy, record))
-
-    def take(self) -> list[tuple[str, Any]]:
-        """Everything that was queued since the last call, in order."""
-        waiting, self._waiting = self._waiting, []
-        return waiting
-
-
 def learn(loop_config: dict[str, Any]) -> dict[str, Any]:
     """The Ray Train worker function. Returns outcomes by strategy, or an `error` for the user."""
     try:

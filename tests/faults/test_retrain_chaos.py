@@ -131,24 +131,29 @@ class Started:
 
 
 def chaos(stream: Stream, kills: int, seed: int, quiet: float = 25.0) -> dict[str, int]:
-    """Starts the command again and again; `quiet` is about how long an undisturbed pass takes."""
+    """Starts the command again and again; a kill comes every `quiet` seconds at the most.
+
+    Whoever lives through a kill (a pass whose server came back, a driver whose worker is started
+    again) may meet the next one in the same pass.
+    """
     whom = tuple(stream.servers) or WHOM
     chance, killed = random.Random(seed), dict.fromkeys(whom, 0)
-    deadline = time.monotonic() + (60 + quiet) * kills + 600
+    deadline = time.monotonic() + (60 + quiet) * kills + 900
     while True:
         run = Started(stream)
         try:
-            if sum(killed.values()) < kills:
+            while sum(killed.values()) < kills and run.process.poll() is None:
                 until = time.monotonic() + chance.uniform(0.1, 1.0) * quiet
                 while time.monotonic() < until and run.process.poll() is None:
                     run.below()
                     time.sleep(0.1)
-                for each in chance.sample(whom, len(whom)):
+                rarest_first = sorted(chance.sample(whom, len(whom)), key=killed.__getitem__)
+                for each in rarest_first:
                     if run.process.poll() is None and kill(stream, run, each, chance):
                         killed[each] += 1
                         break
             with contextlib.suppress(subprocess.TimeoutExpired):
-                run.process.wait(3 * quiet + 60)
+                run.process.wait(300)
             code = run.process.poll()
         finally:
             run.end()
@@ -239,7 +244,7 @@ class Server:
         end = time.monotonic() + 180
         self._process = self._begin()
         while not self._ready():
-            assert time.monotonic() < end, "the server does not come up"
+            assert time.monotonic() < end, f"{self._process.args} does not come up"
             if self._process.poll() is not None:
                 self._process = self._begin()
             time.sleep(0.3)
@@ -345,7 +350,7 @@ def test_services_killed(undisturbed, tmp_path, monkeypatch):
                            key=lambda each: each.name == "_READY"):
             storage.put_if_absent(storage.path("inbox", *path.relative_to(inbox).parts),
                                   path.read_bytes())
-        dealt = chaos(stream, 6, seed=0, quiet=60.0)
+        dealt = chaos(stream, 6, seed=0, quiet=15.0)
         check(stream, undisturbed)
-    assert sum(dealt.values()) >= 2, dealt
+    assert min(dealt.values()) >= 1, dealt
     (tmp_path / "dealt.json").write_text(json.dumps(dealt))

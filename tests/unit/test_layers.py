@@ -36,7 +36,7 @@ LIBRARY = [
 
 PIPELINES = [
     {"__init__", "settings", "matrix", "versions", "progress", "gate", "outcome", "packing",
-     "money", "search_space"},
+     "money", "search_space", "events"},
     {"search_settings"},
     {"files"},
     {"s3"},
@@ -190,7 +190,12 @@ def test_importing_the_command_line_is_light_and_starts_nothing():
 
 def test_importing_the_whole_library_starts_nothing():
     probe(sorted(name.removesuffix(".__init__") for name in SOURCES
-                 if name.startswith("partialhn")), ("ray", "mlflow", "boto3"))
+                 if name.startswith("partialhn")), ("ray", "mlflow", "boto3", "torchvision"))
+
+
+def test_what_every_process_of_a_cluster_imports_is_as_light_as_it_can_be():
+    probe(["pipelines.worker"], ("mlflow", "boto3", "torchvision", "pandas", "sklearn"))
+    probe(["pipelines.events"], (*FREE_WHILE_LOADING, "numpy", "pyarrow"))
 
 
 def test_the_probe_notices(tmp_path):
