@@ -22,6 +22,7 @@ from partialhn.config import Config
 from partialhn.datasets import open_stream
 from partialhn.errors import InputError, IntegrityError
 from partialhn.featurise import feature_jobs, precompute
+from partialhn.forecast import ProbeTask, forecast, pooled, task_shift
 from partialhn.packs import Cell
 from partialhn.pretrain import fit_network, load_network
 from partialhn.result import Outcome
@@ -79,6 +80,7 @@ class _Bench:
             f"the processor, {decoded} images decoded for depths "
             + ", ".join(map(str, sorted(depths))))
         self._opened: dict[int, list[TaskFeatures]] = {}
+        self._alike: dict[int, dict[str, Any]] = {}
 
     def learn(self, cell: Cell) -> dict[str, Any]:
         """Learns one cell from its beginning."""
@@ -97,8 +99,24 @@ class _Bench:
         return {"label": cell.label, "strategy": cell.strategy, "depth": cell.depth,
                 "seed": cell.seed, **fields, "cpu_seconds": round(seconds, 3),
                 "feature_bytes": bytes_, "macs": parts.macs, "config": config.to_dict(),
+                **self._likeness(cell.depth),
                 "tasks": [{"name": each.name, "classes": list(each.classes),
                            "transform": each.transform} for each in self.experiences]}
+
+    def _likeness(self, depth: int) -> dict[str, Any]:
+        """How each task differs from the first in this depth's features, and the forecast."""
+        if depth not in self._alike:
+            tasks = self._tasks(depth)
+            views = [pooled(task.train) for task in tasks if task.train is not None]
+            kept = None
+            first_two = [ProbeTask(task.train, task.validation, task.classes) for task in tasks[:2]
+                         if task.train is not None and task.validation is not None]
+            if depth and len(first_two) == 2 and all(len(each.held_out) for each in first_two):
+                kept = forecast({depth: (first_two[0], first_two[1])})[0].kept
+            self._alike[depth] = {"task_shift": [0.0, *(task_shift(views[0], each)
+                                                        for each in views[1:])],
+                                  "forecast_kept": kept}
+        return self._alike[depth]
 
     def _network(self, root: Path) -> Network:
         filesystem = pafs.LocalFileSystem()

@@ -116,15 +116,30 @@ class Report:
     """File to write."""
     result: str | None = None
     """Take this result.json instead of asking the registry."""
+    pack: str | None = None
+    """Write the page of a comparison instead: the folder, or the result.json, that reproduce
+    wrote."""
     storage: str = "partialhn-store"
     """The storage that train was given; finds the default registry."""
     tracking_uri: str | None = None
     """MLflow server or database, as for train."""
 
-    def run(self) -> None:
-        from pipelines.report import write_report
+    def __post_init__(self) -> None:
+        if self.result and self.pack:
+            raise InputError("--result and --pack are given; allowed: one of them")
 
-        print(f"report: {write_report(self._fields(), self.output)}")
+    def run(self) -> None:
+        from pipelines.report import render, write_page
+
+        if self.pack:
+            from pipelines.pack_page import pack_page
+
+            path = Path(self.pack)
+            html = pack_page(_read_result(path / "result.json" if path.is_dir() else path,
+                                          "reproduce"))
+        else:
+            html = render(self._fields())
+        print(f"report: {write_page(html, self.output)}")
 
     def _fields(self) -> dict[str, Any]:
         if self.result is None:
@@ -133,15 +148,19 @@ class Report:
 
             return connect(open_storage(self.storage), self.tracking_uri,
                            create=False).result(self.name)
-        try:
-            found = json.loads(Path(self.result).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"result {self.result!r} cannot be read ({error}); allowed: a "
-                             "result.json that train wrote") from error
-        if not isinstance(found, dict):
-            raise InputError(f"result {self.result!r} holds {type(found).__name__}; allowed: a "
-                             "result.json that train wrote")
-        return found
+        return _read_result(Path(self.result), "train")
+
+
+def _read_result(path: Path, writer: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"result {str(path)!r} cannot be read ({error}); allowed: a result.json "
+                         f"that {writer} wrote") from error
+    if not isinstance(found, dict):
+        raise InputError(f"result {str(path)!r} holds {type(found).__name__}; allowed: a "
+                         f"result.json that {writer} wrote")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ class Reproduce:
     """Learn a pack by every strategy, at several depths, under several seeds, and compare.
 
     Packs: noisy-cifar, split-cifar10, split-cifar100, split-tiny-imagenet. Runs in one process;
-    what is finished is kept, so the same command goes on where it stopped. Writes table.csv,
-    table.md, plots.svg, result.json and the cells. Exit code 3: a row lies outside of its recorded
-    range.
+    what is finished is kept, so the same command goes on where it stopped. Writes report.html,
+    table.csv, table.md, plots.svg, result.json and the cells. Exit code 3: a row lies outside of
+    its recorded range.
     """
 
     pack: Positional[str]
@@ -49,6 +49,7 @@ class Reproduce:
         from partialhn.comparison import rows
         from partialhn.packs import expected
         from partialhn.reproduce import run_cells
+        from pipelines.pack_page import KEPT, pack_page
         from pipelines.pack_plots import plots_svg
         from pipelines.pack_table import table_csv, table_markdown, verdict
 
@@ -62,10 +63,13 @@ class Reproduce:
         found = rows(cells, expected(self.pack, self.size))
         result = {"pack": self.pack, "size": self.size, "config": config.to_dict(),
                   "partialhn_version": __version__,
-                  "rows": [dataclasses.asdict(row) for row in found]}
+                  "rows": [dataclasses.asdict(row) for row in found],
+                  "cells": [{key: cell[key] for key in KEPT} for cell in cells]}
+        page = pack_page(result)
         texts = {"result.json": json.dumps(result, indent=1), "table.csv": table_csv(found),
                  "table.md": table_markdown(found),
-                 "plots.svg": plots_svg(found, cells, config.backbone.freeze_depth)}
+                 "plots.svg": plots_svg(found, cells, config.backbone.freeze_depth),
+                 "report.html": page}
         for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")
         print(f"\n{texts['table.md']}\n{verdict(found)}")

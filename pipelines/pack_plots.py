@@ -11,6 +11,7 @@ from partialhn.packs import EVERY
 
 ORDER = (*EVERY, "full_hn", "er")
 """A strategy keeps its colour in every pack."""
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def plots_svg(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], depth: int) -> str:
@@ -32,7 +33,7 @@ def plots_svg(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], depth: in
         handles, labels = over_time.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         sink = io.StringIO()
-        figure.savefig(sink, format="svg", metadata={"Date": None})
+        figure.savefig(sink, format="svg", metadata=NO_METADATA)
     return sink.getvalue()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from partialhn.comparison import Row
 from partialhn.seeds import Interval
+from pipelines.pack_findings import half, percent
 
 HEADS = ("strategy", "depth", "seeds", "acc", "acc_low", "acc_high", "learning_accuracy",
          "forgetting", "ahead", "ahead_low", "ahead_high", "bytes_per_task", "cpu_seconds",
@@ -30,17 +31,20 @@ def table_csv(rows: Sequence[Row]) -> str:
 
 def table_markdown(rows: Sequence[Row]) -> str:
     """The table for people: per cent and points, with 95 % intervals over seeds."""
-    heads = ("strategy", "frozen stages", "ACC", "learned", "forgotten, points",
-             "partial hypernetwork ahead by, points", "a task adds", "processor time",
-             "recorded")
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for row in rows:
-        cells = (row.label, str(row.depth), _percent(row.acc), _percent(row.learning_accuracy),
-                 _points(row.forgetting), _points(row.ahead, sign="+") if row.ahead else "",
-                 f"{row.bytes_per_task / 1000:,.1f} kB", f"{row.cpu_seconds:.1f} s",
-                 _recorded(row))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    heads, cells = table_columns(rows)
+    lines = [heads, ["---"] * len(heads), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def table_columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the table for people."""
+    heads = ["strategy", "frozen stages", "ACC", "learned", "forgotten, points",
+             "partial hypernetwork ahead by, points", "a task adds", "processor time", "recorded"]
+    return heads, [
+        [row.label, str(row.depth), percent(row.acc), percent(row.learning_accuracy),
+         _points(row.forgetting), _points(row.ahead, sign="+") if row.ahead else "",
+         f"{row.bytes_per_task / 1000:,.1f} kB", f"{row.cpu_seconds:.1f} s", _recorded(row)]
+        for row in rows]
 
 
 def verdict(rows: Sequence[Row]) -> str:
@@ -62,16 +66,8 @@ def _recorded(row: Row) -> str:
     return f"{low:.1f} to {high:.1f} %" + ("" if row.as_expected else ": outside")
 
 
-def _percent(value: Interval) -> str:
-    return f"{100 * value.mean:.1f}{_half(value)} %"
-
-
 def _points(value: Interval, sign: str = "") -> str:
-    return f"{100 * value.mean:{sign}.1f}{_half(value)}"
-
-
-def _half(value: Interval) -> str:
-    return "" if value.low is None else f" ± {100 * (value.mean - value.low):.1f}"
+    return f"{100 * value.mean:{sign}.1f}{half(value)}"
 
 
 def _short(value: float | None) -> str:

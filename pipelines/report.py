@@ -8,7 +8,7 @@ Every text that came from outside (stream, task and class names) is escaped wher
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -34,7 +34,7 @@ from pipelines.report_tasks import NAMED_LINES, bounds, task_by_task
 from pipelines.report_text import text_summary
 from pipelines.report_verdict import verdict
 
-__all__ = ["render", "text_summary", "write_report"]
+__all__ = ["page", "render", "text_summary", "write_page", "write_report"]
 
 MARKS = {"good": "✓ Holds", "fair": "△ Costs accuracy", "bad": "✕ Not good enough"}
 
@@ -48,9 +48,14 @@ def render(result: Mapping[str, Any]) -> str:
     parts = [_header(facts), _verdict(facts), _headline(facts), task_by_task(facts),
              bounds(facts), without_id(facts), training(facts), cost(facts),
              provenance.usage(facts), provenance.configuration(facts), provenance.terms()]
+    return page(f"{facts.name} – continual-learning report", parts)
+
+
+def page(title: str, html: Sequence[str]) -> str:
+    """A whole page of these parts, one below the other."""
     template = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
     return Template(template).substitute(
-        title=escape(f"{facts.name} – continual-learning report"), body="\n".join(parts),
+        title=escape(title), body="\n".join(html),
         categorical="\n".join(f".l-{i} {{ stroke: var(--c{i}); }} .l-{i}-f, .l-{i}-t "
                               f"{{ fill: var(--c{i}); }}" for i in range(NAMED_LINES)),
         heat_classes="\n".join(f".h{i} {{ fill: var(--h{i}); }} .t{i} "
@@ -59,15 +64,20 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def write_report(result: Mapping[str, Any], path: str | Path) -> Path:
-    """Writes the report to `path` in one step: a reader sees the old page or the new one.
+    """Writes the report of a result to `path`. Raises: InputError when it cannot be written."""
+    return write_page(render(result), path)
+
+
+def write_page(html: str, path: str | Path) -> Path:
+    """Writes a page in one step: a reader sees the old one or the new one.
 
     Raises: InputError when the path cannot be written.
     """
-    page, target = render(result), Path(path)
+    target = Path(path)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(page.encode("utf-8", "replace"))
+        part.write_bytes(html.encode("utf-8", "replace"))
         part.replace(target)
     except OSError as error:
         with contextlib.suppress(OSError):
