@@ -112,8 +112,8 @@ def test_the_page_says_it_and_escapes_names(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"cells": []}, "cannot be shown as a pack"), ({"pack": None}, "cannot be shown as a pack"),
-    ({"config": {}}, "cannot be shown as a pack")])
+    ({"cells": []}, "cannot be shown as a pack"), ({"config": {}}, "cannot be shown as a pack"),
+    ({"cells": [{"label": "naive"}]}, "cannot be shown as a pack")])
 def test_another_file_is_refused(change, words, tmp_path, capsys):
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result() | change))
