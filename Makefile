@@ -48,9 +48,11 @@ test-all: setup  ## run the slow tests too
 test-gpu: setup  ## run the tests that need CUDA
 	$(PYTEST) -m gpu
 
-bench: setup  ## measure steps, memory, bytes and features, into bench.json; QUICK=1: four minutes
+bench: setup  ## measure steps, memory, bytes, features, start-up, packing; QUICK=1: four minutes
 	$(BIN)/python tests/bench/step.py --json bench.json $(if $(QUICK),--quick,--plot bench.svg)
 	$(BIN)/python tests/bench/features.py --json bench.json $(if $(QUICK),--quick)
+	$(if $(QUICK),,$(BIN)/python tests/bench/startup.py --json bench.json)
+	$(if $(QUICK),,$(BIN)/python tests/bench/packing.py --json bench.json)
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .
