@@ -65,12 +65,19 @@ class Head(nn.Module):
     """Applies the later stages, pooling and a classifier to features, with the weights given.
 
     A batch needs one set of weights, and once a task is learned an answer depends on no other
-    image. Holds no parameter: the skeleton lives on the meta device.
+    image. Holds no parameter: the skeleton lives on the meta device. Where every stage is frozen it
+    is linear: pooled features, standardised by a task's batch norm whatever `norm` says (the others
+    need more than one pixel), and a classifier.
     """
 
     def __init__(self, network: Network, freeze_depth: int, norm: Norm, norm_groups: int) -> None:
         super().__init__()
+        self.width = network.width
+        self.convolutions: tuple[GeneratedTensor, ...] = ()
         stages = head_stages(network, freeze_depth)
+        if not len(stages):
+            self._become_linear(network.width)
+            return
         _replace_norms(stages, norm, norm_groups)
         named = dict(stages.named_parameters())
         self.convolutions = tuple(GeneratedTensor(name, tuple(value.shape))
@@ -80,7 +87,6 @@ class Head(nn.Module):
         self.norm_widths = [len(named[f"{layer}.weight"]) for layer in layers]
         self._norm_names = _names(layers, "weight", "bias")
         self._statistic_names = _names(layers, "mean", "variance") if norm == "batch" else []
-        self.width = network.width
         # kept from nn.Module's registry: the skeleton's parameters are nobody's weights
         self.__dict__["_skeleton"] = stages.to("meta")
 
@@ -92,13 +98,16 @@ class Head(nn.Module):
     def without_stages(self) -> "Head":
         """A linear head over the same features: pooling, a task's batch norm, a classifier."""
         bare = copy.copy(self)
-        bare.width = self.convolutions[0].shape[1] if self.convolutions else self.width
-        bare.convolutions, bare.norm_widths = (), [bare.width]
-        bare._norm_names = _names(["1"], "weight", "bias")
-        bare._statistic_names = _names(["1"], "mean", "variance")
-        bare.__dict__["_skeleton"] = nn.Sequential(nn.AdaptiveAvgPool2d(1),
-                                                   TaskBatchNorm(bare.width)).to("meta")
+        bare._become_linear(self.convolutions[0].shape[1] if self.convolutions else self.width)
         return bare
+
+    def _become_linear(self, width: int) -> None:
+        self.width, self.norm_widths = width, [width]
+        self.convolutions = ()
+        self._norm_names = _names(["1"], "weight", "bias")
+        self._statistic_names = _names(["1"], "mean", "variance")
+        self.__dict__["_skeleton"] = nn.Sequential(nn.AdaptiveAvgPool2d(1),
+                                                   TaskBatchNorm(width)).to("meta")
 
     @property
     def norm_length(self) -> int:
@@ -151,9 +160,12 @@ def head_start(network: Network, freeze_depth: int, norm: Norm, seed: int) -> He
     """What the first head starts from.
 
     With batch norm the network's own later stages; they were trained with batch norm, and under
-    another normalisation a fresh start (Kaiming, fan out) does better.
+    another normalisation a fresh start (Kaiming, fan out) does better. A linear head starts from
+    standardised features.
     """
     stages = head_stages(network, freeze_depth)
+    if not len(stages):
+        return HeadStart([], _halves(1.0, 0.0, 2 * network.width))
     convolutions = [value.detach() for value in stages.parameters() if value.dim() == 4]
     norms = [layer for layer in stages.modules() if isinstance(layer, nn.BatchNorm2d)]
     scales = [layer.weight.detach() for layer in norms]
@@ -164,7 +176,7 @@ def head_start(network: Network, freeze_depth: int, norm: Norm, seed: int) -> He
             convolutions = [nn.init.kaiming_normal_(torch.empty(value.shape), mode="fan_out",
                                                     nonlinearity="relu") for value in convolutions]
         scales, shifts = [x * 0 + 1 for x in scales], [x * 0 for x in shifts]
-    return HeadStart(convolutions, torch.cat([*scales, *shifts]) if norms else torch.empty(0))
+    return HeadStart(convolutions, torch.cat([*scales, *shifts]))
 
 
 def check_feature_size(norm: Norm, network: Network, freeze_depth: int, input_size: int) -> None:

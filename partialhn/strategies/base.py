@@ -15,6 +15,10 @@ from partialhn.errors import InputError
 from partialhn.model import Head, HeadStart, HeadWeights
 from partialhn.store import FeatureSet
 
+LINEAR_RATE = 10.0
+"""Times the learning rate where the head is one linear layer: at the rate that convolutions need it
+is far from done when the epochs are over (`tests/bench/NOTES.md`)."""
+
 
 class Strategy(nn.Module):
     """Owns what is learned over a stream; the trunk and the head's skeleton are beside it.
@@ -89,7 +93,8 @@ class Strategy(nn.Module):
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """What the running experience may change, with each group's peak learning rate."""
         trainable = [value for value in self.parameters() if value.requires_grad]
-        return [{"params": trainable, "peak": learning_rate}]
+        rate = 1.0 if self.head.convolutions else LINEAR_RATE
+        return [{"params": trainable, "peak": rate * learning_rate}]
 
     def experience_state(self) -> dict[str, Tensor]:
         """What a running experience needs beside the parameters, for its checkpoint."""

@@ -5,15 +5,12 @@ when the task is done, so what remains is linear. `partialhn.probe` has the clos
 gate uses.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from partialhn.model import Head, HeadStart, HeadWeights
 from partialhn.strategies.base import OwnNorm, Strategy
-
-RATE = 10.0
-"""Times the peak learning rate of the others: it is one linear layer."""
 
 
 class LinearProbe(Strategy):
@@ -29,6 +26,3 @@ class LinearProbe(Strategy):
 
     def weights(self, task: int) -> HeadWeights:
         return cast(OwnNorm, self.tasks[task]).weights({})
-
-    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        return super().parameter_groups(RATE * learning_rate)

@@ -35,7 +35,7 @@ def published_forward(strategy, network, depth, z_BCHW, task):
     scales, shifts = own.norm.chunk(2)
     widths = [shapes[f"{name}.weight"][0] for name in norms]
     affine = {f"{name}.{kind}": value for kind, values in (("weight", scales), ("bias", shifts))
-              for name, value in zip(norms, values.split(widths), strict=True)}
+              for name, value in zip(norms, values.split(widths), strict=True)} if norms else {}
 
     def generate(code):
         x = generator.mlp(code)
@@ -47,6 +47,8 @@ def published_forward(strategy, network, depth, z_BCHW, task):
         return weights
 
     def one(z_CHW, code):
+        if not norms:  # our linear head scales and shifts what the trunk has pooled
+            return (z_CHW.mean((1, 2)) * scales + shifts) @ own.classifier_KF.T + own.bias_K
         out = torch.func.functional_call(stages, generate(code) | affine, (z_CHW[None],))
         return out.mean((2, 3))[0] @ own.classifier_KF.T + own.bias_K
 
@@ -63,6 +65,7 @@ def test_forward_equals_the_published_formulation(network, images, depth):
         for own in strategy.tasks:
             own.norm.copy_(1 + 0.3 * torch.randn(len(own.norm)))
             own.code.normal_()
+    strategy.eval()
     z_BCHW = split(network, depth)[0](images[:3])
     for task in range(2):
         with torch.no_grad():
@@ -78,9 +81,12 @@ def own_weights(network, head, stages):
     convolutions = [value for value in stages.parameters() if value.dim() == 4]
 
     def joined(*kinds):
-        values = [getattr(layer, kind) for kind in kinds for layer in norms]
-        return torch.cat(values) if values else torch.empty(0)
+        return torch.cat([getattr(layer, kind) for kind in kinds for layer in norms])
 
+    if not norms:  # a linear head: standardised by what changes nothing
+        one, zero = torch.ones(head.width), torch.zeros(head.width)
+        return HeadWeights({}, torch.cat([one, zero]), network.body.fc.weight,
+                           network.body.fc.bias, torch.cat([zero, one - 1e-5]))
     return HeadWeights(head.named(convolutions), joined("weight", "bias"), network.body.fc.weight,
                        network.body.fc.bias, joined("running_mean", "running_var"))
 

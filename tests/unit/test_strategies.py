@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from partialhn.backbone import split
 from partialhn.config import HypernetConfig
 from partialhn.errors import InputError
+from partialhn.run import cut
 from partialhn.strategies import STRATEGIES, PartialHypernet
 
 STEPS = 4
@@ -234,3 +236,24 @@ def test_a_new_task_starts_from_the_norm_that_was_learned_not_from_the_folded_on
     assert not torch.allclose(own.norm, learned)
     strategy.add_task(2)
     assert torch.equal(strategy.tasks[1].norm, learned)
+
+
+@pytest.mark.parametrize("name", ["partial_hn", "separate_heads", "naive", "latent_replay"])
+def test_with_everything_frozen_the_head_is_a_linear_probe(network, with_options, images, name):
+    """Standardised pooled features and the rate that a linear layer needs: nothing less."""
+    config = with_options(backbone={"freeze_depth": 4}, train={"strategy": name})
+    strategy = cut(config, network).strategy(config)
+    strategy.add_task(3)
+    strategy.begin(0)
+    assert not strategy.head.convolutions
+    assert strategy.head.norm_widths == [network.width]
+    assert [group["peak"] for group in strategy.parameter_groups(1e-3)] == [0.01]
+    z_BCHW = split(network, 4)[0](images[:32])
+    strategy.train()
+    embedded_BF = strategy.head.embed(z_BCHW, strategy.weights(0))
+    torch.testing.assert_close(embedded_BF.mean(0), torch.zeros(network.width), atol=1e-5, rtol=0)
+    shallower = with_options(backbone={"freeze_depth": 3}, train={"strategy": name})
+    strategy = cut(shallower, network).strategy(shallower)
+    strategy.add_task(3)
+    strategy.begin(0)
+    assert [group["peak"] for group in strategy.parameter_groups(1e-3)] == [1e-3]
