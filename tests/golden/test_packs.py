@@ -33,3 +33,22 @@ def test_nothing_is_forgotten_where_nothing_is_shared(name):
     assert rows["naive", 3]["forgetting"]["mean"] > 0.02
     for label in ("joint", "latent_replay"):
         assert rows[label, 3]["forgetting"]["mean"] < rows["naive", 3]["forgetting"]["mean"]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_freezing_everything_costs_little_and_beats_replay_there(name):
+    rows = {(row["label"], row["depth"]): row["acc"]["mean"] for row in RECORDED[name]["rows"]}
+    best = max(acc for (label, _), acc in rows.items() if label == "partial_hn")
+    assert rows["partial_hn", 4] > best - 0.025
+    assert rows["partial_hn", 4] > rows["latent_replay", 4]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_hypernetwork_is_as_accurate_as_a_separate_head_at_a_fraction_of_its_bytes(name):
+    rows = {(row["label"], row["depth"]): row for row in RECORDED[name]["rows"]}
+    assert len(RECORDED[name]["rows"][0]["acc"]["values"]) == 3
+    for depth in {depth for _, depth in rows}:
+        ours, theirs = rows["partial_hn", depth], rows["separate_heads", depth]
+        assert ours["acc"]["mean"] > theirs["acc"]["mean"] - 0.02
+        if depth < 4:
+            assert ours["bytes_per_task"] < 0.2 * theirs["bytes_per_task"]
