@@ -123,9 +123,9 @@ def noise(cells: Sequence[Mapping[str, Any]], depth: int) -> str:
         clean = [i for i in range(len(tasks)) if i not in noisy]
         kept = np.mean([[cell["accuracy_matrix"][-1][i] for i in clean] for cell in mine])
         before = np.mean([[cell["accuracy_matrix"][i][i] for i in clean] for cell in mine])
-        said.append(f"{name} learns the changed tasks to {100 * learned:.1f} % and, when they are "
-                    f"learned, answers the clean ones {100 * kept:.1f} % right "
-                    f"(was {100 * before:.1f} %)")
+        said.append(f"{name} learns the changed tasks to {100 * learned:.1f} %, and after them "
+                    f"answers the clean ones to {100 * kept:.1f} % (before: "
+                    f"{100 * before:.1f} %)")
     return f"With {stages(depth)}: " + "; ".join(said) + "."
 
 

@@ -71,7 +71,7 @@ def test_noise_is_told_for_both():
     said = findings.noise(cells(replay=0.05), 2)
     assert "The hypernetwork learns the changed tasks to 80.1 %" in said
     assert "latent replay learns the changed tasks to 93.2 %" in said
-    assert "answers the clean ones 83.2 % right (was 93.2 %)" in said
+    assert "answers the clean ones to 83.2 % (before: 93.2 %)" in said
     clean = [each | {"tasks": [task | {"transform": "none"} for task in each["tasks"]]}
              for each in cells()]
     assert findings.noise(clean, 2) == ""
