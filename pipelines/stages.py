@@ -55,7 +55,7 @@ def start_ray(config: Config) -> None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         _reach(config.compute.ray_address)
-        _init_ray(config.compute.ray_address or "local", **options)
+        init_ray(config.compute.ray_address or "local", **options)
     except (OSError, OverflowError, ValueError) as error:
         raise InputError(f"ray_address is {config.compute.ray_address!r} and no cluster answers "
                          f"({error}); allowed: auto, ray://host:10001, host:6379, or leave it out "
@@ -69,7 +69,7 @@ def _reach(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _init_ray(address: str, **options: Any) -> None:
+def init_ray(address: str, **options: Any) -> None:
     """Starts or joins Ray; again where a node took longer to come up than Ray waits for it."""
     import ray
 

@@ -23,7 +23,9 @@ def ray_cluster():
     """A local Ray with two CPUs, for the whole session."""
     import ray
 
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+    from pipelines.stages import init_ray
+
+    init_ray("local", num_cpus=2, include_dashboard=False, log_to_driver=False,
              logging_level="ERROR")
     yield
     ray.shutdown()
