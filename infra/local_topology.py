@@ -208,6 +208,7 @@ def main() -> int:
     parser.add_argument("--name", default="topology", help="name of the stream and the bucket")
     parser.add_argument("options", nargs="*", help="options of partialhn train, after --")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing that was started stays behind
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="phn-"))
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)  # PostgreSQL's user must get to its own folder
