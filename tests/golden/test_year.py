@@ -32,3 +32,10 @@ def test_a_pass_costs_the_same_late_in_the_year():
                    for part in (learned[:8], learned[-8:]))
     assert late < 1.15 * early
     assert YEAR["forgetting"] == 0
+
+
+def test_servers_were_killed_and_nothing_was_lost():
+    kills = json.loads((Path(__file__).parent / "chaos.json").read_text(encoding="utf-8"))[
+        "servers"]["kills"]
+    assert set(kills) == {"PostgreSQL", "mlflow", "S3"}
+    assert min(kills.values()) >= 1
