@@ -40,8 +40,6 @@ from pipelines.registry import connect
 from pipelines.s3 import s3_client
 from pipelines.storage import open_storage
 
-pytestmark = pytest.mark.slow
-
 TASKS = {"a": (0, 1), "b": (2, 3), "c": (4, 5)}
 CONFIG = {
     "data": {"data": "inbox", "input_size": 16},
@@ -213,7 +211,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("kills", [2, 50])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_anywhere(undisturbed, tmp_path, kills):
     """A stream that is learned before all kills were dealt is begun anew with another seed."""
     dealt, seed = dict.fromkeys(WHOM, 0), 0
@@ -339,6 +337,7 @@ def servers(root: Path, monkeypatch):
         shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_services_killed(undisturbed, tmp_path, monkeypatch):
     """`mlflow server`, PostgreSQL and S3 die during a pass and come back: nothing is lost."""
