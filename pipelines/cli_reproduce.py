@@ -65,11 +65,10 @@ class Reproduce:
                   "partialhn_version": __version__,
                   "rows": [dataclasses.asdict(row) for row in found],
                   "cells": [{key: cell[key] for key in KEPT} for cell in cells]}
-        page = pack_page(result)
+        drawn = plots_svg(found, cells, config.backbone.freeze_depth)
         texts = {"result.json": json.dumps(result, indent=1), "table.csv": table_csv(found),
                  "table.md": table_markdown(found),
-                 "plots.svg": plots_svg(found, cells, config.backbone.freeze_depth),
-                 "report.html": page}
+                 "plots.svg": drawn, "report.html": pack_page(result, drawn)}
         for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")
         print(f"\n{texts['table.md']}\n{verdict(found)}")

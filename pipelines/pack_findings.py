@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from partialhn.comparison import Row
-from partialhn.seeds import Interval, paired
+from partialhn.seeds import CONFIDENCE, Interval, paired
 
 OURS = "partial_hn"
 ENOUGH_TASKS = 4
@@ -86,7 +86,7 @@ def why(rows: Sequence[TaskRow], depths: Sequence[int]) -> str:
         return said + "All later tasks differ from the first, or lose, alike."
     sense = ("Tasks that differ more from the first lose more" if found.statistic > 0 else
              "Tasks that differ more from the first do not lose more")
-    sure = "" if found.pvalue < 1 - 0.95 else ", which chance explains as well"
+    sure = "" if found.pvalue < 1 - CONFIDENCE else ", which chance explains as well"
     return (f"{said}{sense}: rank correlation {found.statistic:+.2f} over {len(later)} tasks"
             f"{sure}.")
 

@@ -23,8 +23,9 @@ SETTINGS = (("tasks", "data", "tasks"), ("images a class", "data", "images_per_c
             ("epochs a task", "train", "epochs"), ("rehearsal memory, images", "train", "buffer"))
 
 
-def pack_page(result: Mapping[str, Any]) -> str:
-    """The page of a `result.json` that `reproduce` wrote.
+def pack_page(result: Mapping[str, Any], drawn: str | None = None) -> str:
+    """The page of a `result.json` that `reproduce` wrote; `drawn` is its `plots_svg`, drawn here
+    where it is not at hand.
 
     Raises: InputError for anything else.
     """
@@ -32,10 +33,10 @@ def pack_page(result: Mapping[str, Any]) -> str:
         cells, config, name, size = (result[key] for key in ("cells", "config", "pack", "size"))
         found = rows(cells, expected(name, size))
         own = config["backbone"]["freeze_depth"]
-        drawn = plots_svg(found, cells, own)
-        said = _said(found, cells, own)
-        parts = [_header(name, size, found, cells), _findings(said),
-                 _table(found), _drawings(drawn), _tasks(cells), _provenance(result, found)]
+        tasks = findings.task_rows(cells)
+        parts = [_header(name, size, found, cells), _findings(_said(found, cells, tasks, own)),
+                 _table(found), _drawings(drawn or plots_svg(found, cells, own)),
+                 _tasks(tasks, findings.depths_of(cells)), _provenance(result, found)]
     except (KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
         raise InputError(f"the result cannot be shown as a pack ({error!r}); allowed: a "
                          "result.json that reproduce wrote, with this version") from error
@@ -43,9 +44,8 @@ def pack_page(result: Mapping[str, Any]) -> str:
 
 
 def _said(found: Sequence[Row], cells: Sequence[Mapping[str, Any]],
-          own: int) -> list[tuple[str, list[str]]]:
+          tasks: Sequence[findings.TaskRow], own: int) -> list[tuple[str, list[str]]]:
     """Questions and answers; those that cannot be answered are left out."""
-    tasks = findings.task_rows(cells)
     answers = [
         ("How deep can one freeze, and what is lost?",
          [findings.how_deep(cells), findings.forecast_said(cells)]),
@@ -90,14 +90,13 @@ def _drawings(svg: str) -> str:
                           "accuracy by the end.", "scroll", 760))
 
 
-def _tasks(cells: Sequence[Mapping[str, Any]]) -> str:
-    depths = findings.depths_of(cells)
+def _tasks(tasks: Sequence[findings.TaskRow], depths: Sequence[int]) -> str:
     heads = ["task", "images", "unlike the first",
              *(f"learned, depth {depth}" for depth in depths), "depth costs, points"]
     lines = [[escape(row.name), "as they are" if row.transform == "none" else
               escape(row.transform), f"{100 * row.shift:.0f} %",
               *(f"{100 * value:.1f} %" for value in row.accuracy), f"{100 * row.lost:.1f}"]
-             for row in findings.task_rows(cells)]
+             for row in tasks]
     return section("Task by task",
                    "The hypernetwork's accuracy right after each task. “Unlike the first”: the "
                    "share of a task's feature spread outside of the directions that hold 90 % of "
