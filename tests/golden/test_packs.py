@@ -47,7 +47,7 @@ def test_freezing_everything_costs_little_and_beats_replay_there(name):
 def test_the_hypernetwork_is_as_accurate_as_a_separate_head_at_a_fraction_of_its_bytes(name):
     rows = {(row["label"], row["depth"]): row for row in RECORDED[name]["rows"]}
     assert len(RECORDED[name]["rows"][0]["acc"]["values"]) == 3
-    for depth in {depth for _, depth in rows}:
+    for depth in {depth for _, depth in rows} - {0}:
         ours, theirs = rows["partial_hn", depth], rows["separate_heads", depth]
         assert ours["acc"]["mean"] > theirs["acc"]["mean"] - 0.02
         if depth < 4:
