@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 YEAR = json.loads((Path(__file__).parent / "year.json").read_text(encoding="utf-8"))
+CHAOS = json.loads((Path(__file__).parent / "chaos.json").read_text(encoding="utf-8"))
 PASSES = {each["event"]: each for each in YEAR["passes"]}
 
 
@@ -35,7 +36,12 @@ def test_a_pass_costs_the_same_late_in_the_year():
 
 
 def test_servers_were_killed_and_nothing_was_lost():
-    kills = json.loads((Path(__file__).parent / "chaos.json").read_text(encoding="utf-8"))[
-        "servers"]["kills"]
+    kills = CHAOS["servers"]["kills"]
     assert set(kills) == {"PostgreSQL", "mlflow", "S3"}
     assert min(kills.values()) >= 1
+
+
+def test_fifty_kills_anywhere_and_more_of_them_late_in_a_pass():
+    assert sum(CHAOS["anywhere"]["kills"].values()) == 50
+    late = CHAOS["anywhere_late_in_a_pass"]["kills"]
+    assert all(late[whom] for whom in ("driver", "RayTrainWorker", "MapWorker", "raylet"))
