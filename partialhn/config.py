@@ -21,7 +21,7 @@ from partialhn.errors import InputError
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 Compression = Literal["none", "lz4"]
 FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
-Generator = Literal["additive", "bilinear"]
+Generator = Literal["columns", "bilinear", "additive"]
 Norm = Literal["batch", "instance", "group", "layer"]
 Schedule = Literal["constant", "cosine"]
 StreamKind = Literal["classes", "domains"]
@@ -148,16 +148,15 @@ class FeatureConfig:
 class HypernetConfig:
     """The hypernetwork that generates the head's weights."""
 
-    generator: Generator = "bilinear"
-    """bilinear: a code a layer and task over columns that tasks share. additive: one embedding a
-    task through a small network, as published."""
+    generator: Generator = "columns"
+    """columns: a task opens ternary columns of its own, which its code weighs, and starts from
+    another task's weights; nothing is forgotten. bilinear: all tasks share one set of columns, and
+    each has a code. additive: one embedding a task through a small network, as published. The last
+    two move for every task, held by the regulariser."""
     fresh_columns: int = 16
-    """Columns that each task after the first opens for itself (bilinear with residual); it
-    inherits those of the task it starts from, which stay frozen, so nothing is forgotten. 0: all
-    code_dim are open from the start, and move with every task, held by the regulariser."""
-    code_dim: int | None = None
-    """Columns there may be at most (bilinear); default: as many as the tasks open. Tasks that find
-    none left to open move all of them, held by the regulariser."""
+    """Columns that each task after the first opens for itself (columns only)."""
+    code_dim: int = 64
+    """Columns that all tasks share (bilinear only)."""
     embedding_dim: int = 32
     """Length of a task's embedding (additive only)."""
     hidden: tuple[int, ...] = (50, 32)
@@ -165,25 +164,20 @@ class HypernetConfig:
     channel_dim: int = 32
     """Length of the embedding of an output channel (additive only)."""
     residual: bool = True
-    """Generate the difference to a head that the first task trains."""
+    """Generate the difference to a head that the first task trains; columns always do."""
     norm: Norm = "batch"
     """Normalisation inside the head. batch: by batch statistics while a task is learned, folded
     into its scales and shifts when it is done. The others look at one image alone."""
     norm_groups: int = 8
     """Channel groups of norm group."""
     beta: float = 0.05
-    """Strength of the regulariser that keeps the earlier tasks' weights."""
+    """Strength of the regulariser that keeps the earlier tasks' weights (bilinear, additive)."""
 
     def __post_init__(self) -> None:
-        columns = self.code_dim
-        _require(self.fresh_columns >= 0, "fresh_columns", self.fresh_columns, "0 or more")
-        _require(columns is None or columns >= 1, "code_dim", columns, "1 or more")
-        _require(columns is not None or self.generator != "bilinear"
-                 or (self.residual and self.fresh_columns > 0), "code_dim", columns,
-                 "a number of columns where all are open from the start (fresh_columns 0, or no "
-                 "residual)")
-        _require(columns is None or self.fresh_columns <= columns, "fresh_columns",
-                 self.fresh_columns, f"0 to code_dim = {columns}")
+        _require(self.fresh_columns >= 1, "fresh_columns", self.fresh_columns, "1 or more")
+        _require(self.code_dim >= 1, "code_dim", self.code_dim, "1 or more")
+        _require(self.residual or self.generator != "columns", "residual", self.residual,
+                 "true with generator columns, or generator bilinear or additive")
         _require(self.embedding_dim >= 1, "embedding_dim", self.embedding_dim, "1 or more")
         _require(self.channel_dim >= 1, "channel_dim", self.channel_dim, "1 or more")
         _require(len(self.hidden) >= 1 and all(n >= 1 for n in self.hidden), "hidden",

@@ -29,13 +29,15 @@ SEARCHABLE = (DEPTH, "features.views",
               "train.epochs", "train.batch_size", "train.learning_rate", "train.schedule",
               "train.label_smoothing")
 """Everything else is the same for all trials, which share images, trunk and features."""
-ONLY_WITH = {"hypernet.hidden": ("hypernet.generator", "additive"),
-             "hypernet.channel_dim": ("hypernet.generator", "additive"),
-             "hypernet.embedding_dim": ("hypernet.generator", "additive"),
-             "hypernet.code_dim": ("hypernet.generator", "bilinear"),
-             "hypernet.fresh_columns": ("hypernet.generator", "bilinear"),
-             "hypernet.norm_groups": ("hypernet.norm", "group")}
-"""Keys that mean nothing unless another one has a value."""
+ONLY_WITH = {"hypernet.hidden": ("hypernet.generator", ("additive",)),
+             "hypernet.channel_dim": ("hypernet.generator", ("additive",)),
+             "hypernet.embedding_dim": ("hypernet.generator", ("additive",)),
+             "hypernet.code_dim": ("hypernet.generator", ("bilinear",)),
+             "hypernet.fresh_columns": ("hypernet.generator", ("columns",)),
+             "hypernet.residual": ("hypernet.generator", ("bilinear", "additive")),
+             "hypernet.beta": ("hypernet.generator", ("bilinear", "additive")),
+             "hypernet.norm_groups": ("hypernet.norm", ("group",))}
+"""Keys that mean nothing unless another one has one of some values."""
 DECIDING = {other for other, _ in ONLY_WITH.values()}
 """The keys whose value decides whether others mean anything."""
 MAX_COMBINATIONS = 200
@@ -113,7 +115,7 @@ def applies(key: str, params: Mapping[str, Any], base: Config) -> bool:
     if key not in ONLY_WITH:
         return True
     other, wanted = ONLY_WITH[key]
-    return bool(params.get(other, value_of(base, other)) == wanted)
+    return params.get(other, value_of(base, other)) in wanted
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -130,7 +132,7 @@ def default_space(base: Config, depths: Sequence[int]) -> Space:
     beta = hypernet.beta or HypernetConfig().beta
     dimensions: dict[str, Dimension] = {
         DEPTH: Choice(tuple(depths), grid=True),
-        "hypernet.generator": _choice(hypernet.generator, "bilinear", "additive"),
+        "hypernet.generator": _choice(hypernet.generator, "columns", "additive"),
         "hypernet.fresh_columns": _choice(fresh, max(1, fresh // 2), max(1, 2 * fresh)),
         "hypernet.embedding_dim": _choice(embedding, 2 * embedding),
         "hypernet.hidden": _choice(hypernet.hidden, (50, 32), (100, 64)),

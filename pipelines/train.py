@@ -60,8 +60,6 @@ def _train(config: Config, output: OutputConfig, storage: Storage, say: Say) -> 
     classes = sum(len(each.classes) for each in experiences)
     say(f"{output.name}: {len(experiences)} tasks, {classes} classes, "
         f"{sum(len(each.train) for each in experiences)} training images (work {work})")
-    for note in _notes(config, len(experiences)):
-        say(note)
     clock.lap("data")
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         connecting = pool.submit(connect, storage, output.tracking_uri)
@@ -73,20 +71,6 @@ def _train(config: Config, output: OutputConfig, storage: Storage, say: Say) -> 
     Path(output.result).parent.mkdir(parents=True, exist_ok=True)
     Path(output.result).write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
-
-
-def _notes(config: Config, tasks: int) -> list[str]:
-    """What a user should know before hours are spent."""
-    hypernet = config.hypernet
-    fresh = hypernet.fresh_columns
-    if (config.train.strategy != "partial_hn" or hypernet.generator != "bilinear"
-            or not hypernet.residual or not fresh or hypernet.code_dim is None
-            or (tasks - 1) * fresh <= hypernet.code_dim):
-        return []
-    served = 1 + -(-hypernet.code_dim // fresh)
-    return [f"note: at most {hypernet.code_dim} columns (--code-dim) give columns of their own to "
-            f"the first {served} of {tasks} tasks; the others are learned less well. All {tasks} "
-            f"would take --code-dim {(tasks - 1) * fresh}"]
 
 
 @dataclasses.dataclass

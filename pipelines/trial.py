@@ -20,7 +20,6 @@ from partialhn import checkpoint
 from partialhn.backbone import Network
 from partialhn.config import ComputeConfig, Config
 from partialhn.errors import InputError
-from partialhn.hypernet import BilinearGenerator
 from partialhn.run import Parts, cut
 from partialhn.store import FeatureSet, Manifest
 from partialhn.strategies import PartialHypernet, Strategy
@@ -193,10 +192,6 @@ def _share(place: Place, manifest: Manifest, views: int) -> int:
 
 def _generating(strategy: Strategy) -> int:
     """Multiply-adds of generating the last task's head; an own head is there already."""
-    if not isinstance(strategy, PartialHypernet) or not strategy.hypernet.tensors:
+    if not isinstance(strategy, PartialHypernet):
         return 0
-    task = len(strategy.classes) - 1
-    hypernet = strategy.hypernet
-    width = (strategy.code(task).shape[1] if isinstance(hypernet, BilinearGenerator)
-             else hypernet.A[0].shape[1])
-    return strategy.head.weight_count * width
+    return strategy.hypernet.generating_macs()

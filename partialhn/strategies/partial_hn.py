@@ -1,20 +1,22 @@
 """The product: a hypernetwork H_psi generates the head's convolutions for each task.
 
 A task owns its code, its normalisation affine and its classifier; they are frozen when its
-experience ends, and with them the columns that it opened. It starts from another task, the one
-before it or the one it refreshes, and inherits what that one knows. What is shared may drift only
-once no column is left to open, held back by the regulariser over all earlier tasks.
+experience ends. It starts from another task, the one before it or the one it refreshes. Its own
+columns add to what that one knows (generator `columns`), or all tasks share what generates them
+and the regulariser holds it (`bilinear`, `additive`).
 
 Legend: T earlier tasks, L generated tensors, d columns.
 """
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from partialhn.config import HypernetConfig
-from partialhn.hypernet import Inherited, build_generator, widened
+from partialhn.drifting import AdditiveGenerator, BilinearGenerator
+from partialhn.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
 from partialhn.model import Head, HeadStart, HeadWeights
 from partialhn.strategies.base import OwnNorm, Strategy
 
@@ -24,13 +26,29 @@ class HypernetTask(OwnNorm):
 
     def __init__(self, classes: int, head: Head, norm: Tensor, code: Tensor, start: int) -> None:
         super().__init__(classes, head, norm)
-        self.code = torch.nn.Parameter(code)
+        self.code = nn.Parameter(code)
         self.register_buffer("start", torch.tensor(start))
-        """The task whose columns it inherits; -1 for none."""
+        """The task it starts from; -1 for none."""
+
+    def fold(self) -> None:
+        """A learned task's norm and classifier are kept in float16."""
+        super().fold()
+        for name in ("norm", "classifier_KF", "bias_K"):
+            value = getattr(self, name)
+            setattr(self, name, nn.Parameter(value.detach().half(), value.requires_grad))
+
+    def weights(self, convolutions: dict[str, Tensor]) -> HeadWeights:
+        made = super().weights(convolutions)
+        if made.norm.dtype != torch.half:
+            return made
+        return made._replace(norm=made.norm.float(), classifier_KF=made.classifier_KF.float(),
+                             bias_K=made.bias_K.float())
 
 
 class PartialHypernet(Strategy):
-    """Cross-entropy + beta * mean over earlier tasks of |H(e_j) - H*(e_j)|^2 (Hemati 2023)."""
+    """Cross-entropy, and where shared parts drift + beta * mean over earlier tasks of
+    |H(e_j) - H*(e_j)|^2 (Hemati et al. 2023).
+    """
 
     def __init__(self, head: Head, start: HeadStart, config: HypernetConfig, seed: int) -> None:
         super().__init__(head, start, seed)
@@ -42,67 +60,90 @@ class PartialHypernet(Strategy):
             self.hypernet.set_base(start.convolutions)
         self.register_buffer("next_norm", start.norm.clone())
         self._running = -1
-        self._inherited: Inherited | None = None
+        self._inherited: Rows | None = None
         self._earlier: Tensor | None = None
         """Of the running task: what it starts from, and the earlier codes; neither changes."""
+        self._newest: tuple[int, Rows] | None = None
+        """The learned task whose weights were asked for last, and its rows."""
 
     def new_task(self, classes: int, refreshes: int | None) -> HypernetTask:
-        """Starts from the previous task's code and norm, which carries over what they know.
+        """Starts from the previous task's norm, which carries over what it knows.
 
-        A task that is refreshed starts from its own old code. Its old norm has been folded, so
-        the norm is the previous task's here too.
+        A refreshed task starts from the weights of its own old slot. Its old norm has been
+        folded, so the norm is the previous task's here too.
         """
         task = len(self.tasks)
         self.hypernet.add_task(task)
         start = task - 1 if refreshes is None else refreshes
-        code = self.hypernet.next_code(self.code(start) if task else None, task)
+        code = self.hypernet.next_code(self._own(start).code.detach() if task else None, task)
         return HypernetTask(classes, self.head, self.get_buffer("next_norm"), code, start)
 
     def begin(self, task: int) -> None:
         super().begin(task)
         self.hypernet.begin(task)
-        self._running, self._inherited, self._earlier = task, None, None
+        self._forget()
+        self._running = task
 
     def finish(self, task: int) -> None:
         """The next task starts from this one's norm as it was learned, before it is folded."""
-        self.get_buffer("next_norm").copy_(self._own(task).norm.detach())
+        own = self._own(task)
+        self.get_buffer("next_norm").copy_(own.norm.detach())
         super().finish(task)
-        self._running, self._inherited, self._earlier = -1, None, None
-
-    @torch.no_grad()
-    def code(self, task: int) -> Tensor:
-        """e_t whole, (L, d) or (1, E): what it inherited, then its own."""
-        line = [task]
-        while self.hypernet.inherits(line[-1]):
-            line.append(int(self._own(line[-1]).get_buffer("start")))
-        whole = None
-        for each in reversed(line):
-            whole = self.hypernet.whole_code(self._own(each).code, whole, each)
-        return cast(Tensor, whole)
+        factor = self.hypernet.finish(task)
+        if factor is not None:
+            own.code.data.mul_(factor)
+        self._forget()
+        self._running = -1
 
     def weights(self, task: int) -> HeadWeights:
         own = self._own(task)
-        return own.weights(self.hypernet(own.code, self._start(task)))
+        if task == self._running and self.hypernet.inherits(task):
+            if self._inherited is None:
+                self._inherited = self._rows(self._start(task))
+            rows = self.hypernet(task, own.code, self._inherited)
+        else:
+            rows = self._rows(task)
+        return own.weights({tensor.name: row_CD.view(tensor.shape) for tensor, row_CD
+                            in zip(self.head.convolutions, rows, strict=True)})
 
-    def _start(self, task: int) -> Inherited | None:
-        """What a task's own columns add to: generated once while the task is learned."""
+    def _rows(self, task: int) -> Rows:
+        """A task's generated weights as they stand, each of those it builds on generated once."""
         if not self.hypernet.inherits(task):
-            return None
-        if task == self._running and self._inherited is not None:
-            return self._inherited
-        start = int(self._own(task).get_buffer("start"))
-        inherited = self.hypernet.inherit(self.code(start), task)
-        if task == self._running:
-            self._inherited = inherited
-        return inherited
+            return cast(Rows, self.hypernet(task, self._own(task).code))
+        line, rows = [task], None
+        while rows is None and self.hypernet.inherits(line[-1]):
+            if self._newest and self._newest[0] == line[-1]:
+                rows = self._newest[1]
+                line.pop()
+            else:
+                line.append(self._start(line[-1]))
+        with torch.no_grad():
+            for each in reversed(line):
+                rows = self.hypernet(each, self._own(each).code, rows)
+        self._newest = task, cast(Rows, rows)
+        return self._newest[1]
+
+    def _start(self, task: int) -> int:
+        return int(self._own(task).get_buffer("start"))
+
+    def _forget(self) -> None:
+        """What is kept so as not to be generated again."""
+        self._inherited, self._earlier, self._newest = None, None, None
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        self._forget()  # it would stay where it was: on another device, or of another number type
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        return self
+
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        self._forget()
+        return super().load_state_dict(*arguments, **options)
 
     def regulariser(self, task: int) -> Tensor | None:
         if not self.hypernet.drifts or self.beta == 0 or not self.hypernet.tensors:
             return None
         if self._earlier is None:
-            codes = [self.code(earlier) for earlier in range(task)]
-            widest = max(code.shape[1] for code in codes)
-            self._earlier = torch.stack([widened(code, widest) for code in codes])
+            self._earlier = torch.stack([self._own(each).code.detach() for each in range(task)])
         return self.beta * self.hypernet.regulariser(self._earlier)
 
     def task_bytes(self, task: int) -> int:
@@ -116,3 +157,13 @@ class PartialHypernet(Strategy):
 
     def _own(self, task: int) -> HypernetTask:
         return cast(HypernetTask, self.tasks[task])
+
+
+def build_generator(config: HypernetConfig, tensors: Sequence[GeneratedTensor]) -> Generator:
+    """The generator that the configuration names."""
+    if config.generator == "columns":
+        return ColumnGenerator(tensors, config.fresh_columns)
+    if config.generator == "bilinear":
+        return BilinearGenerator(tensors, config.code_dim, residual=config.residual)
+    return AdditiveGenerator(tensors, config.embedding_dim, config.hidden, config.channel_dim,
+                             residual=config.residual)

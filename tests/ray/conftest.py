@@ -22,7 +22,7 @@ SMALL = Config(
     data=DataConfig(data="digits", tasks=3, input_size=16),
     backbone=BackboneConfig(freeze_depth=3, trunk_epochs=2, trunk_batch_size=32),
     features=FeatureConfig(views=2, augment="crop", shard_rows=500),
-    hypernet=HypernetConfig(code_dim=16, fresh_columns=4),
+    hypernet=HypernetConfig(fresh_columns=4),
     train=TrainConfig(epochs=3, batch_size=32),
     compute=ComputeConfig(threads=1),
 )

@@ -22,7 +22,7 @@ from pipelines.worker import _data_parallel
 CONFIG = Config(
     data=DataConfig(data="digits", task_sizes=(5, 5), input_size=16),
     backbone=BackboneConfig(freeze_depth=3),
-    hypernet=HypernetConfig(code_dim=8, fresh_columns=0, norm="group", norm_groups=4),
+    hypernet=HypernetConfig(generator="bilinear", code_dim=8, norm="group", norm_groups=4),
     train=TrainConfig(batch_size=15))
 
 

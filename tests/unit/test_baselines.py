@@ -39,8 +39,7 @@ def measured(parts, config, tasks):
     found = {}
     for name in STRATEGIES:
         own = dataclasses.replace(config, train=dataclasses.replace(
-            config.train, strategy=name, buffer=40, **LEARN),
-            hypernet=dataclasses.replace(config.hypernet, code_dim=None))
+            config.train, strategy=name, buffer=40, **LEARN))
         learned = Learner(STRATEGIES[name](parts.head, parts.start, own), own.train)
         list(learned.learn(tasks))
         found[name] = table(learned), learned.strategy

@@ -107,7 +107,7 @@ def rewrite(folder, change_tensors=None, change_fields=None):
     (lambda f: f.pop("weights_hash"), "other weights"),
     (lambda f: f.pop("config"), "does not fit"),
     (lambda f: f["config"]["train"].update(epoch=3), r"unknown configuration key train\.epoch"),
-    (lambda f: f["config"]["hypernet"].update(fresh_columns=3), "size mismatch"),
+    (lambda f: f["config"]["hypernet"].update(fresh_columns=9), "size mismatch"),
     (lambda f: f["tasks"].pop(), "does not fit"),
     (lambda f: f["tasks"][0]["classes"].append("x"), "size mismatch"),
     (lambda f: f.update(weights_hash="0"), "other weights"),

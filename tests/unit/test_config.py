@@ -134,9 +134,7 @@ def test_options_that_contradict_each_other():
     for values, message in [
         ({"data": {"tasks": 3, "task_sizes": [1, 2]}}, "one count for each of the 3 tasks"),
         ({"train": {"strategy": "naive", "compare": ["naive"]}}, "other than the strategy"),
-        ({"hypernet": {"code_dim": 8, "fresh_columns": 9}}, "0 to code_dim = 8"),
-        ({"hypernet": {"fresh_columns": 0}}, "code_dim is None; allowed: a number of columns"),
-        ({"hypernet": {"residual": False}}, "code_dim is None; allowed: a number of columns"),
+        ({"hypernet": {"residual": False}}, "residual is False; allowed: true with generator col"),
         ({"features": {"views": 2, "augment": "none"}}, "views is more than 1"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -201,7 +199,7 @@ def test_work_hash_ignores_what_changes_nothing():
 
 
 def test_work_hash_names_everything_else():
-    config = Config(hypernet=HypernetConfig(code_dim=128))
+    config = Config(hypernet=HypernetConfig(generator="bilinear"))
     changes = {
         "data.stream": "domains", "data.images_per_class": 9,
         "data.tasks": 2, "data.task_sizes": (1, 1), "data.classes": 4, "data.input_size": 16,
@@ -211,7 +209,7 @@ def test_work_hash_names_everything_else():
         "backbone.trunk_epochs": 2, "backbone.trunk_batch_size": 2,
         "backbone.trunk_learning_rate": 0.1, "backbone.trunk_seed": 1, "features.views": 3,
         "features.augment": "flip", "features.feature_dtype": "float32", "features.shard_rows": 2,
-        "hypernet.generator": "additive", "hypernet.code_dim": 64, "hypernet.fresh_columns": 0,
+        "hypernet.generator": "additive", "hypernet.code_dim": 8, "hypernet.fresh_columns": 2,
         "hypernet.embedding_dim": 16,
         "hypernet.hidden": (3,), "hypernet.channel_dim": 3, "hypernet.residual": False,
         "hypernet.norm": "layer", "hypernet.norm_groups": 2, "hypernet.beta": 0.5,

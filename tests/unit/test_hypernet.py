@@ -1,4 +1,4 @@
-"""The closed-form regulariser against the direct sum, and the columns of the bilinear generator."""
+"""The closed-form regulariser against the direct sum; columns of a task's own."""
 
 import copy
 
@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from partialhn.config import HypernetConfig
-from partialhn.hypernet import (
-    AdditiveGenerator,
-    BilinearGenerator,
-    GeneratedTensor,
-    build_generator,
-)
+from partialhn.drifting import AdditiveGenerator, BilinearGenerator
+from partialhn.errors import InputError
+from partialhn.hypernet import ColumnGenerator, GeneratedTensor
+from partialhn.strategies.partial_hn import build_generator
 
 LAYERS = (GeneratedTensor("first", (6, 4, 3, 3)), GeneratedTensor("second", (5, 6, 3, 3)),
           GeneratedTensor("shortcut", (5, 4, 1, 1)))
@@ -21,19 +19,16 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 def generator(kind, residual, dtype=torch.float64, seed=0):
     """With every shared value random, as after some training."""
     torch.manual_seed(seed)
-    made = (BilinearGenerator(LAYERS, 7, 0, residual=residual) if kind == "bilinear"
+    made = (BilinearGenerator(LAYERS, 7, residual=residual) if kind == "bilinear"
             else AdditiveGenerator(LAYERS, 9, (6, 5), 4, residual=residual))
-    for task in range(2):
-        made.add_task(task)
     for parameter in made.parameters():
         parameter.data.normal_().mul_(0.3)
     return made.to(dtype)
 
 
 def random_codes(made, earlier, dtype):
-    """Whole codes of earlier tasks, as `whole_code` gives them."""
-    shape = (len(LAYERS), 7) if isinstance(made, BilinearGenerator) else (1, 9)
-    return torch.randn(earlier, *shape, dtype=dtype)
+    length = 7 * len(LAYERS) if isinstance(made, BilinearGenerator) else 9
+    return torch.randn(earlier, length, dtype=dtype)
 
 
 def shared(made):
@@ -55,8 +50,9 @@ def direct(made, star, codes):
     """Every earlier weight generated twice, in float64."""
     total = 0.0
     for code in codes.double():
-        new, old = made.double()(code.flatten()), star.double()(code.flatten())
-        total = total + sum((new[name] - old[name].detach()).square().sum() for name in new)
+        new, old = made.double()(1, code), star.double()(1, code)
+        total = total + sum((mine - theirs.detach()).square().sum()
+                            for mine, theirs in zip(new, old, strict=True))
     return total / len(codes)
 
 
@@ -86,9 +82,8 @@ def test_closed_form_equals_the_direct_sum(dtype, kind, residual, earlier, drift
 def test_the_difference_of_large_numbers_would_fail_the_same_test(kind):
     """The test above can tell: the naive form in float32 is wrong where drift is tiny."""
     made, star, codes = drifted(kind, False, 7, 1e-6, torch.float32)
-    naive = sum((made(code.flatten())[name] - star(code.flatten())[name]).square().sum()
-                for code in codes
-                for name in ("first", "second", "shortcut")) / len(codes)
+    naive = sum((mine - theirs).square().sum() for code in codes
+                for mine, theirs in zip(made(1, code), star(1, code), strict=True)) / len(codes)
     assert relative(naive, direct(made, star, codes)) > 1e-4
 
 
@@ -115,15 +110,16 @@ def test_bilinear_weights_are_the_published_product():
     code = torch.randn(3 * 7, dtype=torch.float64)
     for index, tensor in enumerate(LAYERS):
         x = code.view(3, 7)[index]
-        A_Dd, v_Cd = made.columns(index)
-        wanted = made.base[index] + v_Cd @ torch.diag(x) @ A_Dd.T + made.b[index]
-        torch.testing.assert_close(made(code)[tensor.name], wanted.view(tensor.shape))
+        wanted = (made.base[index] + made.v[index] @ torch.diag(x) @ made.A[index].T
+                  + made.b[index])
+        torch.testing.assert_close(made(1, code)[index], wanted)
+        assert wanted.shape == (tensor.rows, tensor.row_length)
 
 
 def test_additive_task_part_is_one_vector_for_every_channel():
     made = generator("additive", False)
-    one, two = (made(torch.randn(9, dtype=torch.float64))["first"] for _ in range(2))
-    change = (one - two).flatten(1)
+    one, two = (made(1, torch.randn(9, dtype=torch.float64))[0] for _ in range(2))
+    change = one - two
     torch.testing.assert_close(change, change[:1].expand_as(change))
     assert change.abs().max() > 1e-3
 
@@ -132,117 +128,110 @@ def test_additive_task_part_is_one_vector_for_every_channel():
 def test_first_weights_have_the_spread_of_a_fresh_convolution(kind):
     torch.manual_seed(0)
     layer = GeneratedTensor("w", (64, 32, 3, 3))
-    config = HypernetConfig(generator=kind, residual=False, fresh_columns=0, code_dim=64)
-    made = build_generator(config, [layer])
+    made = build_generator(HypernetConfig(generator=kind, residual=False), [layer])
     made.add_task(0)
-    weights = made(made.next_code(None, 0))["w"]
+    weights, = made(0, made.next_code(None, 0))
     wanted = (2 / (64 * 9)) ** 0.5
     assert 0.5 * wanted < weights.std().item() < 2 * wanted
 
 
-@pytest.mark.parametrize("kind", ["bilinear", "additive"])
+@pytest.mark.parametrize("kind", ["columns", "bilinear", "additive"])
 def test_residual_starts_at_the_given_weights(kind):
     torch.manual_seed(0)
     made = build_generator(HypernetConfig(generator=kind, code_dim=8, fresh_columns=2), LAYERS)
     weights = [torch.randn(layer.shape) for layer in LAYERS]
     made.set_base(weights)
-    whole = None
+    code, rows = None, None
     for task in range(3):
         made.add_task(task)
-        code = made.next_code(whole, task)
+        code = made.next_code(code, task)
         made.begin(task)
-        inherited = made.inherit(whole, task) if made.inherits(task) else None
-        for layer, weight in zip(LAYERS, weights, strict=True):
-            assert torch.equal(made(code, inherited)[layer.name], weight)
-        whole = made.whole_code(code, whole if made.inherits(task) else None, task)
+        rows = made(task, code, rows if made.inherits(task) else None)
+        for row_CD, weight in zip(rows, weights, strict=True):
+            assert torch.equal(row_CD, weight.flatten(1))
 
 
-def bilinear(fresh, columns=6, tasks=6):
+@pytest.mark.parametrize("task", [1, 5])
+def test_a_first_task_of_shared_columns_leaves_the_next_a_code_that_learns(task):
+    """Zero columns under a zero code would never get a gradient."""
+    made = BilinearGenerator(LAYERS, 4, residual=True)
+    first = made.next_code(None, 0)
+    assert not first.any()
+    code = made.next_code(first, task).requires_grad_()
+    made.begin(task)
+    sum(rows.sum() for rows in made(task, code)).backward()
+    assert all(A.grad.any() for A in made.A)
+
+
+def columns(tasks=3, width=2):
     torch.manual_seed(0)
-    made = BilinearGenerator(LAYERS, columns, fresh, residual=True)
+    made = ColumnGenerator(LAYERS, width)
+    for base in made.base:
+        base.data.normal_()
     for task in range(tasks):
         made.add_task(task)
+    for value in made.columns.parameters():
+        value.data.normal_()
     return made
 
 
-def widths(made):
-    return [[block.shape[1] for block in blocks] for blocks in made.A]
+def ternary(x_Nd):
+    """The nearest of -s, 0 and s, with s from the column's own spread."""
+    scale_d = 1.224 * x_Nd.square().mean(0).sqrt()
+    levels_3d = torch.stack([-scale_d, 0 * scale_d, scale_d])
+    nearest_Nd = (x_Nd[None] - levels_3d[:, None]).abs().argmin(0)
+    return levels_3d.gather(0, nearest_Nd)
 
 
-def test_columns_open_task_by_task_until_none_is_left():
-    made = bilinear(fresh=2, columns=5)
-    assert [made.open_columns(task) for task in range(6)] == [0, 2, 4, 5, 5, 5]
-    assert [made.own_columns(task) for task in range(6)] == [(0, 0), (0, 2), (2, 4), (4, 5),
-                                                             (0, 5), (0, 5)]
-    assert widths(made) == [[2, 2, 1]] * 3
-    drifts = []
-    for task in range(6):
-        made.begin(task)
-        drifts.append(made.drifts)
-    assert drifts == [False, False, False, False, True, True]
-    assert made.star().keys() == {f"{name}.{index}" for name in "Abv" for index in range(3)}
+@pytest.mark.parametrize("packed", [False, True])
+def test_columns_add_their_ternary_product_to_what_is_inherited(packed):
+    made, code = columns(), torch.randn(len(LAYERS) * 2)
+    inherited = tuple(torch.randn(t.rows, t.row_length) for t in LAYERS)
+    own = made.columns[1]
+    wanted = [before + ternary(own.v[index].detach()) @ torch.diag(code.view(-1, 2)[index])
+              @ ternary(own.A[index].detach()).T for index, before in enumerate(inherited)]
+    if packed:
+        code = code * made.finish(2)
+        assert not list(own.parameters())
+        assert {value.dtype for value in own.buffers()} == {torch.uint8}
+    for found, expected in zip(made(2, code, inherited), wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_columns_are_made_when_a_task_opens_them():
-    """What tasks to come may need takes no memory, no checkpoint and no step."""
-    made = bilinear(fresh=2, columns=1000, tasks=3)
-    assert widths(made) == [[2, 2]] * 3
-    assert [made.task_bytes(task) for task in range(3)] == [
-        0, 4 * 2 * sum(t.rows + t.row_length for t in LAYERS),
-        4 * 2 * sum(t.rows + t.row_length for t in LAYERS)]
-
-
-def test_a_whole_code_is_what_was_inherited_and_then_the_own():
-    made, whole = bilinear(fresh=2), None
-    for task in range(4):
-        code = 3.0 ** task * made.next_code(whole, task)
-        whole = made.whole_code(code, whole if made.inherits(task) else None, task)
-        assert whole.shape == (3, 2 * task)
-    assert whole[0].tolist() == [3, 3, 9, 9, 27, 27]
-    assert torch.equal(made.next_code(whole, 4), whole.flatten())
-    early = made.whole_code(made.next_code(None, 1), None, 1)
-    again = made.whole_code(made.next_code(early, 3), early, 3)  # task 3 refreshes task 1
-    assert again[0].tolist() == [1, 1, 0, 0, 1, 1]
-
-
-@pytest.mark.parametrize("task", [2, 3])
-def test_inherited_columns_are_generated_once_and_give_the_same_weights(task):
-    made = bilinear(fresh=2).double()
-    for parameter in made.parameters():
-        parameter.data.normal_()
-    before = torch.randn(3, 2 * task - 2, dtype=torch.float64)
-    code = torch.randn(3 * 2, dtype=torch.float64)
-    whole = made.whole_code(code, before, task)
-    found = made(code, made.inherit(before, task))
-    for index, layer in enumerate(LAYERS):
-        A_Dd, v_Cd = (shared[:, :2 * task] for shared in made.columns(index))
-        wanted = made.base[index] + made.b[index] + (v_Cd * whole[index]) @ A_Dd.T
-        torch.testing.assert_close(found[layer.name], wanted.view(layer.shape))
-
-
-def test_only_opened_columns_take_a_gradient():
-    made = bilinear(fresh=2, tasks=3)
-    for blocks in made.A:
-        for block in blocks:
-            block.data.normal_()
-    code = torch.ones(3 * 2).requires_grad_()
+def test_only_the_columns_of_the_running_task_take_a_gradient():
+    made, code = columns(), torch.ones(len(LAYERS) * 2).requires_grad_()
     made.begin(2)
-    inherited = made.inherit(torch.ones(3, 2), 2)
-    loss = sum(weight.square().sum() for weight in made(code, inherited).values())
-    loss.backward()
-    for index in range(3):
-        for blocks in (made.A[index], made.v[index]):
-            assert blocks[0].grad is None
-            assert blocks[1].grad.abs().min() > 0
-        assert made.b[index].grad is None
-        assert made.base[index].grad is None
+    rows = made(2, code, tuple(made.base))
+    sum(each.square().sum() for each in rows).backward()
+    assert all(value.grad is None for value in made.base)
+    assert all(value.grad is None for value in made.columns[0].parameters())
+    assert all(value.grad.abs().min() > 0 for value in made.columns[1].parameters())
     assert code.grad.abs().min() > 0
 
 
+def test_a_gradient_passes_the_rounding_as_if_it_were_not_there():
+    made, code = columns(), torch.randn(len(LAYERS) * 2)
+    upstream = [torch.randn(t.rows, t.row_length) for t in LAYERS]
+    rows = made(2, code, tuple(base.detach() for base in made.base))
+    sum((each * up).sum() for each, up in zip(rows, upstream, strict=True)).backward()
+    for index, up in enumerate(upstream):
+        x_d, own = code.view(-1, 2)[index], made.columns[1]
+        torch.testing.assert_close(own.v[index].grad,
+                                   up @ ternary(own.A[index].detach()) * x_d)
+        torch.testing.assert_close(own.A[index].grad,
+                                   up.T @ (ternary(own.v[index].detach()) * x_d))
+
+
 def test_first_task_trains_the_base_alone():
-    made = bilinear(fresh=2)
+    made = columns()
     made.begin(0)
     assert {name for name, value in made.named_parameters() if value.requires_grad} == {
         "base.0", "base.1", "base.2"}
     made.begin(1)
-    assert not any(value.requires_grad for value in made.base)
+    assert {name.split(".")[:2] == ["columns", "0"] for name, value in made.named_parameters()
+            if value.requires_grad} == {True}
+
+
+def test_what_columns_do_not_keep_is_refused():
+    with pytest.raises(InputError, match="which ColumnGenerator does not use"):
+        columns().restore_snapshot({"A.0": torch.zeros(1)})

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parents[2]
 LIBRARY = [
     {"__init__", "errors"},
     {"config", "batch", "cache"},
-    {"codec"},
+    {"codec", "columns"},
     {"backbone", "hypernet", "metrics", "stream", "corruptions", "conversions", "views", "presets",
      "seeds"},
-    {"parts", "packs", "comparison"},
+    {"parts", "packs", "comparison", "drifting"},
     {"readers"},
     {"datasets", "model", "store"},
     {"strategies.base", "task_inference"},

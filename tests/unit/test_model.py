@@ -11,7 +11,7 @@ from partialhn.backbone import build_network, head_stages, split
 from partialhn.config import HypernetConfig
 from partialhn.errors import InputError
 from partialhn.model import Head, HeadWeights, check_feature_size, head_start
-from partialhn.strategies import PartialHypernet
+from partialhn.strategies import PartialHypernet, SeparateHeads
 
 
 def hypernet(network, depth, **options):
@@ -108,7 +108,7 @@ def test_trunk_and_head_with_the_networks_weights_are_the_network(network, image
 @pytest.fixture(scope="module")
 def learned(network, images):
     """A batch-norm task after some forward passes: running statistics, not folded yet."""
-    strategy = hypernet(network, 3, norm="batch")
+    strategy = SeparateHeads(Head(network, 3, "batch", 8), head_start(network, 3, "batch", 0), 0)
     strategy.add_task(3)
     z_BCHW = split(network, 3)[0](images)
     strategy.train()
@@ -128,6 +128,22 @@ def test_folding_changes_no_answer(learned):
     torch.testing.assert_close(strategy(z_BCHW, 0), before, rtol=1e-5, atol=1e-5)
     start = strategy.head.first_statistics()
     assert (statistics - start).abs().max() > 0.05
+
+
+@torch.no_grad()
+def test_a_learned_task_keeps_eleven_bits_of_norm_and_classifier(network, images):
+    strategy = hypernet(network, 3, norm="batch")
+    strategy.add_task(3)
+    z_BCHW = split(network, 3)[0](images)
+    for _ in range(10):
+        strategy.train()(z_BCHW[:64], 0)
+    before = strategy.eval()(z_BCHW, 0)
+    strategy.finish(0)
+    assert {value.dtype for name, value in strategy.tasks[0].named_parameters()
+            if name != "code"} == {torch.float16}
+    after = strategy(z_BCHW, 0)
+    assert after.dtype == torch.float32
+    assert 0 < (after - before).abs().max() < 2e-3 * before.abs().max()
 
 
 @torch.no_grad()

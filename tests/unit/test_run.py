@@ -18,7 +18,7 @@ CONFIG = Config.from_dict({
     "data": {"data": "digits", "tasks": 5, "input_size": 16},
     "backbone": {"freeze_depth": 3, "trunk_epochs": 2, "trunk_batch_size": 32},
     "features": {"views": 1, "augment": "crop"},
-    "hypernet": {"code_dim": 16, "fresh_columns": 4},
+    "hypernet": {"fresh_columns": 4},
     "train": {"epochs": 3, "compare": ["separate_heads", "naive"]},
 })
 

@@ -92,19 +92,21 @@ def test_what_cannot_be_meant_is_named(values, parts):
 
 
 def test_a_value_needs_only_one_partner_that_goes_with_it():
-    base = dataclasses.replace(BASE, hypernet=HypernetConfig(fresh_columns=16, code_dim=64))
-    space = parse_space({"hypernet.code_dim": {"choice": [8, 64]},
-                         "hypernet.fresh_columns": {"choice": [4, 16]}}, base)
-    assert space.dimensions["hypernet.code_dim"] == Choice((8, 64))
-    with pytest.raises(InputError, match=r"hypernet.code_dim.*fresh_columns is 16"):
-        parse_space({"hypernet.code_dim": {"choice": [8]}, "hypernet.fresh_columns": 16}, base)
+    base = dataclasses.replace(BASE, hypernet=HypernetConfig(generator="additive"))
+    space = parse_space({"hypernet.residual": {"choice": [True, False]},
+                         "hypernet.generator": {"choice": ["columns", "bilinear"]}}, base)
+    assert space.dimensions["hypernet.residual"] == Choice((True, False))
+    with pytest.raises(InputError, match=r"hypernet.residual.*residual is False"):
+        parse_space({"hypernet.residual": {"choice": [False]}, "hypernet.generator": "columns"},
+                    base)
 
 
 def test_keys_that_mean_nothing_are_left_out():
     assert applies("hypernet.hidden", {"hypernet.generator": "additive"}, BASE)
     assert not applies("hypernet.hidden", {"hypernet.generator": "bilinear"}, BASE)
+    assert applies("hypernet.beta", {"hypernet.generator": "bilinear"}, BASE)
+    assert not applies("hypernet.beta", {}, BASE)
     assert not applies("hypernet.hidden", {}, BASE)
-    assert applies("hypernet.beta", {}, BASE)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "a: [", None])

@@ -28,8 +28,8 @@ from partialhn.train import (
 )
 
 KINDS = {
+    "columns": {"hypernet": {"generator": "columns"}},
     "bilinear": {"hypernet": {"generator": "bilinear"}},
-    "bilinear drifting": {"hypernet": {"generator": "bilinear", "fresh_columns": 0}},
     "additive": {"hypernet": {"generator": "additive", "residual": False, "norm": "group"}},
     "additive residual": {"hypernet": {"generator": "additive"}},
     **{name: {"train": {"strategy": name}} for name in STRATEGIES if name != "partial_hn"},
@@ -58,11 +58,10 @@ def measured(learner):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(learner, tasks, tmp_path, kind):
-    """Two epochs a task; with four fresh columns of eight, the fourth task drifts."""
     stream, stops = tasks[:2], (1, 3, 5)
     if kind in ("joint", "latent_replay", "ewc", "lwf"):
         stream, stops = tasks[:3], (3, 4, 6, 7)
-    if kind == "bilinear":
+    if kind == "columns":
         stream, stops = tasks[:4], (0, 2, 3, 4, 10)
     whole = learner(**KINDS[kind])
     records = list(whole.learn(stream))
@@ -98,7 +97,7 @@ def test_a_stop_at_full_depth_goes_on_too(network, learner, tasks, config, tmp_p
                      for split in ("train", "validation", "test")):
         features.manifest = dataclasses.replace(
             features.manifest, shape_VCHW=(features.manifest.shape_VCHW[0], 160, 1, 1))
-    for generator in ("bilinear", "additive"):
+    for generator in ("columns", "bilinear", "additive"):
         whole = learner(cut=deep, hypernet={"generator": generator})
         list(whole.learn(pooled))
         first = learner(cut=deep, hypernet={"generator": generator})
@@ -199,8 +198,7 @@ def test_the_workers_shares_are_the_whole_batch(tasks, batch_size, world):
 @pytest.mark.parametrize("generator", ["bilinear", "additive"])
 def test_averaged_over_workers_the_gradient_is_that_of_one(learner, tasks, batch_size, generator):
     """With a norm that looks at one image alone, and with the regulariser."""
-    learned = learner(hypernet={"generator": generator, "norm": "group", "fresh_columns": 0,
-                                "beta": 1.0})
+    learned = learner(hypernet={"generator": generator, "norm": "group", "beta": 1.0})
     list(learned.learn(tasks[:2]))
     strategy = learned.strategy
     strategy.add_task(2)
@@ -235,7 +233,7 @@ def test_a_small_task_is_one_batch(tasks):
     assert [len(batch.y_B) for batch in batches] == [8]
 
 
-@pytest.mark.parametrize("kind", ["bilinear", "separate_heads", "naive"])
+@pytest.mark.parametrize("kind", ["columns", "separate_heads", "naive"])
 def test_finished_tasks_do_not_move(learner, tasks, kind):
     learned = learner(**KINDS[kind])
     records = learned.learn(tasks[:3])
@@ -255,10 +253,9 @@ def test_finished_tasks_do_not_move(learner, tasks, kind):
 
 def test_naive_forgets_and_the_others_do_not(learner, tasks):
     summaries = {}
-    for kind in ("naive", "separate_heads", "bilinear"):
+    for kind in ("naive", "separate_heads", "columns"):
         options = {section: dict(values) for section, values in KINDS[kind].items()}
         options.setdefault("train", {}).update(epochs=8, learning_rate=5e-3)
-        options.setdefault("hypernet", {}).update(code_dim=16)
         learned = learner(**options)
         list(learned.learn(tasks))
         rows = [[*record.accuracy_row, *[None] * (5 - len(record.accuracy_row))]
@@ -268,10 +265,10 @@ def test_naive_forgets_and_the_others_do_not(learner, tasks):
             columns = [[row[j] for row in rows[j:]] for j in range(5)]
             assert all(len(set(column)) == 1 for column in columns), f"{kind} forgot"
     assert summaries["separate_heads"].forgetting == 0
-    assert summaries["bilinear"].forgetting == 0
+    assert summaries["columns"].forgetting == 0
     assert summaries["naive"].forgetting > 0.03
     assert summaries["naive"].learning_accuracy > 0.7  # it learns each, then loses it
-    assert summaries["bilinear"].accuracy > 0.75
+    assert summaries["columns"].accuracy > 0.75
 
 
 @pytest.mark.parametrize("rate", [1e30])

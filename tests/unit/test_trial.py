@@ -103,17 +103,17 @@ def test_costs_are_those_of_the_parts(bench, config):
     assert deep.head_bytes == 4 * 2 * bench.network.width  # a scale and a shift a feature
     assert shallow.head_bytes > deep.head_bytes
     parts = cut(config, bench.network)
-    # the third task's code: the columns of the second and its own, 4 each
-    generating = parts.head.weight_count * 2 * config.hypernet.fresh_columns
+    # the third task's own columns, on weights that are there
+    generating = parts.head.weight_count * config.hypernet.fresh_columns
     assert shallow.serving_macs == int(parts.macs["trunk"] + parts.macs["head"]) + generating
     assert shallow.processor_seconds > 0
     assert shallow.device == "cpu"
 
 
-@pytest.mark.parametrize(("generator", "norm"), [("additive", "group"), ("bilinear", "instance")])
+@pytest.mark.parametrize(("generator", "norm"), [("additive", "group"), ("bilinear", "instance"),
+                                                   ("columns", "batch")])
 def test_every_generator_and_norm_is_a_trial(bench, config, generator, norm):
-    hypernet = dataclasses.replace(config.hypernet, generator=generator, norm=norm, norm_groups=4,
-                                   code_dim=None)
+    hypernet = dataclasses.replace(config.hypernet, generator=generator, norm=norm, norm_groups=4)
     changed = dataclasses.replace(config, hypernet=hypernet)
     assert len(list(learn(planned(changed, f"{generator}-{norm}"), bench))) == 3
 
