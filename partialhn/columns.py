@@ -65,11 +65,13 @@ def _powers(device: torch.device) -> Tensor:
 
 def packed_bytes(shapes: Sequence[tuple[int, int]], width: int) -> int:
     """Bytes of packed columns for tensors of the shapes (C, D)."""
-    return sum(-(-side * width // DIGITS) for shape in shapes for side in shape)
+    return -(-width * sum(map(sum, shapes)) // DIGITS)
 
 
 class Columns(nn.Module):
-    """The columns of one task, for generated tensors of the shapes (C, D)."""
+    """The columns of one task, for L >= 1 generated tensors of the shapes (C, D)."""
+
+    packed: Tensor | None
 
     def __init__(self, shapes: Sequence[tuple[int, int]], width: int) -> None:
         super().__init__()
@@ -77,23 +79,27 @@ class Columns(nn.Module):
         self.A = nn.ParameterList(torch.zeros(D, width) for _, D in shapes)
         self.v = nn.ParameterList(torch.randn(C, width) * START * width ** -0.5
                                   for C, _ in shapes)
+        self.register_buffer("packed", None)
+        """The digits of all V_l and A_l in turn, once the task is learned."""
 
-    def forward(self, index: int) -> tuple[Tensor, Tensor]:
-        """V_l (C, d) and A_l (D, d): scaled while they are learned, digits once they are packed."""
-        if "A" in self._modules:
-            return Ternary.apply(self.v[index]), Ternary.apply(self.A[index])
-        C, D = self.shapes[index]
-        return (unpack(self.get_buffer(f"packed_v_{index}"), (C, self.width)),
-                unpack(self.get_buffer(f"packed_A_{index}"), (D, self.width)))
+    def forward(self) -> list[tuple[Tensor, Tensor]]:
+        """V_l (C, d) and A_l (D, d): with their scales while they are learned, then digits."""
+        packed = self.packed
+        if packed is None:
+            return [(Ternary.apply(v_Cd), Ternary.apply(A_Dd))
+                    for v_Cd, A_Dd in zip(self.v, self.A, strict=True)]
+        sides = [side for shape in self.shapes for side in shape]
+        parts = iter(torch.split(unpack(packed, (sum(sides), self.width)), sides))
+        return list(zip(parts, parts, strict=True))
 
     @torch.no_grad()
     def pack(self) -> Tensor:
-        """Keeps the digits alone; returns the scales that they lose, (L, d). L is 1 or more."""
-        scales = []
-        for index, (v_Cd, A_Dd) in enumerate(zip(self.v, self.A, strict=True)):
-            parts = rounded(v_Cd), rounded(A_Dd)
-            scales.append(parts[0][1] * parts[1][1])
-            for name, (digits, _) in zip("vA", parts, strict=True):
-                self.register_buffer(f"packed_{name}_{index}", pack(digits))
-        del self.v, self.A
+        """Keeps the digits alone; returns the scales that they lose, (L, d)."""
+        digits, scales = [], []
+        for v_Cd, A_Dd in zip(self.v, self.A, strict=True):
+            (of_v, v_scale_d), (of_A, A_scale_d) = rounded(v_Cd), rounded(A_Dd)
+            digits += [of_v, of_A]
+            scales.append(v_scale_d * A_scale_d)
+        self.packed = pack(torch.cat(digits))
+        self.A, self.v = nn.ParameterList(), nn.ParameterList()
         return torch.stack(scales)

@@ -140,11 +140,11 @@ class ColumnGenerator(Generator):
         if not task:
             return tuple(self.base)
         assert inherited is not None, f"task {task} starts from another one"
-        rows = []
-        for index, (before_CD, x_d) in enumerate(zip(inherited, self._by_layer(code), strict=True)):
-            v_Cd, A_Dd = (part.to(x_d.dtype) for part in self._of(task)(index))
-            rows.append(torch.addmm(before_CD, v_Cd * x_d, A_Dd.T))
-        return tuple(rows)
+        if not self.tensors:
+            return ()
+        return tuple(torch.addmm(before_CD, v_Cd.to(x_d) * x_d, A_Dd.to(x_d).T)
+                     for before_CD, x_d, (v_Cd, A_Dd)
+                     in zip(inherited, code.view(-1, self.width), self._of(task)(), strict=True))
 
     def begin(self, task: int) -> None:
         """Only what belongs to the task takes a gradient: the base for the first."""
@@ -167,6 +167,3 @@ class ColumnGenerator(Generator):
 
     def _of(self, task: int) -> Columns:
         return cast(Columns, self.columns[task - 1])
-
-    def _by_layer(self, code: Tensor) -> Tensor:
-        return code.view(len(self.tensors), self.width if self.tensors else 0)

@@ -19,12 +19,14 @@ from partialhn.seeds import Interval, paired
 
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},
-    "no residual: everything generated": {"hypernet": {"residual": False, "code_dim": 64,
-                                                       "fresh_columns": 0}},
-    "columns open from the start, drifting": {"hypernet": {"code_dim": 64, "fresh_columns": 0}},
+    "no residual: everything generated": {"hypernet": {"generator": "bilinear",
+                                                       "residual": False}},
+    "columns that all share, drifting": {"hypernet": {"generator": "bilinear"}},
     "additive, as published": {"hypernet": {"generator": "additive", "residual": False}},
     "additive with residual": {"hypernet": {"generator": "additive"}},
     "4 fresh columns": {"hypernet": {"fresh_columns": 4}},
+    "8 fresh columns": {"hypernet": {"fresh_columns": 8}},
+    "12 fresh columns": {"hypernet": {"fresh_columns": 12}},
     "16 fresh columns": {"hypernet": {"fresh_columns": 16}},
     "32 fresh columns": {"hypernet": {"fresh_columns": 32}},
     "instance norm": {"hypernet": {"norm": "instance"}},
@@ -49,6 +51,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int)
+    parser.add_argument("--only", nargs="+", choices=CHANGES, help="these changes alone")
     options = parser.parse_args()
     pack = find_pack(options.pack)
     base = dataclasses.replace(pack.config(options.size, options.data),
@@ -58,7 +61,8 @@ def main() -> None:
     print("| change | ACC | forgotten, points | against the default, points | processor time | "
           "a task adds |\n|---|---|---|---|---|---|", flush=True)
     reference: dict[int, float] = {}
-    for name, change in CHANGES.items():
+    for name in options.only or CHANGES:
+        change = CHANGES[name]
         found = run_cells(changed(base, change), cells, options.out, lambda line: None)
         accuracies = {cell["seed"]: cell["acc"] for cell in found}
         reference = reference or accuracies

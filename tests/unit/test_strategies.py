@@ -181,8 +181,7 @@ def test_a_task_of_the_hypernetwork_is_small(build):
         strategy.add_task(2)
         strategy.finish(task)
     own = 2 * (strategy.head.norm_length + 2 * 160 + 2)
-    sides = [side for t in strategy.head.convolutions for side in (t.rows, t.row_length)]
-    columns = sum(math.ceil(4 * side / 5) for side in sides)
+    columns = math.ceil(4 * sum(t.rows + t.row_length for t in strategy.head.convolutions) / 5)
     codes = 4 * 4 * len(strategy.head.convolutions)
     assert [strategy.task_bytes(task) for task in range(3)] == [
         own, own + codes + columns, own + codes + columns]
