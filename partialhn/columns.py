@@ -1,10 +1,10 @@
-"""Ternary columns: what a task adds to the generated weights, in 1.6 bits a number.
+"""Binary columns: what a task adds to the generated weights, one bit a number.
 
 For each generated tensor a task opens d columns, V_l (C, d) and A_l (D, d). While it is learned
-each of them is rounded to -1, 0 or 1 times one scale, and the gradient passes to the numbers that
-were rounded as if they had not been (Bengio et al. 2013; ternary weights: Li et al. 2016). When
-it is learned the scales go into the task's code, the numbers are gone, and five ternary digits
-make a byte.
+each of them is rounded to its signs times one scale, their mean size, which is the least error
+(Rastegari et al. 2016), and the gradient passes to the numbers that were rounded as if they had
+not been (Bengio et al. 2013). When it is learned the scales go into the task's code and the
+numbers are gone: eight signs make a byte.
 
 Legend: C output channels, D row length, d columns, L generated tensors, N numbers.
 """
@@ -15,23 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-SCALE = 1.2240
-"""Scale over root mean square: the least error for normally distributed numbers (Max 1960, three
-levels; the threshold between them is half of it)."""
-DIGITS = 5
-"""In a byte: 3^5 = 243 of its 256 values."""
 START = 3.0
 """Spread of V's first numbers, times sqrt(d): A starts from zero, so V says how fast A learns."""
+RATE = 3.0
+"""Times the learning rate: a sign turns only when the number behind it has crossed zero
+(`tests/bench/NOTES.md`)."""
 
 
-class Ternary(torch.autograd.Function):
-    """x_Nd as digits times a scale for each column; the gradient passes unchanged."""
+class Binary(torch.autograd.Function):
+    """x_Nd as signs times a scale for each column; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x_Nd: Tensor) -> Tensor:
         del ctx
-        digits_Nd, scale_d = rounded(x_Nd)
-        return digits_Nd.mul_(scale_d)
+        return signs(x_Nd).mul_(scales(x_Nd))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -39,33 +36,35 @@ class Ternary(torch.autograd.Function):
         return gradients[0]
 
 
-def rounded(x_Nd: Tensor) -> tuple[Tensor, Tensor]:
-    """Digits -1, 0 or 1 in x's number type, and the scale of each column."""
-    scale_d = x_Nd.square().mean(0).sqrt_().mul_(SCALE)
-    smallest = torch.finfo(x_Nd.dtype).tiny  # a column of zeros has digits 0, not 0 / 0
-    return (x_Nd / scale_d.clamp_min(smallest)).round_().clamp_(-1, 1), scale_d
+def signs(x_Nd: Tensor) -> Tensor:
+    """1 and, for what is less than zero, -1, in x's number type."""
+    return (x_Nd >= 0).to(x_Nd.dtype).mul_(2).sub_(1)
 
 
-def pack(digits: Tensor) -> Tensor:
-    """Digits of any shape, in order, five in a byte: uint8."""
-    flat = digits.flatten().to(torch.int16) + 1
-    flat = nn.functional.pad(flat, (0, -len(flat) % DIGITS))
-    return (flat.view(-1, DIGITS) * _powers(flat.device)).sum(1).to(torch.uint8)
+def scales(x_Nd: Tensor) -> Tensor:
+    """The scale of each column: (d,)."""
+    return x_Nd.abs().mean(0)
+
+
+def pack(signs: Tensor) -> Tensor:
+    """Signs of any shape, in order, eight in a byte: uint8."""
+    flat = nn.functional.pad((signs > 0).flatten(), (0, -signs.numel() % 8))
+    return (flat.view(-1, 8) * _powers(flat.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """What `pack` was given, as float32."""
-    places = packed.to(torch.int16)[:, None] // _powers(packed.device) % 3
-    return places.flatten()[:torch.Size(shape).numel()].view(*shape).float() - 1
+    bits = packed[:, None].bitwise_and(_powers(packed.device)).ne(0)
+    return bits.flatten()[:torch.Size(shape).numel()].view(*shape).float().mul_(2).sub_(1)
 
 
 def _powers(device: torch.device) -> Tensor:
-    return torch.tensor([3 ** place for place in range(DIGITS)], dtype=torch.int16, device=device)
+    return torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=device)
 
 
 def packed_bytes(shapes: Sequence[tuple[int, int]], width: int) -> int:
     """Bytes of packed columns for tensors of the shapes (C, D)."""
-    return -(-width * sum(map(sum, shapes)) // DIGITS)
+    return -(-width * sum(map(sum, shapes)) // 8)
 
 
 class Columns(nn.Module):
@@ -80,13 +79,13 @@ class Columns(nn.Module):
         self.v = nn.ParameterList(torch.randn(C, width) * START * width ** -0.5
                                   for C, _ in shapes)
         self.register_buffer("packed", None)
-        """The digits of all V_l and A_l in turn, once the task is learned."""
+        """The signs of all V_l and A_l in turn, once the task is learned."""
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        """V_l (C, d) and A_l (D, d): with their scales while they are learned, then digits."""
+        """V_l (C, d) and A_l (D, d): with their scales while they are learned, then signs."""
         packed = self.packed
         if packed is None:
-            return [(Ternary.apply(v_Cd), Ternary.apply(A_Dd))
+            return [(Binary.apply(v_Cd), Binary.apply(A_Dd))
                     for v_Cd, A_Dd in zip(self.v, self.A, strict=True)]
         sides = [side for shape in self.shapes for side in shape]
         parts = iter(torch.split(unpack(packed, (sum(sides), self.width)), sides))
@@ -94,12 +93,9 @@ class Columns(nn.Module):
 
     @torch.no_grad()
     def pack(self) -> Tensor:
-        """Keeps the digits alone; returns the scales that they lose, (L, d)."""
-        digits, scales = [], []
-        for v_Cd, A_Dd in zip(self.v, self.A, strict=True):
-            (of_v, v_scale_d), (of_A, A_scale_d) = rounded(v_Cd), rounded(A_Dd)
-            digits += [of_v, of_A]
-            scales.append(v_scale_d * A_scale_d)
-        self.packed = pack(torch.cat(digits))
+        """Keeps the signs alone; returns the scales that they lose, (L, d)."""
+        pairs = list(zip(self.v, self.A, strict=True))
+        self.packed = pack(signs(torch.cat([part for pair in pairs for part in pair])))
+        lost_Ld = torch.stack([scales(v_Cd) * scales(A_Dd) for v_Cd, A_Dd in pairs])
         self.A, self.v = nn.ParameterList(), nn.ParameterList()
-        return torch.stack(scales)
+        return lost_Ld

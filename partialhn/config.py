@@ -149,7 +149,7 @@ class HypernetConfig:
     """The hypernetwork that generates the head's weights."""
 
     generator: Generator = "columns"
-    """columns: a task opens ternary columns of its own, which its code weighs, and starts from
+    """columns: a task opens binary columns of its own, which its code weighs, and starts from
     another task's weights; nothing is forgotten. bilinear: all tasks share one set of columns, and
     each has a code. additive: one embedding a task through a small network, as published. The last
     two move for every task, held by the regulariser."""

@@ -8,7 +8,7 @@ the generator is linear in what belongs to the task. Three generators share that
     additive   W_l(t)[c] = base_l[c] + A_l [mlp(e_t) ; v_lc] + b_l   as published (von Oswald et al.
                2020, Hemati et al. 2023)
 
-`columns` is here: a task t starts from another one, s, and opens ternary columns V and A of its own
+`columns` is here: a task t starts from another one, s, and opens binary columns V and A of its own
 that its code x weighs (`partialhn.columns`). The first task trains base_l. What is learned never
 moves, so nothing that an earlier task knows can change, and what a task starts from is generated
 once: a step costs the same whatever the number of tasks. The other two, whose shared parts move
@@ -17,7 +17,7 @@ with every task, are in `partialhn.drifting`.
 Legend: C output channels (rows), D row length, d columns, L generated tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -91,6 +91,10 @@ class Generator(nn.Module):
         del task
         return None
 
+    def fast_parameters(self) -> Iterable[nn.Parameter]:
+        """Those that learn at `partialhn.columns.RATE` times the learning rate."""
+        return ()
+
     def task_bytes(self, task: int) -> int:
         """Bytes that the generator grows by for a task, once it is learned."""
         del task
@@ -116,7 +120,7 @@ class Generator(nn.Module):
 
 
 class ColumnGenerator(Generator):
-    """W_l(t) = W_l(s) + V_lt diag(x_lt) A_lt^T, with ternary V and A that are the task's own."""
+    """W_l(t) = W_l(s) + V_lt diag(x_lt) A_lt^T, with binary V and A that are the task's own."""
 
     def __init__(self, tensors: Sequence[GeneratedTensor], width: int) -> None:
         super().__init__(tensors)
@@ -154,6 +158,9 @@ class ColumnGenerator(Generator):
 
     def finish(self, task: int) -> Tensor | None:
         return self._of(task).pack().flatten() if task and self.tensors else None
+
+    def fast_parameters(self) -> Iterable[nn.Parameter]:
+        return self.columns.parameters()
 
     def task_bytes(self, task: int) -> int:
         return packed_bytes(self._shapes, self.width) if task else 0

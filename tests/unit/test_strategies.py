@@ -175,13 +175,13 @@ def test_separate_heads_share_nothing(build, tasks):
 
 
 def test_a_task_of_the_hypernetwork_is_small(build):
-    """Five ternary digits in a byte, codes in float32, everything else in float16."""
+    """Eight signs in a byte, codes in float32, everything else in float16."""
     strategy = build(fresh_columns=4)
     for task in range(3):
         strategy.add_task(2)
         strategy.finish(task)
     own = 2 * (strategy.head.norm_length + 2 * 160 + 2)
-    columns = math.ceil(4 * sum(t.rows + t.row_length for t in strategy.head.convolutions) / 5)
+    columns = math.ceil(4 * sum(t.rows + t.row_length for t in strategy.head.convolutions) / 8)
     codes = 4 * 4 * len(strategy.head.convolutions)
     assert [strategy.task_bytes(task) for task in range(3)] == [
         own, own + codes + columns, own + codes + columns]

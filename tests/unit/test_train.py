@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from partialhn import checkpoint
 from partialhn.backbone import build_network, hash_tensors
@@ -123,6 +124,40 @@ def test_records_tell_what_happened(learner, tasks):
     for record in learned.finished:
         assert record.accuracy_row[-1] in {right / 32 for right in range(33)}
     assert learned.finished[1].accuracy_row[1] == evaluate(learned.strategy, 1, tasks[1].test)
+
+
+class Asked(TorchDispatchMode):
+    """Operations whose result the host must wait for, were the tensors on a device."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in self.NAMES:
+            self.found.append(name)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", ["columns", "bilinear", "additive", "separate_heads"])
+def test_a_step_waits_for_no_value_of_the_device(learner, tasks, kind):
+    """However many steps an epoch has, the host reads as often: when the epoch is over."""
+    counts = []
+    for batch_size in (16, 4):
+        options = {key: dict(value) for key, value in KINDS[kind].items()}
+        options.setdefault("train", {}).update(batch_size=batch_size, epochs=1)
+        learned = learner(**options)
+        list(learned.learn(tasks[:2]))
+        records = learned.learn(tasks[:3])
+        with Asked() as asked:
+            record = next(records)
+        assert record.task_index == 2
+        counts.append(asked.found)
+    assert counts[0] == counts[1]
+    assert "_local_scalar_dense" in counts[0]
 
 
 def test_evaluation_is_counting_right_answers(learner, tasks):
