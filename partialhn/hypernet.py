@@ -100,8 +100,8 @@ class Generator(nn.Module):
         del task
         return 0
 
-    def generating_macs(self) -> int:
-        """Multiply-adds of generating a task's weights, given what it starts from."""
+    def generating_macs(self, task: int) -> int:
+        """Multiply-adds of generating a task's weights from nothing."""
         raise NotImplementedError
 
     def regulariser(self, codes: Tensor) -> Tensor:
@@ -165,8 +165,9 @@ class ColumnGenerator(Generator):
     def task_bytes(self, task: int) -> int:
         return packed_bytes(self._shapes, self.width) if task else 0
 
-    def generating_macs(self) -> int:
-        return self.width * sum(t.rows * t.row_length for t in self.tensors)
+    def generating_macs(self, task: int) -> int:
+        """Where every task starts from the one before it."""
+        return task * self.width * sum(t.rows * t.row_length for t in self.tensors)
 
     @property
     def _shapes(self) -> list[tuple[int, int]]:

@@ -194,4 +194,4 @@ def _generating(strategy: Strategy) -> int:
     """Multiply-adds of generating the last task's head; an own head is there already."""
     if not isinstance(strategy, PartialHypernet):
         return 0
-    return strategy.hypernet.generating_macs()
+    return strategy.hypernet.generating_macs(len(strategy.classes) - 1)

@@ -111,18 +111,19 @@ class PartialHypernet(Strategy):
         """A task's generated weights as they stand, each of those it builds on generated once."""
         if not self.hypernet.inherits(task):
             return cast(Rows, self.hypernet(task, self._own(task).code))
-        line, rows = [task], None
+        line, rows, newest = [task], None, self._newest  # once: threads may ask at the same time
         while rows is None and self.hypernet.inherits(line[-1]):
-            if self._newest and self._newest[0] == line[-1]:
-                rows = self._newest[1]
+            if newest and newest[0] == line[-1]:
+                rows = newest[1]
                 line.pop()
             else:
                 line.append(self._start(line[-1]))
         with torch.no_grad():
             for each in reversed(line):
                 rows = self.hypernet(each, self._own(each).code, rows)
-        self._newest = task, cast(Rows, rows)
-        return self._newest[1]
+        made = cast(Rows, rows)
+        self._newest = task, made
+        return made
 
     def _start(self, task: int) -> int:
         return int(self._own(task).get_buffer("start"))
