@@ -50,21 +50,29 @@ def open_client(storage: Storage, tracking_uri: str | None,
         os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", storage.s3.endpoint)
         if storage.s3.path_style:
             os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
+    try:
+        _check_server(uri)  # before seconds are spent on imports
+    except OSError as error:
+        raise _no_answer(uri, error) from None
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     _quiet()
     try:
-        _check_server(uri)
         with _exclusive(database) if database else contextlib.nullcontext():
             client = MlflowClient(tracking_uri=uri)
             client.search_registered_models(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        shown = mask_password(f"{uri!r} does not answer: {error}")
-        raise InputError(f"MLflow at {shown}; allowed: an http(s):// server, sqlite:///file or "
-                         "another database") from None  # the error may hold the password
+        raise _no_answer(uri, error) from None
     return client, uri
+
+
+def _no_answer(uri: str, error: Exception) -> InputError:
+    """Without its cause, which may hold the password."""
+    shown = mask_password(f"{uri!r} does not answer: {error}")
+    return InputError(f"MLflow at {shown}; allowed: an http(s):// server, sqlite:///file or "
+                      "another database")
 
 
 def _quiet() -> None:
