@@ -15,6 +15,7 @@ from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.run import run_stream
 from pipelines import stages_process
+from pipelines.in_use import records
 from pipelines.registry import connect
 from pipelines.retrain import retrain
 from pipelines.settings import OutputConfig, RetrainConfig
@@ -91,7 +92,7 @@ def check(folder: Path, oracle: dict) -> dict:
     assert [version.task for version in versions] == ["0", "1"]
     assert [version.fields() for version in versions] == result["versions"]
     assert versions[-1].tags["weights_hash"] == result["weights_hash"]
-    assert not list((folder / "store" / "in-use").glob("*.json")), "features are given back"
+    assert not list(records(open_storage(str(folder / "store")))), "features are given back"
     return result
 
 
