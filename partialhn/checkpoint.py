@@ -50,13 +50,18 @@ def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
 
     Older fields go first, so that a copy that is cut short never mixes the two.
     """
-    if isinstance(filesystem, pafs.LocalFileSystem):
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    if local:
         Path(target).mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(f"{target}/{FIELDS}")
     for name in (TENSORS, FIELDS):
-        with filesystem.open_output_stream(f"{target}/{name}") as sink:
+        path = f"{target}/{name}"
+        draft = f"{path}.draft" if local else path  # S3 shows an object when it is whole
+        with filesystem.open_output_stream(draft) as sink:
             sink.write((folder / name).read_bytes())
+        if local:
+            filesystem.move(draft, path)
 
 
 def fetch(filesystem: pafs.FileSystem, source: str, folder: Path) -> bool:

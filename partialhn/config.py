@@ -240,15 +240,16 @@ class ComputeConfig:
     """What it runs on. Nothing here changes what is learned, but for rounding."""
 
     workers: int = 1
-    """Ray Train workers; a batch is divided among them."""
+    """Workers that learn; a batch is divided among them."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """gpu: one for each worker; auto: gpu where the cluster has one."""
+    """gpu: one for each worker; auto: gpu where there is one."""
     feature_workers: int = 1
-    """Ray Data actors that compute features, each with the trunk loaded once."""
+    """Workers that compute features, each with the trunk loaded once."""
     threads: int | None = None
     """CPU threads of a worker; default: the machine's cores divided by the workers."""
     ray_address: str | None = None
-    """Cluster to join (auto, ray://host:10001); default: a local one for this run."""
+    """Cluster to join (auto, ray://host:10001), or local: a local Ray for this run. Default: no
+    Ray, all in this process, where workers and feature_workers are 1; otherwise local."""
     cache: str | None = None
     """Folder on each machine for copies of remote features, shared by all that runs there;
     default: ~/.cache/partialhn/features."""
@@ -259,6 +260,8 @@ class ComputeConfig:
         _require(self.workers >= 1, "workers", self.workers, "1 or more")
         _require(self.feature_workers >= 1, "feature_workers", self.feature_workers, "1 or more")
         _require(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
+        _require(self.ray_address != "", "ray_address", self.ray_address,
+                 "local, auto, ray://host:10001 or host:6379")
         _require(self.cache != "", "cache", self.cache, "a folder")
         _require(self.cache_gib > 0, "cache_gib", self.cache_gib, "more than 0")
 

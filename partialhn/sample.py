@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from partialhn.config import DataConfig
 from partialhn.datasets import decode_images
@@ -52,37 +54,43 @@ def write_sample(path: Path, predictor: Predictor, experiences: Sequence[Experie
     """Takes test images of every task of the model, spread over its classes, and asks it.
 
     Of a task that was refreshed the newest data counts. Images that cannot be read have no part.
+    The trunk runs once over the images of all tasks: a few of each would fill a batch of their own.
     """
     newest = {task_of(each.name): each for each in experiences}
     count = max(1, IMAGES // len(newest))
-    tables = []
+    images: list[bytes] = []
+    tasks: list[str] = []
+    labels: list[str] = []
+    decoded: list[Tensor] = []
     for task, experience in newest.items():
-        images, labels = _pick(experience, count, MAX_BYTES // len(newest),
-                               predictor.model.config.data)
-        if images:
-            found = predictor.predict(images, task)
-            probability_B = found.probabilities_BK.max(1).astype(np.float64)
-            tables.append(pa.table([images, [task] * len(images), labels, found.labels,
-                                    probability_B], schema=SCHEMA))
-    pq.write_table(pa.concat_tables(tables) if tables else SCHEMA.empty_table(), path)
+        encoded, classes, images_BCHW = _pick(experience, count, MAX_BYTES // len(newest),
+                                              predictor.model.config.data)
+        images += encoded
+        labels += classes
+        tasks += [task] * len(encoded)
+        decoded.append(images_BCHW)
+    answers = predictor.answers(predictor.features(torch.cat(decoded)), tasks) if images else []
+    pq.write_table(pa.table([images, tasks, labels, [answer.label for answer in answers],
+                             [answer.probability for answer in answers]], schema=SCHEMA), path)
 
 
 def _pick(experience: Experience, count: int, budget: int,
-          data: DataConfig) -> tuple[list[bytes], list[str]]:
-    """Test images that fit in the budget of bytes, and their classes."""
+          data: DataConfig) -> tuple[list[bytes], list[str], Tensor]:
+    """Test images that fit in the budget of bytes, their classes, and what they decode to."""
     order_N = np.argsort(experience.test.label_N, kind="stable")
     spread = np.linspace(0, len(order_N) - 1, min(count, len(order_N))).round().astype(int)
     part = experience.test.take(order_N[spread])
     encoded = part.read()
     readable = decode_images(encoded, part.ids(), data.input_size, on_bad="skip",
-                             max_pixels=data.max_image_pixels).index_B
-    images, labels = [], []
-    for place in readable.tolist():
+                             max_pixels=data.max_image_pixels)
+    images, labels, rows = [], [], []
+    for row, place in enumerate(readable.index_B.tolist()):
         if len(encoded[place]) <= budget:
             budget -= len(encoded[place])
             images.append(encoded[place])
             labels.append(experience.classes[int(part.label_N[place])])
-    return images, labels
+            rows.append(row)
+    return images, labels, readable.images_BCHW[rows]
 
 
 def read_sample(path: Path) -> pa.Table:

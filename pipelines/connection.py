@@ -4,11 +4,12 @@ import contextlib
 import fcntl
 import logging
 import os
+import sqlite3
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
 from pipelines.settings import mask_password
@@ -50,21 +51,31 @@ def open_client(storage: Storage, tracking_uri: str | None,
         os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", storage.s3.endpoint)
         if storage.s3.path_style:
             os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
+    try:
+        _check_server(uri)  # before seconds are spent on imports
+    except OSError as error:
+        raise _no_answer(uri, error) from None
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     _quiet()
     try:
-        _check_server(uri)
         with _exclusive(database) if database else contextlib.nullcontext():
+            if database and not database.exists():
+                _create(database)
             client = MlflowClient(tracking_uri=uri)
             client.search_registered_models(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        shown = mask_password(f"{uri!r} does not answer: {error}")
-        raise InputError(f"MLflow at {shown}; allowed: an http(s):// server, sqlite:///file or "
-                         "another database") from None  # the error may hold the password
+        raise _no_answer(uri, error) from None
     return client, uri
+
+
+def _no_answer(uri: str, error: Exception) -> InputError:
+    """Without its cause, which may hold the password."""
+    shown = mask_password(f"{uri!r} does not answer: {error}")
+    return InputError(f"MLflow at {shown}; allowed: an http(s):// server, sqlite:///file or "
+                      "another database")
 
 
 def _quiet() -> None:
@@ -83,6 +94,36 @@ def _check_server(uri: str) -> None:
         # an HTTPError is an answer too, if only a request for credentials
         with contextlib.suppress(urllib.error.HTTPError):
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=15).close()
+
+
+def _create(database: Path) -> None:
+    """A new SQLite database, made beside its place and moved there when it is whole.
+
+    MLflow brings one up to date in some seventy steps and waits for the disk after each; killed
+    between them, it leaves one that cannot be used. A draft need not wait.
+    """
+    from mlflow import MlflowClient
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    draft = database.with_name(f".{database.name}.draft")
+    for left in (draft, draft.with_name(f"{draft.name}-journal")):
+        left.unlink(missing_ok=True)
+
+    def hurry(connection: Any, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            name = connection.execute("PRAGMA database_list").fetchone()[2]
+            if Path(name).name == draft.name:
+                connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", hurry)
+    try:
+        MlflowClient(tracking_uri=f"sqlite:///{draft}").search_registered_models(max_results=1)
+    finally:
+        event.remove(Engine, "connect", hurry)
+    with draft.open("rb+") as file:
+        os.fsync(file.fileno())
+    draft.replace(database)
 
 
 @contextlib.contextmanager

@@ -14,12 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from partialhn.config import ComputeConfig, Config
+from partialhn.config import ComputeConfig
+from pipelines.cluster import start_ray
 from pipelines.connection import chosen_uri, sqlite_file
 from pipelines.features import cache_folder
 from pipelines.registry import connect
 from pipelines.show import table
-from pipelines.stages import start_ray
 from pipelines.storage import Storage
 
 MAX_SKEW = 60.0
@@ -49,7 +49,7 @@ def examine(storage: Storage, tracking_uri: str | None, compute: ComputeConfig) 
     Raises: InputError where no cluster answers at the address given.
     """
     checks = [*check_machine("driver", storage, compute), check_registry(storage, tracking_uri)]
-    start_ray(Config(compute=compute))
+    start_ray(compute.ray_address)
     nodes = _ask_nodes(storage, compute)
     return checks + nodes + check_versions([each for each in checks + nodes
                                             if each.what == "packages"])

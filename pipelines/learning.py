@@ -17,20 +17,19 @@ from pipelines.held import Held
 from pipelines.inbox import Inbox
 from pipelines.journal import Decided
 from pipelines.outcome import Pass
-from pipelines.stages import Stages, start_ray
+from pipelines.stages import open_stages
 from pipelines.validate import Checked, write_hashes
 
 
 class Learning:
-    """One pass's learning. Starts Ray, where this process has not done so before."""
+    """One pass's learning."""
 
     def __init__(self, held: Held, base: Sequence[Decided], policy: Policy, policy_id: str,
                  done: Pass) -> None:
         """base: the champion's tasks, which new ones are learned on top of."""
         self.held, self.base, self.done = held, list(base), done
         self.policy, self.policy_id = policy, policy_id
-        start_ray(held.config)
-        self.stages = Stages(held.config, held.storage, held.stream, held.progress)
+        self.stages = open_stages(held.config, held.storage, held.stream, held.progress)
 
     def run(self, waiting: list[Checked]) -> list[Decided]:
         """Returns the tasks of the champion afterwards."""

@@ -20,6 +20,7 @@ from typing import Any
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.stream import Experience
+from pipelines.cluster import start_ray
 from pipelines.data import open_data
 from pipelines.in_use import InUse
 from pipelines.packing import Packing, Room, pack
@@ -31,7 +32,7 @@ from pipelines.search_runs import connect_search
 from pipelines.search_settings import Budget, SearchConfig, parse_budget
 from pipelines.search_space import Space, load_space, parse_space
 from pipelines.search_state import FORMAT, SearchState, TrialPlan, TrialRecord
-from pipelines.stages import Stages, start_ray
+from pipelines.stages_ray import RayStages
 from pipelines.stopping import AshaByDepth
 from pipelines.storage import Storage, open_storage
 from pipelines.survey import (
@@ -111,10 +112,10 @@ class _Search:
         self.say(f"{self.state.name}: {len(self.experiences)} tasks, freeze depths {names}")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             connecting = pool.submit(connect_search, self.storage, self.options.tracking_uri)
-            start_ray(self.config)
+            start_ray(self.config.compute.ray_address)
             registry = connecting.result()
         self._resources()
-        self.network = Stages(self.config, self.storage, self.state.name, Progress(
+        self.network = RayStages(self.config, self.storage, self.state.name, Progress(
             self.config, self.say)).network(self.experiences[0])
         forecast = self._remote(forecast_depths, self._bench(self.experiences[:2]))
         say_forecast(self.say, forecast)

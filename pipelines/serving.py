@@ -24,16 +24,15 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 
-from partialhn.config import ComputeConfig, Config
 from partialhn.errors import InputError
 from partialhn.predict import Answer
-from pipelines.features import without_lines
+from pipelines.cluster import start_ray
+from pipelines.features_ray import without_lines
 from pipelines.live import Recorder
 from pipelines.registry import connect
 from pipelines.serving_http import Limits, Metrics, Reply, build_app
 from pipelines.serving_model import ModelSource, RegistrySource, ServedModel
 from pipelines.storage import open_storage
-from pipelines.train import start_ray
 
 MAX_BATCH = 64
 """Images in one batch."""
@@ -156,7 +155,7 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
     _check_port(options.host, options.port)
     if record:
         options = dataclasses.replace(options, record=_record(source))
-    start_ray(Config(compute=ComputeConfig(ray_address=ray_address)))
+    start_ray(ray_address)
     with running(bind(source, options), options):
         say(f"{version.uri} of {source.uri} at http://{options.host}:{options.port}/predict "
             "(also /healthz, /metrics); ends with Ctrl-C or SIGTERM")

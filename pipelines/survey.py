@@ -20,6 +20,7 @@ from partialhn.store import Manifest
 from partialhn.stream import Experience
 from partialhn.train import network_optimiser, train_network
 from pipelines.features import compute_features
+from pipelines.features_ray import on_ray
 from pipelines.in_use import InUse
 from pipelines.storage import Storage
 from pipelines.trial import Bench, Place, open_features
@@ -48,9 +49,9 @@ def depth_features(storage: Storage, network: Network, config: Config,
     """
     trunk = Trunk(network, max(depths))
     jobs = feature_jobs(config, experiences, trunk, depths)
-    found, decoded = compute_features(storage, trunk, jobs, workers=on.workers, gpu=on.gpu,
-                                      threads=on.threads, progress=on.progress,
-                                      say=on.say, in_use=on.in_use)
+    found, decoded = compute_features(storage, trunk, jobs,
+                                      on_ray(on.workers, on.gpu, on.threads),
+                                      progress=on.progress, say=on.say, in_use=on.in_use)
     return {(job.depth, job.task, job.split): manifest
             for job, manifest in zip(jobs, found, strict=True)}, decoded
 

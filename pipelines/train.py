@@ -1,6 +1,6 @@
 """The main job: a stream of tasks becomes a registered model, a report and a result.
 
-    data -> trunk (Ray task) -> features (Ray Data) -> experiences (Ray Train) -> versions (MLflow)
+    data -> trunk -> features -> experiences (`pipelines.stages`) -> versions (MLflow)
 
 Every stage finds what an earlier run finished, so the same command goes on where it stopped, and
 a directory of tasks that has grown costs its new tasks only.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from partialhn import chain, checkpoint
+from partialhn.backbone import Network
 from partialhn.chain import prefixes_of
 from partialhn.checkpoint import Model
 from partialhn.config import Config
@@ -34,7 +35,8 @@ from pipelines.progress import Progress
 from pipelines.registry import Registry, connect
 from pipelines.report import write_report
 from pipelines.settings import OutputConfig, mask_password
-from pipelines.stages import Stages, our_outcome, start_ray
+from pipelines.stages import open_stages
+from pipelines.stages_base import Stages, our_outcome
 from pipelines.storage import Storage, open_storage
 from pipelines.versions import CHAMPION, Registration, Version
 
@@ -61,16 +63,42 @@ def _train(config: Config, output: OutputConfig, storage: Storage, say: Say) -> 
     say(f"{output.name}: {len(experiences)} tasks, {classes} classes, "
         f"{sum(len(each.train) for each in experiences)} training images (work {work})")
     clock.lap("data")
+    progress = Progress(config, say)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        connecting = pool.submit(connect, storage, output.tracking_uri)
-        start_ray(config)
-        registry = connecting.result()
-    clock.lap("startup")
-    job = _Job(config, output, storage, registry, experiences, work, Progress(config, say), clock)
-    result = job.run()
+        beginning = pool.submit(_begin, config, output, storage, work)
+        try:
+            with open_stages(config, storage, output.name, progress) as stages:
+                clock.lap("startup")
+                _check(beginning)
+                network = stages.network(experiences[0], lambda _: _check(beginning))
+                clock.lap("trunk")
+                registry, parent = beginning.result()
+                clock.lap("startup")
+                result = _Job(config, output, storage, registry, parent, experiences, work,
+                              progress, clock).run(stages, network)
+        except BaseException:
+            if beginning.exception() is None:
+                registry, parent = beginning.result()
+                registry.end_run(parent, failed=True)
+            raise
     Path(output.result).parent.mkdir(parents=True, exist_ok=True)
     Path(output.result).write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
+
+
+def _begin(config: Config, output: OutputConfig, storage: Storage,
+           work: str) -> tuple[Registry, str]:
+    """The registry and the stream's run in it. MLflow takes seconds to import and to set up its
+    database, so a thread does it while the trunk is trained.
+    """
+    registry = connect(storage, output.tracking_uri)
+    return registry, registry.stream_run(output.name, work, config.to_dict())
+
+
+def _check(beginning: "concurrent.futures.Future[tuple[Registry, str]]") -> None:
+    """Raises where it is known already that nothing can be registered."""
+    if beginning.done():
+        beginning.result()
 
 
 @dataclasses.dataclass
@@ -81,31 +109,20 @@ class _Job:
     output: OutputConfig
     storage: Storage
     registry: Registry
+    parent: str
+    """The stream's run in the registry."""
     experiences: list[Experience]
     work: str
     progress: Progress
     clock: Clock
 
-    def run(self) -> dict[str, Any]:
-        parent = self.registry.stream_run(self.output.name, self.work, self.config.to_dict())
-        try:
-            return self._run(parent)
-        except BaseException:
-            self.registry.end_run(parent, failed=True)
-            raise
-
-    def _run(self, parent: str) -> dict[str, Any]:
-        with Stages(self.config, self.storage, self.output.name, self.progress) as stages:
-            return self._walk(stages, parent)
-
-    def _walk(self, stages: Stages, parent: str) -> dict[str, Any]:
-        parts = cut(self.config, stages.network(self.experiences[0]))
-        self.clock.lap("trunk")
+    def run(self, stages: Stages, network: Network) -> dict[str, Any]:
+        parts = cut(self.config, network)
         prefixes = prefixes_of(self.config, parts.network, self.experiences)
         known = stages.learned(prefixes)
         slots, decoded = self._features(stages, parts, len(known))
         self.clock.lap("features")
-        registrar = _Registrar(self, parent, parts, stages.folder, slots, prefixes)
+        registrar = _Registrar(self, parts, stages.folder, slots, prefixes)
         for done in known:
             registrar.follow(self.config.train.strategy, *done.epochs, done.record)
         returned = stages.learn(parts, slots, prefixes, registrar.follow)
@@ -125,7 +142,7 @@ class _Job:
             "versions": registrar.version_fields()}
         for row, seconds in zip(fields["seconds"]["per_task"], registrar.seconds, strict=True):
             row["register"] = round(seconds, 3)
-        self._publish(parent, fields)
+        self._publish(fields)
         stages.forget_run(prefixes)
         return fields
 
@@ -139,25 +156,25 @@ class _Job:
         manifests = [there.get(job.recipe.key) for job in jobs]
         return slots_of(self.experiences, jobs, manifests), decoded
 
-    def _publish(self, parent: str, fields: dict[str, Any]) -> None:
+    def _publish(self, fields: dict[str, Any]) -> None:
         """Matrix, result and report go to the stream's run."""
         names = [each.name for each in self.experiences]
-        self.registry.log_matrix(parent, fields["accuracy_matrix"], names)
+        self.registry.log_matrix(self.parent, fields["accuracy_matrix"], names)
         self.clock.lap("register")
         stages = {key: round(value, 3) for key, value in self.clock.laps.items()}
         fields["seconds"] |= {"stages": stages, "total": round(sum(stages.values()), 3)}
-        self.registry.log_result(parent, fields)
+        self.registry.log_result(self.parent, fields)
         with tempfile.TemporaryDirectory() as scratch:
-            self.registry.log_file(parent, write_report(fields, Path(scratch) / "report.html"))
-        self.registry.end_run(parent)
+            self.registry.log_file(self.parent, write_report(fields, Path(scratch) / "report.html"))
+        self.registry.end_run(self.parent)
 
 
 class _Registrar:
     """Registers the model of each finished task, in order and once."""
 
-    def __init__(self, job: _Job, parent: str, parts: Parts, folder: str, slots: Sequence[Slot],
+    def __init__(self, job: _Job, parts: Parts, folder: str, slots: Sequence[Slot],
                  prefixes: Sequence[str]) -> None:
-        self.job, self.parent, self.folder = job, parent, folder
+        self.job, self.folder = job, folder
         self.seconds: list[float] = []
         self.checkpoint_bytes = 0
         self._epochs: dict[tuple[int, int], EpochRecord] = {}
@@ -185,7 +202,7 @@ class _Registrar:
         summary = summarise([[*row, *[None] * (total - len(row))] for row in self._rows])
         metrics = {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
                    "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
-        job.registry.log_metrics(self.parent, metrics, step=record.task_index)
+        job.registry.log_metrics(job.parent, metrics, step=record.task_index)
         version = job.registry.version_of(job.output.name, self._prefixes[record.task_index])
         if version is None or version.tags["work"] == job.work:
             version = self._version(record, metrics)
@@ -198,7 +215,7 @@ class _Registrar:
         job, index = self.job, record.task_index
         slot, experience = self._slots[index], job.experiences[index]
         folder = self._fetch(index)
-        run = job.registry.task_run(self.parent, record.task, index, self._prefixes[index])
+        run = job.registry.task_run(job.parent, record.task, index, self._prefixes[index])
         job.registry.log_epochs(run, [dataclasses.asdict(epoch) for epoch in self._epochs.values()
                                       if epoch.task_index == index])
         version = job.registry.register_task(run, Registration(

@@ -1,17 +1,18 @@
-"""What runs inside a Ray Train worker: the experiences of a stream, one after the other.
+"""How the experiences of a stream are learned, one after the other, wherever a worker runs.
 
-One run of Ray Train learns all tasks that are waiting, because starting a group of workers takes
-far longer than learning a small task. Rank 0 sends every record to the driver as it comes, keeps
-a model of every finished task, and reports a checkpoint to Ray Train at the end of each task and
-every few seconds between.
+What a worker needs of its surroundings is a `Host`: this process (`pipelines.worker_process`) or a
+worker of Ray Train (`pipelines.worker_ray`). It tells the host of every record as it comes, keeps a
+model of every finished task, and gives the host its state at the end of each task and every few
+seconds between.
 """
 
 import dataclasses
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed
@@ -20,7 +21,6 @@ from torch import Tensor
 from partialhn import chain, checkpoint
 from partialhn.checkpoint import Model, TaskInfo
 from partialhn.config import Config
-from partialhn.errors import InputError
 from partialhn.result import Outcome, model_sizes, peak_rss_bytes
 from partialhn.run import Parts, with_strategy
 from partialhn.slots import Slot, open_features
@@ -30,6 +30,8 @@ from pipelines.features import open_store
 from pipelines.storage import Storage
 
 CHECKPOINT_SECONDS = 10.0
+Follow = Callable[[str, EpochRecord | TaskRecord], None]
+"""Gets the strategy and the record."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,38 +46,49 @@ class Assignment:
     storage: Storage
     folder: str
     """Where finished tasks' models are and go, as a path in the storage's filesystem."""
+    run_name: str
+    """Names all that is learned: a state that was kept under it is gone on from."""
     threads: int
-    events: Any
-    """Handle of the driver's `Events` actor."""
 
 
-def learn(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """The Ray Train worker function. Returns outcomes by strategy, or an `error` for the user."""
-    try:
-        return _Worker(loop_config["assignment"]).run()
-    except InputError as error:  # trying again would fail again
-        return {"error": str(error)}
+class Host(Protocol):
+    """Where a worker runs."""
+
+    @property
+    def device(self) -> torch.device:
+        """What to learn on."""
+
+    @property
+    def workers(self) -> Workers:
+        """This worker's place among those that share the work."""
+
+    def send(self, strategy: str, record: EpochRecord | TaskRecord) -> None:
+        """Tells the driver."""
+
+    def keep(self, state: Path | None) -> None:
+        """Keeps a checkpoint folder in place of the one before; None: another worker gives it."""
+
+    def fetch(self, folder: Path) -> bool:
+        """Copies the state kept last into a folder; False where there is none."""
 
 
-class _Worker:
+class Worker:
     """One worker's way through the strategies and tasks."""
 
-    def __init__(self, assignment: Assignment) -> None:
-        import ray.train
-        from ray.train.torch import get_device
-
-        self.a = assignment
-        context = ray.train.get_context()
-        rank, world = context.get_world_rank(), context.get_world_size()
+    def __init__(self, assignment: Assignment, host: Host) -> None:
+        self.a, self.host = assignment, host
         torch.set_num_threads(assignment.threads)
         torch.set_flush_denormal(True)
-        self.device = get_device()
-        self.workers = Workers(rank, world, _data_parallel, _sum) if world > 1 else Workers()
+        self.device, self.workers = host.device, host.workers
         self.outcomes: dict[str, Outcome] = {}
-        self.last_report = time.monotonic()
+        self.last_kept = time.monotonic()
 
     def run(self) -> dict[str, Any]:
-        """Learns what is not learned yet, by every strategy asked for."""
+        """Learns what is not learned yet, by every strategy asked for.
+
+        Returns `outcomes` by strategy, `device` and `peak_rss_bytes`. Raises: InputError for
+        anything the user can set right.
+        """
         a = self.a
         store = open_store(a.storage, a.config.compute)
         known = chain.find(a.storage.filesystem, a.folder, a.prefixes)
@@ -108,12 +121,12 @@ class _Worker:
                 self._keep_model(learner, record)
             if len(learner.finished) == len(tasks):
                 self.outcomes[name] = Outcome.of(learner)
-            self._report(name, learner, record)
+            self._keep_state(name, learner, record)
             self._send(name, record)
 
     def _send(self, name: str, record: EpochRecord | TaskRecord) -> None:
         if self.workers.rank == 0:
-            self.a.events.add.remote(name, record)
+            self.host.send(name, record)
 
     def _keep_model(self, learner: Learner, record: TaskRecord) -> None:
         """The model as it is after a task, for the driver to register."""
@@ -128,37 +141,29 @@ class _Worker:
         done = chain.Learned.of(Outcome.of(learner), a.prefixes, record.task_index)
         chain.keep(model, done, a.storage.filesystem, a.folder)
 
-    def _report(self, name: str, learner: Learner, record: EpochRecord | TaskRecord) -> None:
-        """A checkpoint for Ray Train: always after a task, otherwise when the last is old."""
-        import ray.train
-
-        late = torch.tensor(float(time.monotonic() - self.last_report > CHECKPOINT_SECONDS),
+    def _keep_state(self, name: str, learner: Learner, record: EpochRecord | TaskRecord) -> None:
+        """The state for the host: always after a task, otherwise when the last is old."""
+        late = torch.tensor(float(time.monotonic() - self.last_kept > CHECKPOINT_SECONDS),
                             device=self.device)
         if self.workers.world > 1:
             torch.distributed.broadcast(late, 0)
         if isinstance(record, EpochRecord) and not late:
             return
-        metrics = {"task_index": record.task_index, "finished": len(learner.finished)}
         with tempfile.TemporaryDirectory() as scratch:
-            made = None
+            state = None
             if self.workers.rank == 0:
                 tensors, fields = learner.state()
                 done = {key: dataclasses.asdict(value) for key, value in self.outcomes.items()}
-                checkpoint.save(Path(scratch) / "state", "learner", tensors,
+                state = Path(scratch) / "state"
+                checkpoint.save(state, "learner", tensors,
                                 {"strategy": name, "learner": fields, "outcomes": done})
-                made = ray.train.Checkpoint.from_directory(str(Path(scratch) / "state"))
-            ray.train.report(metrics, checkpoint=made)
-        self.last_report = time.monotonic()
+            self.host.keep(state)
+        self.last_kept = time.monotonic()
 
     def _restored(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        import ray.train
-
-        found = ray.train.get_checkpoint()
-        if found is None:
-            return None
-        # not `as_directory`: a process that is killed in it leaves the copy on the node's disk
         with tempfile.TemporaryDirectory() as scratch:
-            checkpoint.fetch(found.filesystem, found.path, Path(scratch))
+            if not self.host.fetch(Path(scratch)):
+                return None
             tensors, fields = checkpoint.load(Path(scratch), "learner")
         self.outcomes = {name: Outcome.from_fields(values)
                          for name, values in fields["outcomes"].items()}
@@ -168,19 +173,7 @@ class _Worker:
         return tensors, fields
 
 
-def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:
-    # unused: the first task trains the base of the generated weights, and its code has no part
-    return torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
-
-
-def _sum(total: Tensor) -> Tensor:
-    torch.distributed.all_reduce(total)
-    return total
-
-
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads a worker"
-
-

@@ -23,7 +23,7 @@ def ray_cluster():
     """A local Ray with two CPUs, for the whole session."""
     import ray
 
-    from pipelines.stages import init_ray
+    from pipelines.cluster import init_ray
 
     init_ray("local", num_cpus=2, include_dashboard=False, log_to_driver=False,
              logging_level="ERROR")

@@ -54,8 +54,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file that the row goes to")
     parser.add_argument("--quick", action="store_true", help="one round")
     arguments = parser.parse_args()
-    pairs = [(trials_per_hour("shared"), trials_per_hour("own"))
-             for _ in range(1 if arguments.quick else 3)]
+    pairs: list[tuple[float, float]] = []
+    for _ in range(1 if arguments.quick else 3):
+        pairs.append((trials_per_hour("shared"), trials_per_hour("own")))
+        print("shared {:.0f}, a process each {:.0f} trials per hour".format(*pairs[-1]),
+              flush=True)
     made = row("packing/trials-per-hour", "a process for each trial",
                statistics.median(shared / own for shared, own in pairs), 1.0, at_least=True,
                trials_per_hour=round(statistics.median(shared for shared, _ in pairs)),

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 
-def row(name: str, baseline: str, ratio: float, goal: float, *, at_least: bool = False,
+def row(name: str, baseline: str, ratio: float, goal: float | None, *, at_least: bool = False,
         median_ms: float | None = None, baseline_ms: float | None = None,
         **more: float) -> dict:
-    """One comparison; `goal` is the most the ratio may be, or the least."""
-    holds = ratio >= goal if at_least else ratio <= goal
-    made = {"name": name, "baseline": baseline, "ratio": round(ratio, 4), "goal": goal,
-            "goal_is": "at least" if at_least else "at most", "holds": holds}
+    """One comparison; `goal` is the most the ratio may be, or the least; None: only shown."""
+    made = {"name": name, "baseline": baseline, "ratio": round(ratio, 4)}
+    if goal is not None:
+        made |= {"goal": goal, "goal_is": "at least" if at_least else "at most",
+                 "holds": ratio >= goal if at_least else ratio <= goal}
     made |= {key: round(value, 3) for key, value in (("median_ms", median_ms),
                                                      ("baseline_ms", baseline_ms)) if value}
     return made | more
@@ -26,8 +27,10 @@ def say(made: dict) -> None:
     """Prints a row as it comes."""
     times = (f"{made['median_ms']:10.2f} ms  {made['baseline_ms']:10.2f} ms  "
              if "baseline_ms" in made else " " * 28)
-    print(f"{made['name']:36}{times}ratio {made['ratio']:8.3f}  {made['goal_is']} {made['goal']}"
-          f"  {'holds' if made['holds'] else 'MISSED'}   ({made['baseline']})", flush=True)
+    goal = (f"{made['goal_is']} {made['goal']}  {'holds' if made['holds'] else 'MISSED'}"
+            if "goal" in made else "no goal")
+    print(f"{made['name']:36}{times}ratio {made['ratio']:8.3f}  {goal}   ({made['baseline']})",
+          flush=True)
 
 
 def write(path: Path | None, rows: list[dict]) -> None:

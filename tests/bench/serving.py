@@ -30,8 +30,8 @@ from partialhn.predict import Answer, Predictor
 from partialhn.run import cut
 from partialhn.strategies import STRATEGIES
 from partialhn.task_inference import TaskInference
+from pipelines.cluster import start_ray
 from pipelines.serving import ServeOptions, bind, running
-from pipelines.train import start_ray
 
 SIZE, TASKS, CLASSES, MOST = 64, 10, 10, 20_000
 
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="at most 9")
     chosen = parser.parse_args()
     seconds, clients = min(chosen.seconds, 60), min(chosen.clients, 64)
-    start_ray(Config(compute=ComputeConfig(threads=1)))
+    start_ray(None)
     rows = measure(clients, seconds, min(chosen.rounds, 9))
     result = {"command": f"python tests/bench/serving.py --seconds {seconds:g} --clients {clients} "
                          f"--rounds {chosen.rounds}",

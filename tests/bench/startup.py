@@ -1,14 +1,16 @@
-"""What starting Ray, MLflow and workers costs a local run, over the same stream in one process.
+"""What MLflow, and Ray where it is asked for, cost a local run, over the same stream without.
 
     python tests/bench/startup.py [--quick] [--json FILE]
 
-Seconds are wall-clock time: what a user waits. Runs of both kinds alternate, each in a process and
-a folder of its own, and the median of the differences counts. The streams are scikit-learn's
-digits, upright and turned, as 2 or 20 tasks of two classes.
+Seconds are wall-clock time: what a user waits. Runs of all kinds alternate, each in a process and
+a folder of its own, and the median of the differences counts. The JSON has the processor time that
+a run without Ray adds, too. The streams are scikit-learn's digits, upright and turned, as 2 or 20
+tasks of two classes.
 """
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -55,24 +57,44 @@ def put_stream(folder: Path, tasks: int) -> Path:
     return path
 
 
-def seconds(words: list[object]) -> float:
-    """Wall-clock time of a process in an empty folder."""
+def seconds(words: list[object]) -> tuple[float, float]:
+    """Wall-clock and processor time of a process in an empty folder."""
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), processor_time()
         done = subprocess.run([str(word) for word in words], cwd=folder, capture_output=True,
                               text=True, check=False, env=ENVIRONMENT)
         taken = time.perf_counter() - start
     if done.returncode:
         sys.exit(f"{' '.join(map(str, words))} failed:\n{done.stdout}{done.stderr}")
-    return taken
+    return taken, processor_time() - before
 
 
-def added(config: Path, rounds: int) -> tuple[float, float, float]:
-    """Median seconds of the run, of the oracle, and of what the run adds."""
-    pairs = [(seconds([PARTIALHN, "train", "--config", config, "--name", "s"]),
-              seconds([sys.executable, "-c", ORACLE, config])) for _ in range(rounds)]
-    return (statistics.median(run for run, _ in pairs), statistics.median(o for _, o in pairs),
-            statistics.median(run - oracle for run, oracle in pairs))
+def processor_time() -> float:
+    """Of all processes below this one that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measured(config: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of the run, of the same on a local Ray, and of the oracle, round by round."""
+    train = [PARTIALHN, "train", "--config", config, "--name", "s"]
+    ways = {"local-run": train, "local-ray": [*train, "--ray-address", "local"],
+            "oracle": [sys.executable, "-c", ORACLE, config]}
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, words in ways.items():
+            found[way].append(seconds(words))
+    return found
+
+
+def added(found: dict[str, list[tuple[float, float]]], way: str, which: int = 0) -> float:
+    """What a way adds to the oracle, in the median: of wall time, or (1) of processor time."""
+    return statistics.median(run[which] - oracle[which] for run, oracle in
+                             zip(found[way], found["oracle"], strict=True))
+
+
+def wall_ms(runs: list[tuple[float, float]]) -> float:
+    return 1e3 * statistics.median(wall for wall, _ in runs)
 
 
 def main() -> None:
@@ -87,15 +109,19 @@ def main() -> None:
         rows.append(made)
         say(made)
 
-    helped = statistics.median(seconds([PARTIALHN, "--help"]) for _ in range(2 * rounds + 1))
+    helped = statistics.median(seconds([PARTIALHN, "--help"])[0] for _ in range(2 * rounds + 1))
     tell(row("startup/help", f"{ALONE} s", helped / ALONE, 1.0, median_ms=1e3 * helped,
              baseline_ms=1e3 * ALONE))
     of = {}
     for tasks in (2, 20):
         with tempfile.TemporaryDirectory() as folder:
-            run, oracle, of[tasks] = added(put_stream(Path(folder), tasks), rounds)
-        tell(row(f"startup/local-run/{tasks}-tasks", f"{ADDED:g} s over the one-process oracle",
-                 of[tasks] / ADDED, 1.0, median_ms=1e3 * run, baseline_ms=1e3 * oracle))
+            found = measured(put_stream(Path(folder), tasks), rounds)
+        of[tasks] = added(found, "local-run")
+        for way, goal in (("local-run", 1.0), ("local-ray", None)):
+            tell(row(f"startup/{way}/{tasks}-tasks", f"{ADDED:g} s over the one-process oracle",
+                     added(found, way) / ADDED, goal, median_ms=wall_ms(found[way]),
+                     baseline_ms=wall_ms(found["oracle"]),
+                     **({"added_processor_s": round(added(found, way, 1), 1)} if goal else {})))
     tell(row("startup/per-task", "what is added for 2 tasks", of[20] / of[2], 2.0))
     write(arguments.json, rows)
 

@@ -39,18 +39,20 @@ CONFIG = Config(
 )
 """A task takes seconds, so that there is a middle to be killed in."""
 
+ON_RAY = ("--ray-address", "local")
+
 pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow]
 
 
 class Run:
     """A `partialhn train` process, what it has printed so far, and the processes below it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
         (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG.to_dict()))
         self.process = subprocess.Popen(
             [Path(sys.executable).with_name("partialhn"), "train", "--config", "run.yaml",
-             "--name", "digits", "--storage", "store", "--result", "result.json"],
+             "--name", "digits", "--storage", "store", "--result", "result.json", *options],
             cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.text = ""
         self._below: dict[int, psutil.Process] = {}
@@ -96,8 +98,8 @@ def start():
     """Starts runs; none outlives the test."""
     runs: list[Run] = []
 
-    def start(folder: Path) -> Run:
-        runs.append(Run(folder))
+    def start(folder: Path, *options: str) -> Run:
+        runs.append(Run(folder, *options))
         return runs[-1]
     yield start
     for run in runs:
@@ -139,15 +141,17 @@ def check_result(result: dict, uninterrupted: dict, folder: Path) -> None:
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
-def test_the_run_is_killed_and_started_again(start, uninterrupted, tmp_path):
-    killed = start(tmp_path)
+@pytest.mark.parametrize("options", [(), ON_RAY], ids=["in one process", "on Ray"])
+def test_the_run_is_killed_and_started_again(start, uninterrupted, tmp_path, options):
+    killed = start(tmp_path, *options)
     middle_of_the_third_task(killed)
     left = killed.below()
+    assert bool(left) == bool(options), "Ray's processes, or none"
     killed.process.send_signal(signal.SIGKILL)
     killed.process.wait(60)
     assert not (tmp_path / "result.json").exists()
 
-    again = start(tmp_path)
+    again = start(tmp_path, *options)
     result = again.finish()
     check_result(result, uninterrupted[1], tmp_path)
     assert result["images_decoded"] == 0
@@ -163,7 +167,7 @@ def test_the_run_is_killed_and_started_again(start, uninterrupted, tmp_path):
 def test_the_worker_is_killed_and_the_run_goes_on(start, uninterrupted, tmp_path):
     for kept in ("features", "trunks", "datasets"):  # the same work: nothing to compute again
         shutil.copytree(uninterrupted[0] / kept, tmp_path / "store" / kept)
-    run = start(tmp_path)
+    run = start(tmp_path, *ON_RAY)
     middle_of_the_third_task(run)
     workers = [child for child in run.below() if "RayTrainWorker" in " ".join(child.cmdline())]
     assert len(workers) == 1, [child.cmdline() for child in run.below()]

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a pass: every task once, a complete history, the same weights.
+"""SIGKILL at random moments of a pass on Ray: each task once, a whole history, the same weights.
 
     python -m pytest tests/faults/test_retrain_chaos.py -k 50    driver, workers, raylet: 50 kills
     python -m pytest tests/faults/test_retrain_chaos.py -k services    the servers beside them
@@ -45,7 +45,7 @@ CONFIG = {
     "data": {"data": "inbox", "input_size": 16},
     "backbone": {"freeze_depth": 3, "trunk_epochs": 2, "trunk_batch_size": 32},
     "features": {"views": 1, "augment": "none"}, "hypernet": {"fresh_columns": 4},
-    "train": {"epochs": 3, "batch_size": 16}, "compute": {"threads": 1}}
+    "train": {"epochs": 3, "batch_size": 16}, "compute": {"threads": 1, "ray_address": "local"}}
 PARTIALHN = Path(sys.executable).with_name("partialhn")
 WHOM = ("driver", "RayTrainWorker", "_train_trunk", "MapWorker", "raylet")
 PASS = 50.0

@@ -3,7 +3,7 @@
     PARTIALHN_TEST_DATA=DATA python tests/golden/year.py --folder year --output year.json
 
 Pieces of Tiny-ImageNet (10 classes) and of CIFAR-10 (2 classes) arrive in the inbox, and a pass
-runs after each as a scheduler would start it (in one process, as --watch does, so that Ray stays).
+runs after each as a scheduler would start it (in one process, as --watch does).
 One task is poisoned: its labels are shuffled. Once a person rolls the champion back. One old task
 gets more data. Writes the seconds and bytes of every pass, the history, and what the gate said.
 """

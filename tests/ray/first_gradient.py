@@ -17,7 +17,7 @@ from partialhn.featurise import feature_jobs, precompute
 from partialhn.run import collect, cut
 from partialhn.store import FeatureStore
 from partialhn.train import Objective, Workers, epoch_batches
-from pipelines.worker import _data_parallel
+from pipelines.worker_ray import _data_parallel
 
 CONFIG = Config(
     data=DataConfig(data="digits", task_sizes=(5, 5), input_size=16),

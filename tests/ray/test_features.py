@@ -8,6 +8,7 @@ from partialhn.datasets import open_stream
 from partialhn.featurise import feature_jobs, precompute
 from partialhn.store import FeatureStore
 from pipelines.features import compute_features
+from pipelines.features_ray import on_ray
 from pipelines.storage import open_storage
 
 
@@ -30,7 +31,7 @@ def test_depths_in_one_pass_are_the_bytes_of_a_single_process(ray_cluster, small
     jobs = feature_jobs(config, experiences, trunk, [2, 4])
     images = sum(len(getattr(experiences[0], part)) for part in ("train", "validation", "test"))
     seen = []
-    manifests, decoded = compute_features(storage, trunk, jobs, workers=2,
+    manifests, decoded = compute_features(storage, trunk, jobs, on_ray(workers=2),
                                           progress=lambda *counts: seen.append(counts))
     assert decoded == images
     assert seen[-1] == (sum(job.shards for job in jobs[:3]),) * 2
@@ -41,7 +42,7 @@ def test_depths_in_one_pass_are_the_bytes_of_a_single_process(ray_cluster, small
         found = [m for job, m in zip(jobs, manifests, strict=True) if job.depth == depth]
         assert [[s.sha256 for s in m.shards] for m in found] == [
             [s.sha256 for s in m.shards] for m in wanted]
-    again, decoded = compute_features(storage, trunk, jobs[::-1], workers=2)
+    again, decoded = compute_features(storage, trunk, jobs[::-1], on_ray(workers=2))
     assert (again[::-1], decoded) == (manifests, 0)
     rows = np.unique([manifest.rows for manifest in manifests[:3]])
     assert rows.sum() <= images

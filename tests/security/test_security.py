@@ -180,7 +180,8 @@ def test_no_run_writes_down_a_credential(tmp_path, short_folder):
     done = subprocess.run(
         [Path(sys.executable).with_name("partialhn"), "train", "--data", "digits", "--classes", "4",
          "--tasks", "2", "--input-size", "16", "--trunk-epochs", "1", "--epochs", "1",
-         "--threads", "1", "--name", "hush", "--storage", tmp_path / "store"],
+         "--threads", "1", "--name", "hush", "--storage", tmp_path / "store",
+         "--ray-address", "local"],
         cwd=tmp_path, env=os.environ | SECRETS | {"RAY_TMPDIR": str(short_folder)},
         capture_output=True, text=True, timeout=580, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -36,7 +36,7 @@ LIBRARY = [
 
 PIPELINES = [
     {"__init__", "settings", "matrix", "versions", "progress", "gate", "outcome", "packing",
-     "money", "search_space", "events"},
+     "money", "search_space", "events", "cluster"},
     {"search_settings"},
     {"files"},
     {"s3"},
@@ -47,8 +47,9 @@ PIPELINES = [
     {"references"},
     {"prune"},
     {"features", "sampling", "stopping", "advice", "search_checks"},
-    {"worker", "trial", "advice_words", "feature_admin"},
-    {"survey", "advice_facts"},
+    {"features_ray", "worker", "trial", "advice_words", "feature_admin"},
+    {"worker_ray", "worker_process", "stages_base", "survey", "advice_facts"},
+    {"stages_ray", "stages_process"},
     {"stages"},
     {"report_charts"},
     {"report_facts", "report_html"},
@@ -196,7 +197,7 @@ def test_importing_the_whole_library_starts_nothing():
 
 
 def test_what_every_process_of_a_cluster_imports_is_as_light_as_it_can_be():
-    probe(["pipelines.worker"], ("mlflow", "boto3", "torchvision", "pandas", "sklearn"))
+    probe(["pipelines.worker_ray"], ("mlflow", "boto3", "torchvision", "pandas", "sklearn"))
     probe(["pipelines.events"], (*FREE_WHILE_LOADING, "numpy", "pyarrow"))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from partialhn.checkpoint import Model, TaskInfo
 from partialhn.errors import InputError, IntegrityError
-from partialhn.inference_metrics import rejection_auroc, without_task_id
+from partialhn.inference_metrics import auroc, rejection_auroc, without_task_id
 from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
 from partialhn.task_inference import (
@@ -173,3 +173,14 @@ def test_statistics_of_another_number_of_tasks_are_damage(inference):
 def test_nothing_is_inferred_before_the_first_task():
     with pytest.raises(InputError, match="no task was learned yet"):
         TaskInference().distances(torch.zeros(1, 3))
+
+
+def test_auroc_is_that_of_scikit_learn():
+    from sklearn.metrics import roc_auc_score
+
+    rng = np.random.default_rng(0)
+    for low, high in ((300, 200), (1, 5), (50, 1)):
+        low_N, high_N = (torch.from_numpy(rng.integers(0, 20, count) + shift).float()
+                         for count, shift in ((low, 0), (high, 3)))  # many are equal
+        wanted = roc_auc_score([0] * low + [1] * high, torch.cat([low_N, high_N]).numpy())
+        assert auroc(low_N, high_N) == pytest.approx(wanted, abs=1e-12)

@@ -1,0 +1,176 @@
+"""The main job in one process: the numbers of the oracle, no Ray, and SIGKILL on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from partialhn.config import Config
+from partialhn.errors import InputError
+from partialhn.run import run_stream
+from pipelines import stages_process
+from pipelines.in_use import records
+from pipelines.registry import connect
+from pipelines.retrain import retrain
+from pipelines.settings import OutputConfig, RetrainConfig
+from pipelines.storage import open_storage
+from pipelines.train import train
+
+CONFIG = Config.from_dict({
+    "data": {"data": "digits", "tasks": 2, "task_sizes": [2, 2], "classes": 4, "input_size": 16},
+    "backbone": {"freeze_depth": 3, "trunk_epochs": 2},
+    "features": {"views": 2, "augment": "crop", "shard_rows": 200},
+    "hypernet": {"fresh_columns": 4}, "train": {"epochs": 3, "compare": ["naive"]},
+    "compute": {"threads": 1}})
+COMMAND = """
+import sys
+from pipelines import worker, worker_process
+from pipelines.cli import run
+{change}
+code = run(sys.argv[1:])
+print("RAY", sorted(name for name in sys.modules if name.partition(".")[0] == "ray"))
+sys.exit(code)
+"""
+KILL = """
+worker.CHECKPOINT_SECONDS = 0.0  # a state after every epoch
+send = worker_process.ProcessHost.send
+def killed(self, strategy, record):
+    send(self, strategy, record)
+    if (strategy, record.task_index, getattr(record, "epoch", 0)) == {place}:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+worker_process.ProcessHost.send = killed
+"""
+SHOW = """
+send = worker_process.ProcessHost.send
+def shown(self, strategy, record):
+    print("SENT", strategy, record.task_index, getattr(record, "epoch", "end"))
+    send(self, strategy, record)
+worker_process.ProcessHost.send = shown
+"""
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    return run_stream(CONFIG, tmp_path_factory.mktemp("oracle"))[1]
+
+
+@pytest.fixture
+def place(tmp_path, empty_registry):
+    """A folder with the configuration and an empty registry: MLflow takes seconds to make one."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(CONFIG.to_dict()))
+    empty_registry(tmp_path / "store")
+    return tmp_path
+
+
+def command(folder: Path, change: str = "") -> subprocess.CompletedProcess:
+    """`partialhn train` in a process of its own, changed a little."""
+    return subprocess.run(
+        [sys.executable, "-c", COMMAND.format(change=change), "train", "--config", "run.yaml",
+         "--name", "digits", "--storage", "store"], cwd=folder, capture_output=True, text=True,
+        timeout=500, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def check(folder: Path, oracle: dict) -> dict:
+    """What the run left behind is what the oracle found."""
+    result = json.loads((folder / "result.json").read_text())
+    assert result["weights_hash"] == oracle["weights_hash"]
+    for key in ("accuracy_matrix", "feature_keys", "images_decoded"):
+        assert result[key] == oracle[key], key
+    for ours, wanted in ((result, oracle), (result["bounds"]["naive"], oracle["bounds"]["naive"])):
+        assert ours["accuracy_matrix"] == wanted["accuracy_matrix"]
+    losses = [[(row["task"], row["epoch"], row["loss"]) for row in each["epochs"]]
+              for each in (result, oracle)]
+    assert losses[0] == losses[1]
+    versions = connect(open_storage(str(folder / "store"))).versions("digits")
+    assert [version.task for version in versions] == ["0", "1"]
+    assert [version.fields() for version in versions] == result["versions"]
+    assert versions[-1].tags["weights_hash"] == result["weights_hash"]
+    assert not list(records(open_storage(str(folder / "store")))), "features are given back"
+    return result
+
+
+def test_the_numbers_of_the_oracle_without_ray(place, oracle):
+    done = command(place)
+    assert done.returncode == 0, done.stderr
+    check(place, oracle)
+    assert done.stdout.splitlines()[-1] == "RAY []"
+    for part in ("trunk  epoch 2/2", "times the images   pay after", "features  shard ",
+                 "task 2 '1' learned", "registered models:/digits/2"):
+        assert part in done.stdout, part
+    assert len(list((place / "store" / "runs" / "digits").glob("*/state-*"))) == 1, (
+        "only the last state is kept, for the bounds' sake")
+
+
+@pytest.mark.parametrize(("strategy", "sent"), [
+    ("partial_hn", ["partial_hn 0 end", "partial_hn 1 3", "partial_hn 1 end", "naive 0 1"]),
+    ("naive", ["partial_hn 0 end", "partial_hn 1 end", "naive 0 end", "naive 1 3",
+               "naive 1 end"])])
+def test_killed_in_the_middle_of_a_task_it_goes_on_from_there(place, oracle, strategy, sent):
+    killed = command(place, KILL.format(place=(strategy, 1, 2)))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    again = command(place, SHOW)
+    assert again.returncode == 0, again.stderr
+    found = [line.removeprefix("SENT ") for line in again.stdout.splitlines() if "SENT" in line]
+    assert found[:len(sent)] == sent
+    assert "trunk: found, not trained again" in again.stdout
+    result = json.loads((place / "result.json").read_text())
+    check(place, oracle | {"images_decoded": 0})
+    assert result["images_decoded"] == 0
+
+
+def test_an_unreachable_server_fails_before_the_trunk_is_trained(tmp_path, monkeypatch):
+    epochs = []
+    fit = stages_process.fit_network
+
+    def counted(*arguments):
+        for record in fit(*arguments):
+            epochs.append(record)
+            yield record
+
+    monkeypatch.setattr(stages_process, "fit_network", counted)
+    config = Config.from_dict(CONFIG.to_dict() | {
+        "backbone": CONFIG.to_dict()["backbone"] | {"trunk_epochs": 200}})
+    output = OutputConfig("digits", str(tmp_path / "store"), "http://127.0.0.1:1",
+                          str(tmp_path / "result.json"))
+    with pytest.raises(InputError, match=r"http://127.0.0.1:1' does not answer"):
+        train(config, output, lambda _: None)
+    assert len(epochs) < 10
+
+
+def test_a_pass_of_retrain(tmp_path, digit_tasks, empty_registry):
+    """Two tasks in the inbox become what the oracle learns of the same folders."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    empty_registry(tmp_path / "store")
+    digits, inbox = load_digits(), tmp_path / "store" / "inbox"
+    for task, labels in (("a", (0, 1)), ("b", (2, 3))):
+        for label in labels:
+            pixels_NHW = (digits.images[digits.target == label] * 15.9).astype(np.uint8)
+            for number in range(40):
+                folder = inbox / task / ("train" if number % 4 else "test") / str(label)
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels_NHW[number]).save(folder / f"{number}.png")
+        (inbox / task / "_READY").write_text("")
+        os.utime(inbox / task / "_READY", (100, 100))
+    values = CONFIG.to_dict() | {"train": CONFIG.to_dict()["train"] | {"compare": []}}
+    values["data"] |= {"data": "inbox", "tasks": None, "task_sizes": None, "classes": None}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "policy.yaml").write_text("min_above_chance: null\ninbox: {min_test_images: 4}\n")
+    done = retrain(RetrainConfig("digits", str(tmp_path / "store"),
+                                 policy=str(tmp_path / "policy.yaml"),
+                                 config=str(tmp_path / "config.yaml")), lambda _: None)
+    assert [each["slot"] for each in done.learned] == ["a", "b"], done
+    champion = connect(open_storage(str(tmp_path / "store"))).resolve("models:/digits@champion")
+    values["data"]["data"] = str(inbox)
+    _, fields = run_stream(Config.from_dict(values), tmp_path / "oracle")
+    assert champion.tags["weights_hash"] == fields["weights_hash"]
+    kept = sorted(path.name for path in (tmp_path / "store" / "runs" / "digits").iterdir())
+    assert kept == ["learned"], "states on the way are gone"
