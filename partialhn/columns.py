@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 START = 3.0
 """Spread of V's first numbers, times sqrt(d): A starts from zero, so V says how fast A learns."""
+RATE = 3.0
+"""Times the learning rate: a sign turns only when the number behind it has crossed zero
+(`tests/bench/NOTES.md`)."""
 
 
 class Binary(torch.autograd.Function):

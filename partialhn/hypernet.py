@@ -17,7 +17,7 @@ with every task, are in `partialhn.drifting`.
 Legend: C output channels (rows), D row length, d columns, L generated tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -91,6 +91,10 @@ class Generator(nn.Module):
         del task
         return None
 
+    def fast_parameters(self) -> Iterable[nn.Parameter]:
+        """Those that learn at `partialhn.columns.RATE` times the learning rate."""
+        return ()
+
     def task_bytes(self, task: int) -> int:
         """Bytes that the generator grows by for a task, once it is learned."""
         del task
@@ -154,6 +158,9 @@ class ColumnGenerator(Generator):
 
     def finish(self, task: int) -> Tensor | None:
         return self._of(task).pack().flatten() if task and self.tensors else None
+
+    def fast_parameters(self) -> Iterable[nn.Parameter]:
+        return self.columns.parameters()
 
     def task_bytes(self, task: int) -> int:
         return packed_bytes(self._shapes, self.width) if task else 0
