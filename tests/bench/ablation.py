@@ -29,6 +29,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "12 fresh columns": {"hypernet": {"fresh_columns": 12}},
     "16 fresh columns": {"hypernet": {"fresh_columns": 16}},
     "32 fresh columns": {"hypernet": {"fresh_columns": 32}},
+    "64 fresh columns": {"hypernet": {"fresh_columns": 64}},
     "instance norm": {"hypernet": {"norm": "instance"}},
     "group norm": {"hypernet": {"norm": "group"}},
     "one view": {"features": {"views": 1}},

@@ -291,6 +291,7 @@ def test_naive_forgets_and_the_others_do_not(learner, tasks):
     for kind in ("naive", "separate_heads", "columns"):
         options = {section: dict(values) for section, values in KINDS[kind].items()}
         options.setdefault("train", {}).update(epochs=8, learning_rate=5e-3)
+        options.setdefault("hypernet", {}).update(fresh_columns=16)
         learned = learner(**options)
         list(learned.learn(tasks))
         rows = [[*record.accuracy_row, *[None] * (5 - len(record.accuracy_row))]
