@@ -1,10 +1,10 @@
 """Binary columns: what a task adds to the generated weights, one bit a number.
 
-For each generated tensor a task opens d columns, V_l (C, d) and A_l (D, d). While it is learned
-each of them is rounded to its signs times one scale, their mean size, which is the least error
-(Rastegari et al. 2016), and the gradient passes to the numbers that were rounded as if they had
-not been (Bengio et al. 2013). When it is learned the scales go into the task's code and the
-numbers are gone: eight signs make a byte.
+For each generated tensor a task opens d columns, V_l (C, d) and A_l (D, d), weighed by its code.
+While they are learned V_l is rounded to its signs and A_l to its signs times one scale a column,
+its mean size, which is the least error (Rastegari et al. 2016); the gradient passes to the numbers
+that were rounded as if they had not been (Bengio et al. 2013). When the task is learned the scales
+go into its code and the numbers are gone: eight signs make a byte.
 
 Legend: C output channels, D row length, d columns, L generated tensors, N numbers.
 """
@@ -15,25 +15,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-START = 3.0
-"""Spread of V's first numbers, times sqrt(d): A starts from zero, so V says how fast A learns."""
-RATE = 3.0
-"""Times the learning rate: a sign turns only when the number behind it has crossed zero
-(`tests/bench/NOTES.md`)."""
+CODE = 2.4
+"""What a code starts from, times sqrt(d): A starts from zero, so it says how fast A learns."""
+SPREAD = 0.03
+"""Of the numbers behind V's first signs: small, so that some thirty steps may turn one."""
 
 
-class Binary(torch.autograd.Function):
+class Signs(torch.autograd.Function):
+    """The signs of x; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x_Nd: Tensor) -> Tensor:
+        del ctx
+        return signs(x_Nd)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        del ctx
+        return gradients[0]
+
+
+class Scaled(Signs):
     """x_Nd as signs times a scale for each column; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x_Nd: Tensor) -> Tensor:
         del ctx
         return signs(x_Nd).mul_(scales(x_Nd))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        del ctx
-        return gradients[0]
 
 
 def signs(x_Nd: Tensor) -> Tensor:
@@ -76,16 +84,15 @@ class Columns(nn.Module):
         super().__init__()
         self.shapes, self.width = tuple(shapes), width
         self.A = nn.ParameterList(torch.zeros(D, width) for _, D in shapes)
-        self.v = nn.ParameterList(torch.randn(C, width) * START * width ** -0.5
-                                  for C, _ in shapes)
+        self.v = nn.ParameterList(SPREAD * torch.randn(C, width) for C, _ in shapes)
         self.register_buffer("packed", None)
         """The signs of all V_l and A_l in turn, once the task is learned."""
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        """V_l (C, d) and A_l (D, d): with their scales while they are learned, then signs."""
+        """V_l (C, d), signs, and A_l (D, d): with scales while learned, then signs too."""
         packed = self.packed
         if packed is None:
-            return [(Binary.apply(v_Cd), Binary.apply(A_Dd))
+            return [(Signs.apply(v_Cd), Scaled.apply(A_Dd))
                     for v_Cd, A_Dd in zip(self.v, self.A, strict=True)]
         sides = [side for shape in self.shapes for side in shape]
         parts = iter(torch.split(unpack(packed, (sum(sides), self.width)), sides))
@@ -93,9 +100,9 @@ class Columns(nn.Module):
 
     @torch.no_grad()
     def pack(self) -> Tensor:
-        """Keeps the signs alone; returns the scales that they lose, (L, d)."""
+        """Keeps the signs alone; returns the scales that A loses, (L, d)."""
         pairs = list(zip(self.v, self.A, strict=True))
         self.packed = pack(signs(torch.cat([part for pair in pairs for part in pair])))
-        lost_Ld = torch.stack([scales(v_Cd) * scales(A_Dd) for v_Cd, A_Dd in pairs])
+        lost_Ld = torch.stack([scales(A_Dd) for _, A_Dd in pairs])
         self.A, self.v = nn.ParameterList(), nn.ParameterList()
         return lost_Ld

@@ -17,13 +17,13 @@ with every task, are in `partialhn.drifting`.
 Legend: C output channels (rows), D row length, d columns, L generated tensors.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from partialhn.columns import Columns, packed_bytes
+from partialhn.columns import CODE, Columns, packed_bytes
 from partialhn.errors import InputError
 
 Rows = tuple[Tensor, ...]
@@ -91,10 +91,6 @@ class Generator(nn.Module):
         del task
         return None
 
-    def fast_parameters(self) -> Iterable[nn.Parameter]:
-        """Those that learn at `partialhn.columns.RATE` times the learning rate."""
-        return ()
-
     def task_bytes(self, task: int) -> int:
         """Bytes that the generator grows by for a task, once it is learned."""
         del task
@@ -133,9 +129,10 @@ class ColumnGenerator(Generator):
             self.columns.append(Columns(self._shapes, self.width))
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
-        """Ones; the first task has the base and no code."""
+        """The same number for every column; the first task has the base and no code."""
         del previous
-        return torch.ones(len(self.tensors) * self.width if task else 0)
+        length = len(self.tensors) * self.width if task else 0
+        return torch.full((length,), CODE * self.width ** -0.5)
 
     def inherits(self, task: int) -> bool:
         return task > 0
@@ -158,9 +155,6 @@ class ColumnGenerator(Generator):
 
     def finish(self, task: int) -> Tensor | None:
         return self._of(task).pack().flatten() if task and self.tensors else None
-
-    def fast_parameters(self) -> Iterable[nn.Parameter]:
-        return self.columns.parameters()
 
     def task_bytes(self, task: int) -> int:
         return packed_bytes(self._shapes, self.width) if task else 0

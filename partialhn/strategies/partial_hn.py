@@ -14,7 +14,6 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from partialhn.columns import RATE
 from partialhn.config import HypernetConfig
 from partialhn.drifting import AdditiveGenerator, BilinearGenerator
 from partialhn.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
@@ -147,14 +146,6 @@ class PartialHypernet(Strategy):
         if self._earlier is None:
             self._earlier = torch.stack([self._own(each).code.detach() for each in range(task)])
         return self.beta * self.hypernet.regulariser(self._earlier)
-
-    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        group, = super().parameter_groups(learning_rate)
-        fast = {id(value) for value in self.hypernet.fast_parameters()}
-        return [part for part in (
-            group | {"params": [each for each in group["params"] if id(each) not in fast]},
-            {"params": [each for each in group["params"] if id(each) in fast],
-             "peak": RATE * group["peak"]}) if part["params"]]
 
     def task_bytes(self, task: int) -> int:
         return super().task_bytes(task) + self.hypernet.task_bytes(task)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from partialhn.columns import Binary, Columns, pack, packed_bytes, signs, unpack
+from partialhn.columns import Columns, Scaled, Signs, pack, packed_bytes, signs, unpack
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 1000])
@@ -24,7 +24,7 @@ def test_every_byte_stands_for_its_own_signs():
 def test_rounding_is_the_nearest_that_signs_and_a_scale_can_come():
     x_Nd = torch.randn(999, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [1.0, 7.0]) + 0.3
-    found_Nd = Binary.apply(x_Nd)
+    found_Nd = Scaled.apply(x_Nd)
     assert (found_Nd.abs().amax(0) == found_Nd.abs().amin(0)).all()
     error_d = (found_Nd - x_Nd).square().sum(0)
     for scale in (0.99, 1.01):
@@ -37,10 +37,18 @@ def test_rounding_is_the_nearest_that_signs_and_a_scale_can_come():
 
 def test_columns_of_zeros_stay_zeros():
     x_Nd = torch.zeros(7, 2, requires_grad=True)
-    rounded_Nd = Binary.apply(x_Nd)
+    rounded_Nd = Scaled.apply(x_Nd)
     assert torch.equal(rounded_Nd, torch.zeros(7, 2))
     rounded_Nd.sum().backward()
     assert torch.equal(x_Nd.grad, torch.ones(7, 2))
+
+
+def test_signs_pass_a_gradient_unchanged():
+    x_Nd = torch.tensor([[-0.2, 0.0], [3.0, -1e-9]], requires_grad=True)
+    found_Nd = Signs.apply(x_Nd)
+    assert found_Nd.tolist() == [[-1, 1], [1, -1]]
+    (found_Nd * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum().backward()
+    assert x_Nd.grad.tolist() == [[1, 2], [3, 4]]
 
 
 def test_fresh_columns_change_nothing_and_learn_at_once():
@@ -50,7 +58,7 @@ def test_fresh_columns_change_nothing_and_learn_at_once():
     assert [(len(v_Cd), len(A_Dd)) for v_Cd, A_Dd in found] == [(6, 36), (5, 4)]
     for v_Cd, A_Dd in found:
         assert not A_Dd.any()
-        assert v_Cd.any(0).all()
+        assert v_Cd.abs().eq(1).all()
 
 
 def test_bytes_are_those_of_the_buffers():
