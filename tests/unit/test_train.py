@@ -290,7 +290,7 @@ def test_naive_forgets_and_the_others_do_not(learner, tasks):
     summaries = {}
     for kind in ("naive", "separate_heads", "columns"):
         options = {section: dict(values) for section, values in KINDS[kind].items()}
-        options.setdefault("train", {}).update(epochs=8, learning_rate=5e-3)
+        options.setdefault("train", {}).update(epochs=24, learning_rate=2e-3)
         options.setdefault("hypernet", {}).update(fresh_columns=16)
         learned = learner(**options)
         list(learned.learn(tasks))
