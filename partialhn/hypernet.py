@@ -8,11 +8,11 @@ the generator is linear in what belongs to the task. Three generators share that
     additive   W_l(t)[c] = base_l[c] + A_l [mlp(e_t) ; v_lc] + b_l   as published (von Oswald et al.
                2020, Hemati et al. 2023)
 
-`columns` is here: a task t starts from another one, s, and opens binary columns V and A of its own
-that its code x weighs (`partialhn.columns`). The first task trains base_l. What is learned never
-moves, so nothing that an earlier task knows can change, and what a task starts from is generated
-once: a step costs the same whatever the number of tasks. The other two, whose shared parts move
-with every task, are in `partialhn.drifting`.
+`columns` is here: the first task trains base_l. A later one t starts from it (s = 0), or from its
+own old slot where it is refreshed, and opens binary columns V and A of its own that its code x
+weighs (`partialhn.columns`). What is learned never moves, so nothing that an earlier task knows can
+change, and what a task starts from is generated once: a step costs the same whatever the number of
+tasks. The other two, whose shared parts move with every task, are in `partialhn.drifting`.
 
 Legend: C output channels (rows), D row length, d columns, L generated tensors.
 """
@@ -65,6 +65,10 @@ class Generator(nn.Module):
 
     def add_task(self, task: int) -> None:
         """Makes room for what a task needs beside its code."""
+
+    def start(self, task: int) -> int:
+        """The task that a new one starts from; -1 for none."""
+        return task - 1
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
         """The code a task starts with, given that of the task it starts from."""
@@ -128,6 +132,12 @@ class ColumnGenerator(Generator):
         if task:
             self.columns.append(Columns(self._shapes, self.width))
 
+    def start(self, task: int) -> int:
+        """The first task: starting from the one before is no better, and worse where tasks differ
+        (`tests/bench/NOTES.md`).
+        """
+        return 0 if task else -1
+
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
         """The same number for every column; the first task has the base and no code."""
         del previous
@@ -160,8 +170,10 @@ class ColumnGenerator(Generator):
         return packed_bytes(self._shapes, self.width) if task else 0
 
     def generating_macs(self, task: int) -> int:
-        """Where every task starts from the one before it."""
-        return task * self.width * sum(t.rows * t.row_length for t in self.tensors)
+        """Of a task that refreshes no other."""
+        if not task:
+            return 0
+        return self.width * sum(t.rows * t.row_length for t in self.tensors)
 
     @property
     def _shapes(self) -> list[tuple[int, int]]:

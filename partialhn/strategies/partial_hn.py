@@ -1,9 +1,10 @@
 """The product: a hypernetwork H_psi generates the head's convolutions for each task.
 
 A task owns its code, its normalisation affine and its classifier; they are frozen when its
-experience ends. It starts from another task, the one before it or the one it refreshes. Its own
-columns add to what that one knows (generator `columns`), or all tasks share what generates them
-and the regulariser holds it (`bilinear`, `additive`).
+experience ends. With the generator `columns` it owns columns too, which add to the weights of the
+first task, or of the one it refreshes: what a task becomes depends on no other task. With
+`bilinear` and `additive` it goes on from the task before it, all tasks share what generates them,
+and the regulariser holds it.
 
 Legend: T earlier tasks, L generated tensors, d columns.
 """
@@ -63,18 +64,17 @@ class PartialHypernet(Strategy):
         self._inherited: Rows | None = None
         self._earlier: Tensor | None = None
         """Of the running task: what it starts from, and the earlier codes; neither changes."""
-        self._newest: tuple[int, Rows] | None = None
-        """The learned task whose weights were asked for last, and its rows."""
 
     def new_task(self, classes: int, refreshes: int | None) -> HypernetTask:
-        """Starts from the previous task's norm, which carries over what it knows.
+        """Starts where the generator says, and from the norm of the first task, or of the one
+        before it where the generator drifts.
 
         A refreshed task starts from the weights of its own old slot. Its old norm has been
-        folded, so the norm is the previous task's here too.
+        folded, so it starts from the same norm as any other.
         """
         task = len(self.tasks)
         self.hypernet.add_task(task)
-        start = task - 1 if refreshes is None else refreshes
+        start = self.hypernet.start(task) if refreshes is None else refreshes
         code = self.hypernet.next_code(self._own(start).code.detach() if task else None, task)
         return HypernetTask(classes, self.head, self.get_buffer("next_norm"), code, start)
 
@@ -85,9 +85,10 @@ class PartialHypernet(Strategy):
         self._running = task
 
     def finish(self, task: int) -> None:
-        """The next task starts from this one's norm as it was learned, before it is folded."""
+        """Later tasks start from a norm as it was learned, before it is folded."""
         own = self._own(task)
-        self.get_buffer("next_norm").copy_(own.norm.detach())
+        if task == 0 or self.hypernet.drifts:
+            self.get_buffer("next_norm").copy_(own.norm.detach())
         super().finish(task)
         factor = self.hypernet.finish(task)
         if factor is not None:
@@ -107,29 +108,24 @@ class PartialHypernet(Strategy):
                             in zip(self.head.convolutions, rows, strict=True)})
 
     def _rows(self, task: int) -> Rows:
-        """A task's generated weights as they stand, each of those it builds on generated once."""
+        """A task's generated weights as they stand."""
         if not self.hypernet.inherits(task):
             return cast(Rows, self.hypernet(task, self._own(task).code))
-        line, rows, newest = [task], None, self._newest  # once: threads may ask at the same time
-        while rows is None and self.hypernet.inherits(line[-1]):
-            if newest and newest[0] == line[-1]:
-                rows = newest[1]
-                line.pop()
-            else:
-                line.append(self._start(line[-1]))
+        line = [task]
+        while self.hypernet.inherits(line[-1]):
+            line.append(self._start(line[-1]))
+        rows = None
         with torch.no_grad():
             for each in reversed(line):
                 rows = self.hypernet(each, self._own(each).code, rows)
-        made = cast(Rows, rows)
-        self._newest = task, made
-        return made
+        return cast(Rows, rows)
 
     def _start(self, task: int) -> int:
         return int(self._own(task).get_buffer("start"))
 
     def _forget(self) -> None:
         """What is kept so as not to be generated again."""
-        self._inherited, self._earlier, self._newest = None, None, None
+        self._inherited, self._earlier = None, None
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
         self._forget()  # it would stay where it was: on another device, or of another number type

@@ -274,6 +274,33 @@ def test_a_new_task_starts_from_the_norm_that_was_learned_not_from_the_folded_on
     assert torch.equal(strategy.tasks[1].norm, learned)
 
 
+def test_a_task_starts_from_the_first_one_whatever_was_learned_between(build):
+    """Weights and norm: tasks that differ do not have to be undone, and none needs another."""
+    strategy = build()
+    for task in range(3):
+        strategy.add_task(2)
+        strategy.begin(task)
+        with torch.no_grad():
+            for value in strategy.parameters():
+                if value.requires_grad:
+                    value.add_(torch.randn_like(value))
+        strategy.finish(task)
+    first, second = strategy.weights(0), strategy.weights(1)
+    strategy.add_task(2)
+    strategy.begin(3)
+    new = strategy.weights(3)
+    for name, weight in new.convolutions.items():
+        assert torch.equal(weight, first.convolutions[name])
+        assert not torch.equal(weight, second.convolutions[name])
+    kept = {name: value.clone() for name, value in strategy.weights(2).convolutions.items()}
+    with torch.no_grad():
+        strategy.tasks[1].code.zero_()
+    for name, weight in strategy.weights(2).convolutions.items():
+        assert torch.equal(weight, kept[name])
+    assert not torch.equal(strategy.weights(1).convolutions["0.0.conv2.weight"],
+                           second.convolutions["0.0.conv2.weight"])
+
+
 @pytest.mark.parametrize("name", ["partial_hn", "separate_heads", "naive", "latent_replay"])
 def test_with_everything_frozen_the_head_is_a_linear_probe(network, with_options, images, name):
     """Standardised pooled features and the rate that a linear layer needs: nothing less."""

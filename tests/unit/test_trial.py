@@ -103,8 +103,7 @@ def test_costs_are_those_of_the_parts(bench, config):
     assert deep.head_bytes == 4 * 2 * bench.network.width  # a scale and a shift a feature
     assert shallow.head_bytes > deep.head_bytes
     parts = cut(config, bench.network)
-    # the third task's code: the columns of the second and its own, 4 each
-    generating = parts.head.weight_count * 2 * config.hypernet.fresh_columns
+    generating = parts.head.weight_count * config.hypernet.fresh_columns
     assert shallow.serving_macs == int(parts.macs["trunk"] + parts.macs["head"]) + generating
     assert shallow.processor_seconds > 0
     assert shallow.device == "cpu"
