@@ -23,6 +23,7 @@ Compression = Literal["none", "lz4"]
 FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
 Generator = Literal["columns", "bilinear", "additive"]
 Norm = Literal["batch", "instance", "group", "layer"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
 StreamKind = Literal["classes", "domains"]
 StrategyName = Literal["partial_hn", "separate_heads", "linear_probe", "joint", "latent_replay",
@@ -205,6 +206,10 @@ class TrainConfig:
     schedule: Schedule = "cosine"
     """How the learning rate goes over a task's steps after a short rise: constant, or cosine to
     zero."""
+    precision: Precision = "float32"
+    """Of the head's convolutions and norms while a task is learned: float32, tf32 (a GPU's float32
+    with products rounded), or bfloat16. What is generated, the loss and the weights stay float32,
+    and so do answers."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes of the task, 0 to 0.5."""
     seed: int = 0
@@ -247,6 +252,9 @@ class ComputeConfig:
     """Workers that compute features, each with the trunk loaded once."""
     threads: int | None = None
     """CPU threads of a worker; default: the machine's cores divided by the workers."""
+    cuda_graphs: bool = True
+    """On a GPU: record a step once a task and replay it, where one worker learns and the task's
+    features fit on the device."""
     ray_address: str | None = None
     """Cluster to join (auto, ray://host:10001), or local: a local Ray for this run. Default: no
     Ray, all in this process, where workers and feature_workers are 1; otherwise local."""

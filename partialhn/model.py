@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from partialhn.backbone import Network, head_stages
-from partialhn.config import Norm
+from partialhn.config import Norm, Precision
 from partialhn.errors import InputError
 from partialhn.hypernet import GeneratedTensor
 
@@ -68,11 +68,14 @@ class Head(nn.Module):
     image. Holds no parameter: the skeleton lives on the meta device. Where every stage is frozen it
     is linear: pooled features, standardised by a task's batch norm whatever `norm` says (the others
     need more than one pixel), and a classifier.
+
+    precision: bfloat16 is for convolutions and norms while training; answers are float32's.
     """
 
-    def __init__(self, network: Network, freeze_depth: int, norm: Norm, norm_groups: int) -> None:
+    def __init__(self, network: Network, freeze_depth: int, norm: Norm, norm_groups: int,
+                 precision: Precision = "float32") -> None:
         super().__init__()
-        self.width = network.width
+        self.width, self.precision = network.width, precision
         self.convolutions: tuple[GeneratedTensor, ...] = ()
         stages = head_stages(network, freeze_depth)
         if not len(stages):
@@ -147,8 +150,11 @@ class Head(nn.Module):
             parts = torch.split(statistics, widths)
             tensors |= dict(zip(self._statistic_names, parts, strict=True))
         skeleton = cast(nn.Module, self.__dict__["_skeleton"])
-        z_BCHW = cast(Tensor, torch.func.functional_call(skeleton, tensors, (z_BCHW,), strict=True))
-        return z_BCHW.mean((2, 3))
+        short = self.precision == "bfloat16" and self.training and bool(self.convolutions)
+        with torch.autocast(z_BCHW.device.type, torch.bfloat16, enabled=short):
+            z_BCHW = cast(Tensor, torch.func.functional_call(skeleton, tensors, (z_BCHW,),
+                                                             strict=True))
+        return z_BCHW.to(weights.classifier_KF.dtype).mean((2, 3))
 
     def forward(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
         """Features z_BCHW to logits_BK with one task's weights."""

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import torch
 
+from partialhn.arithmetic import set_arithmetic
 from partialhn.backbone import Network
 from partialhn.config import Config
 from partialhn.datasets import open_stream
@@ -28,6 +29,7 @@ from partialhn.pretrain import fit_network, load_network
 from partialhn.result import Outcome
 from partialhn.run import check, cut, work_name
 from partialhn.slots import open_features, slots_of
+from partialhn.steps import recorder_for
 from partialhn.store import FeatureStore
 from partialhn.stream import Experience
 from partialhn.train import Learner, TaskFeatures
@@ -43,8 +45,7 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, say: Say) -> lis
     device = _device(config)
     for depth in {cell.depth for cell in cells}:
         check(_at(config, Cell("partial_hn", depth, 0)))
-    torch.set_num_threads(config.compute.threads or torch.get_num_threads())
-    torch.set_flush_denormal(True)
+    set_arithmetic(config.compute.threads, config.train.precision)
     experiences = open_stream(config.data, out / "store" / "datasets")
     folder = out / "cells" / work_name(config, experiences)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,8 @@ class _Bench:
         """Learns one cell from its beginning."""
         config = _at(self.config, cell)
         parts = cut(config, self.network)
-        learner = Learner(parts.strategy(config), config.train, self.device)
+        learner = Learner(parts.strategy(config), config.train, self.device,
+                          recorder=recorder_for(self.device, config.compute.cuda_graphs))
         tasks = self._tasks(cell.depth)
         start = time.process_time()
         for _ in learner.learn(tasks):

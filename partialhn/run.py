@@ -14,6 +14,7 @@ import pyarrow.fs as pafs
 import torch
 
 from partialhn import chain
+from partialhn.arithmetic import set_arithmetic
 from partialhn.backbone import (
     Network,
     Trunk,
@@ -68,7 +69,8 @@ def cut(config: Config, network: Network) -> Parts:
     z_BCHW = trunk(images_BCHW)
     below = multiply_adds(trunk, images_BCHW)
     above = multiply_adds(stages, z_BCHW) + network.width * 2
-    return Parts(trunk, Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups),
+    return Parts(trunk, Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups,
+                             config.train.precision),
                  head_start(network, depth, config.hypernet.norm, config.train.seed),
                  {"trunk": below, "head": above, "frozen_share": below / (below + above)},
                  hash_tensors({key: value for key, value in network.state_dict().items()
@@ -108,8 +110,7 @@ def run_stream(config: Config, root: Path,
     """
     check(config)
     clock = Clock()
-    torch.set_num_threads(config.compute.threads or torch.get_num_threads())
-    torch.set_flush_denormal(True)
+    set_arithmetic(config.compute.threads, config.train.precision)
     filesystem = pafs.LocalFileSystem()
     experiences = open_stream(config.data, root / "datasets")
     clock.lap("data")

@@ -12,13 +12,11 @@ a function of (seed, task, epoch), so a loop that stopped after an epoch goes on
 Legend: B batch, C channels, H W spatial, K classes, N images.
 """
 
-import contextlib
 import dataclasses
+import functools
 import math
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -26,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from partialhn.backbone import Network, tensors_below
-from partialhn.batch import FeatureBatch
-from partialhn.config import Augment, BackboneConfig, Schedule, TrainConfig
+from partialhn.batches import ResidentBatches, Workers, epoch_batches, prefetched
+from partialhn.config import Augment, BackboneConfig, TrainConfig
 from partialhn.errors import InputError
 from partialhn.inference_metrics import rejection_auroc, without_task_id
+from partialhn.steps import Objective, Recorder, Steps, make_optimiser, rate_factors
 from partialhn.store import FeatureSet
 from partialhn.strategies import Strategy
 from partialhn.task_inference import TaskInference
@@ -38,8 +37,6 @@ from partialhn.views import augment
 RESIDENT_BYTES = 4 << 30
 """A task's features up to this many bytes are held in memory, on the device; of larger ones
 batches are read from the mapped shards while the step before them is taken."""
-WARM_UP = 40
-"""Steps over which the learning rate rises, at most a tenth of all."""
 TRUNK_WEIGHT_DECAY, TRUNK_LABEL_SMOOTHING = 0.05, 0.1
 """A trunk is trained once, on few classes, and must serve tasks it has not seen."""
 
@@ -93,84 +90,42 @@ class TaskFeatures:
     """The earlier slot of the same task that this one starts from."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Workers:
-    """Who shares the work: this worker's place, and how gradients and sums become common."""
-
-    rank: int = 0
-    world: int = 1
-    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
-    add: Callable[[Tensor], Tensor] = lambda total: total
-
-
-class Objective(nn.Module):
-    """A strategy's loss on a batch of one task: what a data-parallel wrapper wraps."""
-
-    def __init__(self, strategy: Strategy, task: int, label_smoothing: float) -> None:
-        super().__init__()
-        self.strategy, self.task, self.label_smoothing = strategy, task, label_smoothing
-
-    def forward(self, z_BCHW: Tensor, y_B: Tensor, share: float,
-                seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The loss, and the detached sums (cross-entropy, regulariser, right answers)."""
-        logits_BK, added = self.strategy.answers(self.task, FeatureBatch(z_BCHW, y_B, share, seed))
-        cross_entropy = share * nn.functional.cross_entropy(logits_BK, y_B,
-                                                            label_smoothing=self.label_smoothing)
-        loss = cross_entropy if added is None else cross_entropy + added
-        right = (logits_BK.argmax(1) == y_B).sum()
-        terms = [cross_entropy, loss - cross_entropy, right]
-        return loss, torch.stack([term.detach().float() for term in terms])
-
-
-def epoch_batches(features: FeatureSet, batch_size: int, seed: Sequence[int],
-                  workers: Workers) -> Iterator[FeatureBatch]:
-    """One epoch in an order that depends on `seed` alone; each worker gets its share of a batch.
-
-    The images that do not fill a last batch wait for another epoch's order. Raises: InputError
-    for fewer images than workers.
-    """
-    rng = np.random.default_rng(list(seed))
-    order_N = rng.permutation(len(features))
-    views_N = rng.integers(0, features.views, len(features))
-    device = features.y_N.device
-    size = min(batch_size, len(order_N))
-    if size < workers.world:
-        raise InputError(f"a task has {len(order_N)} training images for {workers.world} workers; "
-                         "allowed: at least one each")
-    rows_N, view_N = torch.from_numpy(order_N).to(device), torch.from_numpy(views_N).to(device)
-    for step, start in enumerate(range(0, len(order_N) - size + 1, size)):
-        mine = slice(start + workers.rank, start + size, workers.world)
-        rows_B = rows_N[mine]
-        yield FeatureBatch(features.gather(rows_B, view_N[mine]), features.y_N[rows_B],
-                           workers.world * len(rows_B) / size, (*seed, step))
-
-
 def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, config: TrainConfig,
                    optimiser: torch.optim.Optimizer, *, epochs_done: int = 0,
-                   workers: Workers | None = None) -> Iterator[EpochRecord]:
-    """Trains one experience (section 3 of the paper), yielding a record per epoch."""
+                   workers: Workers | None = None,
+                   recorder: Recorder | None = None) -> Iterator[EpochRecord]:
+    """Trains one experience (section 3 of the paper), yielding a record per epoch.
+
+    recorder: records a step and replays it, where one worker has the task's features on its device
+    and the strategy's steps are all alike.
+    """
     workers = workers or Workers()
     objective = workers.wrap(Objective(strategy, task_index, config.label_smoothing))
     device = strategy.weights(task_index).bias_K.device
     assert task.train is not None, f"task {task.name} has no training features"
     features = _resident(task.train, device)
     streamed = features is task.train
-    steps = max(1, len(features) // config.batch_size)
+    resident = None if streamed else ResidentBatches(features, config.batch_size, workers)
+    done = max(1, len(features) // config.batch_size)
+    rates_S = torch.tensor(rate_factors(config.schedule, done * config.epochs)[done * epochs_done:],
+                           dtype=torch.float32, device=device)
+    alike = resident is not None and workers.world == 1 and strategy.recordable
+    steps = Steps(objective, optimiser, rates_S, recorder if alike else None)
     for epoch in range(epochs_done + 1, config.epochs + 1):
         start = time.perf_counter()
-        totals, count, done = torch.zeros(3, device=device), 0, 0
         strategy.train()
         seed = (config.seed, task_index, epoch)
-        batches = epoch_batches(features, config.batch_size, seed, workers)
-        for step, batch in enumerate(prefetched(batches, device) if streamed else batches):
-            _set_rate(optimiser, config.schedule, (epoch - 1) * steps + step,
-                      steps * config.epochs)
-            loss, terms = objective(*batch)
-            optimiser.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimiser.step()
-            totals += terms
-            count, done = count + len(batch.y_B), done + 1
+        totals, count = steps.terms_3.zero_(), 0
+        if resident is not None:
+            resident.begin(seed)
+            for _ in range(done):
+                steps.take(resident)
+            count = done * resident.batch
+        else:
+            for batch in prefetched(epoch_batches(features, config.batch_size, seed, workers),
+                                    device):
+                steps.take(functools.partial(lambda batch: batch, batch))
+                count += len(batch.y_B)
         mean = workers.add(totals / done) / workers.world
         right = workers.add(torch.stack([totals[2], totals.new_tensor(count)]))
         seconds = time.perf_counter() - start
@@ -206,10 +161,13 @@ class Learner:
     """A strategy on its way through a stream, able to stop after any epoch and go on."""
 
     def __init__(self, strategy: Strategy, config: TrainConfig, device: torch.device | str = "cpu",
-                 workers: Workers | None = None, inference: TaskInference | None = None) -> None:
-        """`inference`: an empty one, to learn as well which task an image is of."""
+                 workers: Workers | None = None, inference: TaskInference | None = None,
+                 recorder: Recorder | None = None) -> None:
+        """`inference`: an empty one, to learn as well which task an image is of. `recorder`: as
+        `fit_experience` takes it.
+        """
         self.strategy, self.config = strategy.to(device), config
-        self.inference = inference
+        self.inference, self.recorder = inference, recorder
         self.device = torch.device(device)
         self.workers = workers or Workers()
         self.epochs: list[EpochRecord] = []
@@ -234,7 +192,8 @@ class Learner:
         optimiser = cast(torch.optim.Optimizer, self._optimiser)
         self.strategy.revisit([(each.name, each.train) for each in tasks[:index]])
         for record in fit_experience(self.strategy, index, task, self.config, optimiser,
-                                     epochs_done=self.epochs_done, workers=self.workers):
+                                     epochs_done=self.epochs_done, workers=self.workers,
+                                     recorder=self.recorder):
             self.epochs.append(record)
             yield record
         start = time.perf_counter()
@@ -319,12 +278,6 @@ class Learner:
                 if value.requires_grad]
 
 
-def make_optimiser(strategy: Strategy, config: TrainConfig) -> torch.optim.Optimizer:
-    """A fresh Adam over what the running experience may change, and nothing else."""
-    groups = strategy.parameter_groups(config.learning_rate)
-    return torch.optim.Adam(groups, fused=True)
-
-
 def network_optimiser(network: Network, config: BackboneConfig) -> torch.optim.Optimizer:
     """AdamW over the whole network."""
     return torch.optim.AdamW([{"params": list(network.parameters()),
@@ -361,13 +314,15 @@ def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: Ba
     device = network.mean_C.device
     size = min(config.trunk_batch_size, len(y_N))
     steps = len(y_N) // size
+    rates = rate_factors("cosine", steps * config.trunk_epochs)
     for epoch in range(epochs_done + 1, config.trunk_epochs + 1):
         start = time.perf_counter()
         network.train()
         order_N = np.random.default_rng([config.trunk_seed, epoch]).permutation(len(y_N))
         totals = torch.zeros(2, device=device)
         for step in range(steps):
-            _set_rate(optimiser, "cosine", (epoch - 1) * steps + step, steps * config.trunk_epochs)
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * rates[(epoch - 1) * steps + step]
             rows_B = order_N[step * size:(step + 1) * size]
             images_BCHW = augment(images_NCHW[rows_B].to(device), rows_B, len(y_N), epoch, kind,
                                   config.trunk_seed)
@@ -384,48 +339,6 @@ def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: Ba
                           accuracy, None, time.perf_counter() - start)
 
 
-def _set_rate(optimiser: torch.optim.Optimizer, schedule: Schedule, step: int,
-              steps: int) -> None:
-    factor = 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
-    factor *= min(1.0, (step + 1) / max(1, min(WARM_UP, steps // 10)))
-    for group in optimiser.param_groups:
-        group["lr"] = group["peak"] * factor
-
-
 def _resident(features: FeatureSet, device: torch.device) -> FeatureSet:
     """The features as one tensor on the device, where they fit; as they are otherwise."""
     return features.to(device) if features.nbytes <= RESIDENT_BYTES else features
-
-
-def prefetched(batches: Iterator[FeatureBatch], device: torch.device,
-               ahead: int = 2) -> Iterator[FeatureBatch]:
-    """The same batches on the device, read by a thread that is at most `ahead` of their user."""
-    waiting: queue.Queue[FeatureBatch | BaseException | None] = queue.Queue(ahead)
-    stop = threading.Event()
-
-    def put(item: FeatureBatch | BaseException | None) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                waiting.put(item, timeout=0.1)
-                return
-
-    def read() -> None:
-        try:
-            for batch in batches:
-                put(batch._replace(z_BCHW=batch.z_BCHW.to(device), y_B=batch.y_B.to(device)))
-                if stop.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # raised again where the batches are used
-            put(error)
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    try:
-        while (item := waiting.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join()

@@ -12,8 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
+from partialhn.arithmetic import set_arithmetic
 from partialhn.backbone import Trunk
 from partialhn.errors import InputError
 from partialhn.featurise import Pass, compute_shards
@@ -32,7 +31,7 @@ class Featuriser:
 
     def __init__(self, storage: Storage, trunk: Trunk, groups: Sequence[Pass], device: str,
                  threads: int) -> None:
-        torch.set_num_threads(threads)
+        set_arithmetic(threads)
         self.store = open_store(storage)
         self.trunk, self.groups = trunk.to(device), groups
 

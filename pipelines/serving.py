@@ -19,11 +19,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from ray import serve
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 
+from partialhn.arithmetic import set_arithmetic
 from partialhn.errors import InputError
 from partialhn.predict import Answer
 from pipelines.cluster import start_ray
@@ -61,8 +61,7 @@ class Server:
     """What runs in Serve's replica: the HTTP application, the batches, the model."""
 
     def __init__(self, source: ModelSource, options: ServeOptions) -> None:
-        torch.set_num_threads(options.threads)
-        torch.set_flush_denormal(True)
+        set_arithmetic(options.threads)
         self.limits, self.metrics = options.limits, Metrics()
         self.model = ServedModel(source, options.reload_seconds)
         self.recorder = (Recorder(open_storage(options.record[0]), options.record[1])

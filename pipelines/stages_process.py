@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from partialhn.arithmetic import set_arithmetic
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.pretrain import fit_network
@@ -30,8 +31,7 @@ class ProcessStages(Stages):
             raise InputError("device is 'gpu' and this machine has none that CUDA can use; "
                              "allowed: auto, cpu, or a machine with one")
         self.device = torch.device("cuda" if there else "cpu")
-        torch.set_num_threads(self._threads(1))
-        torch.set_flush_denormal(True)
+        set_arithmetic(self._threads(1))
 
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:
         return fit_network(self.config, first, self.storage.filesystem, self.storage.root,

@@ -8,8 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
+from partialhn.arithmetic import set_arithmetic
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.pretrain import fit_network
@@ -114,8 +113,7 @@ class RayStages(Stages):
 
 def _train_trunk(arguments: Any, threads: int) -> Iterator[EpochRecord | str]:
     """The Ray task that trains the trunk; yields records, or last a message for the user."""
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
+    set_arithmetic(threads)
     try:
         yield from fit_network(*arguments)
     except InputError as error:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from partialhn.arithmetic import set_arithmetic
 from partialhn.backbone import Network, Trunk, build_network
 from partialhn.config import Config
 from partialhn.datasets import decode
@@ -58,7 +59,7 @@ def depth_features(storage: Storage, network: Network, config: Config,
 
 def forecast_depths(bench: Bench) -> list[dict[str, Any]]:
     """`partialhn.forecast` on the first two tasks of the bench, as plain values."""
-    torch.set_num_threads(bench.threads)
+    set_arithmetic(bench.threads)
     depths = sorted({depth for depth, _, _ in bench.manifests})
     stages = forecast({depth: (_probe_task(bench, depth, 0), _probe_task(bench, depth, 1))
                        for depth in depths})
@@ -73,7 +74,7 @@ def _probe_task(bench: Bench, depth: int, index: int) -> ProbeTask:
 
 def task_shifts(bench: Bench) -> dict[str, float]:
     """How each later task differs from the first, in the features of the deepest depth."""
-    torch.set_num_threads(bench.threads)
+    set_arithmetic(bench.threads)
     depth = max(depth for depth, _, _ in bench.manifests)
     features = {name: pooled(open_features(bench, (depth, name, "train")))
                 for name, _ in bench.tasks}
@@ -88,8 +89,7 @@ def whole_network_seconds(config: Config, first: Experience, device: str,
     Two epochs over some images of the first task; the second is timed. Processor time on a CPU,
     as for trials, and wall-clock time on a GPU.
     """
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)
+    set_arithmetic(threads)
     table = first.train.take(range(min(TIMED_IMAGES, len(first.train))))
     decoded = decode(table, config.data.input_size, first.transform, "skip",
                      config.data.max_image_pixels, config.data.stream_seed)

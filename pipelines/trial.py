@@ -17,10 +17,12 @@ from typing import Any
 import torch
 
 from partialhn import checkpoint
+from partialhn.arithmetic import set_arithmetic
 from partialhn.backbone import Network
 from partialhn.config import ComputeConfig, Config
 from partialhn.errors import InputError
 from partialhn.run import Parts, cut
+from partialhn.steps import recorder_for
 from partialhn.store import FeatureSet, Manifest
 from partialhn.strategies import PartialHypernet, Strategy
 from partialhn.train import Learner, TaskFeatures, TaskRecord, evaluate
@@ -70,12 +72,12 @@ def run_trial(choice: dict[str, Any], bench: Bench) -> None:
 
 def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
     """Learns the stream as planned, yielding what was measured after each task."""
-    torch.set_num_threads(bench.threads)
-    torch.set_flush_denormal(True)
     config = Config.from_dict(plan.config)
+    set_arithmetic(bench.threads, config.train.precision)
     parts = cut(config, bench.network)
     tasks = [_task(bench, config, name, classes) for name, classes in bench.tasks]
-    learner = Learner(parts.strategy(config), config.train, bench.device)
+    learner = Learner(parts.strategy(config), config.train, bench.device,
+                      recorder=recorder_for(torch.device(bench.device), config.compute.cuda_graphs))
     meter = _Meter()
     folder = f"{bench.folder}/{plan.id}"
     _restore(bench, folder, learner, meter)

@@ -19,13 +19,16 @@ import torch.distributed
 from torch import Tensor
 
 from partialhn import chain, checkpoint
+from partialhn.arithmetic import set_arithmetic
+from partialhn.batches import Workers
 from partialhn.checkpoint import Model, TaskInfo
 from partialhn.config import Config
 from partialhn.result import Outcome, model_sizes, peak_rss_bytes
 from partialhn.run import Parts, with_strategy
 from partialhn.slots import Slot, open_features
+from partialhn.steps import recorder_for
 from partialhn.task_inference import TaskInference
-from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord, Workers
+from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord
 from pipelines.features import open_store
 from pipelines.storage import Storage
 
@@ -77,8 +80,7 @@ class Worker:
 
     def __init__(self, assignment: Assignment, host: Host) -> None:
         self.a, self.host = assignment, host
-        torch.set_num_threads(assignment.threads)
-        torch.set_flush_denormal(True)
+        set_arithmetic(assignment.threads, assignment.config.train.precision)
         self.device, self.workers = host.device, host.workers
         self.outcomes: dict[str, Outcome] = {}
         self.last_kept = time.monotonic()
@@ -100,7 +102,8 @@ class Worker:
                 config = with_strategy(a.config, name)
                 main = name == a.config.train.strategy
                 learner = Learner(a.parts.strategy(config), a.config.train, self.device,
-                                  self.workers, TaskInference() if main else None)
+                                  self.workers, TaskInference() if main else None,
+                                  recorder_for(self.device, a.config.compute.cuda_graphs))
                 ours = known if main else []
                 if restored and restored[1]["strategy"] == name and (
                         len(restored[1]["learner"]["finished"]) >= len(ours)):

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from partialhn import checkpoint
-from partialhn.train import EpochRecord, TaskRecord, Workers
+from partialhn.batches import Workers
+from partialhn.train import EpochRecord, TaskRecord
 from pipelines.storage import Storage
 from pipelines.worker import Follow
 

@@ -12,8 +12,9 @@ import torch.distributed
 from torch import Tensor
 
 from partialhn import checkpoint
+from partialhn.batches import Workers
 from partialhn.errors import InputError
-from partialhn.train import EpochRecord, TaskRecord, Workers
+from partialhn.train import EpochRecord, TaskRecord
 from pipelines.worker import Worker
 
 

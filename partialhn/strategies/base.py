@@ -28,6 +28,9 @@ class Strategy(nn.Module):
     strategy needs of data beside the running batch comes through `revisit` and `remember`.
     """
 
+    recordable = True
+    """Whether every step of an experience is the same operations on the same memory."""
+
     def __init__(self, head: Head, start: HeadStart, seed: int) -> None:
         super().__init__()
         self.head, self.start, self.seed = head, start, seed

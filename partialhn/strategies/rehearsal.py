@@ -28,6 +28,9 @@ class Drawn(NamedTuple):
 class Rehearsal(Naive):
     """Cross-entropy of the task + `weight` * cross-entropy of what was drawn of earlier ones."""
 
+    recordable = False
+    """The host draws, and how many images of which task there are differs from step to step."""
+
     def begin(self, task: int) -> None:
         super().begin(task)
         self.tasks.requires_grad_(True)

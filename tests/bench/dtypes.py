@@ -21,6 +21,7 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from rows import compare
 
+from partialhn.batches import Workers, epoch_batches
 from partialhn.cache import SETTLED_SECONDS
 from partialhn.config import Compression, Config, FeatureDtype
 from partialhn.datasets import open_stream
@@ -29,7 +30,7 @@ from partialhn.presets import preset
 from partialhn.pretrain import fit_network, load_network
 from partialhn.run import collect, cut
 from partialhn.store import FeatureStore
-from partialhn.train import Learner, Workers, epoch_batches
+from partialhn.train import Learner
 
 BASE = ("float16", "none")
 """What the others' reading time is held against: the default."""

@@ -27,13 +27,14 @@ from pyarrow.fs import LocalFileSystem
 from rows import compare, row, say, write
 
 from partialhn.backbone import build_network, split
+from partialhn.batches import Workers, epoch_batches
 from partialhn.cache import SETTLED_SECONDS
 from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig, FeatureConfig
 from partialhn.datasets import decode, open_stream
 from partialhn.featurise import compute_shards, feature_jobs, precompute, run_trunk
 from partialhn.run import cut
 from partialhn.store import FeatureStore
-from partialhn.train import Learner, TaskFeatures, Workers, epoch_batches
+from partialhn.train import Learner, TaskFeatures
 from partialhn.views import augment
 from pipelines.features import open_store
 from pipelines.s3 import s3_client

@@ -21,8 +21,8 @@ from torch import nn
 from partialhn.backbone import build_network, split
 from partialhn.config import HypernetConfig, TrainConfig
 from partialhn.model import Head, head_start
+from partialhn.steps import Objective, make_optimiser
 from partialhn.strategies import PartialHypernet
-from partialhn.train import Objective, make_optimiser
 
 CLASSES, BATCH = 10, 64
 TASKS = (0, 1, 10, 100)

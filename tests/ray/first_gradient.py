@@ -11,12 +11,13 @@ from pyarrow.fs import LocalFileSystem
 from safetensors.torch import save_file
 
 from partialhn.backbone import build_network
+from partialhn.batches import Workers, epoch_batches
 from partialhn.config import BackboneConfig, Config, DataConfig, HypernetConfig, TrainConfig
 from partialhn.datasets import open_stream
 from partialhn.featurise import feature_jobs, precompute
 from partialhn.run import collect, cut
+from partialhn.steps import Objective
 from partialhn.store import FeatureStore
-from partialhn.train import Objective, Workers, epoch_batches
 from pipelines.worker_ray import _data_parallel
 
 CONFIG = Config(

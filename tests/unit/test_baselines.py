@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from partialhn.batch import FeatureBatch
+from partialhn.batches import Workers, epoch_batches
 from partialhn.checkpoint import Model, TaskInfo
 from partialhn.errors import InputError
 from partialhn.metrics import summarise
 from partialhn.probe import linear_probe
 from partialhn.run import cut, run_stream
+from partialhn.steps import Objective
 from partialhn.strategies import STRATEGIES
 from partialhn.strategies.latent_replay import Memory
-from partialhn.train import Learner, Objective, Workers, epoch_batches
+from partialhn.train import Learner
 
 LEARN = {"epochs": 8, "learning_rate": 5e-3}
 

@@ -51,6 +51,7 @@ LIMITS = {
     "train.batch_size": [1],
     "train.learning_rate": [0.0, math.nan],
     "train.schedule": ["linear"],
+    "train.precision": ["float16", "bf16"],
     "train.label_smoothing": [-0.1, 0.6],
     "train.seed": [-1],
     "compute.workers": [0],
@@ -61,7 +62,7 @@ LIMITS = {
     "compute.cache_gib": [0],
 }
 FREE = {"data.task_transforms", "data.on_bad_image", "backbone.backbone", "backbone.trunk",
-        "hypernet.residual", "compute.ray_address"}
+        "hypernet.residual", "compute.ray_address", "compute.cuda_graphs"}
 """Checked where they are used, or unlimited."""
 
 
@@ -193,7 +194,8 @@ def changed(config, key, value):
 def test_work_hash_ignores_what_changes_nothing():
     config = Config()
     for key, value in [("compute.workers", 2), ("compute.device", "cpu"), ("compute.threads", 7),
-                       ("compute.ray_address", "auto"), ("data.data", "/elsewhere"),
+                       ("compute.ray_address", "auto"),
+                       ("compute.cuda_graphs", False), ("data.data", "/elsewhere"),
                        ("features.compression", "lz4")]:
         assert changed(config, key, value).work_hash() == config.work_hash()
 
@@ -215,7 +217,8 @@ def test_work_hash_names_everything_else():
         "hypernet.norm": "layer", "hypernet.norm_groups": 2, "hypernet.beta": 0.5,
         "train.strategy": "naive", "train.compare": ("naive",), "train.epochs": 2,
         "train.batch_size": 2, "train.learning_rate": 0.1, "train.schedule": "constant",
-        "train.label_smoothing": 0.1, "train.seed": 1, "train.buffer": 9,
+        "train.precision": "bfloat16", "train.label_smoothing": 0.1, "train.seed": 1,
+        "train.buffer": 9,
         "train.ewc_strength": 2.0, "train.lwf_strength": 2.0,
     }
     ours = {key for key in every_key() if not key.startswith("compute.")}

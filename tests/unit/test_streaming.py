@@ -18,12 +18,13 @@ from partialhn import store as store_module
 from partialhn import train as train_module
 from partialhn.backbone import split
 from partialhn.batch import FeatureBatch
+from partialhn.batches import Workers, epoch_batches, prefetched
 from partialhn.config import DataConfig
 from partialhn.datasets import open_stream
 from partialhn.featurise import feature_jobs, precompute
 from partialhn.run import cut
 from partialhn.store import FeatureRecipe, FeatureStore
-from partialhn.train import Learner, TaskFeatures, Workers, epoch_batches, prefetched
+from partialhn.train import Learner, TaskFeatures
 
 MIB = 1 << 20
 LARGE, LITTLE, VIEWS = 384 * MIB, 240 * MIB, 12

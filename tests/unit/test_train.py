@@ -9,20 +9,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from partialhn import checkpoint
 from partialhn.backbone import build_network, hash_tensors
+from partialhn.batches import Workers, epoch_batches
 from partialhn.config import BackboneConfig
 from partialhn.errors import InputError
 from partialhn.metrics import summarise
+from partialhn.steps import Objective, make_optimiser
 from partialhn.strategies import STRATEGIES
 from partialhn.train import (
     EpochRecord,
     Learner,
-    Objective,
     TaskRecord,
-    Workers,
-    epoch_batches,
     evaluate,
     load_optimiser,
-    make_optimiser,
     network_optimiser,
     optimiser_tensors,
     train_network,

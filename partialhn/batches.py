@@ -1,0 +1,150 @@
+"""Batches of a task's features, in an order that is a function of a seed.
+
+Legend: N images, E steps of an epoch, B batch, C channels, H W spatial.
+"""
+
+import contextlib
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from partialhn.batch import FeatureBatch
+from partialhn.errors import InputError
+from partialhn.store import FeatureSet
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Who shares the work: this worker's place, and how gradients and sums become common."""
+
+    rank: int = 0
+    world: int = 1
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    add: Callable[[Tensor], Tensor] = lambda total: total
+
+
+class Order(NamedTuple):
+    """What one worker reads in an epoch: rows_EB and the view of each, views_EB, int64.
+
+    share: the factor of a batch (`FeatureBatch.share`).
+    """
+
+    rows_EB: Tensor
+    views_EB: Tensor
+    share: float
+
+
+def epoch_order(features: FeatureSet, batch_size: int, seed: Sequence[int],
+                workers: Workers) -> Order:
+    """An order that depends on `seed` alone; each worker gets its share of every batch.
+
+    The images that do not fill a last batch wait for another epoch's order. Raises: InputError
+    for fewer images than workers.
+    """
+    rng = np.random.default_rng(list(seed))
+    order_N = rng.permutation(len(features))
+    views_N = rng.integers(0, features.views, len(features))
+    size = min(batch_size, len(order_N))
+    if size < workers.world:
+        raise InputError(f"a task has {len(order_N)} training images for {workers.world} workers; "
+                         "allowed: at least one each")
+    steps = len(order_N) // size
+    rows_EB, views_EB = (
+        torch.from_numpy(np.ascontiguousarray(
+            x_N[:steps * size].reshape(steps, size)[:, workers.rank::workers.world]))
+        for x_N in (order_N, views_N))
+    return Order(rows_EB, views_EB, workers.world * rows_EB.shape[1] / size)
+
+
+def epoch_batches(features: FeatureSet, batch_size: int, seed: Sequence[int],
+                  workers: Workers) -> Iterator[FeatureBatch]:
+    """The batches of `epoch_order`, each read when it is asked for."""
+    order = epoch_order(features, batch_size, seed, workers)
+    rows_EB, views_EB = (x_EB.to(features.y_N.device) for x_EB in order[:2])
+    for step, (rows_B, views_B) in enumerate(zip(rows_EB, views_EB, strict=True)):
+        yield FeatureBatch(features.gather(rows_B, views_B), features.y_N[rows_B], order.share,
+                           (*seed, step))
+
+
+class ResidentBatches:
+    """The same batches of features that are one tensor on the device, where a counter says which.
+
+    So reading a batch is the same operations on the same memory at every step, and no step asks
+    the host for anything (`partialhn.steps`).
+    """
+
+    def __init__(self, features: FeatureSet, batch_size: int, workers: Workers) -> None:
+        self._features, self._batch_size, self._workers = features, batch_size, workers
+        self._order: Order | None = None
+        self._place_1 = torch.zeros(1, dtype=torch.int64, device=features.y_N.device)
+        self._seed: tuple[int, ...] = ()
+        self._read = 0
+
+    def begin(self, seed: Sequence[int]) -> None:
+        """Puts an epoch's order on the device, over the one before."""
+        order = epoch_order(self._features, self._batch_size, seed, self._workers)
+        if self._order is None:
+            device = self._place_1.device
+            self._order = order._replace(rows_EB=order.rows_EB.to(device),
+                                         views_EB=order.views_EB.to(device))
+        else:
+            self._order.rows_EB.copy_(order.rows_EB)
+            self._order.views_EB.copy_(order.views_EB)
+        self._place_1.zero_()
+        self._seed, self._read = tuple(seed), 0
+
+    @property
+    def batch(self) -> int:
+        """Rows B that this worker reads at a step."""
+        assert self._order is not None, "begin comes first"
+        return self._order.rows_EB.shape[1]
+
+    def __call__(self) -> FeatureBatch:
+        """The next batch."""
+        assert self._order is not None, "begin comes first"
+        rows_B, views_B = (x_EB.index_select(0, self._place_1)[0] for x_EB in self._order[:2])
+        self._place_1 += 1
+        seed = (*self._seed, self._read)
+        self._read += 1
+        return FeatureBatch(self._features.gather(rows_B, views_B),
+                            self._features.y_N.index_select(0, rows_B), self._order.share, seed)
+
+
+def prefetched(batches: Iterator[FeatureBatch], device: torch.device,
+               ahead: int = 2) -> Iterator[FeatureBatch]:
+    """The same batches on the device, read by a thread that is at most `ahead` of their user."""
+    waiting: queue.Queue[FeatureBatch | BaseException | None] = queue.Queue(ahead)
+    stop = threading.Event()
+
+    def put(item: FeatureBatch | BaseException | None) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                waiting.put(item, timeout=0.1)
+                return
+
+    def read() -> None:
+        try:
+            for batch in batches:
+                put(batch._replace(z_BCHW=batch.z_BCHW.to(device), y_B=batch.y_B.to(device)))
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised again where the batches are used
+            put(error)
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        while (item := waiting.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
