@@ -43,7 +43,7 @@ PRESETS: dict[str, Config] = {
     # The paper's noisy stream: 4 tasks of 5 classes, of the first 20 classes of any data set.
     "noisy-cifar": Config(
         DataConfig(tasks=4, classes=20, task_transforms=NOISY), BackboneConfig(freeze_depth=3),
-        FeatureConfig(views=4), HypernetConfig(), TrainConfig(epochs=10)),
+        FeatureConfig(views=4), HypernetConfig(fresh_columns=32), TrainConfig(epochs=10)),
     # partialhn train --preset domain-cifar10 --data CIFAR10_FOLDER
     # The same ten classes in 4 tasks whose images change as those of the noisy stream do.
     "domain-cifar10": Config(
