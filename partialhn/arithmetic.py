@@ -1,5 +1,7 @@
 """How a process calculates."""
 
+import contextlib
+
 import torch
 
 from partialhn.config import Precision
@@ -14,3 +16,9 @@ def set_arithmetic(threads: int | None = None, precision: Precision = "float32")
     allowed = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = allowed
     torch.backends.cudnn.conv.fp32_precision = allowed  # type: ignore[attr-defined]
+
+
+def short_arithmetic(precision: Precision,
+                     device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Within it convolutions and what follows them are bfloat16's, where that is the precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

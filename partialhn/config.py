@@ -108,6 +108,9 @@ class BackboneConfig:
     """Images a step when the trunk is trained."""
     trunk_learning_rate: float = 3e-3
     """Peak learning rate of the trunk's training (AdamW, warm-up, cosine)."""
+    trunk_precision: Precision = "float32"
+    """Of its convolutions and norms while it is trained, as `precision` is of a head's; a trained
+    trunk calculates in float32."""
     trunk_seed: int = 0
     """Seed of the trunk's first weights and of its batches."""
 
@@ -150,8 +153,8 @@ class HypernetConfig:
     """The hypernetwork that generates the head's weights."""
 
     generator: Generator = "columns"
-    """columns: a task opens binary columns of its own, which its code weighs, and starts from
-    another task's weights; nothing is forgotten. bilinear: all tasks share one set of columns, and
+    """columns: a task opens binary columns of its own, which its code weighs, on top of the first
+    task's weights; nothing is forgotten. bilinear: all tasks share one set of columns, and
     each has a code. additive: one embedding a task through a small network, as published. The last
     two move for every task, held by the regulariser."""
     fresh_columns: int = 16

@@ -10,6 +10,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from partialhn.arithmetic import short_arithmetic
 from partialhn.backbone import Network, head_stages
 from partialhn.config import Norm, Precision
 from partialhn.errors import InputError
@@ -150,8 +151,8 @@ class Head(nn.Module):
             parts = torch.split(statistics, widths)
             tensors |= dict(zip(self._statistic_names, parts, strict=True))
         skeleton = cast(nn.Module, self.__dict__["_skeleton"])
-        short = self.precision == "bfloat16" and self.training and bool(self.convolutions)
-        with torch.autocast(z_BCHW.device.type, torch.bfloat16, enabled=short):
+        precision = self.precision if self.training and self.convolutions else "float32"
+        with short_arithmetic(precision, z_BCHW.device):
             z_BCHW = cast(Tensor, torch.func.functional_call(skeleton, tensors, (z_BCHW,),
                                                              strict=True))
         return z_BCHW.to(weights.classifier_KF.dtype).mean((2, 3))

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partialhn.arithmetic import short_arithmetic
 from partialhn.backbone import Network, tensors_below
 from partialhn.batches import ResidentBatches, Workers, epoch_batches, prefetched
 from partialhn.config import Augment, BackboneConfig, TrainConfig
@@ -327,7 +328,8 @@ def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: Ba
             images_BCHW = augment(images_NCHW[rows_B].to(device), rows_B, len(y_N), epoch, kind,
                                   config.trunk_seed)
             y_B = y_N[rows_B].to(device)
-            logits_BK = network(images_BCHW)
+            with short_arithmetic(config.trunk_precision, device):
+                logits_BK = network(images_BCHW).float()
             loss = nn.functional.cross_entropy(logits_BK, y_B,
                                                label_smoothing=TRUNK_LABEL_SMOOTHING)
             optimiser.zero_grad(set_to_none=True)

@@ -35,6 +35,7 @@ CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "one view": {"features": {"views": 1}},
     "label smoothing 0.1": {"train": {"label_smoothing": 0.1}},
     "constant learning rate": {"train": {"schedule": "constant"}},
+    "bfloat16": {"train": {"precision": "bfloat16"}},
 }
 
 

@@ -347,6 +347,21 @@ def test_a_checkpoint_of_another_strategy_is_refused(learner, tasks):
 TRUNK = BackboneConfig(trunk_epochs=3, trunk_batch_size=16)
 
 
+def test_a_trunk_of_bfloat16_is_near_and_calculates_in_float32(images):
+    y_N, made = torch.arange(48) % 2, {}
+    for precision in ("float32", "bfloat16"):
+        config = dataclasses.replace(TRUNK, trunk_precision=precision)
+        network = build_network("slim_resnet18", 2, 0)
+        records = list(train_network(network, images[:48], y_N, config, "none",
+                                     network_optimiser(network, config)))
+        made[precision] = ([record.loss for record in records], network.eval())
+    assert made["bfloat16"][0] == pytest.approx(made["float32"][0], abs=0.05)
+    assert made["bfloat16"][0] != made["float32"][0]
+    network = made["bfloat16"][1]
+    assert {value.dtype for value in network.parameters()} == {torch.float32}
+    assert network(images[:2]).dtype == torch.float32
+
+
 def test_trunk_training_goes_on_to_the_same_bits(images):
     def train(network, optimiser, done=0, epochs=3):
         y_N = (torch.arange(48) % 2)
