@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
-from pipelines.matrix import Matrix, matrix_csv, matrix_figure
+from pipelines.matrix import Matrix, matrix_csv
 from pipelines.storage import Storage
 
 if TYPE_CHECKING:
@@ -62,13 +62,11 @@ class Runs:
         self._log_points(run_id, [(key, value, step) for key, value in metrics.items()])
 
     def log_matrix(self, run_id: str, accuracy_matrix: Matrix, tasks: Sequence[str]) -> None:
-        """The accuracy matrix as a figure (PNG) and tables (CSV, JSON), replacing earlier ones."""
+        """The accuracy matrix as CSV and JSON, replacing earlier ones; the report draws it."""
         self._client.log_text(run_id, matrix_csv(accuracy_matrix, tasks), "accuracy_matrix.csv")
         self._client.log_dict(run_id, {"tasks": list(tasks), "accuracy_matrix":
                                        [list(row) for row in accuracy_matrix]},
                               "accuracy_matrix.json")
-        self._client.log_figure(run_id, matrix_figure(accuracy_matrix, tasks),
-                                "accuracy_matrix.png")
 
     def log_file(self, run_id: str, path: str | Path) -> None:
         """A local file, for example report.html, as an artifact of the run."""

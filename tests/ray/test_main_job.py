@@ -74,7 +74,7 @@ def test_a_run_for_each_task_below_one_for_the_stream(learned):
         losses = client.get_metric_history(run.info.run_id, "loss")
         assert sorted(point.step for point in losses) == [1, 2, 3]
     files = {file.path for file in client.list_artifacts(parents[0].info.run_id)}
-    assert files >= {"result.json", "report.html", "config.json", "accuracy_matrix.png",
+    assert files >= {"result.json", "report.html", "config.json", "accuracy_matrix.json",
                      "accuracy_matrix.csv"}
 
 
