@@ -23,7 +23,7 @@ Compression = Literal["none", "lz4"]
 FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
 Generator = Literal["columns", "bilinear", "additive"]
 Norm = Literal["batch", "instance", "group", "layer"]
-Precision = Literal["float32", "tf32", "bfloat16"]
+Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
 StreamKind = Literal["classes", "domains"]
 StrategyName = Literal["partial_hn", "separate_heads", "linear_probe", "joint", "latent_replay",
@@ -210,9 +210,8 @@ class TrainConfig:
     """How the learning rate goes over a task's steps after a short rise: constant, or cosine to
     zero."""
     precision: Precision = "float32"
-    """Of the head's convolutions and norms while a task is learned: float32, tf32 (a GPU's float32
-    with products rounded), or bfloat16. What is generated, the loss and the weights stay float32,
-    and so do answers."""
+    """Of the head's convolutions and norms while a task is learned. What is generated, the loss
+    and the weights stay float32, and so do answers."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes of the task, 0 to 0.5."""
     seed: int = 0

@@ -45,7 +45,7 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, say: Say) -> lis
     device = _device(config)
     for depth in {cell.depth for cell in cells}:
         check(_at(config, Cell("partial_hn", depth, 0)))
-    set_arithmetic(config.compute.threads, config.train.precision)
+    set_arithmetic(config.compute.threads)
     experiences = open_stream(config.data, out / "store" / "datasets")
     folder = out / "cells" / work_name(config, experiences)
     folder.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def run_stream(config: Config, root: Path,
     """
     check(config)
     clock = Clock()
-    set_arithmetic(config.compute.threads, config.train.precision)
+    set_arithmetic(config.compute.threads)
     filesystem = pafs.LocalFileSystem()
     experiences = open_stream(config.data, root / "datasets")
     clock.lap("data")

@@ -72,8 +72,8 @@ def run_trial(choice: dict[str, Any], bench: Bench) -> None:
 
 def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
     """Learns the stream as planned, yielding what was measured after each task."""
+    set_arithmetic(bench.threads)
     config = Config.from_dict(plan.config)
-    set_arithmetic(bench.threads, config.train.precision)
     parts = cut(config, bench.network)
     tasks = [_task(bench, config, name, classes) for name, classes in bench.tasks]
     learner = Learner(parts.strategy(config), config.train, bench.device,

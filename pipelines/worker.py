@@ -80,7 +80,7 @@ class Worker:
 
     def __init__(self, assignment: Assignment, host: Host) -> None:
         self.a, self.host = assignment, host
-        set_arithmetic(assignment.threads, assignment.config.train.precision)
+        set_arithmetic(assignment.threads)
         self.device, self.workers = host.device, host.workers
         self.outcomes: dict[str, Outcome] = {}
         self.last_kept = time.monotonic()

@@ -33,7 +33,7 @@ from partialhn.store import FeatureRecipe, FeatureStore
 
 IMAGES, CLASSES, VIEWS = 5000, 10, 2
 A_MINUTE, OF_THE_FLOOR = 20_000, 0.6
-PRECISIONS = ("float32", "tf32", "bfloat16")
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Floor(TorchDispatchMode):
@@ -139,7 +139,7 @@ def measured(depth: int, precision: str, device: torch.device, rounds: int, step
     """The rows of one depth and precision."""
     name = f"{device.type}/depth{depth}/{precision}"
     goals = device.type == "cuda" and depth == 3
-    set_arithmetic(1 if device.type == "cpu" else None, precision)
+    set_arithmetic(1 if device.type == "cpu" else None)
     total = steps * (rounds + 1) + 1
     with tempfile.TemporaryDirectory() as folder:
         taken = milliseconds(prepared(depth, precision, False, device, Path(folder) / "a", total),
@@ -183,7 +183,7 @@ def main() -> None:
         rounds, steps = 3, max(3, steps // 5)
     rows = []
     for depth in (2, 3) if device.type == "cuda" else (3,):
-        for precision in PRECISIONS if device.type == "cuda" else ("float32", "bfloat16"):
+        for precision in PRECISIONS:
             for made in measured(depth, precision, device, rounds, steps):
                 rows.append(made)
                 say(made)
