@@ -19,6 +19,7 @@ import yaml
 from partialhn.errors import InputError
 
 Augment = Literal["none", "crop", "flip", "crop-flip"]
+ClassOrder = Literal["shuffled", "given"]
 Compression = Literal["none", "lz4"]
 FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
 Generator = Literal["columns", "bilinear", "additive"]
@@ -69,6 +70,9 @@ class DataConfig:
     """An unreadable image stops the run (error) or is counted, listed and left out (skip)."""
     max_image_pixels: int = 50_000_000
     """Larger images are refused before they are decoded, in pixels."""
+    class_order: ClassOrder = "shuffled"
+    """Which classes a task gets: shuffled by stream_seed, or the next ones in the order of their
+    labels, as published splits of CIFAR-10 do (given)."""
     stream_seed: int = 0
     """Seed of the split of classes into tasks and of the held-out shares."""
 

@@ -149,7 +149,8 @@ def _with_held_out(images: ImageSet, config: DataConfig) -> ImageSet:
 
 def _cut(images: ImageSet, config: DataConfig) -> dict[str, ImageSet]:
     """Class-incremental split of one data set into tasks named 0 to T-1."""
-    parts = split_classes(len(images.classes), config.tasks, config.task_sizes, config.stream_seed)
+    parts = split_classes(len(images.classes), config.tasks, config.task_sizes,
+                          config.stream_seed if config.class_order == "shuffled" else None)
     return {str(t): _subset(images, labels) for t, labels in enumerate(parts)}
 
 

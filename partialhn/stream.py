@@ -205,8 +205,9 @@ def refreshed(slots: Sequence[str], index: int) -> int | None:
 
 
 def split_classes(class_count: int, tasks: int | None, task_sizes: Sequence[int] | None,
-                  seed: int) -> list[tuple[int, ...]]:
-    """Class-incremental split: a seeded permutation of the classes, cut into T disjoint tasks.
+                  seed: int | None) -> list[tuple[int, ...]]:
+    """Class-incremental split: a seeded permutation of the classes, or for None the classes in the
+    order of their labels, cut into T disjoint tasks.
 
     Without `task_sizes` the tasks are as even as possible, the larger ones first. The classes of
     a task are listed in ascending order.
@@ -229,7 +230,8 @@ def split_classes(class_count: int, tasks: int | None, task_sizes: Sequence[int]
         raise InputError(f"task_sizes {' '.join(map(str, task_sizes))} sum to {sum(task_sizes)} "
                          f"but there are {class_count} classes; allowed: positive counts that "
                          f"sum to {class_count}")
-    order = np.random.default_rng([seed, 0]).permutation(class_count)
+    order = (np.arange(class_count) if seed is None
+             else np.random.default_rng([seed, 0]).permutation(class_count))
     return [tuple(sorted(part.tolist())) for part in np.split(order, np.cumsum(task_sizes)[:-1])]
 
 

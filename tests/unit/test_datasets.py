@@ -360,6 +360,13 @@ def test_a_stream_is_a_function_of_its_seed(tmp_path):
     assert not set(prints[0]) & set(prints[2])
 
 
+def test_classes_may_come_in_the_order_of_their_labels(tmp_path):
+    for seed in (0, 1):
+        given = stream("digits", tmp_path, tasks=5, class_order="given", stream_seed=seed)
+        assert [e.classes for e in given] == [("0", "1"), ("2", "3"), ("4", "5"), ("6", "7"),
+                                              ("8", "9")]
+
+
 # ---- form (e): a directory of tasks
 
 

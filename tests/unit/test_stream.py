@@ -127,6 +127,7 @@ def test_split_is_disjoint_complete_and_of_the_sizes_asked_for(classes, tasks, s
 def test_split_depends_on_the_seed_alone():
     assert split_classes(20, 4, None, 1) == split_classes(20, 4, (5, 5, 5, 5), 1)
     assert split_classes(20, 4, None, 1) != split_classes(20, 4, None, 2)
+    assert split_classes(5, None, (3, 2), None) == [(0, 1, 2), (3, 4)]
 
 
 @pytest.mark.parametrize(("tasks", "sizes", "message"), [
