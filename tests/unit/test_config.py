@@ -206,7 +206,8 @@ def test_work_hash_names_everything_else():
     config = Config(hypernet=HypernetConfig(generator="bilinear"))
     changes = {
         "data.stream": "domains", "data.images_per_class": 9,
-        "data.tasks": 2, "data.class_order": "given", "data.task_sizes": (1, 1), "data.classes": 4, "data.input_size": 16,
+        "data.tasks": 2, "data.class_order": "given", "data.task_sizes": (1, 1), "data.classes": 4,
+        "data.input_size": 16,
         "data.validation": 0.2, "data.test": 0.3, "data.task_transforms": ("blur",),
         "data.on_bad_image": "skip", "data.max_image_pixels": 100, "data.stream_seed": 1,
         "backbone.backbone": "resnet18", "backbone.freeze_depth": 2, "backbone.trunk": "a",
