@@ -3,6 +3,7 @@
 Legend: N images, E steps of an epoch, B batch, C channels, H W spatial.
 """
 
+import abc
 import contextlib
 import dataclasses
 import queue
@@ -40,6 +41,16 @@ class Order(NamedTuple):
     share: float
 
 
+def whole_batch(features: FeatureSet, batch_size: int, workers: Workers) -> int:
+    """Rows of a batch over all workers: a small task is one batch. Raises: InputError for fewer
+    images than workers.
+    """
+    if len(features) < workers.world:
+        raise InputError(f"a task has {len(features)} training images for {workers.world} workers; "
+                         "allowed: at least one each")
+    return min(batch_size, len(features))
+
+
 def epoch_order(features: FeatureSet, batch_size: int, seed: Sequence[int],
                 workers: Workers) -> Order:
     """An order that depends on `seed` alone; each worker gets its share of every batch.
@@ -47,13 +58,10 @@ def epoch_order(features: FeatureSet, batch_size: int, seed: Sequence[int],
     The images that do not fill a last batch wait for another epoch's order. Raises: InputError
     for fewer images than workers.
     """
+    size = whole_batch(features, batch_size, workers)
     rng = np.random.default_rng(list(seed))
     order_N = rng.permutation(len(features))
     views_N = rng.integers(0, features.views, len(features))
-    size = min(batch_size, len(order_N))
-    if size < workers.world:
-        raise InputError(f"a task has {len(order_N)} training images for {workers.world} workers; "
-                         "allowed: at least one each")
     steps = len(order_N) // size
     rows_EB, views_EB = (
         torch.from_numpy(np.ascontiguousarray(
@@ -72,22 +80,59 @@ def epoch_batches(features: FeatureSet, batch_size: int, seed: Sequence[int],
                            (*seed, step))
 
 
-class ResidentBatches:
-    """The same batches of features that are one tensor on the device, where a counter says which.
+class Batches(abc.ABC):
+    """Where steps read: `begin` an epoch, then ask for one batch after the other."""
+
+    def __init__(self, features: FeatureSet, batch_size: int, workers: Workers) -> None:
+        self._features, self._batch_size, self._workers = features, batch_size, workers
+        size = whole_batch(features, batch_size, workers)
+        self.steps = len(features) // size
+        """Batches E of an epoch."""
+        self.batch = len(range(workers.rank, size, workers.world))
+        """Rows B of this worker's share of a batch."""
+
+    @abc.abstractmethod
+    def begin(self, seed: Sequence[int]) -> None:
+        """The next batch is the first of the epoch that belongs to `seed`."""
+
+    @abc.abstractmethod
+    def __call__(self) -> FeatureBatch:
+        """The next batch."""
+
+
+class MappedBatches(Batches):
+    """Batches of features that are larger than memory: a thread reads ahead of the steps."""
+
+    def __init__(self, features: FeatureSet, batch_size: int, workers: Workers,
+                 device: torch.device) -> None:
+        super().__init__(features, batch_size, workers)
+        self._device = device
+        self._batches: Iterator[FeatureBatch] = iter(())
+
+    def begin(self, seed: Sequence[int]) -> None:
+        self._batches = prefetched(epoch_batches(self._features, self._batch_size, seed,
+                                                 self._workers), self._device)
+
+    def __call__(self) -> FeatureBatch:
+        return next(self._batches)
+
+
+class ResidentBatches(Batches):
+    """Batches of features that are one tensor on the device, where a counter says which is next.
 
     So reading a batch is the same operations on the same memory at every step, and no step asks
     the host for anything (`partialhn.steps`).
     """
 
     def __init__(self, features: FeatureSet, batch_size: int, workers: Workers) -> None:
-        self._features, self._batch_size, self._workers = features, batch_size, workers
+        super().__init__(features, batch_size, workers)
         self._order: Order | None = None
         self._place_1 = torch.zeros(1, dtype=torch.int64, device=features.y_N.device)
         self._seed: tuple[int, ...] = ()
         self._read = 0
 
     def begin(self, seed: Sequence[int]) -> None:
-        """Puts an epoch's order on the device, over the one before."""
+        """Puts the epoch's order on the device, over the one before."""
         order = epoch_order(self._features, self._batch_size, seed, self._workers)
         if self._order is None:
             device = self._place_1.device
@@ -99,14 +144,7 @@ class ResidentBatches:
         self._place_1.zero_()
         self._seed, self._read = tuple(seed), 0
 
-    @property
-    def batch(self) -> int:
-        """Rows B that this worker reads at a step."""
-        assert self._order is not None, "begin comes first"
-        return self._order.rows_EB.shape[1]
-
     def __call__(self) -> FeatureBatch:
-        """The next batch."""
         assert self._order is not None, "begin comes first"
         rows_B, views_B = (x_EB.index_select(0, self._place_1)[0] for x_EB in self._order[:2])
         self._place_1 += 1

@@ -13,7 +13,6 @@ Legend: B batch, C channels, H W spatial, K classes, N images.
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from partialhn.arithmetic import short_arithmetic
 from partialhn.backbone import Network, tensors_below
-from partialhn.batches import ResidentBatches, Workers, epoch_batches, prefetched
+from partialhn.batches import MappedBatches, ResidentBatches, Workers
 from partialhn.config import Augment, BackboneConfig, TrainConfig
 from partialhn.errors import InputError
 from partialhn.inference_metrics import rejection_auroc, without_task_id
@@ -105,30 +104,24 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
     device = strategy.weights(task_index).bias_K.device
     assert task.train is not None, f"task {task.name} has no training features"
     features = _resident(task.train, device)
-    streamed = features is task.train
-    resident = None if streamed else ResidentBatches(features, config.batch_size, workers)
-    done = max(1, len(features) // config.batch_size)
-    rates_S = torch.tensor(rate_factors(config.schedule, done * config.epochs)[done * epochs_done:],
-                           dtype=torch.float32, device=device)
-    alike = resident is not None and workers.world == 1 and strategy.recordable
-    steps = Steps(objective, optimiser, rates_S, recorder if alike else None)
+    resident = features is not task.train
+    read = (ResidentBatches(features, config.batch_size, workers) if resident
+            else MappedBatches(features, config.batch_size, workers, device))
+    rates = rate_factors(config.schedule, read.steps * config.epochs)[read.steps * epochs_done:]
+    alike = resident and workers.world == 1 and strategy.recordable
+    steps = Steps(objective, optimiser, torch.tensor(rates, device=device),
+                  recorder if alike else None)
     for epoch in range(epochs_done + 1, config.epochs + 1):
         start = time.perf_counter()
         strategy.train()
         seed = (config.seed, task_index, epoch)
-        totals, count = steps.terms_3.zero_(), 0
-        if resident is not None:
-            resident.begin(seed)
-            for _ in range(done):
-                steps.take(resident)
-            count = done * resident.batch
-        else:
-            for batch in prefetched(epoch_batches(features, config.batch_size, seed, workers),
-                                    device):
-                steps.take(functools.partial(lambda batch: batch, batch))
-                count += len(batch.y_B)
-        mean = workers.add(totals / done) / workers.world
-        right = workers.add(torch.stack([totals[2], totals.new_tensor(count)]))
+        totals = steps.terms_3.zero_()
+        read.begin(seed)
+        for _ in range(read.steps):
+            steps.take(read)
+        mean = workers.add(totals / read.steps) / workers.world
+        right = workers.add(torch.stack([totals[2],
+                                         totals.new_tensor(read.steps * read.batch)]))
         seconds = time.perf_counter() - start
         cross_entropy, regulariser = mean[0].item(), mean[1].item()
         if not math.isfinite(cross_entropy + regulariser):
