@@ -83,9 +83,11 @@ def kinds(commands=COMMANDS):
 
 
 def test_every_option_that_is_named_exists():
-    options = {"--" + field.name.replace("_", "-") for kind in kinds()
-               for part in [kind, *(f.type for f in dataclasses.fields(kind))]
-               if dataclasses.is_dataclass(part) for field in dataclasses.fields(part)}
+    fields = [field for kind in kinds()
+              for part in [kind, *(f.type for f in dataclasses.fields(kind))]
+              if dataclasses.is_dataclass(part) for field in dataclasses.fields(part)]
+    options = {f"--{start}{field.name.replace('_', '-')}" for field in fields
+               for start in (["", "no-"] if field.type is bool else [""])}
     for name, text in TEXTS.items():
         prose = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", prose))
