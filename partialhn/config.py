@@ -27,6 +27,7 @@ Norm = Literal["batch", "instance", "group", "layer"]
 Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
 StreamKind = Literal["classes", "domains"]
+StartTask = Literal["first", "previous"]
 StrategyName = Literal["partial_hn", "separate_heads", "linear_probe", "joint", "latent_replay",
                        "ewc", "lwf", "naive"]
 
@@ -157,10 +158,13 @@ class HypernetConfig:
     """The hypernetwork that generates the head's weights."""
 
     generator: Generator = "columns"
-    """columns: a task opens binary columns of its own, which its code weighs, on top of the first
+    """columns: a task opens binary columns of its own, which its code weighs, on top of another
     task's weights; nothing is forgotten. bilinear: all tasks share one set of columns, and
     each has a code. additive: one embedding a task through a small network, as published. The last
     two move for every task, held by the regulariser."""
+    starts_from: StartTask = "first"
+    """The task whose weights and norm a new task adds to: the first, so that tasks depend on no
+    other, or the previous one, which is better where nothing is frozen (columns only)."""
     fresh_columns: int = 16
     """Columns that each task after the first opens for itself (columns only)."""
     code_dim: int = 64

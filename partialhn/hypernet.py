@@ -8,11 +8,12 @@ the generator is linear in what belongs to the task. Three generators share that
     additive   W_l(t)[c] = base_l[c] + A_l [mlp(e_t) ; v_lc] + b_l   as published (von Oswald et al.
                2020, Hemati et al. 2023)
 
-`columns` is here: the first task trains base_l. A later one t starts from it (s = 0), or from its
-own old slot where it is refreshed, and opens binary columns V and A of its own that its code x
-weighs (`partialhn.columns`). What is learned never moves, so nothing that an earlier task knows can
-change, and what a task starts from is generated once: a step costs the same whatever the number of
-tasks. The other two, whose shared parts move with every task, are in `partialhn.drifting`.
+`columns` is here: the first task trains base_l. A later one t starts from it (s = 0; or from t - 1
+with `hands_on`), or from its own old slot where it is refreshed, and opens binary columns V and A
+of its own that its code x weighs (`partialhn.columns`). What is learned never moves, so nothing
+that an earlier task knows can change, and what a task starts from is generated once: a step costs
+the same whatever the number of tasks. The other two, whose shared parts move with every task, are
+in `partialhn.drifting`.
 
 Legend: C output channels (rows), D row length, d columns, L generated tensors.
 """
@@ -52,6 +53,8 @@ class Generator(nn.Module):
 
     drifts = False
     """Whether what is trained now can change the weights of earlier tasks."""
+    hands_on = True
+    """Whether a new task goes on from the one before it, or from the first."""
 
     def __init__(self, tensors: Sequence[GeneratedTensor]) -> None:
         super().__init__()
@@ -68,7 +71,7 @@ class Generator(nn.Module):
 
     def start(self, task: int) -> int:
         """The task that a new one starts from; -1 for none."""
-        return task - 1
+        return task - 1 if self.hands_on else min(task, 1) - 1
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
         """The code a task starts with, given that of the task it starts from."""
@@ -122,21 +125,17 @@ class Generator(nn.Module):
 class ColumnGenerator(Generator):
     """W_l(t) = W_l(s) + V_lt diag(x_lt) A_lt^T, with binary V and A that are the task's own."""
 
-    def __init__(self, tensors: Sequence[GeneratedTensor], width: int) -> None:
+    def __init__(self, tensors: Sequence[GeneratedTensor], width: int, *,
+                 hands_on: bool = False) -> None:
+        """hands_on: by what was measured, only where nothing is frozen (`tests/bench/NOTES.md`)."""
         super().__init__(tensors)
-        self.width = width
+        self.width, self.hands_on = width, hands_on
         self.columns = nn.ModuleList()
         """Of each task after the first."""
 
     def add_task(self, task: int) -> None:
         if task:
             self.columns.append(Columns(self._shapes, self.width))
-
-    def start(self, task: int) -> int:
-        """The first task: starting from the one before is no better, and worse where tasks differ
-        (`tests/bench/NOTES.md`).
-        """
-        return 0 if task else -1
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
         """The same number for every column; the first task has the base and no code."""
@@ -171,9 +170,8 @@ class ColumnGenerator(Generator):
 
     def generating_macs(self, task: int) -> int:
         """Of a task that refreshes no other."""
-        if not task:
-            return 0
-        return self.width * sum(t.rows * t.row_length for t in self.tensors)
+        products = task if self.hands_on else min(task, 1)
+        return products * self.width * sum(t.rows * t.row_length for t in self.tensors)
 
     @property
     def _shapes(self) -> list[tuple[int, int]]:

@@ -44,7 +44,7 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, say: Say) -> lis
     """
     device = _device(config)
     for depth in {cell.depth for cell in cells}:
-        check(_at(config, Cell("partial_hn", depth, 0)))
+        check(config_of(config, Cell("partial_hn", depth, 0)))
     set_arithmetic(config.compute.threads)
     experiences = open_stream(config.data, out / "store" / "datasets")
     folder = out / "cells" / work_name(config, experiences)
@@ -71,7 +71,7 @@ class _Bench:
         start = time.process_time()
         self.network = self._network(root)
         trained = time.process_time()
-        deepest = cut(_at(config, Cell("partial_hn", max(depths), 0)),
+        deepest = cut(config_of(config, Cell("partial_hn", max(depths), 0)),
                       self.network).trunk.to(self.device)
         self.jobs = {depth: feature_jobs(config, experiences, deepest, [depth])
                      for depth in sorted(depths)}
@@ -85,7 +85,7 @@ class _Bench:
 
     def learn(self, cell: Cell) -> dict[str, Any]:
         """Learns one cell from its beginning."""
-        config = _at(self.config, cell)
+        config = config_of(self.config, cell)
         parts = cut(config, self.network)
         learner = Learner(parts.strategy(config), config.train, self.device,
                           recorder=recorder_for(self.device, config.compute.cuda_graphs))
@@ -148,9 +148,14 @@ def _device(config: Config) -> torch.device:
     return torch.device("cuda" if there and config.compute.device != "cpu" else "cpu")
 
 
-def _at(config: Config, cell: Cell) -> Config:
+def config_of(config: Config, cell: Cell) -> Config:
+    """What a cell learns with: the full hypernetwork (depth 0) starts each task from the previous
+    one, which is the better of the two there.
+    """
+    start = config.hypernet.starts_from if cell.depth else "previous"
     return dataclasses.replace(
-        config, backbone=dataclasses.replace(config.backbone, freeze_depth=cell.depth),
+        config, hypernet=dataclasses.replace(config.hypernet, starts_from=start),
+        backbone=dataclasses.replace(config.backbone, freeze_depth=cell.depth),
         train=dataclasses.replace(config.train, strategy=cell.strategy, seed=cell.seed))
 
 

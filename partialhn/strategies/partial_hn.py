@@ -2,9 +2,9 @@
 
 A task owns its code, its normalisation affine and its classifier; they are frozen when its
 experience ends. With the generator `columns` it owns columns too, which add to the weights of the
-first task, or of the one it refreshes: what a task becomes depends on no other task. With
-`bilinear` and `additive` it goes on from the task before it, all tasks share what generates them,
-and the regulariser holds it.
+first task, or of the one it refreshes: what a task becomes depends on no other task, unless it
+`starts_from` the previous one. With `bilinear` and `additive` it goes on from the task before it,
+all tasks share what generates them, and the regulariser holds it.
 
 Legend: T earlier tasks, L generated tensors, d columns.
 """
@@ -67,7 +67,7 @@ class PartialHypernet(Strategy):
 
     def new_task(self, classes: int, refreshes: int | None) -> HypernetTask:
         """Starts where the generator says, and from the norm of the first task, or of the one
-        before it where the generator drifts.
+        before it where the generator hands on.
 
         A refreshed task starts from the weights of its own old slot. Its old norm has been
         folded, so it starts from the same norm as any other.
@@ -87,7 +87,7 @@ class PartialHypernet(Strategy):
     def finish(self, task: int) -> None:
         """Later tasks start from a norm as it was learned, before it is folded."""
         own = self._own(task)
-        if task == 0 or self.hypernet.drifts:
+        if task == 0 or self.hypernet.hands_on:
             self.get_buffer("next_norm").copy_(own.norm.detach())
         super().finish(task)
         factor = self.hypernet.finish(task)
@@ -159,7 +159,8 @@ class PartialHypernet(Strategy):
 def build_generator(config: HypernetConfig, tensors: Sequence[GeneratedTensor]) -> Generator:
     """The generator that the configuration names."""
     if config.generator == "columns":
-        return ColumnGenerator(tensors, config.fresh_columns)
+        return ColumnGenerator(tensors, config.fresh_columns,
+                               hands_on=config.starts_from == "previous")
     if config.generator == "bilinear":
         return BilinearGenerator(tensors, config.code_dim, residual=config.residual)
     return AdditiveGenerator(tensors, config.embedding_dim, config.hidden, config.channel_dim,

@@ -10,6 +10,7 @@ import torch
 
 from partialhn.errors import InputError
 from partialhn.packs import EVERY, PACKS, Cell, expected, find_pack
+from partialhn.reproduce import config_of
 from pipelines.cli import run
 
 DATA = os.environ.get("PARTIALHN_TEST_DATA")
@@ -40,6 +41,15 @@ def test_a_smaller_size_is_the_first_tasks_of_the_same_kind():
 def test_depth_0_has_the_names_of_the_literature():
     assert [Cell(strategy, 0, 0).label for strategy in ("partial_hn", "latent_replay", "naive")
             ] == ["full_hn", "er", "naive"]
+
+
+def test_a_cell_has_its_strategy_depth_and_seed():
+    base = find_pack("split-cifar10").config("cpu", "DATA")
+    for depth, start in ((0, "previous"), (3, "first")):
+        config = config_of(base, Cell("naive", depth, 5))
+        assert (config.backbone.freeze_depth, config.train.strategy, config.train.seed) == (
+            depth, "naive", 5)
+        assert config.hypernet.starts_from == start
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -274,9 +274,12 @@ def test_a_new_task_starts_from_the_norm_that_was_learned_not_from_the_folded_on
     assert torch.equal(strategy.tasks[1].norm, learned)
 
 
-def test_a_task_starts_from_the_first_one_whatever_was_learned_between(build):
-    """Weights and norm: tasks that differ do not have to be undone, and none needs another."""
-    strategy = build()
+@pytest.mark.parametrize("start", ["first", "previous"])
+def test_where_a_task_starts(build, start):
+    """Weights and norm of the first: tasks that differ do not have to be undone, and none needs
+    another. Or of the one before.
+    """
+    strategy = build(starts_from=start)
     for task in range(3):
         strategy.add_task(2)
         strategy.begin(task)
@@ -285,18 +288,20 @@ def test_a_task_starts_from_the_first_one_whatever_was_learned_between(build):
                 if value.requires_grad:
                     value.add_(torch.randn_like(value))
         strategy.finish(task)
-    first, second = strategy.weights(0), strategy.weights(1)
+    place, other = (0, 2) if start == "first" else (2, 0)
+    wanted, refused = strategy.weights(place), strategy.weights(other)
+    second = strategy.weights(1)
     strategy.add_task(2)
     strategy.begin(3)
     new = strategy.weights(3)
     for name, weight in new.convolutions.items():
-        assert torch.equal(weight, first.convolutions[name])
-        assert not torch.equal(weight, second.convolutions[name])
+        assert torch.equal(weight, wanted.convolutions[name])
+        assert not torch.equal(weight, refused.convolutions[name])
     kept = {name: value.clone() for name, value in strategy.weights(2).convolutions.items()}
     with torch.no_grad():
         strategy.tasks[1].code.zero_()
     for name, weight in strategy.weights(2).convolutions.items():
-        assert torch.equal(weight, kept[name])
+        assert torch.equal(weight, kept[name]) == (start == "first")
     assert not torch.equal(strategy.weights(1).convolutions["0.0.conv2.weight"],
                            second.convolutions["0.0.conv2.weight"])
 
