@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,7 +51,8 @@ worker_process.ProcessHost.send = killed
 SHOW = """
 send = worker_process.ProcessHost.send
 def shown(self, strategy, record):
-    print("SENT", strategy, record.task_index, getattr(record, "epoch", "end"))
+    line = f"SENT {{strategy}} {{record.task_index}} {{getattr(record, 'epoch', 'end')}};"
+    sys.stdout.write(line)  # one write: the thread that follows prints meanwhile
     send(self, strategy, record)
 worker_process.ProcessHost.send = shown
 """
@@ -115,9 +117,9 @@ def test_the_numbers_of_the_oracle_without_ray(place, oracle):
 def test_killed_in_the_middle_of_a_task_it_goes_on_from_there(place, oracle, strategy, sent):
     killed = command(place, KILL.format(place=(strategy, 1, 2)))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    again = command(place, SHOW)
+    again = command(place, SHOW.format())
     assert again.returncode == 0, again.stderr
-    found = [line.removeprefix("SENT ") for line in again.stdout.splitlines() if "SENT" in line]
+    found = re.findall(r"SENT (\w+ \d+ \w+);", again.stdout)
     assert found[:len(sent)] == sent
     assert "trunk: found, not trained again" in again.stdout
     result = json.loads((place / "result.json").read_text())
