@@ -85,7 +85,12 @@ def tasks(tmp_path_factory, digits, parts):
     store = FeatureStore(LocalFileSystem(), str(tmp_path_factory.mktemp("store")))
     jobs = feature_jobs(TINY, digits, parts.trunk)
     manifests, _ = precompute(store, parts.trunk, jobs)
-    return collect(store, jobs, manifests, digits)
+    made = collect(store, jobs, manifests, digits)
+    shared = [(getattr(task, split), getattr(task, split).y_N.clone())
+              for task in made for split in ("train", "validation", "test")]
+    yield made
+    for features, y_N in shared:
+        assert torch.equal(features.y_N, y_N), "a test has changed the labels that all tests share"
 
 
 @pytest.fixture(scope="session")

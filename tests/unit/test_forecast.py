@@ -1,5 +1,7 @@
 """Probes and alignment against closed forms and brute force."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -79,9 +81,9 @@ def test_a_forecast_of_real_digits(tasks):
     assert [stage.depth for stage in same] == [2, 3]
     assert same[0].kept == pytest.approx(1)
     assert same[0].worth_trying
-    shuffled = ProbeTask(two.train, two.held_out, two.classes)
     order = torch.randperm(len(two.train), generator=torch.Generator().manual_seed(0))
-    shuffled.train.y_N = two.train.y_N[order]
+    train = dataclasses.replace(two.train, y_N=two.train.y_N[order])
+    shuffled = ProbeTask(train, two.held_out, two.classes)
     doubtful = forecast({2: (one, one), 3: (one, shuffled)})[1]
     assert doubtful.kept < 0.6
     assert not doubtful.worth_trying
