@@ -1,11 +1,16 @@
-"""Split CIFAR-10 at its full length, as it was recorded: what the README says of it."""
+"""Streams at their full length, as they were recorded: what the README says of them."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-RECORDED = json.loads((Path(__file__).parent / "split-cifar10.json").read_text(encoding="utf-8"))
+
+def recorded(name):
+    return json.loads((Path(__file__).parent / f"{name}.json").read_text(encoding="utf-8"))
+
+
+RECORDED, TWENTY = recorded("split-cifar10"), recorded("split-tiny-imagenet")
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
@@ -26,3 +31,13 @@ def test_the_readme_says_what_was_recorded(of):
     assert f"{100 * found['acc']:.1f} %" in part
     words = RECORDED["command"].removeprefix("partialhn train ").removesuffix(" --threads 1")
     assert words in part.replace(" \\\n ", "")
+
+
+def test_twenty_tasks_are_learned_nearly_as_well_as_by_separate_heads():
+    separate, naive = TWENTY["bounds"]["separate_heads"], TWENTY["bounds"]["naive"]
+    assert len(TWENTY["accuracy_matrix"]) == 20
+    assert TWENTY["acc"] >= 0.97 * separate["acc"]
+    assert TWENTY["forgetting"] == 0
+    assert TWENTY["bytes_per_task"] <= 0.02 * separate["bytes_per_task"]
+    for found in (TWENTY, separate, naive):
+        assert f"{100 * found['acc']:.1f} %" in README
