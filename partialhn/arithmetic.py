@@ -20,4 +20,6 @@ def set_arithmetic(threads: int | None = None) -> None:
 def short_arithmetic(precision: Precision,
                      device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Within it convolutions and what follows them are bfloat16's, where that is the precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    if precision == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

@@ -82,7 +82,7 @@ def _quiet() -> None:
     """MLflow's and its migrations' progress lines are no news to our users; warnings are."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
-        for name in ("mlflow", "alembic", "matplotlib"):
+        for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
         # it warns where pip is not installed, as in an environment made by uv
         logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)

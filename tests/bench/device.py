@@ -9,7 +9,6 @@ outputs at the speed of a large copy; both speeds are measured in the same run.
 """
 
 import argparse
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -29,7 +28,7 @@ from partialhn.batches import ResidentBatches, Workers
 from partialhn.config import BackboneConfig, Config, TrainConfig
 from partialhn.run import cut
 from partialhn.steps import Objective, Steps, make_optimiser, rate_factors, recorder_for
-from partialhn.store import FeatureRecipe, FeatureStore
+from partialhn.store import FeatureRecipe, FeatureSet, FeatureStore
 
 IMAGES, CLASSES, VIEWS = 5000, 10, 2
 A_MINUTE, OF_THE_FLOOR = 20_000, 0.6
@@ -86,11 +85,8 @@ def speeds(device: torch.device, precision: str) -> tuple[float, float]:
             per_second(lambda: target.copy_(source), 2 * copied, device))
 
 
-def prepared(depth: int, precision: str, recorded: bool, device: torch.device, folder: Path,
-             steps: int):
-    """A function that takes one step of a task after ten others, and what it reads from."""
-    config = Config(backbone=BackboneConfig(freeze_depth=depth),
-                    train=TrainConfig(precision=precision))
+def stored(depth: int, folder: Path) -> FeatureSet:
+    """A task's features: what is in them does not matter for time."""
     network = build_network("slim_resnet18", CLASSES, 0).eval()
     shape_CHW = split(network, depth)[0](torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1:]
     store = FeatureStore(LocalFileSystem(), str(folder))
@@ -98,8 +94,15 @@ def prepared(depth: int, precision: str, recorded: bool, device: torch.device, f
     z_NVCHW = torch.rand(IMAGES, VIEWS, *shape_CHW)
     shard = store.write_shard(recipe, 0, z_NVCHW, np.arange(IMAGES) % CLASSES,
                               [str(row) for row in range(IMAGES)], seconds=0)
-    features = store.open(store.commit(recipe, [shard], (VIEWS, *shape_CHW))).to(device)
-    strategy = cut(config, network).strategy(config)
+    return store.open(store.commit(recipe, [shard], (VIEWS, *shape_CHW)))
+
+
+def prepared(features: FeatureSet, depth: int, precision: str, recorded: bool, steps: int):
+    """A function that takes one step of a task after ten others, on the features' device."""
+    device = features.y_N.device
+    config = Config(backbone=BackboneConfig(freeze_depth=depth),
+                    train=TrainConfig(precision=precision))
+    strategy = cut(config, build_network("slim_resnet18", CLASSES, 0).eval()).strategy(config)
     for task in range(11):
         strategy.add_task(CLASSES)
         strategy.to(device)
@@ -108,15 +111,14 @@ def prepared(depth: int, precision: str, recorded: bool, device: torch.device, f
             strategy.finish(task)
     read = ResidentBatches(features, config.train.batch_size, Workers())
     read.begin((0, 0, 1))
-    here = IMAGES // config.train.batch_size
     taking = Steps(Objective(strategy.train(), 10, 0.0), make_optimiser(strategy, config.train),
                    torch.tensor(rate_factors("cosine", steps), device=device),
                    recorder_for(device, recorded))
     taken = [0]
 
     def take() -> None:
-        if taken[0] and taken[0] % here == 0:
-            read.begin((0, 0, 1 + taken[0] // here))
+        if taken[0] and taken[0] % read.steps == 0:
+            read.begin((0, 0, 1 + taken[0] // read.steps))
         taking.take(read)
         taken[0] += 1
     return take
@@ -142,32 +144,23 @@ def measured(depth: int, precision: str, device: torch.device, rounds: int, step
     set_arithmetic(1 if device.type == "cpu" else None)
     total = steps * (rounds + 1) + 1
     with tempfile.TemporaryDirectory() as folder:
-        taken = milliseconds(prepared(depth, precision, False, device, Path(folder) / "a", total),
-                             device, rounds, steps)
-        best = taken
-        if device.type == "cuda":
-            best = milliseconds(prepared(depth, precision, True, device, Path(folder) / "b", total),
-                                device, rounds, steps)
-            yield row(f"{name}/recorded", "the same steps, not recorded", best / taken, 1.0,
-                      median_ms=best, baseline_ms=taken)
+        features = stored(depth, Path(folder)).to(device)
+        take = prepared(features, depth, precision, False, total)
+        taken = best = milliseconds(take, device, rounds, steps)
         floor = Floor(*speeds(device, precision))
-        take = prepared(depth, precision, False, device, Path(folder) / "c", total)
-        take()
         with floor:
             take()
+        if device.type == "cuda":
+            best = milliseconds(prepared(features, depth, precision, True, total), device, rounds,
+                                steps)
+            yield row(f"{name}/recorded", "the same steps, not recorded", best / taken, 1.0,
+                      median_ms=best, baseline_ms=taken)
     yield row(f"{name}/floor", f"the floor of {floor.operations} operations",
               best / (1e3 * floor.seconds), 1 / OF_THE_FLOOR if goals else None, median_ms=best,
-              baseline_ms=1e3 * floor.seconds, **dataclasses.asdict(Speeds(*floor.speeds)))
+              baseline_ms=1e3 * floor.seconds, macs_per_second=floor.speeds[0],
+              bytes_per_second=floor.speeds[1])
     yield row(f"{name}/a-minute", f"{A_MINUTE} steps a minute", 6e4 / best / A_MINUTE,
               1.0 if goals else None, at_least=True, median_ms=best, baseline_ms=6e4 / A_MINUTE)
-
-
-@dataclasses.dataclass(frozen=True)
-class Speeds:
-    """What the device did, for the JSON."""
-
-    macs_per_second: float
-    bytes_per_second: float
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from rows import compare
 
+from partialhn.arithmetic import set_arithmetic
 from partialhn.batches import Workers, epoch_batches
 from partialhn.cache import SETTLED_SECONDS
 from partialhn.config import Compression, Config, FeatureDtype
@@ -73,8 +74,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    set_arithmetic(1)
     known = preset("split-tiny-imagenet-5x10")
     base = dataclasses.replace(
         known, data=dataclasses.replace(known.data, data=options.data),

@@ -26,6 +26,7 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from rows import compare, row, say, write
 
+from partialhn.arithmetic import set_arithmetic
 from partialhn.backbone import build_network, split
 from partialhn.batches import Workers, epoch_batches
 from partialhn.cache import SETTLED_SECONDS
@@ -164,8 +165,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    set_arithmetic(1)
     rounds = 3 if options.quick else 9
     rows = []
     with tempfile.TemporaryDirectory() as name:

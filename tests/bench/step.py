@@ -18,6 +18,7 @@ from published import BETA, PublishedStep
 from rows import compare, row, say, write
 from torch import nn
 
+from partialhn.arithmetic import set_arithmetic
 from partialhn.backbone import build_network, split
 from partialhn.config import HypernetConfig, TrainConfig
 from partialhn.model import Head, head_start
@@ -238,8 +239,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw step time against earlier tasks, as SVG")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    set_arithmetic(1)
     if options.peak:
         print_peak(options.peak[0], int(options.peak[1]), int(options.peak[2]))
         return

@@ -135,7 +135,7 @@ def test_gone_on_with_after_an_epoch_it_is_the_same(learn, network, tasks, with_
     assert tapes.recorded == 2
 
 
-def moved(objective, mode, keep=()):
+def moved(objective, mode):
     """An objective's parameters and buffers as on a GPU, and what else its modules hold moved too.
 
     Fake tensors have a device and no numbers: an operation on two devices fails.
@@ -145,7 +145,7 @@ def moved(objective, mode, keep=()):
 
     for module in objective.modules():
         for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_skeleton", *keep) and any(
+            if name not in ("_parameters", "_buffers", "_skeleton") and any(
                     isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
                 vars(module)[name] = there(value)
     return there(dict([*objective.named_parameters(), *objective.named_buffers()]))
