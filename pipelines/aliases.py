@@ -71,7 +71,8 @@ class Aliases:
         if PLACE not in model.tags:
             _contended(self._client.set_registered_model_tag, stream, PLACE, history.uri)
         entry = history.append(move, _identity(model))
-        self._settle(stream, move.alias)
+        if entry is not None or _place(model, move.alias) != move.to:
+            self._settle(stream, move.alias)
         return entry
 
     def reconcile(self, stream: str) -> list[Repair]:
@@ -102,18 +103,24 @@ class Aliases:
         return repairs
 
     def _settle(self, stream: str, alias: str) -> None:
-        """Sets one alias, again where the history went on meanwhile."""
+        """Sets one alias to what the history says, again where that went on meanwhile.
+
+        Every writer sets the alias after its entry, so the last one to set it finds no newer entry.
+        """
+        want = self._wanted(stream, alias)
         for _ in range(ATTEMPTS):
-            want = aliases(self._history(stream).entries()).get(alias)
-            have = self._model(stream).aliases.get(alias)
-            if (None if have is None else int(have)) == want:
-                return
             if want is None:
                 _contended(self._client.delete_registered_model_alias, stream, alias)
             else:
                 _contended(self._client.set_registered_model_alias, stream, alias, str(want))
-        raise RuntimeError(f"alias {alias!r} of {stream!r} does not stay where it is set; is "
-                           "something else moving it?")
+            done, want = want, self._wanted(stream, alias)
+            if done == want:
+                return
+        raise RuntimeError(f"alias {alias!r} of {stream!r} does not stay where it is set: its "
+                           f"history went on {ATTEMPTS} times; is a process writing without end?")
+
+    def _wanted(self, stream: str, alias: str) -> int | None:
+        return aliases(self._history(stream).entries()).get(alias)
 
     def _newest(self, stream: str, alias: str) -> Entry:
         return next(entry for entry in reversed(self._history(stream).entries())
@@ -181,6 +188,11 @@ def _contended(write: Callable[..., Any], *arguments: str) -> None:
         except MlflowException as error:
             if error.error_code != "BAD_REQUEST" or not left:
                 raise
+
+
+def _place(model: Any, alias: str) -> int | None:
+    """Where MLflow's alias points."""
+    return int(model.aliases[alias]) if alias in model.aliases else None
 
 
 def _identity(model: Any) -> str:

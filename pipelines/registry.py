@@ -8,7 +8,6 @@ and started again makes nothing twice. MLflow is imported when first used: impor
 seconds.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -41,6 +40,7 @@ from pipelines.versions import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
     from partialhn.predict import Predictor
 
@@ -86,33 +86,26 @@ class Registry(Runs):
         placing = placing or Placing()
         self._create_model(record.stream)
         self.aliases.reconcile(record.stream)
-        versions = self.versions(record.stream)
-        same = [v for v in versions if v.tags.get("prefix") == record.prefix]
         tags = record.tags() | _decision_tags(placing.decision)
-        number = same[0].version if same else self._add_version(run_id, tags, contents, record)
+        same = self.version_of(record.stream, record.prefix)
+        number = same.version if same else self._add_version(run_id, tags, contents, record)
         if placing.decision is not None:
             self._client.log_dict(run_id, dict(placing.decision), "gate.json")
             for key in (GATE, DECISION):  # decided anew, perhaps by another policy
                 self._client.set_model_version_tag(record.stream, str(number), key, tags[key])
-        for alias in self._aliases_to_take(record, number, versions, placing):
+        for alias in self._aliases_to_take(record, number, placing):
             self.aliases.move(record.stream, Move(alias, number, placing.kind, placing.why,
                                                   token=placing.token, metrics=record.metrics(),
                                                   decision=placing.decision))
-        return next(v for v in self.versions(record.stream) if v.version == number)
+        return self._version(record.stream, number)
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a stream that this product registered, oldest first."""
         aliases: dict[int, list[str]] = {}
         for alias, number in self._registered(name).aliases.items():
             aliases.setdefault(int(number), []).append(alias)
-        found, token = [], None
-        while True:
-            page = self._client.search_model_versions(f"name = '{name}'", page_token=token)
-            found += [Version(name, int(v.version), v.run_id or "",
-                              tuple(sorted(aliases.get(int(v.version), []))), dict(v.tags))
-                      for v in page if "task_index" in v.tags]
-            if not (token := page.token):
-                return sorted(found, key=lambda v: v.version)
+        return [_version_of(each, aliases.get(int(each.version), []))
+                for each in self._search(f"name = '{name}'")]
 
     def streams(self) -> list[str]:
         """Names of all registered models."""
@@ -125,9 +118,8 @@ class Registry(Runs):
 
     def version_of(self, name: str, prefix: str) -> Version | None:
         """The version of the model after a task, by its place in the chain; None: not there."""
-        with contextlib.suppress(InputError):  # nothing of the stream is registered yet
-            return next((v for v in self.versions(name) if v.tags.get("prefix") == prefix), None)
-        return None
+        found = self._search(f"name = '{name}' and tags.prefix = '{prefix}'")
+        return self._version(name, int(found[0].version)) if found else None
 
     def resolve(self, model_uri: str) -> Version:
         """The version behind models:/<name>@<alias> or models:/<name>/<version>.
@@ -200,14 +192,28 @@ class Registry(Runs):
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _aliases_to_take(self, record: Registration, number: int, versions: Sequence[Version],
-                         placing: Placing) -> list[str]:
+    def _search(self, where: str) -> list["ModelVersion"]:
+        """The versions that this product registered, oldest first, as MLflow gives them."""
+        found, token = [], None
+        while True:
+            page = self._client.search_model_versions(where, page_token=token)
+            found += [each for each in page if "task_index" in each.tags]
+            if not (token := page.token):
+                return sorted(found, key=lambda each: int(each.version))
+
+    def _version(self, name: str, number: int) -> Version:
+        found = self._client.get_model_version(name, str(number))
+        return _version_of(found, found.aliases)
+
+    def _aliases_to_take(self, record: Registration, number: int, placing: Placing) -> list[str]:
         if not placing.promote:
             return [CHALLENGER]
         entries = self.aliases.history(record.stream).entries()
+        holders = self._registered(record.stream).aliases
         taken = []
         for alias in (task_alias(task_of(record.task)), CHAMPION):
-            holder = next((v for v in versions if alias in v.aliases), None)
+            holder = (self._version(record.stream, int(holders[alias])) if alias in holders
+                      else None)
             later = (holder is not None and holder.tags.get("work") == record.work
                      and holder.task_index > record.task_index)
             if not later and not _person_chose_another(entries, alias, number):
@@ -246,6 +252,11 @@ class Registry(Runs):
         version = self._client.create_model_version(record.stream, source=source, run_id=run_id,
                                                     tags=tags, model_id=logged.model_id)
         return int(version.version)
+
+
+def _version_of(found: "ModelVersion", aliases: Sequence[str]) -> Version:
+    return Version(found.name, int(found.version), found.run_id or "", tuple(sorted(aliases)),
+                   dict(found.tags))
 
 
 def _decision_tags(decision: Mapping[str, Any] | None) -> dict[str, str]:
