@@ -22,10 +22,10 @@ from partialhn.predict import Predictor
 from partialhn.readers import open_images
 from partialhn.stream import ImageTable, task_of
 from partialhn.task_inference import AUTO, NONE
-from pipelines.live import Recorder
-from pipelines.registry import connect
+from pipelines.registry.client.client import connect
+from pipelines.registry.client.versions import Version
+from pipelines.serving.app.live import Recorder
 from pipelines.storage import Storage, open_storage
-from pipelines.versions import Version
 
 BATCH = 256
 """Images labelled at once."""

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Sequence
 
-from pipelines.registry import connect
+from pipelines.registry.client.client import connect
+from pipelines.registry.client.versions import CHAMPION, Version, challenger_of
 from pipelines.settings import mask_password
 from pipelines.storage import open_storage
-from pipelines.versions import CHAMPION, Version, challenger_of
 
 _COLUMNS = ("task", "name", "classes", "version", "acc", "learned", "forgotten", "aliases")
 

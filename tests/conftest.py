@@ -70,8 +70,8 @@ class Tasks:
     def register(self, registry, name, index, placing=None, work="0123456789ab"):
         """Registers the model after a task as the main job does."""
         from partialhn.checkpoint import load
-        from pipelines.package import Contents
-        from pipelines.versions import Registration
+        from pipelines.registry.package import Contents
+        from pipelines.registry.versions import Registration
 
         experience, folder = self.experiences[index], self.folder / f"model-{index + 1}"
         parent = registry.stream_run(name, work, self.config.to_dict())
@@ -90,7 +90,7 @@ class Tasks:
 @pytest.fixture(scope="session")
 def empty_registry(tmp_path_factory):
     """Puts an empty MLflow database into a storage folder: MLflow takes seconds to make one."""
-    from pipelines.registry import connect
+    from pipelines.registry.client import connect
     from pipelines.storage import open_storage
 
     made = tmp_path_factory.mktemp("empty") / "mlflow.db"

@@ -37,7 +37,7 @@ from partialhn.run import cut
 from partialhn.store import FeatureStore
 from partialhn.train import Learner, TaskFeatures
 from partialhn.views import augment
-from pipelines.features import open_store
+from pipelines.features.produce import open_store
 from pipelines.s3 import s3_client
 from pipelines.storage import open_storage
 

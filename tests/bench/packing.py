@@ -26,7 +26,7 @@ made = ray.tune.TuneConfig
 def config(**options):
     return made(**options | {"reuse_actors": sys.argv[1] == "shared"})
 ray.tune.TuneConfig = config
-from pipelines.cli import run
+from pipelines.cli.main import run
 sys.exit(run(sys.argv[2:]))
 """
 WORDS = shlex.split(

@@ -31,7 +31,7 @@ from partialhn.run import cut
 from partialhn.strategies import STRATEGIES
 from partialhn.task_inference import TaskInference
 from pipelines.cluster import start_ray
-from pipelines.serving import ServeOptions, bind, running
+from pipelines.serving.app import ServeOptions, bind, running
 
 SIZE, TASKS, CLASSES, MOST = 64, 10, 10, 20_000
 

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from partialhn.config import Config
-from pipelines.advice import results_by_depth
-from pipelines.advice_facts import advice_fields
-from pipelines.advice_page import render
-from pipelines.sampling import Goal, Proposals
-from pipelines.search_settings import SearchConfig
-from pipelines.search_space import parse_space
+from pipelines.advice.decide import results_by_depth
+from pipelines.advice.facts import advice_fields
+from pipelines.advice.page import render
+from pipelines.search.sampling import Goal, Proposals
+from pipelines.search.settings import SearchConfig
+from pipelines.search.space import parse_space
 
 SAMPLES = runpy.run_path(str(Path(__file__).parents[1] / "unit" / "search_samples.py"))
 pytestmark = [pytest.mark.slow,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.report import render
+from pipelines.report.page import render
 
 SAMPLES = runpy.run_path(str(Path(__file__).parents[1] / "unit" / "report_samples.py"))
 CHROMIUM = shutil.which("chromium")

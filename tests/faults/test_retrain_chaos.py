@@ -33,10 +33,10 @@ from sklearn.datasets import load_digits
 
 from partialhn.config import ComputeConfig, Config
 from partialhn.run import run_stream
-from pipelines.features import open_store
-from pipelines.journal import Journal
+from pipelines.features.produce import open_store
 from pipelines.lease import Lease
-from pipelines.registry import connect
+from pipelines.registry.client import connect
+from pipelines.retrain.journal import Journal
 from pipelines.s3 import s3_client
 from pipelines.storage import open_storage
 

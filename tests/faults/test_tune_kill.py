@@ -20,7 +20,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.search_state import SearchState
+from pipelines.search.state import SearchState
 from pipelines.storage import open_storage
 
 STREAM = ("--data", "digits", "--tasks", "3", "--input-size", "16", "--trunk-epochs", "1",

@@ -19,9 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipelines.history import Move
-from pipelines.registry import connect
-from pipelines.retrain import retrain
+from pipelines.registry.client import connect
+from pipelines.registry.history import Move
+from pipelines.retrain.run import retrain
 from pipelines.settings import RetrainConfig
 from pipelines.storage import open_storage
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from partialhn import __version__
-from pipelines.cli import COMMANDS, _parse
+from pipelines.cli.main import COMMANDS, _parse
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"

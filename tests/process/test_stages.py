@@ -9,13 +9,14 @@ import torch
 from partialhn import checkpoint
 from partialhn.config import ComputeConfig, Config
 from partialhn.errors import InputError
-from pipelines import cluster, stages
+from pipelines import cluster
 from pipelines.cluster import needs_ray
 from pipelines.progress import Progress
-from pipelines.stages import open_stages
-from pipelines.stages_process import ProcessStages
+from pipelines.stages import choose as stages
+from pipelines.stages.choose import open_stages
+from pipelines.stages.in_process import ProcessStages
+from pipelines.stages.worker_process import ProcessHost
 from pipelines.storage import open_storage
-from pipelines.worker_process import ProcessHost
 
 
 @pytest.mark.parametrize(("options", "needed"), [

@@ -15,11 +15,11 @@ import yaml
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.run import run_stream
-from pipelines import stages_process
-from pipelines.in_use import records
-from pipelines.registry import connect
-from pipelines.retrain import retrain
+from pipelines.features.in_use import records
+from pipelines.registry.client import connect
+from pipelines.retrain.run import retrain
 from pipelines.settings import OutputConfig, RetrainConfig
+from pipelines.stages import in_process
 from pipelines.storage import open_storage
 from pipelines.train import train
 
@@ -31,8 +31,8 @@ CONFIG = Config.from_dict({
     "compute": {"threads": 1}})
 COMMAND = """
 import sys
-from pipelines import worker, worker_process
-from pipelines.cli import run
+from pipelines.stages import worker, worker_process
+from pipelines.cli.main import run
 {change}
 code = run(sys.argv[1:])
 print("RAY", sorted(name for name in sys.modules if name.partition(".")[0] == "ray"))
@@ -129,14 +129,14 @@ def test_killed_in_the_middle_of_a_task_it_goes_on_from_there(place, oracle, str
 
 def test_an_unreachable_server_fails_before_the_trunk_is_trained(tmp_path, monkeypatch):
     epochs = []
-    fit = stages_process.fit_network
+    fit = in_process.fit_network
 
     def counted(*arguments):
         for record in fit(*arguments):
             epochs.append(record)
             yield record
 
-    monkeypatch.setattr(stages_process, "fit_network", counted)
+    monkeypatch.setattr(in_process, "fit_network", counted)
     config = Config.from_dict(CONFIG.to_dict() | {
         "backbone": CONFIG.to_dict()["backbone"] | {"trunk_epochs": 200}})
     output = OutputConfig("digits", str(tmp_path / "store"), "http://127.0.0.1:1",

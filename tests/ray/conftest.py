@@ -101,7 +101,7 @@ def learned(run_main_job, outputs, tmp_path_factory):
 @pytest.fixture
 def command(capsys):
     """Runs a command in this process; returns its exit code, stdout and stderr."""
-    from pipelines.cli import run
+    from pipelines.cli.main import run
 
     def call(*words) -> tuple[int, str, str]:
         capsys.readouterr()

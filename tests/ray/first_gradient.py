@@ -18,7 +18,7 @@ from partialhn.featurise import feature_jobs, precompute
 from partialhn.run import collect, cut
 from partialhn.steps import Objective
 from partialhn.store import FeatureStore
-from pipelines.worker_ray import _data_parallel
+from pipelines.stages.worker_ray import _data_parallel
 
 CONFIG = Config(
     data=DataConfig(data="digits", task_sizes=(5, 5), input_size=16),

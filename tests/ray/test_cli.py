@@ -15,7 +15,7 @@ import yaml
 
 from partialhn import __version__
 from partialhn.config import Config
-from pipelines.cli import COMMANDS
+from pipelines.cli.main import COMMANDS
 from pipelines.settings import Group
 
 HEAVY = ("torch", "torchvision", "ray", "mlflow", "pandas", "pyarrow", "sklearn", "boto3")
@@ -61,7 +61,7 @@ def refused(answer: tuple[int, str, str], *parts: str) -> None:
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(words):
-    code = (f"import sys, pipelines.cli as cli\ntry: cli.main({words!r})\n"
+    code = (f"import sys, pipelines.cli.main as cli\ntry: cli.main({words!r})\n"
             f"finally: print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           timeout=120)

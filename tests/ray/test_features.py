@@ -7,8 +7,8 @@ from partialhn.backbone import build_network, split
 from partialhn.datasets import open_stream
 from partialhn.featurise import feature_jobs, precompute
 from partialhn.store import FeatureStore
-from pipelines.features import compute_features
-from pipelines.features_ray import on_ray
+from pipelines.features.on_ray import on_ray
+from pipelines.features.produce import compute_features
 from pipelines.storage import open_storage
 
 

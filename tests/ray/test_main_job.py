@@ -18,7 +18,7 @@ from partialhn.errors import InputError
 from partialhn.predict import Predictor
 from partialhn.run import run_stream
 from pipelines.predict import predict_to_parquet
-from pipelines.registry import connect
+from pipelines.registry.client import connect
 from pipelines.storage import open_storage
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from partialhn.errors import InputError
-from pipelines.gate import GateFacts, Policy, decide
-from pipelines.history import Move, StaleTokenError
-from pipelines.registry import Placing, connect
+from pipelines.registry.client import Placing, connect
+from pipelines.registry.history import Move, StaleTokenError
+from pipelines.retrain.gate import GateFacts, Policy, decide
 from pipelines.show import show
 from pipelines.storage import open_storage
 
@@ -89,8 +89,8 @@ def test_the_report_names_the_challenger(three):
     run = three._client.get_run(three.resolve("models:/digits@champion").run_id)
     three.log_result(run.data.tags["mlflow.parentRunId"],
                      {"name": "digits", "accuracy_matrix": [[0.9]]})
-    from pipelines.report_facts import read_facts
-    from pipelines.report_verdict import verdict
+    from pipelines.report.facts import read_facts
+    from pipelines.report.verdict import verdict
 
     result = three.result("digits")
     assert result["challenger"]["version"] == 3
@@ -262,7 +262,7 @@ def test_verify_notices_every_changed_file_and_runs_none(models, three, tmp_path
 @pytest.mark.slow
 def test_verify_notices_other_weights_and_other_answers(three, models, digit_tasks):
     """Where someone could change the registry's hashes of files too."""
-    from pipelines.package import file_hashes
+    from pipelines.registry.package import file_hashes
 
     folder = stored(three, "2")
     saved = next(folder.glob("artifacts/model-*"))
@@ -279,7 +279,7 @@ def test_verify_notices_other_weights_and_other_answers(three, models, digit_tas
 
 def test_a_planted_pickle_does_not_run(three, models, tmp_path):
     """A pickled model under the same name, its hash put right: loading refuses to unpickle it."""
-    from pipelines.package import file_hashes
+    from pipelines.registry.package import file_hashes
 
     folder = stored(three, "2")
     mark = tmp_path / "ran"

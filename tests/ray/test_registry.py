@@ -23,13 +23,13 @@ from partialhn.checkpoint import Model, TaskInfo, empty_parts
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.predict import Predictor
-from pipelines.package import Contents
 from pipelines.predict import predict_to_parquet
-from pipelines.registry import Registry, connect
-from pipelines.runs import MAX_PARAM
+from pipelines.registry.client import Registry, connect
+from pipelines.registry.package import Contents
+from pipelines.registry.runs import MAX_PARAM
+from pipelines.registry.versions import Registration, task_alias
 from pipelines.show import show
 from pipelines.storage import open_storage
-from pipelines.versions import Registration, task_alias
 
 TASKS = (TaskInfo("animals", ("cat", "dog")), TaskInfo("more things", ("cup", "hat", "key")))
 WORK = "0123456789ab"
@@ -460,7 +460,7 @@ def test_show(stream):
 
 
 def test_large_examples_are_made_small():
-    from pipelines.package import MAX_EXAMPLE_BYTES, _small
+    from pipelines.registry.package import MAX_EXAMPLE_BYTES, _small
 
     assert _small(photo(0)) == photo(0)
     encoded = io.BytesIO()
@@ -473,7 +473,7 @@ def test_large_examples_are_made_small():
 
 
 def test_connecting_is_quiet(tmp_path):
-    code = ("import sys; from pipelines.registry import connect, Registry\n"
+    code = ("import sys; from pipelines.registry.client import connect, Registry\n"
             "from pipelines.storage import open_storage\n"
             "assert isinstance(connect(open_storage(sys.argv[1])), Registry)")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], cwd=tmp_path,
@@ -483,7 +483,8 @@ def test_connecting_is_quiet(tmp_path):
 
 
 def test_registry_class_is_imported_without_mlflow():
-    code = "import sys, pipelines.registry; print('mlflow' in sys.modules, 'torch' in sys.modules)"
+    code = ("import sys, pipelines.registry.client\n"
+            "print('mlflow' in sys.modules, 'torch' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
     assert Registry.__doc__

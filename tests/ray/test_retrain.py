@@ -14,10 +14,10 @@ from sklearn.datasets import load_digits
 
 from partialhn.config import Config
 from partialhn.run import run_stream
-from pipelines import learning
-from pipelines.journal import Journal
-from pipelines.registry import connect
-from pipelines.retrain import retrain
+from pipelines.registry.client import connect
+from pipelines.retrain import learning
+from pipelines.retrain.journal import Journal
+from pipelines.retrain.run import retrain
 from pipelines.settings import RetrainConfig
 from pipelines.storage import open_storage
 
@@ -89,7 +89,7 @@ def life(ray_cluster, tmp_path_factory):
     stream.learned = {v.task: v.tags["weights_hash"] for v in stream.versions()}
     passes["not again"] = stream.run()
     registry = stream.registry
-    from pipelines.history import Move
+    from pipelines.registry.history import Move
     registry.aliases.move("digits", Move("champion", 2, "rollback", "c is not wanted"))
     passes["rolled back"] = stream.run()
     put_task(stream.inbox, "a/2026-11", (0, 1), rows=range(60, 120))

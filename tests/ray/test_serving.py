@@ -26,8 +26,8 @@ import pytest
 from PIL import Image
 
 from partialhn.datasets import open_stream
-from pipelines.live import read_live
-from pipelines.registry import connect
+from pipelines.registry.client import connect
+from pipelines.serving.live import read_live
 from pipelines.storage import open_storage
 
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ def client(registry):
 @pytest.fixture(scope="module")
 def server(learned, registry, tmp_path_factory):
     port, lines = free_port(), tmp_path_factory.mktemp("serve") / "lines"
-    command = [sys.executable, "-c", "from pipelines.cli import main; main()", "serve",
+    command = [sys.executable, "-c", "from pipelines.cli.main import main; main()", "serve",
                "--model", "models:/digits@champion", "--storage", learned.output.storage,
                "--port", str(port), "--reload-seconds", "0.5", "--max-waiting", str(WAITING),
                "--max-body-bytes", str(BODY)]

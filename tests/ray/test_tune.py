@@ -7,8 +7,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from pipelines.cli import run
-from pipelines.search_state import SearchState
+from pipelines.cli.main import run
+from pipelines.search.state import SearchState
 from pipelines.storage import open_storage
 
 pytestmark = pytest.mark.slow

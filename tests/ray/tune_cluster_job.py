@@ -23,9 +23,9 @@ from partialhn.config import (
     HypernetConfig,
     TrainConfig,
 )
-from pipelines.search import tune
-from pipelines.search_settings import SearchConfig
-from pipelines.search_state import SearchState
+from pipelines.search.run import tune
+from pipelines.search.settings import SearchConfig
+from pipelines.search.state import SearchState
 from pipelines.storage import open_storage
 
 CONFIG = Config(

@@ -13,7 +13,7 @@ from partialhn.config import ComputeConfig
 from partialhn.errors import InputError, IntegrityError
 from partialhn.store import FeatureRecipe
 from pipelines import s3
-from pipelines.features import open_store
+from pipelines.features.produce import open_store
 
 RECIPE = FeatureRecipe(trunk="t" * 64, data="d" * 64, transform="none", input_size=8, views=1,
                        augment="none", seed=0, dtype="float32", shard_rows=4)

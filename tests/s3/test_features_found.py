@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipelines.cli import run
+from pipelines.cli.main import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -7,10 +7,11 @@ import pytest
 
 from partialhn.config import Config
 from partialhn.run import run_stream
-from pipelines import cluster, worker
+from pipelines import cluster
 from pipelines.settings import OutputConfig
+from pipelines.stages import worker
+from pipelines.stages.worker_process import ProcessHost
 from pipelines.train import train
-from pipelines.worker_process import ProcessHost
 
 CONFIG = {
     "data": {"data": "digits", "tasks": 2, "task_sizes": [2, 2], "classes": 4, "input_size": 16},

@@ -9,9 +9,9 @@ import torch
 from partialhn.config import ComputeConfig
 from partialhn.errors import IntegrityError
 from partialhn.store import FeatureRecipe
-from pipelines.cli import run
-from pipelines.features import open_store
-from pipelines.in_use import InUse, records
+from pipelines.cli.main import run
+from pipelines.features.in_use import InUse, records
+from pipelines.features.produce import open_store
 
 RECIPE = FeatureRecipe(trunk="t" * 64, data="d" * 64, transform="none", input_size=8, views=1,
                        augment="none", seed=0, dtype="int8", shard_rows=4, compression="lz4")

@@ -31,8 +31,8 @@ from partialhn.datasets import decode_images, open_stream
 from partialhn.errors import InputError, IntegrityError
 from partialhn.sample import SCHEMA, check_sample, read_sample
 from partialhn.store import FeatureRecipe, FeatureStore
-from pipelines.gate import load_policy
-from pipelines.history import History, Move
+from pipelines.registry.history import History, Move
+from pipelines.retrain.gate import load_policy
 from pipelines.storage import open_storage
 
 HEADROOM = 1024 ** 3

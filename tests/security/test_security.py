@@ -20,10 +20,10 @@ import torch
 from partialhn import checkpoint
 from partialhn.errors import InputError, IntegrityError
 from partialhn.store import FeatureRecipe, FeatureStore
-from pipelines.search_state import SearchState
+from pipelines.registry.versions import task_alias
+from pipelines.search.state import SearchState
 from pipelines.settings import check_name
 from pipelines.storage import open_storage
-from pipelines.versions import task_alias
 
 HERE = Path(__file__).parent
 AUDIT = runpy.run_path(str(HERE / "audit.py"))

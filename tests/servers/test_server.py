@@ -12,9 +12,9 @@ import psycopg2
 import pytest
 
 from partialhn.errors import InputError
-from pipelines.gate import GateFacts, Policy, decide
-from pipelines.history import Move
-from pipelines.registry import Placing, connect
+from pipelines.registry.client import Placing, connect
+from pipelines.registry.history import Move
+from pipelines.retrain.gate import GateFacts, Policy, decide
 from pipelines.storage import open_storage
 
 

@@ -1,7 +1,7 @@
 """Records of searches with numbers that can be checked by hand."""
 
 from partialhn.config import Config
-from pipelines.search_state import Measured, TrialPlan, TrialRecord
+from pipelines.search.state import Measured, TrialPlan, TrialRecord
 
 BASE = Config().to_dict()
 

@@ -8,8 +8,8 @@ import pytest
 
 from partialhn.config import Config
 from partialhn.seeds import Interval
-from pipelines import advice_words as words
-from pipelines.advice import (
+from pipelines.advice import words
+from pipelines.advice.decide import (
     agreement,
     choose,
     expected_best,
@@ -19,12 +19,12 @@ from pipelines.advice import (
     rank_correlation,
     results_by_depth,
 )
-from pipelines.advice_facts import advice_fields
-from pipelines.advice_page import render
-from pipelines.money import GIB, Prices, Way, yearly
-from pipelines.sampling import Goal
-from pipelines.search_settings import SearchConfig
-from pipelines.search_space import parse_space
+from pipelines.advice.facts import advice_fields
+from pipelines.advice.money import GIB, Prices, Way, yearly
+from pipelines.advice.page import render
+from pipelines.search.sampling import Goal
+from pipelines.search.settings import SearchConfig
+from pipelines.search.space import parse_space
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("search_samples.py")))
 record, measured = SAMPLES["record"], SAMPLES["measured"]

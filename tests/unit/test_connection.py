@@ -2,7 +2,7 @@
 
 import sqlite3
 
-from pipelines.connection import open_client
+from pipelines.registry.connection import open_client
 from pipelines.storage import open_storage
 
 

@@ -11,7 +11,7 @@ from partialhn import datasets
 from partialhn.config import DataConfig
 from partialhn.readers import read_sets
 from partialhn.task_inference import pooled
-from pipelines.drift import DriftReport, TaskDrift, shift, table
+from pipelines.serving.drift import DriftReport, TaskDrift, shift, table
 
 DATA = os.environ.get("PARTIALHN_TEST_DATA")
 ALPHA = 0.05

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from partialhn.store import FeatureRecipe
-from pipelines.cli import run
-from pipelines.features import open_store
+from pipelines.cli.main import run
+from pipelines.features.produce import open_store
 from pipelines.storage import open_storage
 
 RECIPE = FeatureRecipe(trunk="t", data="d", transform="none", input_size=16, views=2,

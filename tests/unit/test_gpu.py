@@ -81,7 +81,7 @@ def test_a_step_waits_for_nothing(network, tasks, with_options):
 def test_a_run_on_the_gpu(tmp_path):
     words = ["train", "--data", "digits", "--tasks", "2", "--input-size", "16", "--epochs", "2",
              "--trunk-epochs", "2", "--device", "gpu"]
-    code = "from pipelines.cli import main; main()"
+    code = "from pipelines.cli.main import main; main()"
     subprocess.run([sys.executable, "-c", code, *words], cwd=tmp_path, check=True)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["device"] == torch.cuda.get_device_name()

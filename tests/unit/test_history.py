@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from partialhn.errors import InputError, IntegrityError
-from pipelines.history import History, Move, StaleTokenError, aliases, previous
+from pipelines.registry.history import History, Move, StaleTokenError, aliases, previous
 from pipelines.storage import open_storage
 
 

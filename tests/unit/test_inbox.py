@@ -12,14 +12,14 @@ from PIL import Image
 
 from partialhn.config import DataConfig
 from partialhn.errors import InputError, IntegrityError
-from pipelines.inbox import Inbox
-from pipelines.storage import open_storage
-from pipelines.validate import (
+from pipelines.retrain.inbox import Inbox
+from pipelines.retrain.validate import (
     ArrivalPolicy,
     check_arrival,
     read_hashes,
     write_hashes,
 )
+from pipelines.storage import open_storage
 
 DATA = DataConfig(data="inbox", input_size=16)
 

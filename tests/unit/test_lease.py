@@ -11,8 +11,8 @@ import time
 import pytest
 
 from pipelines import lease as module
-from pipelines.journal import Journal
 from pipelines.lease import Lease, LeaseLostError
+from pipelines.retrain.journal import Journal
 from pipelines.storage import open_storage
 
 

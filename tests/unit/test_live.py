@@ -10,8 +10,8 @@ import torch
 
 from partialhn.errors import IntegrityError
 from partialhn.predict import Answer
-from pipelines import live
-from pipelines.live import CAPACITY, KEEP, Recorder, read_live
+from pipelines.serving import live
+from pipelines.serving.live import CAPACITY, KEEP, Recorder, read_live
 from pipelines.storage import open_storage
 
 TRUNK = "a" * 64

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from partialhn.comparison import rows
-from pipelines import pack_findings as findings
-from pipelines.cli import run
-from pipelines.pack_page import KEPT, pack_page
+from pipelines.cli.main import run
+from pipelines.packs import findings
+from pipelines.packs.page import KEPT, pack_page
 
 SHIFT = (0.0, 0.1, 0.2, 0.3, 0.4)
 TRANSFORMS = ("none", "none", "solarise", "none", "blur")

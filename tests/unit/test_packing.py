@@ -3,7 +3,7 @@
 import pytest
 
 from partialhn.errors import InputError
-from pipelines.packing import GIB, Room, pack
+from pipelines.search.packing import GIB, Room, pack
 
 SMALL, LARGE = Room(2, 0, 8 * GIB), Room(16, 2, 64 * GIB)
 

@@ -11,7 +11,7 @@ from partialhn.backbone import split
 from partialhn.featurise import feature_jobs, precompute
 from partialhn.plan import DepthPlan, described, plan
 from partialhn.store import FeatureStore
-from pipelines.cli import run
+from pipelines.cli.main import run
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ import torch
 
 from partialhn.errors import InputError, IntegrityError
 from partialhn.store import FeatureRecipe
-from pipelines.cli import run
-from pipelines.features import open_store
-from pipelines.in_use import InUse, records
-from pipelines.journal import Decided, Journal
+from pipelines.cli.main import run
+from pipelines.features.in_use import InUse, records
+from pipelines.features.produce import open_store
 from pipelines.lease import Lease
-from pipelines.prune import age_text, delete, parse_age, prunable, stored
-from pipelines.references import references
+from pipelines.retrain.journal import Decided, Journal
 from pipelines.storage import open_storage
+from pipelines.upkeep.prune import age_text, delete, parse_age, prunable, stored
+from pipelines.upkeep.references import references
 
 RECIPE = FeatureRecipe(trunk="t", data="d", transform="none", input_size=16, views=1,
                        augment="none", seed=0, dtype="float16", shard_rows=4)
@@ -147,7 +147,7 @@ def test_features_of_a_streams_log_stay(storage, add, prune):
 def test_features_of_a_registered_version_stay(tmp_path, empty_registry, digit_tasks, capsys,
                                                monkeypatch):
     """And without the registry that knows them nothing is deleted."""
-    from pipelines.registry import connect
+    from pipelines.registry.client import connect
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     empty_registry(tmp_path / "store")

@@ -10,10 +10,10 @@ import pytest
 
 from partialhn.config import Config, load_config
 from partialhn.presets import PRESETS
-from pipelines.cli import COMMANDS, _parse
+from pipelines.cli.main import COMMANDS, _parse
 from pipelines.demo import demo_config
-from pipelines.gate import Policy, load_policy
-from pipelines.search_space import load_space
+from pipelines.retrain.gate import Policy, load_policy
+from pipelines.search.space import load_space
 from pipelines.settings import Group
 
 ROOT = Path(__file__).parents[2]

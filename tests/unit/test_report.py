@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from partialhn.errors import InputError
-from pipelines import report_charts as charts
-from pipelines.report import render, text_summary, write_report
-from pipelines.report_facts import (
+from pipelines.report import charts
+from pipelines.report.facts import (
     break_even,
     duration,
     percent,
@@ -21,7 +20,8 @@ from pipelines.report_facts import (
     read_facts,
     size,
 )
-from pipelines.report_verdict import verdict
+from pipelines.report.page import render, text_summary, write_report
+from pipelines.report.verdict import verdict
 from pipelines.settings import mask_password
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("report_samples.py")))

@@ -11,7 +11,7 @@ import torch
 from partialhn.errors import InputError
 from partialhn.packs import EVERY, PACKS, Cell, expected, find_pack
 from partialhn.reproduce import config_of
-from pipelines.cli import run
+from pipelines.cli.main import run
 
 DATA = os.environ.get("PARTIALHN_TEST_DATA")
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from partialhn.config import Config
-from pipelines.search import _Search
-from pipelines.search_results import Results
-from pipelines.search_settings import Budget, SearchConfig
-from pipelines.search_space import parse_space
-from pipelines.search_state import SearchState
+from pipelines.search.results import Results
+from pipelines.search.run import _Search
+from pipelines.search.settings import Budget, SearchConfig
+from pipelines.search.space import parse_space
+from pipelines.search.state import SearchState
 from pipelines.storage import open_storage
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("search_samples.py")))

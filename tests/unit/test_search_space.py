@@ -7,8 +7,8 @@ import pytest
 
 from partialhn.config import Config, HypernetConfig
 from partialhn.errors import InputError
-from pipelines.search_settings import Budget, SearchConfig, parse_budget
-from pipelines.search_space import Choice, Range, applies, load_space, parse_space
+from pipelines.search.settings import Budget, SearchConfig, parse_budget
+from pipelines.search.space import Choice, Range, applies, load_space, parse_space
 
 BASE = Config()
 

@@ -11,10 +11,10 @@ from ray.tune.search import Searcher
 
 from partialhn.config import Config
 from partialhn.errors import InputError, IntegrityError
-from pipelines.sampling import Goal, Proposals, TrialSource
-from pipelines.search_space import parse_space
-from pipelines.search_state import SearchState
-from pipelines.stopping import AshaByDepth
+from pipelines.search.sampling import Goal, Proposals, TrialSource
+from pipelines.search.space import parse_space
+from pipelines.search.state import SearchState
+from pipelines.search.stopping import AshaByDepth
 from pipelines.storage import open_storage
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("search_samples.py")))

@@ -11,10 +11,10 @@ from partialhn.featurise import feature_jobs, precompute
 from partialhn.run import cut
 from partialhn.strategies import STRATEGIES
 from partialhn.train import Learner, TaskFeatures, evaluate
-from pipelines.features import open_store
-from pipelines.search_state import TrialPlan
+from pipelines.features.produce import open_store
+from pipelines.search.state import TrialPlan
+from pipelines.search.trial import Bench, learn, open_features, run_trial
 from pipelines.storage import open_storage
-from pipelines.trial import Bench, learn, open_features, run_trial
 
 DEPTHS = (3, 4)
 
@@ -75,9 +75,9 @@ def test_an_interrupted_trial_goes_on_after_its_last_task(bench, config):
 
 
 def test_within_a_task_state_is_kept_too(bench, config, monkeypatch, tmp_path):
-    monkeypatch.setattr("pipelines.trial.STATE_SECONDS", 0.0)
+    monkeypatch.setattr("pipelines.search.trial.STATE_SECONDS", 0.0)
     kept = []
-    monkeypatch.setattr("pipelines.trial.checkpoint.upload",
+    monkeypatch.setattr("pipelines.search.trial.checkpoint.upload",
                         lambda folder, filesystem, target: kept.append(target))
     list(learn(planned(config, "often"), bench))
     assert len(kept) == 3 * (config.train.epochs + 1)

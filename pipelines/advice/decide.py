@@ -1,0 +1,197 @@
+"""From a search's records to a decision: front, depths, recommendation, and how sure it is.
+
+Decisions use held-out images alone: for each depth the mean of its best trial run again under
+seeds that the search did not see. Test images are reported beside them and decide nothing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from scipy import stats
+
+from partialhn.backbone import STAGE_NAMES
+from partialhn.seeds import CONFIDENCE, Interval
+from pipelines.search.settings import Objective
+from pipelines.search.state import Measured, TrialRecord
+
+FRONT = ("seconds", "feature_bytes", "serving_macs")
+"""Costs of the front, each the smaller the better, against accuracy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthResult:
+    """What the search knows of one depth."""
+
+    depth: int
+    best: TrialRecord
+    """Of the search."""
+    finals: tuple[TrialRecord, ...]
+    """The best one again, in order of seeds."""
+    bounds: tuple[TrialRecord, ...]
+    """One separate head a task under the same seeds."""
+    counts: Mapping[str, int]
+    """Trials of the search by status."""
+
+    @property
+    def runs(self) -> list[Measured]:
+        """What the decision looks at: the final runs, or the search's own where there are none."""
+        return [_measured(each) for each in self.finals or (self.best,)]
+
+    @property
+    def accuracy(self) -> Interval:
+        """Held-out accuracy over seeds."""
+        return Interval.of([run.accuracy for run in self.runs])
+
+    @property
+    def seconds(self) -> float:
+        """Mean cost of training the stream."""
+        return sum(run.seconds for run in self.runs) / len(self.runs)
+
+    @property
+    def per_task(self) -> list[float]:
+        """Mean held-out accuracy of each task at the end."""
+        rows = [run.rows[-1] for run in self.runs]
+        return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+    def lost(self) -> Interval | None:
+        """How far it stays behind separate heads, seed by seed; None without them."""
+        pairs = {each.plan.seed: _measured(each).accuracy for each in self.bounds}
+        gaps = [pairs[each.plan.seed] - _measured(each).accuracy for each in self.finals
+                if each.plan.seed in pairs]
+        return Interval.of(gaps) if gaps else None
+
+
+def _measured(record: TrialRecord) -> Measured:
+    assert record.measured is not None
+    return record.measured
+
+
+def stage_name(depth: int) -> str:
+    """How a depth is called in a sentence: freezing ..."""
+    if depth == 0:
+        return "nothing"
+    return f"through {STAGE_NAMES[depth - 1]}" if depth < len(STAGE_NAMES) else (
+        "everything but the classifier")
+
+
+def results_by_depth(records: Sequence[TrialRecord],
+                     score: Callable[[Measured], float]) -> list[DepthResult]:
+    """The best finished trial of each depth, with its final runs; a depth may have none."""
+    found = []
+    for depth in sorted({each.plan.depth for each in records}):
+        here = [each for each in records if each.plan.depth == depth]
+        trials = [each for each in here if each.plan.kind == "search"]
+        finished = [each for each in trials if each.finished]
+        if not finished:
+            continue
+        best = max(finished, key=lambda each: (score(_measured(each)), each.plan.id))
+        again = {kind: tuple(sorted((each for each in here if each.plan.kind == kind
+                                     and each.finished and _origin(each) == best.plan.id),
+                                    key=lambda each: each.plan.seed))
+                 for kind in ("final", "bound")}
+        counts = {status: sum(each.status == status for each in trials)
+                  for status in ("finished", "pruned", "failed")}
+        found.append(DepthResult(depth, best, again["final"], again["bound"], counts))
+    return found
+
+
+def _origin(record: TrialRecord) -> str:
+    """The search's trial that a final run or a bound repeats: final-0012-s1 -> 0012."""
+    return record.plan.id.split("-")[1]
+
+
+def front(records: Sequence[TrialRecord]) -> list[str]:
+    """Ids of the search's finished trials that no other one equals or beats in everything and
+    beats in something: accuracy, and each of `FRONT`.
+    """
+    points = {each.plan.id: (_measured(each).accuracy,
+                             *(-float(getattr(_measured(each), cost)) for cost in FRONT))
+              for each in records if each.finished and each.plan.kind == "search"}
+    return [name for name, own in points.items()
+            if not any(other != own and all(a >= b for a, b in zip(other, own, strict=True))
+                       for other in points.values())]
+
+
+def noise(results: Sequence[DepthResult]) -> float:
+    """The difference of two depths' accuracies that the seeds alone may make (95 %, two-sided t).
+
+    The spread over seeds is pooled over the depths, since a few seeds of one depth say little:
+    t * s * sqrt(2 / n), with n the seeds of a depth. 0 where no depth has two.
+    """
+    freedom = sum(len(each.accuracy.values) - 1 for each in results)
+    if freedom == 0:
+        return 0.0
+    squares = sum((value - each.accuracy.mean)**2 for each in results
+                  for value in each.accuracy.values)
+    seeds = min(len(each.accuracy.values) for each in results)
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(
+        squares / freedom * 2 / seeds)
+
+
+def choose(accuracy: Mapping[int, float], cost: Mapping[int, float], objective: Objective,
+           max_loss: float, margin: float = 0.0) -> int:
+    """The depth that the objective prefers.
+
+    accuracy: the most accurate. cost: the cheapest of those within max_loss of the most accurate.
+    balanced: the largest accuracy - max_loss * log2(cost), so that each doubling of the cost must
+    buy max_loss. Of depths whose value is within `margin` of the best one's, the cheapest, then
+    the deepest: what the seeds cannot tell apart is not worth paying for.
+    """
+    best = max(accuracy.values())
+    depths = [depth for depth in accuracy
+              if objective != "cost" or accuracy[depth] >= best - max_loss - 1e-12]
+    value: dict[int, float] = {
+        depth: {"accuracy": accuracy[depth], "cost": -cost[depth],
+                "balanced": accuracy[depth] - max_loss * math.log2(cost[depth])}[objective]
+        for depth in depths}
+    enough = max(value.values()) - (0.0 if objective == "cost" else margin)
+    return max((depth for depth in depths if value[depth] >= enough),
+               key=lambda depth: (-cost[depth], depth))
+
+
+def agreement(results: Sequence[DepthResult], cost: Mapping[int, float], objective: Objective,
+              max_loss: float) -> dict[int, int]:
+    """How many seeds, each taken alone, would recommend each depth."""
+    votes: dict[int, int] = {}
+    seeds = min(len(each.finals) for each in results)
+    for index in range(seeds):
+        accuracy = {each.depth: each.runs[index].accuracy for each in results}
+        depth = choose(accuracy, cost, objective, max_loss)
+        votes[depth] = votes.get(depth, 0) + 1
+    return votes
+
+
+def more_search(scores: Sequence[float]) -> dict[str, float] | None:
+    """What more trials would bring, from those that were run; None for fewer than four.
+
+    With E(k) the expected best of k of the n trials drawn at random, the last doubling brought
+    E(n) - E(n/2) and the one before E(n/2) - E(n/4). The next is expected to bring the last one
+    shrunk by their ratio, or by nothing where they do not shrink.
+    """
+    count = len(scores)
+    if count < 4:
+        return None
+    last = expected_best(scores, count) - expected_best(scores, count // 2)
+    before = expected_best(scores, count // 2) - expected_best(scores, count // 4)
+    ratio = min(1.0, last / before) if before > 0 else 1.0
+    return {"trials": count, "last_doubling": last, "next_doubling": last * ratio}
+
+
+def expected_best(scores: Sequence[float], count: int) -> float:
+    """E(k): mean over all ways to draw k of the scores of the largest drawn."""
+    ordered = sorted(scores)
+    ways = math.comb(len(ordered), count)
+    return sum(score * math.comb(index, count - 1) / ways for index, score in enumerate(ordered))
+
+
+def rank_correlation(forecast: Sequence[Mapping[str, Any]],
+                     results: Sequence[DepthResult]) -> float | None:
+    """Spearman's correlation of the forecast and the measured accuracy; None below 3 depths."""
+    kept = {each["depth"]: each["kept"] for each in forecast}
+    pairs = [(kept[each.depth], each.accuracy.mean) for each in results if each.depth in kept]
+    if len(pairs) < 3:
+        return None
+    value = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
+    return None if math.isnan(value) else value

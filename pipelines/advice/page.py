@@ -1,0 +1,170 @@
+"""The advice as one HTML page that opens without a network: charts to click on, tables, words.
+
+Text that came from outside (names of searches, tasks and keys) is escaped where it is printed; the
+page's own script writes it as text, never as HTML.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from pipelines.advice.words import percent, points, size
+from pipelines.report.charts import escape
+from pipelines.report.html import data_table
+
+WORDS = {"accuracy": "the most accurate depth",
+         "cost": "the cheapest depth within {loss} of the most accurate",
+         "balanced": "the depth with the most accuracy for its cost, where each doubling of the "
+                     "cost must buy {loss}"}
+
+
+def render(advice: Mapping[str, Any]) -> str:
+    """The whole page of one advice."""
+    here = Path(__file__).parent
+    template = Template((here / "template.html").read_text(encoding="utf-8"))
+    chosen = advice["recommendation"]
+    supporting = [chosen["preferred"], chosen["confidence"], chosen["separate_heads"]]
+    data = json.dumps(advice).replace("<", "\\u003c")  # no </script> inside the data
+    return template.substitute(
+        title=escape(f"{advice['name']} – how deep may I freeze?"), name=escape(advice["name"]),
+        meta=escape(_meta(advice)), headline=escape(_headline(chosen)),
+        reason=escape(chosen["reason"]), supporting="".join(
+            f'<p class="small">{escape(text)}</p>' for text in supporting if text),
+        depths_lead=escape(_depths_lead(advice)), depths_label=escape(_depths_label(advice)),
+        depths_table=_depths_table(advice), parallel_width=_parallel_width(advice),
+        importance_note=escape(_importance_note(advice)),
+        more=escape(advice["more_search"]["words"]), money=_money(advice),
+        forecast=_forecast(advice), method=escape(_method(advice)), data=data,
+        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        script=(here / "page.js").read_text(encoding="utf-8"))
+
+
+def _headline(chosen: Mapping[str, Any]) -> str:
+    return f"Freeze {chosen['freeze']} (depth {chosen['depth']})"
+
+
+def _meta(advice: Mapping[str, Any]) -> str:
+    kinds = [each["kind"] for each in advice["trials"]]
+    stopped = sum(each["status"] == "pruned" for each in advice["trials"])
+    return (f"{len(advice['tasks'])} tasks · {kinds.count('search')} trials, {stopped} stopped "
+            f"early · {kinds.count('final')} final runs, {kinds.count('bound')} with separate "
+            f"heads · {advice['search_seconds'] / 60:.0f} minutes of search")
+
+
+def _depths_lead(advice: Mapping[str, Any]) -> str:
+    seeds = len(advice["recommendation"]["accuracy"]["values"])
+    return ("For each depth, its best trial run again under "
+            f"{seeds} seed{'s' * (seeds > 1)} that the search did not see, on held-out images. "
+            "The distance to separate heads is what sharing one generator costs.")
+
+
+def _depths_label(advice: Mapping[str, Any]) -> str:
+    return "Accuracy by depth: " + ", ".join(
+        f"depth {each['depth']} {percent(each['accuracy']['mean'])}" for each in advice["depths"])
+
+
+def _depths_table(advice: Mapping[str, Any]) -> str:
+    rows = []
+    for each in advice["depths"]:
+        test, behind = each["test_accuracy"], each["behind_separate_heads"]
+        counts = each["counts"]
+        rows.append([f"{each['depth']} · {escape(each['freeze'])}", _with_half(each["accuracy"]),
+                     _with_half(test) if test else "–",
+                     f"{100 * behind['mean']:+.1f}" if behind else "–",
+                     f"{each['seconds']:.1f} s", size(each["feature_bytes"]),
+                     f"{each['serving_macs'] / 1e6:.0f} M", size(each["bytes_per_task"]),
+                     f"{counts['finished']} + {counts['pruned']}"])
+    table = data_table(["Freeze", "Held-out accuracy", "Test accuracy", "Behind heads, points",
+                        "Training", "Features", "Serving, multiply-adds", "Stored a task",
+                        "Trials + stopped"], rows)
+    marker = f'<tr><th scope="row">{advice["recommendation"]["depth"]} ·'
+    return table.replace(marker, marker.replace("<tr>", '<tr class="chosen">'))
+
+
+def _with_half(interval: Mapping[str, Any]) -> str:
+    if interval["low"] is None:
+        return percent(interval["mean"])
+    return f"{percent(interval['mean'])} ± {100 * (interval['mean'] - interval['low']):.1f}"
+
+
+def _parallel_width(advice: Mapping[str, Any]) -> str:
+    return f"{max(320, 84 * (len(advice['space']) + 1))}px"
+
+
+def _importance_note(advice: Mapping[str, Any]) -> str:
+    if not advice["importance"]:
+        return "Too few trials to say."
+    return ("Share of the differences in accuracy that each key explains (fANOVA over finished "
+            "trials), of the keys that every one of them has.")
+
+
+def _money(advice: Mapping[str, Any]) -> str:
+    money = advice["money"]
+    if not money:
+        return ""
+    rows = [[escape(row["way"]), _accuracy(row["accuracy"]), _duration(row["retraining_seconds"]),
+             _price(row["retraining"]), _price(row["computing_a_year"]),
+             _price(row["storage_a_year"]), _price(row["a_year"])] for row in money["rows"]]
+    table = data_table(["Way", "Accuracy", "A retraining takes", "A retraining costs",
+                        "Computing a year", "Storage a year", "A year"], rows)
+    prices = money["prices"]
+    lead = (f"At {prices['gpu_hour']:g} an hour of the machine, {prices['gib_month']:g} a GiB and "
+            f"month, and {prices['tasks_a_month']:g} new tasks a month.")
+    return ('<section aria-labelledby="money-title"><h2 id="money-title">What it costs</h2>'
+            f"<p>{escape(lead)}</p>"
+            '<div class="scroll" tabindex="0" role="region" aria-label="Table of costs">'
+            f'{table}</div><p class="note">{escape(money["assumes"])} For retraining everything '
+            "the last retraining of the year is shown.</p></section>")
+
+
+def _forecast(advice: Mapping[str, Any]) -> str:
+    measured = {each["depth"]: each["accuracy"]["mean"] for each in advice["depths"]}
+    rows = [[str(stage["depth"]), percent(stage["probe_first"]), percent(stage["probe_second"]),
+             f"{stage['cka_first']:.2f}", f"{stage['cka_second']:.2f}", percent(stage["kept"]),
+             "yes" if stage["worth_trying"] else "doubtful", _accuracy(measured.get(
+                 stage["depth"]))] for stage in advice["forecast"]["stages"]]
+    table = data_table(["Depth", "Probe, first task", "Probe, second", "CKA, first",
+                        "CKA, second", "Kept", "Worth trying", "Measured"], rows)
+    correlation = advice["forecast"]["rank_correlation"]
+    judged = ("" if correlation is None else " Its ranks and those of the measured accuracy "
+              f"correlate by {correlation:+.2f} (Spearman; 1 is the same order).")
+    lead = ("Before any trial, from the first two tasks alone: how well a linear probe on each "
+            "stage's features does, and how much of that carries over to a task that the trunk "
+            "was not trained on." + judged)
+    return ('<section aria-labelledby="forecast-title"><h2 id="forecast-title">The forecast</h2>'
+            f"<p>{escape(lead)}</p>"
+            '<div class="scroll" tabindex="0" role="region" aria-label="Table of the forecast">'
+            f"{table}</div></section>")
+
+
+def _method(advice: Mapping[str, Any]) -> str:
+    words = WORDS[advice["objective"]].format(loss=points(advice["max_loss"]))
+    cost = advice["recommendation"]["cost"]
+    return (f"Objective {advice['objective']}: {words}. The cost is {cost}"
+            + (" of training the stream: processor time on a CPU, where trials share the machine, "
+               "and wall-clock time on a GPU" if cost == "seconds" else "")
+            + ". Where the seeds cannot tell two depths apart (95 %), the cheaper one is taken. "
+            "Choices were made on held-out images; test images were looked at after them and "
+            "decided nothing. Serving cost is one answer for a task whose head is not in memory, "
+            "so generating it is included.")
+
+
+def _accuracy(value: float | None) -> str:
+    return "–" if value is None else percent(value)
+
+
+def _price(value: float) -> str:
+    return f"{value:,.2f}" if value >= 0.01 or value == 0 else f"{value:.2g}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.1f} s"
+
+

@@ -1,0 +1,178 @@
+"""`partialhn features`: light, so that `--help` answers at once."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tyro.conf import Positional
+
+from partialhn.config import BackboneConfig, Config, DataConfig, FeatureConfig
+from partialhn.errors import InputError
+from pipelines.settings import Group, OutputConfig
+
+if TYPE_CHECKING:
+    from pipelines.storage import Storage
+
+
+
+def _storage(uri: str) -> "Storage":
+    """The storage, asked once whether it can be read. Raises: InputError saying why not."""
+    from pipelines.storage import open_storage
+
+    storage = open_storage(uri)
+    storage.check(write=False)
+    return storage
+
+
+@dataclasses.dataclass(frozen=True)
+class ListFeatures:
+    """List what the feature store holds: how old it is, what it takes and what needs it."""
+
+    storage: str = OutputConfig.storage
+    """The storage that train was given."""
+    tracking_uri: str | None = OutputConfig.tracking_uri
+    """MLflow server or database, as for train: its versions need features."""
+
+    def run(self) -> int:
+        from pipelines.registry.client import connect
+        from pipelines.upkeep.inspect import listing
+        from pipelines.upkeep.references import references
+
+        storage = _storage(self.storage)
+        registry = None
+        try:
+            registry = connect(storage, self.tracking_uri, create=False)
+        except InputError as error:
+            print(f"not known which features registered versions need: {error}")
+        with storage.explained():
+            print("\n".join(listing(storage, references(storage, registry))))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ShowFeatures:
+    """Show how one set of features was made, and each of its shards."""
+
+    key: Positional[str]
+    """Key as `features list` prints it; its first characters will do."""
+    storage: str = OutputConfig.storage
+    """The storage that train was given."""
+
+    def run(self) -> int:
+        from pipelines.upkeep.inspect import description
+
+        storage = _storage(self.storage)
+        with storage.explained():
+            print("\n".join(description(storage, self.key)))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyFeatures:
+    """Read every byte of the stored features again; exit code 1 where something is damaged."""
+
+    key: str | None = None
+    """Only this key; its first characters will do."""
+    storage: str = OutputConfig.storage
+    """The storage that train was given."""
+
+    def run(self) -> int:
+        from pipelines.upkeep.inspect import verify
+
+        storage, damaged = _storage(self.storage), 0
+        with storage.explained():
+            for line, good in verify(storage, self.key):
+                print(line)
+                damaged += not good
+        return 1 if damaged else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneFeatures:
+    """Delete features that no registered version, no stream's log and no running job needs.
+
+    Says what it would delete; --delete deletes. What is deleted is computed again when a command
+    needs it. Sets that were never finished go once they are a day old.
+    """
+
+    storage: str = OutputConfig.storage
+    """The storage that train was given."""
+    tracking_uri: str | None = OutputConfig.tracking_uri
+    """MLflow server or database with every version that was learned from this storage."""
+    older_than: str | None = None
+    """Only what was made so long ago: 30d, 12h, 2w, 90min."""
+    unreferenced: bool = False
+    """Whatever nothing needs, however young."""
+    no_registry: bool = False
+    """No model was ever registered from this storage; without it a registry must answer."""
+    delete: bool = False
+    """Delete, instead of saying what would be deleted."""
+
+    def run(self) -> int:
+        from pipelines.registry.client import connect
+        from pipelines.upkeep.prune import age_text, delete, parse_age, prunable, stored
+        from pipelines.upkeep.references import check_registry, references
+
+        if self.older_than is None and not self.unreferenced:
+            raise InputError("neither --older-than nor --unreferenced is given; allowed: one of "
+                             "them, or both")
+        age = parse_age(self.older_than) if self.older_than is not None else 0.0
+        storage = _storage(self.storage)
+        registry = None if self.no_registry else connect(storage, self.tracking_uri, create=False)
+        check_registry(storage, registry)
+        with storage.explained():
+            found = prunable(stored(storage), references(storage, registry), age)
+            done = delete(storage, found) if self.delete else ((each, []) for each in found)
+            size = count = 0
+            for each, users in done:
+                what = (f"kept, in use by {users[0]}" if users else
+                        "deleted" if self.delete else "would be deleted")
+                print(f"{each.key}  {each.bytes / 2**20:.1f} MiB  {age_text(each.age)} old  {what}")
+                size, count = size + each.bytes * (not users), count + (not users)
+        print(f"{count} keys, {size / 2**20:.1f} MiB "
+              + ("deleted" if self.delete else "would be deleted; --delete deletes"))
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanFeatures:
+    """Say what stored features of every freeze depth would take and when they pay; store none.
+
+    --config FILE and --preset NAME as for train.
+    """
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+    features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
+    storage: str = OutputConfig.storage
+    """Where data sets that come from a library are kept."""
+
+    def run(self) -> int:
+        from partialhn.backbone import Trunk, build_network
+        from partialhn.featurise import feature_jobs
+        from partialhn.plan import described, plan
+        from pipelines.data import open_data
+
+        storage = _storage(self.storage)
+        network = build_network(self.backbone.backbone, 2).eval()
+        depths = range(len(network.stages()) + 1)
+        trunk = Trunk(network, depths[-1])
+        with storage.explained():
+            experiences = open_data(self.data, storage)
+            config = Config(data=self.data, backbone=self.backbone, features=self.features)
+            plans = plan(feature_jobs(config, experiences, trunk, depths), trunk)
+        if not plans:
+            raise InputError(f"data is {self.data.data!r}, and none of the images looked at can be "
+                             "read; allowed: PNG, JPEG and other images")
+        print("\n".join(described(plans)))
+        return 0
+
+
+class Features(Group):
+    """Look at the stored features, check them, plan them, and delete what nothing needs."""
+
+    COMMANDS: ClassVar[dict[str, Any]] = {"list": ListFeatures, "show": ShowFeatures,
+                                          "verify": VerifyFeatures, "plan": PlanFeatures,
+                                          "prune": PruneFeatures}
+
+
+COMMANDS: dict[str, Any] = {"features": Features}

@@ -1,0 +1,287 @@
+"""The command line: `partialhn COMMAND`.
+
+Imports nothing heavy until a command runs, so that `--help` answers at once. Exit codes: 0 done,
+1 failed, 2 bad input.
+"""
+
+import dataclasses
+import io
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes
+
+from partialhn import __version__
+from partialhn.config import (
+    BackboneConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    FeatureConfig,
+    HypernetConfig,
+    TrainConfig,
+    load_config,
+)
+from partialhn.errors import InputError
+from partialhn.presets import preset
+from pipelines.cli import doctor, features, models, reproduce, retrain, serve, tune
+from pipelines.settings import Group, OutputConfig, mask_password
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Learn a stream of tasks and register a model version for each.
+
+    The same command goes on where an interrupted one stopped. --preset NAME starts from a known
+    configuration (digits, split-cifar10, split-cifar100, split-tiny-imagenet,
+    split-tiny-imagenet-5x10, noisy-cifar, domain-cifar10), --config FILE from a YAML file (sections
+    data, backbone, features, hypernet, train, compute); options given here win.
+    """
+
+    output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+    features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
+    hypernet: HypernetConfig = dataclasses.field(default_factory=HypernetConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+
+    def run(self) -> None:
+        from pipelines.report.page import text_summary
+        from pipelines.train import train
+
+        config = Config(self.data, self.backbone, self.features, self.hypernet, self.train,
+                        self.compute)
+        result = train(config, self.output)
+        print()
+        print(text_summary(result))
+        print(f"\nresult: {self.output.result}")
+        print("\n".join(next_commands(self.output, result)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Predict:
+    """Label images with the classes of their task, given or inferred, by a registered model."""
+
+    model: str
+    """Model: models:/NAME@champion, models:/NAME@task-TASK or models:/NAME/VERSION."""
+    task: str
+    """Name of the task, its index from 0, or auto to have each image's task inferred."""
+    input: str
+    """Images: a folder (searched deeply), an image file or a Parquet file; local or s3://."""
+    output: str = "preds.parquet"
+    """Parquet file to write: id, task, label, probability, classes, probabilities."""
+    storage: str = "partialhn-store"
+    """The storage that train was given; finds the default registry."""
+    tracking_uri: str | None = None
+    """MLflow server or database, as for train."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An unreadable image stops the run (error) or is counted and left out (skip)."""
+    record: bool = False
+    """Keep a bounded sample of trunk features (no images) in the storage, for drift."""
+
+    def run(self) -> None:
+        from pipelines.predict import predict_to_parquet
+
+        done = predict_to_parquet(self.model, self.task, self.input, self.output, self.storage,
+                                  self.tracking_uri, self.on_bad_image, self.record)
+        print(f"{done.images} images of task {done.task!r} labelled by {done.model_uri}: "
+              + ", ".join(f"{label} {count}" for label, count in done.labels.items()))
+        for bad in done.bad:
+            print(f"  left out {bad.id}: {bad.reason}")
+        print(f"predictions: {done.output}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Write the report of a stream: one HTML page that opens without a network."""
+
+    name: str = "stream"
+    """Name of the stream."""
+    output: str = "report.html"
+    """File to write."""
+    result: str | None = None
+    """Take this result.json instead of asking the registry."""
+    pack: str | None = None
+    """Write the page of a comparison instead: the folder, or the result.json, that reproduce
+    wrote."""
+    storage: str = "partialhn-store"
+    """The storage that train was given; finds the default registry."""
+    tracking_uri: str | None = None
+    """MLflow server or database, as for train."""
+
+    def __post_init__(self) -> None:
+        if self.result and self.pack:
+            raise InputError("--result and --pack are given; allowed: one of them")
+
+    def run(self) -> None:
+        from pipelines.report.page import render, write_page
+
+        if self.pack:
+            from pipelines.packs.page import pack_page
+
+            path = Path(self.pack)
+            html = pack_page(_read_result(path / "result.json" if path.is_dir() else path,
+                                          "reproduce"))
+        else:
+            html = render(self._fields())
+        print(f"report: {write_page(html, self.output)}")
+
+    def _fields(self) -> dict[str, Any]:
+        if self.result is None:
+            from pipelines.registry.client import connect
+            from pipelines.storage import open_storage
+
+            return connect(open_storage(self.storage), self.tracking_uri,
+                           create=False).result(self.name)
+        return _read_result(Path(self.result), "train")
+
+
+def _read_result(path: Path, writer: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"result {str(path)!r} cannot be read ({error}); allowed: a result.json "
+                         f"that {writer} wrote") from error
+    if not isinstance(found, dict):
+        raise InputError(f"result {str(path)!r} holds {type(found).__name__}; allowed: a "
+                         f"result.json that {writer} wrote")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """Show a stream: its tasks, versions, aliases, metrics, and where its features lie."""
+
+    name: str = "stream"
+    """Name of the stream."""
+    storage: str = "partialhn-store"
+    """The storage that train was given; finds the default registry."""
+    tracking_uri: str | None = None
+    """MLflow server or database, as for train."""
+
+    def run(self) -> None:
+        from pipelines.show import show
+
+        print(show(self.name, self.storage, self.tracking_uri))
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Run the main job on scikit-learn's handwritten digits: 5 tasks of 2 classes."""
+
+    folder: str = "demo"
+    """Where everything it makes lies; run again it starts over and finds its features."""
+    size: Literal["full", "small"] = "full"
+    """small: fewer passes, for a quick check that everything works."""
+
+    def run(self) -> None:
+        from pipelines.demo import demo
+
+        demo(Path(self.folder), self.size)
+
+
+COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report, "show": Show,
+                            "demo": Demo, **models.COMMANDS, **retrain.COMMANDS,
+                            **serve.COMMANDS, **tune.COMMANDS, **features.COMMANDS,
+                            **reproduce.COMMANDS, **doctor.COMMANDS}
+"""Every command by name: a class whose `run` does it, or a `Group` of such classes."""
+
+
+def next_commands(output: OutputConfig, result: dict[str, Any]) -> list[str]:
+    """What a user may want to do after training."""
+    where = ("" if output.storage == OutputConfig.storage
+             else f" --storage {shlex.quote(output.storage)}")
+    if output.tracking_uri:
+        where += f" --tracking-uri {shlex.quote(mask_password(output.tracking_uri))}"
+    first = result["tasks"][0]["name"]
+    return ["next:",
+            f"  partialhn report --name {output.name}{where}",
+            f"  partialhn show --name {output.name}{where}",
+            f"  partialhn predict --model {result['model_uri']} --task {first} "
+            f"--input IMAGES{where}"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits with its code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # progress shows in a pipe or a log file too
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a command; returns 0 (done), 1 (failed), 2 (bad input), or what the command says."""
+    words = list(arguments)
+    if words in (["--version"], ["-V"]):
+        print(f"partialhn {__version__}")
+        return 0
+    try:
+        code = _parse(words).run() or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        print("failed: the same command goes on from what was finished", file=sys.stderr)
+        return 1
+    return int(code)
+
+
+def _parse(words: list[str]) -> Any:
+    """The command with its options; tyro prints help and its own errors (exit code 2)."""
+    words, default = _configured(words)
+    kinds, path = dict(COMMANDS), ["partialhn"]
+    description = __doc__.split("\n\n")[0]
+    while words and words[0] in kinds:
+        kind = kinds[words[0]]
+        path.append(words[0])
+        words = words[1:]
+        if not issubclass(kind, Group):
+            return tyro.cli(OmitArgPrefixes[kind], prog=" ".join(path), args=words, **default)
+        kinds, description = kind.COMMANDS, kind.__doc__ or ""
+    if words and not words[0].startswith("-"):
+        raise InputError(f"command is {' '.join([*path[1:], words[0]])!r}; allowed: "
+                         + ", ".join(kinds))
+    return tyro.extras.subcommand_cli_from_dict(kinds, prog=" ".join(path), args=words,
+                                                description=description)
+
+
+def _configured(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Takes a configuration out of the words of a command that has one, as its default."""
+    kinds = {"train": Train, "tune": COMMANDS["tune"], "features plan": features.PlanFeatures}
+    kind = kinds.get(" ".join(words[:1])) or kinds.get(" ".join(words[:2]))
+    words, config = _take_config(words) if kind else (words, None)
+    if config is None or kind is None:
+        return words, {}
+    sections = {field.name for field in dataclasses.fields(Config)}
+    return words, {"default": kind(**{field.name: getattr(config, field.name) for field in
+                                      dataclasses.fields(kind) if field.name in sections})}
+
+
+def _take_config(words: list[str]) -> tuple[list[str], Config | None]:
+    """Takes --config FILE or --preset NAME out of the words: where the defaults come from."""
+    for index, word in enumerate(words):
+        option, given, value = word.partition("=")
+        if option not in ("--config", "--preset"):
+            continue
+        if not given and index + 1 == len(words):
+            raise InputError(f"{option} names nothing; allowed: --config FILE.yaml, --preset NAME")
+        value = value if given else words[index + 1]
+        rest = words[:index] + words[index + (1 if given else 2):]
+        again, more = _take_config(rest)
+        if more:
+            raise InputError("--config and --preset are given twice; allowed: one of them, once")
+        return again, load_config(value) if option == "--config" else preset(value)
+    return words, None

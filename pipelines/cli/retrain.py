@@ -1,0 +1,61 @@
+"""`partialhn retrain`: light, so that `--help` answers at once."""
+
+import dataclasses
+import json
+import re
+import sys
+import time
+from typing import Any
+
+from partialhn.errors import InputError
+from pipelines.settings import RetrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrain:
+    """Learn what has arrived in the inbox, and let the gate decide whether it becomes champion.
+
+    One pass that may be started again at any time: two at once do no harm. Exit codes: 0 done or
+    nothing to do, 1 failed, 2 bad input, 3 the gate stopped a version.
+    """
+
+    retrain: RetrainConfig = dataclasses.field(default_factory=RetrainConfig)
+    watch: bool = False
+    """Go on for ever, a pass every --interval; without a scheduler."""
+    interval: str = "10m"
+    """Time between two passes with --watch: 30s, 10m, 2h."""
+    json: bool = False
+    """Print one line of JSON a pass, and progress on stderr."""
+
+    def run(self) -> int:
+        seconds = parse_interval(self.interval)
+        while True:
+            code = self._pass()
+            if not self.watch:
+                return code
+            time.sleep(seconds)
+
+    def _pass(self) -> int:
+        from pipelines.retrain.run import retrain
+
+        done = retrain(self.retrain, _to_stderr if self.json else print)
+        if self.json:
+            print(json.dumps(done.fields()))
+        else:
+            print("\n".join(done.lines()))
+        return done.exit_code
+
+
+def parse_interval(text: str) -> float:
+    """Seconds of 30s, 10m or 2h. Raises: InputError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if not match or float(match[1]) <= 0:
+        raise InputError(f"interval is {text!r}; allowed: a number with s, m or h, such as 10m")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+COMMANDS: dict[str, Any] = {"retrain": Retrain}

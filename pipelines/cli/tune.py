@@ -1,0 +1,77 @@
+"""`partialhn tune`: how deep may I freeze, and what do I lose?"""
+
+import dataclasses
+from typing import Any
+
+from partialhn.config import (
+    BackboneConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    FeatureConfig,
+    HypernetConfig,
+    TrainConfig,
+)
+from pipelines.search.settings import SearchConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Tune:
+    """Search freeze depths and hyperparameters on your stream, and get a recommendation.
+
+    Stored features make a trial cheap: no image is decoded, several run at once, clearly worse
+    ones stop early. The search decides on held-out images and ends in advice.json, an interactive
+    advice.html, and a configuration for each depth that `partialhn train --config` takes.
+
+    --config FILE and --preset NAME say where the search starts, as for train; the options of
+    data, network and training below are what trials have in common. The same command goes on
+    where a search stopped, and so does its name alone (resume): trials that ended are never run
+    again.
+    """
+
+    search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
+    features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
+    hypernet: HypernetConfig = dataclasses.field(default_factory=HypernetConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+
+    def run(self) -> None:
+        from pipelines.search.run import tune
+
+        config = Config(self.data, self.backbone, self.features, self.hypernet,
+                        dataclasses.replace(self.train, compare=()), self.compute)
+        advice = tune(config, self.search)
+        if "recommendation" in advice:
+            print()
+            print("\n".join(summary(advice, self.search.output)))
+
+
+def summary(advice: dict[str, Any], output: str) -> list[str]:
+    """The advice as lines for a terminal."""
+    chosen = advice["recommendation"]
+    lines = [f"freeze depth {chosen['depth']} ({chosen['freeze']})", "", chosen["reason"],
+             *([chosen["preferred"]] if chosen["preferred"] else []), chosen["confidence"],
+             chosen["separate_heads"], advice["more_search"]["words"], "",
+             "depth  trials  accuracy            test     seconds   features  behind heads"]
+    for each in advice["depths"]:
+        accuracy, test = each["accuracy"], each["test_accuracy"]
+        half = ("" if accuracy["low"] is None else
+                f" ± {100 * (accuracy['mean'] - accuracy['low']):.1f}")
+        tested = f"{100 * test['mean']:5.1f} %" if test else "-"
+        behind = each["behind_separate_heads"]
+        lines.append(
+            f"{each['depth']:>5}  {sum(each['counts'].values()):>6}  "
+            f"{100 * accuracy['mean']:5.1f} %{half:<8}  {tested:>10}  {each['seconds']:>8.1f}  "
+            f"{each['feature_bytes'] / 2**20:>5.0f} MiB  "
+            + (f"{100 * behind['mean']:.1f} points" if behind else "-"))
+    if advice["money"]:
+        lines += ["", "a year" + " " * 46 + "a retraining    a year"]
+        lines += [f"  {row['way']:<50}{row['retraining']:>12.2f}{row['a_year']:>10.2f}"
+                  for row in advice["money"]["rows"]]
+    return [*lines, "", f"advice: {output}/advice.html, {output}/advice.json", "next:",
+            f"  partialhn train --config {output}/{chosen['config_file']} --name STREAM"]
+
+
+COMMANDS: dict[str, Any] = {"tune": Tune}

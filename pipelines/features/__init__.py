@@ -1,0 +1,1 @@
+"""Features of every task, computed once and kept in use."""

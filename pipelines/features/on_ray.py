@@ -1,0 +1,112 @@
+"""Shards of features on Ray Data: an actor pool, with the trunk loaded once in each actor.
+
+One row of the dataset is one shard of one pass.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from partialhn.arithmetic import set_arithmetic
+from partialhn.backbone import Trunk
+from partialhn.errors import InputError
+from partialhn.featurise import Pass, compute_shards
+from partialhn.store import parse_shard
+from pipelines.features.produce import Made, Place, Run, open_store
+from pipelines.storage import Storage
+
+ATTEMPTS = 3
+"""Times the actors are started again after one of them died."""
+HARMLESS = "has constructor arguments in the object store and max_restarts > 0"
+"""Logged at every start of an actor pool; the arguments live as long as the dataset does."""
+
+
+class Featuriser:
+    """The actor: turns shards into files, and says what it wrote."""
+
+    def __init__(self, storage: Storage, trunk: Trunk, groups: Sequence[Pass], device: str,
+                 threads: int) -> None:
+        set_arithmetic(threads)
+        self.store = open_store(storage)
+        self.trunk, self.groups = trunk.to(device), groups
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        group = self.groups[int(row["group"])]
+        try:
+            shards, decoded = compute_shards(self.store, self.trunk, group, int(row["shard"]))
+        except InputError as error:  # the user's to mend: no reason for Ray to try again
+            return row | {"written": "", "decoded": 0, "error": str(error)}
+        written = json.dumps([dataclasses.asdict(shard) for shard in shards])
+        return row | {"written": written, "decoded": decoded, "error": ""}
+
+
+def on_ray(workers: int = 1, gpu: bool = False, threads: int = 1) -> Run:
+    """Computes shards by that many actors; when one dies, what it left is computed again."""
+    def run(storage: Storage, trunk: Trunk, groups: Sequence[Pass],
+            places: Sequence[Place]) -> Iterator[Made]:
+        from ray.exceptions import RayActorError
+
+        left = dict.fromkeys(places)
+        for attempt in range(ATTEMPTS):
+            try:
+                for row in _start(storage, trunk, groups, tuple(left), workers, gpu, threads):
+                    if row["error"]:
+                        raise InputError(row["error"])
+                    place = int(row["group"]), int(row["shard"])
+                    left.pop(place, None)
+                    yield (place, [parse_shard(fields) for fields in json.loads(row["written"])],
+                           int(row["decoded"]))
+                return
+            except RayActorError:  # a shard whose row was lost is found by the next actor
+                if not left:
+                    return
+                if attempt + 1 == ATTEMPTS:
+                    raise
+    return run
+
+
+def _start(storage: Storage, trunk: Trunk, groups: Sequence[Pass], todo: Sequence[Place],
+           workers: int, gpu: bool, threads: int) -> Iterator[dict[str, Any]]:
+    """Rows as shards are finished."""
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # the caller shows its own
+    context.execution_options.verbose_progress = False
+    items = [{"group": number, "shard": index} for number, index in todo]
+    rows = ray.data.from_items(items, override_num_blocks=min(len(todo), 16 * workers))
+    written = rows.map(Featuriser, concurrency=min(workers, len(todo)), num_gpus=1 if gpu else 0,
+                       fn_constructor_args=(storage, trunk, groups, "cuda" if gpu else "cpu",
+                                            threads))
+    with without_lines(HARMLESS):
+        yield from written.iter_rows()
+
+
+@contextlib.contextmanager
+def without_lines(text: str) -> Iterator[None]:
+    """Keeps lines with `text` from stderr, whoever writes them: Ray's C++ parts ask no logger."""
+    saved, (reader, writer) = os.dup(2), os.pipe()
+    os.dup2(writer, 2)
+    os.close(writer)
+
+    def forward() -> None:
+        with os.fdopen(reader, "rb") as lines, os.fdopen(saved, "wb", 0) as stderr:
+            for line in lines:
+                if text.encode() not in line:
+                    stderr.write(line)
+
+    thread = threading.Thread(target=forward, daemon=True)
+    thread.start()
+    restore = os.dup(saved)
+    try:
+        yield
+    finally:
+        os.dup2(restore, 2)  # closes the pipe's last end, which ends the thread
+        os.close(restore)
+        thread.join(1)

@@ -1,0 +1,114 @@
+"""Features of every task, computed once, a shard at a time, by whatever runs the shards.
+
+That is this process (`in_process`), or the actors of `pipelines.features.on_ray`. What a shard
+holds is decided by `partialhn.featurise`, so all write the same bytes.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from partialhn.backbone import Trunk
+from partialhn.cache import ShardCache
+from partialhn.config import ComputeConfig
+from partialhn.featurise import (
+    FeatureJob,
+    Pass,
+    check_trunk,
+    commit_features,
+    compute_shards,
+    find_features,
+    passes,
+)
+from partialhn.plan import described, plan
+from partialhn.store import FeatureStore, Manifest, Shard
+from pipelines.features.in_use import InUse
+from pipelines.storage import Storage
+
+Progress = Callable[[int, int], None]
+Place = tuple[int, int]
+"""Which pass, and which shard of it."""
+Made = tuple[Place, list[Shard], int]
+"""Where, the shards of the pass's jobs in their order, and how many images were decoded."""
+Run = Callable[[Storage, Trunk, Sequence[Pass], Sequence[Place]], Iterator[Made]]
+"""Computes the shards of the places, in any order. Raises: InputError, as `compute_shards`."""
+
+
+def open_store(storage: Storage, compute: ComputeConfig | None = None) -> FeatureStore:
+    """The feature store of a storage. `compute` says where this machine keeps copies of remote
+    shards; without it remote shards are written and found, and cannot be read.
+    """
+    cache = None
+    if compute and not storage.is_local:
+        cache = ShardCache(cache_folder(compute), int(compute.cache_gib * 2**30))
+    return FeatureStore(storage.filesystem, storage.root, storage.put_if_absent, cache)
+
+
+def cache_folder(compute: ComputeConfig) -> Path:
+    """Where a machine keeps copies of remote features."""
+    return (Path(compute.cache).expanduser() if compute.cache
+            else Path.home() / ".cache" / "partialhn" / "features")
+
+
+def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob], run: Run, *,
+                     progress: Progress | None = None, say: Callable[[str], None] | None = None,
+                     in_use: InUse | None = None) -> tuple[list[Manifest], int]:
+    """The manifests of all jobs, computing by `run` what is not there; and how many images were
+    decoded.
+
+    Jobs may ask for several depths: `trunk` is as deep as the deepest or deeper, and each image
+    is decoded and goes through it once for all of them. `say` gets what they will cost before
+    any is computed (`partialhn.plan`). `in_use` is told of their keys, so that
+    none is pruned as long as it is held.
+
+    Raises: InputError naming an image that cannot be read.
+    """
+    store = open_store(storage)
+    check_trunk(trunk, jobs)
+    if in_use:
+        in_use.add(job.recipe.key for job in jobs)
+    manifests = find_features(store, jobs)
+    missing = [job for job in jobs if job.recipe.key not in manifests]
+    groups = passes(missing)
+    for line in described(plan(missing, trunk)) if missing and say else ():
+        say(line)
+    todo = [(number, index) for number, group in enumerate(groups)
+            for index in range(group[0].shards)]
+    shards = _finished(store, groups, todo)
+    decoded = 0
+    if left := [place for place in todo if place not in shards]:
+        for place, made, count in run(storage, trunk, groups, left):
+            shards[place] = made
+            decoded += count
+            if progress:
+                progress(len(shards), len(todo))
+    for number, group in enumerate(groups):
+        rows = [shards[number, index] for index in range(group[0].shards)]
+        for position, job in enumerate(group):
+            manifests[job.recipe.key] = commit_features(store, job,
+                                                        [row[position] for row in rows])
+    return [manifests[job.recipe.key] for job in jobs], decoded
+
+
+def in_process(device: torch.device | str = "cpu") -> Run:
+    """Computes shards here, one after the other."""
+    def run(storage: Storage, trunk: Trunk, groups: Sequence[Pass],
+            places: Sequence[Place]) -> Iterator[Made]:
+        store, there = open_store(storage), copy.deepcopy(trunk).to(device)
+        for number, index in places:
+            shards, decoded = compute_shards(store, there, groups[number], index)
+            yield (number, index), shards, decoded
+    return run
+
+
+def _finished(store: FeatureStore, groups: Sequence[Pass],
+              places: Sequence[Place]) -> dict[Place, list[Shard]]:
+    """Places where some writer has finished the shards of every depth."""
+    done = {}
+    for number, index in places:
+        found = [store.find_shard(job.recipe.key, index) for job in groups[number]]
+        if None not in found:
+            done[number, index] = [shard for shard in found if shard is not None]
+    return done

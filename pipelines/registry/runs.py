@@ -1,0 +1,149 @@
+"""MLflow runs: one parent for each stream's work, one child for each task, with what they log.
+
+Everything is found again by what it is (work, task), so a run that was interrupted and started
+again makes nothing twice. MLflow is imported when first used: importing it takes seconds.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partialhn.errors import InputError
+from pipelines.registry.matrix import Matrix, matrix_csv
+from pipelines.storage import Storage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+MAX_PARAM = 6000
+"""Characters MLflow keeps of a parameter; a longer one ends in its hash."""
+_EPOCH_KEYS = ("loss", "cross_entropy", "regulariser", "accuracy", "validation_accuracy", "seconds")
+
+
+class Runs:
+    """The runs of MLflow as this project uses them, through one explicit client."""
+
+    def __init__(self, client: "MlflowClient", tracking_uri: str, storage: Storage) -> None:
+        self._client, self.tracking_uri, self._storage = client, tracking_uri, storage
+        self._is_server = tracking_uri.startswith(("http://", "https://"))
+
+    def stream_run(self, name: str, work: str, config: Mapping[str, Any]) -> str:
+        """The parent run of a stream's work, new or found again, with its configuration."""
+        run_id = self._run(name, name, {"kind": "stream", "stream": name, "work": work})
+        self._log_parameters(run_id, config)
+        return run_id
+
+    def task_run(self, parent_id: str, task: str, task_index: int, prefix: str,
+                 parameters: Mapping[str, Any] | None = None) -> str:
+        """The child run of one experience, new or found again.
+
+        prefix: names the model after it; another model at the same place has a run of its own.
+        """
+        parent = self._client.get_run(parent_id).data.tags
+        tags = {"kind": "task", "stream": parent["stream"], "work": parent["work"], "task": task,
+                "task_index": str(task_index), "prefix": prefix,
+                "mlflow.parentRunId": parent_id}
+        run_id = self._run(parent["stream"], f"{task_index} {task}", tags)
+        own = {"task": task, "task_index": task_index}
+        self._log_parameters(run_id, own | dict(parameters or {}))
+        return run_id
+
+    def log_epochs(self, run_id: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Metrics of epochs (dicts as in result.json), one batch; epochs logged before stay."""
+        done = {point.step for point in self._client.get_metric_history(run_id, "loss")}
+        self._log_points(run_id, [(key, record[key], record["epoch"]) for record in records
+                                  if record["epoch"] not in done
+                                  for key in _EPOCH_KEYS if record.get(key) is not None])
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Single values, for example acc and forgetting after each task (step = task index)."""
+        self._log_points(run_id, [(key, value, step) for key, value in metrics.items()])
+
+    def log_matrix(self, run_id: str, accuracy_matrix: Matrix, tasks: Sequence[str]) -> None:
+        """The accuracy matrix as CSV and JSON, replacing earlier ones; the report draws it."""
+        self._client.log_text(run_id, matrix_csv(accuracy_matrix, tasks), "accuracy_matrix.csv")
+        self._client.log_dict(run_id, {"tasks": list(tasks), "accuracy_matrix":
+                                       [list(row) for row in accuracy_matrix]},
+                              "accuracy_matrix.json")
+
+    def log_file(self, run_id: str, path: str | Path) -> None:
+        """A local file, for example report.html, as an artifact of the run."""
+        self._client.log_artifact(run_id, str(path))
+
+    def log_result(self, run_id: str, result: Mapping[str, Any]) -> None:
+        """result.json as an artifact of the stream's run; `result()` reads it back."""
+        self._client.log_dict(run_id, dict(result), "result.json")
+
+    def end_run(self, run_id: str, failed: bool = False) -> None:
+        """Marks a run as done."""
+        self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            location = None if self._is_server else self._storage.uri_of("mlartifacts", name)
+            try:
+                return str(self._client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:  # another client was faster
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = self._client.get_experiment_by_name(name)
+                assert experiment is not None
+        if experiment.lifecycle_stage == "deleted":
+            raise InputError(f"MLflow experiment {name!r} was deleted; take another name or "
+                             f"`mlflow experiments restore -x {experiment.experiment_id}`")
+        return str(experiment.experiment_id)
+
+    def _run(self, stream: str, run_name: str, tags: dict[str, str]) -> str:
+        """The run with these tags, running."""
+        experiment = self._experiment(stream)
+        where = " and ".join(f"tags.`{key}` = '{tags[key]}'"
+                             for key in ("kind", "work", "prefix", "trial") if key in tags)
+        found = self._client.search_runs([experiment], where, max_results=1)
+        if found:
+            run_id = found[0].info.run_id
+            self._client.update_run(run_id, status="RUNNING")
+        else:
+            run_id = self._client.create_run(experiment, tags=tags, run_name=run_name).info.run_id
+        return str(run_id)
+
+    def _log_parameters(self, run_id: str, values: Mapping[str, Any]) -> None:
+        """Nested values as section.key parameters, whole in config.json; the first ones stay."""
+        from mlflow.entities import Param
+
+        there = self._client.get_run(run_id).data.params
+        params = [Param(key, _parameter(value)) for key, value in _flat(values)]
+        new = [param for param in params if param.key not in there]
+        for start in range(0, len(new), 100):
+            self._client.log_batch(run_id, params=new[start:start + 100])
+        if new:
+            self._client.log_dict(run_id, dict(values), "config.json")
+
+    def _log_points(self, run_id: str, points: Sequence[tuple[str, float, int]]) -> None:
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        metrics = [Metric(key, float(value), now, step) for key, value, step in points]
+        for start in range(0, len(metrics), 1000):
+            self._client.log_batch(run_id, metrics=metrics[start:start + 1000])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parameter(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) <= MAX_PARAM:
+        return text
+    end = f"... sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}, whole in config.json"
+    return text[:MAX_PARAM - len(end)] + end

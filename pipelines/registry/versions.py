@@ -1,0 +1,115 @@
+"""What a registered version says of itself, and the names it is found by. Knows no MLflow."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+CHAMPION = "champion"
+"""Alias of the version in use: the newest that passed, or one that a person chose."""
+CHALLENGER = "challenger"
+"""Alias of the newest version that the gate refused."""
+GATE, DECISION, FILES = "gate", "gate_decision", "files_sha256"
+"""Tags of a version: passed or failed; the whole decision with its numbers; the SHA-256 of every
+file of the version by its path. The latter two are JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Registration:
+    """What a registered version is tagged with."""
+
+    stream: str
+    work: str
+    """Names what is learned: the stream's configuration and data."""
+    task: str
+    task_index: int
+    classes: tuple[str, ...]
+    trunk_fingerprint: str
+    feature_keys: tuple[str, ...]
+    weights_hash: str
+    acc: float
+    """Mean accuracy over the tasks so far, after this one; 0 to 1, like the two below."""
+    learning_accuracy: float
+    forgetting: float
+    storage: str
+    """Where the features lie: <storage>/features/<key>."""
+    prefix: str
+    """Names the model after this task (`partialhn.chain`): one version for each."""
+    parent: str
+    """The prefix that it was learned from; empty for a first task."""
+
+    def tags(self) -> dict[str, str]:
+        """Strings for MLflow; tuples become JSON lists."""
+        return {key: json.dumps(value) if isinstance(value, tuple) else str(value)
+                for key, value in dataclasses.asdict(self).items()}
+
+    def metrics(self) -> dict[str, float]:
+        """The accuracies, for the history."""
+        return {"acc": self.acc, "learning_accuracy": self.learning_accuracy,
+                "forgetting": self.forgetting}
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """One registered version of a stream's model."""
+
+    stream: str
+    version: int
+    run_id: str
+    aliases: tuple[str, ...]
+    tags: Mapping[str, str]
+
+    @property
+    def uri(self) -> str:
+        return f"models:/{self.stream}/{self.version}"
+
+    def fields(self) -> dict[str, Any]:
+        """The entry of `versions` in result.json."""
+        return {"task": self.task, "version": self.version, "uri": self.uri,
+                "run_id": self.run_id, "aliases": list(self.aliases)}
+
+    @property
+    def task(self) -> str:
+        return self.tags["task"]
+
+    @property
+    def task_index(self) -> int:
+        return int(self.tags["task_index"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Accuracies over the tasks so far, after this version's task."""
+        return {key: float(self.tags[key]) for key in ("acc", "learning_accuracy", "forgetting")}
+
+    @property
+    def decision(self) -> dict[str, Any] | None:
+        """As `pipelines.retrain.gate.Decision.fields` gives it; None where no gate was asked."""
+        text = self.tags.get(DECISION)
+        return json.loads(text) if text else None
+
+
+def is_ours(alias: str) -> bool:
+    """Whether this product moves the alias; a user's own aliases are left alone."""
+    return alias in (CHAMPION, CHALLENGER) or alias.startswith("task-")
+
+
+def challenger_of(versions: Sequence[Version]) -> Version | None:
+    """The version the gate refused last, while it is newer than the champion."""
+    by_alias = {alias: version for version in versions for alias in version.aliases}
+    refused, champion = by_alias.get(CHALLENGER), by_alias.get(CHAMPION)
+    if refused is None or (champion is not None and champion.version >= refused.version):
+        return None
+    return refused
+
+
+def task_alias(task: str) -> str:
+    """The alias of the version that introduced a task: task-<name> in MLflow's alphabet.
+
+    A name with other characters gets them replaced by - and a short hash, so that two names
+    never share an alias.
+    """
+    clean = re.sub(r"[^A-Za-z0-9_-]", "-", task)[:200]
+    return f"task-{clean}" if clean == task else (
+        f"task-{clean}-{hashlib.sha256(task.encode()).hexdigest()[:6]}")

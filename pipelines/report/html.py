@@ -1,0 +1,55 @@
+"""The report's HTML pieces: sections, figures, tables. Arguments named html are already escaped."""
+
+from collections.abc import Sequence
+
+from pipelines.report.charts import escape
+
+
+def section(title: str, lead: str, *html: str) -> str:
+    """A part of the page: title and lead are plain text, the rest is HTML."""
+    return (f"<section><h2>{escape(title)}</h2><p>{escape(lead)}</p>"
+            + "".join(part for part in html if part) + "</section>")
+
+
+def pair(*html: str) -> str:
+    """Side by side on a desktop, one below the other on a phone."""
+    return f'<div class="pair">{"".join(html)}</div>'
+
+
+def figure(title: str, html: str, caption: str, css: str = "", natural: int = 0) -> str:
+    """A drawing with title and caption.
+
+    With css "scroll" it is never drawn smaller than `natural` pixels: on a phone it scrolls
+    inside a box of its own.
+    """
+    if css == "scroll":
+        limits = f"min-width:{natural}px;max-width:{1.25 * natural:.0f}px"
+        html = html.replace("<svg ", f'<svg style="{limits}" ', 1)
+        html = (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">'
+                f"{html}</div>")
+    elif css:
+        html = f'<div class="{css}">{html}</div>'
+    return (f"<figure><h3>{escape(title)}</h3>{html}"
+            f"<figcaption>{escape(caption)}</figcaption></figure>")
+
+
+def key(*entries: tuple[str, str]) -> str:
+    """A colour key: (CSS variable, name)."""
+    return '<ul class="key">' + "".join(
+        f'<li><i style="background:var({colour})"></i>{escape(name)}</li>'
+        for colour, name in entries) + "</ul>"
+
+
+def data_table(heads: Sequence[str], rows: Sequence[Sequence[str]], css: str = "") -> str:
+    """A table; heads and cells are HTML, the first column is the row's header."""
+    css = f' class="{css}"' if css else ""
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
+    body = "".join(f'<tr><th scope="row">{row[0]}</th>'
+                   + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows)
+    return f"<table{css}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def facts_list(rows: Sequence[tuple[str, str]]) -> str:
+    """Names and values in two columns; both plain text."""
+    return '<dl class="facts">' + "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows) + "</dl>"

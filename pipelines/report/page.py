@@ -1,0 +1,130 @@
+"""The report: one self-contained HTML page about a stream, and its short form for the terminal.
+
+The page needs no network, no script and no font of its own. Numbers come from `facts`,
+drawings from `charts`; here they become sections, in the order a decision-maker reads:
+verdict, headline numbers, task by task, bounds, training, cost, how to use it, provenance.
+Every text that came from outside (stream, task and class names) is escaped where it is printed.
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from partialhn.errors import InputError
+from pipelines.report import charts, provenance
+from pipelines.report.auto import without_id
+from pipelines.report.charts import escape
+from pipelines.report.cost import cost, training
+from pipelines.report.facts import (
+    FORGETTING_LIMIT,
+    GAP_LIMIT,
+    NBSP,
+    Facts,
+    duration,
+    percent,
+    points,
+    read_facts,
+    size,
+)
+from pipelines.report.tasks import NAMED_LINES, bounds, task_by_task
+from pipelines.report.text import text_summary
+from pipelines.report.verdict import verdict
+
+__all__ = ["page", "render", "text_summary", "write_page", "write_report"]
+
+MARKS = {"good": "✓ Holds", "fair": "△ Costs accuracy", "bad": "✕ Not good enough"}
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """The whole report of one `result.json` as HTML text.
+
+    Raises: InputError when the result holds no usable accuracy matrix.
+    """
+    facts = read_facts(result)
+    parts = [_header(facts), _verdict(facts), _headline(facts), task_by_task(facts),
+             bounds(facts), without_id(facts), training(facts), cost(facts),
+             provenance.usage(facts), provenance.configuration(facts), provenance.terms()]
+    return page(f"{facts.name} – continual-learning report", parts)
+
+
+def page(title: str, html: Sequence[str]) -> str:
+    """A whole page of these parts, one below the other."""
+    template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        title=escape(title), body="\n".join(html),
+        categorical="\n".join(f".l-{i} {{ stroke: var(--c{i}); }} .l-{i}-f, .l-{i}-t "
+                              f"{{ fill: var(--c{i}); }}" for i in range(NAMED_LINES)),
+        heat_classes="\n".join(f".h{i} {{ fill: var(--h{i}); }} .t{i} "
+                               f"{{ fill: var(--{'lo' if i <= 5 else 'hi'}); }}"
+                               for i in range(charts.HEAT_BINS)))
+
+
+def write_report(result: Mapping[str, Any], path: str | Path) -> Path:
+    """Writes the report of a result to `path`. Raises: InputError when it cannot be written."""
+    return write_page(render(result), path)
+
+
+def write_page(html: str, path: str | Path) -> Path:
+    """Writes a page in one step: a reader sees the old one or the new one.
+
+    Raises: InputError when the path cannot be written.
+    """
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(html.encode("utf-8", "replace"))
+        part.replace(target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise InputError(f"report {str(path)!r} cannot be written: {error.strerror}; give the "
+                         "path of a file in a folder you may write to") from error
+    return target
+
+
+def _header(facts: Facts) -> str:
+    classes = sum(len(task.get("classes") or ()) for task in facts.details)
+    images = sum(task.get("train_images") or 0 for task in facts.details)
+    items = [f"{len(facts.tasks)} task{'s' * (len(facts.tasks) > 1)}",
+             f"{classes:,} classes" if classes else "",
+             f"{images:,} training images" if images else "", facts.ours.label.lower(),
+             str(facts.result.get("device") or "")]
+    return (f'<header><p class="over">partialhn · continual-learning report</p>'
+            f"<h1>{escape(facts.name)}</h1>"
+            f'<p class="meta">{escape(" · ".join(item for item in items if item))}</p></header>')
+
+
+def _verdict(facts: Facts) -> str:
+    said = verdict(facts)
+    cautions = "".join(f"<li>{escape(caution)}</li>" for caution in said.cautions)
+    return (f'<div class="verdict {said.status}"><p class="mark">{MARKS[said.status]}</p>'
+            f"<h2>{escape(said.headline)}</h2><p>{escape(said.paragraph)}</p>"
+            + (f"<ul>{cautions}</ul>" if cautions else "") + "</div>")
+
+
+def _headline(facts: Facts) -> str:
+    error, gap, summary = facts.standard_error, facts.gap, facts.metrics
+    limit, gap_limit = (f"{points(most)}{NBSP}pt" for most in (FORGETTING_LIMIT, GAP_LIMIT))
+    rows = [
+        ("Accuracy at the end", percent(summary.accuracy),
+         f"± {points(error)} from the finite test sets" if error is not None else
+         "mean over all tasks", False),
+        ("Accuracy when learned", percent(summary.learning_accuracy),
+         "mean, each task right after its training", False),
+        ("Forgotten", f"{points(summary.forgetting)} pt", f"mean of earlier tasks; limit {limit}"
+         if len(facts.tasks) > 1 else "one task: nothing to forget",
+         summary.forgetting > FORGETTING_LIMIT + 1e-9),
+        ("Behind separate heads", "–" if gap is None else f"{points(gap)} pt",
+         "not trained beside it" if gap is None else
+         f"minus: ahead; limit {gap_limit}" if gap < 0 else
+         f"limit {gap_limit}", gap is not None and gap > GAP_LIMIT + 1e-9),
+        ("Time per new task", duration(facts.task_seconds), "train, evaluate, register", False),
+        ("Size per new task", size(facts.ours.bytes_per_task), "added to the model", False),
+    ]
+    return '<dl class="tiles">' + "".join(
+        f'<div><dt>{label}</dt><dd class="value{" over-limit" if hit else ""}">{value}</dd>'
+        f'<dd class="note">{note}</dd></div>' for label, value, note, hit in rows) + "</dl>"

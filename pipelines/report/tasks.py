@@ -1,0 +1,179 @@
+"""The report's sections on accuracy: every task through time, what was lost, and the bounds."""
+
+import numpy as np
+
+from pipelines.report import charts
+from pipelines.report.charts import Bar, Line, escape, shorten
+from pipelines.report.facts import (
+    FORGETTING_LIMIT,
+    Facts,
+    break_even,
+    duration,
+    percent,
+    points,
+    size,
+)
+from pipelines.report.html import data_table, figure, pair, section
+
+NAMED_LINES = 8
+"""Up to this many tasks every line of a chart has its own colour and label."""
+LISTED_BARS = 25
+LISTED_IMAGES = 100
+
+
+def task_by_task(facts: Facts) -> str:
+    """The accuracy matrix, its columns as lines, what was forgotten, and the list of tasks."""
+    n_tasks, summary = len(facts.tasks), facts.metrics
+    if n_tasks == 1:
+        return section("Task by task", "With one task there is no order of learning to show and "
+                       "nothing to forget; both appear with the second task.", _task_table(facts),
+                       _bad_images(facts))
+    lead = (f"Right after its own training a task is at {percent(summary.learning_accuracy)} on "
+            f"average; once all {n_tasks} are learned, at {percent(summary.accuracy)}.")
+    heat = _heat_figure(facts)
+    lines, lost, listing = _line_figure(facts), _forgotten_figure(facts), _task_table(facts)
+    if n_tasks <= 10:
+        listing = f"<div><h3>The tasks</h3>{listing}</div>"
+        return section("Task by task", lead, pair(heat, lines), pair(lost, listing),
+                       _bad_images(facts))
+    listing = f"<details><summary>All {n_tasks} tasks as a table</summary>{listing}</details>"
+    if n_tasks > charts.WITH_TEXT:
+        return section("Task by task", lead, pair(f"<div>{heat}{lines}</div>", lost), listing,
+                       _bad_images(facts))
+    return section("Task by task", lead, f'<div class="wide">{heat}</div>', pair(lines, lost),
+                   listing, _bad_images(facts))
+
+
+
+def _heat_figure(facts: Facts) -> str:
+    table_TT, n_tasks = facts.accuracy_TT, len(facts.tasks)
+    drawing = charts.heat_map(
+        "matrix", facts.tasks, table_TT,
+        f"Row i, column j: accuracy on task j after training task i. {n_tasks} tasks; values from "
+        f"{percent(float(np.nanmin(table_TT)))} to {percent(float(np.nanmax(table_TT)))}.")
+    css = "scroll" if 10 < n_tasks <= charts.WITH_TEXT else ""
+    return figure("Accuracy on every task after every task, in per cent", drawing,
+                  "A column shows one task through time, from the diagonal (just learned) down to "
+                  "the last row (now). An even column means nothing was lost.", css,
+                  natural=96 + 30 * n_tasks if css else 0)
+
+
+
+def _line_figure(facts: Facts) -> str:
+    table_TT, n_tasks = facts.accuracy_TT, len(facts.tasks)
+    drops = facts.metrics.forgetting_per_task
+    worst = int(np.argmax(drops))
+    named = n_tasks <= NAMED_LINES
+    lines = []
+    for j, name in enumerate(facts.tasks):
+        css = f"l-{j}" if named else "l-old"
+        label = shorten(charts.row_label(j, name), 12) if named else ""
+        if not named and j == worst and drops[j] > FORGETTING_LIMIT:
+            css, label = "l-worst", shorten(charts.row_label(j, name), 12)
+        lines.append(Line(tuple((float(i), float(table_TT[i, j])) for i in range(j, n_tasks)), css,
+                          label, f"{name}: {percent(table_TT[j, j])} when learned, "
+                                 f"{percent(table_TT[-1, j])} at the end"))
+    lines.sort(key=lambda line: line.css == "l-worst")
+    mean = tuple((float(i), float(table_TT[i, :i + 1].mean())) for i in range(n_tasks))
+    if not named:
+        lines.append(Line(mean, "l-mean", "mean", "mean over the tasks learned so far"))
+    every = charts.tick_step(n_tasks)
+    drawing = charts.line_chart(
+        "over-time", "Accuracy of each task over time",
+        f"One line a task, starting when it is learned. The mean over learned tasks goes from "
+        f"{percent(mean[0][1])} to {percent(mean[-1][1])}.", lines,
+        charts.accuracy_ticks(table_TT[np.tril_indices(n_tasks)]), "{:.0%}",
+        [(float(i), str(i)) for i in range(0, n_tasks, every)], "after training task", right=88)
+    caption = ("A flat line is a task that is kept; a falling one is being forgotten."
+               + ("" if named else " Bold: mean over the tasks learned so far; orange, if any: "
+                  "the task that lost most."))
+    return figure("Accuracy of each task over time", drawing, caption)
+
+
+
+def _forgotten_figure(facts: Facts) -> str:
+    drops = facts.metrics.forgetting_per_task
+    order = list(range(len(drops) - 1))
+    rest = ""
+    if len(order) > LISTED_BARS:
+        order = sorted(order, key=lambda j: -drops[j])[:LISTED_BARS]
+        others = [drops[j] for j in range(len(drops) - 1) if j not in order]
+        rest = (f" Shown are the {LISTED_BARS} that lost most; the other {len(others)} lost "
+                f"{points(max(others))} points at most.")
+    bars = [Bar(charts.row_label(j, facts.tasks[j]),
+                ((drops[j], "b-warm" if drops[j] > FORGETTING_LIMIT else "b-second"),),
+                points(drops[j]), f"{facts.tasks[j]}: best {percent(_best(facts, j))}, at the end "
+                                  f"{percent(facts.accuracy_TT[-1, j])}") for j in order]
+    drawing = charts.bar_chart(
+        "forgotten", "What was forgotten", "Accuracy lost since the best moment, in points, for "
+        f"each earlier task; the largest loss is {points(max(drops))}.", bars,
+        max([*drops, 1.6 * FORGETTING_LIMIT]), (FORGETTING_LIMIT, "1 point"), right=52)
+    return figure("What was forgotten, in points", drawing,
+                  "Accuracy lost between a task's best moment and the end. One point is one test "
+                  "image in a hundred; the mean may reach the dashed line." + rest)
+
+
+
+def _bad_images(facts: Facts) -> str:
+    if not facts.bad_images:
+        return ""
+    rows = [[escape(task), escape(image), escape(reason)]
+            for task, image, reason in facts.bad_images[:LISTED_IMAGES]]
+    more = len(facts.bad_images) - len(rows)
+    note = f"<p>and {more:,} more, in result.json.</p>" if more else ""
+    return (f"<details><summary>Images left out ({len(facts.bad_images):,})</summary>"
+            f'<div class="scroll">{data_table(["Task", "Image", "Reason"], rows, "wrap")}</div>'
+            f"{note}</details>")
+
+
+def _best(facts: Facts, j: int) -> float:
+    return float(facts.accuracy_TT[j:, j].max())
+
+
+
+def _task_table(facts: Facts) -> str:
+    rows = []
+    for j, (name, task) in enumerate(zip(facts.tasks, facts.details, strict=True)):
+        classes = [str(label) for label in task.get("classes") or ()]
+        about = shorten(", ".join(classes[:12]) + (", …" if len(classes) > 12 else ""), 90)
+        if task.get("transform") not in (None, "none"):
+            about += f" · images: {task['transform']}"
+        title = f"{escape(charts.row_label(j, name))}<small>{escape(about)}</small>"
+        images = " / ".join(f"{task[part]:,}" if task.get(part) is not None else "–"
+                            for part in ("train_images", "test_images"))
+        rows.append([title, images, percent(facts.accuracy_TT[j, j]),
+                     percent(facts.accuracy_TT[-1, j])])
+    return data_table(["Task and classes", "Images: train / test", "When learned", "At the end"],
+                      rows)
+
+
+
+def bounds(facts: Facts) -> str:
+    """Ours beside the bounds that were trained with it."""
+    if not facts.bounds:
+        return section("Against the bounds", "No bounds were trained beside this run. Train again "
+                       "with “--compare separate_heads naive” to see what sharing one model costs "
+                       "in accuracy and what protecting earlier tasks is worth; the features are "
+                       "found again.")
+    methods = [facts.ours, *facts.bounds.values()]
+    heads = ["", f'<span class="ours">{escape(facts.ours.label)}</span>',
+             *[escape(method.label) for method in methods[1:]]]
+    rows = [[f"{label}<small>{note}</small>", *[show(getattr(m, field)) for m in methods]]
+            for label, note, field, show in (
+        ("Accuracy at the end", "ACC: mean over all tasks", "acc", percent),
+        ("Accuracy when learned", "LA: right after each task", "learning_accuracy", percent),
+        ("Forgotten, points", "mean drop since the best", "forgetting", points),
+        ("Change since learned, points", "BWT; plus is a gain", "bwt",
+         lambda value: points(value, signed=True)),
+        ("Size per new task", "added to the model", "bytes_per_task", size),
+        ("Training time", "all tasks together", "seconds", duration))]
+    lead = ("Two yardsticks on the same frozen trunk and features. Separate heads cannot forget, "
+            "but every task adds a whole network head; naive fine-tuning keeps one head and "
+            "protects nothing.")
+    pays, shared = break_even(facts), facts.result.get("shared_bytes")
+    after = ""
+    if pays is not None:
+        after = (f'<p class="meta after">The part that all tasks share takes '
+                 f"{size(shared)} once; with it, the whole is smaller than separate heads from "
+                 f"{pays} task{'s' * (pays > 1)} on (this stream: {len(facts.tasks)}).</p>")
+    return section("Against the bounds", lead, data_table(heads, rows, "bounds"), after)

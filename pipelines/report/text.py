@@ -1,0 +1,98 @@
+"""The short table a training run ends with, at most 100 columns wide."""
+
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pipelines.report.auto import without_id_line
+from pipelines.report.charts import row_label, shorten
+from pipelines.report.facts import NBSP, Facts, dig, duration, points, read_facts, size
+
+COLUMNS = 100
+PLAIN = str.maketrans({NBSP: " ", "−": "-", "–": "-", "…": "~"})
+"""A terminal without UTF-8 can print our own signs as well."""
+WHOLE_MATRIX = 12
+"""Up to this many tasks the whole accuracy matrix fits."""
+
+
+def text_summary(result: Mapping[str, Any]) -> str:
+    """Accuracy, forgetting, bounds, seconds and bytes of a stream as plain text.
+
+    Beyond 12 tasks the matrix is compressed to its diagonal and its last row.
+    Raises: InputError when the result holds no usable accuracy matrix.
+    """
+    facts = read_facts(result)
+    n_classes = sum(len(task.get("classes") or ()) for task in facts.details)
+    head = [_clean(facts.name), f"{len(facts.tasks)} task{'s' * (len(facts.tasks) > 1)}"]
+    head += [f"{n_classes} classes"] if n_classes else []
+    head += [f"seed {result['seed']}"] if result.get("seed") is not None else []
+    blocks = [[shorten(", ".join(head), COLUMNS)],
+              _matrix(facts) if len(facts.tasks) <= WHOLE_MATRIX else _compressed(facts),
+              _methods(facts), without_id_line(facts), _costs(facts)]
+    text = "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+    return text.translate(PLAIN)
+
+
+def _clean(name: str) -> str:
+    """A name without control characters, which could move the terminal's cursor."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def _matrix(facts: Facts) -> list[str]:
+    label = min(20, max(len(_clean(row_label(i, n))) for i, n in enumerate(facts.tasks)))
+    lines = ["Accuracy in % after training a task (row) on each task (column)",
+             " " * label + "".join(f"{j:6d}" for j in range(len(facts.tasks)))]
+    for i, name in enumerate(facts.tasks):
+        cells = "".join(f"{100 * value:6.1f}" for value in facts.accuracy_TT[i, :i + 1])
+        lines.append(f"{shorten(_clean(row_label(i, name)), label):{label}}{cells}")
+    return lines
+
+
+def _compressed(facts: Facts) -> list[str]:
+    n_tasks, drops = len(facts.tasks), facts.metrics.forgetting_per_task
+    lines = ["Accuracy in % on each task"]
+    for start in range(0, n_tasks, 10):
+        block = range(start, min(start + 10, n_tasks))
+        lines.append(f"{'task':14}" + "".join(f"{j:7d}" for j in block))
+        for title, values in (("when learned", facts.accuracy_TT.diagonal()),
+                              ("at the end", facts.accuracy_TT[-1]), ("lost", drops)):
+            lines.append(f"{title:14}" + "".join(f"{100 * values[j]:7.1f}" for j in block))
+    return lines
+
+
+def _methods(facts: Facts) -> list[str]:
+    lines = [f"{'':24}{'ACC %':>9}{'learned %':>11}{'forgotten':>11}{'BWT':>8}"
+             f"{'per task':>12}{'training':>14}"]
+    for method in (facts.ours, *facts.bounds.values()):
+        signed = "–" if method.bwt is None else points(method.bwt, signed=True)
+        lines.append(f"{shorten(_clean(method.label), 23):24}{points(method.acc):>9}"
+                     f"{points(method.learning_accuracy):>11}{points(method.forgetting):>11}"
+                     f"{signed:>8}{size(method.bytes_per_task):>12}"
+                     f"{duration(method.seconds):>14}")
+    return lines
+
+
+def _costs(facts: Facts) -> list[str]:
+    result = facts.result
+    stages = [(str(name), duration(value))
+              for name, value in (dig(result, "seconds", "stages") or {}).items()
+              if value is not None]
+    total = dig(result, "seconds", "total")
+    stages += [("total", duration(total))] if total is not None else []
+    sizes = [(label, size(result[field])) for label, field in (
+        ("features", "feature_bytes"), ("checkpoint", "checkpoint_bytes"),
+        ("trunk", "trunk_bytes"), ("shared", "shared_bytes"), ("per task", "bytes_per_task"),
+        ("peak memory", "peak_rss_bytes")) if result.get(field) is not None]
+    lines = _wrapped("Time", stages) + _wrapped("Bytes", sizes)
+    if result.get("model_uri"):
+        lines.append(f"{'Model':8}{_clean(str(result['model_uri']))}")
+    return lines
+
+
+def _wrapped(title: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
+    # A no-break space keeps a number beside its name and its unit when the line wraps.
+    words = ", ".join(f"{name} {value}".replace(" ", NBSP) for name, value in pairs)
+    if not words:
+        return []
+    return textwrap.wrap(words, COLUMNS, initial_indent=f"{title:8}", subsequent_indent=" " * 8,
+                         break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,167 @@
+"""The report's verdict: one paragraph in plain words, for a reader from outside the field."""
+
+import dataclasses
+
+import numpy as np
+
+from pipelines.report.facts import (
+    FORGETTING_LIMIT,
+    GAP_LIMIT,
+    Facts,
+    break_even,
+    duration,
+    in_points,
+    percent,
+    points,
+    size,
+)
+
+NOTICEABLE = 0.05
+"""A single task's loss that a verdict names even where the mean is fine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """`status` is good, fair or bad; `cautions` are what a careful reader must know."""
+
+    status: str
+    headline: str
+    paragraph: str
+    cautions: tuple[str, ...]
+
+
+def verdict(facts: Facts) -> Verdict:
+    """The plain-language verdict, computed from the numbers alone and honest when they are bad."""
+    forgets = facts.metrics.forgetting > FORGETTING_LIMIT + 1e-9
+    behind = facts.gap is not None and facts.gap > GAP_LIMIT + 1e-9
+    chance = facts.chance
+    useless = chance is not None and facts.metrics.accuracy < chance + 0.1 * (1 - chance)
+    count = _tasks(len(facts.tasks))
+    if useless:
+        status, headline = "bad", "It did not learn: hardly better than guessing."
+    elif forgets and behind:
+        status, headline = "bad", "It forgets, and it learns less than separate heads do."
+    elif forgets:
+        status, headline = "bad", f"It learned {count}, but forgets the earlier ones."
+    elif behind:
+        status = "fair"
+        headline = "It keeps what it learned, but learns less than separate heads do."
+    elif facts.metrics.forgetting_per_task[_worst(facts)] > NOTICEABLE:
+        status = "fair"
+        headline = f"It learned {count}, but task “{facts.tasks[_worst(facts)]}” lost noticeably."
+    elif len(facts.tasks) == 1:
+        status, headline = "good", "It learned its first task; nothing could be forgotten yet."
+    else:
+        status, headline = "good", f"It learned {count} and still knows them all."
+    sentences = [_learned(facts), _kept(facts, forgets), _against_bounds(facts, behind),
+                 _cost(facts)]
+    return Verdict(status, headline, " ".join(s for s in sentences if s), _cautions(facts))
+
+
+def _worst(facts: Facts) -> int:
+    return int(np.argmax(facts.metrics.forgetting_per_task))
+
+
+def _tasks(n: int) -> str:
+    return "1 task" if n == 1 else f"{n} tasks"
+
+
+def _learned(facts: Facts) -> str:
+    classes = sum(len(task.get("classes") or ()) for task in facts.details)
+    what = _tasks(len(facts.tasks)) + (" one after another" if len(facts.tasks) > 1 else "")
+    what += f" ({classes:,} classes in all)" if classes else ""
+    again = " without going back to the images of earlier ones" if len(facts.tasks) > 1 else ""
+    guess = f"; guessing would get {percent(facts.chance)}" if facts.chance is not None else ""
+    return (f"The model was taught {what}{again}. Told which task an image belongs to, it now "
+            f"names the right class for {percent(facts.metrics.accuracy)} of test images{guess}.")
+
+
+def _kept(facts: Facts, forgets: bool) -> str:
+    if len(facts.tasks) == 1:
+        return ""
+    drops = facts.metrics.forgetting_per_task
+    worst = _worst(facts)
+    if max(drops) < 1e-3:
+        lost = "any accuracy" if max(drops) == 0 else "as much as 0.1 percentage points"
+        return f"Earlier tasks still work: none of them lost {lost} while later ones were learned."
+    most = (f"most of all task “{facts.tasks[worst]}”, from "
+            f"{percent(facts.accuracy_TT[-1, worst] + drops[worst])} at its best to "
+            f"{percent(facts.accuracy_TT[-1, worst])}")
+    lost = (f"lost {points(facts.metrics.forgetting)} percentage points on average since "
+            "their best")
+    if forgets:
+        return (f"It forgets: earlier tasks {lost}, {most}. This is more than the 1 point that "
+                "counts as acceptable here, so check earlier tasks before relying on them.")
+    return f"Earlier tasks still work: they {lost}, {most}."
+
+
+def _against_bounds(facts: Facts, behind: bool) -> str:
+    sentences = []
+    gap, naive = facts.gap, facts.bounds.get("naive")
+    if gap is not None:
+        reach = ("A separate head for every task, which cannot forget, reaches "
+                 f"{percent(facts.metrics.accuracy + gap)}")
+        if behind:
+            sentences.append(f"{reach}: {in_points(gap)} better, more than the 2 points that "
+                             "count as acceptable here. Where accuracy matters more than size, "
+                             "separate heads are the better choice for this stream.")
+        elif gap >= 5e-4:
+            sentences.append(f"{reach}, {in_points(gap)} better.")
+        elif gap > -5e-4:
+            sentences.append(f"{reach}, no better.")
+        else:
+            sentences.append(f"{reach}, {in_points(-gap)} less.")
+    if naive is not None and naive.acc is not None and len(facts.tasks) > 1:
+        worth = facts.metrics.accuracy - naive.acc
+        ends = f"Simply training on (naive fine-tuning) ends at {percent(naive.acc)}"
+        if worth >= 5e-4:
+            sentences.append(f"{ends}: protecting the earlier tasks is worth {in_points(worth)}.")
+        elif worth > -5e-4:
+            sentences.append(f"{ends}: on this stream the protection gained nothing.")
+        else:
+            sentences.append(f"{ends}, {in_points(-worth)} better: on this stream the protection "
+                             "cost more than it gained.")
+    if not sentences:
+        return ("Nothing else was trained beside it, so this report cannot say how much accuracy "
+                "sharing one model costs.")
+    return " ".join(sentences)
+
+
+def _cost(facts: Facts) -> str:
+    ours, separate = facts.ours.bytes_per_task, facts.bounds.get("separate_heads")
+    parts = []
+    if facts.task_seconds is not None:
+        parts.append(f"took {duration(facts.task_seconds)}")
+    if ours is not None:
+        adds = f"adds {size(ours)} to the model"
+        if separate is not None and separate.bytes_per_task:
+            adds += f", against {size(separate.bytes_per_task)} for a separate head"
+        parts.append(adds)
+    if not parts:
+        return ""
+    cost = f"A new task {' and '.join(parts)}."
+    pays = break_even(facts)
+    if pays is not None:
+        cost += (f" Counting the part that all tasks share, the whole is smaller than separate "
+                 f"heads from {_tasks(pays)} on.")
+    return cost
+
+
+
+def _cautions(facts: Facts) -> tuple[str, ...]:
+    found = []
+    if refused := facts.result.get("challenger"):
+        reasons = (refused.get("decision") or {}).get("reasons") or ["no reason is kept"]
+        found.append(f"A newer version, {refused['version']} (task “{refused['task']}”), was "
+                     f"refused by the gate and is not in use: {'; '.join(reasons)}.")
+    bad = len(facts.bad_images)
+    if bad:
+        found.append(f"{bad} unreadable {'image was' if bad == 1 else 'images were'} left out.")
+    tested = [task.get("test_images") or 0 for task in facts.details]
+    if all(tested) and min(tested) < 500:
+        found.append(f"The smallest test set has {min(tested)} images, so one image is "
+                     f"{in_points(1 / min(tested))} there; read small differences with care.")
+    if facts.result.get("seed") is not None:
+        found.append(f"One run with one seed ({facts.result['seed']}); another seed would give "
+                     "slightly different numbers.")
+    return tuple(found)

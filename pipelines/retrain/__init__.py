@@ -1,0 +1,1 @@
+"""Scheduled retraining: from what arrives to a champion."""

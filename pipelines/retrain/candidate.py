@@ -1,0 +1,147 @@
+"""A learned task on its way to the registry: what the gate is told, and how a version is made."""
+
+import base64
+import dataclasses
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from partialhn import chain, checkpoint
+from partialhn.checkpoint import Model
+from partialhn.config import Config
+from partialhn.datasets import decode_images
+from partialhn.errors import IntegrityError
+from partialhn.metrics import StreamMetrics, summarise
+from partialhn.predict import Predictor
+from partialhn.probe import linear_probe
+from partialhn.sample import write_sample
+from partialhn.slots import Slot, open_features
+from partialhn.stream import Experience, refreshed, task_of
+from partialhn.train import evaluate
+from pipelines.registry.client import Placing
+from pipelines.registry.package import Contents
+from pipelines.registry.versions import Registration, Version
+from pipelines.retrain.gate import GateFacts, Policy
+from pipelines.retrain.held import Held
+from pipelines.retrain.journal import Decided, chain_to
+
+WORK = "retrain"
+"""The stream's own run in MLflow; every version has a run of its own below it."""
+MAX_EXAMPLE = 32 * 1024
+
+
+def gate_facts(held: Held, slots: Sequence[Slot], learned: Sequence[chain.Learned],
+               policy: Policy) -> GateFacts:
+    """What was measured of the last of the slots, on every task's test images.
+
+    An earlier task is held against the best it ever reached; one that is refreshed against its
+    old slot, on the test images of both.
+    """
+    names = [slot.name for slot in slots]
+    rows = [each.record.accuracy_row for each in learned]
+    last, task = len(slots) - 1, task_of(names[-1])
+    answering = {task_of(name): index for index, name in enumerate(names)}
+    after = {each: rows[last][index] for each, index in answering.items()}
+    before = {each: max(row[index] for row in rows[index:last])
+              for each, index in answering.items() if each != task}
+    with tempfile.TemporaryDirectory() as scratch:
+        store = held.store
+        old = refreshed(names, last)
+        if old is not None:
+            copy = chain.fetch_model(held.storage.filesystem, held.folder, learned[last].prefix,
+                                     Path(scratch) / "model")
+            test = open_features(store, slots, len(slots))[last].test
+            before[task] = evaluate(Model.load(copy).strategy, old, test)
+        probe = None
+        if policy.min_against_linear_probe is not None:
+            features = open_features(store, slots, last)[last]
+            assert features.train is not None
+            probe = linear_probe(features.train, features.test, len(slots[last].classes))
+    record = learned[last].record
+    seconds = feature_seconds(slots[last]) + record.train_seconds + record.evaluate_seconds
+    return GateFacts(task, len(slots[last].classes), after, before, probe, round(seconds, 3),
+                     learned[last].task_bytes)
+
+
+def feature_seconds(slot: Slot) -> float:
+    """Time that a slot's features took to decode, compute and write."""
+    return sum(shard.seconds for manifest in slot.manifests.values() for shard in manifest.shards)
+
+
+def example_of(experience: Experience, config: Config) -> str:
+    """A test image of the task, base64: small, because the log keeps it."""
+    image = experience.test.take([0]).read()[0]
+    if len(image) > MAX_EXAMPLE:
+        from PIL import Image
+
+        decoded = decode_images([image], ["example"], config.data.input_size,
+                                max_pixels=config.data.max_image_pixels)
+        sink = io.BytesIO()
+        Image.fromarray(decoded.images_BCHW[0].permute(1, 2, 0).numpy()).save(sink, "PNG")
+        image = sink.getvalue()
+    return base64.b64encode(image).decode()
+
+
+def keep_sample(held: Held, prefix: str, experience: Experience) -> None:
+    """Keeps test images of a task with the answers of its model, for whoever verifies it later."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = chain.fetch_model(held.storage.filesystem, held.folder, prefix,
+                                 Path(scratch) / "model")
+        sample = Path(scratch) / "sample.parquet"
+        write_sample(sample, Predictor.load(copy), [experience])
+        held.storage.put_if_absent(held.sample(prefix), sample.read_bytes())
+
+
+def summary_of(learned: Sequence[chain.Learned]) -> StreamMetrics:
+    """The metrics of a chain of tasks."""
+    rows = [each.record.accuracy_row for each in learned]
+    return summarise([[*row, *[None] * (len(rows) - len(row))] for row in rows])
+
+
+def register(held: Held, decided: Sequence[Decided], new: Decided) -> Version:
+    """The version of a decided task, promoted where the gate let it pass; made once."""
+    tasks = chain_to(decided, new.prefix)
+    learned = chain.find(held.storage.filesystem, held.folder, [each.prefix for each in tasks])
+    if len(learned) != len(tasks):
+        raise IntegrityError(f"the model of {new.slot} is decided and not at {held.folder}: of "
+                             f"{len(tasks)} tasks {len(learned)} are there")
+    summary, index, registry = summary_of(learned), len(tasks) - 1, held.registry
+    metrics = {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
+               "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
+    parent = registry.stream_run(held.stream, WORK, held.config.to_dict())
+    run = registry.task_run(parent, new.slot, index, new.prefix)
+    registry.log_epochs(run, [dataclasses.asdict(each) for each in learned[-1].epochs])
+    registry.log_metrics(run, metrics)
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = chain.fetch_model(held.storage.filesystem, held.folder, new.prefix,
+                                 Path(scratch) / "model")
+        sample = Path(scratch) / "sample.parquet"
+        sample.write_bytes(held.storage.read_bytes(held.sample(new.prefix)))
+        contents = Contents(copy, task_of(new.slot), base64.b64decode(new.example), sample)
+        version = registry.register_task(run, _registration(held, new, index, summary, copy),
+                                         contents, _placing(held, new))
+    registry.end_run(run)
+    if new.passed:
+        registry.log_metrics(parent, metrics, step=index)
+    return version
+
+
+def _registration(held: Held, new: Decided, index: int, summary: StreamMetrics,
+                  copy: Path) -> Registration:
+    manifests = new.with_features(held.store).manifests.values()
+    return Registration(
+        stream=held.stream, work=new.prefix[:12], task=task_of(new.slot), task_index=index,
+        classes=new.classes, trunk_fingerprint=next(iter(new.recipes.values()))["trunk"],
+        feature_keys=tuple(manifest.key for manifest in manifests),
+        weights_hash=checkpoint.load(copy, "model")[1]["weights_hash"], acc=summary.accuracy,
+        learning_accuracy=summary.learning_accuracy, forgetting=summary.forgetting,
+        storage=held.storage.uri, prefix=new.prefix, parent=new.parent)
+
+
+def _placing(held: Held, new: Decided) -> Placing:
+    if not new.passed:
+        return Placing(False, "gate-rejected", "; ".join(new.decision["reasons"]),
+                       held.lease.token, new.decision)
+    return Placing(True, "refresh" if "/" in new.slot else "trained",
+                   f"task {new.slot} passed the gate", held.lease.token, new.decision)

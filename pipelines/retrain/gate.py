@@ -1,0 +1,200 @@
+"""The gate: may a new version become champion? A policy and facts in, a decision with numbers out.
+
+Nothing is measured or stored here. A limit that is set and whose fact was not measured fails: a
+version is never let through because nobody looked.
+"""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from partialhn.config import build
+from partialhn.errors import InputError
+
+TOLERANCE = 1e-9
+"""For sums of decimal fractions, far below one image of any test set."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What a new version must keep to; None does not ask. Accuracies are shares, 0 to 1."""
+
+    max_loss_on_earlier_task: float | None = 0.02
+    """Accuracy that any one earlier task may lose against its best."""
+    min_accuracy_new: float | None = None
+    """Accuracy of the new task."""
+    min_above_chance: float | None = 0.1
+    """Accuracy of the new task above guessing among its classes."""
+    min_against_linear_probe: float | None = None
+    """Accuracy of the new task minus that of a linear probe on the same features; -0.05 lets it
+    be 5 points behind."""
+    max_seconds: float | None = None
+    """Wall seconds that the new task took, all stages together."""
+    max_bytes_per_task: int | None = None
+    """Bytes that the new task adds to the checkpoint."""
+
+    def __post_init__(self) -> None:
+        for key, low, high in (("max_loss_on_earlier_task", 0, 1), ("min_accuracy_new", 0, 1),
+                               ("min_above_chance", 0, 1), ("min_against_linear_probe", -1, 1),
+                               ("max_seconds", 0, math.inf), ("max_bytes_per_task", 0, math.inf)):
+            value = getattr(self, key)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"policy {key} is {value!r}; allowed: {low} to {high:g}, or null "
+                                 "not to ask")
+
+
+@dataclasses.dataclass(frozen=True)
+class GateFacts:
+    """What was measured of a new version; None: not measured."""
+
+    task: str
+    """The new task, or the one that was refreshed."""
+    classes: int
+    """Classes of that task: guessing gets 1 / classes."""
+    after: Mapping[str, float]
+    """Accuracy on every task's test images with the new version."""
+    before: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """The best that was reached on the same test images before; tasks without it are new."""
+    linear_probe: float | None = None
+    seconds: float | None = None
+    bytes_per_task: int | None = None
+
+    @staticmethod
+    def of_rows(tasks: Sequence[str], rows: Sequence[Sequence[float]], classes: int,
+                **measured: Any) -> "GateFacts":
+        """The facts of the last of T tasks, from R[i, 0..i] of each experience i.
+
+        `before` is the best of the earlier rows, so that small losses cannot add up unseen.
+        """
+        *earlier, last = [list(row) for row in rows]
+        best = {name: max(row[j] for row in earlier[j:]) for j, name in enumerate(tasks[:-1])}
+        return GateFacts(tasks[-1], classes, dict(zip(tasks, last, strict=True)), best, **measured)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskVerdict:
+    """One row of the decision's table."""
+
+    task: str
+    before: float | None
+    after: float
+    loss: float | None
+    """before - after; None for a new task."""
+    passed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """Passed or not, and every number it rests on."""
+
+    passed: bool
+    task: str
+    reasons: tuple[str, ...]
+    """Why it did not pass; empty where it did."""
+    checks: tuple[str, ...]
+    """Every limit that was asked for, with the value found."""
+    tasks: tuple[TaskVerdict, ...]
+    policy: Policy
+
+    @property
+    def suffering(self) -> tuple[TaskVerdict, ...]:
+        """The earlier tasks that would have lost too much, the worst first."""
+        rows = [row for row in self.tasks if not row.passed and row.loss is not None]
+        return tuple(sorted(rows, key=lambda row: -(row.loss or 0)))
+
+    def fields(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"passed": self.passed, "task": self.task, "reasons": list(self.reasons),
+                "checks": list(self.checks),
+                "tasks": [dataclasses.asdict(row) for row in self.tasks],
+                "policy": dataclasses.asdict(self.policy)}
+
+    @staticmethod
+    def from_fields(fields: Mapping[str, Any]) -> "Decision":
+        """Takes back what `fields` and JSON made of a decision."""
+        return Decision(bool(fields["passed"]), str(fields["task"]), tuple(fields["reasons"]),
+                        tuple(fields["checks"]),
+                        tuple(TaskVerdict(**row) for row in fields["tasks"]),
+                        Policy(**fields["policy"]))
+
+
+def load_policy(path: str | Path) -> Policy:
+    """Reads a policy file: YAML with the keys of `Policy`, all optional.
+
+    Its section `inbox` is about what arrives (`pipelines.retrain.validate`). Raises: InputError for
+    a missing file, broken YAML, an unknown key or a wrong value.
+    """
+    values = {key: value for key, value in read_policy(path).items() if key != "inbox"}
+    return typing.cast(Policy, build(Policy, values, "policy."))
+
+
+def read_policy(path: str | Path) -> Mapping[str, Any]:
+    """The plain values of a policy file. Raises: InputError."""
+    try:
+        values = yaml.safe_load(Path(path).read_bytes().decode())
+    except OSError as error:
+        raise InputError(f"policy file {str(path)!r} cannot be read: {error.strerror}; give the "
+                         "path of a YAML file") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"policy file {str(path)!r} is not YAML: {error}") from error
+    if not isinstance(values, Mapping):
+        keys = ", ".join(field.name for field in dataclasses.fields(Policy))
+        raise InputError(f"policy file {str(path)!r} holds {type(values).__name__}; allowed: the "
+                         f"keys {keys} and the section inbox")
+    return values
+
+
+def decide(policy: Policy, facts: GateFacts) -> Decision:
+    """Holds the facts against the policy. Pure: the same arguments, the same decision."""
+    if facts.task not in facts.after:
+        raise ValueError(f"the new task {facts.task!r} has no accuracy")
+    rows = tuple(_row(policy, task, facts.before.get(task), after)
+                 for task, after in facts.after.items())
+    missing = sorted(set(facts.before) - set(facts.after))
+    new, chance = facts.after[facts.task], 1 / facts.classes
+    limits = [
+        _at_least("accuracy", policy.min_accuracy_new, new),
+        _at_least(f"accuracy above chance ({chance:.3f})", policy.min_above_chance, new - chance),
+        _at_least("accuracy minus linear probe" + ("" if facts.linear_probe is None else
+                                                   f" ({facts.linear_probe:.3f})"),
+                  policy.min_against_linear_probe,
+                  None if facts.linear_probe is None else new - facts.linear_probe),
+        _at_most("seconds", policy.max_seconds, facts.seconds),
+        _at_most("bytes of the task", policy.max_bytes_per_task, facts.bytes_per_task)]
+    asked = [(f"task {facts.task!r}: {text}", holds) for text, holds in filter(None, limits)]
+    if policy.max_loss_on_earlier_task is not None:
+        asked += [(f"task {row.task!r}: {row.before:.3f} -> {row.after:.3f}, loss {row.loss:.3f}, "
+                   f"allowed at most {policy.max_loss_on_earlier_task:g}", row.passed)
+                  for row in rows if row.before is not None]
+        asked += [(f"task {task!r}: accuracy was not measured", False) for task in missing]
+    reasons = tuple(text for text, holds in asked if not holds)
+    return Decision(not reasons, facts.task, reasons, tuple(text for text, _ in asked), rows,
+                    policy)
+
+
+def _row(policy: Policy, task: str, before: float | None, after: float) -> TaskVerdict:
+    loss = None if before is None else before - after
+    limit = policy.max_loss_on_earlier_task
+    passed = loss is None or limit is None or loss <= limit + TOLERANCE  # NaN does not pass
+    return TaskVerdict(task, before, after, loss, passed)
+
+
+def _at_least(what: str, limit: float | None, value: float | None) -> tuple[str, bool] | None:
+    if limit is None:
+        return None
+    if value is None:
+        return f"{what} was not measured, wanted at least {limit:g}", False
+    return f"{what} {value:.3f}, wanted at least {limit:g}", value >= limit - TOLERANCE
+
+
+def _at_most(what: str, limit: float | None, value: float | None) -> tuple[str, bool] | None:
+    if limit is None:
+        return None
+    if value is None:
+        return f"{what} were not measured, allowed at most {limit:g}", False
+    return f"{what} {value:g}, allowed at most {limit:g}", value <= limit

@@ -1,0 +1,54 @@
+"""The report of a retrained stream: matrix, result and page of what the champion knows."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from partialhn import chain
+from partialhn.checkpoint import Model
+from partialhn.result import model_sizes, peak_rss_bytes, result_fields
+from partialhn.run import cut
+from pipelines.registry.versions import CHAMPION
+from pipelines.report.page import write_report
+from pipelines.retrain.candidate import WORK
+from pipelines.retrain.held import Held
+from pipelines.retrain.journal import Decided, Journal
+
+
+def published(journal: Journal) -> str:
+    """The model that the newest report is about; empty before the first."""
+    return next((str(event.fields["prefix"]) for event in reversed(journal.events())
+                 if event.kind == "published"), "")
+
+
+def publish(held: Held, base: Sequence[Decided]) -> None:
+    """Matrix, result and report of the champion go to the stream's run."""
+    registry, name, store = held.registry, held.stream, held.store
+    parts = cut(held.config, held.network(base[0].network))
+    slots = [each.with_features(store) for each in base]
+    prefixes = [each.prefix for each in base]
+    learned = chain.find(held.storage.filesystem, held.folder, prefixes)
+    outcome = chain.outcome_of(learned)
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = chain.fetch_model(held.storage.filesystem, held.folder, prefixes[-1],
+                                 Path(scratch) / "model")
+        model = Model.load(copy)
+        size = sum(file.stat().st_size for file in copy.iterdir())
+    fields = result_fields(held.config, slots, parts.macs, 0,
+                           {held.config.train.strategy: outcome}, held.clock.laps)
+    versions = [version.fields() for version in registry.versions(name)
+                if version.tags.get("prefix") in prefixes]
+    fields |= model_sizes(model) | {
+        "name": name, "work": prefixes[-1][:12], "weights_hash": model.weights_hash(),
+        "checkpoint_bytes": size, "device": "see the tasks' runs",
+        "peak_rss_bytes": peak_rss_bytes(), "storage": held.storage.uri,
+        "tracking_uri": registry.tracking_uri, "model_uri": f"models:/{name}@{CHAMPION}",
+        "versions": versions}
+    held.lease.check()
+    parent = registry.stream_run(name, WORK, held.config.to_dict())
+    registry.log_matrix(parent, fields["accuracy_matrix"], [slot.name for slot in slots])
+    registry.log_result(parent, fields)
+    with tempfile.TemporaryDirectory() as scratch:
+        registry.log_file(parent, write_report(fields, Path(scratch) / "report.html"))
+    registry.end_run(parent)
+    held.journal.append(held.lease, "published", {"prefix": prefixes[-1]})

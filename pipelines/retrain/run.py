@@ -1,0 +1,224 @@
+"""`partialhn retrain`: one pass over a stream's inbox, that may be started again at any time.
+
+    lease -> repair what was cut short -> what has arrived and is sound -> features -> learn
+    -> for each task in order: gate, log, version, aliases -> report
+
+The log is written before the registry, and everything is found again by what it is, so a pass
+that was killed anywhere is finished by the next. Several waiting tasks are learned in one run of
+Ray Train; behind one that the gate stops, the others are learned again without it.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from partialhn.config import Config, build, load_config
+from partialhn.errors import InputError, IntegrityError
+from partialhn.presets import preset
+from partialhn.result import Clock
+from partialhn.run import check
+from partialhn.stream import task_of
+from pipelines.lease import Lease, LeaseLostError
+from pipelines.progress import Progress
+from pipelines.registry.client import Registry, connect
+from pipelines.registry.versions import CHAMPION, Version
+from pipelines.retrain.candidate import register
+from pipelines.retrain.gate import Policy, read_policy
+from pipelines.retrain.held import Held, hashes_path
+from pipelines.retrain.inbox import Inbox, Problem
+from pipelines.retrain.journal import Decided, Journal, chain_to
+from pipelines.retrain.learning import Learning
+from pipelines.retrain.outcome import Pass
+from pipelines.retrain.publish import publish, published
+from pipelines.retrain.validate import ArrivalPolicy, Checked, check_arrival, read_hashes
+from pipelines.settings import RetrainConfig
+from pipelines.storage import Storage, open_storage
+
+Say = Callable[[str], None]
+
+
+def retrain(settings: RetrainConfig, say: Say = print) -> Pass:
+    """One pass. Raises: InputError for anything the user can set right."""
+    storage = open_storage(settings.storage)
+    storage.check()
+    values = dict(read_policy(settings.policy)) if settings.policy else {}
+    arrivals = build(ArrivalPolicy, values.pop("inbox", None) or {}, "policy.inbox.")
+    policy = build(Policy, values, "policy.")
+    journal = Journal(storage, settings.name)
+    config = _config(settings, journal)
+    check(config)
+    clock = Clock()
+    this = _Pass(settings, storage, config, policy, arrivals, journal,
+                 Pass(settings.name, settings.dry_run), Progress(config, say), clock)
+    with storage.explained():
+        try:
+            this.run()
+        except LeaseLostError as error:
+            this.done.held_by = f"another process ({error})"
+    this.done.seconds = {key: round(value, 3) for key, value in clock.laps.items()}
+    return this.done
+
+
+def _config(settings: RetrainConfig, journal: Journal) -> Config:
+    """The stream's configuration: what it was founded with, and how new tasks are learned."""
+    given = (load_config(settings.config) if settings.config
+             else preset(settings.preset) if settings.preset else None)
+    if given is not None and given.train.compare:
+        given = dataclasses.replace(given, train=dataclasses.replace(given.train, compare=()))
+    founded = journal.config()
+    if founded is None:
+        return given or Config()
+    first = Config.from_dict(founded)
+    if given is None:
+        return first
+    fixed = [("data", "input_size"), ("data", "stream_seed"), ("train", "strategy"),
+             ("train", "seed")]
+    fixed += [(section, field.name) for section in ("backbone", "features", "hypernet")
+              for field in dataclasses.fields(getattr(first, section))]
+    for section, key in fixed:
+        was, now = (getattr(getattr(each, section), key) for each in (first, given))
+        if was != now:
+            raise InputError(f"{section}.{key} is {now!r}, but stream {settings.name!r} was "
+                             f"founded with {was!r}; allowed: the same, or another --name")
+    return given
+
+
+@dataclasses.dataclass
+class _Pass:
+    """One pass, step by step."""
+
+    settings: RetrainConfig
+    storage: Storage
+    config: Config
+    policy: Policy
+    arrival_policy: ArrivalPolicy
+    journal: Journal
+    done: Pass
+    progress: Progress
+    clock: Clock
+
+    def __post_init__(self) -> None:
+        self.inbox = Inbox(self.storage)
+        both = [dataclasses.asdict(self.policy), dataclasses.asdict(self.arrival_policy)]
+        self.policy_id = hashlib.sha256(json.dumps(both).encode()).hexdigest()[:12]
+
+    def run(self) -> None:
+        if self.settings.dry_run:
+            registry = self._registry(create=False) if self.journal.events() else None
+            for each in self._arrivals(self._base(registry)):
+                self.done.would.append(f"learn {each.arrival.slot} "
+                                       f"({len(each.experience.train)} training images)"
+                                       if each.experience else "")
+            return
+        lease = Lease(self.storage, self.settings.name)
+        holder = lease.acquire()
+        if holder is not None:
+            self.done.held_by = str(holder)
+            return
+        with lease:
+            self._work(Held(self.storage, self.settings.name, self.config, self._registry(),
+                            self.journal, lease, self.progress, self.clock))
+
+    def _work(self, held: Held) -> None:
+        """What is done under the lease."""
+        base = self._repair(held)
+        self.clock.lap("startup")
+        waiting = self._arrivals(base)
+        self.clock.lap("look")
+        if waiting:
+            base = Learning(held, base, self.policy, self.policy_id, self.done).run(waiting)
+        if base and published(self.journal) != base[-1].prefix:
+            publish(held, base)
+            self.clock.lap("report")
+        champion = self._champion(held.registry)
+        self.done.champion = champion.version if champion else None
+
+    def _registry(self, *, create: bool = True) -> Registry:
+        return connect(self.storage, self.settings.tracking_uri, create)
+
+    def _versions(self, registry: Registry | None) -> list[Version]:
+        """All versions of the stream; none before the first pass."""
+        if registry is not None:
+            with contextlib.suppress(InputError):  # nothing of the stream is registered yet
+                return registry.versions(self.settings.name)
+        return []
+
+    def _champion(self, registry: Registry | None) -> Version | None:
+        return next((version for version in self._versions(registry)
+                     if CHAMPION in version.aliases), None)
+
+    def _base(self, registry: Registry | None) -> list[Decided]:
+        """The tasks of the champion: what new tasks are learned on top of."""
+        champion = self._champion(registry)
+        if champion is None:
+            return []
+        try:
+            return chain_to(self.journal.decided(), champion.tags["prefix"])
+        except IntegrityError as error:
+            raise InputError(f"stream {self.settings.name!r} was not learned by retrain ({error}); "
+                             "allowed: a --name of its own") from error
+
+    def _repair(self, held: Held) -> list[Decided]:
+        """Finishes what an earlier pass left: aliases, and versions that are only in the log."""
+        name, aliases = self.settings.name, held.registry.aliases
+        self.done.repaired += [str(repair) for repair in aliases.reconcile(name)]
+        decided = self.journal.decided()
+        promoted: set[int | None] = set()
+        if decided and aliases.keeps_history(name):
+            promoted = {entry.move.to for entry in aliases.history(name).entries()
+                        if entry.move.alias == CHAMPION}
+        versions = {version.tags.get("prefix", ""): version
+                    for version in self._versions(held.registry)}
+        for each in decided:
+            version = versions.get(each.prefix)
+            if version is None or (each.passed and version.version not in promoted):
+                held.lease.check()
+                made = register(held, decided, each)
+                self.done.repaired.append(f"{each.slot} was learned, now {made.uri}")
+        return self._base(held.registry)
+
+    def _arrivals(self, base: Sequence[Decided]) -> list[Checked]:
+        """What has arrived, is ready, was not decided before and is sound, in order."""
+        slots = {each.slot for each in base}
+        found, self.done.waiting = self.inbox.scan(lambda slot: slot in slots,
+                                                   self.settings.quiet_minutes)
+        decided = self.journal.decided()
+        classes = {task_of(each.slot): each.classes for each in base}
+        hashes: dict[str, Any] = {}
+        ready: list[Checked] = []
+        for arrival in found:
+            if any(each.slot == arrival.slot and each.signature == arrival.signature
+                   and (each.passed or each.policy == self.policy_id) for each in decided):
+                self.done.skipped.append(f"{arrival.slot} (decided)")
+                continue
+            if self.inbox.rejected(arrival, self.policy_id):
+                self.done.skipped.append(f"{arrival.slot} (rejected)")
+                continue
+            if arrival.part and arrival.task not in classes:
+                self.done.waiting.append(f"{arrival.slot}: its task is not learned")
+                continue
+            if not hashes:
+                hashes = {each.slot: read_hashes(self.storage, hashes_path(
+                    self.storage, self.settings.name, each.fingerprint))
+                          for each in base}
+            problems: Sequence[Problem] = self.inbox.name_problems(arrival, list(classes))
+            if not problems:
+                checked = check_arrival(self.storage, arrival, self.config.data,
+                                        self.arrival_policy, hashes,
+                                        classes[arrival.task] if arrival.part else None)
+                problems = checked.problems
+            if problems:
+                self.done.rejected.append({"task": arrival.slot,
+                                           "reasons": [each.text for each in problems],
+                                           "codes": [each.code for each in problems]})
+                if not self.settings.dry_run:
+                    self.inbox.reject(arrival, self.policy_id, problems)
+                continue
+            assert checked.experience is not None
+            ready.append(checked)
+            hashes[arrival.slot] = checked.hashes
+            classes.setdefault(arrival.task, checked.experience.classes)
+        return ready

@@ -1,0 +1,224 @@
+"""Is what arrived fit to be learned? Everything is looked at before anything is trained.
+
+Each image is read, hashed and decoded once. The hashes of a task's images are kept, so that a
+later task that brings the same images again is noticed.
+
+Shape suffix: N images.
+"""
+
+import concurrent.futures
+import dataclasses
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from partialhn.config import DataConfig, build
+from partialhn.corruptions import parse
+from partialhn.datasets import decode_images, given_experience
+from partialhn.errors import InputError, IntegrityError
+from partialhn.featurise import SPLITS
+from partialhn.readers import read_sets
+from partialhn.stream import Experience, ImageTable
+from pipelines.retrain.inbox import DECLARATION, Arrival, Problem
+from pipelines.storage import Storage
+
+MAX_LISTED = 10
+MAX_DECLARATION = 1 << 20
+HASH_BYTES = 8
+"""Of the SHA-256 of an image: among 10^7 images a chance match has a probability of 10^-6."""
+
+HashArray = npt.NDArray[np.uint64]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrivalPolicy:
+    """What a task that arrives must keep to, before it is learned."""
+
+    min_images_per_class: int = 4
+    """Training images of each class, after the held-out ones are taken away."""
+    min_test_images: int = 2
+    """Test images of the task."""
+    max_duplicate_share: float = 0.1
+    """Share of its images that one earlier task has too, byte for byte."""
+    max_test_in_train: float = 0.1
+    """Share of its test images that are training images as well."""
+
+    def __post_init__(self) -> None:
+        for key, low, high in (("min_images_per_class", 1, None), ("min_test_images", 1, None),
+                               ("max_duplicate_share", 0, 1), ("max_test_in_train", 0, 1)):
+            value = getattr(self, key)
+            if value < low or (high is not None and value > high):
+                raise InputError(f"policy inbox.{key} is {value!r}; allowed: {low} "
+                                 + ("or more" if high is None else f"to {high}"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Declaration:
+    """The keys of `task.yaml`."""
+
+    classes: tuple[str, ...] | None = None
+    """Every class of the task; none may be missing, no other may occur."""
+    transform: str = "none"
+    """Corruption that belongs to the task (as --task-transforms)."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checked:
+    """An arrival that was looked at."""
+
+    arrival: Arrival
+    experience: Experience | None
+    """None where the data could not be read at all."""
+    hashes: HashArray
+    """Of its images, sorted."""
+    problems: tuple[Problem, ...]
+
+
+def check_arrival(storage: Storage, arrival: Arrival, config: DataConfig, policy: ArrivalPolicy,
+                  earlier: Mapping[str, HashArray], classes: Sequence[str] | None) -> Checked:
+    """Looks at all that an arrival holds.
+
+    earlier: hashes of the images of earlier slots. classes: of the task that it refreshes.
+    """
+    nothing = np.array([], np.uint64)
+    try:
+        experience = _read(storage, arrival, config, classes)
+        tables = {split: _look(getattr(experience, split), config) for split in SPLITS}
+    except (InputError, pa.ArrowException) as error:
+        return Checked(arrival, None, nothing, (Problem("data", str(error)),))
+    except OSError as error:
+        _reraise_unless_damaged(storage, arrival, error)
+        return Checked(arrival, None, nothing, (Problem("data", f"cannot be read: {error}"),))
+    problems = [Problem("image", text) for _, bad in tables.values() for text in bad]
+    if config.on_bad_image == "skip":
+        problems = []
+    elif len(problems) > MAX_LISTED:
+        more = len(problems) - MAX_LISTED
+        problems = [*problems[:MAX_LISTED], Problem("image", f"and {more} more such images")]
+    problems += _few(experience, policy, whole=classes is None)
+    hashes = np.sort(np.concatenate([found for found, _ in tables.values()]))
+    problems += _duplicates(hashes, earlier, policy)
+    leaked = np.isin(tables["test"][0], tables["train"][0]).mean()
+    if leaked > policy.max_test_in_train:
+        problems.append(Problem("duplicate", f"{leaked:.0%} of the test images are training "
+                                f"images too; allowed: {policy.max_test_in_train:.0%}"))
+    return Checked(arrival, experience, hashes, tuple(problems))
+
+
+def write_hashes(storage: Storage, path: str, hashes: HashArray) -> None:
+    """Keeps the hashes of a task's images; the same name is the same content."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"sha256_64": hashes}), sink)
+    storage.put_if_absent(path, sink.getvalue())
+
+
+def read_hashes(storage: Storage, path: str) -> HashArray:
+    """Takes back `write_hashes`. Raises: IntegrityError where it cannot be read."""
+    try:
+        table = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=["sha256_64"])
+        return table.column(0).to_numpy().astype(np.uint64)
+    except (OSError, pa.ArrowException) as error:
+        raise IntegrityError(f"image hashes {path} cannot be read: {error}") from error
+
+
+def _read(storage: Storage, arrival: Arrival, config: DataConfig,
+          classes: Sequence[str] | None) -> Experience:
+    """The arrival as an experience. Raises: InputError."""
+    declared = _declaration(storage, arrival)
+    images = read_sets(arrival.folder, None, storage.filesystem)
+    if isinstance(images, dict):
+        raise InputError(f"{arrival.folder} holds several data sets; allowed: one task, with "
+                         "train/ and test/ or Parquet files of these names")
+    if declared.classes is not None:
+        unknown = sorted(set(images.classes) - set(declared.classes))
+        missing = sorted(set(declared.classes) - set(images.classes))
+        if unknown:
+            raise InputError(f"label {unknown[0]!r} is not declared in {DECLARATION}; allowed: "
+                             + ", ".join(declared.classes))
+        if missing and classes is None:
+            raise InputError(f"class {missing[0]!r} is declared in {DECLARATION} and has no "
+                             "images; allowed: images of every class")
+    if classes is None and len(images.classes) < 2:
+        raise InputError(f"there is 1 class, {images.classes[0]!r}; allowed: 2 or more")
+    return given_experience(arrival.slot, images, config, declared.transform, classes)
+
+
+def _declaration(storage: Storage, arrival: Arrival) -> Declaration:
+    path = f"{arrival.folder}/{DECLARATION}"
+    if storage.stat(path) is None:
+        return Declaration()
+    try:
+        values = yaml.safe_load(storage.read_bytes(path, MAX_DECLARATION).decode()) or {}
+    except (yaml.YAMLError, ValueError, RecursionError, IntegrityError) as error:
+        raise InputError(f"{DECLARATION} cannot be read: {error}") from error
+    if not isinstance(values, Mapping):
+        raise InputError(f"{DECLARATION} holds {type(values).__name__}; allowed: the keys classes "
+                         "and transform")
+    declared: Declaration = build(Declaration, values, f"{DECLARATION}: ")
+    parse(declared.transform)
+    return declared
+
+
+def _look(table: ImageTable, config: DataConfig) -> tuple[HashArray, list[str]]:
+    """Hashes of the images in order, and what is wrong with those that cannot be decoded."""
+    import hashlib
+
+    ids = np.array(table.ids(), dtype=object)
+    hash_N = np.zeros(len(table), np.uint64)
+    bad: list[str] = []
+
+    def decode(images: Sequence[bytes], names: Sequence[str]) -> list[str]:
+        found = decode_images(images, names, config.input_size, on_bad="skip",
+                              max_pixels=config.max_image_pixels)
+        return [f"image {each.id} {each.reason}" for each in found.bad]
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for position_n, images in table.chunks():
+            hash_N[position_n] = [int.from_bytes(hashlib.sha256(image).digest()[:HASH_BYTES])
+                                  for image in images]
+            slices = [slice(start, start + 64) for start in range(0, len(images), 64)]
+            for texts in pool.map(lambda part, position_n=position_n, images=images: decode(
+                    images[part], ids[position_n[part]].tolist()), slices):
+                bad += texts
+    return hash_N, bad
+
+
+def _few(experience: Experience, policy: ArrivalPolicy, *, whole: bool) -> list[Problem]:
+    count_K = np.bincount(experience.train.label_N, minlength=len(experience.classes))
+    problems = [Problem("few", f"class {name!r} has {count} training images; allowed: "
+                               f"{policy.min_images_per_class} or more")
+                for name, count in zip(experience.classes, count_K.tolist(), strict=True)
+                if count < policy.min_images_per_class and (whole or count)]
+    if len(experience.test) < policy.min_test_images:
+        problems.append(Problem("few", f"there are {len(experience.test)} test images; allowed: "
+                                       f"{policy.min_test_images} or more"))
+    return problems
+
+
+def _duplicates(hashes: HashArray, earlier: Mapping[str, HashArray],
+                policy: ArrivalPolicy) -> list[Problem]:
+    problems = []
+    for slot, others in earlier.items():
+        share = float(np.isin(hashes, others).mean()) if len(hashes) else 0.0
+        if share > policy.max_duplicate_share:
+            problems.append(Problem("duplicate", f"{share:.0%} of its images are those of task "
+                                    f"{slot!r}; allowed: {policy.max_duplicate_share:.0%}"))
+    return problems
+
+
+def _reraise_unless_damaged(storage: Storage, arrival: Arrival, error: Any) -> None:
+    """A storage that does not answer is no fault of the data: its bytes cannot be had at all."""
+    for entry in arrival.files:
+        try:
+            with storage.filesystem.open_input_file(entry.path) as source:
+                while source.read(1 << 24):
+                    pass
+        except OSError:
+            raise error from None

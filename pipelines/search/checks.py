@@ -1,0 +1,65 @@
+"""What a search refuses before anything is spent, and whether a resumed one is the same search."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from partialhn.config import Config
+from partialhn.errors import InputError
+from partialhn.run import check
+from partialhn.stream import Experience
+from pipelines.search.settings import SearchConfig, parse_budget
+from pipelines.search.space import Space
+
+
+def on_this_machine(saved: Config, given: Config) -> Config:
+    """A resumed search learns what it was started with, on what it is given now."""
+    return dataclasses.replace(saved, compute=given.compute)
+
+
+def check_search(config: Config, space: Space, budget: str) -> None:
+    """Refuses what cannot work before anything is spent."""
+    if config.compute.workers > 1:
+        raise InputError(f"workers is {config.compute.workers}; allowed: 1, since a trial of a "
+                         "search trains in one process (several trials run at once instead)")
+    if config.train.strategy != "partial_hn":
+        raise InputError(f"strategy is {config.train.strategy!r}; allowed: partial_hn, since the "
+                         "search compares it with separate_heads by itself")
+    if config.data.validation == 0:
+        raise InputError("validation is 0; allowed: more than 0, since a search decides on "
+                         "held-out images and never on test images")
+    trials, least = parse_budget(budget).trials, len(space.grid_points())
+    if trials is not None and trials < least:
+        raise InputError(f"budget is {budget!r} for {least} grid points (depths); allowed: at "
+                         f"least {least}-trials, or fewer depths")
+    for depth in space.depths():
+        check(dataclasses.replace(config, backbone=dataclasses.replace(
+            config.backbone, freeze_depth=depth)))
+
+
+def check_stream(experiences: Sequence[Experience]) -> None:
+    if len(experiences) < 2:
+        raise InputError("the stream has 1 task; allowed: 2 or more, since what a depth costs "
+                         "shows on the tasks that the trunk was not trained on")
+    for each in experiences:
+        if not len(each.validation):
+            raise InputError(f"task {each.name!r} has no held-out images; allowed: at least one a "
+                             "task, so raise validation")
+
+
+def settled(found: dict[str, Any], asked: dict[str, Any],
+             options: SearchConfig) -> dict[str, Any]:
+    """What the search was started with, but for the options that may change.
+
+    Raises: InputError where another search has the name, or its images are no longer the same.
+    """
+    prints = [[task["fingerprint"] for task in each["tasks"]] for each in (found, asked)]
+    same = {key: Config.from_dict(each["config"]).work_hash() + str(each["space"])
+            for key, each in (("found", found), ("asked", asked))}
+    if prints[0] != prints[1]:
+        raise InputError(f"search {found['name']!r} was begun on other images (the tasks' "
+                         "fingerprints differ); allowed: the same images, or another --name")
+    if same["found"] != same["asked"]:
+        raise InputError(f"search {found['name']!r} exists with another configuration or space; "
+                         f"allowed: --resume {found['name']} to go on with it, or another --name")
+    return found | {"options": options.changed(found["options"])}

@@ -1,0 +1,110 @@
+"""What a search looks at before its trials: features of every depth, a forecast, and what training
+the whole network would cost.
+
+Runs as Ray tasks, so that features are read where they are cheap to read; the answers are small.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from partialhn.arithmetic import set_arithmetic
+from partialhn.backbone import Network, Trunk, build_network
+from partialhn.config import Config
+from partialhn.datasets import decode
+from partialhn.featurise import SPLITS, feature_jobs
+from partialhn.forecast import ProbeTask, forecast, pooled, task_shift
+from partialhn.store import Manifest
+from partialhn.stream import Experience
+from partialhn.train import network_optimiser, train_network
+from pipelines.features.in_use import InUse
+from pipelines.features.on_ray import on_ray
+from pipelines.features.produce import compute_features
+from pipelines.search.trial import Bench, Place, open_features
+from pipelines.storage import Storage
+
+TIMED_IMAGES = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Computing:
+    """What features are computed on."""
+
+    workers: int
+    gpu: bool
+    threads: int
+    progress: Callable[[int, int], None]
+    say: Callable[[str], None]
+    in_use: InUse
+    """Keeps the features from being pruned."""
+
+
+def depth_features(storage: Storage, network: Network, config: Config,
+                   experiences: Sequence[Experience], depths: Sequence[int],
+                   on: Computing) -> tuple[dict[Place, Manifest], int]:
+    """The stored features of every depth, and how many images were decoded for them: each goes
+    through the trunk once for all depths.
+    """
+    trunk = Trunk(network, max(depths))
+    jobs = feature_jobs(config, experiences, trunk, depths)
+    found, decoded = compute_features(storage, trunk, jobs,
+                                      on_ray(on.workers, on.gpu, on.threads),
+                                      progress=on.progress, say=on.say, in_use=on.in_use)
+    return {(job.depth, job.task, job.split): manifest
+            for job, manifest in zip(jobs, found, strict=True)}, decoded
+
+
+def forecast_depths(bench: Bench) -> list[dict[str, Any]]:
+    """`partialhn.forecast` on the first two tasks of the bench, as plain values."""
+    set_arithmetic(bench.threads)
+    depths = sorted({depth for depth, _, _ in bench.manifests})
+    stages = forecast({depth: (_probe_task(bench, depth, 0), _probe_task(bench, depth, 1))
+                       for depth in depths})
+    return [dataclasses.asdict(stage) for stage in stages]
+
+
+def _probe_task(bench: Bench, depth: int, index: int) -> ProbeTask:
+    name, classes = bench.tasks[index]
+    return ProbeTask(open_features(bench, (depth, name, "train")),
+                     open_features(bench, (depth, name, "validation")), classes)
+
+
+def task_shifts(bench: Bench) -> dict[str, float]:
+    """How each later task differs from the first, in the features of the deepest depth."""
+    set_arithmetic(bench.threads)
+    depth = max(depth for depth, _, _ in bench.manifests)
+    features = {name: pooled(open_features(bench, (depth, name, "train")))
+                for name, _ in bench.tasks}
+    first, *later = [name for name, _ in bench.tasks]
+    return {name: task_shift(features[first], features[name]) for name in later}
+
+
+def whole_network_seconds(config: Config, first: Experience, device: str,
+                          threads: int) -> dict[str, float]:
+    """What an image costs in an epoch of training the whole network, and to keep.
+
+    Two epochs over some images of the first task; the second is timed. Processor time on a CPU,
+    as for trials, and wall-clock time on a GPU.
+    """
+    set_arithmetic(threads)
+    table = first.train.take(range(min(TIMED_IMAGES, len(first.train))))
+    decoded = decode(table, config.data.input_size, first.transform, "skip",
+                     config.data.max_image_pixels, config.data.stream_seed)
+    y_N = torch.from_numpy(table.label_N[decoded.index_B.numpy()])
+    backbone = dataclasses.replace(config.backbone, trunk_epochs=2)
+    network = build_network(backbone.backbone, len(first.classes)).to(device)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
+    for _ in train_network(network, decoded.images_BCHW, y_N, backbone, config.features.augment,
+                           network_optimiser(network, backbone)):
+        spent, start = clock() - start, clock()
+    return {"seconds_per_image": spent / len(y_N),
+            "bytes_per_image": sum(map(len, table.read())) / len(table)}
+
+
+def image_counts(experiences: Sequence[Experience]) -> Mapping[str, int]:
+    """Images of all splits, by task."""
+    return {each.name: sum(len(getattr(each, split)) for split in SPLITS) for each in experiences}

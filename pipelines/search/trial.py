@@ -1,0 +1,199 @@
+"""What runs in a trial's actor: a whole stream, learned from stored features in this process.
+
+No image is decoded, no worker group is started. After each task the trial reports, so that a
+clearly worse one can be stopped, and every few seconds it keeps its state, so that a killed one
+goes on. It is judged on held-out images; test images are looked at by final runs alone.
+"""
+
+import dataclasses
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from partialhn import checkpoint
+from partialhn.arithmetic import set_arithmetic
+from partialhn.backbone import Network
+from partialhn.config import ComputeConfig, Config
+from partialhn.errors import InputError
+from partialhn.run import Parts, cut
+from partialhn.steps import recorder_for
+from partialhn.store import FeatureSet, Manifest
+from partialhn.strategies import PartialHypernet, Strategy
+from partialhn.train import Learner, TaskFeatures, TaskRecord, evaluate
+from pipelines.features.produce import open_store
+from pipelines.search.state import Measured, TrialPlan
+from pipelines.storage import Storage
+
+STATE_SECONDS = 10.0
+"""A killed trial loses at most the epochs of this time, or the running one."""
+Place = tuple[int, str, str]
+"""Freeze depth, task, split."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all trials of a search share."""
+
+    storage: Storage
+    network: Network
+    tasks: tuple[tuple[str, int], ...]
+    """Name and number of classes of each task."""
+    manifests: Mapping[Place, Manifest]
+    """The stored features, with as many views as any trial uses."""
+    folder: str
+    """Where running trials keep their states, as a path in the storage's filesystem."""
+    device: str
+    threads: int
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    """Where a node keeps copies of remote features."""
+
+
+def run_trial(choice: dict[str, Any], bench: Bench) -> None:
+    """The Ray Tune trainable. Reports after each task; a trial that cannot work says why."""
+    from ray import tune
+
+    plan = TrialPlan(**choice["plan"])
+    tasks_done = 0
+    try:
+        for measured in learn(plan, bench):
+            tasks_done = len(measured.rows)
+            tune.report({"tasks_done": tasks_done, "accuracy": measured.accuracy, "failed": "",
+                         "measured": json.dumps(dataclasses.asdict(measured))})
+    except Exception as error:  # ours or PyTorch's: trying again would fail again
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        tune.report({"tasks_done": tasks_done, "accuracy": 0.0, "measured": "", "failed": reason})
+
+
+def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
+    """Learns the stream as planned, yielding what was measured after each task."""
+    set_arithmetic(bench.threads)
+    config = Config.from_dict(plan.config)
+    parts = cut(config, bench.network)
+    tasks = [_task(bench, config, name, classes) for name, classes in bench.tasks]
+    learner = Learner(parts.strategy(config), config.train, bench.device,
+                      recorder=recorder_for(torch.device(bench.device), config.compute.cuda_graphs))
+    meter = _Meter()
+    folder = f"{bench.folder}/{plan.id}"
+    _restore(bench, folder, learner, meter)
+    if learner.finished:
+        yield _measured(plan, bench, config, parts, learner, meter)
+    kept = time.monotonic()
+    for record in learner.learn(tasks):
+        meter.lap(isinstance(record, TaskRecord))
+        if isinstance(record, TaskRecord) or time.monotonic() - kept > STATE_SECONDS:
+            _keep(bench, folder, learner, meter)
+            kept = time.monotonic()
+        if isinstance(record, TaskRecord):
+            yield _measured(plan, bench, config, parts, learner, meter)
+        meter.start()
+
+
+class _Meter:
+    """Processor time of this process, by what it did."""
+
+    def __init__(self) -> None:
+        self.training, self.evaluating = 0.0, 0.0
+        self.start()
+
+    def start(self) -> None:
+        """From here."""
+        self._at = time.process_time()
+
+    def lap(self, evaluating: bool) -> None:
+        """Books the time since `start`."""
+        spent = time.process_time() - self._at
+        if evaluating:
+            self.evaluating += spent
+        else:
+            self.training += spent
+
+
+def _task(bench: Bench, config: Config, name: str, classes: int) -> TaskFeatures:
+    """A task's features, with the held-out images in the place of the test images."""
+    depth = config.backbone.freeze_depth
+    train = open_features(bench, (depth, name, "train"))
+    held_out = open_features(bench, (depth, name, "validation"))
+    return TaskFeatures(name, classes, train.first_views(config.features.views), None, held_out)
+
+
+def open_features(bench: Bench, place: Place) -> FeatureSet:
+    """One set of features, verified once in the life of this process."""
+    manifest = bench.manifests[place]
+    opened = _opened()
+    if manifest.key not in opened:
+        opened[manifest.key] = open_store(bench.storage, bench.compute).open(manifest)
+    return opened[manifest.key]
+
+
+@functools.cache
+def _opened() -> dict[str, FeatureSet]:
+    """Memory-mapped features by key: an actor runs many trials, one after the other."""
+    return {}
+
+
+def _keep(bench: Bench, folder: str, learner: Learner, meter: _Meter) -> None:
+    tensors, fields = learner.state()
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / "state"
+        checkpoint.save(local, "trial", tensors, {
+            "learner": fields, "training": meter.training, "evaluating": meter.evaluating})
+        checkpoint.upload(local, bench.storage.filesystem, folder)
+
+
+def _restore(bench: Bench, folder: str, learner: Learner, meter: _Meter) -> None:
+    """Goes on from the state that an interrupted run of this trial left, where there is one."""
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / "state"
+        if not checkpoint.fetch(bench.storage.filesystem, folder, local):
+            return
+        tensors, fields = checkpoint.load(local, "trial")
+        learner.restore(tensors, fields["learner"])
+        meter.training, meter.evaluating = fields["training"], fields["evaluating"]
+
+
+def _measured(plan: TrialPlan, bench: Bench, config: Config, parts: Parts, learner: Learner,
+              meter: _Meter) -> Measured:
+    depth, views = config.backbone.freeze_depth, config.features.views
+    done = len(learner.finished)
+    test_row = None
+    if plan.kind != "search" and done == len(bench.tasks):
+        tests = [open_features(bench, (depth, name, "test")) for name, _ in bench.tasks]
+        test_row = tuple(evaluate(learner.strategy, index, test)
+                         for index, test in enumerate(tests))
+    strategy = learner.strategy
+    own = [strategy.task_bytes(index) for index in range(done)]
+    state = sum(value.numel() * value.element_size()
+                for part in (strategy, parts.trunk) for value in part.state_dict().values())
+    used = [(place, bench.manifests[place]) for place in bench.manifests if place[0] == depth]
+    return Measured(
+        tasks=tuple(name for name, _ in bench.tasks),
+        rows=tuple(record.accuracy_row for record in learner.finished), test_row=test_row,
+        train_seconds=sum(record.train_seconds for record in learner.finished),
+        processor_seconds=meter.training,
+        evaluate_seconds=sum(record.evaluate_seconds for record in learner.finished),
+        epochs=len(learner.epochs),
+        feature_bytes=sum(_share(place, each, views) for place, each in used),
+        feature_seconds=sum(shard.seconds for _, each in used for shard in each.shards),
+        serving_macs=int(parts.macs["trunk"] + parts.macs["head"]) + _generating(strategy),
+        head_bytes=4 * (strategy.head.weight_count + strategy.head.norm_length),
+        checkpoint_bytes=state, bytes_per_task=round(sum(own) / len(own)),
+        device="cpu" if bench.device == "cpu" else torch.cuda.get_device_name())
+
+
+def _share(place: Place, manifest: Manifest, views: int) -> int:
+    """Bytes of a set of features if it held `views` views alone."""
+    return round(manifest.bytes * views / manifest.shape_VCHW[0]) if place[2] == "train" else (
+        manifest.bytes)
+
+
+def _generating(strategy: Strategy) -> int:
+    """Multiply-adds of generating the last task's head; an own head is there already."""
+    if not isinstance(strategy, PartialHypernet):
+        return 0
+    return strategy.hypernet.generating_macs(len(strategy.classes) - 1)

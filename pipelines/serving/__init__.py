@@ -1,0 +1,1 @@
+"""A model in use: served over HTTP, and watched for drift."""

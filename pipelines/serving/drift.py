@@ -1,0 +1,197 @@
+"""Has what a model is asked changed since it was trained? Live features against held-out ones.
+
+For each task: principal components of the held-out features (at most COMPONENTS of them, each
+scaled to unit variance), a Kolmogorov-Smirnov test of the live features on each
+(`scipy.stats.ks_2samp`), and Bonferroni's correction over components and tasks. Univariate tests
+on reduced dimensions found shifts at least as well as kernel tests did in Rabanser et al. 2019
+("Failing Loudly"), their p-values need no permutations, and they say along which direction.
+
+Held-out features (validation and test), not those of training: the trunk was trained on images of
+the first task and sees them with other features than new ones.
+
+Legend: N held-out images, M live ones, C channels of pooled features, D components.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from partialhn.config import ComputeConfig
+from partialhn.errors import InputError
+from partialhn.store import FeatureStore, Manifest
+from partialhn.stream import task_of
+from partialhn.task_inference import NONE, pooled
+from pipelines.features.produce import open_store
+from pipelines.registry.client import Registry, connect
+from pipelines.registry.versions import Version
+from pipelines.serving.live import Live, read_live
+from pipelines.storage import Storage, open_storage
+
+COMPONENTS = 16
+REFERENCE_ROWS = 2048
+"""Held-out images of a task that are compared with, at most."""
+FEWEST = 30
+"""Live images that a test needs; a task with fewer is listed and not tested."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskDrift:
+    """One task's live traffic against its held-out images."""
+
+    task: str
+    asked: int
+    """Images asked."""
+    compared: int
+    """Of these, the recorded sample that is compared."""
+    reference: int
+    """Held-out images they are compared with."""
+    p_value: float | None
+    """Smallest of all components' p-values, corrected for components and tasks; None: too few."""
+    effect: float | None
+    """Largest Kolmogorov-Smirnov distance of a component: 0 (the same) to 1 (apart)."""
+    drifts: bool
+
+    def fields(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DriftReport:
+    """Every task of a version."""
+
+    model_uri: str
+    hours: float
+    alpha: float
+    tasks: tuple[TaskDrift, ...]
+    unknown: int
+    """Images asked with task auto that seemed to be of no task."""
+
+    @property
+    def drifts(self) -> bool:
+        """Whether any task does."""
+        return any(task.drifts for task in self.tasks)
+
+    def fields(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"model_uri": self.model_uri, "hours": self.hours, "alpha": self.alpha,
+                "drift": self.drifts, "unknown_images": self.unknown,
+                "tasks": [task.fields() for task in self.tasks]}
+
+
+def find_drift(name: str, storage: str, tracking_uri: str | None = None, *,
+               alpha: float = 0.01, hours: float = 168.0) -> DriftReport:
+    """Compares what the champion of a stream was asked in the last hours with its held-out images.
+
+    alpha: chance of a false alarm of the whole report.
+
+    Raises: InputError for an unknown stream, or where nothing was recorded.
+    """
+    if not 0 < alpha < 1:
+        raise InputError(f"alpha is {alpha}; allowed: between 0 and 1")
+    if hours <= 0:
+        raise InputError(f"hours is {hours}; allowed: more than 0")
+    place = open_storage(storage)
+    registry = connect(place, tracking_uri, create=False)
+    champion = registry.resolve(f"models:/{name}@champion")
+    live = read_live(place, name, champion.tags["trunk_fingerprint"], hours)
+    unknown = live.pop(NONE, None)
+    if not live:
+        raise InputError(f"nothing was recorded of {champion.uri} in the last {hours:g} hours "
+                         f"below {place.uri_of('live', name)}; allowed: a stream that "
+                         "`partialhn serve` or `partialhn predict --record` answered for")
+    found = [_compare(task, version, live[task], place)
+             for task, version in _task_versions(registry, champion).items() if task in live]
+    tested = max(1, sum(each.p_value is not None for each in found))
+    tasks = tuple(_corrected(each, tested, alpha) for each in found)
+    return DriftReport(champion.uri, hours, alpha, tasks, unknown.seen if unknown else 0)
+
+
+def _task_versions(registry: Registry, champion: Version) -> dict[str, Version]:
+    """For each task of the champion the version that learned it last, in the tasks' order."""
+    newest = {}
+    for version in registry.versions(champion.stream):
+        if (version.tags["trunk_fingerprint"] == champion.tags["trunk_fingerprint"]
+                and version.task_index <= champion.task_index
+                and version.version <= champion.version):
+            newest[task_of(version.task)] = version
+    return dict(sorted(newest.items(), key=lambda item: item[1].task_index))
+
+
+def _compare(task: str, version: Version, live: Live, place: Storage) -> TaskDrift:
+    """One task's p-value, corrected for its components only."""
+    reference_NC = _held_out(version, place)
+    compared = len(live.z_BC)
+    if compared < FEWEST:
+        return TaskDrift(task, live.seen, compared, len(reference_NC), None, None, False)
+    p_value, effect = shift(reference_NC, live.z_BC)
+    return TaskDrift(task, live.seen, compared, len(reference_NC), p_value, effect, False)
+
+
+def _corrected(task: TaskDrift, tested: int, alpha: float) -> TaskDrift:
+    if task.p_value is None:
+        return task
+    p_value = min(1.0, task.p_value * tested)
+    return dataclasses.replace(task, p_value=p_value, drifts=p_value < alpha)
+
+
+def shift(reference_NC: np.ndarray, live_MC: np.ndarray) -> tuple[float, float]:
+    """Smallest p-value of all components, times their number, and the largest KS distance."""
+    from scipy.stats import ks_2samp
+
+    mean_C = reference_NC.mean(0)
+    _, spread_D, basis_DC = torch.linalg.svd(torch.from_numpy(reference_NC - mean_C),
+                                             full_matrices=False)
+    usable = int((spread_D > 1e-6 * spread_D[0].clamp_min(1e-12)).sum())
+    axes_DC = basis_DC[:max(1, min(COMPONENTS, usable))].numpy()
+    # asymptotic: the exact p-value takes fifty times as long and differs little from FEWEST on
+    tests = [ks_2samp((reference_NC - mean_C) @ axis_C, (live_MC - mean_C) @ axis_C,
+                      method="asymp") for axis_C in axes_DC]
+    return (min(1.0, len(tests) * min(float(test.pvalue) for test in tests)),
+            max(float(test.statistic) for test in tests))
+
+
+def _held_out(version: Version, place: Storage) -> np.ndarray:
+    """Pooled features of a task's images that nothing was learned from, (N, C)."""
+    store = open_store(place, ComputeConfig())
+    keys = json.loads(version.tags["feature_keys"])
+    # the first is the training split; of very small data nothing else may be there
+    return np.concatenate([_pooled(store, _manifest(store, key, version))
+                           for key in keys[1:] or keys])
+
+
+def _manifest(store: FeatureStore, key: str, version: Version) -> Manifest:
+    found = store.manifest(key)
+    if found is None:
+        raise InputError(f"features {key} of {version.uri} are not in {store.root}; allowed: the "
+                         "storage that `partialhn train` was given, with its features")
+    return found
+
+
+def _pooled(store: FeatureStore, manifest: Manifest) -> np.ndarray:
+    features = store.open(manifest)
+    step = max(1, -(-len(features) // REFERENCE_ROWS))
+    rows_N = torch.arange(0, len(features), step)
+    parts = [pooled(features.gather(rows_B, torch.zeros_like(rows_B)))
+             for rows_B in torch.split(rows_N, 256)]
+    return torch.cat(parts).numpy()
+
+
+def table(report: DriftReport) -> Sequence[str]:
+    """The report as lines for a terminal."""
+    lines = [f"{report.model_uri}, asked in the last {report.hours:g} hours",
+             f"{'task':24}{'asked':>9}{'compared':>10}{'with':>7}{'p-value':>11}{'distance':>10}"]
+    for task in report.tasks:
+        numbers = f"{'-':>11}{'-':>10}  too few (at least {FEWEST})"
+        if task.p_value is not None:
+            numbers = (f"{task.p_value:>11.2g}{task.effect:>10.2f}  "
+                       f"{'DRIFTS' if task.drifts else 'same'}")
+        lines.append(f"{task.task[:23]:24}{task.asked:>9}{task.compared:>10}{task.reference:>7}"
+                     + numbers)
+    if report.unknown:
+        lines.append(f"{report.unknown} images asked with task auto seemed to be of no task")
+    return lines

@@ -1,0 +1,256 @@
+"""The server's HTTP side: what is asked, what is refused and how, health and metrics.
+
+    POST /predict    an encoded image, task in ?task= or the header X-Task; or JSON
+                     {"images": [base64, ...], "task": NAME} or {..., "tasks": [NAME, ...]}
+    GET  /healthz    model version, its age, tasks, and how the last reload went
+    GET  /metrics    for Prometheus
+
+A refusal says what was wrong, what was found and what is allowed: 400 for a malformed request or
+image, 404 for an unknown task, 413 for a body that is too large, 503 with Retry-After when the
+queue is full. Images are refused by their header before they are decoded.
+"""
+
+import asyncio
+import base64
+import binascii
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from partialhn.errors import InputError
+from partialhn.predict import Answer
+from pipelines.serving.model import Loaded, UnknownTaskError
+
+RETRY_AFTER_SECONDS = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the server takes at most."""
+
+    body_bytes: int = 8 << 20
+    """Bytes of a request's body."""
+    images: int = 64
+    """Images of a JSON request."""
+    pixels: int = 25_000_000
+    """Pixels of an image, refused by its header."""
+    waiting: int = 128
+    """Images that wait or are being answered; more are told to come again."""
+    waiting_bytes: int = 256 << 20
+    """Bytes of the bodies of requests in progress."""
+
+
+class RefusedError(Exception):
+    """A request that gets an error, with its HTTP status and its kind for the metrics."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.kind = status, kind
+
+
+class Metrics:
+    """What Prometheus reads, in a collection of the server's own."""
+
+    def __init__(self) -> None:
+        self.all = CollectorRegistry()
+        self.requests = Counter("partialhn_requests", "Requests to predict", registry=self.all)
+        self.errors = Counter("partialhn_errors", "Requests refused or failed", ["kind"],
+                              registry=self.all)
+        self.images = Counter("partialhn_images", "Images answered", ["task"], registry=self.all)
+        self.unknown = Counter("partialhn_unknown_images",
+                               "Images that seemed to be of no known task", registry=self.all)
+        self.seconds = Histogram("partialhn_request_seconds", "Seconds from request to answer",
+                                 buckets=(.002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5),
+                                 registry=self.all)
+        self.batch = Histogram("partialhn_batch_images", "Images answered in one batch",
+                               buckets=(1, 2, 4, 8, 16, 32, 64, 128), registry=self.all)
+        self.waiting = Gauge("partialhn_waiting_images", "Images waiting or being answered",
+                             registry=self.all)
+        self.version = Gauge("partialhn_model_version", "Version of the model in use",
+                             registry=self.all)
+        self.since = Gauge("partialhn_model_since_seconds", "When it began to serve, Unix time",
+                           registry=self.all)
+
+
+Reply = tuple[Loaded, Answer | InputError]
+
+
+class Service(Protocol):
+    """What the HTTP side needs of the server."""
+
+    limits: Limits
+    metrics: Metrics
+
+    async def ask(self, image: bytes, task: str) -> Reply:
+        """An answer, in a batch with whoever asks at the same time."""
+        ...
+
+    def check_task(self, task: str) -> None:
+        """Raises InputError for a task that the model in use cannot answer for."""
+        ...
+
+    def health(self) -> dict[str, Any]:
+        """The body of /healthz."""
+        ...
+
+
+def build_app(service: Service) -> Starlette:
+    """The ASGI application around a service."""
+    front = _Front(service)
+    return Starlette(routes=[Route("/predict", front.predict, methods=["POST"]),
+                             Route("/healthz", front.healthz, methods=["GET"]),
+                             Route("/metrics", front.show_metrics, methods=["GET"])])
+
+
+class _Front:
+    """The three routes."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.images = self.bytes = 0
+
+    async def healthz(self, _: Request) -> Response:
+        return JSONResponse(self.service.health())
+
+    async def show_metrics(self, _: Request) -> Response:
+        health, metrics = self.service.health(), self.service.metrics
+        metrics.waiting.set(self.images)
+        metrics.version.set(int(health["version"]) if str(health["version"]).isdecimal() else 0)
+        metrics.since.set(health["since"])
+        return Response(generate_latest(metrics.all), media_type=CONTENT_TYPE_LATEST)
+
+    async def predict(self, request: Request) -> Response:
+        metrics, start = self.service.metrics, time.perf_counter()
+        metrics.requests.inc()
+        try:
+            response = await self._predict(request)
+        except RefusedError as refused:
+            metrics.errors.labels(refused.kind).inc()
+            headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if refused.status == 503 else None
+            response = JSONResponse({"error": str(refused)}, refused.status, headers)
+        except ClientDisconnect:
+            metrics.errors.labels("disconnected").inc()
+            response = Response(status_code=400)
+        except Exception:
+            metrics.errors.labels("failed").inc()
+            raise
+        metrics.seconds.observe(time.perf_counter() - start)
+        return response
+
+    async def _predict(self, request: Request) -> Response:
+        limits = self.service.limits
+        taken = 0
+        try:
+            body = bytearray()
+            _check_length(request.headers, limits)
+            async for chunk in request.stream():
+                taken, self.bytes = taken + len(chunk), self.bytes + len(chunk)
+                if taken > limits.body_bytes:
+                    raise _too_large(f"more than {limits.body_bytes}", limits)
+                if self.bytes > limits.waiting_bytes:
+                    raise _busy()
+                body += chunk
+            return await self._answer(request, bytes(body))
+        finally:
+            self.bytes -= taken
+
+    async def _answer(self, request: Request, body: bytes) -> Response:
+        as_json = request.headers.get("content-type", "").startswith("application/json")
+        if as_json:
+            images, tasks = read_json(body, self.service.limits)
+        else:
+            images, tasks = [body], [_task_of(request)]
+        for task in dict.fromkeys(tasks):
+            try:
+                self.service.check_task(task)
+            except InputError as error:
+                raise RefusedError(404, "unknown task", str(error)) from error
+        if self.images + len(images) > self.service.limits.waiting:
+            raise _busy()
+        self.images += len(images)
+        try:
+            replies = await asyncio.gather(*map(self.service.ask, images, tasks))
+        finally:
+            self.images -= len(images)
+        for number, (_, reply) in enumerate(replies):
+            if isinstance(reply, UnknownTaskError):  # the model was exchanged meanwhile
+                raise RefusedError(404, "unknown task", str(reply))
+            if isinstance(reply, InputError):
+                name = f"image number {number}: " if as_json else ""
+                raise RefusedError(400, "bad image", f"{name}{reply}")
+        answers = [dataclasses.asdict(reply) for _, reply in replies
+                   if not isinstance(reply, InputError)]
+        version = replies[-1][0].version
+        return JSONResponse({"predictions": answers, "version": version} if as_json
+                            else answers[0] | {"version": version})
+
+
+def read_json(body: bytes, limits: Limits) -> tuple[list[bytes], list[str]]:
+    """Images and their tasks of a JSON request. Raises: RefusedError."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, "malformed", f"the body is no JSON ({error}); allowed: "
+                           + JSON_FORM) from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("images"), list):
+        raise RefusedError(400, "malformed", "the body has no list of images; allowed: "
+                           + JSON_FORM)
+    encoded = fields["images"]
+    if not 1 <= len(encoded) <= limits.images:
+        raise RefusedError(400, "malformed", f"the request has {len(encoded)} images; allowed: 1 "
+                           f"to {limits.images}")
+    tasks = fields.get("tasks", [fields.get("task")] * len(encoded))
+    if (not isinstance(tasks, list) or len(tasks) != len(encoded)
+            or not all(isinstance(task, str) for task in tasks)):
+        raise RefusedError(400, "malformed", "the request names no task for every image; allowed: "
+                           + JSON_FORM)
+    images = []
+    for number, text in enumerate(encoded):
+        try:
+            images.append(base64.b64decode(text, validate=True))
+        except (binascii.Error, TypeError, ValueError) as error:
+            raise RefusedError(400, "malformed", f"image number {number} is no base64 ({error}); "
+                               f"allowed: {JSON_FORM}") from error
+    return images, tasks
+
+
+JSON_FORM = '{"images": [BASE64, ...], "task": NAME} or {"images": [...], "tasks": [NAME, ...]}'
+
+
+def _task_of(request: Request) -> str:
+    task = request.query_params.get("task") or request.headers.get("x-task")
+    if not task:
+        raise RefusedError(400, "malformed", "the request names no task; allowed: ?task=NAME or "
+                           "the header X-Task, where auto infers it")
+    return task
+
+
+def _check_length(headers: Mapping[str, str], limits: Limits) -> None:
+    said = headers.get("content-length", "")
+    if said.isdecimal() and int(said) > limits.body_bytes:
+        raise _too_large(said, limits)
+
+
+def _too_large(found: str, limits: Limits) -> RefusedError:
+    return RefusedError(413, "too large", f"the body has {found} bytes; allowed: up to "
+                        f"{limits.body_bytes}")
+
+
+def _busy() -> RefusedError:
+    return RefusedError(503, "queue full", f"too many requests wait; come again in "
+                        f"{RETRY_AFTER_SECONDS} s")

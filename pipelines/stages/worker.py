@@ -1,0 +1,181 @@
+"""How the experiences of a stream are learned, one after the other, wherever a worker runs.
+
+What a worker needs of its surroundings is a `Host`: this process (`worker_process`) or a worker of
+Ray Train (`worker_ray`). It tells the host of every record as it comes, keeps a model of every
+finished task, and gives the host its state at the end of each task and every few seconds between.
+"""
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from partialhn import chain, checkpoint
+from partialhn.arithmetic import set_arithmetic
+from partialhn.batches import Workers
+from partialhn.checkpoint import Model, TaskInfo
+from partialhn.config import Config
+from partialhn.result import Outcome, model_sizes, peak_rss_bytes
+from partialhn.run import Parts, with_strategy
+from partialhn.slots import Slot, open_features
+from partialhn.steps import recorder_for
+from partialhn.task_inference import TaskInference
+from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord
+from pipelines.features.produce import open_store
+from pipelines.storage import Storage
+
+CHECKPOINT_SECONDS = 10.0
+Follow = Callable[[str, EpochRecord | TaskRecord], None]
+"""Gets the strategy and the record."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """All a worker needs to know."""
+
+    config: Config
+    parts: Parts
+    slots: tuple[Slot, ...]
+    prefixes: tuple[str, ...]
+    """Names of the models after each slot (`partialhn.chain`)."""
+    storage: Storage
+    folder: str
+    """Where finished tasks' models are and go, as a path in the storage's filesystem."""
+    run_name: str
+    """Names all that is learned: a state that was kept under it is gone on from."""
+    threads: int
+
+
+class Host(Protocol):
+    """Where a worker runs."""
+
+    @property
+    def device(self) -> torch.device:
+        """What to learn on."""
+
+    @property
+    def workers(self) -> Workers:
+        """This worker's place among those that share the work."""
+
+    def send(self, strategy: str, record: EpochRecord | TaskRecord) -> None:
+        """Tells the driver."""
+
+    def keep(self, state: Path | None) -> None:
+        """Keeps a checkpoint folder in place of the one before; None: another worker gives it."""
+
+    def fetch(self, folder: Path) -> bool:
+        """Copies the state kept last into a folder; False where there is none."""
+
+
+class Worker:
+    """One worker's way through the strategies and tasks."""
+
+    def __init__(self, assignment: Assignment, host: Host) -> None:
+        self.a, self.host = assignment, host
+        set_arithmetic(assignment.threads)
+        self.device, self.workers = host.device, host.workers
+        self.outcomes: dict[str, Outcome] = {}
+        self.last_kept = time.monotonic()
+
+    def run(self) -> dict[str, Any]:
+        """Learns what is not learned yet, by every strategy asked for.
+
+        Returns `outcomes` by strategy, `device` and `peak_rss_bytes`. Raises: InputError for
+        anything the user can set right.
+        """
+        a = self.a
+        store = open_store(a.storage, a.config.compute)
+        known = chain.find(a.storage.filesystem, a.folder, a.prefixes)
+        tasks = open_features(store, a.slots,
+                              0 if a.config.train.needs_every_task else len(known))
+        restored = self._restored()
+        for name in (a.config.train.strategy, *a.config.train.compare):
+            if name not in self.outcomes:
+                config = with_strategy(a.config, name)
+                main = name == a.config.train.strategy
+                learner = Learner(a.parts.strategy(config), a.config.train, self.device,
+                                  self.workers, TaskInference() if main else None,
+                                  recorder_for(self.device, a.config.compute.cuda_graphs))
+                ours = known if main else []
+                if restored and restored[1]["strategy"] == name and (
+                        len(restored[1]["learner"]["finished"]) >= len(ours)):
+                    learner.restore(restored[0], restored[1]["learner"])
+                elif ours:  # what an earlier run, of fewer tasks, has learned
+                    learner.restore(*chain.state(a.storage.filesystem, a.folder, ours))
+                self._learn(name, learner, tasks)
+        return {"outcomes": self.outcomes, "peak_rss_bytes": peak_rss_bytes(),
+                "device": _device_name(self.device)}
+
+    def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
+        for record in learner.finished:
+            self._send(name, record)
+        if len(learner.finished) == len(tasks):
+            self.outcomes[name] = Outcome.of(learner)
+        for record in learner.learn(tasks):
+            if isinstance(record, TaskRecord) and name == self.a.config.train.strategy:
+                self._keep_model(learner, record)
+            if len(learner.finished) == len(tasks):
+                self.outcomes[name] = Outcome.of(learner)
+            self._keep_state(name, learner, record)
+            self._send(name, record)
+
+    def _send(self, name: str, record: EpochRecord | TaskRecord) -> None:
+        if self.workers.rank == 0:
+            self.host.send(name, record)
+
+    def _keep_model(self, learner: Learner, record: TaskRecord) -> None:
+        """The model as it is after a task, for the driver to register."""
+        if self.workers.rank:
+            return
+        a = self.a
+        model = Model(a.config, a.parts.trunk, learner.strategy,
+                      tuple(TaskInfo(slot.name, slot.classes)
+                            for slot in a.slots[:record.task_index + 1]),
+                      inference=learner.inference)
+        model.facts |= model_sizes(model)
+        done = chain.Learned.of(Outcome.of(learner), a.prefixes, record.task_index)
+        chain.keep(model, done, a.storage.filesystem, a.folder)
+
+    def _keep_state(self, name: str, learner: Learner, record: EpochRecord | TaskRecord) -> None:
+        """The state for the host: always after a task, otherwise when the last is old."""
+        late = torch.tensor(float(time.monotonic() - self.last_kept > CHECKPOINT_SECONDS),
+                            device=self.device)
+        if self.workers.world > 1:
+            torch.distributed.broadcast(late, 0)
+        if isinstance(record, EpochRecord) and not late:
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            state = None
+            if self.workers.rank == 0:
+                tensors, fields = learner.state()
+                done = {key: dataclasses.asdict(value) for key, value in self.outcomes.items()}
+                state = Path(scratch) / "state"
+                checkpoint.save(state, "learner", tensors,
+                                {"strategy": name, "learner": fields, "outcomes": done})
+            self.host.keep(state)
+        self.last_kept = time.monotonic()
+
+    def _restored(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        with tempfile.TemporaryDirectory() as scratch:
+            if not self.host.fetch(Path(scratch)):
+                return None
+            tensors, fields = checkpoint.load(Path(scratch), "learner")
+        self.outcomes = {name: Outcome.from_fields(values)
+                         for name, values in fields["outcomes"].items()}
+        for name, outcome in self.outcomes.items():
+            for record in outcome.finished:
+                self._send(name, record)
+        return tensors, fields
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads a worker"

@@ -1,0 +1,1 @@
+"""What the feature store holds, who needs it, and what may go."""
