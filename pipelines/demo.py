@@ -27,7 +27,7 @@ def demo_config(size: str = "full") -> Config:
 def demo(folder: Path, size: str = "full") -> None:
     """Runs the main job, predictions for an early task and the report below `folder`."""
     from pipelines.predict import predict_to_parquet
-    from pipelines.report.page.page import text_summary, write_report
+    from pipelines.report.page import text_summary, write_report
     from pipelines.train import train
 
     start = time.perf_counter()

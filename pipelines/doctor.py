@@ -16,9 +16,9 @@ from typing import Any
 
 from partialhn.config import ComputeConfig
 from pipelines.cluster import start_ray
-from pipelines.features.produce.produce import cache_folder
-from pipelines.registry.client.client import connect
-from pipelines.registry.client.connection import chosen_uri, sqlite_file
+from pipelines.features.produce import cache_folder
+from pipelines.registry.client import connect
+from pipelines.registry.connection import chosen_uri, sqlite_file
 from pipelines.show import table
 from pipelines.storage import Storage
 

@@ -22,9 +22,9 @@ from partialhn.predict import Predictor
 from partialhn.readers import open_images
 from partialhn.stream import ImageTable, task_of
 from partialhn.task_inference import AUTO, NONE
-from pipelines.registry.client.client import connect
-from pipelines.registry.client.versions import Version
-from pipelines.serving.app.live import Recorder
+from pipelines.registry.client import connect
+from pipelines.registry.versions import Version
+from pipelines.serving.live import Recorder
 from pipelines.storage import Storage, open_storage
 
 BATCH = 256

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from pipelines.registry.client.client import connect
-from pipelines.registry.client.versions import CHAMPION, Version, challenger_of
+from pipelines.registry.client import connect
+from pipelines.registry.versions import CHAMPION, Version, challenger_of
 from pipelines.settings import mask_password
 from pipelines.storage import open_storage
 

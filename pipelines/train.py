@@ -1,6 +1,6 @@
 """The main job: a stream of tasks becomes a registered model, a report and a result.
 
-    data -> trunk -> features -> experiences (`pipelines.stages.choose.choose`) -> versions (MLflow)
+    data -> trunk -> features -> experiences (`pipelines.stages.choose`) -> versions (MLflow)
 
 Every stage finds what an earlier run finished, so the same command goes on where it stopped, and
 a directory of tasks that has grown costs its new tasks only.
@@ -29,15 +29,15 @@ from partialhn.slots import Slot, needed_jobs, slots_of
 from partialhn.stream import Experience
 from partialhn.train import EpochRecord, TaskRecord
 from pipelines.data import open_data
-from pipelines.features.produce.produce import open_store
+from pipelines.features.produce import open_store
 from pipelines.progress import Progress
-from pipelines.registry.client.client import Registry, connect
-from pipelines.registry.client.package import Contents
-from pipelines.registry.client.versions import CHAMPION, Registration, Version
-from pipelines.report.page.page import write_report
+from pipelines.registry.client import Registry, connect
+from pipelines.registry.package import Contents
+from pipelines.registry.versions import CHAMPION, Registration, Version
+from pipelines.report.page import write_report
 from pipelines.settings import OutputConfig, mask_password
-from pipelines.stages.choose.base import Stages, our_outcome
-from pipelines.stages.choose.choose import open_stages
+from pipelines.stages.base import Stages, our_outcome
+from pipelines.stages.choose import open_stages
 from pipelines.storage import Storage, open_storage
 
 Say = Callable[[str], None]
