@@ -121,7 +121,7 @@ def module_of(dotted):
         name = ".".join(parts[:end])
         if name in SOURCES:
             return name
-    assert len(parts) == 2, f"there is no module {dotted}"
+    assert len(parts) <= 2, f"there is no module {dotted}"
     return f"{parts[0]}.__init__"
 
 
