@@ -109,7 +109,7 @@ def _ask_nodes(storage: Storage, compute: ComputeConfig) -> list[Check]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    remote = ray.remote(num_cpus=0, max_retries=0)(check_machine)
+    remote: Any = ray.remote(num_cpus=0, max_retries=0)(check_machine)
     asked = [(node["NodeManagerAddress"],
               remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(
                   node["NodeID"], soft=False)).remote(

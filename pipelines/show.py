@@ -52,7 +52,7 @@ def chain_of(versions: Sequence[Version], newest: Version) -> list[Version]:
     """The versions that one was learned from, task after task, and itself."""
     by_prefix = {version.tags.get("prefix", ""): version for version in versions}
     found = [newest]
-    while parent := by_prefix.get(found[-1].tags.get("parent") or None):
+    while (prefix := found[-1].tags.get("parent")) and (parent := by_prefix.get(prefix)):
         found.append(parent)
     return found[::-1]
 

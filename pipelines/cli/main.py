@@ -249,7 +249,8 @@ def _parse(words: list[str]) -> Any:
         path.append(words[0])
         words = words[1:]
         if not issubclass(kind, Group):
-            return tyro.cli(OmitArgPrefixes[kind], prog=" ".join(path), args=words, **default)
+            return tyro.cli(kind, prog=" ".join(path), args=words, config=(OmitArgPrefixes,),
+                            **default)
         kinds, description = kind.COMMANDS, kind.__doc__ or ""
     if words and not words[0].startswith("-"):
         raise InputError(f"command is {' '.join([*path[1:], words[0]])!r}; allowed: "

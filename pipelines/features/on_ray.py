@@ -80,7 +80,7 @@ def _start(storage: Storage, trunk: Trunk, groups: Sequence[Pass], todo: Sequenc
     context.enable_progress_bars = False  # the caller shows its own
     context.execution_options.verbose_progress = False
     items = [{"group": number, "shard": index} for number, index in todo]
-    rows = ray.data.from_items(items, override_num_blocks=min(len(todo), 16 * workers))
+    rows: Any = ray.data.from_items(items, override_num_blocks=min(len(todo), 16 * workers))
     written = rows.map(Featuriser, concurrency=min(workers, len(todo)), num_gpus=1 if gpu else 0,
                        fn_constructor_args=(storage, trunk, groups, "cuda" if gpu else "cpu",
                                             threads))

@@ -72,8 +72,9 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
     manifests = find_features(store, jobs)
     missing = [job for job in jobs if job.recipe.key not in manifests]
     groups = passes(missing)
-    for line in described(plan(missing, trunk)) if missing and say else ():
-        say(line)
+    if missing and say:
+        for line in described(plan(missing, trunk)):
+            say(line)
     todo = [(number, index) for number, group in enumerate(groups)
             for index in range(group[0].shards)]
     shards = _finished(store, groups, todo)

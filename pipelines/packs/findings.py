@@ -135,7 +135,7 @@ def against(rows: Sequence[Row]) -> list[str]:
         return ["One seed cannot tell; see the table for what it gave."]
     said = []
     for label in dict.fromkeys(row.label for row in rows if row.ahead is not None):
-        parts = {"ahead": [], "behind": [], "cannot be told apart": []}
+        parts: dict[str, list[str]] = {"ahead": [], "behind": [], "cannot be told apart": []}
         for row in rows:
             if row.label != label or row.ahead is None:
                 continue

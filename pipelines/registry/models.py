@@ -3,6 +3,7 @@
 Every function reconciles aliases and history first (`pipelines.registry.aliases`).
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -62,12 +63,12 @@ def promote(registry: Registry, name: str, version: str, why: str, force: bool) 
         raise RefusedError(f"version {found.version} of {name!r} was refused by the gate:\n  "
                            + "\n  ".join(decision["reasons"])
                            + "\nTo promote it all the same: --force --why TEXT")
-    move = {"kind": "promoted", "why": why or "asked for by hand", "metrics": found.metrics,
-            "decision": decision}
+    move = Move(CHAMPION, found.version, "promoted", why or "asked for by hand",
+                metrics=found.metrics, decision=decision)
     alias = task_alias(task_of(found.task))
     if not any(alias in other.aliases for other in registry.versions(name)):
-        registry.aliases.move(name, Move(alias, found.version, **move))
-    entry = registry.aliases.move(name, Move(CHAMPION, found.version, **move))
+        registry.aliases.move(name, dataclasses.replace(move, alias=alias))
+    entry = registry.aliases.move(name, move)
     return _moved(registry, name, entry, repaired)
 
 
@@ -83,7 +84,8 @@ def roll_back(registry: Registry, name: str, to: str | None, why: str) -> dict[s
     if to is None and any(_is_rollback(repair) for repair in mended):
         return _moved(registry, name, None, repaired)
     entries = registry.aliases.history(name).entries()
-    were = {entry.move.to for entry in entries if entry.move.alias == CHAMPION}
+    were = {entry.move.to for entry in entries
+            if entry.move.alias == CHAMPION and entry.move.to is not None}
     if to is None:
         target = previous(entries, CHAMPION)
         if target is None:
@@ -93,7 +95,7 @@ def roll_back(registry: Registry, name: str, to: str | None, why: str) -> dict[s
         target = find(registry, name, to).version
         if target not in were:
             raise InputError(f"version {target} of {name!r} was never champion; allowed: "
-                             + ", ".join(str(number) for number in sorted(were - {None}))
+                             + ", ".join(map(str, sorted(were)))
                              + ", or partialhn models promote")
     found = find(registry, name, str(target))
     entry = registry.aliases.move(name, Move(CHAMPION, target, "rollback",

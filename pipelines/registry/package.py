@@ -63,7 +63,7 @@ def artifact(folder: Path, name: str) -> Path:
 
     try:
         saved = Model.load(str(folder)).flavors["python_function"]["artifacts"]
-        path = (folder / saved[name]["path"]).resolve()
+        path: Path = (folder / saved[name]["path"]).resolve()
     except Exception as error:  # whatever a damaged YAML file makes of MLflow's reader
         raise IntegrityError(f"version in {folder} names no {name}: {error!r}") from error
     if not path.is_relative_to(folder.resolve()):

@@ -12,6 +12,8 @@ likeliest class; null where the task was inferred and the image seems to be of n
 the same order, summing to 1).
 """
 
+from typing import Any
+
 import mlflow
 import pandas as pd
 from mlflow.exceptions import MlflowException
@@ -25,11 +27,13 @@ from partialhn.task_inference import AUTO
 class TaskClassifier(PythonModel):
     """Labels images with the classes of the task named in each row."""
 
-    def load_context(self, context):
+    def load_context(self, context: Any) -> None:
         self.predictor = Predictor.load(context.artifacts["checkpoint"])
 
-    def predict(self, context, model_input: pd.DataFrame, params=None):  # noqa: ARG002
+    def predict(self, context: Any, model_input: pd.DataFrame,
+                params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Raises: MlflowException (bad request when served) for anything the user can mend."""
+        del context, params
         rows = model_input.reset_index(drop=True)
         try:
             parts = [self._label(part, str(task))

@@ -123,7 +123,8 @@ def read_hashes(storage: Storage, path: str) -> HashArray:
     """Takes back `write_hashes`. Raises: IntegrityError where it cannot be read."""
     try:
         table = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=["sha256_64"])
-        return table.column(0).to_numpy().astype(np.uint64)
+        hashes: HashArray = table.column(0).to_numpy().astype(np.uint64)
+        return hashes
     except (OSError, pa.ArrowException) as error:
         raise IntegrityError(f"image hashes {path} cannot be read: {error}") from error
 

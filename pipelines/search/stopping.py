@@ -32,9 +32,10 @@ class AshaByDepth(FIFOScheduler):
     """
 
     def __init__(self, tasks: int, records: Iterable[TrialRecord]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tasks = tasks
-        self._of: dict[int, ASHAScheduler] = {}
+        self._of: dict[int, Any] = {}
+        """ASHA of each depth; its types ask for a controller that past trials have none of."""
         self._seen: dict[int, set[str]] = collections.defaultdict(set)
         for record in records:
             if record.plan.kind != "search" or record.measured is None:
@@ -46,14 +47,14 @@ class AshaByDepth(FIFOScheduler):
                 asha.on_trial_result(None, past, {"tasks_done": index + 1,
                                                   "accuracy": sum(row) / len(row)})
 
-    def _at(self, depth: int) -> ASHAScheduler:
+    def _at(self, depth: int) -> Any:
         if depth not in self._of:
             self._of[depth] = ASHAScheduler(
                 "tasks_done", "accuracy", "max", max_t=self._tasks,
                 grace_period=min(GRACE_TASKS, self._tasks), reduction_factor=REDUCTION)
         return self._of[depth]
 
-    def _for(self, trial: Any) -> ASHAScheduler:
+    def _for(self, trial: Any) -> Any:
         return self._at(_depth_of(trial))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:

@@ -116,7 +116,7 @@ class Server:
 
 def bind(source: ModelSource, options: ServeOptions) -> serve.Application:
     """The Serve application of a source of models."""
-    deployment = serve.deployment(
+    deployment: Any = serve.deployment(
         serve.ingress()(Server), name="partialhn", num_replicas=1,
         # what waits is bounded by the server itself, which can still tell its health then
         max_ongoing_requests=options.limits.waiting + 64, max_queued_requests=256,
@@ -124,7 +124,8 @@ def bind(source: ModelSource, options: ServeOptions) -> serve.Application:
         graceful_shutdown_timeout_s=DRAIN_SECONDS, graceful_shutdown_wait_loop_s=0.5,
         ray_actor_options={"num_cpus": 1},
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False))
-    return deployment.bind(source, options)
+    bound: serve.Application = deployment.bind(source, options)
+    return bound
 
 
 def application(arguments: dict[str, str]) -> serve.Application:

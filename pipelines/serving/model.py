@@ -149,7 +149,8 @@ class ServedModel:
                 log.warning("model %s stays: %s", self.current.version, error)
 
     def _pause(self) -> float:
-        return min(self.interval * 2 ** min(self._failures, 10), max(LONGEST_WAIT, self.interval))
+        return float(min(self.interval * 2 ** min(self._failures, 10),
+                         max(LONGEST_WAIT, self.interval)))
 
     def _look(self) -> None:
         wanted = self.source.newest()

@@ -48,7 +48,7 @@ class RayStages(Stages):
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        remote = ray.remote(num_returns="streaming", num_gpus=1 if self.gpu else 0,
+        remote: Any = ray.remote(num_returns="streaming", num_gpus=1 if self.gpu else 0,
                             max_retries=0)(_train_trunk)
         arguments = (self.config, first, self.storage.filesystem, self.storage.root,
                      "cuda" if self.gpu else "cpu")
@@ -78,7 +78,8 @@ class RayStages(Stages):
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        events = ray.remote(num_cpus=0, scheduling_strategy=here)(Events).remote()
+        actor: Any = ray.remote(Events)
+        events = actor.options(num_cpus=0, scheduling_strategy=here).remote()
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             running = pool.submit(self._fit, assignment, events)
             while True:
@@ -98,7 +99,8 @@ class RayStages(Stages):
         from ray.train.torch import TorchTrainer
 
         folder, _, name = self._run_folder(assignment.run_name).rpartition("/")
-        trainer = TorchTrainer(
+        train: Any = TorchTrainer  # its types know no function that returns something
+        trainer = train(
             learn, train_loop_config={"assignment": assignment, "events": events},
             scaling_config=ScalingConfig(num_workers=self.config.compute.workers,
                                          use_gpu=self.gpu),

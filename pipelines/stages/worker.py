@@ -114,8 +114,8 @@ class Worker:
                 "device": _device_name(self.device)}
 
     def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
-        for record in learner.finished:
-            self._send(name, record)
+        for done in learner.finished:
+            self._send(name, done)
         if len(learner.finished) == len(tasks):
             self.outcomes[name] = Outcome.of(learner)
         for record in learner.learn(tasks):
