@@ -38,7 +38,7 @@ PRESETS: dict[str, Config] = {
     # 20 tasks of 10 classes, as in the paper.
     "split-tiny-imagenet": Config(
         DataConfig(tasks=20), BackboneConfig(freeze_depth=3), FeatureConfig(views=4),
-        HypernetConfig(fresh_columns=32), TrainConfig(epochs=10, buffer=400)),
+        HypernetConfig(fresh_columns=64), TrainConfig(epochs=10, buffer=400)),
     # partialhn train --preset noisy-cifar --data CIFAR100_FOLDER
     # The paper's noisy stream: 4 tasks of 5 classes, of the first 20 classes of any data set.
     "noisy-cifar": Config(
@@ -53,7 +53,7 @@ PRESETS: dict[str, Config] = {
     # The first 50 classes at 32x32 as 5 tasks of 10, with both bounds.
     "split-tiny-imagenet-5x10": Config(
         DataConfig(tasks=5, classes=50), BackboneConfig(freeze_depth=3), FeatureConfig(views=4),
-        HypernetConfig(fresh_columns=32),
+        HypernetConfig(fresh_columns=64),
         TrainConfig(epochs=10, compare=("separate_heads", "naive"))),
 }
 

@@ -22,6 +22,11 @@ from partialhn.model import Head, HeadStart, HeadWeights
 from partialhn.strategies.base import OwnNorm, Strategy
 
 
+COLUMN_RATE = 2.0
+"""Times the learning rate: columns start at zero, where a plain head starts from what is learned
+already (`tests/bench/NOTES.md`)."""
+
+
 class HypernetTask(OwnNorm):
     """e_t and what else a task owns: code, norm (scales and shifts) and classifier."""
 
@@ -142,6 +147,17 @@ class PartialHypernet(Strategy):
         if self._earlier is None:
             self._earlier = torch.stack([self._own(each).code.detach() for each in range(task)])
         return self.beta * self.hypernet.regulariser(self._earlier)
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """A task's columns, and the code that weighs them, are a group of their own."""
+        (rest,) = super().parameter_groups(learning_rate)
+        if not self.hypernet.inherits(self._running):
+            return [rest]
+        own = [self._own(self._running).code, *self.hypernet.parameters()]
+        columns = [value for value in own if value.requires_grad]
+        others = {id(value) for value in rest["params"]} - {id(value) for value in columns}
+        rest["params"] = [value for value in rest["params"] if id(value) in others]
+        return [rest, {"params": columns, "peak": COLUMN_RATE * rest["peak"]}]
 
     def task_bytes(self, task: int) -> int:
         return super().task_bytes(task) + self.hypernet.task_bytes(task)
