@@ -8,7 +8,7 @@ launching them takes longer than they do; a CUDA graph records them once an expe
 them with one call. What a task starts from is generated before, so the number of earlier tasks
 changes neither the graph nor its cost.
 
-Legend: S steps of the experience, B batch, C channels, H W spatial, K classes.
+Legend: S steps of the experience, G parameter groups, B batch, C channels, H W spatial, K classes.
 """
 
 import math
@@ -25,6 +25,9 @@ from partialhn.strategies import Strategy
 
 WARM_UP = 40
 """Steps over which the learning rate rises, at most a tenth of all."""
+SHORT = 30
+"""Steps of an experience up to which groups learn with their `peak`; from twice as many on it is
+their `long_peak`."""
 UNRECORDED = 3
 """Steps before one is recorded: libraries choose their algorithms, and Adam makes its state."""
 
@@ -95,13 +98,13 @@ def recorder_for(device: torch.device, cuda_graphs: bool) -> Recorder | None:
 class Steps:
     """Takes the steps of one experience."""
 
-    def __init__(self, objective: nn.Module, optimiser: torch.optim.Optimizer, rates_S: Tensor,
+    def __init__(self, objective: nn.Module, optimiser: torch.optim.Optimizer, rates_SG: Tensor,
                  recorder: Recorder | None = None) -> None:
-        """rates_S: factors of the learning rate from the next step on, on the device."""
-        self.terms_3 = torch.zeros(3, device=rates_S.device)
+        """rates_SG: `learning_rates` from the next step on, on the device."""
+        self.terms_3 = torch.zeros(3, device=rates_SG.device)
         """Sums of what the objective tells, until somebody sets them to zero."""
-        self._objective, self._optimiser, self._rates_S = objective, optimiser, rates_S
-        self._now_1 = torch.zeros(1, dtype=torch.int64, device=rates_S.device)
+        self._objective, self._optimiser, self._rates_SG = objective, optimiser, rates_SG
+        self._now_1 = torch.zeros(1, dtype=torch.int64, device=rates_SG.device)
         self._recorder, self._taken = recorder, 0
         self._replay: Body | None = None
 
@@ -118,9 +121,9 @@ class Steps:
         self._taken += 1
 
     def _step(self, read: Callable[[], FeatureBatch]) -> None:
-        factor = self._rates_S.index_select(0, self._now_1)[0]
-        for group in self._optimiser.param_groups:
-            torch.mul(factor, group["peak"], out=group["lr"])
+        rate_G = self._rates_SG.index_select(0, self._now_1)[0]
+        for rate, group in zip(rate_G, self._optimiser.param_groups, strict=True):
+            group["lr"].copy_(rate)
         loss, terms_3 = self._objective(*read())
         self._optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -139,6 +142,14 @@ def make_optimiser(strategy: Strategy, config: TrainConfig) -> torch.optim.Optim
     for group in groups:
         group["lr"] = torch.tensor(group["peak"], device=device)
     return torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+
+
+def learning_rates(optimiser: torch.optim.Optimizer, schedule: Schedule, steps: int) -> Tensor:
+    """rates_SG: what `make_optimiser`'s groups learn with at each step of an experience."""
+    long = min(max(steps / SHORT - 1, 0), 1)
+    factor_S = torch.tensor(rate_factors(schedule, steps))
+    return torch.stack([factor_S * (group["peak"] + long * (group["long_peak"] - group["peak"]))
+                        for group in optimiser.param_groups], 1)
 
 
 def rate_factors(schedule: Schedule, steps: int) -> list[float]:

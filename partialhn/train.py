@@ -28,7 +28,14 @@ from partialhn.batches import MappedBatches, ResidentBatches, Workers
 from partialhn.config import Augment, BackboneConfig, TrainConfig
 from partialhn.errors import InputError
 from partialhn.inference_metrics import rejection_auroc, without_task_id
-from partialhn.steps import Objective, Recorder, Steps, make_optimiser, rate_factors
+from partialhn.steps import (
+    Objective,
+    Recorder,
+    Steps,
+    learning_rates,
+    make_optimiser,
+    rate_factors,
+)
 from partialhn.store import FeatureSet
 from partialhn.strategies import Strategy
 from partialhn.task_inference import TaskInference
@@ -107,9 +114,9 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
     resident = features is not task.train
     read = (ResidentBatches(features, config.batch_size, workers) if resident
             else MappedBatches(features, config.batch_size, workers, device))
-    rates = rate_factors(config.schedule, read.steps * config.epochs)[read.steps * epochs_done:]
+    rates_SG = learning_rates(optimiser, config.schedule, read.steps * config.epochs)
     alike = resident and workers.world == 1 and strategy.recordable
-    steps = Steps(objective, optimiser, torch.tensor(rates, device=device),
+    steps = Steps(objective, optimiser, rates_SG[read.steps * epochs_done:].to(device),
                   recorder if alike else None)
     for epoch in range(epochs_done + 1, config.epochs + 1):
         start = time.perf_counter()

@@ -94,10 +94,13 @@ class Strategy(nn.Module):
         return None
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """What the running experience may change, with each group's peak learning rate."""
+        """What the running experience may change, with the peak learning rate of each group in a
+        short experience (`peak`) and in a long one (`long_peak`).
+        """
         trainable = [value for value in self.parameters() if value.requires_grad]
         rate = 1.0 if self.head.convolutions else LINEAR_RATE
-        return [{"params": trainable, "peak": rate * learning_rate}]
+        return [{"params": trainable, "peak": rate * learning_rate,
+                 "long_peak": rate * learning_rate}]
 
     def experience_state(self) -> dict[str, Tensor]:
         """What a running experience needs beside the parameters, for its checkpoint."""

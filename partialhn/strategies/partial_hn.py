@@ -21,10 +21,9 @@ from partialhn.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
 from partialhn.model import Head, HeadStart, HeadWeights
 from partialhn.strategies.base import OwnNorm, Strategy
 
-
-COLUMN_RATE = 2.0
-"""Times the learning rate: columns start at zero, where a plain head starts from what is learned
-already (`tests/bench/NOTES.md`)."""
+LONG_RATE = 2.0
+"""Times the learning rate that columns learn with in long experiences: they start at zero, where a
+plain head starts from what is learned already (`tests/bench/NOTES.md`)."""
 
 
 class HypernetTask(OwnNorm):
@@ -157,7 +156,8 @@ class PartialHypernet(Strategy):
         columns = [value for value in own if value.requires_grad]
         others = {id(value) for value in rest["params"]} - {id(value) for value in columns}
         rest["params"] = [value for value in rest["params"] if id(value) in others]
-        return [rest, {"params": columns, "peak": COLUMN_RATE * rest["peak"]}]
+        return [rest, {"params": columns, "peak": rest["peak"],
+                       "long_peak": LONG_RATE * rest["long_peak"]}]
 
     def task_bytes(self, task: int) -> int:
         return super().task_bytes(task) + self.hypernet.task_bytes(task)

@@ -27,7 +27,7 @@ from partialhn.backbone import build_network, split
 from partialhn.batches import ResidentBatches, Workers
 from partialhn.config import BackboneConfig, Config, TrainConfig
 from partialhn.run import cut
-from partialhn.steps import Objective, Steps, make_optimiser, rate_factors, recorder_for
+from partialhn.steps import Objective, Steps, learning_rates, make_optimiser, recorder_for
 from partialhn.store import FeatureRecipe, FeatureSet, FeatureStore
 
 IMAGES, CLASSES, VIEWS = 5000, 10, 2
@@ -111,8 +111,9 @@ def prepared(features: FeatureSet, depth: int, precision: str, recorded: bool, s
             strategy.finish(task)
     read = ResidentBatches(features, config.train.batch_size, Workers())
     read.begin((0, 0, 1))
-    taking = Steps(Objective(strategy.train(), 10, 0.0), make_optimiser(strategy, config.train),
-                   torch.tensor(rate_factors("cosine", steps), device=device),
+    optimiser = make_optimiser(strategy, config.train)
+    taking = Steps(Objective(strategy.train(), 10, 0.0), optimiser,
+                   learning_rates(optimiser, "cosine", steps).to(device),
                    recorder_for(device, recorded))
     taken = [0]
 

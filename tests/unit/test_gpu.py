@@ -9,7 +9,14 @@ import torch
 
 from partialhn.batches import ResidentBatches, Workers
 from partialhn.run import cut
-from partialhn.steps import UNRECORDED, CudaGraphs, Objective, Steps, make_optimiser, rate_factors
+from partialhn.steps import (
+    UNRECORDED,
+    CudaGraphs,
+    Objective,
+    Steps,
+    learning_rates,
+    make_optimiser,
+)
 from partialhn.train import Learner
 
 pytestmark = [pytest.mark.gpu,
@@ -63,8 +70,9 @@ def test_a_step_waits_for_nothing(network, tasks, with_options):
         if task == 0:
             strategy.finish(task)
     read = ResidentBatches(tasks[1].train.to(torch.device("cuda")), 8, Workers())
-    steps = Steps(Objective(strategy.train(), 1, 0.0), make_optimiser(strategy, config.train),
-                  torch.tensor(rate_factors("cosine", 20), device="cuda"), CudaGraphs())
+    optimiser = make_optimiser(strategy, config.train)
+    steps = Steps(Objective(strategy.train(), 1, 0.0), optimiser,
+                  learning_rates(optimiser, "cosine", 20).to("cuda"), CudaGraphs())
     read.begin((0, 1, 1))
     for _ in range(UNRECORDED + 1):
         steps.take(read)

@@ -9,7 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from partialhn.backbone import hash_tensors
 from partialhn.batches import ResidentBatches, Workers, epoch_batches
 from partialhn.run import cut
-from partialhn.steps import UNRECORDED, Objective, Steps, rate_factors, recorder_for
+from partialhn.steps import (
+    UNRECORDED,
+    Objective,
+    Steps,
+    learning_rates,
+    rate_factors,
+    recorder_for,
+)
 from partialhn.strategies import STRATEGIES
 from partialhn.train import Learner
 
@@ -111,8 +118,9 @@ def test_replayed_steps_learn_the_same_bits(learn, kind):
 def test_the_test_would_see_a_number_that_stays(learn, monkeypatch):
     """A rate that comes from the host is frozen into the record."""
     def step(self, read):
-        for group in self._optimiser.param_groups:
-            group["lr"].fill_(group["peak"] * float(self._rates_S[self._taken]))
+        for rate, group in zip(self._rates_SG[self._taken].tolist(), self._optimiser.param_groups,
+                               strict=True):
+            group["lr"].fill_(rate)
         loss, terms_3 = self._objective(*read())
         self._optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -207,6 +215,16 @@ def test_the_rate_rises_and_then_follows_its_schedule(schedule):
     assert factors[-1] == (1 if schedule == "constant" else pytest.approx(0, abs=1e-5))
     assert len(factors) == 1000
     assert rate_factors(schedule, 1) == [1]
+
+
+@pytest.mark.parametrize(("steps", "wanted"), [(20, 1e-3), (30, 1e-3), (45, 1.5e-3), (60, 2e-3),
+                                               (700, 2e-3)])
+def test_a_group_may_learn_faster_in_a_long_experience(steps, wanted):
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "peak": 1e-3, "long_peak": peak}
+              for peak in (1e-3, 2e-3)]
+    rates_SG = learning_rates(torch.optim.Adam(groups), "constant", steps)
+    assert rates_SG.shape == (steps, 2)
+    assert rates_SG[-1].tolist() == pytest.approx([1e-3, wanted])
 
 
 def test_bfloat16_is_for_learning_and_answers_are_float32(learn, tasks):
