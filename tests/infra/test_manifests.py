@@ -283,8 +283,8 @@ def test_the_nodes_policy_covers_what_the_pipeline_writes_and_nothing_above_it()
                      if each["Sid"] == "ReadAndWriteOwnPrefixes")
     allowed = {re.fullmatch(r"arn:aws:s3:::REPLACE-BUCKET/store/(\w+)/\*", each)[1]
                for each in resources}
-    written = {name for path in (*(ROOT / "pipelines").glob("*.py"),
-                                 *(ROOT / "partialhn").glob("*.py"))
+    written = {name for path in (*(ROOT / "pipelines").rglob("*.py"),
+                                 *(ROOT / "partialhn").rglob("*.py"))
                for name in re.findall(r"(?:\.path|\.uri_of)\(\"([\w-]+)\"|root\}/(\w+)/",
                                       path.read_text(encoding="utf-8")) for name in name if name}
     assert {"features", "runs", "live", "datasets"} <= written
