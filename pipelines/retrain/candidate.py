@@ -60,7 +60,8 @@ def gate_facts(held: Held, slots: Sequence[Slot], learned: Sequence[chain.Learne
             probe = linear_probe(features.train, features.test, len(slots[last].classes))
     record = learned[last].record
     seconds = feature_seconds(slots[last]) + record.train_seconds + record.evaluate_seconds
-    return GateFacts(task, len(slots[last].classes), after, before, probe, round(seconds, 3),
+    return GateFacts(task, len(slots[last].classes), after, before,
+                     slots[last].manifests["test"].rows, probe, round(seconds, 3),
                      learned[last].task_bytes)
 
 

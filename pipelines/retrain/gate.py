@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from scipy.special import bdtrc
 
 from partialhn.config import build
 from partialhn.errors import InputError
@@ -30,6 +31,9 @@ class Policy:
     """Accuracy of the new task."""
     min_above_chance: float | None = 0.1
     """Accuracy of the new task above guessing among its classes."""
+    max_p_value: float | None = 0.01
+    """Of the hypothesis that the new task's answers are guessed: how likely guessing would get as
+    many of its test images right. Asked with `min_above_chance`, which few images pass by luck."""
     min_against_linear_probe: float | None = None
     """Accuracy of the new task minus that of a linear probe on the same features; -0.05 lets it
     be 5 points behind."""
@@ -40,7 +44,8 @@ class Policy:
 
     def __post_init__(self) -> None:
         for key, low, high in (("max_loss_on_earlier_task", 0, 1), ("min_accuracy_new", 0, 1),
-                               ("min_above_chance", 0, 1), ("min_against_linear_probe", -1, 1),
+                               ("min_above_chance", 0, 1), ("max_p_value", 0, 1),
+                               ("min_against_linear_probe", -1, 1),
                                ("max_seconds", 0, math.inf), ("max_bytes_per_task", 0, math.inf)):
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
@@ -60,6 +65,8 @@ class GateFacts:
     """Accuracy on every task's test images with the new version."""
     before: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """The best that was reached on the same test images before; tasks without it are new."""
+    images: int | None = None
+    """Test images of the new task."""
     linear_probe: float | None = None
     seconds: float | None = None
     bytes_per_task: int | None = None
@@ -160,6 +167,9 @@ def decide(policy: Policy, facts: GateFacts) -> Decision:
     limits = [
         _at_least("accuracy", policy.min_accuracy_new, new),
         _at_least(f"accuracy above chance ({chance:.3f})", policy.min_above_chance, new - chance),
+        None if policy.min_above_chance is None else _at_most(
+            f"p-value of guessing ({facts.images} test images)", policy.max_p_value,
+            _p_value(new, chance, facts.images)),
         _at_least("accuracy minus linear probe" + ("" if facts.linear_probe is None else
                                                    f" ({facts.linear_probe:.3f})"),
                   policy.min_against_linear_probe,
@@ -175,6 +185,13 @@ def decide(policy: Policy, facts: GateFacts) -> Decision:
     reasons = tuple(text for text, holds in asked if not holds)
     return Decision(not reasons, facts.task, reasons, tuple(text for text, _ in asked), rows,
                     policy)
+
+
+def _p_value(accuracy: float, chance: float, images: int | None) -> float | None:
+    """How likely guessing gets as many of the images right; None where nothing was measured."""
+    if images is None or not math.isfinite(accuracy):
+        return None
+    return float(bdtrc(round(accuracy * images) - 1, images, chance))
 
 
 def _row(policy: Policy, task: str, before: float | None, after: float) -> TaskVerdict:
@@ -197,4 +214,4 @@ def _at_most(what: str, limit: float | None, value: float | None) -> tuple[str, 
         return None
     if value is None:
         return f"{what} were not measured, allowed at most {limit:g}", False
-    return f"{what} {value:g}, allowed at most {limit:g}", value <= limit
+    return f"{what} {value:.6g}, allowed at most {limit:g}", value <= limit

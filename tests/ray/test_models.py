@@ -15,7 +15,7 @@ from pipelines.show import show
 from pipelines.storage import open_storage
 
 FACTS = GateFacts("four-five", 2, {"zero-one": 0.4, "two-three": 0.9, "four-five": 0.9},
-                  {"zero-one": 0.9, "two-three": 0.9})
+                  {"zero-one": 0.9, "two-three": 0.9}, images=50)
 REFUSED = decide(Policy(), FACTS)
 REASON = "task 'zero-one': 0.900 -> 0.400, loss 0.500, allowed at most 0.02"
 

@@ -29,7 +29,7 @@ def test_a_stream_from_registration_to_rollback(server, digit_tasks, tmp_path):
     registry = connect(storage, server.uri)
     for index in (0, 1, 1):  # the last again, as after an interruption
         digit_tasks.register(registry, "shop", index)
-    decision = decide(Policy(), GateFacts("four-five", 2, {"four-five": 0.5})).fields()
+    decision = decide(Policy(), GateFacts("four-five", 2, {"four-five": 0.5}, images=50)).fields()
     digit_tasks.register(registry, "shop", 2,
                          Placing(False, "gate-rejected", "at chance", decision=decision))
     versions = registry.versions("shop")

@@ -11,7 +11,7 @@ from pipelines.retrain.gate import Decision, GateFacts, Policy, decide, load_pol
 
 NOTHING = Policy(max_loss_on_earlier_task=None, min_above_chance=None)
 FACTS = GateFacts("new", classes=4, after={"a": 0.90, "b": 0.70, "new": 0.60},
-                  before={"a": 0.91, "b": 0.75}, linear_probe=0.55, seconds=100.0,
+                  before={"a": 0.91, "b": 0.75}, images=100, linear_probe=0.55, seconds=100.0,
                   bytes_per_task=5000)
 
 
@@ -65,8 +65,19 @@ def test_not_a_number_does_not_pass(facts):
 
 
 def test_the_first_task_has_nothing_to_lose():
-    assert decide(Policy(), GateFacts("0", 2, {"0": 0.9})).passed
-    assert not decide(Policy(), GateFacts("0", 2, {"0": 0.55})).passed, "0.05 above chance"
+    assert decide(Policy(), GateFacts("0", 2, {"0": 0.9}, images=50)).passed
+    assert not decide(Policy(), GateFacts("0", 2, {"0": 0.55}, images=5000)).passed, "0.05 above"
+
+
+@pytest.mark.parametrize(("accuracy", "images", "passed"), [
+    (0.62, 50, False),  # shuffled labels got as far in a recorded year; guessing does in 6 of 100
+    (0.62, 150, True), (0.68, 50, True), (1.0, 6, False), (1.0, 7, True), (0.9, None, False)])
+def test_luck_with_few_images_does_not_pass(accuracy, images, passed):
+    decision = decide(Policy(), GateFacts("0", 2, {"0": accuracy}, images=images))
+    assert decision.passed == passed
+    assert passed or any("p-value" in reason for reason in decision.reasons)
+    for asks_not in ({"max_p_value": None}, {"min_above_chance": None}):
+        assert decide(Policy(**asks_not), GateFacts("0", 2, {"0": accuracy}, images=images)).passed
 
 
 def test_small_losses_do_not_add_up_unseen():
