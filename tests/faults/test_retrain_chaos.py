@@ -85,7 +85,7 @@ def put_tasks(root: Path) -> None:
     for task, labels in TASKS.items():
         for label in labels:
             pixels_NHW = (digits.images[digits.target == label] * 15.9).astype(np.uint8)
-            for number in range(40):
+            for number in range(80):
                 folder = root / "store" / "inbox" / task / ("train" if number % 5 else "test")
                 (folder / str(label)).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels_NHW[number]).save(folder / str(label) / f"{number}.png")
