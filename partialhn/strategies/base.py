@@ -98,9 +98,8 @@ class Strategy(nn.Module):
         short experience (`peak`) and in a long one (`long_peak`).
         """
         trainable = [value for value in self.parameters() if value.requires_grad]
-        rate = 1.0 if self.head.convolutions else LINEAR_RATE
-        return [{"params": trainable, "peak": rate * learning_rate,
-                 "long_peak": rate * learning_rate}]
+        peak = (1.0 if self.head.convolutions else LINEAR_RATE) * learning_rate
+        return [{"params": trainable, "peak": peak, "long_peak": peak}]
 
     def experience_state(self) -> dict[str, Tensor]:
         """What a running experience needs beside the parameters, for its checkpoint."""

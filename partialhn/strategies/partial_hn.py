@@ -154,8 +154,8 @@ class PartialHypernet(Strategy):
             return [rest]
         own = [self._own(self._running).code, *self.hypernet.parameters()]
         columns = [value for value in own if value.requires_grad]
-        others = {id(value) for value in rest["params"]} - {id(value) for value in columns}
-        rest["params"] = [value for value in rest["params"] if id(value) in others]
+        apart = set(map(id, columns))
+        rest["params"] = [value for value in rest["params"] if id(value) not in apart]
         return [rest, {"params": columns, "peak": rest["peak"],
                        "long_peak": LONG_RATE * rest["long_peak"]}]
 

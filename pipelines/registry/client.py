@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from partialhn.stream import task_of
 from pipelines.registry import package
 from pipelines.registry.aliases import Aliases
 from pipelines.registry.connection import open_client
-from pipelines.registry.history import Entry, Kind, Move
+from pipelines.registry.history import Entry, Kind, Move, aliases
 from pipelines.registry.package import Contents
 from pipelines.registry.runs import Runs
 from pipelines.registry.versions import (
@@ -87,8 +87,9 @@ class Registry(Runs):
         self._create_model(record.stream)
         self.aliases.reconcile(record.stream)
         tags = record.tags() | _decision_tags(placing.decision)
-        same = self.version_of(record.stream, record.prefix)
-        number = same.version if same else self._add_version(run_id, tags, contents, record)
+        number = self._number_of(record.stream, record.prefix)
+        if number is None:
+            number = self._add_version(run_id, tags, contents, record)
         if placing.decision is not None:
             self._client.log_dict(run_id, dict(placing.decision), "gate.json")
             for key in (GATE, DECISION):  # decided anew, perhaps by another policy
@@ -101,25 +102,20 @@ class Registry(Runs):
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a stream that this product registered, oldest first."""
-        aliases: dict[int, list[str]] = {}
+        named: dict[int, list[str]] = {}
         for alias, number in self._registered(name).aliases.items():
-            aliases.setdefault(int(number), []).append(alias)
-        return [_version_of(each, aliases.get(int(each.version), []))
+            named.setdefault(int(number), []).append(alias)
+        return [_version_of(each, named.get(int(each.version), []))
                 for each in self._search(f"name = '{name}'")]
 
     def streams(self) -> list[str]:
         """Names of all registered models."""
-        found, token = [], None
-        while True:
-            page = self._client.search_registered_models(page_token=token)
-            found += [model.name for model in page]
-            if not (token := page.token):
-                return found
+        return [model.name for model in _pages(self._client.search_registered_models)]
 
     def version_of(self, name: str, prefix: str) -> Version | None:
         """The version of the model after a task, by its place in the chain; None: not there."""
-        found = self._search(f"name = '{name}' and tags.prefix = '{prefix}'")
-        return self._version(name, int(found[0].version)) if found else None
+        number = self._number_of(name, prefix)
+        return None if number is None else self._version(name, number)
 
     def resolve(self, model_uri: str) -> Version:
         """The version behind models:/<name>@<alias> or models:/<name>/<version>.
@@ -194,12 +190,13 @@ class Registry(Runs):
 
     def _search(self, where: str) -> list["ModelVersion"]:
         """The versions that this product registered, oldest first, as MLflow gives them."""
-        found, token = [], None
-        while True:
-            page = self._client.search_model_versions(where, page_token=token)
-            found += [each for each in page if "task_index" in each.tags]
-            if not (token := page.token):
-                return sorted(found, key=lambda each: int(each.version))
+        found = _pages(self._client.search_model_versions, where)
+        return sorted((each for each in found if "task_index" in each.tags),
+                      key=lambda each: int(each.version))
+
+    def _number_of(self, name: str, prefix: str) -> int | None:
+        found = self._search(f"name = '{name}' and tags.prefix = '{prefix}'")
+        return int(found[0].version) if found else None
 
     def _version(self, name: str, number: int) -> Version:
         found = self._client.get_model_version(name, str(number))
@@ -209,11 +206,10 @@ class Registry(Runs):
         if not placing.promote:
             return [CHALLENGER]
         entries = self.aliases.history(record.stream).entries()
-        holders = self._registered(record.stream).aliases
-        taken = []
+        holders, taken = aliases(entries), []
         for alias in (task_alias(task_of(record.task)), CHAMPION):
-            holder = (self._version(record.stream, int(holders[alias])) if alias in holders
-                      else None)
+            held = holders.get(alias)
+            holder = None if held is None else self._version(record.stream, held)
             later = (holder is not None and holder.tags.get("work") == record.work
                      and holder.task_index > record.task_index)
             if not later and not _person_chose_another(entries, alias, number):
@@ -252,6 +248,16 @@ class Registry(Runs):
         version = self._client.create_model_version(record.stream, source=source, run_id=run_id,
                                                     tags=tags, model_id=logged.model_id)
         return int(version.version)
+
+
+def _pages(search: Callable[..., Any], *arguments: str) -> Iterator[Any]:
+    """Everything that one of MLflow's searches finds, page after page."""
+    token = None
+    while True:
+        page = search(*arguments, page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
 
 
 def _version_of(found: "ModelVersion", aliases: Sequence[str]) -> Version:

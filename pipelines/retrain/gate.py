@@ -214,4 +214,4 @@ def _at_most(what: str, limit: float | None, value: float | None) -> tuple[str, 
         return None
     if value is None:
         return f"{what} were not measured, allowed at most {limit:g}", False
-    return f"{what} {value:.6g}, allowed at most {limit:g}", value <= limit
+    return f"{what} {value:g}, allowed at most {limit:g}", value <= limit
