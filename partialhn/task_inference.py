@@ -153,18 +153,33 @@ def pooled(z_BCHW: Tensor) -> Tensor:
     return z_BCHW.mean((2, 3))
 
 
-def entropies(head: Head, weights: Sequence[HeadWeights], z_BCHW: Tensor) -> Tensor:
-    """Entropy of every task's answer to every image, as a share of its largest: (B, T).
+def contenders(distances_BT: Tensor) -> Tensor:
+    """Which tasks the combined score may still choose for an image: (B, T), bool.
 
-    A head with a single class says nothing: 1.
+    Entropies are at most one unit apart, so a task whose distance alone puts it further behind
+    than that unit counts cannot win, and its head need not be asked. Nor need a single one left.
     """
-    columns = []
-    for own in weights:
-        p_BK = head(z_BCHW, own).softmax(1)
-        K = p_BK.shape[1]
-        columns.append(torch.special.entr(p_BK).sum(1) / math.log(K) if K > 1
-                       else p_BK.new_ones(len(p_BK)))
-    return torch.stack(columns, dim=1)
+    fit_BT = -distances_BT / 2
+    near_BT = fit_BT >= fit_BT.amax(1, keepdim=True) - ENTROPY_WEIGHT
+    return near_BT & (near_BT.sum(1, keepdim=True) > 1)
+
+
+def entropies(head: Head, weights: Sequence[HeadWeights], z_BCHW: Tensor,
+              asked_BT: Tensor | None = None) -> Tensor:
+    """Entropy of tasks' answers to images, as a share of the largest there can be: (B, T).
+
+    asked_BT: where a head is asked at all, as `contenders` says; elsewhere, and where a head has a
+    single class and says nothing, it is 1.
+    """
+    entropy_BT = z_BCHW.new_ones(len(z_BCHW), len(weights))
+    for task, own in enumerate(weights):
+        rows_R = (torch.arange(len(z_BCHW)) if asked_BT is None
+                  else torch.nonzero(asked_BT[:, task])[:, 0]).to(z_BCHW.device)
+        K = len(own.bias_K)
+        if K > 1 and len(rows_R):
+            p_RK = head(z_BCHW[rows_R], own).softmax(1)
+            entropy_BT[rows_R, task] = torch.special.entr(p_RK).sum(1) / math.log(K)
+    return entropy_BT
 
 
 def scores(method: Method, distances_BT: Tensor, entropy_BT: Tensor | None) -> Tensor:
@@ -180,6 +195,19 @@ def scores(method: Method, distances_BT: Tensor, entropy_BT: Tensor | None) -> T
     return (-distances_BT / 2).log_softmax(1) - ENTROPY_WEIGHT * entropy_BT
 
 
+def best_task(method: Method, distances_BT: Tensor, head: Head, weights: Sequence[HeadWeights],
+              z_BCHW: Tensor) -> Tensor:
+    """The task that fits each image best, by its place in `weights`: (B,), int64.
+
+    Heads are asked of an image only where that can change the answer.
+    """
+    entropy_BT = None
+    if method != "detector":
+        asked_BT = contenders(distances_BT) if method == "combined" else None
+        entropy_BT = entropies(head, weights, z_BCHW, asked_BT).cpu()
+    return scores(method, distances_BT, entropy_BT).argmax(1)
+
+
 def infer(inference: TaskInference, head: Head, slots: Sequence[int],
           weights: Sequence[HeadWeights], z_BCHW: Tensor, method: Method = DEFAULT) -> Inferred:
     """The task of each image from its trunk features, z_BCHW.
@@ -188,8 +216,7 @@ def infer(inference: TaskInference, head: Head, slots: Sequence[int],
     weights: theirs, in the same order.
     """
     distances_BT = inference.distances(pooled(z_BCHW))[:, list(slots)]
-    entropy_BT = None if method == "detector" else entropies(head, weights, z_BCHW).cpu()
-    best_B = scores(method, distances_BT, entropy_BT).argmax(1)
+    best_B = best_task(method, distances_BT, head, weights, z_BCHW)
     return Inferred(torch.tensor(slots)[best_B], distances_BT.amin(1) <= inference.threshold)
 
 

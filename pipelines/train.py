@@ -216,8 +216,8 @@ class _Registrar:
         slot, experience = self._slots[index], job.experiences[index]
         folder = self._fetch(index)
         run = job.registry.task_run(job.parent, record.task, index, self._prefixes[index])
-        job.registry.log_epochs(run, [dataclasses.asdict(epoch) for epoch in self._epochs.values()
-                                      if epoch.task_index == index])
+        job.registry.log_task(run, [dataclasses.asdict(epoch) for epoch in self._epochs.values()
+                                    if epoch.task_index == index], metrics)
         version = job.registry.register_task(run, Registration(
             stream=job.output.name, work=job.work, task=record.task, task_index=index,
             classes=slot.classes, trunk_fingerprint=self._trunk,
@@ -227,7 +227,6 @@ class _Registrar:
             forgetting=metrics["forgetting"], storage=job.storage.uri,
             prefix=self._prefixes[index], parent=self._prefixes[index - 1] if index else ""),
             Contents(folder, record.task, experience.test.take([0]).read()[0], self._sample(index)))
-        job.registry.log_metrics(run, metrics)
         job.registry.end_run(run)
         return version
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from pipelines.registry.aliases import Aliases
 from pipelines.registry.connection import open_client
 from pipelines.registry.history import Entry, Kind, Move, aliases
 from pipelines.registry.package import Contents
-from pipelines.registry.runs import Runs
+from pipelines.registry.runs import Runs, pages
 from pipelines.registry.versions import (
     CHALLENGER,
     CHAMPION,
@@ -110,7 +110,7 @@ class Registry(Runs):
 
     def streams(self) -> list[str]:
         """Names of all registered models."""
-        return [model.name for model in _pages(self._client.search_registered_models)]
+        return [model.name for model in pages(self._client.search_registered_models)]
 
     def version_of(self, name: str, prefix: str) -> Version | None:
         """The version of the model after a task, by its place in the chain; None: not there."""
@@ -190,7 +190,7 @@ class Registry(Runs):
 
     def _search(self, where: str) -> list["ModelVersion"]:
         """The versions that this product registered, oldest first, as MLflow gives them."""
-        found = _pages(self._client.search_model_versions, where)
+        found = pages(self._client.search_model_versions, where)
         return sorted((each for each in found if "task_index" in each.tags),
                       key=lambda each: int(each.version))
 
@@ -248,16 +248,6 @@ class Registry(Runs):
         version = self._client.create_model_version(record.stream, source=source, run_id=run_id,
                                                     tags=tags, model_id=logged.model_id)
         return int(version.version)
-
-
-def _pages(search: Callable[..., Any], *arguments: str) -> Iterator[Any]:
-    """Everything that one of MLflow's searches finds, page after page."""
-    token = None
-    while True:
-        page = search(*arguments, page_token=token)
-        yield from page
-        if not (token := page.token):
-            return
 
 
 def _version_of(found: "ModelVersion", aliases: Sequence[str]) -> Version:

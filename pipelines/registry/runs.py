@@ -6,7 +6,7 @@ again makes nothing twice. MLflow is imported when first used: importing it take
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,27 +35,27 @@ class Runs:
         self._log_parameters(run_id, config)
         return run_id
 
-    def task_run(self, parent_id: str, task: str, task_index: int, prefix: str,
-                 parameters: Mapping[str, Any] | None = None) -> str:
-        """The child run of one experience, new or found again.
+    def task_run(self, parent_id: str, task: str, task_index: int, prefix: str) -> str:
+        """The child run of one experience, new or found again, with what it is in its tags.
 
         prefix: names the model after it; another model at the same place has a run of its own.
         """
         parent = self._client.get_run(parent_id).data.tags
-        tags = {"kind": "task", "stream": parent["stream"], "work": parent["work"], "task": task,
-                "task_index": str(task_index), "prefix": prefix,
-                "mlflow.parentRunId": parent_id}
-        run_id = self._run(parent["stream"], f"{task_index} {task}", tags)
-        own = {"task": task, "task_index": task_index}
-        self._log_parameters(run_id, own | dict(parameters or {}))
-        return run_id
+        return self._run(parent["stream"], f"{task_index} {task}", {
+            "kind": "task", "stream": parent["stream"], "work": parent["work"], "task": task,
+            "task_index": str(task_index), "prefix": prefix, "mlflow.parentRunId": parent_id})
 
-    def log_epochs(self, run_id: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Metrics of epochs (dicts as in result.json), one batch; epochs logged before stay."""
+    def log_task(self, run_id: str, epochs: Sequence[Mapping[str, Any]],
+                 metrics: Mapping[str, float]) -> None:
+        """Metrics of a task's epochs (dicts as in result.json) and single values after it, in one
+        batch; epochs logged before stay.
+        """
         done = {point.step for point in self._client.get_metric_history(run_id, "loss")}
-        self._log_points(run_id, [(key, record[key], record["epoch"]) for record in records
-                                  if record["epoch"] not in done
-                                  for key in _EPOCH_KEYS if record.get(key) is not None])
+        self._log_points(run_id, [
+            *((key, record[key], record["epoch"]) for record in epochs
+              if record["epoch"] not in done
+              for key in _EPOCH_KEYS if record.get(key) is not None),
+            *((key, value, 0) for key, value in metrics.items())])
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
         """Single values, for example acc and forgetting after each task (step = task index)."""
@@ -131,6 +131,16 @@ class Runs:
         metrics = [Metric(key, float(value), now, step) for key, value, step in points]
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(run_id, metrics=metrics[start:start + 1000])
+
+
+def pages(search: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+    """Everything that one of MLflow's searches finds, page after page."""
+    token = None
+    while True:
+        page = search(*arguments, page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -112,8 +112,7 @@ def register(held: Held, decided: Sequence[Decided], new: Decided) -> Version:
                "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
     parent = registry.stream_run(held.stream, WORK, held.config.to_dict())
     run = registry.task_run(parent, new.slot, index, new.prefix)
-    registry.log_epochs(run, [dataclasses.asdict(each) for each in learned[-1].epochs])
-    registry.log_metrics(run, metrics)
+    registry.log_task(run, [dataclasses.asdict(each) for each in learned[-1].epochs], metrics)
     with tempfile.TemporaryDirectory() as scratch:
         copy = chain.fetch_model(held.storage.filesystem, held.folder, new.prefix,
                                  Path(scratch) / "model")

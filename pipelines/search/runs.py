@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.registry.connection import open_client
-from pipelines.registry.runs import Runs
+from pipelines.registry.runs import Runs, pages
 from pipelines.storage import Storage
 
 
@@ -26,12 +26,8 @@ class SearchRuns(Runs):
         """Ids of the trials whose child runs are complete."""
         where = f"tags.`mlflow.parentRunId` = '{parent_id}' and tags.complete = 'yes'"
         experiment = self._client.get_run(parent_id).info.experiment_id
-        found, token = set[str](), None
-        while True:
-            page = self._client.search_runs([experiment], where, page_token=token)
-            found |= {run.data.tags["trial"] for run in page}
-            if not (token := page.token):
-                return found
+        return {run.data.tags["trial"]
+                for run in pages(self._client.search_runs, [experiment], where)}
 
     def log_trial(self, parent_id: str, trial: str, status: str, config: Mapping[str, Any],
                   metrics: Sequence[tuple[str, float, int]], tags: Mapping[str, str]) -> str:

@@ -1,21 +1,28 @@
 """All tasks' heads over one batch of features: one after the other, or stacked under vmap.
 
     python tests/bench/heads.py
+    python tests/bench/heads.py CHECKPOINT DATA    a learned model's folder, and its data
 
 What `partialhn.task_inference.entropies` does for a batch whose tasks are not known. Milliseconds
-of one thread, median of rounds that alternate; the ratio is stacked to looped.
+of one thread, median of rounds that alternate; the ratio is stacked to looped. With a learned
+model: all heads of every image, against those that can change the answer.
 """
 
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 
 from partialhn.backbone import build_network
-from partialhn.config import BackboneConfig, Config
+from partialhn.config import BackboneConfig, Config, DataConfig
+from partialhn.datasets import decode_images, open_stream
+from partialhn.predict import Predictor
 from partialhn.run import cut
+from partialhn.task_inference import best_task, contenders, entropies, pooled, scores
 
-CLASSES = 10
+CLASSES, IMAGES = 10, 256
 
 
 def stacked(head, weights):
@@ -56,23 +63,55 @@ def case(depth, tasks, images):
     together = stacked(strategy.head, weights)
     looped = torch.stack([strategy.head(z_BCHW, own) for own in weights])
     torch.testing.assert_close(together(z_BCHW), looped, rtol=1e-3, atol=1e-4)
-    times = {"looped": [], "stacked": []}
-    for _ in range(9):
-        for name, run in (("looped", lambda: [strategy.head(z_BCHW, own) for own in weights]),
-                          ("stacked", lambda: together(z_BCHW))):
-            start = time.perf_counter()
-            run()
-            times[name].append(1000 * (time.perf_counter() - start))
-    middle = {name: statistics.median(values) for name, values in times.items()}
+    middle = medians(looped=lambda: [strategy.head(z_BCHW, own) for own in weights],
+                     stacked=lambda: together(z_BCHW))
     print(f"depth {depth}, {tasks:3d} tasks, {images:3d} images: "
           f"looped {middle['looped']:8.1f} ms, "
           f"stacked {middle['stacked']:8.1f} ms, ratio "
           f"{middle['stacked'] / middle['looped']:.2f}")
 
 
+def medians(**ways):
+    """Milliseconds of each way, in rounds that alternate."""
+    times = {name: [] for name in ways}
+    for _ in range(9):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def learned(folder, data):
+    """All heads against the contenders, on test images spread over all classes of `data`."""
+    predictor = Predictor.load(folder)
+    inference, head = predictor.model.inference, predictor.model.strategy.head
+    weights = [predictor.head_weights(slot) for slot in range(len(predictor.tasks))]
+    test = open_stream(DataConfig(data=data, tasks=1), Path(folder).parent)[0].test
+    images = test.take(torch.arange(0, len(test), len(test) // IMAGES)[:IMAGES].numpy())
+    size = predictor.model.config.data.input_size
+    z_BCHW = predictor.features(decode_images(images.read(), images.ids(), size).images_BCHW)
+    distances_BT = inference.distances(pooled(z_BCHW))
+
+    def every():
+        return scores("combined", distances_BT, entropies(head, weights, z_BCHW)).argmax(1)
+
+    def asked():
+        return best_task("combined", distances_BT, head, weights, z_BCHW)
+
+    assert every().tolist() == asked().tolist()
+    middle = medians(every=every, asked=asked)
+    print(f"{len(weights)} tasks, {len(z_BCHW)} images: all heads {middle['every']:.0f} ms, "
+          f"contenders ({contenders(distances_BT).float().mean():.0%} of all) "
+          f"{middle['asked']:.0f} ms, ratio {middle['asked'] / middle['every']:.2f}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with torch.no_grad():
+        if sys.argv[1:]:
+            learned(*sys.argv[1:])
+            sys.exit()
         for depth in (2, 3, 4):
             for tasks in (5, 20):
                 for images in (1, 16, 64):

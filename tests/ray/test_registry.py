@@ -167,11 +167,13 @@ def test_aliases_are_allowed_and_distinct(client, task):
 
 def test_epochs_and_metrics(stream, client):
     run_id = stream.runs[1]
-    stream.registry.log_epochs(run_id, EPOCHS[:2])
-    stream.registry.log_epochs(run_id, EPOCHS)  # as after an interruption
+    stream.registry.log_task(run_id, EPOCHS[:2], {})
+    stream.registry.log_task(run_id, EPOCHS, {"forgetting": 0.25})  # as after an interruption
     history = client.get_metric_history(run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(1, 1), (2, 1 / 2), (3, 1 / 3)]
-    assert "validation_accuracy" not in client.get_run(run_id).data.metrics
+    metrics = client.get_run(run_id).data.metrics
+    assert metrics["forgetting"] == 0.25
+    assert "validation_accuracy" not in metrics
     stream.registry.log_metrics(stream.runs[0], {"acc": 0.9}, step=1)
     assert client.get_run(stream.runs[0]).data.metrics["acc"] == 0.9
 

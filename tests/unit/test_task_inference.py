@@ -16,6 +16,8 @@ from partialhn.task_inference import (
     SAMPLE,
     SHRINKAGE,
     TaskInference,
+    best_task,
+    contenders,
     entropies,
     infer,
     pooled,
@@ -107,6 +109,23 @@ def test_scores_prefer_the_near_and_the_certain(method):
     distances_BT = torch.tensor([[1.0, 9.0], [9.0, 1.0]])
     entropy_BT = torch.tensor([[0.1, 0.9], [0.9, 0.1]])
     assert scores(method, distances_BT, entropy_BT).argmax(1).tolist() == [0, 1]
+
+
+def test_heads_are_asked_only_where_that_changes_the_answer(learner, tasks):
+    """The answer is that of asking all of them."""
+    strategy, inference = learner.strategy, learner.inference
+    weights = [strategy.weights(task) for task in range(3)]
+    z_BCHW = torch.cat([plain(task.test) for task in tasks])
+    with torch.no_grad():
+        distances_BT = inference.distances(pooled(z_BCHW)) / 10  # closer than these tasks are
+        asked_BT = contenders(distances_BT)
+        every_B = scores("combined", distances_BT,
+                         entropies(strategy.head, weights, z_BCHW)).argmax(1)
+        found_B = best_task("combined", distances_BT, strategy.head, weights, z_BCHW)
+    assert 0 < asked_BT.sum() < 0.75 * asked_BT.numel()
+    assert (asked_BT.sum(1) != 1).all(), "a single contender has won without its head"
+    assert (found_B != distances_BT.argmin(1)).any(), "heads do change some answers"
+    assert found_B.tolist() == every_B.tolist()
 
 
 def test_it_finds_tasks_far_better_than_guessing(learner, tasks):
