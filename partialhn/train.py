@@ -174,18 +174,49 @@ class Learner:
         self.epochs: list[EpochRecord] = []
         self.finished: list[TaskRecord] = []
         self._optimiser: torch.optim.Optimizer | None = None
+        self._train_seconds = 0.0
 
     def learn(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord | TaskRecord]:
         """Learns the tasks that are not finished yet, in order."""
         while len(self.finished) < len(tasks):
-            yield from self._experience(tasks)
+            yield from self.fit_next(tasks)
+            yield self._conclude(tasks)
+
+    def adopt(self, tasks: Sequence[TaskFeatures], owned: dict[str, Tensor],
+              epochs: Sequence[EpochRecord], train_seconds: float) -> TaskRecord:
+        """Takes the next task in as another learner has trained it (`fit_next`), and measures.
+
+        owned: what `Strategy.owned` gave there.
+        """
+        index = len(self.finished)
+        self._make_room(tasks[index])
+        self.strategy.to(self.device)
+        self.strategy.take(index, owned)
+        self.epochs += epochs
+        self._train_seconds = train_seconds
+        return self._conclude(tasks)
+
+    def skip_to(self, tasks: Sequence[TaskFeatures], index: int) -> None:
+        """Makes room for the tasks before `index`, which others learn: it is the next one.
+
+        For strategies whose tasks are `independent`.
+        """
+        for task in tasks[len(self.finished):index]:
+            self._make_room(task)
+            self.finished.append(TaskRecord(task.name, len(self.finished), (), 0.0, 0.0))
+
+    @property
+    def train_seconds(self) -> float:
+        """Wall seconds that the task took which `fit_next` has trained."""
+        return self._train_seconds
 
     @property
     def epochs_done(self) -> int:
         """Finished epochs of the running experience."""
         return sum(record.task_index == len(self.finished) for record in self.epochs)
 
-    def _experience(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord | TaskRecord]:
+    def fit_next(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord]:
+        """Trains the next task, from where it was left, and measures nothing."""
         index = len(self.finished)
         task = tasks[index]
         if self._optimiser is None:
@@ -201,16 +232,23 @@ class Learner:
         assert task.train is not None, f"task {task.name} has no training features"
         self.strategy.remember(index, task.train, (self.config.seed, index))
         self.strategy.finish(index)
-        remembered = time.perf_counter()
-        row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
-        without_id = self._learn_inference(tasks, index)
-        trained = sum(record.seconds for record in self.epochs if record.task_index == index)
-        finished = TaskRecord(task.name, index, row, trained + remembered - start,
-                              time.perf_counter() - remembered, without_id)
-        self.finished.append(finished)
         optimiser.zero_grad(set_to_none=True)
         self._optimiser = None
-        yield finished
+        self._train_seconds = time.perf_counter() - start + sum(
+            record.seconds for record in self.epochs if record.task_index == index)
+
+    def _make_room(self, task: TaskFeatures) -> None:
+        self.strategy.add_task(task.classes, task.refreshes)
+        self.strategy.finish(len(self.finished))
+
+    def _conclude(self, tasks: Sequence[TaskFeatures]) -> TaskRecord:
+        """Measures the task that was trained, and all before it."""
+        index, start = len(self.finished), time.perf_counter()
+        row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
+        without_id = self._learn_inference(tasks, index)
+        self.finished.append(TaskRecord(tasks[index].name, index, row, self._train_seconds,
+                                        time.perf_counter() - start, without_id))
+        return self.finished[-1]
 
     def _learn_inference(self, tasks: Sequence[TaskFeatures],
                          index: int) -> dict[str, float] | None:

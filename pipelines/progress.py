@@ -22,6 +22,7 @@ class Progress:
         self._open = False
         self._last = 0.0
         self._seconds: dict[str, list[float]] = {}
+        self._seen: set[tuple[str, int, int]] = set()
 
     def line(self, text: str) -> None:
         """Prints a line that stays."""
@@ -56,13 +57,18 @@ class Progress:
         """An epoch or the end of a task."""
         label = "" if strategy == self._config.train.strategy else f"{strategy}  "
         if isinstance(record, TaskRecord):
+            self._seen = {key for key in self._seen if key[:2] != (strategy, record.task_index)}
             row = " ".join(f"{value:.1%}" for value in record.accuracy_row[-8:])
             more = "... " if len(record.accuracy_row) > 8 else ""
             self.line(f"{label}task {record.task_index + 1} {record.task!r} learned in "
                       f"{record.train_seconds:.1f} s; accuracy on the tasks so far: {more}{row}")
             return
-        seen = record.validation_accuracy
-        checked = "" if seen is None else f" (held out {seen:.1%})"
+        key = strategy, record.task_index, record.epoch
+        if key in self._seen:  # told by the worker at once, and again when its task was done
+            return
+        self._seen.add(key)
+        held_out = record.validation_accuracy
+        checked = "" if held_out is None else f" (held out {held_out:.1%})"
         self._epoch(f"{label}task {record.task_index + 1} {record.task!r}  epoch {record.epoch}/"
                     f"{record.epochs}  loss {record.loss:.3f}  accuracy {record.accuracy:.1%}"
                     f"{checked}",

@@ -75,6 +75,32 @@ class Strategy(nn.Module):
         if isinstance(own, OwnNorm):
             own.fold()
 
+    @property
+    def independent(self) -> bool:
+        """Whether a task's training changes nothing but what the task owns, and reads only that
+        and what the task it starts from was when it was learned.
+        """
+        return False
+
+    def owned(self, task: int) -> dict[str, Tensor]:
+        """What a learned task left in `state_dict`, where tasks are `independent`."""
+        prefixes = self.own_prefixes(task)
+        return {name: value for name, value in self.state_dict().items()
+                if name.startswith(prefixes)}
+
+    def take(self, task: int, owned: dict[str, Tensor]) -> None:
+        """Puts a task in as another instance has learned it: what `owned` gave there.
+
+        Raises: KeyError where something lacks or belongs to another task.
+        """
+        if owned.keys() != self.owned(task).keys():
+            raise KeyError(f"task {task} owns {sorted(self.owned(task))}, found {sorted(owned)}")
+        self.load_state_dict(owned, strict=False)
+
+    def own_prefixes(self, task: int) -> tuple[str, ...]:
+        """How names of what a task owns begin; what all share is the first task's."""
+        return (f"tasks.{task}.",) if task else ("",)
+
     def weights(self, task: int) -> HeadWeights:
         """omega_t: the head's weights for a task."""
         raise NotImplementedError

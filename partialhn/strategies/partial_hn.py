@@ -82,6 +82,13 @@ class PartialHypernet(Strategy):
         code = self.hypernet.next_code(self._own(start).code.detach() if task else None, task)
         return HypernetTask(classes, self.head, self.get_buffer("next_norm"), code, start)
 
+    @property
+    def independent(self) -> bool:
+        return not self.hypernet.hands_on
+
+    def own_prefixes(self, task: int) -> tuple[str, ...]:
+        return (*super().own_prefixes(task), f"hypernet.columns.{task - 1}.")
+
     def begin(self, task: int) -> None:
         super().begin(task)
         self.hypernet.begin(task)

@@ -22,6 +22,10 @@ class PlainHead(OwnNorm):
 class SeparateHeads(Strategy):
     """The bound without sharing: every task trains a head of its own from the same start."""
 
+    @property
+    def independent(self) -> bool:
+        return True
+
     def new_task(self, classes: int, refreshes: int | None) -> PlainHead:
         own = PlainHead(classes, self.head, self.start)
         if refreshes is not None:

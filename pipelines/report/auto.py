@@ -5,7 +5,7 @@ from pipelines.report.facts import Facts, percent
 from pipelines.report.html import data_table, section
 
 METHODS = (("acc_detector", "Trunk features alone", "distance to class means"),
-           ("acc_entropy", "Heads alone", "the most certain head; fewer images where tasks are many"),
+           ("acc_entropy", "Heads alone", "the most certain head, on fewer images"),
            ("acc_combined", "Both", "the default of task auto"))
 
 

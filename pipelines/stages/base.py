@@ -96,7 +96,7 @@ class Stages(abc.ABC):
 
         return self._learn(Assignment(
             self.config, parts, tuple(slots), tuple(prefixes), self.storage, self.folder,
-            self._run_name(prefixes), self._threads(self.config.compute.workers)), tell)
+            self._run(prefixes), self._threads(self.config.compute.workers)), tell)
 
     def forget_run(self, prefixes: Sequence[str]) -> None:
         """Removes the states that a finished run kept on its way; what it learned is kept.
@@ -105,14 +105,14 @@ class Stages(abc.ABC):
         """
         if not self.config.train.compare:
             with contextlib.suppress(FileNotFoundError):
-                self.storage.filesystem.delete_dir(self._run_folder(self._run_name(prefixes)))
+                self.storage.filesystem.delete_dir(self._run(prefixes))
 
-    def _run_name(self, prefixes: Sequence[str]) -> str:
-        """Same name = the run goes on, so it says all that is learned, bounds too."""
+    def _run(self, prefixes: Sequence[str]) -> str:
+        """The run's folder. Same name = the run goes on, so it says all that is learned, bounds
+        too.
+        """
         text = "\n".join([prefixes[-1], *self.config.train.compare])
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def _run_folder(self, name: str) -> str:
+        name = hashlib.sha256(text.encode()).hexdigest()[:12]
         return self.storage.path("runs", self.stream, name)
 
     def _threads(self, shared_by: int) -> int:

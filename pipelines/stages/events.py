@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Events:
-    """The actor through which rank 0 tells the driver what happens."""
+    """The actor through which workers tell the driver what happens."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[str, Any]] = []

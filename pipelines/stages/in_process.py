@@ -41,6 +41,5 @@ class ProcessStages(Stages):
         return in_process(self.device)
 
     def _learn(self, assignment: Assignment, tell: Follow) -> dict[str, Any]:
-        run = self._run_folder(assignment.run_name)
-        with ProcessHost(self.storage, run, self.device, tell) as host:
+        with ProcessHost(self.storage, assignment.run, self.device, tell) as host:
             return Worker(assignment, host).run()

@@ -98,7 +98,7 @@ class RayStages(Stages):
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        folder, _, name = self._run_folder(assignment.run_name).rpartition("/")
+        folder, _, name = assignment.run.rpartition("/")
         train: Any = TorchTrainer  # its types know no function that returns something
         trainer = train(
             learn, train_loop_config={"assignment": assignment, "events": events},

@@ -3,12 +3,14 @@
 What a worker needs of its surroundings is a `Host`: this process (`worker_process`) or a worker of
 Ray Train (`worker_ray`). It tells the host of every record as it comes, keeps a model of every
 finished task, and gives the host its state at the end of each task and every few seconds between.
+Several workers divide independent tasks among themselves (`task_share`), or else every batch.
 """
 
 import dataclasses
 import os
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +23,7 @@ from partialhn import chain, checkpoint
 from partialhn.arithmetic import set_arithmetic
 from partialhn.batches import Workers
 from partialhn.checkpoint import Model, TaskInfo
-from partialhn.config import Config
+from partialhn.config import Config, StrategyName
 from partialhn.result import Outcome, model_sizes, peak_rss_bytes
 from partialhn.run import Parts, with_strategy
 from partialhn.slots import Slot, open_features
@@ -29,9 +31,10 @@ from partialhn.steps import recorder_for
 from partialhn.task_inference import TaskInference
 from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord
 from pipelines.features.produce import open_store
+from pipelines.stages.states import SECONDS
+from pipelines.stages.task_share import Place, TaskShare
 from pipelines.storage import Storage
 
-CHECKPOINT_SECONDS = 10.0
 Follow = Callable[[str, EpochRecord | TaskRecord], None]
 """Gets the strategy and the record."""
 
@@ -48,9 +51,12 @@ class Assignment:
     storage: Storage
     folder: str
     """Where finished tasks' models are and go, as a path in the storage's filesystem."""
-    run_name: str
-    """Names all that is learned: a state that was kept under it is gone on from."""
+    run: str
+    """Folder of the run, named after all that is learned: a state that was kept there is gone on
+    from."""
     threads: int
+    attempt: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    """Tells this run from an earlier one in the same folder."""
 
 
 class Host(Protocol):
@@ -98,20 +104,46 @@ class Worker:
         restored = self._restored()
         for name in (a.config.train.strategy, *a.config.train.compare):
             if name not in self.outcomes:
-                config = with_strategy(a.config, name)
                 main = name == a.config.train.strategy
-                learner = Learner(a.parts.strategy(config), a.config.train, self.device,
-                                  self.workers, TaskInference() if main else None,
-                                  recorder_for(self.device, a.config.compute.cuda_graphs))
+                learner = self._new_learner(name, self.workers, TaskInference() if main else None)
                 ours = known if main else []
                 if restored and restored[1]["strategy"] == name and (
                         len(restored[1]["learner"]["finished"]) >= len(ours)):
                     learner.restore(restored[0], restored[1]["learner"])
                 elif ours:  # what an earlier run, of fewer tasks, has learned
                     learner.restore(*chain.state(a.storage.filesystem, a.folder, ours))
-                self._learn(name, learner, tasks)
+                if (main and self.workers.world > 1 and a.config.compute.share == "tasks"
+                        and learner.strategy.independent):
+                    self._share(name, learner, tasks)
+                else:
+                    self._learn(name, learner, tasks)
         return {"outcomes": self.outcomes, "peak_rss_bytes": peak_rss_bytes(),
                 "device": _device_name(self.device)}
+
+    def _new_learner(self, name: StrategyName, workers: Workers,
+                     inference: TaskInference | None = None) -> Learner:
+        a = self.a
+        return Learner(a.parts.strategy(with_strategy(a.config, name)), a.config.train,
+                       self.device, workers, inference,
+                       recorder_for(self.device, a.config.compute.cuda_graphs))
+
+    def _share(self, name: StrategyName, learner: Learner, tasks: list[TaskFeatures]) -> None:
+        """Learns whole tasks, one for each worker at a time; the first one puts them together."""
+        a, first = self.a, self.workers.rank == 0
+
+        def keep(record: TaskRecord) -> None:
+            self._keep_model(learner, record)
+
+        share = TaskShare(
+            Place(a.storage, a.run, a.folder, a.attempt, self.workers.rank, self.workers.world),
+            a.prefixes, tasks, lambda: self._new_learner(name, Workers()),
+            lambda record: self.host.send(name, record))
+        for done in learner.finished:
+            self._send(name, done)
+        share.learn(len(learner.finished),
+                    (lambda: share.take_in(learner, keep)) if first else (lambda: None))
+        self.outcomes[name] = (Outcome.of(learner) if first else chain.outcome_of(
+            chain.find(a.storage.filesystem, a.folder, a.prefixes)))
 
     def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
         for done in learner.finished:
@@ -145,7 +177,7 @@ class Worker:
 
     def _keep_state(self, name: str, learner: Learner, record: EpochRecord | TaskRecord) -> None:
         """The state for the host: always after a task, otherwise when the last is old."""
-        late = torch.tensor(float(time.monotonic() - self.last_kept > CHECKPOINT_SECONDS),
+        late = torch.tensor(float(time.monotonic() - self.last_kept > SECONDS),
                             device=self.device)
         if self.workers.world > 1:
             torch.distributed.broadcast(late, 0)

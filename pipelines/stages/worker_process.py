@@ -5,17 +5,15 @@ from pathlib import Path
 
 import torch
 
-from partialhn import checkpoint
 from partialhn.batches import Workers
 from partialhn.train import EpochRecord, TaskRecord
+from pipelines.stages.states import States
 from pipelines.stages.worker import Follow
 from pipelines.storage import Storage
 
 
 class ProcessHost:
     """This process. A context: at its end every record has been followed.
-
-        <run>/state-<number>/    a state; the next is written beside it before it goes
 
     `follow` runs in a thread of its own, in order, so that a version is registered while the next
     task is learned. What it raises is raised by the next `send`, or at the end.
@@ -24,7 +22,7 @@ class ProcessHost:
     def __init__(self, storage: Storage, run: str, device: torch.device, follow: Follow) -> None:
         """run: folder of the run, as a path in the storage's filesystem."""
         self.device, self.workers = device, Workers()
-        self._storage, self._run, self._follow = storage, run, follow
+        self._states, self._follow = States(storage, run), follow
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "follow")
         self._error: Exception | None = None
 
@@ -35,19 +33,10 @@ class ProcessHost:
 
     def keep(self, state: Path | None) -> None:
         assert state is not None, "there is one worker"
-        before = self._states()
-        number = 1 + int(before[-1].rpartition("-")[2]) if before else 0
-        checkpoint.upload(state, self._storage.filesystem, f"{self._run}/state-{number:08d}")
-        for name in before:
-            self._storage.delete(f"{self._run}/{name}")
+        self._states.keep(state)
 
     def fetch(self, folder: Path) -> bool:
-        return any(checkpoint.fetch(self._storage.filesystem, f"{self._run}/{name}", folder)
-                   for name in reversed(self._states()))
-
-    def _states(self) -> list[str]:
-        """Names of the states, oldest first; the last is not whole where its writer was killed."""
-        return [name for name in self._storage.folders(self._run) if name.startswith("state-")]
+        return self._states.fetch(folder)
 
     def _tell(self, strategy: str, record: EpochRecord | TaskRecord) -> None:
         if self._error is None:  # after a failure nothing is in order any more

@@ -1,4 +1,4 @@
-"""A worker of Ray Train, which learns a part of every batch.
+"""A worker of Ray Train, which learns tasks of its own or a part of every batch.
 
 One run of Ray Train learns all tasks that are waiting, because starting a group of workers takes
 far longer than learning a small task.

@@ -164,14 +164,16 @@ def test_the_run_is_killed_and_started_again(start, uninterrupted, tmp_path, opt
 
 
 @pytest.mark.slow
-def test_the_worker_is_killed_and_the_run_goes_on(start, uninterrupted, tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_worker_is_killed_and_the_run_goes_on(start, uninterrupted, tmp_path, count):
+    """Of two, each has learned a task and is in the middle of the next."""
     for kept in ("features", "trunks", "datasets"):  # the same work: nothing to compute again
         shutil.copytree(uninterrupted[0] / kept, tmp_path / "store" / kept)
-    run = start(tmp_path, *ON_RAY)
+    run = start(tmp_path, *ON_RAY, "--workers", str(count))
     middle_of_the_third_task(run)
     workers = [child for child in run.below() if "RayTrainWorker" in " ".join(child.cmdline())]
-    assert len(workers) == 1, [child.cmdline() for child in run.below()]
-    workers[0].send_signal(signal.SIGKILL)
+    assert len(workers) == count, [child.cmdline() for child in run.below()]
+    workers[-1].send_signal(signal.SIGKILL)
     result = run.finish()
     check_result(result, uninterrupted[1], tmp_path)
     assert result["images_decoded"] == 0

@@ -39,7 +39,7 @@ print("RAY", sorted(name for name in sys.modules if name.partition(".")[0] == "r
 sys.exit(code)
 """
 KILL = """
-worker.CHECKPOINT_SECONDS = 0.0  # a state after every epoch
+worker.SECONDS = 0.0  # a state after every epoch
 send = worker_process.ProcessHost.send
 def killed(self, strategy, record):
     send(self, strategy, record)

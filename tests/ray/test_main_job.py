@@ -151,7 +151,7 @@ def two_workers(damaged, small, changed, run_main_job, outputs, tmp_path_factory
     """Two workers learn what can be read of the damaged images; every sample normed alone."""
     config = changed(small, data={"data": str(damaged), "tasks": 2, "on_bad_image": "skip"},
                      hypernet={"norm": "group", "norm_groups": 4}, train={"batch_size": 16},
-                     compute={"workers": 2})
+                     compute={"workers": 2, "share": "batches"})
     return run_main_job(config, outputs(tmp_path_factory.mktemp("two"), "two"))
 
 
@@ -184,6 +184,31 @@ def test_bad_images_are_left_out_and_listed(two_workers):
                for part in ("train", "validation", "test"))
     assert kept == 4 * 32 - 2
     assert sum("left out" in line for line in two_workers.lines) == 2
+
+
+def test_two_workers_learn_tasks_of_their_own_to_the_same_bits(learned, changed, run_main_job,
+                                                               outputs):
+    """One trunk and one set of features, from the run of one worker; models of its own."""
+    config = changed(learned.config, compute={"workers": 2})
+    root = Path(learned.output.storage).parent
+    shared = run_main_job(config, outputs(root, "shared"))
+    assert shared.result["images_decoded"] == 0
+    for key in ("weights_hash", "accuracy_matrix", "without_task_id"):
+        assert shared.result[key] == learned.result[key], key
+    losses = [[(row["task"], row["epoch"], row["loss"]) for row in each["epochs"]]
+              for each in (shared.result, learned.result)]
+    assert losses[0] == losses[1]
+    assert [row["task"] for row in shared.result["versions"]] == ["0", "1", "2"]
+    ended = [line for line in shared.lines if " learned in " in line]
+    assert [line.split(" ")[1] for line in ended] == ["1", "2", "3"], "put together in order"
+    runs = root / "store" / "runs" / "shared"
+    assert [path.name for path in runs.iterdir()] == ["learned"], "nothing else is left"
+
+
+def test_what_stops_one_worker_stops_all(learned, changed, run_main_job, outputs):
+    config = changed(learned.config, compute={"workers": 2}, train={"learning_rate": 1e30})
+    with pytest.raises(InputError, match=r"the loss of task '0' became nan .* learning_rate"):
+        run_main_job(config, outputs(Path(learned.output.storage).parent, "diverging"))
 
 
 def test_two_workers_learn_what_one_learns(two_workers, tmp_path):

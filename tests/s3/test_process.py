@@ -28,7 +28,7 @@ def test_a_run_over_s3_goes_on_in_the_middle_of_a_task(service, storage, empty_r
                                                        monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(cluster, "_is_started", lambda: False)
-    monkeypatch.setattr(worker, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "SECONDS", 0.0)
     empty_registry(tmp_path / "registry")
     config = Config.from_dict(CONFIG | {"compute": {"threads": 1, "cache": str(tmp_path / "c")}})
     uri = f"{storage.uri}?endpoint={service.endpoint}&region={service.region}"

@@ -55,6 +55,50 @@ def measured(learner):
              for record in learner.finished])
 
 
+@pytest.mark.parametrize("kind", ["columns", "separate_heads"])
+def test_tasks_learned_apart_fit_together_to_the_same_bits(learner, tasks, tmp_path, kind):
+    """In any order, stopped on the way, and one that refreshes an earlier task."""
+    stream = [*tasks[:3], dataclasses.replace(tasks[3], name=f"{tasks[1].name}/2", refreshes=1)]
+    wanted = learner(**KINDS[kind])
+    list(wanted.learn(stream))
+    made, states, apart = learner(**KINDS[kind]), {}, {}
+    for index in (0, 2, 1, 3):
+        one = learner(**KINDS[kind])
+        if index:
+            one.restore(*states[{2: 0, 1: 0, 3: 1}[index]])
+            one.skip_to(stream, index)
+        fitting = one.fit_next(stream)
+        next(fitting)
+        again = learner(**KINDS[kind])
+        again.restore(*one.state())
+        list(again.fit_next(stream))
+        owned = {name: value.clone() for name, value in again.strategy.owned(index).items()}
+        apart[index] = owned, [each for each in again.epochs if each.task_index == index]
+        while len(made.finished) in apart:
+            made.adopt(stream, *apart[len(made.finished)], again.train_seconds)
+            tensors, fields = made.state()
+            states[len(made.finished) - 1] = ({key: value.clone() for key, value
+                                               in tensors.items()}, fields)
+    assert weights_hash(made) == weights_hash(wanted)
+    assert measured(made) == measured(wanted)
+
+
+def test_what_a_task_owns_fits_that_task_alone(learner, tasks):
+    made = learner(**KINDS["columns"])
+    list(made.learn(tasks[:2]))
+    with pytest.raises(KeyError, match="task 0 owns"):
+        made.strategy.take(0, made.strategy.owned(1))
+
+
+@pytest.mark.parametrize(("kind", "independent"), [
+    ("columns", True), ("separate_heads", True), ("bilinear", False), ("naive", False),
+    ("latent_replay", False)])
+def test_which_tasks_are_independent(learner, kind, independent):
+    assert learner(**KINDS[kind]).strategy.independent == independent
+    handing_on = learner(hypernet={"generator": "columns", "starts_from": "previous"})
+    assert not handing_on.strategy.independent
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(learner, tasks, tmp_path, kind):
     stream, stops = tasks[:2], (1, 3, 5)

@@ -1,0 +1,146 @@
+"""Independent tasks, divided among workers: each learns whole tasks, the first puts them together.
+
+What a task becomes depends on no other but the one it starts from, so a worker needs that one's
+model only, and what it leaves behind fits into the model that one worker would have learned, to
+the bit. Workers meet in the storage alone: none waits for another at every step.
+
+    <run>/tasks/<prefix>/            a task that was learned and is not in a model yet
+    <run>/tasks/<prefix>.running/    the state of one that is being learned
+    <run>/tasks/failed-<attempt>     why a worker gave up, for the others to give up too
+
+A worker that is started again goes on with its own tasks.
+"""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from partialhn import chain, checkpoint
+from partialhn.errors import InputError
+from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord
+from pipelines.stages.states import States
+from pipelines.storage import Storage
+
+WAIT = 0.3
+"""Seconds between two looks for what another worker has done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where workers meet, and which one this is."""
+
+    storage: Storage
+    run: str
+    """Folder of the run, as a path in the storage's filesystem."""
+    models: str
+    """Folder of the models after each task (`partialhn.chain`)."""
+    attempt: str
+    """Tells a failure of this run from one of an earlier run."""
+    rank: int
+    world: int
+
+
+class TaskShare:
+    """One worker's part."""
+
+    def __init__(self, place: Place, prefixes: Sequence[str], tasks: Sequence[TaskFeatures],
+                 new_learner: Callable[[], Learner],
+                 send: Callable[[EpochRecord | TaskRecord], None]) -> None:
+        """new_learner: makes an empty one, for a task on its own. send: gets every record; the
+        epochs of a task come once more, together, before the record of its end.
+        """
+        self.place, self.prefixes, self.tasks = place, prefixes, tasks
+        self._new_learner, self._send = new_learner, send
+        self._folder = f"{place.run}/tasks"
+        self._filesystem = place.storage.filesystem
+
+    def learn(self, known: int, turn: Callable[[], None]) -> None:
+        """Learns this worker's share of the tasks from `known` on; returns when all are learned,
+        by whomever.
+
+        turn: called again and again, to put together what is there (`take_in`) or do nothing.
+        Raises: InputError, on every worker, for anything the user can set right.
+        """
+        try:
+            for index in range(known, len(self.tasks)):
+                if index % self.place.world == self.place.rank:
+                    self._learn(index, turn)
+                turn()
+            self._wait_for(len(self.tasks) - 1, turn)
+        except InputError as error:
+            self.place.storage.write_text(self._failure, str(error))
+            raise
+
+    def take_in(self, learner: Learner, keep: Callable[[TaskRecord], None]) -> None:
+        """Puts the tasks that are learned into `learner`, in order, as far as there are any."""
+        while len(learner.finished) < len(self.tasks):
+            folder = self._learned(len(learner.finished))
+            with tempfile.TemporaryDirectory() as scratch:
+                if not checkpoint.fetch(self._filesystem, folder, Path(scratch)):
+                    return
+                owned, fields = checkpoint.load(Path(scratch), "task")
+            epochs = [EpochRecord(**each) for each in fields["epochs"]]
+            for each in epochs:
+                self._send(each)
+            record = learner.adopt(self.tasks, owned, epochs, fields["train_seconds"])
+            keep(record)
+            self._send(record)
+            self.place.storage.delete(folder)
+
+    def _learn(self, index: int, turn: Callable[[], None]) -> None:
+        """Learns one task, unless that was done before, and stores what it owns."""
+        if self._is_kept(index) or self._has_fields(self._learned(index)):
+            return
+        learner = self._new_learner()
+        states = States(self.place.storage, f"{self._learned(index)}.running")
+        restored = states.load("learner")
+        if restored:
+            learner.restore(*restored)
+        else:
+            self._start(learner, index, turn)
+        for record in learner.fit_next(self.tasks):
+            self._send(record)
+            if states.due:
+                states.save("learner", *learner.state())
+        epochs = [dataclasses.asdict(each) for each in learner.epochs if each.task_index == index]
+        with tempfile.TemporaryDirectory() as scratch:
+            checkpoint.save(Path(scratch) / "task", "task", learner.strategy.owned(index),
+                            {"epochs": epochs, "train_seconds": learner.train_seconds})
+            checkpoint.upload(Path(scratch) / "task", self._filesystem, self._learned(index))
+        states.delete()
+
+    def _start(self, learner: Learner, index: int, turn: Callable[[], None]) -> None:
+        """Brings an empty learner to where the task starts from."""
+        if not index:
+            return
+        refreshes = self.tasks[index].refreshes
+        start = 0 if refreshes is None else refreshes
+        self._wait_for(start, turn)
+        folder, prefixes = self.place.models, self.prefixes[:start + 1]
+        learned = chain.find(self._filesystem, folder, prefixes)
+        learner.restore(*chain.state(self._filesystem, folder, learned))
+        learner.skip_to(self.tasks, index)
+
+    def _wait_for(self, index: int, turn: Callable[[], None]) -> None:
+        """Returns when the model after a task is kept. Raises: InputError where others gave up."""
+        turn()
+        while not self._is_kept(index):
+            if self.place.storage.exists(self._failure):
+                raise InputError(self.place.storage.read_text(self._failure))
+            time.sleep(WAIT)
+            turn()
+
+    def _is_kept(self, index: int) -> bool:
+        return self._has_fields(f"{self.place.models}/{self.prefixes[index]}")
+
+    def _has_fields(self, folder: str) -> bool:
+        return checkpoint.read_fields(self._filesystem, folder) is not None
+
+    def _learned(self, index: int) -> str:
+        return f"{self._folder}/{self.prefixes[index]}"
+
+    @property
+    def _failure(self) -> str:
+        return f"{self._folder}/failed-{self.place.attempt}"
