@@ -130,7 +130,7 @@ def run_stream(config: Config, root: Path,
     _, decoded = precompute(store, parts.trunk, needed)
     there = find_features(store, jobs)
     slots = slots_of(experiences, jobs, [there.get(job.recipe.key) for job in jobs])
-    tasks = open_features(store, slots, first)
+    tasks = open_features(store, slots, range(first, len(slots)))
     clock.lap("features")
     learner = Learner(parts.strategy(config), config.train, inference=TaskInference())
     if known:

@@ -5,7 +5,7 @@ model answers for a task with its newest slot. Nothing of an earlier slot change
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from partialhn.featurise import FeatureJob, Split
 from partialhn.store import FeatureSet, FeatureStore, Manifest, join
@@ -42,8 +42,9 @@ def needed_jobs(jobs: Sequence[FeatureJob], learned: Sequence[str]) -> list[Feat
     return [job for job in jobs if job.split == "test" or job.task not in learned]
 
 
-def open_features(store: FeatureStore, slots: Sequence[Slot], first: int = 0) -> list[TaskFeatures]:
-    """Opens what is needed to learn the slots from `first` on, and to test all of them.
+def open_features(store: FeatureStore, slots: Sequence[Slot],
+                  learn: Container[int] | None = None) -> list[TaskFeatures]:
+    """Opens what is needed to learn some slots, by their places (default: all), and to test all.
 
     A slot that refreshes a task is learned and tested on that task's images of all its slots.
     """
@@ -64,7 +65,7 @@ def open_features(store: FeatureStore, slots: Sequence[Slot], first: int = 0) ->
         test = joined(index, "test")
         assert test is not None, f"slot {slot.name} has no test features"
         train, validation = ((joined(index, "train"), joined(index, "validation"))
-                             if index >= first else (None, None))
+                             if learn is None or index in learn else (None, None))
         tasks.append(TaskFeatures(slot.name, len(slot.classes), train, validation, test,
                                   refreshed(names, index)))
     return tasks

@@ -13,7 +13,7 @@ Legend: B images, T tasks, C channels of pooled features, K classes of a task, S
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,19 @@ ENTROPY_WEIGHT = 2.0
 """Log-odds that a whole unit of normalised entropy counts in the combined score."""
 
 
+class TaskStatistics(NamedTuple):
+    """What is taken out of one task's training features."""
+
+    mean_KC: Tensor
+    """float16, of each class."""
+    sample_SC: Tensor
+    """float16, of some images."""
+    scatter_CC: Tensor
+    """float64: sum over images of (z - class mean)(z - class mean)^T."""
+    images: Tensor
+    """Their number."""
+
+
 class TaskInference:
     """What is known of the trunk features of every task learned so far."""
 
@@ -56,24 +69,14 @@ class TaskInference:
     def __len__(self) -> int:
         return len(self.means)
 
-    def add_task(self, features: FeatureSet, seed: int = 0) -> None:
-        """Takes in a task's training features: one pass over the plain view of its images."""
-        z_NC = torch.cat([pooled(features.gather(rows_B, torch.zeros_like(rows_B))).cpu()
-                          for rows_B in torch.split(_rows(features), 256)]).double()
-        y_N = features.y_N.cpu().numpy()
-        present_K, place_N = np.unique(y_N, return_inverse=True)  # a class may have no image left
-        inverse_N = torch.from_numpy(place_N)
-        mean_KC = torch.zeros(len(present_K), z_NC.shape[1], dtype=torch.float64)
-        mean_KC.index_add_(0, inverse_N, z_NC)
-        mean_KC /= torch.bincount(inverse_N)[:, None]
-        centred_NC = z_NC - mean_KC[inverse_N]
-        scatter_CC = centred_NC.T @ centred_NC
+    def add_task(self, task: "TaskStatistics") -> None:
+        """Takes in what `statistics` found of the next task."""
+        scatter_CC = task.scatter_CC
         if self.scatter_CC is not None:
-            scatter_CC += self.scatter_CC.double()
-        self.scatter_CC, self.count = scatter_CC.float(), self.count + len(y_N)
-        picked_S = np.random.default_rng([seed, len(self)]).permutation(len(y_N))[:SAMPLE]
-        self.means.append(mean_KC.half())
-        self.samples.append(z_NC[torch.from_numpy(picked_S)].half())
+            scatter_CC = scatter_CC + self.scatter_CC.double()
+        self.scatter_CC, self.count = scatter_CC.float(), self.count + int(task.images)
+        self.means.append(task.mean_KC)
+        self.samples.append(task.sample_SC)
         self._whitening = None
 
     def distances(self, z_BC: Tensor) -> Tensor:
@@ -136,6 +139,22 @@ class TaskInference:
             threshold = torch.quantile(nearest_S, 1 - REJECT_SHARE).item()
             self._whitening = inverse_CC, means_MC, threshold
         return self._whitening
+
+
+def statistics(features: FeatureSet, place: int, seed: int = 0) -> TaskStatistics:
+    """One pass over the plain view of a task's images. place: of the task among all."""
+    z_NC = torch.cat([pooled(features.gather(rows_B, torch.zeros_like(rows_B))).cpu()
+                      for rows_B in torch.split(_rows(features), 256)]).double()
+    y_N = features.y_N.cpu().numpy()
+    present_K, place_N = np.unique(y_N, return_inverse=True)  # a class may have no image left
+    inverse_N = torch.from_numpy(place_N)
+    mean_KC = torch.zeros(len(present_K), z_NC.shape[1], dtype=torch.float64)
+    mean_KC.index_add_(0, inverse_N, z_NC)
+    mean_KC /= torch.bincount(inverse_N)[:, None]
+    centred_NC = z_NC - mean_KC[inverse_N]
+    picked_S = np.random.default_rng([seed, place]).permutation(len(y_N))[:SAMPLE]
+    return TaskStatistics(mean_KC.half(), z_NC[torch.from_numpy(picked_S)].half(),
+                          centred_NC.T @ centred_NC, torch.tensor(len(y_N)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ from partialhn.steps import (
 )
 from partialhn.store import FeatureSet
 from partialhn.strategies import Strategy
-from partialhn.task_inference import TaskInference
+from partialhn.task_inference import TaskInference, TaskStatistics, statistics
 from partialhn.views import augment
 
 RESIDENT_BYTES = 4 << 30
@@ -183,10 +183,12 @@ class Learner:
             yield self._conclude(tasks)
 
     def adopt(self, tasks: Sequence[TaskFeatures], owned: dict[str, Tensor],
-              epochs: Sequence[EpochRecord], train_seconds: float) -> TaskRecord:
+              epochs: Sequence[EpochRecord], train_seconds: float,
+              found: TaskStatistics | None = None) -> TaskRecord:
         """Takes the next task in as another learner has trained it (`fit_next`), and measures.
 
-        owned: what `Strategy.owned` gave there.
+        owned: what `Strategy.owned` gave there. found: what `statistics` did, for a task whose
+        training features are not here.
         """
         index = len(self.finished)
         self._make_room(tasks[index])
@@ -194,7 +196,7 @@ class Learner:
         self.strategy.take(index, owned)
         self.epochs += epochs
         self._train_seconds = train_seconds
-        return self._conclude(tasks)
+        return self._conclude(tasks, found)
 
     def skip_to(self, tasks: Sequence[TaskFeatures], index: int) -> None:
         """Makes room for the tasks before `index`, which others learn: it is the next one.
@@ -241,27 +243,30 @@ class Learner:
         self.strategy.add_task(task.classes, task.refreshes)
         self.strategy.finish(len(self.finished))
 
-    def _conclude(self, tasks: Sequence[TaskFeatures]) -> TaskRecord:
+    def _conclude(self, tasks: Sequence[TaskFeatures],
+                  found: TaskStatistics | None = None) -> TaskRecord:
         """Measures the task that was trained, and all before it."""
         index, start = len(self.finished), time.perf_counter()
         row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
-        without_id = self._learn_inference(tasks, index)
+        without_id = self._learn_inference(tasks, index, found)
         self.finished.append(TaskRecord(tasks[index].name, index, row, self._train_seconds,
                                         time.perf_counter() - start, without_id))
         return self.finished[-1]
 
-    def _learn_inference(self, tasks: Sequence[TaskFeatures],
-                         index: int) -> dict[str, float] | None:
+    def _learn_inference(self, tasks: Sequence[TaskFeatures], index: int,
+                         found: TaskStatistics | None) -> dict[str, float] | None:
         """Takes in a finished task's features; what is measured of a task before and after."""
         if self.inference is None:
             return None
         train, tests = tasks[index].train, [task.test for task in tasks[:index + 1]]
-        assert train is not None, f"task {tasks[index].name} has no training features"
+        if found is None:
+            assert train is not None, f"task {tasks[index].name} has no training features"
+            found = statistics(train, index, self.config.seed)
         replaced = {task.refreshes for task in tasks[:index + 1]}
         measured = {}
         if index and tasks[index].refreshes is None:
             measured["rejection_auroc"] = rejection_auroc(self.inference, tests[:-1], tests[-1])
-        self.inference.add_task(train, self.config.seed)
+        self.inference.add_task(found)
         if index + 1 == len(tasks):
             measured |= without_task_id(self.strategy, self.inference, tests,
                                         [i for i in range(index + 1) if i not in replaced])

@@ -51,11 +51,11 @@ def gate_facts(held: Held, slots: Sequence[Slot], learned: Sequence[chain.Learne
         if old is not None:
             copy = chain.fetch_model(held.storage.filesystem, held.folder, learned[last].prefix,
                                      Path(scratch) / "model")
-            test = open_features(store, slots, len(slots))[last].test
+            test = open_features(store, slots, ())[last].test
             before[task] = evaluate(Model.load(copy).strategy, old, test)
         probe = None
         if policy.min_against_linear_probe is not None:
-            features = open_features(store, slots, last)[last]
+            features = open_features(store, slots, (last,))[last]
             assert features.train is not None
             probe = linear_probe(features.train, features.test, len(slots[last].classes))
     record = learned[last].record

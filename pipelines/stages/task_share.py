@@ -18,7 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from partialhn import chain, checkpoint
+from partialhn.backbone import tensors_below
 from partialhn.errors import InputError
+from partialhn.task_inference import TaskStatistics, statistics
 from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord
 from pipelines.stages.states import States
 from pipelines.storage import Storage
@@ -40,6 +42,10 @@ class Place:
     """Tells a failure of this run from one of an earlier run."""
     rank: int
     world: int
+
+    def own(self, known: int, count: int) -> range:
+        """This worker's share of so many tasks, of which the first `known` are learned."""
+        return range(known + (self.rank - known) % self.world, count, self.world)
 
 
 class TaskShare:
@@ -64,9 +70,8 @@ class TaskShare:
         Raises: InputError, on every worker, for anything the user can set right.
         """
         try:
-            for index in range(known, len(self.tasks)):
-                if index % self.place.world == self.place.rank:
-                    self._learn(index, turn)
+            for index in self.place.own(known, len(self.tasks)):
+                self._learn(index, turn)
                 turn()
             self._wait_for(len(self.tasks) - 1, turn)
         except InputError as error:
@@ -80,11 +85,13 @@ class TaskShare:
             with tempfile.TemporaryDirectory() as scratch:
                 if not checkpoint.fetch(self._filesystem, folder, Path(scratch)):
                     return
-                owned, fields = checkpoint.load(Path(scratch), "task")
+                tensors, fields = checkpoint.load(Path(scratch), "task")
             epochs = [EpochRecord(**each) for each in fields["epochs"]]
             for each in epochs:
                 self._send(each)
-            record = learner.adopt(self.tasks, owned, epochs, fields["train_seconds"])
+            record = learner.adopt(
+                self.tasks, tensors_below(tensors, "strategy."), epochs, fields["train_seconds"],
+                TaskStatistics(**tensors_below(tensors, "statistics.")))
             keep(record)
             self._send(record)
             self.place.storage.delete(folder)
@@ -104,9 +111,15 @@ class TaskShare:
             self._send(record)
             if states.due:
                 states.save("learner", *learner.state())
+        train = self.tasks[index].train
+        assert train is not None, f"{self.tasks[index].name} was trained"
+        found = statistics(train, index, learner.config.seed)._asdict()
+        owned = learner.strategy.owned(index)
+        tensors = {f"strategy.{name}": value for name, value in owned.items()}
+        tensors |= {f"statistics.{name}": value for name, value in found.items()}
         epochs = [dataclasses.asdict(each) for each in learner.epochs if each.task_index == index]
         with tempfile.TemporaryDirectory() as scratch:
-            checkpoint.save(Path(scratch) / "task", "task", learner.strategy.owned(index),
+            checkpoint.save(Path(scratch) / "task", "task", tensors,
                             {"epochs": epochs, "train_seconds": learner.train_seconds})
             checkpoint.upload(Path(scratch) / "task", self._filesystem, self._learned(index))
         states.delete()

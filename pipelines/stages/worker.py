@@ -89,6 +89,11 @@ class Worker:
         self.device, self.workers = host.device, host.workers
         self.outcomes: dict[str, Outcome] = {}
         self.last_kept = time.monotonic()
+        self.place = Place(assignment.storage, assignment.run, assignment.folder,
+                           assignment.attempt, self.workers.rank, self.workers.world)
+        config = assignment.config
+        self.by_tasks = (self.workers.world > 1 and config.compute.share == "tasks"
+                         and assignment.parts.strategy(config).independent)
 
     def run(self) -> dict[str, Any]:
         """Learns what is not learned yet, by every strategy asked for.
@@ -99,8 +104,7 @@ class Worker:
         a = self.a
         store = open_store(a.storage, a.config.compute)
         known = chain.find(a.storage.filesystem, a.folder, a.prefixes)
-        tasks = open_features(store, a.slots,
-                              0 if a.config.train.needs_every_task else len(known))
+        tasks = open_features(store, a.slots, self._own_tasks(len(known)))
         restored = self._restored()
         for name in (a.config.train.strategy, *a.config.train.compare):
             if name not in self.outcomes:
@@ -112,13 +116,19 @@ class Worker:
                     learner.restore(restored[0], restored[1]["learner"])
                 elif ours:  # what an earlier run, of fewer tasks, has learned
                     learner.restore(*chain.state(a.storage.filesystem, a.folder, ours))
-                if (main and self.workers.world > 1 and a.config.compute.share == "tasks"
-                        and learner.strategy.independent):
+                if main and self.by_tasks:
                     self._share(name, learner, tasks)
                 else:
                     self._learn(name, learner, tasks)
         return {"outcomes": self.outcomes, "peak_rss_bytes": peak_rss_bytes(),
                 "device": _device_name(self.device)}
+
+    def _own_tasks(self, known: int) -> range:
+        """The tasks whose training features this worker needs."""
+        count = len(self.a.slots)
+        if self.a.config.train.needs_every_task:
+            return range(count)
+        return self.place.own(known, count) if self.by_tasks else range(known, count)
 
     def _new_learner(self, name: StrategyName, workers: Workers,
                      inference: TaskInference | None = None) -> Learner:
@@ -134,10 +144,9 @@ class Worker:
         def keep(record: TaskRecord) -> None:
             self._keep_model(learner, record)
 
-        share = TaskShare(
-            Place(a.storage, a.run, a.folder, a.attempt, self.workers.rank, self.workers.world),
-            a.prefixes, tasks, lambda: self._new_learner(name, Workers()),
-            lambda record: self.host.send(name, record))
+        share = TaskShare(self.place, a.prefixes, tasks,
+                          lambda: self._new_learner(name, Workers()),
+                          lambda record: self.host.send(name, record))
         for done in learner.finished:
             self._send(name, done)
         share.learn(len(learner.finished),

@@ -22,6 +22,7 @@ from partialhn.task_inference import (
     infer,
     pooled,
     scores,
+    statistics,
 )
 from partialhn.train import Learner
 
@@ -68,7 +69,7 @@ def test_distances_are_those_of_class_means_and_one_covariance(inference, tasks)
 def test_the_order_of_tasks_does_not_change_the_covariance(tasks, inference):
     other = TaskInference()
     for task in (tasks[2], tasks[0], tasks[1]):
-        other.add_task(task.train)
+        other.add_task(statistics(task.train, 0))
     torch.testing.assert_close(other.scatter_CC, inference.scatter_CC, rtol=1e-4, atol=1e-5)
 
 
@@ -76,7 +77,7 @@ def test_a_task_adds_its_means_and_its_sample_and_nothing_else(tasks, inference)
     C = tasks[0].train.shape_CHW[0]
     before = sum(v.numel() * v.element_size() for v in inference.tensors().values())
     grown = TaskInference.from_tensors(inference.tensors(), 3)
-    grown.add_task(tasks[3].train)
+    grown.add_task(statistics(tasks[3].train, 3))
     after = sum(v.numel() * v.element_size() for v in grown.tensors().values())
     assert after - before == grown.task_bytes(3) == 2 * C * (2 + SAMPLE)
 
@@ -85,7 +86,7 @@ def test_a_task_without_images_of_a_class(tasks):
     features = tasks[0].train
     odd = dataclasses.replace(features, y_N=torch.full_like(features.y_N, 1))
     found = TaskInference()
-    found.add_task(odd)
+    found.add_task(statistics(odd, 0))
     assert found.means[0].shape[0] == 1
     assert torch.isfinite(found.distances(pooled(plain(features)))).all()
 
