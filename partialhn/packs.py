@@ -98,7 +98,7 @@ CLASSES = {"split-cifar10": 10, "split-cifar100": 100, "split-tiny-imagenet": 20
            "noisy-cifar": 20}
 PACKS = {pack.name: pack for pack in (
     Pack("split-cifar10", {"smoke": Size((3, 4), 1, 20, 2, 2, 2),
-                           "cpu": Size((0, 2, 3, 4), 3, 150, 5, 2, 15), "full": FULL}),
+                           "cpu": Size((0, 2, 3, 4), 3, 400, 8, 2, 15), "full": FULL}),
     Pack("split-cifar100", {"smoke": Size((3, 4), 1, 20, 2, 2, 2, 2),
                             "cpu": Size((2, 3, 4), 3, 150, 5, 2, 15, 5), "full": FULL}),
     Pack("split-tiny-imagenet", {"smoke": Size((3, 4), 1, 20, 2, 2, 2, 2),

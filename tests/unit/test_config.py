@@ -58,6 +58,7 @@ LIMITS = {
     "train.label_smoothing": [-0.1, 0.6],
     "train.seed": [-1],
     "compute.workers": [0],
+    "compute.share": ["epochs"],
     "compute.device": ["tpu"],
     "compute.feature_workers": [0],
     "compute.threads": [0],
@@ -197,6 +198,7 @@ def changed(config, key, value):
 def test_work_hash_ignores_what_changes_nothing():
     config = Config()
     for key, value in [("compute.workers", 2), ("compute.device", "cpu"), ("compute.threads", 7),
+                       ("compute.share", "batches"),
                        ("compute.ray_address", "auto"),
                        ("compute.cuda_graphs", False), ("data.data", "/elsewhere"),
                        ("features.compression", "lz4")]:
