@@ -174,7 +174,8 @@ class Learner:
         self.epochs: list[EpochRecord] = []
         self.finished: list[TaskRecord] = []
         self._optimiser: torch.optim.Optimizer | None = None
-        self._train_seconds = 0.0
+        self.train_seconds = 0.0
+        """Wall seconds that the task took which was trained last."""
 
     def learn(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord | TaskRecord]:
         """Learns the tasks that are not finished yet, in order."""
@@ -195,7 +196,7 @@ class Learner:
         self.strategy.to(self.device)
         self.strategy.take(index, owned)
         self.epochs += epochs
-        self._train_seconds = train_seconds
+        self.train_seconds = train_seconds
         return self._conclude(tasks, found)
 
     def skip_to(self, tasks: Sequence[TaskFeatures], index: int) -> None:
@@ -206,11 +207,6 @@ class Learner:
         for task in tasks[len(self.finished):index]:
             self._make_room(task)
             self.finished.append(TaskRecord(task.name, len(self.finished), (), 0.0, 0.0))
-
-    @property
-    def train_seconds(self) -> float:
-        """Wall seconds that the task took which `fit_next` has trained."""
-        return self._train_seconds
 
     @property
     def epochs_done(self) -> int:
@@ -236,7 +232,7 @@ class Learner:
         self.strategy.finish(index)
         optimiser.zero_grad(set_to_none=True)
         self._optimiser = None
-        self._train_seconds = time.perf_counter() - start + sum(
+        self.train_seconds = time.perf_counter() - start + sum(
             record.seconds for record in self.epochs if record.task_index == index)
 
     def _make_room(self, task: TaskFeatures) -> None:
@@ -249,7 +245,7 @@ class Learner:
         index, start = len(self.finished), time.perf_counter()
         row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
         without_id = self._learn_inference(tasks, index, found)
-        self.finished.append(TaskRecord(tasks[index].name, index, row, self._train_seconds,
+        self.finished.append(TaskRecord(tasks[index].name, index, row, self.train_seconds,
                                         time.perf_counter() - start, without_id))
         return self.finished[-1]
 
