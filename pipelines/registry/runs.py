@@ -31,7 +31,8 @@ class Runs:
 
     def stream_run(self, name: str, work: str, config: Mapping[str, Any]) -> str:
         """The parent run of a stream's work, new or found again, with its configuration."""
-        run_id = self._run(name, name, {"kind": "stream", "stream": name, "work": work})
+        run_id = self._run(self._experiment(name), name,
+                           {"kind": "stream", "stream": name, "work": work})
         self._log_parameters(run_id, config)
         return run_id
 
@@ -40,10 +41,11 @@ class Runs:
 
         prefix: names the model after it; another model at the same place has a run of its own.
         """
-        parent = self._client.get_run(parent_id).data.tags
-        return self._run(parent["stream"], f"{task_index} {task}", {
-            "kind": "task", "stream": parent["stream"], "work": parent["work"], "task": task,
-            "task_index": str(task_index), "prefix": prefix, "mlflow.parentRunId": parent_id})
+        parent = self._client.get_run(parent_id)
+        tags = {key: parent.data.tags[key] for key in ("stream", "work")}
+        return self._run(parent.info.experiment_id, f"{task_index} {task}", tags | {
+            "kind": "task", "task": task, "task_index": str(task_index), "prefix": prefix,
+            "mlflow.parentRunId": parent_id})
 
     def log_task(self, run_id: str, epochs: Sequence[Mapping[str, Any]],
                  metrics: Mapping[str, float]) -> None:
@@ -98,9 +100,8 @@ class Runs:
                              f"`mlflow experiments restore -x {experiment.experiment_id}`")
         return str(experiment.experiment_id)
 
-    def _run(self, stream: str, run_name: str, tags: dict[str, str]) -> str:
-        """The run with these tags, running."""
-        experiment = self._experiment(stream)
+    def _run(self, experiment: str, run_name: str, tags: dict[str, str]) -> str:
+        """The run of an experiment with these tags, running."""
         where = " and ".join(f"tags.`{key}` = '{tags[key]}'"
                              for key in ("kind", "work", "prefix", "trial") if key in tags)
         found = self._client.search_runs([experiment], where, max_results=1)

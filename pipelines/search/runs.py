@@ -18,7 +18,8 @@ class SearchRuns(Runs):
 
     def search_run(self, name: str, settings: Mapping[str, Any]) -> str:
         """The parent run of a search, new or found again, with its options and base."""
-        run_id = self._run(name, name, {"kind": "search", "search": name, "work": f"search {name}"})
+        run_id = self._run(self._experiment(name), name, {
+            "kind": "search", "search": name, "work": f"search {name}"})
         self._log_parameters(run_id, settings)
         return run_id
 
@@ -36,10 +37,10 @@ class SearchRuns(Runs):
         status: finished, pruned or failed. config: its configuration, whole in config.json, which
         `train --config` takes. metrics: name, value and step.
         """
-        parent = self._client.get_run(parent_id).data.tags
-        run_id = self._run(parent["search"], trial, dict(tags) | {
-            "kind": "trial", "search": parent["search"], "work": parent["work"], "trial": trial,
-            "status": status, "mlflow.parentRunId": parent_id})
+        parent = self._client.get_run(parent_id)
+        own = {key: parent.data.tags[key] for key in ("search", "work")}
+        run_id = self._run(parent.info.experiment_id, trial, dict(tags) | own | {
+            "kind": "trial", "trial": trial, "status": status, "mlflow.parentRunId": parent_id})
         self._log_parameters(run_id, config)
         done = set(self._client.get_run(run_id).data.metrics)
         self._log_points(run_id, [point for point in metrics if point[0] not in done])

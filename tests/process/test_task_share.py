@@ -1,0 +1,136 @@
+"""Workers that share independent tasks: the bits of one worker, killed or not, and one reason."""
+
+import dataclasses
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from partialhn import chain
+from partialhn.chain import prefixes_of
+from partialhn.checkpoint import Model
+from partialhn.config import Config
+from partialhn.featurise import feature_jobs
+from partialhn.run import cut
+from partialhn.slots import slots_of
+from pipelines.data import open_data
+from pipelines.progress import Progress
+from pipelines.stages.choose import open_stages
+from pipelines.stages.task_share import Place
+from pipelines.stages.worker import Assignment
+from pipelines.storage import open_storage
+
+CONFIG = Config.from_dict({
+    "data": {"data": "digits", "tasks": 5, "input_size": 16},
+    "backbone": {"freeze_depth": 3, "trunk_epochs": 1},
+    "features": {"views": 1, "augment": "none"}, "hypernet": {"fresh_columns": 4},
+    "train": {"epochs": 3, "batch_size": 16}, "compute": {"threads": 1}})
+
+
+@dataclasses.dataclass
+class Ready:
+    """Features that are there, and what one worker made of them."""
+
+    assignment: Assignment
+    root: Path
+    weights: str
+
+    def run(self, *ends: tuple[int, ...], assignment: Assignment | None = None) -> list:
+        """Two workers; `ends` says after which record which of them is killed."""
+        path = self.root / f"{uuid.uuid4().hex}.pickle"
+        path.write_bytes(pickle.dumps(assignment or self.assignment))
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        started = [subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("share_worker.py"), path, str(rank), "2",
+             *map(str, ends[rank] if ends else ())], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
+        if ends:  # what a worker group does: one is dead, and so all are
+            started[1 if ends[1] else 0].wait(200)
+            for process in started:
+                process.kill()
+        return [(process.wait(200), *process.communicate()) for process in started]
+
+    def hash_of(self, assignment: Assignment) -> str:
+        return learned_hash(assignment, self.root / uuid.uuid4().hex)
+
+    def anew(self, **changes) -> Assignment:
+        """The same to learn, in a folder of models of its own."""
+        folder = self.assignment.storage.path("runs", uuid.uuid4().hex)
+        return dataclasses.replace(self.assignment, folder=f"{folder}/learned", run=f"{folder}/run",
+                                   attempt=uuid.uuid4().hex, **changes)
+
+
+def learned_hash(assignment: Assignment, scratch: Path) -> str:
+    chain.fetch_model(assignment.storage.filesystem, assignment.folder, assignment.prefixes[-1],
+                      scratch)
+    return Model.load(scratch).weights_hash()
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    root = tmp_path_factory.mktemp("share")
+    storage = open_storage(str(root / "store"))
+    experiences = open_data(CONFIG.data, storage)
+    stages = open_stages(CONFIG, storage, "alone", Progress(CONFIG, lambda _: None))
+    with stages:
+        parts = cut(CONFIG, stages.network(experiences[0]))
+        jobs = feature_jobs(CONFIG, experiences, parts.trunk)
+        slots = slots_of(experiences, jobs, stages.features(jobs, parts)[0])
+        slots[4] = dataclasses.replace(slots[1], name=f"{slots[1].name}/2")
+        prefixes = prefixes_of(CONFIG, parts.network, slots)
+        stages.learn(parts, slots, prefixes, lambda *_: None)
+        shared = dataclasses.replace(CONFIG, compute=dataclasses.replace(CONFIG.compute,
+                                                                         workers=2))
+        alone = Assignment(shared, parts, tuple(slots), prefixes, storage, stages.folder,
+                           storage.path("runs", "alone", "run"), 1)
+    return Ready(alone, root, learned_hash(alone, root / "alone"))
+
+
+def left(assignment: Assignment) -> list[str]:
+    """Names of what lies beside the models of a run that ended."""
+    return [Path(entry.path).name for entry in assignment.storage.list(assignment.run)]
+
+
+def test_two_workers_make_the_model_of_one(ready):
+    """The fifth task has more data of the second, and starts from it."""
+    assignment = ready.anew()
+    assignment.storage.write_text(f"{assignment.run}/tasks/failed-before", "an earlier attempt's")
+    (first, told, _), (second, also_told, _) = ready.run(assignment=assignment)
+    assert (first, second) == (0, 0)
+    assert ready.hash_of(assignment) == ready.weights
+    mine = {line for line in also_told.splitlines() if line.startswith("partial_hn")}
+    assert mine == {f"partial_hn {task} {epoch}" for task in (1, 3) for epoch in (1, 2, 3)}
+    ends = [line for line in told.splitlines() if line.endswith("end")]
+    assert ends == [f"partial_hn {task} end" for task in range(5)]
+    assert left(assignment) == ["failed-before"]
+
+
+@pytest.mark.parametrize("ends", [((), (3, 2)), ((2, 2), ())], ids=["second", "first"])
+def test_one_is_killed_in_a_task_and_started_again(ready, ends):
+    assignment = ready.anew()
+    killed = ready.run(*ends, assignment=assignment)
+    assert killed[1 if ends[1] else 0][0] == -signal.SIGKILL
+    done = ready.run(assignment=assignment)
+    assert [code for code, *_ in done] == [0, 0]
+    assert ready.hash_of(assignment) == ready.weights
+    assert "partial_hn 0 1\n" not in done[0][1], "the first task was learned before"
+
+
+def test_what_stops_one_stops_the_other_with_the_same_words(ready):
+    train = dataclasses.replace(CONFIG.train, learning_rate=1e30)
+    assignment = ready.anew(config=dataclasses.replace(ready.assignment.config, train=train))
+    for code, _, text in ready.run(assignment=assignment):
+        assert code == 1
+        assert text.startswith("error: the loss of task '0' became nan in epoch 1; allowed:")
+
+
+@pytest.mark.parametrize(("known", "shares"), [
+    (0, [[0, 3], [1, 4], [2]]), (2, [[3], [4], [2]]), (5, [[], [], []])])
+def test_every_task_has_one_worker_whatever_is_known(known, shares):
+    found = [list(Place(None, "", "", "", rank, 3).own(known, 5)) for rank in range(3)]
+    assert found == shares
