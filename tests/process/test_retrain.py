@@ -67,7 +67,7 @@ class Stream:
 
 
 @pytest.fixture(scope="module")
-def life(ray_cluster, tmp_path_factory):
+def life(module_without_ray, tmp_path_factory):
     """Every pass of the life by name, and the stream at its end."""
     stream, passes = Stream(tmp_path_factory.mktemp("life")), {}
     put_task(stream.inbox, "a", (0, 1))
