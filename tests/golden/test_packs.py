@@ -1,5 +1,6 @@
 """Recorded packs: what their rows show, and that what the packs expect comes from them."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -36,11 +37,21 @@ def test_nothing_is_forgotten_where_nothing_is_shared(name):
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_freezing_everything_costs_little_and_beats_replay_there(name):
+def test_replay_is_behind_at_every_depth_of_every_stream(name):
     rows = {(row["label"], row["depth"]): row["acc"]["mean"] for row in RECORDED[name]["rows"]}
-    best = max(acc for (label, _), acc in rows.items() if label == "partial_hn")
-    assert rows["partial_hn", 4] > best - 0.025
-    assert rows["partial_hn", 4] > rows["latent_replay", 4]
+    for depth in {depth for _, depth in rows}:
+        ours, replay = (rows[Cell(strategy, depth, 0).label, depth]
+                        for strategy in ("partial_hn", "latent_replay"))
+        assert ours > replay, depth
+
+
+def test_every_stage_that_is_frozen_costs_something_and_saves_more():
+    rows = {row["depth"]: row for row in RECORDED["split-cifar10-cpu"]["rows"]
+            if row["label"] in ("partial_hn", "full_hn")}
+    ordered = [rows[depth] for depth in sorted(rows)]
+    for less, more in itertools.pairwise(ordered):
+        assert 0 < less["acc"]["mean"] - more["acc"]["mean"] < 0.03
+        assert more["cpu_seconds"] < less["cpu_seconds"] / 2
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -50,6 +61,6 @@ def test_the_hypernetwork_is_as_accurate_as_a_separate_head_at_a_fraction_of_its
     for depth in {depth for _, depth in rows}:
         ours, theirs = (rows[Cell(strategy, depth, 0).label, depth]
                         for strategy in ("partial_hn", "separate_heads"))
-        assert ours["acc"]["mean"] > theirs["acc"]["mean"] - 0.02
+        assert ours["acc"]["mean"] > theirs["acc"]["mean"] - 0.01
         if depth < 4:
             assert ours["bytes_per_task"] < 0.02 * theirs["bytes_per_task"]
