@@ -53,35 +53,37 @@ class TaskShare:
 
     def __init__(self, place: Place, prefixes: Sequence[str], tasks: Sequence[TaskFeatures],
                  new_learner: Callable[[], Learner],
-                 send: Callable[[EpochRecord | TaskRecord], None]) -> None:
+                 send: Callable[[EpochRecord | TaskRecord], None], model: Learner | None,
+                 keep: Callable[[Learner, TaskRecord], None]) -> None:
         """new_learner: makes an empty one, for a task on its own. send: gets every record; the
-        epochs of a task come once more, together, before the record of its end.
+        epochs of a task come once more, together, before the record of its end. model: of the
+        first worker, where learned tasks are put together; `keep` is called after each.
         """
         self.place, self.prefixes, self.tasks = place, prefixes, tasks
-        self._new_learner, self._send = new_learner, send
+        self._new_learner, self._send, self._model, self._keep = new_learner, send, model, keep
         self._folder = f"{place.run}/tasks"
         self._filesystem = place.storage.filesystem
 
-    def learn(self, known: int, turn: Callable[[], None]) -> None:
+    def learn(self, known: int) -> None:
         """Learns this worker's share of the tasks from `known` on; returns when all are learned,
         by whomever.
 
-        turn: called again and again, to put together what is there (`take_in`) or do nothing.
         Raises: InputError, on every worker, for anything the user can set right.
         """
         try:
             for index in self.place.own(known, len(self.tasks)):
-                self._learn(index, turn)
-                turn()
-            self._wait_for(len(self.tasks) - 1, turn)
+                self._learn(index)
+                self._take_in()
+            self._wait_for(len(self.tasks) - 1)
         except InputError as error:
             self.place.storage.write_text(self._failure, str(error))
             raise
 
-    def take_in(self, learner: Learner, keep: Callable[[TaskRecord], None]) -> None:
-        """Puts the tasks that are learned into `learner`, in order, as far as there are any."""
-        while len(learner.finished) < len(self.tasks):
-            folder = self._learned(len(learner.finished))
+    def _take_in(self) -> None:
+        """Puts the tasks that are learned into the model, in order, as far as there are any."""
+        model = self._model
+        while model is not None and len(model.finished) < len(self.tasks):
+            folder = self._learned(len(model.finished))
             with tempfile.TemporaryDirectory() as scratch:
                 if not checkpoint.fetch(self._filesystem, folder, Path(scratch)):
                     return
@@ -89,14 +91,14 @@ class TaskShare:
             epochs = [EpochRecord(**each) for each in fields["epochs"]]
             for each in epochs:
                 self._send(each)
-            record = learner.adopt(
+            record = model.adopt(
                 self.tasks, tensors_below(tensors, "strategy."), epochs, fields["train_seconds"],
                 TaskStatistics(**tensors_below(tensors, "statistics.")))
-            keep(record)
+            self._keep(model, record)
             self._send(record)
             self.place.storage.delete(folder)
 
-    def _learn(self, index: int, turn: Callable[[], None]) -> None:
+    def _learn(self, index: int) -> None:
         """Learns one task, unless that was done before, and stores what it owns."""
         if self._is_kept(index) or self._has_fields(self._learned(index)):
             return
@@ -106,7 +108,7 @@ class TaskShare:
         if restored:
             learner.restore(*restored)
         else:
-            self._start(learner, index, turn)
+            self._start(learner, index)
         for record in learner.fit_next(self.tasks):
             self._send(record)
             if states.due:
@@ -124,26 +126,26 @@ class TaskShare:
             checkpoint.upload(Path(scratch) / "task", self._filesystem, self._learned(index))
         states.delete()
 
-    def _start(self, learner: Learner, index: int, turn: Callable[[], None]) -> None:
+    def _start(self, learner: Learner, index: int) -> None:
         """Brings an empty learner to where the task starts from."""
         if not index:
             return
         refreshes = self.tasks[index].refreshes
         start = 0 if refreshes is None else refreshes
-        self._wait_for(start, turn)
+        self._wait_for(start)
         folder, prefixes = self.place.models, self.prefixes[:start + 1]
         learned = chain.find(self._filesystem, folder, prefixes)
         learner.restore(*chain.state(self._filesystem, folder, learned))
         learner.skip_to(self.tasks, index)
 
-    def _wait_for(self, index: int, turn: Callable[[], None]) -> None:
+    def _wait_for(self, index: int) -> None:
         """Returns when the model after a task is kept. Raises: InputError where others gave up."""
-        turn()
+        self._take_in()
         while not self._is_kept(index):
             if self.place.storage.exists(self._failure):
                 raise InputError(self.place.storage.read_text(self._failure))
             time.sleep(WAIT)
-            turn()
+            self._take_in()
 
     def _is_kept(self, index: int) -> bool:
         return self._has_fields(f"{self.place.models}/{self.prefixes[index]}")

@@ -107,8 +107,10 @@ class Worker:
         tasks = open_features(store, a.slots, self._own_tasks(len(known)))
         restored = self._restored()
         for name in (a.config.train.strategy, *a.config.train.compare):
-            if name not in self.outcomes:
-                main = name == a.config.train.strategy
+            main = name == a.config.train.strategy
+            if main and self.by_tasks:
+                self._share(name, tasks, known)
+            elif name not in self.outcomes:
                 learner = self._new_learner(name, self.workers, TaskInference() if main else None)
                 ours = known if main else []
                 if restored and restored[1]["strategy"] == name and (
@@ -116,10 +118,7 @@ class Worker:
                     learner.restore(restored[0], restored[1]["learner"])
                 elif ours:  # what an earlier run, of fewer tasks, has learned
                     learner.restore(*chain.state(a.storage.filesystem, a.folder, ours))
-                if main and self.by_tasks:
-                    self._share(name, learner, tasks)
-                else:
-                    self._learn(name, learner, tasks)
+                self._learn(name, learner, tasks)
         return {"outcomes": self.outcomes, "peak_rss_bytes": peak_rss_bytes(),
                 "device": _device_name(self.device)}
 
@@ -137,22 +136,24 @@ class Worker:
                        self.device, workers, inference,
                        recorder_for(self.device, a.config.compute.cuda_graphs))
 
-    def _share(self, name: StrategyName, learner: Learner, tasks: list[TaskFeatures]) -> None:
-        """Learns whole tasks, one for each worker at a time; the first one puts them together."""
-        a, first = self.a, self.workers.rank == 0
+    def _share(self, name: StrategyName, tasks: list[TaskFeatures],
+               known: list[chain.Learned]) -> None:
+        """Learns whole tasks, one for each worker at a time; the first one puts them together.
 
-        def keep(record: TaskRecord) -> None:
-            self._keep_model(learner, record)
-
-        share = TaskShare(self.place, a.prefixes, tasks,
-                          lambda: self._new_learner(name, Workers()),
-                          lambda record: self.host.send(name, record))
-        for done in learner.finished:
-            self._send(name, done)
-        share.learn(len(learner.finished),
-                    (lambda: share.take_in(learner, keep)) if first else (lambda: None))
-        self.outcomes[name] = (Outcome.of(learner) if first else chain.outcome_of(
-            chain.find(a.storage.filesystem, a.folder, a.prefixes)))
+        What is kept with the host has no part: models and tasks are in the storage.
+        """
+        a, model = self.a, None
+        if self.workers.rank == 0:
+            model = self._new_learner(name, Workers(), TaskInference())
+            if known:
+                model.restore(*chain.state(a.storage.filesystem, a.folder, known))
+        for done in known:
+            self._send(name, done.record)
+        TaskShare(self.place, a.prefixes, tasks, lambda: self._new_learner(name, Workers()),
+                  lambda record: self.host.send(name, record), model,
+                  self._keep_model).learn(len(known))
+        self.outcomes[name] = chain.outcome_of(
+            chain.find(a.storage.filesystem, a.folder, a.prefixes))
 
     def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
         for done in learner.finished:

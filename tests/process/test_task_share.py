@@ -40,10 +40,10 @@ class Ready:
     root: Path
     weights: str
 
-    def run(self, *ends: tuple[int, ...], assignment: Assignment | None = None) -> list:
+    def run(self, assignment: Assignment, *ends: tuple[int, ...]) -> list:
         """Two workers; `ends` says after which record which of them is killed."""
         path = self.root / f"{uuid.uuid4().hex}.pickle"
-        path.write_bytes(pickle.dumps(assignment or self.assignment))
+        path.write_bytes(pickle.dumps(assignment))
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
         started = [subprocess.Popen(
             [sys.executable, Path(__file__).with_name("share_worker.py"), path, str(rank), "2",
@@ -100,7 +100,7 @@ def test_two_workers_make_the_model_of_one(ready):
     """The fifth task has more data of the second, and starts from it."""
     assignment = ready.anew()
     assignment.storage.write_text(f"{assignment.run}/tasks/failed-before", "an earlier attempt's")
-    (first, told, _), (second, also_told, _) = ready.run(assignment=assignment)
+    (first, told, _), (second, also_told, _) = ready.run(assignment)
     assert (first, second) == (0, 0)
     assert ready.hash_of(assignment) == ready.weights
     mine = {line for line in also_told.splitlines() if line.startswith("partial_hn")}
@@ -113,9 +113,9 @@ def test_two_workers_make_the_model_of_one(ready):
 @pytest.mark.parametrize("ends", [((), (3, 2)), ((2, 2), ())], ids=["second", "first"])
 def test_one_is_killed_in_a_task_and_started_again(ready, ends):
     assignment = ready.anew()
-    killed = ready.run(*ends, assignment=assignment)
+    killed = ready.run(assignment, *ends)
     assert killed[1 if ends[1] else 0][0] == -signal.SIGKILL
-    done = ready.run(assignment=assignment)
+    done = ready.run(assignment)
     assert [code for code, *_ in done] == [0, 0]
     assert ready.hash_of(assignment) == ready.weights
     assert "partial_hn 0 1\n" not in done[0][1], "the first task was learned before"
@@ -124,7 +124,7 @@ def test_one_is_killed_in_a_task_and_started_again(ready, ends):
 def test_what_stops_one_stops_the_other_with_the_same_words(ready):
     train = dataclasses.replace(CONFIG.train, learning_rate=1e30)
     assignment = ready.anew(config=dataclasses.replace(ready.assignment.config, train=train))
-    for code, _, text in ready.run(assignment=assignment):
+    for code, _, text in ready.run(assignment):
         assert code == 1
         assert text.startswith("error: the loss of task '0' became nan in epoch 1; allowed:")
 

@@ -56,7 +56,7 @@ def measured(learner):
 
 
 @pytest.mark.parametrize("kind", ["columns", "separate_heads"])
-def test_tasks_learned_apart_fit_together_to_the_same_bits(learner, tasks, tmp_path, kind):
+def test_tasks_learned_apart_fit_together_to_the_same_bits(learner, tasks, kind):
     """In any order, stopped on the way, and one that refreshes an earlier task."""
     stream = [*tasks[:3], dataclasses.replace(tasks[3], name=f"{tasks[1].name}/2", refreshes=1)]
     wanted = learner(**KINDS[kind])
