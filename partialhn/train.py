@@ -193,7 +193,6 @@ class Learner:
         """
         index = len(self.finished)
         self._make_room(tasks[index])
-        self.strategy.to(self.device)
         self.strategy.take(index, owned)
         self.epochs += epochs
         self.train_seconds = train_seconds
@@ -237,6 +236,7 @@ class Learner:
 
     def _make_room(self, task: TaskFeatures) -> None:
         self.strategy.add_task(task.classes, task.refreshes)
+        self.strategy.to(self.device)
         self.strategy.finish(len(self.finished))
 
     def _conclude(self, tasks: Sequence[TaskFeatures],
@@ -291,11 +291,11 @@ class Learner:
 
     def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
         """Takes back `state` into a fresh learner of the same configuration."""
-        for index, classes in enumerate(fields["classes"]):
+        for classes in fields["classes"]:
             self.strategy.add_task(classes)
-            if index < len(fields["finished"]):
-                self.strategy.finish(index)
         self.strategy.to(self.device)
+        for index in range(len(fields["finished"])):
+            self.strategy.finish(index)
         self.strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
         self.epochs = [EpochRecord(**record) for record in fields["epochs"]]
         self.finished = [TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])})

@@ -48,6 +48,16 @@ def killed(self, strategy, record):
         os.kill(os.getpid(), signal.SIGKILL)
 worker_process.ProcessHost.send = killed
 """
+FAR_DEVICE = """
+import runpy, torch
+from pipelines.stages.in_process import ProcessStages
+made = ProcessStages.__init__
+def moved(self, *arguments):
+    made(self, *arguments)
+    self.device = torch.device("far")
+ProcessStages.__init__ = moved
+runpy.run_path({path!r})["PutsThere"]().__enter__()
+"""
 SHOW = """
 send = worker_process.ProcessHost.send
 def shown(self, strategy, record):
@@ -125,6 +135,14 @@ def test_killed_in_the_middle_of_a_task_it_goes_on_from_there(place, oracle, str
     result = json.loads((place / "result.json").read_text())
     check(place, oracle | {"images_decoded": 0})
     assert result["images_decoded"] == 0
+
+
+def test_on_a_device_that_is_not_the_host(place, oracle):
+    """As on a GPU: an operation on tensors of both would fail (`tests/far_device.py`)."""
+    far = FAR_DEVICE.format(path=str(Path(__file__).parents[1] / "far_device.py"))
+    done = command(place, far)
+    assert done.returncode == 0, done.stderr
+    check(place, oracle)
 
 
 def test_an_unreachable_server_fails_before_the_trunk_is_trained(tmp_path, monkeypatch):
