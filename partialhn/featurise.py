@@ -3,15 +3,20 @@
 Jobs that differ in the depth alone are one pass: images are decoded once, the stages run once,
 and features are kept at each depth that is asked for.
 
+While a shard goes through the trunk, the next ones are read and decoded and those before it are
+written, by other threads.
+
 Legend: N images, V views, B batch, C channels, H W spatial.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterable, Sequence
-from typing import Literal, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +29,9 @@ from partialhn.stream import Experience, ImageTable
 from partialhn.views import augment
 
 MICRO_BATCH = 64
+AHEAD, BEHIND = 4, 2
+"""Shards at most that are read before the trunk is free for them, and whose features are kept while
+others go through it."""
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -51,6 +59,10 @@ class FeatureJob:
 
 Pass = tuple[FeatureJob, ...]
 """Jobs that are computed together, each at a depth of its own."""
+Place = tuple[int, int]
+"""Which pass, and which shard of it."""
+Made = tuple[Place, list[Shard], int]
+"""Where, the shards of the pass's jobs in their order, and how many images were decoded."""
 
 
 def feature_jobs(config: Config, experiences: Sequence[Experience], trunk: Trunk,
@@ -91,55 +103,124 @@ def passes(jobs: Sequence[FeatureJob]) -> list[Pass]:
     return [tuple(group.values()) for group in groups.values()]
 
 
-def compute_shards(store: FeatureStore, trunk: Trunk, jobs: Pass,
-                   index: int) -> tuple[list[Shard], int]:
-    """One shard of every job of a pass, computing those that no writer has finished.
+def each_shard(store: FeatureStore, trunk: Trunk, groups: Sequence[Pass],
+               places: Iterable[Place]) -> Iterator[Made]:
+    """The shards of the places, in their order, computing those that no writer has finished.
 
-    Returns the shards in the order of the jobs, and how many images were decoded. `trunk` is as
-    deep as the deepest job or deeper.
+    `trunk` is as deep as the deepest job or deeper; it is used by the caller's thread alone.
 
     Raises: InputError naming an image that cannot be read, where on_bad_image is error.
     """
-    found = {job.recipe.key: store.find_shard(job.recipe.key, index) for job in jobs}
-    missing = [job for job in jobs if found[job.recipe.key] is None]
-    decoded = 0
-    if missing:
-        first, total = missing[0], len(missing[0].table)
-        rows = first.recipe.shard_rows
-        rows_N = np.arange(index * rows, min((index + 1) * rows, total))
-        part = first.table.take(rows_N)
+    left = iter(places)
+    reading: collections.deque[concurrent.futures.Future[_Read]] = collections.deque()
+    writing: collections.deque[concurrent.futures.Future[Made]] = collections.deque()
+    readers = concurrent.futures.ThreadPoolExecutor(AHEAD, "shard")
+    writers = concurrent.futures.ThreadPoolExecutor(BEHIND, "shard")
+    try:
+        while True:
+            for place in itertools.islice(left, AHEAD - len(reading)):
+                reading.append(readers.submit(_read, store, groups[place[0]], place))
+            if not reading:
+                break
+            read = reading.popleft().result()
+            features = _features(trunk, read) if read.missing else None
+            if len(writing) == BEHIND:
+                yield writing.popleft().result()
+            writing.append(writers.submit(_write, store, read, features))
+        while writing:
+            yield writing.popleft().result()
+    finally:  # what was computed is worth keeping whatever else went wrong
+        readers.shutdown(cancel_futures=True)
+        writers.shutdown()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Read:
+    """A shard before the trunk."""
+
+    jobs: Pass
+    place: Place
+    found: dict[str, Shard]
+    """Shards that some writer has finished, by key."""
+    missing: tuple[FeatureJob, ...]
+    """Jobs whose shard is to be made."""
+    table: ImageTable
+    """Its images, where any job misses it."""
+    images: Decoded | None
+    seconds: float
+    """Of the processor, that reading and decoding took: the trunk runs meanwhile."""
+
+
+def _read(store: FeatureStore, jobs: Pass, place: Place) -> _Read:
+    _, index = place
+    shards = {job.recipe.key: store.find_shard(job.recipe.key, index) for job in jobs}
+    found = {key: shard for key, shard in shards.items() if shard is not None}
+    missing = tuple(job for job in jobs if job.recipe.key not in found)
+    first, rows = jobs[0], jobs[0].recipe.shard_rows
+    start = time.thread_time()
+    table = first.table.take(range(index * rows, min((index + 1) * rows, len(first.table))))
+    images = decode(table, first.recipe.input_size, first.recipe.transform, first.on_bad_image,
+                    first.max_image_pixels, first.recipe.seed) if missing else None
+    return _Read(jobs, place, found, missing, table, images, time.thread_time() - start)
+
+
+def _write(store: FeatureStore, read: _Read, features: "_Features | None") -> Made:
+    shards, decoded = dict(read.found), 0
+    if features is not None and read.images is not None:
+        kept, ids, decoded = read.images.index_B.numpy(), read.table.ids(), len(read.table)
         start = time.perf_counter()
-        images = decode(part, first.recipe.input_size, first.recipe.transform,
-                        first.on_bad_image, first.max_image_pixels, first.recipe.seed)
-        decoded, decoding = len(part), time.perf_counter() - start
-        kept = images.index_B.numpy()
-        ids = part.ids()
-        z_NVCHW, seconds = _features(trunk, missing, images, rows_N[kept])
-        for job in missing:
-            found[job.recipe.key] = store.write_shard(
-                job.recipe, index, z_NVCHW[job.depth], part.label_N[kept],
-                [ids[row] for row in kept], seconds=decoding + seconds[job.depth],
-                bad=[(bad.id, bad.reason) for bad in images.bad])
-    return [cast(Shard, found[job.recipe.key]) for job in jobs], decoded
+        z_NVCHW = {depth: torch.stack(views, 1) for depth, views in features.views.items()}
+        read_seconds = read.seconds + time.perf_counter() - start
+        for job in read.missing:
+            shards[job.recipe.key] = store.write_shard(
+                job.recipe, read.place[1], z_NVCHW[job.depth], read.table.label_N[kept],
+                [ids[row] for row in kept], seconds=read_seconds + features.seconds[job.depth],
+                bad=[(bad.id, bad.reason) for bad in read.images.bad])
+    return read.place, [shards[job.recipe.key] for job in read.jobs], decoded
 
 
-def _features(trunk: Trunk, jobs: Sequence[FeatureJob], images: Decoded,
-              rows_N: np.ndarray) -> tuple[dict[int, Tensor], dict[int, float]]:
-    """z_NVCHW of every view at each depth, and the seconds it takes to get there from images."""
-    recipe = jobs[0].recipe
-    seconds = {job.depth: 0.0 for job in jobs}
-    views = []
+class _Features(NamedTuple):
+    """What came out of the trunk, for each depth that is asked for."""
+
+    views: dict[int, list[Tensor]]
+    """z_NCHW of each view."""
+    seconds: dict[int, float]
+    """That it takes to get there from decoded images."""
+
+
+def _features(trunk: Trunk, read: _Read) -> _Features:
+    recipe, images = read.missing[0].recipe, read.images
+    assert images is not None, "what is missing was read"
+    rows_N = read.place[1] * recipe.shard_rows + images.index_B.numpy()
+    made = _Features({job.depth: [] for job in read.missing}, {})
+    plain_BCHW = images.images_BCHW.to(trunk.mean_C.device)
     for view in range(recipe.views):
         start = time.perf_counter()
-        images_BCHW = augment(images.images_BCHW, rows_N, len(jobs[0].table), view,
+        images_BCHW = augment(plain_BCHW, rows_N, len(read.missing[0].table), view,
                               cast(Augment, recipe.augment), recipe.seed)
         augmenting = time.perf_counter() - start
-        z_BCHW, spent = run_trunk_at(trunk, seconds, images_BCHW)
-        views.append(z_BCHW)
-        for depth in seconds:
-            seconds[depth] += augmenting + spent[depth]
-    return {depth: torch.stack([view[depth] for view in views], dim=1)
-            for depth in seconds}, seconds
+        z_BCHW, seconds = run_trunk_at(trunk, made.views, images_BCHW)
+        for depth, views in made.views.items():
+            views.append(z_BCHW[depth])
+            made.seconds[depth] = made.seconds.get(depth, 0.0) + augmenting + seconds[depth]
+    return made
+
+
+def places_of(groups: Sequence[Pass]) -> list[Place]:
+    """Every shard of every pass."""
+    return [(number, index) for number, group in enumerate(groups)
+            for index in range(group[0].shards)]
+
+
+def commit_passes(store: FeatureStore, groups: Sequence[Pass],
+                  shards: Mapping[Place, Sequence[Shard]]) -> dict[str, Manifest]:
+    """Makes the features of all jobs visible, whose shards are all there: manifests by key.
+
+    Raises: InputError, as `commit_features`.
+    """
+    return {job.recipe.key: commit_features(store, job, [shards[number, index][position]
+                                                         for index in range(job.shards)])
+            for number, group in enumerate(groups) for position, job in enumerate(group)}
 
 
 def commit_features(store: FeatureStore, job: FeatureJob, shards: Sequence[Shard]) -> Manifest:
@@ -157,17 +238,16 @@ def precompute(store: FeatureStore, trunk: Trunk,
                jobs: Sequence[FeatureJob]) -> tuple[list[Manifest], int]:
     """The manifests of all jobs, computed here where they are not there; images decoded.
 
-    `trunk` is as deep as the deepest job or deeper. Raises: InputError, as `compute_shards`.
+    `trunk` is as deep as the deepest job or deeper. Raises: InputError, as `each_shard`.
     """
     check_trunk(trunk, jobs)
     manifests = find_features(store, jobs)
-    decoded = 0
-    for group in passes([job for job in jobs if job.recipe.key not in manifests]):
-        made = [compute_shards(store, trunk, group, index) for index in range(group[0].shards)]
-        decoded += sum(count for _, count in made)
-        for position, job in enumerate(group):
-            manifests[job.recipe.key] = commit_features(store, job,
-                                                        [row[position] for row, _ in made])
+    groups = passes([job for job in jobs if job.recipe.key not in manifests])
+    shards, decoded = {}, 0
+    for place, made, count in each_shard(store, trunk, groups, places_of(groups)):
+        shards[place] = made
+        decoded += count
+    manifests |= commit_passes(store, groups, shards)
     return [manifests[job.recipe.key] for job in jobs], decoded
 
 

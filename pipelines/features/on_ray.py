@@ -15,13 +15,15 @@ from typing import Any
 from partialhn.arithmetic import set_arithmetic
 from partialhn.backbone import Trunk
 from partialhn.errors import InputError
-from partialhn.featurise import Pass, compute_shards
+from partialhn.featurise import Made, Pass, Place, each_shard
 from partialhn.store import parse_shard
-from pipelines.features.produce import Made, Place, Run, open_store
+from pipelines.features.produce import Run, open_store
 from pipelines.storage import Storage
 
 ATTEMPTS = 3
 """Times the actors are started again after one of them died."""
+TOGETHER = 8
+"""Shards at most that an actor is given at once, so that it reads and writes beside the trunk."""
 HARMLESS = "has constructor arguments in the object store and max_restarts > 0"
 """Logged at every start of an actor pool; the arguments live as long as the dataset does."""
 
@@ -35,14 +37,21 @@ class Featuriser:
         self.store = open_store(storage)
         self.trunk, self.groups = trunk.to(device), groups
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        group = self.groups[int(row["group"])]
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        places = list(zip(batch["group"].tolist(), batch["shard"].tolist(), strict=True))
         try:
-            shards, decoded = compute_shards(self.store, self.trunk, group, int(row["shard"]))
+            for (group, index), shards, decoded in each_shard(self.store, self.trunk, self.groups,
+                                                              places):
+                written = json.dumps([dataclasses.asdict(shard) for shard in shards])
+                yield _row(group, index, written, decoded, "")
         except InputError as error:  # the user's to mend: no reason for Ray to try again
-            return row | {"written": "", "decoded": 0, "error": str(error)}
-        written = json.dumps([dataclasses.asdict(shard) for shard in shards])
-        return row | {"written": written, "decoded": decoded, "error": ""}
+            yield _row(*places[0], "", 0, str(error))
+
+
+def _row(group: int, shard: int, written: str, decoded: int, error: str) -> dict[str, Any]:
+    """A batch of one row."""
+    return {"group": [group], "shard": [shard], "written": [written], "decoded": [decoded],
+            "error": [error]}
 
 
 def on_ray(workers: int = 1, gpu: bool = False, threads: int = 1) -> Run:
@@ -80,10 +89,12 @@ def _start(storage: Storage, trunk: Trunk, groups: Sequence[Pass], todo: Sequenc
     context.enable_progress_bars = False  # the caller shows its own
     context.execution_options.verbose_progress = False
     items = [{"group": number, "shard": index} for number, index in todo]
-    rows: Any = ray.data.from_items(items, override_num_blocks=min(len(todo), 16 * workers))
-    written = rows.map(Featuriser, concurrency=min(workers, len(todo)), num_gpus=1 if gpu else 0,
-                       fn_constructor_args=(storage, trunk, groups, "cuda" if gpu else "cpu",
-                                            threads))
+    together = min(TOGETHER, max(1, len(todo) // (4 * workers)))
+    rows: Any = ray.data.from_items(items, override_num_blocks=-(-len(todo) // together))
+    written = rows.map_batches(Featuriser, batch_size=together,
+                               concurrency=min(workers, len(todo)), num_gpus=1 if gpu else 0,
+                               fn_constructor_args=(storage, trunk, groups,
+                                                    "cuda" if gpu else "cpu", threads))
     with without_lines(HARMLESS):
         yield from written.iter_rows()
 

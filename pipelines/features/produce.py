@@ -15,12 +15,15 @@ from partialhn.cache import ShardCache
 from partialhn.config import ComputeConfig
 from partialhn.featurise import (
     FeatureJob,
+    Made,
     Pass,
+    Place,
     check_trunk,
-    commit_features,
-    compute_shards,
+    commit_passes,
+    each_shard,
     find_features,
     passes,
+    places_of,
 )
 from partialhn.plan import described, plan
 from partialhn.store import FeatureStore, Manifest, Shard
@@ -28,12 +31,8 @@ from pipelines.features.in_use import InUse
 from pipelines.storage import Storage
 
 Progress = Callable[[int, int], None]
-Place = tuple[int, int]
-"""Which pass, and which shard of it."""
-Made = tuple[Place, list[Shard], int]
-"""Where, the shards of the pass's jobs in their order, and how many images were decoded."""
 Run = Callable[[Storage, Trunk, Sequence[Pass], Sequence[Place]], Iterator[Made]]
-"""Computes the shards of the places, in any order. Raises: InputError, as `compute_shards`."""
+"""Computes the shards of the places, in any order. Raises: InputError, as `each_shard`."""
 
 
 def open_store(storage: Storage, compute: ComputeConfig | None = None) -> FeatureStore:
@@ -75,8 +74,7 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
     if missing and say:
         for line in described(plan(missing, trunk)):
             say(line)
-    todo = [(number, index) for number, group in enumerate(groups)
-            for index in range(group[0].shards)]
+    todo = places_of(groups)
     shards = _finished(store, groups, todo)
     decoded = 0
     if left := [place for place in todo if place not in shards]:
@@ -85,22 +83,15 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
             decoded += count
             if progress:
                 progress(len(shards), len(todo))
-    for number, group in enumerate(groups):
-        rows = [shards[number, index] for index in range(group[0].shards)]
-        for position, job in enumerate(group):
-            manifests[job.recipe.key] = commit_features(store, job,
-                                                        [row[position] for row in rows])
+    manifests |= commit_passes(store, groups, shards)
     return [manifests[job.recipe.key] for job in jobs], decoded
 
 
 def in_process(device: torch.device | str = "cpu") -> Run:
-    """Computes shards here, one after the other."""
+    """Computes shards here."""
     def run(storage: Storage, trunk: Trunk, groups: Sequence[Pass],
             places: Sequence[Place]) -> Iterator[Made]:
-        store, there = open_store(storage), copy.deepcopy(trunk).to(device)
-        for number, index in places:
-            shards, decoded = compute_shards(store, there, groups[number], index)
-            yield (number, index), shards, decoded
+        return each_shard(open_store(storage), copy.deepcopy(trunk).to(device), groups, places)
     return run
 
 

@@ -54,8 +54,8 @@ def learner(network, with_options):
 
 
 def stream_of(tasks):
-    """Three tasks, the second of which comes again."""
-    return [*tasks[:3], dataclasses.replace(tasks[3], name=f"{tasks[1].name}/2", refreshes=1)]
+    """Two tasks, the second of which comes again."""
+    return [*tasks[:2], dataclasses.replace(tasks[3], name=f"{tasks[1].name}/2", refreshes=1)]
 
 
 def weights_hash(learner):
@@ -84,18 +84,15 @@ def test_learning_stopping_and_going_on(learner, tasks, tmp_path, kind):
     wanted = learner("cpu", **KINDS[kind])
     list(wanted.learn(stream_of(tasks)))
     made = learner(**KINDS[kind])
-    running, stops = made.learn(stream_of(tasks)), 0
-    for record in running:
-        if isinstance(record, train.TaskRecord) or record.epoch == 1:
-            folder, stops = tmp_path / f"{stops}", stops + 1
-            checkpoint.save(folder, "learner", *made.state())
+    for record in made.learn(stream_of(tasks)):
+        if (record.task_index, getattr(record, "epoch", 0)) == (2, 1):
+            checkpoint.save(tmp_path / "state", "learner", *made.state())
     assert {value.device.type for value in made.strategy.state_dict().values()} == {NAME}
     assert (weights_hash(made), measured(made)) == (weights_hash(wanted), measured(wanted))
-    for stop in range(stops):
-        again = learner(**KINDS[kind])
-        again.restore(*checkpoint.load(tmp_path / f"{stop}", "learner"))
-        list(again.learn(stream_of(tasks)))
-        assert weights_hash(again) == weights_hash(wanted), f"stopped at {stop}"
+    again = learner(**KINDS[kind])
+    again.restore(*checkpoint.load(tmp_path / "state", "learner"))
+    list(again.learn(stream_of(tasks)))
+    assert weights_hash(again) == weights_hash(wanted)
 
 
 @pytest.mark.parametrize("kind", ["columns", "separate_heads"])

@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import itertools
 import os
 import pathlib
+import threading
 import time
 
 import numpy as np
@@ -12,10 +14,11 @@ import torch
 from PIL import Image
 from pyarrow.fs import LocalFileSystem
 
+from partialhn import featurise
 from partialhn.backbone import build_network, split
 from partialhn.datasets import decode
 from partialhn.errors import InputError
-from partialhn.featurise import compute_shards, feature_jobs, passes, precompute, run_trunk
+from partialhn.featurise import each_shard, feature_jobs, passes, precompute, run_trunk
 from partialhn.store import FeatureStore
 from partialhn.stream import Experience, ImageTable
 from partialhn.views import augment
@@ -48,14 +51,14 @@ def experience(folder):
 
 @pytest.fixture
 def jobs(with_options, experience, trunk):
-    def make(**sections):
-        config = with_options(features={"views": 2, "shard_rows": 5}, **sections)
+    def make(shard_rows=5, **sections):
+        config = with_options(features={"views": 2, "shard_rows": shard_rows}, **sections)
         return feature_jobs(config, [experience], trunk)
     return make
 
 
 def compute_shard(store, trunk, job, index):
-    return compute_shards(store, trunk, (job,), index)[0][0]
+    return next(each_shard(store, trunk, [(job,)], [(0, index)]))[1][0]
 
 
 def compute(store, trunk, job):
@@ -320,3 +323,90 @@ def test_number_types_are_made_in_one_pass_with_the_others(store, with_options, 
     assert torch.equal(train[2], train[3])
     assert not torch.equal(train[0], train[2])
     assert (train[0] - train[2]).abs().max() < 0.01 * train[0].abs().max()
+
+
+class Meeting:
+    """A barrier that is passed once: what comes to it later goes on."""
+
+    def __init__(self, parties):
+        self.barrier, self.met = threading.Barrier(parties), False
+
+    def wait(self):
+        if not self.met:
+            self.barrier.wait(timeout=20)
+            self.met = True
+
+
+def test_shards_are_read_ahead_of_the_trunk_and_written_behind_it(store, trunk, jobs, monkeypatch):
+    """The third is read and the first written while the second goes through the trunk, by the
+    thread that asks.
+    """
+    meeting, users = Meeting(3), set()
+    run, read, written = featurise.run_trunk_at, featurise.decode, FeatureStore.write_shard
+    read_shards = itertools.count()
+
+    def decode_and_meet(*arguments):
+        if next(read_shards) == 2:
+            meeting.wait()
+        return read(*arguments)
+
+    def run_and_meet(trunk, depths, images_BCHW):
+        users.add(threading.current_thread())
+        if len(users_of_trunk) == 2:  # of the second shard, its first view
+            meeting.wait()
+        users_of_trunk.append(1)
+        return run(trunk, depths, images_BCHW)
+
+    def write_and_meet(self, recipe, index, *arguments, **options):
+        if index == 0:
+            meeting.wait()
+        return written(self, recipe, index, *arguments, **options)
+
+    users_of_trunk = []
+    monkeypatch.setattr(featurise, "decode", decode_and_meet)
+    monkeypatch.setattr(featurise, "run_trunk_at", run_and_meet)
+    monkeypatch.setattr(FeatureStore, "write_shard", write_and_meet)
+    monkeypatch.setattr(featurise, "AHEAD", 2)
+    job = jobs()[0]
+    made = list(each_shard(store, trunk, [(job,)], [(0, 0), (0, 1), (0, 2)]))
+    assert meeting.met
+    assert users == {threading.current_thread()}
+    assert [(place, count) for place, _, count in made] == [((0, 0), 5), ((0, 1), 5), ((0, 2), 2)]
+    alone = FeatureStore(LOCAL, store.root + "-alone")
+    assert [shards for _, shards, _ in made] == [
+        [dataclasses.replace(compute_shard(alone, trunk, job, index),
+                             seconds=made[index][1][0].seconds)] for index in range(3)]
+
+
+def test_no_more_shards_are_held_than_it_says(store, trunk, jobs, monkeypatch):
+    """However slow writing is: features of those that are written and of the one in the trunk."""
+    held, most = set(), []
+    written, run = FeatureStore.write_shard, featurise._features
+
+    def write(self, recipe, index, *arguments, **options):
+        time.sleep(0.05)
+        held.discard(index)
+        return written(self, recipe, index, *arguments, **options)
+
+    def features(trunk, read):
+        held.add(read.place[1])
+        most.append(len(held))
+        return run(trunk, read)
+
+    monkeypatch.setattr(FeatureStore, "write_shard", write)
+    monkeypatch.setattr(featurise, "_features", features)
+    (job, *_) = jobs(shard_rows=1)
+    assert len(list(each_shard(store, trunk, [(job,)], featurise.places_of([(job,)])))) == 12
+    assert 1 < max(most) <= featurise.BEHIND + 1
+
+
+def test_the_first_bad_image_is_told_and_finished_shards_stay(store, trunk, jobs, folder):
+    for name in ("07.png", "11.png"):
+        (folder / name).write_bytes(b"no image")
+    job = jobs()[0]
+    with pytest.raises(InputError, match=r"07\.png"):
+        for _ in each_shard(store, trunk, [(job,)], [(0, 0), (0, 1), (0, 2)]):
+            pass
+    assert not any(thread.name.startswith("shard") for thread in threading.enumerate())
+    assert store.find_shard(job.recipe.key, 0) is not None
+    assert store.find_shard(job.recipe.key, 1) is None
