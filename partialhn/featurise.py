@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from partialhn.backbone import Trunk
 from partialhn.config import Augment, Config
@@ -295,23 +295,25 @@ def run_trunk_at(trunk: Trunk, depths: Iterable[int],
     """z_BCHW at each depth, from one pass, and the seconds from the images to there; each as
     `run_trunk` gives it for that depth alone.
     """
-    device = trunk.mean_C.device
-    parts: dict[int, list[Tensor]] = {depth: [] for depth in depths}
-    seconds = dict.fromkeys(parts, 0.0)
-    deepest = max(parts)
-    for chunk_BCHW in torch.split(images_BCHW, MICRO_BATCH) if len(images_BCHW) else ():
-        missing = MICRO_BATCH - len(chunk_BCHW)
+    device, total = trunk.mean_C.device, len(images_BCHW)
+    seconds = dict.fromkeys(depths, 0.0)
+    made = {} if total else {depth: torch.empty(0, *feature_shape(trunk.upto(depth), images_BCHW))
+                             for depth in seconds}
+    for begin in range(0, total, MICRO_BATCH):
         start = time.perf_counter()
-        filled_BCHW = torch.nn.functional.pad(chunk_BCHW, [0] * 7 + [missing])
-        for depth, z_BCHW in trunk.outputs(filled_BCHW.to(device)):
-            if depth in parts:
-                parts[depth].append(z_BCHW[:len(chunk_BCHW)].cpu())
+        chunk_BCHW = images_BCHW[begin:begin + MICRO_BATCH]
+        count = len(chunk_BCHW)
+        if count < MICRO_BATCH:
+            chunk_BCHW = nn.functional.pad(chunk_BCHW, [0] * 7 + [MICRO_BATCH - count])
+        for depth, z_BCHW in trunk.outputs(chunk_BCHW.to(device)):
+            if depth in seconds:
+                if depth not in made:
+                    made[depth] = torch.empty(total, *z_BCHW.shape[1:])
+                made[depth][begin:begin + count] = z_BCHW[:count]
                 seconds[depth] += time.perf_counter() - start
-            if depth == deepest:
+            if depth == max(seconds):
                 break
-    return {depth: torch.cat(chunks) if chunks else
-            torch.empty(0, *feature_shape(trunk.upto(depth), images_BCHW))
-            for depth, chunks in parts.items()}, seconds
+    return made, seconds
 
 
 def feature_shape(trunk: Trunk, images_BCHW: Tensor) -> tuple[int, ...]:
