@@ -11,13 +11,12 @@ outputs at the speed of a large copy; both speeds are measured in the same run.
 import argparse
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from pyarrow.fs import LocalFileSystem
-from rows import row, say, write
+from rows import clock, row, say, write
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -55,12 +54,6 @@ class Floor(TorchDispatchMode):
         self.seconds += max(flops / 2 / self.speeds[0], moved / self.speeds[1])
         self.operations += 1
         return made
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def per_second(work, amount: float, device: torch.device, rounds: int = 5) -> float:

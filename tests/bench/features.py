@@ -1,8 +1,9 @@
 """The feature store against what it cannot be faster than: the bare trunk, numpy, the local disk.
 
-    python tests/bench/features.py [--quick] [--json FILE]
+    python tests/bench/features.py [--quick] [--device cuda|cpu] [--json FILE]
 
-Real digits at 32x32, slim ResNet-18 frozen through its third stage, one thread. S3 is the service
+Real digits at 32x32, slim ResNet-18 frozen through its third stage, one thread. Features are made
+on the device, two views of each image, 32 where it is a GPU. S3 is the service
 that PARTIALHN_TEST_S3_ENDPOINT names (with PARTIALHN_TEST_S3_ACCESS_KEY and _SECRET_KEY), else
 moto's.
 
@@ -12,6 +13,7 @@ Legend: N images, V views, B batch, C channels, H W spatial.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import socket
 import subprocess
@@ -24,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pyarrow.fs import LocalFileSystem
-from rows import compare, row, say, write
+from rows import clock, compare, row, say, write
 
 from partialhn.arithmetic import set_arithmetic
 from partialhn.backbone import build_network, split
@@ -51,15 +53,17 @@ CONFIG = Config(DataConfig(tasks=1), BackboneConfig(freeze_depth=3),
                 FeatureConfig(shard_rows=256))
 
 
-def precomputing(folder: Path, experience, depth: int, rounds: int):
+def precomputing(folder: Path, experience, depth: int, rounds: int, device: torch.device):
     """Encoded images to claimed Arrow files, five shards, against the trunk on decoded pixels."""
-    config = dataclasses.replace(CONFIG, backbone=BackboneConfig(freeze_depth=depth))
-    trunk = split(build_network("slim_resnet18", 2), depth)[0]
+    views = 32 if device.type == "cuda" else 2
+    config = dataclasses.replace(CONFIG, backbone=BackboneConfig(freeze_depth=depth),
+                                 features=dataclasses.replace(CONFIG.features, views=views))
+    trunk = split(build_network("slim_resnet18", 2), depth)[0].to(device)
     few = dataclasses.replace(experience, train=experience.train.take(range(5 * 256)))
     job = feature_jobs(config, [few], trunk)[0]
     images_BCHW = decode(few.train, 32).images_BCHW
-    views = [augment(images_BCHW, np.arange(len(images_BCHW)), len(images_BCHW), view, "crop-flip",
-                     0) for view in (0, 1)]
+    seen = [augment(images_BCHW, np.arange(len(images_BCHW)), len(images_BCHW), view, "crop-flip",
+                    0).to(device) for view in range(views)]
 
     def ours() -> None:
         store = FeatureStore(LocalFileSystem(), str(folder / uuid.uuid4().hex))
@@ -73,14 +77,15 @@ def precomputing(folder: Path, experience, depth: int, rounds: int):
                 pass
 
     def bare() -> None:
-        for view_BCHW in views:
+        for view_BCHW in seen:
             for chunk_BCHW in torch.split(view_BCHW, MICRO_BATCH):
                 trunk(chunk_BCHW)
 
-    mine, theirs, ratio, spread = compare(ours, serial, rounds, 1, time.perf_counter)
+    wall = functools.partial(clock, device)
+    mine, theirs, ratio, spread = compare(ours, serial, rounds, 1, wall)
     yield row(f"features/overlapped/depth{depth}", "the same, a shard after the other (wall clock)",
               ratio, None, median_ms=mine, baseline_ms=theirs, spread=round(spread, 3))
-    theirs, mine, ratio, spread = compare(bare, ours, rounds, 1, time.perf_counter)
+    theirs, mine, ratio, spread = compare(bare, ours, rounds, 1, wall)
     yield row(f"features/precompute/depth{depth}", "the bare trunk on pixels as it sees them; the "
               "ratio is of throughputs (wall clock)", ratio, 0.9, at_least=True, median_ms=mine,
               baseline_ms=theirs, spread=round(spread, 3))
@@ -182,8 +187,10 @@ def s3():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    device = torch.device(options.device)
     set_arithmetic(1)
     rounds = 3 if options.quick else 9
     rows = []
@@ -193,7 +200,8 @@ def main() -> None:
         trunk = split(build_network("slim_resnet18", 2), 3)[0]
         store = FeatureStore(LocalFileSystem(), str(folder / "mapped"))
         manifests, _ = precompute(store, trunk, feature_jobs(CONFIG, [experience], trunk)[:1])
-        for group in (*(precomputing(folder, experience, depth, rounds) for depth in (1, 3)),
+        for group in (*(precomputing(folder, experience, depth, rounds, device)
+                        for depth in (1, 3)),
                       reading(folder, store.open(manifests[0]), 5 * rounds),
                       training(folder, experience, rounds, 1 if options.quick else 3)):
             for made in group:

@@ -47,6 +47,13 @@ def write(path: Path | None, rows: list[dict]) -> None:
         *(each for each in kept if each["name"] not in names), *rows]}, indent=1))
 
 
+def clock(device: torch.device) -> float:
+    """Wall-clock seconds, after what the device was given is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def compare(first, second, rounds: int, steps: int,
             clock=time.process_time) -> tuple[float, float, float, float]:
     """Median milliseconds of each, the median ratio of pairs, and the spread of those ratios.
