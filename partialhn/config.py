@@ -257,10 +257,10 @@ class ComputeConfig:
     workers: int = 1
     """Workers that learn."""
     share: Literal["tasks", "batches"] = "tasks"
-    """What several workers divide. tasks: each learns whole tasks of its own, to the same bits as
-    one worker would; where tasks depend on each other (another generator than `columns`,
-    `starts_from` previous, most bounds) it is batches. batches: each takes a part of every batch,
-    for few tasks that are too long for one."""
+    """What several workers divide. tasks: each learns whole tasks of its own, and whole strategies
+    of those to compare with, to the same bits as one worker would; where the strategy's tasks
+    depend on each other (another generator than `columns`, `starts_from` previous) it is batches.
+    batches: each takes a part of every batch, for few tasks that are too long for one."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """gpu: one for each worker; auto: gpu where there is one."""
     feature_workers: int = 1

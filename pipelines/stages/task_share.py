@@ -1,17 +1,21 @@
-"""Independent tasks, divided among workers: each learns whole tasks, the first puts them together.
+"""Independent work, divided among workers: whole tasks of the strategy, and bounds as a whole.
 
 What a task becomes depends on no other but the one it starts from, so a worker needs that one's
 model only, and what it leaves behind fits into the model that one worker would have learned, to
-the bit. Workers meet in the storage alone: none waits for another at every step.
+the bit; the first worker puts tasks together. Each of the strategies to compare with is learned by
+one worker. Workers meet in the storage alone: none waits for another at every step.
 
     <run>/tasks/<prefix>/            a task that was learned and is not in a model yet
     <run>/tasks/<prefix>.running/    the state of one that is being learned
     <run>/tasks/failed-<attempt>     why a worker gave up, for the others to give up too
+    <run>/bounds/<strategy>.json     what a bound did, once it is learned
+    <run>/bounds/<strategy>.running/ its state until then
 
-A worker that is started again goes on with its own tasks.
+A worker that is started again goes on with what is its own.
 """
 
 import dataclasses
+import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +23,9 @@ from pathlib import Path
 
 from partialhn import chain, checkpoint
 from partialhn.backbone import tensors_below
+from partialhn.config import StrategyName
 from partialhn.errors import InputError
+from partialhn.result import Outcome
 from partialhn.task_inference import TaskStatistics, statistics
 from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord
 from pipelines.stages.states import States
@@ -46,6 +52,20 @@ class Place:
     def own(self, known: int, count: int) -> range:
         """This worker's share of so many tasks, of which the first `known` are learned."""
         return range(known + (self.rank - known) % self.world, count, self.world)
+
+    def give_up(self, error: InputError) -> None:
+        """Tells the other workers why."""
+        self.storage.write_text(self._failure, str(error))
+
+    def wait(self) -> None:
+        """Waits a little for the other workers. Raises: InputError where one gave up."""
+        if self.storage.exists(self._failure):
+            raise InputError(self.storage.read_text(self._failure))
+        time.sleep(WAIT)
+
+    @property
+    def _failure(self) -> str:
+        return f"{self.run}/tasks/failed-{self.attempt}"
 
 
 class TaskShare:
@@ -76,7 +96,7 @@ class TaskShare:
                 self._take_in()
             self._wait_for(len(self.tasks) - 1)
         except InputError as error:
-            self.place.storage.write_text(self._failure, str(error))
+            self.place.give_up(error)
             raise
 
     def _take_in(self) -> None:
@@ -142,9 +162,7 @@ class TaskShare:
         """Returns when the model after a task is kept. Raises: InputError where others gave up."""
         self._take_in()
         while not self._is_kept(index):
-            if self.place.storage.exists(self._failure):
-                raise InputError(self.place.storage.read_text(self._failure))
-            time.sleep(WAIT)
+            self.place.wait()
             self._take_in()
 
     def _is_kept(self, index: int) -> bool:
@@ -156,6 +174,50 @@ class TaskShare:
     def _learned(self, index: int) -> str:
         return f"{self._folder}/{self.prefixes[index]}"
 
-    @property
-    def _failure(self) -> str:
-        return f"{self._folder}/failed-{self.place.attempt}"
+
+class BoundShare:
+    """One worker's part of the strategies to compare with: from the last worker on, in turn."""
+
+    def __init__(self, place: Place, tasks: Sequence[TaskFeatures], names: Sequence[StrategyName],
+                 new_learner: Callable[[StrategyName], Learner],
+                 send: Callable[[StrategyName, EpochRecord | TaskRecord], None]) -> None:
+        self.place, self.tasks, self.names = place, tasks, names
+        self._new_learner, self._send = new_learner, send
+
+    def learn(self) -> dict[str, Outcome]:
+        """Learns this worker's share; returns what all bounds did, on the first worker alone.
+
+        Raises: InputError for anything the user can set right.
+        """
+        place = self.place
+        try:
+            for name in self.names[place.world - 1 - place.rank::place.world]:
+                if not place.storage.exists(self._done(name)):
+                    self._learn(name)
+            return {name: self._outcome(name) for name in self.names} if place.rank == 0 else {}
+        except InputError as error:
+            place.give_up(error)
+            raise
+
+    def _learn(self, name: StrategyName) -> None:
+        storage, learner = self.place.storage, self._new_learner(name)
+        states = States(storage, f"{self.place.run}/bounds/{name}.running")
+        restored = states.load("learner")
+        if restored:
+            learner.restore(*restored)
+        for done in learner.finished:
+            self._send(name, done)
+        for record in learner.learn(self.tasks):
+            self._send(name, record)
+            if states.due or isinstance(record, TaskRecord):
+                states.save("learner", *learner.state())
+        storage.write_text(self._done(name), json.dumps(dataclasses.asdict(Outcome.of(learner))))
+        states.delete()
+
+    def _outcome(self, name: StrategyName) -> Outcome:
+        while not self.place.storage.exists(self._done(name)):
+            self.place.wait()
+        return Outcome.from_fields(json.loads(self.place.storage.read_text(self._done(name))))
+
+    def _done(self, name: StrategyName) -> str:
+        return f"{self.place.run}/bounds/{name}.json"

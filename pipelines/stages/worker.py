@@ -3,7 +3,7 @@
 What a worker needs of its surroundings is a `Host`: this process (`worker_process`) or a worker of
 Ray Train (`worker_ray`). It tells the host of every record as it comes, keeps a model of every
 finished task, and gives the host its state at the end of each task and every few seconds between.
-Several workers divide independent tasks among themselves (`task_share`), or else every batch.
+Several workers divide independent tasks and bounds among themselves (`task_share`), or every batch.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from partialhn.task_inference import TaskInference
 from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord
 from pipelines.features.produce import open_store
 from pipelines.stages.states import SECONDS
-from pipelines.stages.task_share import Place, TaskShare
+from pipelines.stages.task_share import BoundShare, Place, TaskShare
 from pipelines.storage import Storage
 
 Follow = Callable[[str, EpochRecord | TaskRecord], None]
@@ -105,22 +105,28 @@ class Worker:
         store = open_store(a.storage, a.config.compute)
         known = chain.find(a.storage.filesystem, a.folder, a.prefixes)
         tasks = open_features(store, a.slots, self._own_tasks(len(known)))
-        restored = self._restored()
-        for name in (a.config.train.strategy, *a.config.train.compare):
-            main = name == a.config.train.strategy
-            if main and self.by_tasks:
-                self._share(name, tasks, known)
-            elif name not in self.outcomes:
-                learner = self._new_learner(name, self.workers, TaskInference() if main else None)
-                ours = known if main else []
-                if restored and restored[1]["strategy"] == name and (
-                        len(restored[1]["learner"]["finished"]) >= len(ours)):
-                    learner.restore(restored[0], restored[1]["learner"])
-                elif ours:  # what an earlier run, of fewer tasks, has learned
-                    learner.restore(*chain.state(a.storage.filesystem, a.folder, ours))
-                self._learn(name, learner, tasks)
+        if self.by_tasks:
+            self._share(tasks, known)
+        else:
+            self._learn_all(tasks, known)
         return {"outcomes": self.outcomes, "peak_rss_bytes": peak_rss_bytes(),
                 "device": _device_name(self.device)}
+
+    def _learn_all(self, tasks: list[TaskFeatures], known: list[chain.Learned]) -> None:
+        """One strategy after the other, by this worker or by all together."""
+        a, restored = self.a, self._restored()
+        for name in (a.config.train.strategy, *a.config.train.compare):
+            main = name == a.config.train.strategy
+            if name in self.outcomes:
+                continue
+            learner = self._new_learner(name, self.workers, TaskInference() if main else None)
+            ours = known if main else []
+            if restored and restored[1]["strategy"] == name and (
+                    len(restored[1]["learner"]["finished"]) >= len(ours)):
+                learner.restore(restored[0], restored[1]["learner"])
+            elif ours:  # what an earlier run, of fewer tasks, has learned
+                learner.restore(*chain.state(a.storage.filesystem, a.folder, ours))
+            self._learn(name, learner, tasks)
 
     def _own_tasks(self, known: int) -> range:
         """The tasks whose training features this worker needs."""
@@ -136,13 +142,12 @@ class Worker:
                        self.device, workers, inference,
                        recorder_for(self.device, a.config.compute.cuda_graphs))
 
-    def _share(self, name: StrategyName, tasks: list[TaskFeatures],
-               known: list[chain.Learned]) -> None:
-        """Learns whole tasks, one for each worker at a time; the first one puts them together.
+    def _share(self, tasks: list[TaskFeatures], known: list[chain.Learned]) -> None:
+        """Learns whole tasks, one for each worker at a time; then whole bounds.
 
-        What is kept with the host has no part: models and tasks are in the storage.
+        What is kept with the host has no part: all that is learned is in the storage.
         """
-        a, model = self.a, None
+        a, name, model = self.a, self.a.config.train.strategy, None
         if self.workers.rank == 0:
             model = self._new_learner(name, Workers(), TaskInference())
             if known:
@@ -152,8 +157,11 @@ class Worker:
         TaskShare(self.place, a.prefixes, tasks, lambda: self._new_learner(name, Workers()),
                   lambda record: self.host.send(name, record), model,
                   self._keep_model).learn(len(known))
-        self.outcomes[name] = chain.outcome_of(
-            chain.find(a.storage.filesystem, a.folder, a.prefixes))
+        self.outcomes = {name: chain.outcome_of(
+            chain.find(a.storage.filesystem, a.folder, a.prefixes))}
+        self.outcomes |= BoundShare(self.place, tasks, a.config.train.compare,
+                                    lambda bound: self._new_learner(bound, Workers()),
+                                    self.host.send).learn()
 
     def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
         for done in learner.finished:

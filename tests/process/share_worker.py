@@ -1,10 +1,12 @@
 """One of several workers that share a run's tasks, without Ray: what a worker group starts.
 
-    python share_worker.py ASSIGNMENT.pickle RANK WORLD [TASK EPOCH]
+    python share_worker.py ASSIGNMENT.pickle RANK WORLD [TASK EPOCH [STRATEGY]]
 
-Prints what it sends. With a task and an epoch it kills itself, SIGKILL, after that record.
+Prints what it sends, and last the accuracies that it returns. With a task and an epoch it kills
+itself, SIGKILL, after that record.
 """
 
+import json
 import os
 import pickle
 import signal
@@ -23,12 +25,12 @@ class Host:
 
     device = torch.device("cpu")
 
-    def __init__(self, rank: int, world: int, end: tuple[int, ...]) -> None:
+    def __init__(self, rank: int, world: int, end: tuple[str, int, int]) -> None:
         self.workers, self._end = Workers(rank, world), end
 
     def send(self, strategy, record):
         print(strategy, record.task_index, getattr(record, "epoch", "end"), flush=True)
-        if (record.task_index, getattr(record, "epoch", None)) == self._end:
+        if (strategy, record.task_index, getattr(record, "epoch", None)) == self._end:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def keep(self, state):
@@ -40,8 +42,10 @@ class Host:
 
 if __name__ == "__main__":
     assignment = pickle.loads(Path(sys.argv[1]).read_bytes())
-    rank, world, *end = map(int, sys.argv[2:])
+    rank, world = map(int, sys.argv[2:4])
+    task, epoch, strategy = [*(sys.argv[4:] or ["-1", "-1"]), "partial_hn"][:3]
     try:
-        Worker(assignment, Host(rank, world, tuple(end))).run()
+        made = Worker(assignment, Host(rank, world, (strategy, int(task), int(epoch)))).run()
     except InputError as error:
         sys.exit(f"error: {error}")
+    print(json.dumps({name: outcome.accuracy_TT for name, outcome in made["outcomes"].items()}))

@@ -1,6 +1,7 @@
 """Workers that share independent tasks: the bits of one worker, killed or not, and one reason."""
 
 import dataclasses
+import json
 import os
 import pickle
 import signal
@@ -16,9 +17,12 @@ from partialhn.chain import prefixes_of
 from partialhn.checkpoint import Model
 from partialhn.config import Config
 from partialhn.featurise import feature_jobs
-from partialhn.run import cut
-from partialhn.slots import slots_of
+from partialhn.result import Outcome
+from partialhn.run import cut, with_strategy
+from partialhn.slots import open_features, slots_of
+from partialhn.train import Learner
 from pipelines.data import open_data
+from pipelines.features.produce import open_store
 from pipelines.progress import Progress
 from pipelines.stages.choose import open_stages
 from pipelines.stages.task_share import Place
@@ -40,7 +44,7 @@ class Ready:
     root: Path
     weights: str
 
-    def run(self, assignment: Assignment, *ends: tuple[int, ...]) -> list:
+    def run(self, assignment: Assignment, *ends: tuple) -> list:
         """Two workers; `ends` says after which record which of them is killed."""
         path = self.root / f"{uuid.uuid4().hex}.pickle"
         path.write_bytes(pickle.dumps(assignment))
@@ -103,11 +107,34 @@ def test_two_workers_make_the_model_of_one(ready):
     (first, told, _), (second, also_told, _) = ready.run(assignment)
     assert (first, second) == (0, 0)
     assert ready.hash_of(assignment) == ready.weights
-    mine = {line for line in also_told.splitlines() if line.startswith("partial_hn")}
+    mine = {line for line in also_told.splitlines() if line.startswith("partial_hn ")}
     assert mine == {f"partial_hn {task} {epoch}" for task in (1, 3) for epoch in (1, 2, 3)}
     ends = [line for line in told.splitlines() if line.endswith("end")]
     assert ends == [f"partial_hn {task} end" for task in range(5)]
     assert left(assignment) == ["failed-before"]
+
+
+def test_bounds_have_one_worker_each_killed_or_not(ready):
+    """naive is the second worker's, joint the first one's."""
+    names = ("naive", "joint")
+    train = dataclasses.replace(CONFIG.train, compare=names)
+    assignment = ready.anew(config=dataclasses.replace(ready.assignment.config, train=train))
+    killed = ready.run(assignment, (), (2, 1, "naive"))
+    assert killed[1][0] == -signal.SIGKILL
+    (first, told, _), (second, also_told, _) = ready.run(assignment)
+    assert (first, second) == (0, 0)
+    tasks = open_features(open_store(assignment.storage), assignment.slots)
+    found = json.loads(told.splitlines()[-1])
+    for name in names:
+        alone = Learner(assignment.parts.strategy(with_strategy(CONFIG, name)), CONFIG.train)
+        list(alone.learn(tasks))
+        assert found[name] == Outcome.of(alone).accuracy_TT
+    assert found["partial_hn"][4] != found["naive"][4]
+    lines = also_told.splitlines()
+    assert not any(line.startswith("joint") for line in lines)
+    assert "naive 1 1" not in lines, "the second task was learned before"
+    assert {"naive 1 end", "naive 2 1", "naive 4 end"} <= set(lines)
+    assert sorted(left(assignment)) == ["joint.json", "naive.json"]
 
 
 @pytest.mark.parametrize("ends", [((), (3, 2)), ((2, 2), ())], ids=["second", "first"])

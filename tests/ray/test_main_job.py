@@ -188,8 +188,10 @@ def test_bad_images_are_left_out_and_listed(two_workers):
 
 def test_two_workers_learn_tasks_of_their_own_to_the_same_bits(learned, changed, run_main_job,
                                                                outputs):
-    """One trunk and one set of features, from the run of one worker; models of its own."""
-    config = changed(learned.config, compute={"workers": 2})
+    """One trunk and one set of features, from the run of one worker; models of its own. The
+    second worker learns the bound.
+    """
+    config = changed(learned.config, compute={"workers": 2}, train={"compare": ("naive",)})
     root = Path(learned.output.storage).parent
     shared = run_main_job(config, outputs(root, "shared"))
     assert shared.result["images_decoded"] == 0
@@ -200,9 +202,13 @@ def test_two_workers_learn_tasks_of_their_own_to_the_same_bits(learned, changed,
     assert losses[0] == losses[1]
     assert [row["task"] for row in shared.result["versions"]] == ["0", "1", "2"]
     ended = [line for line in shared.lines if " learned in " in line]
-    assert [line.split(" ")[1] for line in ended] == ["1", "2", "3"], "put together in order"
-    runs = root / "store" / "runs" / "shared"
-    assert [path.name for path in runs.iterdir()] == ["learned"], "nothing else is left"
+    assert [line.split(" ")[1] for line in ended if line.startswith("task")] == [
+        "1", "2", "3"], "put together in order"
+    assert [line.split(" ")[0] for line in ended].count("naive") == 3
+    assert shared.result["bounds"]["naive"]["acc"] > 0.4
+    (run,) = (path for path in (root / "store" / "runs" / "shared").iterdir()
+              if path.name != "learned")
+    assert [path.name for path in run.rglob("*.json")] == ["naive.json"], "nothing else is left"
 
 
 def test_what_stops_one_worker_stops_all(learned, changed, run_main_job, outputs):
