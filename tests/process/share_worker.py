@@ -21,7 +21,7 @@ from pipelines.stages.worker import Worker
 
 
 class Host:
-    """No state is kept with the host: tasks keep theirs in the storage."""
+    """No state is kept with the host, nor asked for: all that is learned is in the storage."""
 
     device = torch.device("cpu")
 
@@ -37,7 +37,7 @@ class Host:
         raise AssertionError("workers that share tasks keep nothing together")
 
     def fetch(self, folder):
-        return False
+        raise AssertionError("what workers left that shared batches is not gone on from")
 
 
 if __name__ == "__main__":
