@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 from partialhn.backbone import STAGE_NAMES
@@ -57,9 +58,8 @@ class DepthResult:
 
     def lost(self) -> Interval | None:
         """How far it stays behind separate heads, seed by seed; None without them."""
-        pairs = {each.plan.seed: _measured(each).accuracy for each in self.bounds}
-        gaps = [pairs[each.plan.seed] - _measured(each).accuracy for each in self.finals
-                if each.plan.seed in pairs]
+        pairs, own = _by_seed(self.bounds), _by_seed(self.finals)
+        gaps = [pairs[seed] - accuracy for seed, accuracy in own.items() if seed in pairs]
         return Interval.of(gaps) if gaps else None
 
 
@@ -115,19 +115,29 @@ def front(records: Sequence[TrialRecord]) -> list[str]:
 
 
 def noise(results: Sequence[DepthResult]) -> float:
-    """The difference of two depths' accuracies that the seeds alone may make (95 %, two-sided t).
+    """The difference of two depths' accuracies that chance alone may make (95 %, two-sided t).
 
-    The spread over seeds is pooled over the depths, since a few seeds of one depth say little:
-    t * s * sqrt(2 / n), with n the seeds of a depth. 0 where no depth has two.
+    All final runs and bounds have the same seeds, so what a seed does to all of them alike is no
+    difference. What is left of accuracy = run + seed is pooled over all of them, since a few seeds
+    of one depth say little: t * s * sqrt(2 / n), n seeds, (runs - 1)(n - 1) degrees of freedom. 0
+    where two depths or two seeds are not there.
     """
-    freedom = sum(len(each.accuracy.values) - 1 for each in results)
-    if freedom == 0:
+    finals = [_by_seed(each.finals) for each in results if each.finals]
+    seeds = sorted(set.intersection(*map(set, finals))) if finals else []
+    if len(finals) < 2 or len(seeds) < 2:
         return 0.0
-    squares = sum((value - each.accuracy.mean)**2 for each in results
-                  for value in each.accuracy.values)
-    seeds = min(len(each.accuracy.values) for each in results)
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(
-        squares / freedom * 2 / seeds)
+    bounds = [_by_seed(each.bounds) for each in results]
+    accuracy_RS = np.array([[row[seed] for seed in seeds] for row in finals + bounds
+                            if set(seeds) <= set(row)])
+    left_RS = (accuracy_RS - accuracy_RS.mean(0) - accuracy_RS.mean(1, keepdims=True)
+               + accuracy_RS.mean())
+    freedom = (len(accuracy_RS) - 1) * (len(seeds) - 1)
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
+                 * np.sqrt((left_RS**2).sum() / freedom * 2 / len(seeds)))
+
+
+def _by_seed(records: Sequence[TrialRecord]) -> dict[int, float]:
+    return {each.plan.seed: _measured(each).accuracy for each in records}
 
 
 def choose(accuracy: Mapping[int, float], cost: Mapping[int, float], objective: Objective,

@@ -81,7 +81,8 @@ def sure(chosen: DepthResult, votes: Mapping[int, int]) -> str:
     others = ", ".join(f"{count} {stage_name(depth)}" for depth, count in sorted(votes.items())
                        if depth != chosen.depth)
     text = (f"Each seed alone would say the same ({agree} of {seeds})." if agree == seeds else
-            f"{agree} of {seeds} seeds alone would say the same (the others: freeze {others}).")
+            f"{agree or 'None'} of the {seeds} seeds alone would say the same (the others: freeze "
+            f"{others}).")
     interval = chosen.accuracy
     if interval.low is not None and interval.high is not None:
         text += (f" Over {len(interval.values)} seeds its held-out accuracy is "

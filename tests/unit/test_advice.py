@@ -113,10 +113,35 @@ def test_what_the_seeds_cannot_tell_apart_is_not_paid_for():
     assert choose(accuracy, cost, "cost", 0.001, 0.5) == 1
 
 
-def test_the_noise_is_pooled_over_depths():
-    # deviations of 0.002 twice at each of three depths: s^2 = 6 * 0.000004 / 3, t(3) = 3.1824
-    assert noise(by_depth()) == pytest.approx(3.182446 * (0.000008 * 2 / 2)**0.5, rel=1e-5)
+def repeated(depth, final, bound=()):
+    """The best trial of a depth and its runs under seeds 1, 2, ..."""
+    name = f"{depth:04d}"
+    return [record(name, depth, (0.5, 0.5), 1.0),
+            *(record(f"final-{name}-s{seed}", depth, (value, value), kind="final", seed=seed)
+              for seed, value in enumerate(final, 1)),
+            *(record(f"bound-{name}-s{seed}", depth, (value, value), kind="bound", seed=seed)
+              for seed, value in enumerate(bound, 1))]
+
+
+def noise_of(*runs):
+    return noise(results_by_depth([each for depth in runs for each in depth], GOAL.score))
+
+
+def test_the_noise_is_what_runs_do_differently_under_the_same_seeds():
+    assert noise(by_depth()) == pytest.approx(0, abs=1e-12), "a seed moves all of them alike"
+    # differences of the seeds 0.04, 0.02, 0.00, 0.02: half their deviations from 0.02 twice each,
+    # so s^2 = 4 * 0.01^2 / 3, t(3) = 3.1824, two seeds
+    found = noise_of(repeated(1, (0.70, 0.74), (0.7, 0.72)), repeated(2, (0.6, 0.6), (0.6, 0.62)))
+    assert found == pytest.approx(3.182446 * (4 * 0.01**2 / 3 * 2 / 2)**0.5, rel=1e-5)
+
+
+def test_the_noise_needs_two_depths_and_two_seeds_and_whole_bounds():
     assert noise(results_by_depth([record("0000", 1)], GOAL.score)) == 0
+    assert noise_of(repeated(1, (0.7, 0.74))) == 0
+    assert noise_of(repeated(1, (0.7,)), repeated(2, (0.6,))) == 0
+    alone = noise_of(repeated(1, (0.70, 0.74)), repeated(2, (0.6, 0.6)))
+    assert alone == pytest.approx(12.7062 * (4 * 0.01**2 / 1 * 2 / 2)**0.5, rel=1e-4)
+    assert noise_of(repeated(1, (0.70, 0.74), (0.7,)), repeated(2, (0.6, 0.6))) == alone
 
 
 def test_each_seed_votes_alone():
@@ -186,7 +211,9 @@ def test_how_sure_it_is():
         "Freezing through layer1 is ahead by less than the seeds can tell apart (1.2 points, 95 "
         "%), so the cheaper depth is recommended.")
     assert "Each seed alone would say the same (2 of 2)" in words.sure(found[1], {3: 2})
-    assert "1 of 2 seeds" in words.sure(found[1], {3: 1, 1: 1})
+    assert "1 of the 2 seeds alone" in words.sure(found[1], {3: 1, 1: 1})
+    assert "None of the 2 seeds alone would say the same (the others: freeze 2 through layer1)" in (
+        words.sure(found[1], {1: 2}))
     assert "nothing is known" in words.sure(found[1], {})
     assert words.beside_separate_heads(found[1]) == (
         "Against one separate head a task, which stores 1.0 MiB a task instead of 1.0 KiB, it is "
