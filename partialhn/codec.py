@@ -50,7 +50,7 @@ class Block:
 
 
 def encode(z_NVCHW: Tensor, y_N: np.ndarray, ids: Sequence[str], dtype: str, compression: str,
-           described: str) -> bytes:
+           described: str) -> memoryview:
     """The bytes of a shard; `described` goes into its schema.
 
     Raises: InputError for features that are not finite where they are to be int8.
@@ -74,7 +74,7 @@ def encode(z_NVCHW: Tensor, y_N: np.ndarray, ids: Sequence[str], dtype: str, com
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema, options=options) as writer:
         writer.write_batch(batch)
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
+    return memoryview(sink.getvalue())
 
 
 def decode(content: pa.Buffer, dtype: str, rows: int, shape_VCHW: Sequence[int]) -> Block:

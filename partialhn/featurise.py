@@ -29,9 +29,11 @@ from partialhn.stream import Experience, ImageTable
 from partialhn.views import augment
 
 MICRO_BATCH = 64
-AHEAD, BEHIND = 4, 2
-"""Shards at most that are read before the trunk is free for them, and whose features are kept while
-others go through it."""
+AHEAD = 4
+"""Shards at most that are read before the trunk is free for them."""
+BEHIND, BEHIND_A_GPU = 1, 4
+"""Shards at most whose features are kept while another goes through the trunk: on a CPU one thread
+writes faster than the trunk calculates, and a GPU calculates faster than one thread hashes."""
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -111,11 +113,11 @@ def each_shard(store: FeatureStore, trunk: Trunk, groups: Sequence[Pass],
 
     Raises: InputError naming an image that cannot be read, where on_bad_image is error.
     """
-    left = iter(places)
+    left, behind = iter(places), BEHIND if trunk.mean_C.device.type == "cpu" else BEHIND_A_GPU
     reading: collections.deque[concurrent.futures.Future[_Read]] = collections.deque()
     writing: collections.deque[concurrent.futures.Future[Made]] = collections.deque()
     readers = concurrent.futures.ThreadPoolExecutor(AHEAD, "shard")
-    writers = concurrent.futures.ThreadPoolExecutor(BEHIND, "shard")
+    writers = concurrent.futures.ThreadPoolExecutor(behind, "shard")
     try:
         while True:
             for place in itertools.islice(left, AHEAD - len(reading)):
@@ -124,7 +126,7 @@ def each_shard(store: FeatureStore, trunk: Trunk, groups: Sequence[Pass],
                 break
             read = reading.popleft().result()
             features = _features(trunk, read) if read.missing else None
-            if len(writing) == BEHIND:
+            if len(writing) == behind:
                 yield writing.popleft().result()
             writing.append(writers.submit(_write, store, read, features))
         while writing:
@@ -168,14 +170,16 @@ def _write(store: FeatureStore, read: _Read, features: "_Features | None") -> Ma
     shards, decoded = dict(read.found), 0
     if features is not None and read.images is not None:
         kept, ids, decoded = read.images.index_B.numpy(), read.table.ids(), len(read.table)
-        start = time.perf_counter()
-        z_NVCHW = {depth: torch.stack(views, 1) for depth, views in features.views.items()}
-        read_seconds = read.seconds + time.perf_counter() - start
-        for job in read.missing:
-            shards[job.recipe.key] = store.write_shard(
-                job.recipe, read.place[1], z_NVCHW[job.depth], read.table.label_N[kept],
-                [ids[row] for row in kept], seconds=read_seconds + features.seconds[job.depth],
-                bad=[(bad.id, bad.reason) for bad in read.images.bad])
+        for depth in list(features.views):
+            start = time.perf_counter()
+            z_NVCHW = torch.stack(features.views.pop(depth), 1)
+            seconds = read.seconds + features.seconds[depth] + time.perf_counter() - start
+            for job in read.missing:
+                if job.depth == depth:
+                    shards[job.recipe.key] = store.write_shard(
+                        job.recipe, read.place[1], z_NVCHW, read.table.label_N[kept],
+                        [ids[row] for row in kept], seconds=seconds,
+                        bad=[(bad.id, bad.reason) for bad in read.images.bad])
     return read.place, [shards[job.recipe.key] for job in read.jobs], decoded
 
 
@@ -183,7 +187,7 @@ class _Features(NamedTuple):
     """What came out of the trunk, for each depth that is asked for."""
 
     views: dict[int, list[Tensor]]
-    """z_NCHW of each view."""
+    """z_NCHW of each view; writing takes them out, for their memory."""
     seconds: dict[int, float]
     """That it takes to get there from decoded images."""
 

@@ -256,7 +256,7 @@ class FeatureStore:
         except FileNotFoundError:
             return None
 
-    def _write(self, path: str, content: bytes) -> None:
+    def _write(self, path: str, content: bytes | memoryview) -> None:
         if self.local:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             _write_atomically(Path(path), content)
@@ -402,7 +402,7 @@ def put_file_if_absent(path: str, content: bytes) -> bool:
     return True
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def _write_atomically(path: Path, content: bytes | memoryview) -> None:
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         draft.write_bytes(content)

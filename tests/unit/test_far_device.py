@@ -1,167 +1,21 @@
-"""Whatever learns and answers does it on a device that is not the host, to the host's bits.
-
-`far_device` has the device: an operation on tensors of both fails there, as it does on a GPU.
+"""The tests of `far_device_suite.py`, in a process of their own: where PyTorch has been told of a
+device more, it cannot pretend any longer that tensors are on a GPU, as `test_steps.py` asks it to.
 """
 
-import dataclasses
-import runpy
+import re
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
-import torch
-from pyarrow.fs import LocalFileSystem
-
-from partialhn import checkpoint, train
-from partialhn.backbone import build_network, hash_tensors
-from partialhn.checkpoint import Model, TaskInfo
-from partialhn.config import BackboneConfig
-from partialhn.featurise import feature_jobs, precompute
-from partialhn.predict import Predictor
-from partialhn.run import cut
-from partialhn.store import FeatureStore
-from partialhn.strategies import STRATEGIES
-from partialhn.task_inference import AUTO, TaskInference
-from partialhn.train import (
-    Learner,
-    load_optimiser,
-    network_optimiser,
-    optimiser_tensors,
-    train_network,
-)
-
-FAR = runpy.run_path(str(Path(__file__).parents[1] / "far_device.py"))
-NAME = FAR["NAME"]
-TRUNK = BackboneConfig(trunk_epochs=3, trunk_batch_size=16)
-KINDS = {**{generator: {"hypernet": {"generator": generator}}
-            for generator in ("columns", "bilinear", "additive")},
-         "group norm": {"hypernet": {"norm": "group"}},
-         **{name: {"train": {"strategy": name}} for name in STRATEGIES if name != "partial_hn"}}
+SUITE = Path(__file__).with_name("far_device_suite.py")
 
 
-@pytest.fixture(autouse=True)
-def puts_there():
-    with FAR["PutsThere"]():
-        yield
-
-
-@pytest.fixture
-def learner(network, with_options):
-    def make(device=NAME, **sections):
-        config = with_options(**sections)
-        return Learner(cut(config, network).strategy(config), config.train, device,
-                       inference=TaskInference())
-    return make
-
-
-def stream_of(tasks):
-    """Two tasks, the second of which comes again."""
-    return [*tasks[:2], dataclasses.replace(tasks[3], name=f"{tasks[1].name}/2", refreshes=1)]
-
-
-def weights_hash(learner):
-    return hash_tensors(learner.strategy.state_dict())
-
-
-def measured(learner):
-    """Everything recorded but for seconds."""
-    return ([dataclasses.replace(record, seconds=0) for record in learner.epochs],
-            [dataclasses.replace(record, train_seconds=0, evaluate_seconds=0)
-             for record in learner.finished])
-
-
-def test_the_device_is_one_of_its_own():
-    x_B = torch.ones(3).to(NAME)
-    assert x_B.device.type == NAME
-    assert (x_B + torch.zeros(3, device=NAME)).cpu().tolist() == [1, 1, 1]
-    for mixing in (lambda: x_B + torch.zeros(3), lambda: torch.cat([x_B, torch.ones(1)]),
-                   lambda: torch.where(torch.tensor([True, False, True]), x_B, 0)):
-        with pytest.raises(RuntimeError, match="far and on the host"):
-            mixing()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_learning_stopping_and_going_on(learner, tasks, tmp_path, kind):
-    wanted = learner("cpu", **KINDS[kind])
-    list(wanted.learn(stream_of(tasks)))
-    made = learner(**KINDS[kind])
-    for record in made.learn(stream_of(tasks)):
-        if (record.task_index, getattr(record, "epoch", 0)) == (2, 1):
-            checkpoint.save(tmp_path / "state", "learner", *made.state())
-    assert {value.device.type for value in made.strategy.state_dict().values()} == {NAME}
-    assert (weights_hash(made), measured(made)) == (weights_hash(wanted), measured(wanted))
-    again = learner(**KINDS[kind])
-    again.restore(*checkpoint.load(tmp_path / "state", "learner"))
-    list(again.learn(stream_of(tasks)))
-    assert weights_hash(again) == weights_hash(wanted)
-
-
-@pytest.mark.parametrize("kind", ["columns", "separate_heads"])
-def test_tasks_learned_apart(learner, tasks, kind):
-    wanted = learner("cpu", **KINDS[kind])
-    list(wanted.learn(tasks[:3]))
-    made, state = learner(**KINDS[kind]), None
-    for index in range(3):
-        one = learner(**KINDS[kind])
-        if state:
-            one.restore(*state)
-            one.skip_to(tasks[:3], index)
-        list(one.fit_next(tasks[:3]))
-        owned = {name: value.cpu() for name, value in one.strategy.owned(index).items()}
-        made.adopt(tasks[:3], owned, one.epochs[-2:], 0.0)
-        state = state or made.state()
-    assert weights_hash(made) == weights_hash(wanted)
-
-
-def test_features_that_are_larger_than_memory(learner, tasks, monkeypatch):
-    wanted = learner("cpu")
-    list(wanted.learn(tasks[:2]))
-    monkeypatch.setattr(train, "RESIDENT_BYTES", 0)
-    made = learner()
-    list(made.learn(tasks[:2]))
-    assert weights_hash(made) == weights_hash(wanted)
-
-
-def test_a_trunk_is_trained_there(images, tmp_path):
-    def trained(device, stop=3):
-        network = build_network("slim_resnet18", 2, 0).to(device)
-        optimiser = network_optimiser(network, TRUNK)
-        done = 0
-        while done < 3:
-            records = train_network(network, images[:48], torch.arange(48) % 2, TRUNK,
-                                    "crop-flip", optimiser, epochs_done=done)
-            done += len([next(records) for _ in range(stop)])
-            state = {name: value.cpu() for name, value in
-                     optimiser_tensors(optimiser, network.named_parameters()).items()}
-            weights = {name: value.cpu() for name, value in network.state_dict().items()}
-            network = build_network("slim_resnet18", 2, 5).to(device)
-            network.load_state_dict(weights)
-            optimiser = network_optimiser(network, TRUNK)
-            load_optimiser(optimiser, network.named_parameters(), state)
-        return hash_tensors(network.state_dict())
-
-    assert trained(NAME, stop=1) == trained("cpu")
-
-
-def test_features_are_computed_there(digits, parts, config, tmp_path):
-    keys = {}
-    for device in ("cpu", NAME):
-        trunk = parts.trunk.upto(3)
-        trunk = type(trunk)(build_network("slim_resnet18", 2, 3).to(device), 3)
-        store = FeatureStore(LocalFileSystem(), str(tmp_path / device))
-        manifests, _ = precompute(store, trunk, feature_jobs(config, digits[:2], trunk, (2, 3)))
-        keys[device] = [shard.sha256 for each in manifests for shard in each.shards]
-    assert keys[NAME] == keys["cpu"]
-
-
-def test_a_model_answers_there(learner, tasks, parts, config, images, tmp_path):
-    made = learner()
-    list(made.learn(tasks[:3]))
-    infos = tuple(TaskInfo(task.name, ("a", "b")) for task in tasks[:3])
-    Model(config, parts.trunk, made.strategy, infos, inference=made.inference).save(tmp_path / "m")
-    there, here = (Predictor.load(tmp_path / "m", device) for device in (NAME, "cpu"))
-    for exact in (True, False):
-        z_BCHW = there.features(images[:40], exact)
-        assert z_BCHW.device.type == NAME
-        asked = [AUTO, *(task.name for task in tasks[:3])] * 10
-        assert there.answers(z_BCHW, asked) == here.answers(here.features(images[:40], exact),
-                                                            asked)
+def test_whatever_learns_and_answers_does_it_there():
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", SUITE],
+                          cwd=SUITE.parents[2], capture_output=True, text=True, timeout=500,
+                          check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = len(re.findall(r"^def test_", SUITE.read_text(encoding="utf-8"), re.MULTILINE))
+    (passed,) = re.findall(r"(\d+) passed", done.stdout)
+    assert int(passed) >= written > 5
+    assert "skipped" not in done.stdout

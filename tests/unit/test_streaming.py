@@ -77,7 +77,9 @@ needs_limits = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason
 
 @needs_limits
 def test_a_task_larger_than_memory_is_computed(tmp_path, network, with_options):
-    """400 MB of features of real digits, in a process that may take 250 MiB more than it has."""
+    """400 MB of features of real digits, in a process that may take 250 MiB more than it has, 40 of
+    them for the stacks of the threads that read and write, which count in full.
+    """
     config = with_options(data={"input_size": 96}, backbone={"freeze_depth": 0},
                           features={"shard_rows": 64})
     whole = open_stream(DataConfig(data="digits", tasks=1, input_size=96, validation=0.0,
