@@ -60,14 +60,15 @@ def in_a_process_with(memory, work):
     """What work() returns, as text, from a new process that may take so many bytes more than it
     has (0: any); maps of files do not count. Arrow's own allocator would reserve address space
     that it does not use, and that counts; so do a stack and a heap for each of as many threads as
-    the machine has processors.
+    the machine has processors, and what is given back inside a heap.
     """
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     done = subprocess.run([sys.executable, "-c", LIMITED, str(memory)], check=False,
                           input=cloudpickle.dumps(work), capture_output=True,
                           env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system",
                                             "ARROW_IO_THREADS": "1", "OMP_NUM_THREADS": "1",
-                                            "MALLOC_ARENA_MAX": "1"})
+                                            "MALLOC_ARENA_MAX": "1",
+                                            "MALLOC_MMAP_THRESHOLD_": f"{MIB}"})
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode().strip()
 
