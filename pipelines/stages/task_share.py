@@ -14,11 +14,12 @@ one worker. Workers meet in the storage alone: none waits for another at every s
 A worker that is started again goes on with what is its own.
 """
 
+import contextlib
 import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from partialhn import chain, checkpoint
@@ -53,9 +54,14 @@ class Place:
         """This worker's share of so many tasks, of which the first `known` are learned."""
         return range(known + (self.rank - known) % self.world, count, self.world)
 
-    def give_up(self, error: InputError) -> None:
-        """Tells the other workers why."""
-        self.storage.write_text(self._failure, str(error))
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What stops this worker within it for the user's sake stops the others, too."""
+        try:
+            yield
+        except InputError as error:
+            self.storage.write_text(self._failure, str(error))
+            raise
 
     def wait(self) -> None:
         """Waits a little for the other workers. Raises: InputError where one gave up."""
@@ -88,16 +94,12 @@ class TaskShare:
         """Learns this worker's share of the tasks from `known` on; returns when all are learned,
         by whomever.
 
-        Raises: InputError, on every worker, for anything the user can set right.
+        Raises: InputError for anything the user can set right, here or on another worker.
         """
-        try:
-            for index in self.place.own(known, len(self.tasks)):
-                self._learn(index)
-                self._take_in()
-            self._wait_for(len(self.tasks) - 1)
-        except InputError as error:
-            self.place.give_up(error)
-            raise
+        for index in self.place.own(known, len(self.tasks)):
+            self._learn(index)
+            self._take_in()
+        self._wait_for(len(self.tasks) - 1)
 
     def _take_in(self) -> None:
         """Puts the tasks that are learned into the model, in order, as far as there are any."""
@@ -187,17 +189,13 @@ class BoundShare:
     def learn(self) -> dict[str, Outcome]:
         """Learns this worker's share; returns what all bounds did, on the first worker alone.
 
-        Raises: InputError for anything the user can set right.
+        Raises: InputError, as `TaskShare.learn`.
         """
         place = self.place
-        try:
-            for name in self.names[place.world - 1 - place.rank::place.world]:
-                if not place.storage.exists(self._done(name)):
-                    self._learn(name)
-            return {name: self._outcome(name) for name in self.names} if place.rank == 0 else {}
-        except InputError as error:
-            place.give_up(error)
-            raise
+        for name in self.names[place.world - 1 - place.rank::place.world]:
+            if not place.storage.exists(self._done(name)):
+                self._learn(name)
+        return {name: self._outcome(name) for name in self.names} if place.rank == 0 else {}
 
     def _learn(self, name: StrategyName) -> None:
         storage, learner = self.place.storage, self._new_learner(name)

@@ -106,7 +106,8 @@ class Worker:
         known = chain.find(a.storage.filesystem, a.folder, a.prefixes)
         tasks = open_features(store, a.slots, self._own_tasks(len(known)))
         if self.by_tasks:
-            self._share(tasks, known)
+            with self.place.together():
+                self._share(tasks, known)
         else:
             self._learn_all(tasks, known)
         return {"outcomes": self.outcomes, "peak_rss_bytes": peak_rss_bytes(),
@@ -157,11 +158,10 @@ class Worker:
         TaskShare(self.place, a.prefixes, tasks, lambda: self._new_learner(name, Workers()),
                   lambda record: self.host.send(name, record), model,
                   self._keep_model).learn(len(known))
-        self.outcomes = {name: chain.outcome_of(
-            chain.find(a.storage.filesystem, a.folder, a.prefixes))}
-        self.outcomes |= BoundShare(self.place, tasks, a.config.train.compare,
-                                    lambda bound: self._new_learner(bound, Workers()),
-                                    self.host.send).learn()
+        bounds = BoundShare(self.place, tasks, a.config.train.compare,
+                            lambda bound: self._new_learner(bound, Workers()), self.host.send)
+        ours = chain.outcome_of(chain.find(a.storage.filesystem, a.folder, a.prefixes))
+        self.outcomes = {name: ours} | bounds.learn()
 
     def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
         for done in learner.finished:

@@ -12,7 +12,7 @@ import torch
 from pyarrow.fs import LocalFileSystem
 
 from partialhn import checkpoint, train
-from partialhn.backbone import build_network, hash_tensors
+from partialhn.backbone import Trunk, build_network, hash_tensors
 from partialhn.checkpoint import Model, TaskInfo
 from partialhn.config import BackboneConfig
 from partialhn.featurise import feature_jobs, precompute
@@ -31,6 +31,8 @@ from partialhn.train import (
 
 FAR = runpy.run_path(str(Path(__file__).parents[1] / "far_device.py"))
 NAME = FAR["NAME"]
+LEARNERS = runpy.run_path(str(Path(__file__).with_name("learners.py")))
+measured, weights_hash = LEARNERS["measured"], LEARNERS["weights_hash"]
 TRUNK = BackboneConfig(trunk_epochs=3, trunk_batch_size=16)
 KINDS = {**{generator: {"hypernet": {"generator": generator}}
             for generator in ("columns", "bilinear", "additive")},
@@ -56,17 +58,6 @@ def learner(network, with_options):
 def stream_of(tasks):
     """Two tasks, the second of which comes again."""
     return [*tasks[:2], dataclasses.replace(tasks[3], name=f"{tasks[1].name}/2", refreshes=1)]
-
-
-def weights_hash(learner):
-    return hash_tensors(learner.strategy.state_dict())
-
-
-def measured(learner):
-    """Everything recorded but for seconds."""
-    return ([dataclasses.replace(record, seconds=0) for record in learner.epochs],
-            [dataclasses.replace(record, train_seconds=0, evaluate_seconds=0)
-             for record in learner.finished])
 
 
 def test_the_device_is_one_of_its_own():
@@ -121,7 +112,7 @@ def test_features_that_are_larger_than_memory(learner, tasks, monkeypatch):
     assert weights_hash(made) == weights_hash(wanted)
 
 
-def test_a_trunk_is_trained_there(images, tmp_path):
+def test_a_trunk_is_trained_there(images):
     def trained(device, stop=3):
         network = build_network("slim_resnet18", 2, 0).to(device)
         optimiser = network_optimiser(network, TRUNK)
@@ -142,11 +133,10 @@ def test_a_trunk_is_trained_there(images, tmp_path):
     assert trained(NAME, stop=1) == trained("cpu")
 
 
-def test_features_are_computed_there(digits, parts, config, tmp_path):
+def test_features_are_computed_there(digits, config, tmp_path):
     keys = {}
     for device in ("cpu", NAME):
-        trunk = parts.trunk.upto(3)
-        trunk = type(trunk)(build_network("slim_resnet18", 2, 3).to(device), 3)
+        trunk = Trunk(build_network("slim_resnet18", 2, 3).to(device), 3)
         store = FeatureStore(LocalFileSystem(), str(tmp_path / device))
         manifests, _ = precompute(store, trunk, feature_jobs(config, digits[:2], trunk, (2, 3)))
         keys[device] = [shard.sha256 for each in manifests for shard in each.shards]

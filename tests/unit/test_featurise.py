@@ -343,18 +343,17 @@ def test_shards_are_read_ahead_of_the_trunk_and_written_behind_it(store, trunk, 
     """
     meeting, users = Meeting(3), set()
     run, read, written = featurise.run_trunk_at, featurise.decode, FeatureStore.write_shard
-    read_shards = itertools.count()
+    reads, runs = itertools.count(), itertools.count()
 
     def decode_and_meet(*arguments):
-        if next(read_shards) == 2:
+        if next(reads) == 2:
             meeting.wait()
         return read(*arguments)
 
     def run_and_meet(trunk, depths, images_BCHW):
         users.add(threading.current_thread())
-        if len(users_of_trunk) == 2:  # of the second shard, its first view
+        if next(runs) == 2:  # of the second shard, its first view
             meeting.wait()
-        users_of_trunk.append(1)
         return run(trunk, depths, images_BCHW)
 
     def write_and_meet(self, recipe, index, *arguments, **options):
@@ -362,7 +361,6 @@ def test_shards_are_read_ahead_of_the_trunk_and_written_behind_it(store, trunk, 
             meeting.wait()
         return written(self, recipe, index, *arguments, **options)
 
-    users_of_trunk = []
     monkeypatch.setattr(featurise, "decode", decode_and_meet)
     monkeypatch.setattr(featurise, "run_trunk_at", run_and_meet)
     monkeypatch.setattr(FeatureStore, "write_shard", write_and_meet)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,8 @@ from partialhn.train import (
     train_network,
 )
 
+LEARNERS = runpy.run_path(str(Path(__file__).with_name("learners.py")))
+measured, weights_hash = LEARNERS["measured"], LEARNERS["weights_hash"]
 KINDS = {
     "columns": {"hypernet": {"generator": "columns"}},
     "bilinear": {"hypernet": {"generator": "bilinear"}},
@@ -42,17 +46,6 @@ def learner(parts, with_options):
         return Learner(STRATEGIES[config.train.strategy](cut.head, cut.start, config),
                        config.train)
     return make
-
-
-def weights_hash(learner):
-    return hash_tensors(learner.strategy.state_dict())
-
-
-def measured(learner):
-    """Everything recorded but for seconds."""
-    return ([dataclasses.replace(record, seconds=0) for record in learner.epochs],
-            [dataclasses.replace(record, train_seconds=0, evaluate_seconds=0)
-             for record in learner.finished])
 
 
 @pytest.mark.parametrize("kind", ["columns", "separate_heads"])

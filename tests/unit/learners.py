@@ -1,0 +1,16 @@
+"""What tests compare learners by."""
+
+import dataclasses
+
+from partialhn.backbone import hash_tensors
+
+
+def weights_hash(learner):
+    return hash_tensors(learner.strategy.state_dict())
+
+
+def measured(learner):
+    """Everything recorded but for seconds."""
+    return ([dataclasses.replace(record, seconds=0) for record in learner.epochs],
+            [dataclasses.replace(record, train_seconds=0, evaluate_seconds=0)
+             for record in learner.finished])
