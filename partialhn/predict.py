@@ -16,12 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from partialhn.checkpoint import Model
-from partialhn.datasets import decode_images
+from partialhn.checkpoints.model import Model
+from partialhn.data.decode import decode_images
+from partialhn.data.experience import task_of
 from partialhn.errors import InputError
-from partialhn.featurise import run_trunk
-from partialhn.model import HeadWeights
-from partialhn.stream import task_of
+from partialhn.networks.head import HeadWeights
+from partialhn.networks.trunk import run_trunk
 from partialhn.task_inference import AUTO, infer
 
 

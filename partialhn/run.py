@@ -13,31 +13,28 @@ from typing import Any
 import pyarrow.fs as pafs
 import torch
 
-from partialhn import chain
-from partialhn.arithmetic import set_arithmetic
-from partialhn.backbone import (
-    Network,
-    Trunk,
-    build_network,
-    check_depth,
-    hash_tensors,
-    multiply_adds,
-    split,
-)
-from partialhn.chain import prefixes_of
-from partialhn.checkpoint import Model, TaskInfo
+from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import Config, StrategyName
-from partialhn.datasets import open_stream
-from partialhn.featurise import FeatureJob, feature_jobs, find_features, precompute
-from partialhn.model import Head, HeadStart, check_feature_size, head_start
-from partialhn.pretrain import fit_network, load_network
-from partialhn.result import Clock, Outcome, result_fields
-from partialhn.slots import Slot, needed_jobs, open_features, slots_of
-from partialhn.store import FeatureStore, Manifest
+from partialhn.data.datasets import open_stream
+from partialhn.data.experience import Experience
+from partialhn.features.extract import FeatureJob, feature_jobs, find_features, precompute
+from partialhn.features.manifest import Manifest
+from partialhn.features.store import FeatureStore
+from partialhn.networks.backbone import Network, build_network
+from partialhn.networks.head import Head, HeadStart, check_feature_size, head_start
+from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.tensors import hash_tensors
+from partialhn.networks.trunk import Trunk, check_depth, multiply_adds, split
 from partialhn.strategies import STRATEGIES, Strategy
-from partialhn.stream import Experience
 from partialhn.task_inference import TaskInference
-from partialhn.train import EpochRecord, Learner, TaskFeatures, TaskRecord
+from partialhn.training import lineage
+from partialhn.training.experience import TaskFeatures
+from partialhn.training.learner import Learner
+from partialhn.training.lineage import prefixes_of
+from partialhn.training.pretrain import fit_network, load_network
+from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.result import Clock, Outcome, result_fields
+from partialhn.training.slots import Slot, needed_jobs, open_features, slots_of
 
 Report = Callable[[EpochRecord | TaskRecord], None]
 
@@ -123,7 +120,7 @@ def run_stream(config: Config, root: Path,
     parts = cut(config, network)
     store = FeatureStore(filesystem, str(root))
     prefixes = prefixes_of(config, parts.network, experiences)
-    known = chain.find(filesystem, f"{root}/learned", prefixes)
+    known = lineage.find(filesystem, f"{root}/learned", prefixes)
     first = 0 if config.train.needs_every_task else len(known)
     jobs = feature_jobs(config, experiences, parts.trunk)
     needed = needed_jobs(jobs, [each.name for each in experiences[:first]])
@@ -134,12 +131,12 @@ def run_stream(config: Config, root: Path,
     clock.lap("features")
     learner = Learner(parts.strategy(config), config.train, inference=TaskInference())
     if known:
-        learner.restore(*chain.state(filesystem, f"{root}/learned", known))
+        learner.restore(*lineage.state(filesystem, f"{root}/learned", known))
     for record in _each(learner.learn(tasks), report):
         if isinstance(record, TaskRecord):
             index = record.task_index
-            done = chain.Learned.of(Outcome.of(learner), prefixes, index)
-            chain.keep(_model(config, parts, learner, slots[:index + 1]), done, filesystem,
+            done = lineage.Learned.of(Outcome.of(learner), prefixes, index)
+            lineage.keep(_model(config, parts, learner, slots[:index + 1]), done, filesystem,
                        f"{root}/learned")
     outcomes: dict[str, Outcome] = {config.train.strategy: Outcome.of(learner)}
     for name in config.train.compare:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from partialhn.data.experience import RESERVED
 from partialhn.errors import InputError, IntegrityError
-from partialhn.model import Head, HeadWeights
-from partialhn.store import FeatureSet
-from partialhn.stream import RESERVED
+from partialhn.features.feature_set import FeatureSet
+from partialhn.networks.head import Head, HeadWeights
 
 AUTO, NONE = RESERVED
 """What a caller gives for the task to have it inferred; what stands for no known task."""

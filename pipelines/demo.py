@@ -26,7 +26,7 @@ def demo_config(size: str = "full") -> Config:
 
 def demo(folder: Path, size: str = "full") -> None:
     """Runs the main job, predictions for an early task and the report below `folder`."""
-    from pipelines.predict import predict_to_parquet
+    from pipelines.label_images import predict_to_parquet
     from pipelines.report.page import text_summary, write_report
     from pipelines.train import train
 
@@ -68,7 +68,7 @@ def _start_over(folder: Path) -> None:
 
 def _write_images(folder: Path, task: str, size: str) -> Path:
     """The test images of a task as files, as a user would have them."""
-    from partialhn.datasets import open_stream
+    from partialhn.data.datasets import open_stream
 
     stream = open_stream(demo_config(size).data, folder / "datasets")
     experience = next(each for each in stream if each.name == task)

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from partialhn.config import ComputeConfig
-from pipelines.cluster import start_ray
 from pipelines.features.produce import cache_folder
+from pipelines.platform.cluster import start_ray
+from pipelines.platform.storage import Storage
+from pipelines.platform.text import table
 from pipelines.registry.client import connect
 from pipelines.registry.connection import chosen_uri, sqlite_file
-from pipelines.show import table
-from pipelines.storage import Storage
 
 MAX_SKEW = 60.0
 """Seconds between a machine's clock and the storage's; leases and S3's signatures need it."""

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Sequence
 
+from pipelines.platform.storage import open_storage
+from pipelines.platform.text import table
 from pipelines.registry.client import connect
 from pipelines.registry.versions import CHAMPION, Version, challenger_of
 from pipelines.settings import mask_password
-from pipelines.storage import open_storage
 
 _COLUMNS = ("task", "name", "classes", "version", "acc", "learned", "forgotten", "aliases")
 
@@ -71,10 +72,3 @@ def _feature_folders(versions: Sequence[Version]) -> list[str]:
     """Each place once, in the order of the tasks."""
     return list(dict.fromkeys(f"{v.tags['storage']}/features/{key}" for v in versions
                               for key in json.loads(v.tags["feature_keys"])))
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines with the cells of a column below each other."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows]

@@ -1,6 +1,6 @@
 """The main job: a stream of tasks becomes a registered model, a report and a result.
 
-    data -> trunk -> features -> experiences (`pipelines.stages.choose`) -> versions (MLflow)
+    data -> trunk -> features -> experiences (`pipelines.execution.choose`) -> versions (MLflow)
 
 Every stage finds what an earlier run finished, so the same command goes on where it stopped, and
 a directory of tasks that has grown costs its new tasks only.
@@ -14,31 +14,32 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from partialhn import chain, checkpoint
-from partialhn.backbone import Network
-from partialhn.chain import prefixes_of
-from partialhn.checkpoint import Model
+from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints.model import Model
 from partialhn.config import Config
-from partialhn.featurise import feature_jobs, find_features
-from partialhn.metrics import summarise
+from partialhn.data.experience import Experience
+from partialhn.evaluation.answer_sample import write_sample
+from partialhn.evaluation.metrics import summarise
+from partialhn.features.extract import feature_jobs, find_features
+from partialhn.networks.backbone import Network
 from partialhn.predict import Predictor
-from partialhn.result import Clock, model_sizes, peak_rss_bytes, result_fields
 from partialhn.run import Parts, check, cut, work_name
-from partialhn.sample import write_sample
-from partialhn.slots import Slot, needed_jobs, slots_of
-from partialhn.stream import Experience
-from partialhn.train import EpochRecord, TaskRecord
-from pipelines.data import open_data
+from partialhn.training import lineage
+from partialhn.training.lineage import prefixes_of
+from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.result import Clock, model_sizes, peak_rss_bytes, result_fields
+from partialhn.training.slots import Slot, needed_jobs, slots_of
+from pipelines.execution.base import Stages, our_outcome
+from pipelines.execution.choose import open_stages
+from pipelines.execution.open_data import open_data
 from pipelines.features.produce import open_store
-from pipelines.progress import Progress
+from pipelines.platform.progress import Progress
+from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Registry, connect
 from pipelines.registry.package import Contents
 from pipelines.registry.versions import CHAMPION, Registration, Version
 from pipelines.report.page import write_report
 from pipelines.settings import OutputConfig, mask_password
-from pipelines.stages.base import Stages, our_outcome
-from pipelines.stages.choose import open_stages
-from pipelines.storage import Storage, open_storage
 
 Say = Callable[[str], None]
 
@@ -250,7 +251,7 @@ class _Registrar:
     def _fetch(self, task_index: int) -> Path:
         folder = Path(self._scratch.name) / f"{task_index:04d}"
         if not folder.exists():
-            chain.fetch_model(self.job.storage.filesystem, self.folder,
+            lineage.fetch_model(self.job.storage.filesystem, self.folder,
                               self._prefixes[task_index], folder)
         self.checkpoint_bytes = sum(file.stat().st_size for file in folder.iterdir())
         return folder

@@ -23,7 +23,7 @@ def ray_cluster():
     """A local Ray with two CPUs, for the whole session."""
     import ray
 
-    from pipelines.cluster import init_ray
+    from pipelines.platform.cluster import init_ray
 
     init_ray("local", num_cpus=2, include_dashboard=False, log_to_driver=False,
              logging_level="ERROR")
@@ -38,7 +38,7 @@ class Tasks:
 
     def __init__(self, folder):
         from partialhn.config import BackboneConfig, Config, DataConfig
-        from partialhn.datasets import open_stream
+        from partialhn.data.datasets import open_stream
 
         self.folder = folder
         self.config = Config(DataConfig(data="digits", tasks=5, input_size=16),
@@ -51,9 +51,9 @@ class Tasks:
     def _save(self, count):
         import torch
 
-        from partialhn.checkpoint import Model, TaskInfo, empty_parts
+        from partialhn.checkpoints.model import Model, TaskInfo, empty_parts
+        from partialhn.evaluation.answer_sample import write_sample
         from partialhn.predict import Predictor
-        from partialhn.sample import write_sample
 
         torch.manual_seed(count)
         known = self.experiences[:count]
@@ -69,7 +69,7 @@ class Tasks:
 
     def register(self, registry, name, index, placing=None, work="0123456789ab"):
         """Registers the model after a task as the main job does."""
-        from partialhn.checkpoint import load
+        from partialhn.checkpoints.checkpoint import load
         from pipelines.registry.package import Contents
         from pipelines.registry.versions import Registration
 
@@ -90,8 +90,8 @@ class Tasks:
 @pytest.fixture(scope="session")
 def empty_registry(tmp_path_factory):
     """Puts an empty MLflow database into a storage folder: MLflow takes seconds to make one."""
+    from pipelines.platform.storage import open_storage
     from pipelines.registry.client import connect
-    from pipelines.storage import open_storage
 
     made = tmp_path_factory.mktemp("empty") / "mlflow.db"
     connect(open_storage(str(made.parent)), f"sqlite:///{made}")

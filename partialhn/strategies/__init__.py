@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from partialhn.config import Config
-from partialhn.model import Head, HeadStart
+from partialhn.networks.head import Head, HeadStart
 from partialhn.strategies.base import Strategy
 from partialhn.strategies.ewc import Ewc
 from partialhn.strategies.joint import Joint

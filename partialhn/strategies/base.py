@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from partialhn.batch import FeatureBatch
 from partialhn.errors import InputError
-from partialhn.model import Head, HeadStart, HeadWeights
-from partialhn.store import FeatureSet
+from partialhn.features.batches import FeatureBatch
+from partialhn.features.feature_set import FeatureSet
+from partialhn.networks.head import Head, HeadStart, HeadWeights
 
 LINEAR_RATE = 10.0
 """Times the learning rate where the head is one linear layer: at the rate that convolutions need it

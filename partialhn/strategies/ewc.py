@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partialhn.model import Head, HeadStart
-from partialhn.store import FeatureSet
+from partialhn.features.feature_set import FeatureSet
+from partialhn.networks.head import Head, HeadStart
 from partialhn.strategies.naive import Naive
 
 FISHER_IMAGES = 128

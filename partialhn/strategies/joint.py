@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from partialhn.errors import InputError
-from partialhn.store import FeatureSet
+from partialhn.features.feature_set import FeatureSet
 from partialhn.strategies.rehearsal import Drawn, Rehearsal
 
 

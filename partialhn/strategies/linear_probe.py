@@ -1,15 +1,15 @@
 """The least a trunk allows: a linear classifier for each task on its pooled features.
 
 Trained by the same loop as every other strategy, on features that batch norm standardises; folded
-when the task is done, so what remains is linear. `partialhn.probe` has the closed form that the
-gate uses.
+when the task is done, so what remains is linear. `partialhn.evaluation.linear_probe` has the closed
+form that the gate uses.
 """
 
 from typing import cast
 
 import torch
 
-from partialhn.model import Head, HeadStart, HeadWeights
+from partialhn.networks.head import Head, HeadStart, HeadWeights
 from partialhn.strategies.base import OwnNorm, Strategy
 
 

@@ -11,8 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from partialhn.batch import FeatureBatch
-from partialhn.model import Head, HeadStart
+from partialhn.features.batches import FeatureBatch
+from partialhn.networks.head import Head, HeadStart
 from partialhn.strategies.base import Classifier
 from partialhn.strategies.naive import Naive
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from partialhn.config import HypernetConfig
-from partialhn.drifting import AdditiveGenerator, BilinearGenerator
-from partialhn.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
-from partialhn.model import Head, HeadStart, HeadWeights
+from partialhn.networks.head import Head, HeadStart, HeadWeights
+from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
+from partialhn.networks.shared_generators import AdditiveGenerator, BilinearGenerator
 from partialhn.strategies.base import OwnNorm, Strategy
 
 LONG_RATE = 2.0

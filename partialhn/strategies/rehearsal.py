@@ -12,7 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from partialhn.batch import FeatureBatch
+from partialhn.features.batches import FeatureBatch
 from partialhn.strategies.base import Classifier
 from partialhn.strategies.naive import Naive
 

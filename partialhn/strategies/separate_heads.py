@@ -7,7 +7,7 @@ from typing import cast
 
 from torch import nn
 
-from partialhn.model import Head, HeadStart, HeadWeights
+from partialhn.networks.head import Head, HeadStart, HeadWeights
 from partialhn.strategies.base import OwnNorm, Strategy
 
 

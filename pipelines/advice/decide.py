@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from partialhn.backbone import STAGE_NAMES
-from partialhn.seeds import CONFIDENCE, Interval
+from partialhn.evaluation.intervals import CONFIDENCE, Interval
+from partialhn.networks.backbone import STAGE_NAMES
 from pipelines.search.settings import Objective
 from pipelines.search.state import Measured, TrialRecord
 

@@ -9,7 +9,7 @@ import optuna
 
 import partialhn
 from partialhn.config import Config
-from partialhn.seeds import Interval
+from partialhn.evaluation.intervals import Interval
 from pipelines.advice import words
 from pipelines.advice.decide import (
     FRONT,

@@ -26,7 +26,7 @@ class Doctor:
         import json
 
         from pipelines.doctor import examine, fields, lines
-        from pipelines.storage import open_storage
+        from pipelines.platform.storage import open_storage
 
         checks = examine(open_storage(self.storage), self.tracking_uri, self.compute)
         print(json.dumps(fields(checks), indent=1) if self.json else "\n".join(lines(checks)))

@@ -10,13 +10,12 @@ from partialhn.errors import InputError
 from pipelines.settings import Group, OutputConfig
 
 if TYPE_CHECKING:
-    from pipelines.storage import Storage
-
+    from pipelines.platform.storage import Storage
 
 
 def _storage(uri: str) -> "Storage":
     """The storage, asked once whether it can be read. Raises: InputError saying why not."""
-    from pipelines.storage import open_storage
+    from pipelines.platform.storage import open_storage
 
     storage = open_storage(uri)
     storage.check(write=False)
@@ -147,10 +146,11 @@ class PlanFeatures:
     """Where data sets that come from a library are kept."""
 
     def run(self) -> int:
-        from partialhn.backbone import Trunk, build_network
-        from partialhn.featurise import feature_jobs
-        from partialhn.plan import described, plan
-        from pipelines.data import open_data
+        from partialhn.features.cost import described, plan
+        from partialhn.features.extract import feature_jobs
+        from partialhn.networks.backbone import build_network
+        from partialhn.networks.trunk import Trunk
+        from pipelines.execution.open_data import open_data
 
         storage = _storage(self.storage)
         network = build_network(self.backbone.backbone, 2).eval()

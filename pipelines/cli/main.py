@@ -87,7 +87,7 @@ class Predict:
     """Keep a bounded sample of trunk features (no images) in the storage, for drift."""
 
     def run(self) -> None:
-        from pipelines.predict import predict_to_parquet
+        from pipelines.label_images import predict_to_parquet
 
         done = predict_to_parquet(self.model, self.task, self.input, self.output, self.storage,
                                   self.tracking_uri, self.on_bad_image, self.record)
@@ -124,7 +124,7 @@ class Report:
         from pipelines.report.page import render, write_page
 
         if self.pack:
-            from pipelines.packs.page import pack_page
+            from pipelines.benchmarks.page import pack_page
 
             path = Path(self.pack)
             html = pack_page(_read_result(path / "result.json" if path.is_dir() else path,
@@ -135,8 +135,8 @@ class Report:
 
     def _fields(self) -> dict[str, Any]:
         if self.result is None:
+            from pipelines.platform.storage import open_storage
             from pipelines.registry.client import connect
-            from pipelines.storage import open_storage
 
             return connect(open_storage(self.storage), self.tracking_uri,
                            create=False).result(self.name)

@@ -26,8 +26,8 @@ class Where:
 
     def registry(self) -> Any:
         """Connects; the stream's name is checked first."""
+        from pipelines.platform.storage import open_storage
         from pipelines.registry.client import connect
-        from pipelines.storage import open_storage
 
         check_name(self.name)
         return connect(open_storage(self.storage), self.tracking_uri, create=False)
@@ -42,8 +42,8 @@ class List(Where):
     """List all versions of a stream with aliases, accuracies and the gate's word."""
 
     def run(self) -> None:
+        from pipelines.cli.models_text import versions_text
         from pipelines.registry.models import overview
-        from pipelines.registry.models_text import versions_text
 
         self.show(overview(self.registry(), self.name), versions_text)
 
@@ -56,8 +56,8 @@ class ShowVersion(Where):
     """Version number, or an alias: champion, challenger, task-TASK."""
 
     def run(self) -> None:
+        from pipelines.cli.models_text import version_text
         from pipelines.registry.models import details
-        from pipelines.registry.models_text import version_text
 
         self.show(details(self.registry(), self.name, self.version), version_text)
 
@@ -67,8 +67,8 @@ class ShowHistory(Where):
     """Show who moved which alias when, from where to where, and why."""
 
     def run(self) -> None:
+        from pipelines.cli.models_text import history_text
         from pipelines.registry.models import moves
-        from pipelines.registry.models_text import history_text
 
         self.show(moves(self.registry(), self.name), history_text)
 
@@ -85,8 +85,8 @@ class Promote(Where):
     """Promote although the gate refused it."""
 
     def run(self) -> int:
+        from pipelines.cli.models_text import moved_text
         from pipelines.registry.models import RefusedError, promote
-        from pipelines.registry.models_text import moved_text
 
         try:
             found = promote(self.registry(), self.name, self.version, self.why, self.force)
@@ -107,8 +107,8 @@ class Rollback(Where):
     """Reason, for the history."""
 
     def run(self) -> None:
+        from pipelines.cli.models_text import moved_text
         from pipelines.registry.models import roll_back
-        from pipelines.registry.models_text import moved_text
 
         self.show(roll_back(self.registry(), self.name, self.to, self.why), moved_text)
 

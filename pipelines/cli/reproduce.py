@@ -8,9 +8,9 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from partialhn import __version__
+from partialhn.benchmarks.packs import SizeName, find_pack
 from partialhn.config import ComputeConfig
 from partialhn.errors import InputError
-from partialhn.packs import SizeName, find_pack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Reproduce:
         find_pack(self.pack)
 
     def run(self) -> int:
-        from partialhn.comparison import rows
-        from partialhn.packs import expected
-        from partialhn.reproduce import run_cells
-        from pipelines.packs.page import KEPT, pack_page
-        from pipelines.packs.plots import plots_svg
-        from pipelines.packs.table import table_csv, table_markdown, verdict
+        from partialhn.benchmarks.comparison import rows
+        from partialhn.benchmarks.packs import expected
+        from partialhn.benchmarks.reproduce import run_cells
+        from pipelines.benchmarks.page import KEPT, pack_page
+        from pipelines.benchmarks.plots import plots_svg
+        from pipelines.benchmarks.table import table_csv, table_markdown, verdict
 
         pack = find_pack(self.pack)
         out = Path(self.out or f"reproduce/{self.pack}-{self.size}")

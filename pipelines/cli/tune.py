@@ -38,7 +38,7 @@ class Tune:
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
 
     def run(self) -> None:
-        from pipelines.search.run import tune
+        from pipelines.tune.run import tune
 
         config = Config(self.data, self.backbone, self.features, self.hypernet,
                         dataclasses.replace(self.train, compare=()), self.compute)

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from partialhn.errors import InputError, IntegrityError
-from pipelines.lease import machine, start_of
-from pipelines.storage import Storage
+from pipelines.platform.lease import machine, start_of
+from pipelines.platform.storage import Storage
 
 SECONDS = 120.0
 """How long a record holds without a sign of life."""

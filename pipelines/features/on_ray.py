@@ -12,13 +12,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from partialhn.arithmetic import set_arithmetic
-from partialhn.backbone import Trunk
 from partialhn.errors import InputError
-from partialhn.featurise import Made, Pass, Place, each_shard
-from partialhn.store import parse_shard
+from partialhn.features.extract import Made, Pass, Place, each_shard
+from partialhn.features.manifest import parse_shard
+from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.trunk import Trunk
 from pipelines.features.produce import Run, open_store
-from pipelines.storage import Storage
+from pipelines.platform.storage import Storage
 
 ATTEMPTS = 3
 """Times the actors are started again after one of them died."""

@@ -1,7 +1,7 @@
 """Features of every task, computed once, a shard at a time, by whatever runs the shards.
 
 That is this process (`in_process`), or the actors of `pipelines.features.on_ray`. What a shard
-holds is decided by `partialhn.featurise`, so all write the same bytes.
+holds is decided by `partialhn.features.extract`, so all write the same bytes.
 """
 
 import copy
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from partialhn.backbone import Trunk
-from partialhn.cache import ShardCache
 from partialhn.config import ComputeConfig
-from partialhn.featurise import (
+from partialhn.features.cache import ShardCache
+from partialhn.features.cost import described, plan
+from partialhn.features.extract import (
     FeatureJob,
     Made,
     Pass,
@@ -25,10 +25,11 @@ from partialhn.featurise import (
     passes,
     places_of,
 )
-from partialhn.plan import described, plan
-from partialhn.store import FeatureStore, Manifest, Shard
+from partialhn.features.manifest import Manifest, Shard
+from partialhn.features.store import FeatureStore
+from partialhn.networks.trunk import Trunk
 from pipelines.features.in_use import InUse
-from pipelines.storage import Storage
+from pipelines.platform.storage import Storage
 
 Progress = Callable[[int, int], None]
 Run = Callable[[Storage, Trunk, Sequence[Pass], Sequence[Place]], Iterator[Made]]
@@ -59,7 +60,7 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
 
     Jobs may ask for several depths: `trunk` is as deep as the deepest or deeper, and each image
     is decoded and goes through it once for all of them. `say` gets what they will cost before
-    any is computed (`partialhn.plan`). `in_use` is told of their keys, so that
+    any is computed (`partialhn.features.cost`). `in_use` is told of their keys, so that
     none is pruned as long as it is held.
 
     Raises: InputError naming an image that cannot be read.

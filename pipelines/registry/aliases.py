@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
+from pipelines.platform.storage import Storage
 from pipelines.registry.history import Entry, History, Move, aliases
 from pipelines.registry.versions import is_ours
-from pipelines.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

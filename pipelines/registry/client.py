@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partialhn.data.experience import task_of
 from partialhn.errors import InputError
-from partialhn.stream import task_of
+from pipelines.platform.storage import Storage
 from pipelines.registry import package
 from pipelines.registry.aliases import Aliases
 from pipelines.registry.connection import open_client
@@ -36,7 +37,6 @@ from pipelines.registry.versions import (
     task_alias,
 )
 from pipelines.settings import mask_password
-from pipelines.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

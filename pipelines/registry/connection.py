@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
+from pipelines.platform.storage import Storage
 from pipelines.settings import mask_password
-from pipelines.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from partialhn.errors import IntegrityError
+from pipelines.platform.storage import Storage
 from pipelines.settings import check_name
-from pipelines.storage import Storage
 
 Kind = Literal["trained", "promoted", "rollback", "gate-rejected", "refresh", "reconcile"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)

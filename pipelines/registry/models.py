@@ -7,8 +7,8 @@ import dataclasses
 import json
 from typing import Any
 
+from partialhn.data.experience import task_of
 from partialhn.errors import InputError
-from partialhn.stream import task_of
 from pipelines.registry.aliases import Repair
 from pipelines.registry.client import Registry
 from pipelines.registry.history import Entry, Move, previous

@@ -36,7 +36,7 @@ class Contents:
     image: bytes
     """An encoded image of the task, for the input example."""
     sample: Path | None = None
-    """Test images with known answers, as `partialhn.sample` writes them."""
+    """Test images with known answers, as `partialhn.evaluation.answer_sample` writes them."""
 
 
 def write(path: Path, model: Any, contents: Contents) -> None:

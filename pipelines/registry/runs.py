@@ -4,21 +4,24 @@ Everything is found again by what it is (work, task), so a run that was interrup
 again makes nothing twice. MLflow is imported when first used: importing it takes seconds.
 """
 
+import csv
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
-from pipelines.registry.matrix import Matrix, matrix_csv
-from pipelines.storage import Storage
+from pipelines.platform.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MAX_PARAM = 6000
 """Characters MLflow keeps of a parameter; a longer one ends in its hash."""
+Matrix = Sequence[Sequence[float | None]]
+"""The accuracy matrix: R[i][j] is the accuracy on task j after learning task i."""
 _EPOCH_KEYS = ("loss", "cross_entropy", "regulariser", "accuracy", "validation_accuracy", "seconds")
 
 
@@ -158,3 +161,12 @@ def _parameter(value: Any) -> str:
         return text
     end = f"... sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}, whole in config.json"
     return text[:MAX_PARAM - len(end)] + end
+
+
+def matrix_csv(accuracy_matrix: Matrix, tasks: Sequence[str]) -> str:
+    """A row for each moment, a column for each task; empty where nothing was measured."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["after", *tasks])
+    writer.writerows([task, *row] for task, row in zip(tasks, accuracy_matrix, strict=True))
+    return text.getvalue()

@@ -100,8 +100,8 @@ def inspect(folder: Path) -> dict[str, Any]:
     import mlflow.pyfunc
     import pandas as pd
 
-    from partialhn.checkpoint import Model
-    from partialhn.sample import check_sample, read_sample
+    from partialhn.checkpoints.model import Model
+    from partialhn.evaluation.answer_sample import check_sample, read_sample
 
     sys.addaudithook(_no_pickle)
     weights = Model.load(package.artifact(folder, "checkpoint")).weights_hash()

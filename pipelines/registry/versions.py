@@ -36,7 +36,7 @@ class Registration:
     storage: str
     """Where the features lie: <storage>/features/<key>."""
     prefix: str
-    """Names the model after this task (`partialhn.chain`): one version for each."""
+    """Names the model after this task (`partialhn.training.lineage`): one version for each."""
     parent: str
     """The prefix that it was learned from; empty for a first task."""
 

@@ -122,7 +122,6 @@ def cost(facts: Facts) -> str:
                                            for k in range(0, len(figures), 2)])
 
 
-
 def _stage_figure(facts: Facts) -> str:
     stages = dig(facts.result, "seconds", "stages") or {}
     known = [(name, float(stages[name])) for name in
@@ -143,7 +142,6 @@ def _stage_figure(facts: Facts) -> str:
                   + (f" Of the training, {duration(own)} were ours, the rest the bounds and the "
                      "workers' start."
                      if beside else ""))
-
 
 
 def _per_task_figure(facts: Facts) -> str:
@@ -168,7 +166,6 @@ def _per_task_figure(facts: Facts) -> str:
                   "evaluating does, since every known task is tested again.")
 
 
-
 def _frozen_figure(facts: Facts) -> str:
     trunk, head = dig(facts.result, "macs", "trunk"), dig(facts.result, "macs", "head")
     if trunk is None or head is None or trunk + head <= 0:
@@ -185,7 +182,6 @@ def _frozen_figure(facts: Facts) -> str:
     return figure("Computation per image, in millions of multiply-adds", drawing,
                   f"The frozen {share:.0%} of the network runs once per image and view, and its "
                   "result is stored; every epoch pays for the rest alone.")
-
 
 
 def _bytes_table(facts: Facts) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from partialhn import metrics
 from partialhn.errors import InputError
+from partialhn.evaluation import metrics
 
 FORGETTING_LIMIT = 0.01
 GAP_LIMIT = 0.02

@@ -44,7 +44,6 @@ def task_by_task(facts: Facts) -> str:
                    listing, _bad_images(facts))
 
 
-
 def _heat_figure(facts: Facts) -> str:
     table_TT, n_tasks = facts.accuracy_TT, len(facts.tasks)
     drawing = charts.heat_map(
@@ -56,7 +55,6 @@ def _heat_figure(facts: Facts) -> str:
                   "A column shows one task through time, from the diagonal (just learned) down to "
                   "the last row (now). An even column means nothing was lost.", css,
                   natural=96 + 30 * n_tasks if css else 0)
-
 
 
 def _line_figure(facts: Facts) -> str:
@@ -90,7 +88,6 @@ def _line_figure(facts: Facts) -> str:
     return figure("Accuracy of each task over time", drawing, caption)
 
 
-
 def _forgotten_figure(facts: Facts) -> str:
     drops = facts.metrics.forgetting_per_task
     order = list(range(len(drops) - 1))
@@ -113,7 +110,6 @@ def _forgotten_figure(facts: Facts) -> str:
                   "image in a hundred; the mean may reach the dashed line." + rest)
 
 
-
 def _bad_images(facts: Facts) -> str:
     if not facts.bad_images:
         return ""
@@ -130,7 +126,6 @@ def _best(facts: Facts, j: int) -> float:
     return float(facts.accuracy_TT[j:, j].max())
 
 
-
 def _task_table(facts: Facts) -> str:
     rows = []
     for j, (name, task) in enumerate(zip(facts.tasks, facts.details, strict=True)):
@@ -145,7 +140,6 @@ def _task_table(facts: Facts) -> str:
                      percent(facts.accuracy_TT[-1, j])])
     return data_table(["Task and classes", "Images: train / test", "When learned", "At the end"],
                       rows)
-
 
 
 def bounds(facts: Facts) -> str:

@@ -147,7 +147,6 @@ def _cost(facts: Facts) -> str:
     return cost
 
 
-
 def _cautions(facts: Facts) -> tuple[str, ...]:
     found = []
     if refused := facts.result.get("challenger"):

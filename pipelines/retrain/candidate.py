@@ -7,18 +7,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from partialhn import chain, checkpoint
-from partialhn.checkpoint import Model
+from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints.model import Model
 from partialhn.config import Config
-from partialhn.datasets import decode_images
+from partialhn.data.decode import decode_images
+from partialhn.data.experience import Experience, refreshed, task_of
 from partialhn.errors import IntegrityError
-from partialhn.metrics import StreamMetrics, summarise
+from partialhn.evaluation.answer_sample import write_sample
+from partialhn.evaluation.linear_probe import linear_probe
+from partialhn.evaluation.metrics import StreamMetrics, summarise
 from partialhn.predict import Predictor
-from partialhn.probe import linear_probe
-from partialhn.sample import write_sample
-from partialhn.slots import Slot, open_features
-from partialhn.stream import Experience, refreshed, task_of
-from partialhn.train import evaluate
+from partialhn.training import lineage
+from partialhn.training.experience import evaluate
+from partialhn.training.slots import Slot, open_features
 from pipelines.registry.client import Placing
 from pipelines.registry.package import Contents
 from pipelines.registry.versions import Registration, Version
@@ -31,7 +32,7 @@ WORK = "retrain"
 MAX_EXAMPLE = 32 * 1024
 
 
-def gate_facts(held: Held, slots: Sequence[Slot], learned: Sequence[chain.Learned],
+def gate_facts(held: Held, slots: Sequence[Slot], learned: Sequence[lineage.Learned],
                policy: Policy) -> GateFacts:
     """What was measured of the last of the slots, on every task's test images.
 
@@ -49,7 +50,7 @@ def gate_facts(held: Held, slots: Sequence[Slot], learned: Sequence[chain.Learne
         store = held.store
         old = refreshed(names, last)
         if old is not None:
-            copy = chain.fetch_model(held.storage.filesystem, held.folder, learned[last].prefix,
+            copy = lineage.fetch_model(held.storage.filesystem, held.folder, learned[last].prefix,
                                      Path(scratch) / "model")
             test = open_features(store, slots, ())[last].test
             before[task] = evaluate(Model.load(copy).strategy, old, test)
@@ -87,14 +88,14 @@ def example_of(experience: Experience, config: Config) -> str:
 def keep_sample(held: Held, prefix: str, experience: Experience) -> None:
     """Keeps test images of a task with the answers of its model, for whoever verifies it later."""
     with tempfile.TemporaryDirectory() as scratch:
-        copy = chain.fetch_model(held.storage.filesystem, held.folder, prefix,
+        copy = lineage.fetch_model(held.storage.filesystem, held.folder, prefix,
                                  Path(scratch) / "model")
         sample = Path(scratch) / "sample.parquet"
         write_sample(sample, Predictor.load(copy), [experience])
         held.storage.put_if_absent(held.sample(prefix), sample.read_bytes())
 
 
-def summary_of(learned: Sequence[chain.Learned]) -> StreamMetrics:
+def summary_of(learned: Sequence[lineage.Learned]) -> StreamMetrics:
     """The metrics of a chain of tasks."""
     rows = [each.record.accuracy_row for each in learned]
     return summarise([[*row, *[None] * (len(rows) - len(row))] for row in rows])
@@ -103,7 +104,7 @@ def summary_of(learned: Sequence[chain.Learned]) -> StreamMetrics:
 def register(held: Held, decided: Sequence[Decided], new: Decided) -> Version:
     """The version of a decided task, promoted where the gate let it pass; made once."""
     tasks = chain_to(decided, new.prefix)
-    learned = chain.find(held.storage.filesystem, held.folder, [each.prefix for each in tasks])
+    learned = lineage.find(held.storage.filesystem, held.folder, [each.prefix for each in tasks])
     if len(learned) != len(tasks):
         raise IntegrityError(f"the model of {new.slot} is decided and not at {held.folder}: of "
                              f"{len(tasks)} tasks {len(learned)} are there")
@@ -114,7 +115,7 @@ def register(held: Held, decided: Sequence[Decided], new: Decided) -> Version:
     run = registry.task_run(parent, new.slot, index, new.prefix)
     registry.log_task(run, [dataclasses.asdict(each) for each in learned[-1].epochs], metrics)
     with tempfile.TemporaryDirectory() as scratch:
-        copy = chain.fetch_model(held.storage.filesystem, held.folder, new.prefix,
+        copy = lineage.fetch_model(held.storage.filesystem, held.folder, new.prefix,
                                  Path(scratch) / "model")
         sample = Path(scratch) / "sample.parquet"
         sample.write_bytes(held.storage.read_bytes(held.sample(new.prefix)))

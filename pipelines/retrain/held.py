@@ -2,18 +2,18 @@
 
 import dataclasses
 
-from partialhn.backbone import Network, supplied_network
 from partialhn.config import Config
 from partialhn.errors import InputError
-from partialhn.pretrain import stored_network
-from partialhn.result import Clock
-from partialhn.store import FeatureStore
+from partialhn.features.store import FeatureStore
+from partialhn.networks.backbone import Network, supplied_network
+from partialhn.training.pretrain import stored_network
+from partialhn.training.result import Clock
 from pipelines.features.produce import open_store
-from pipelines.lease import Lease
-from pipelines.progress import Progress
+from pipelines.platform.lease import Lease
+from pipelines.platform.progress import Progress
+from pipelines.platform.storage import Storage
 from pipelines.registry.client import Registry
 from pipelines.retrain.journal import Journal
-from pipelines.storage import Storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Held:
 
     @property
     def folder(self) -> str:
-        """Where the models after each task are (`partialhn.chain`)."""
+        """Where the models after each task are (`partialhn.training.lineage`)."""
         return self.storage.path("runs", self.stream, "learned")
 
     @property

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from partialhn.readers import PARTS
-from pipelines.files import Entry
-from pipelines.storage import Storage
+from partialhn.data.layout import PARTS
+from pipelines.platform.local_files import Entry
+from pipelines.platform.storage import Storage
 
 READY, REJECTED, DECLARATION = "_READY", "_REJECTED.json", "task.yaml"
 _MARKERS = (READY, REJECTED)

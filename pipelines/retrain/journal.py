@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from partialhn.errors import IntegrityError
-from partialhn.featurise import Split
-from partialhn.slots import Slot
-from partialhn.store import FeatureRecipe, FeatureStore
-from pipelines.lease import Lease, LeaseLostError
+from partialhn.features.extract import Split
+from partialhn.features.manifest import FeatureRecipe
+from partialhn.features.store import FeatureStore
+from partialhn.training.slots import Slot
+from pipelines.platform.lease import Lease, LeaseLostError
+from pipelines.platform.storage import Storage
 from pipelines.settings import check_name
-from pipelines.storage import Storage
 
 FORMAT = 1
 _FILE = re.compile(r"(\d{8})\.json")
@@ -41,7 +42,7 @@ class Decided:
     policy: str
     """Of the policy that decided: a changed one decides anew."""
     prefix: str
-    """Names the model after this task (`partialhn.chain`)."""
+    """Names the model after this task (`partialhn.training.lineage`)."""
     parent: str
     network: str
     """Name of the stored network that the trunk was cut from; empty for a supplied one."""

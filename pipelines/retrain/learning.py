@@ -3,14 +3,15 @@
 import dataclasses
 from collections.abc import Sequence
 
-from partialhn import chain
-from partialhn.chain import prefixes_of
+from partialhn.data.experience import task_of
 from partialhn.errors import InputError
-from partialhn.featurise import feature_jobs
-from partialhn.pretrain import network_key
+from partialhn.features.extract import feature_jobs
 from partialhn.run import Parts, cut
-from partialhn.slots import Slot, slots_of
-from partialhn.stream import task_of
+from partialhn.training import lineage
+from partialhn.training.lineage import prefixes_of
+from partialhn.training.pretrain import network_key
+from partialhn.training.slots import Slot, slots_of
+from pipelines.execution.choose import open_stages
 from pipelines.retrain.candidate import (
     example_of,
     feature_seconds,
@@ -24,7 +25,6 @@ from pipelines.retrain.inbox import Inbox
 from pipelines.retrain.journal import Decided
 from pipelines.retrain.outcome import Pass
 from pipelines.retrain.validate import Checked, write_hashes
-from pipelines.stages.choose import open_stages
 
 
 class Learning:
@@ -88,7 +88,7 @@ class Learning:
         return slots + slots_of(experiences, jobs, manifests)
 
     def _decide_all(self, waiting: list[Checked], slots: Sequence[Slot],
-                    learned: Sequence[chain.Learned], network: str) -> list[Checked]:
+                    learned: Sequence[lineage.Learned], network: str) -> list[Checked]:
         """Gates the learned tasks in order; returns those behind one that was stopped."""
         first = len(slots) - len(waiting)
         for offset, each in enumerate(waiting):
@@ -114,7 +114,7 @@ class Learning:
         return []
 
     def _decide(self, checked: Checked, slots: Sequence[Slot],
-                learned: Sequence[chain.Learned], network: str) -> Decided:
+                learned: Sequence[lineage.Learned], network: str) -> Decided:
         held, experience, slot = self.held, checked.experience, slots[-1]
         assert experience is not None
         write_hashes(held.storage, held.hashes(experience.fingerprint), checked.hashes)

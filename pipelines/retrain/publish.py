@@ -4,10 +4,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from partialhn import chain
-from partialhn.checkpoint import Model
-from partialhn.result import model_sizes, peak_rss_bytes, result_fields
+from partialhn.checkpoints.model import Model
 from partialhn.run import cut
+from partialhn.training import lineage
+from partialhn.training.result import model_sizes, peak_rss_bytes, result_fields
 from pipelines.registry.versions import CHAMPION
 from pipelines.report.page import write_report
 from pipelines.retrain.candidate import WORK
@@ -27,10 +27,10 @@ def publish(held: Held, base: Sequence[Decided]) -> None:
     parts = cut(held.config, held.network(base[0].network))
     slots = [each.with_features(store) for each in base]
     prefixes = [each.prefix for each in base]
-    learned = chain.find(held.storage.filesystem, held.folder, prefixes)
-    outcome = chain.outcome_of(learned)
+    learned = lineage.find(held.storage.filesystem, held.folder, prefixes)
+    outcome = lineage.outcome_of(learned)
     with tempfile.TemporaryDirectory() as scratch:
-        copy = chain.fetch_model(held.storage.filesystem, held.folder, prefixes[-1],
+        copy = lineage.fetch_model(held.storage.filesystem, held.folder, prefixes[-1],
                                  Path(scratch) / "model")
         model = Model.load(copy)
         size = sum(file.stat().st_size for file in copy.iterdir())

@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from partialhn.config import Config, build, load_config
+from partialhn.data.experience import task_of
 from partialhn.errors import InputError, IntegrityError
 from partialhn.presets import preset
-from partialhn.result import Clock
 from partialhn.run import check
-from partialhn.stream import task_of
-from pipelines.lease import Lease, LeaseLostError
-from pipelines.progress import Progress
+from partialhn.training.result import Clock
+from pipelines.platform.lease import Lease, LeaseLostError
+from pipelines.platform.progress import Progress
+from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Registry, connect
 from pipelines.registry.versions import CHAMPION, Version
 from pipelines.retrain.candidate import register
@@ -35,7 +36,6 @@ from pipelines.retrain.outcome import Pass
 from pipelines.retrain.publish import publish, published
 from pipelines.retrain.validate import ArrivalPolicy, Checked, check_arrival, read_hashes
 from pipelines.settings import RetrainConfig
-from pipelines.storage import Storage, open_storage
 
 Say = Callable[[str], None]
 

@@ -20,14 +20,16 @@ import pyarrow.parquet as pq
 import yaml
 
 from partialhn.config import DataConfig, build
-from partialhn.corruptions import parse
-from partialhn.datasets import decode_images, given_experience
+from partialhn.data.corruptions import parse
+from partialhn.data.datasets import given_experience
+from partialhn.data.decode import decode_images
+from partialhn.data.experience import Experience
+from partialhn.data.image_table import ImageTable
+from partialhn.data.layout import read_sets
 from partialhn.errors import InputError, IntegrityError
-from partialhn.featurise import SPLITS
-from partialhn.readers import read_sets
-from partialhn.stream import Experience, ImageTable
+from partialhn.features.extract import SPLITS
+from pipelines.platform.storage import Storage
 from pipelines.retrain.inbox import DECLARATION, Arrival, Problem
-from pipelines.storage import Storage
 
 MAX_LISTED = 10
 MAX_DECLARATION = 1 << 20

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from partialhn.config import Config
+from partialhn.data.experience import Experience
 from partialhn.errors import InputError
 from partialhn.run import check
-from partialhn.stream import Experience
 from pipelines.search.settings import SearchConfig, parse_budget
 from pipelines.search.space import Space
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import pyarrow.fs as pafs
 
 from partialhn.errors import IntegrityError
-from pipelines.storage import Storage
+from pipelines.platform.storage import Storage
 
 FORMAT = 1
 READERS = 16

@@ -11,20 +11,21 @@ from typing import Any
 
 import torch
 
-from partialhn.arithmetic import set_arithmetic
-from partialhn.backbone import Network, Trunk, build_network
 from partialhn.config import Config
-from partialhn.datasets import decode
-from partialhn.featurise import SPLITS, feature_jobs
-from partialhn.forecast import ProbeTask, forecast, pooled, task_shift
-from partialhn.store import Manifest
-from partialhn.stream import Experience
-from partialhn.train import network_optimiser, train_network
+from partialhn.data.decode import decode
+from partialhn.data.experience import Experience
+from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shift
+from partialhn.features.extract import SPLITS, feature_jobs
+from partialhn.features.manifest import Manifest
+from partialhn.networks.backbone import Network, build_network
+from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.trunk import Trunk
+from partialhn.training.pretrain import network_optimiser, train_network
 from pipelines.features.in_use import InUse
 from pipelines.features.on_ray import on_ray
 from pipelines.features.produce import compute_features
+from pipelines.platform.storage import Storage
 from pipelines.search.trial import Bench, Place, open_features
-from pipelines.storage import Storage
 
 TIMED_IMAGES = 512
 
@@ -58,7 +59,7 @@ def depth_features(storage: Storage, network: Network, config: Config,
 
 
 def forecast_depths(bench: Bench) -> list[dict[str, Any]]:
-    """`partialhn.forecast` on the first two tasks of the bench, as plain values."""
+    """`partialhn.evaluation.forecast` on the first two tasks of the bench, as plain values."""
     set_arithmetic(bench.threads)
     depths = sorted({depth for depth, _, _ in bench.manifests})
     stages = forecast({depth: (_probe_task(bench, depth, 0), _probe_task(bench, depth, 1))

@@ -16,19 +16,22 @@ from typing import Any
 
 import torch
 
-from partialhn import checkpoint
-from partialhn.arithmetic import set_arithmetic
-from partialhn.backbone import Network
+from partialhn.checkpoints import checkpoint
 from partialhn.config import ComputeConfig, Config
 from partialhn.errors import InputError
+from partialhn.features.feature_set import FeatureSet
+from partialhn.features.manifest import Manifest
+from partialhn.networks.backbone import Network
+from partialhn.networks.precision import set_arithmetic
 from partialhn.run import Parts, cut
-from partialhn.steps import recorder_for
-from partialhn.store import FeatureSet, Manifest
 from partialhn.strategies import PartialHypernet, Strategy
-from partialhn.train import Learner, TaskFeatures, TaskRecord, evaluate
+from partialhn.training.experience import TaskFeatures, evaluate
+from partialhn.training.learner import Learner
+from partialhn.training.records import TaskRecord
+from partialhn.training.steps import recorder_for
 from pipelines.features.produce import open_store
+from pipelines.platform.storage import Storage
 from pipelines.search.state import Measured, TrialPlan
-from pipelines.storage import Storage
 
 STATE_SECONDS = 10.0
 """A killed trial loses at most the epochs of this time, or the running one."""

@@ -23,16 +23,16 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 
-from partialhn.arithmetic import set_arithmetic
 from partialhn.errors import InputError
+from partialhn.networks.precision import set_arithmetic
 from partialhn.predict import Answer
-from pipelines.cluster import start_ray
 from pipelines.features.on_ray import without_lines
+from pipelines.platform.cluster import start_ray
+from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.serving.http import Limits, Metrics, Reply, build_app
 from pipelines.serving.live import Recorder
 from pipelines.serving.model import ModelSource, RegistrySource, ServedModel
-from pipelines.storage import open_storage
 
 MAX_BATCH = 64
 """Images in one batch."""

@@ -21,15 +21,16 @@ import numpy as np
 import torch
 
 from partialhn.config import ComputeConfig
+from partialhn.data.experience import task_of
 from partialhn.errors import InputError
-from partialhn.store import FeatureStore, Manifest
-from partialhn.stream import task_of
+from partialhn.features.manifest import Manifest
+from partialhn.features.store import FeatureStore
 from partialhn.task_inference import NONE, pooled
 from pipelines.features.produce import open_store
+from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Registry, connect
 from pipelines.registry.versions import Version
 from pipelines.serving.live import Live, read_live
-from pipelines.storage import Storage, open_storage
 
 COMPONENTS = 16
 REFERENCE_ROWS = 2048

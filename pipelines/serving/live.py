@@ -27,7 +27,7 @@ import torch
 from partialhn.errors import IntegrityError
 from partialhn.predict import Answer
 from partialhn.task_inference import NONE, pooled
-from pipelines.storage import Storage
+from pipelines.platform.storage import Storage
 
 CAPACITY = 512
 """Rows of a task in one writer's file."""

@@ -16,12 +16,12 @@ from typing import Any, Protocol
 
 import torch
 
-from partialhn.datasets import decode_images
+from partialhn.data.decode import decode_images
 from partialhn.errors import InputError
 from partialhn.predict import Answer, Predictor
 from partialhn.task_inference import AUTO
+from pipelines.platform.storage import open_storage
 from pipelines.registry.client import Registry, connect
-from pipelines.storage import open_storage
 
 log = logging.getLogger("partialhn.serving")
 LONGEST_WAIT = 300.0

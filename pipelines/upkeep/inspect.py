@@ -4,11 +4,12 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 
-from partialhn.cache import CHUNK, check_content
 from partialhn.errors import InputError, IntegrityError
-from partialhn.store import FeatureRecipe, FeatureStore, Manifest, Shard
+from partialhn.features.cache import CHUNK, check_content
+from partialhn.features.manifest import FeatureRecipe, Manifest, Shard
+from partialhn.features.store import FeatureStore
 from pipelines.features.produce import open_store
-from pipelines.storage import Storage
+from pipelines.platform.storage import Storage
 from pipelines.upkeep.prune import age_text, stored
 from pipelines.upkeep.references import References
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from partialhn.errors import InputError
 from pipelines.features.in_use import InUse, clear
-from pipelines.files import Entry
-from pipelines.storage import Storage
+from pipelines.platform.local_files import Entry
+from pipelines.platform.storage import Storage
 from pipelines.upkeep.references import References, running
 
 UNFINISHED_SECONDS = 24 * 3600.0

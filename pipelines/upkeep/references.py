@@ -3,12 +3,12 @@
 import json
 
 from partialhn.errors import InputError
-from partialhn.store import FeatureRecipe
+from partialhn.features.manifest import FeatureRecipe
 from pipelines.features.in_use import records
+from pipelines.platform.storage import Storage
 from pipelines.registry.client import Registry
 from pipelines.retrain.journal import Journal
 from pipelines.settings import mask_password
-from pipelines.storage import Storage
 
 References = dict[str, list[str]]
 """By key of a set of features: who refers to it, in words."""

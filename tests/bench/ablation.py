@@ -12,10 +12,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from partialhn.benchmarks.packs import Cell, find_pack
+from partialhn.benchmarks.reproduce import run_cells
 from partialhn.config import ComputeConfig, Config
-from partialhn.packs import Cell, find_pack
-from partialhn.reproduce import run_cells
-from partialhn.seeds import Interval, paired
+from partialhn.evaluation.intervals import Interval, paired
 
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
     "default": {},

@@ -21,13 +21,17 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from partialhn.arithmetic import set_arithmetic
-from partialhn.backbone import build_network, split
-from partialhn.batches import ResidentBatches, Workers
 from partialhn.config import BackboneConfig, Config, TrainConfig
+from partialhn.features.batches import ResidentBatches, Workers
+from partialhn.features.feature_set import FeatureSet
+from partialhn.features.manifest import FeatureRecipe
+from partialhn.features.store import FeatureStore
+from partialhn.networks.backbone import build_network
+from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.trunk import split
 from partialhn.run import cut
-from partialhn.steps import Objective, Steps, learning_rates, make_optimiser, recorder_for
-from partialhn.store import FeatureRecipe, FeatureSet, FeatureStore
+from partialhn.training.optimiser import learning_rates, make_optimiser
+from partialhn.training.steps import Objective, Steps, recorder_for
 
 IMAGES, CLASSES, VIEWS = 5000, 10, 2
 A_MINUTE, OF_THE_FLOOR = 20_000, 0.6

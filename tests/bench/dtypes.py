@@ -21,17 +21,17 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from rows import compare
 
-from partialhn.arithmetic import set_arithmetic
-from partialhn.batches import Workers, epoch_batches
-from partialhn.cache import SETTLED_SECONDS
 from partialhn.config import Compression, Config, FeatureDtype
-from partialhn.datasets import open_stream
-from partialhn.featurise import feature_jobs, precompute
+from partialhn.data.datasets import open_stream
+from partialhn.features.batches import Workers, epoch_batches
+from partialhn.features.cache import SETTLED_SECONDS
+from partialhn.features.extract import feature_jobs, precompute
+from partialhn.features.store import FeatureStore
+from partialhn.networks.precision import set_arithmetic
 from partialhn.presets import preset
-from partialhn.pretrain import fit_network, load_network
 from partialhn.run import collect, cut
-from partialhn.store import FeatureStore
-from partialhn.train import Learner
+from partialhn.training.learner import Learner
+from partialhn.training.pretrain import fit_network, load_network
 
 BASE = ("float16", "none")
 """What the others' reading time is held against: the default."""

@@ -28,26 +28,23 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from rows import clock, compare, row, say, write
 
-from partialhn.arithmetic import set_arithmetic
-from partialhn.backbone import build_network, split
-from partialhn.batches import Workers, epoch_batches
-from partialhn.cache import SETTLED_SECONDS
 from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig, FeatureConfig
-from partialhn.datasets import decode, open_stream
-from partialhn.featurise import (
-    MICRO_BATCH,
-    each_shard,
-    feature_jobs,
-    places_of,
-    precompute,
-)
+from partialhn.data.augment import augment
+from partialhn.data.datasets import open_stream
+from partialhn.data.decode import decode
+from partialhn.features.batches import Workers, epoch_batches
+from partialhn.features.cache import SETTLED_SECONDS
+from partialhn.features.extract import each_shard, feature_jobs, places_of, precompute
+from partialhn.features.store import FeatureStore
+from partialhn.networks.backbone import build_network
+from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.trunk import MICRO_BATCH, split
 from partialhn.run import cut
-from partialhn.store import FeatureStore
-from partialhn.train import Learner, TaskFeatures
-from partialhn.views import augment
+from partialhn.training.experience import TaskFeatures
+from partialhn.training.learner import Learner
 from pipelines.features.produce import open_store
-from pipelines.s3 import s3_client
-from pipelines.storage import open_storage
+from pipelines.platform.s3 import s3_client
+from pipelines.platform.storage import open_storage
 
 CONFIG = Config(DataConfig(tasks=1), BackboneConfig(freeze_depth=3),
                 FeatureConfig(shard_rows=256))

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from partialhn.backbone import build_network
 from partialhn.config import BackboneConfig, Config, DataConfig
-from partialhn.datasets import decode_images, open_stream
+from partialhn.data.datasets import open_stream
+from partialhn.data.decode import decode_images
+from partialhn.networks.backbone import build_network
 from partialhn.predict import Predictor
 from partialhn.run import cut
 from partialhn.task_inference import best_task, contenders, entropies, pooled, scores

@@ -14,8 +14,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from partialhn.backbone import build_network, split
-from partialhn.model import Head
+from partialhn.networks.backbone import build_network
+from partialhn.networks.head import Head
+from partialhn.networks.trunk import split
 
 EMBEDDING, HIDDEN, CHANNEL = 32, (50, 32), 32
 BETA, RATE = 0.5, 1e-3

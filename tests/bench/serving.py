@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from partialhn.backbone import Trunk, build_network
-from partialhn.checkpoint import Model, TaskInfo
+from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig
+from partialhn.networks.backbone import build_network
+from partialhn.networks.trunk import Trunk
 from partialhn.predict import Answer, Predictor
 from partialhn.run import cut
 from partialhn.strategies import STRATEGIES
 from partialhn.task_inference import TaskInference
-from pipelines.cluster import start_ray
+from pipelines.platform.cluster import start_ray
 from pipelines.serving.app import ServeOptions, bind, running
 
 SIZE, TASKS, CLASSES, MOST = 64, 10, 10, 20_000

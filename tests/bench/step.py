@@ -18,12 +18,14 @@ from published import BETA, PublishedStep
 from rows import compare, row, say, write
 from torch import nn
 
-from partialhn.arithmetic import set_arithmetic
-from partialhn.backbone import build_network, split
 from partialhn.config import HypernetConfig, TrainConfig
-from partialhn.model import Head, head_start
-from partialhn.steps import Objective, make_optimiser
+from partialhn.networks.backbone import build_network
+from partialhn.networks.head import Head, head_start
+from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.trunk import split
 from partialhn.strategies import PartialHypernet
+from partialhn.training.optimiser import make_optimiser
+from partialhn.training.steps import Objective
 
 CLASSES, BATCH = 10, 64
 TASKS = (0, 1, 10, 100)

@@ -34,11 +34,11 @@ from sklearn.datasets import load_digits
 from partialhn.config import ComputeConfig, Config
 from partialhn.run import run_stream
 from pipelines.features.produce import open_store
-from pipelines.lease import Lease
+from pipelines.platform.lease import Lease
+from pipelines.platform.s3 import s3_client
+from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.retrain.journal import Journal
-from pipelines.s3 import s3_client
-from pipelines.storage import open_storage
 
 TASKS = {"a": (0, 1), "b": (2, 3), "c": (4, 5)}
 CONFIG = {

@@ -20,8 +20,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from pipelines.platform.storage import open_storage
 from pipelines.search.state import SearchState
-from pipelines.storage import open_storage
 
 STREAM = ("--data", "digits", "--tasks", "3", "--input-size", "16", "--trunk-epochs", "1",
           "--trunk-batch-size", "32", "--augment", "crop", "--shard-rows", "500",

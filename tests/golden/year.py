@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.registry.history import Move
 from pipelines.retrain.run import retrain
 from pipelines.settings import RetrainConfig
-from pipelines.storage import open_storage
 
 CONFIG = {
     "data": {"data": "inbox", "input_size": 32}, "hypernet": {"fresh_columns": 8},

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines import cluster
+from pipelines.platform import cluster
 
 
 @pytest.fixture(autouse=True)

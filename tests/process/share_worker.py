@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from partialhn.batches import Workers
 from partialhn.errors import InputError
-from pipelines.stages.worker import Worker
+from partialhn.features.batches import Workers
+from pipelines.execution.worker import Worker
 
 
 class Host:

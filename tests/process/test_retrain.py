@@ -14,12 +14,12 @@ from sklearn.datasets import load_digits
 
 from partialhn.config import Config
 from partialhn.run import run_stream
+from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.retrain import learning
 from pipelines.retrain.journal import Journal
 from pipelines.retrain.run import retrain
 from pipelines.settings import RetrainConfig
-from pipelines.storage import open_storage
 
 CONFIG = Config.from_dict({
     "data": {"data": "inbox", "input_size": 16},

@@ -6,17 +6,16 @@ import types
 import pytest
 import torch
 
-from partialhn import checkpoint
+from partialhn.checkpoints import checkpoint
 from partialhn.config import ComputeConfig, Config
 from partialhn.errors import InputError
-from pipelines import cluster
-from pipelines.cluster import needs_ray
-from pipelines.progress import Progress
-from pipelines.stages import choose as stages
-from pipelines.stages.choose import open_stages
-from pipelines.stages.in_process import ProcessStages
-from pipelines.stages.worker_process import ProcessHost
-from pipelines.storage import open_storage
+from pipelines.execution import choose as stages
+from pipelines.execution.choose import open_stages
+from pipelines.execution.local import ProcessHost, ProcessStages
+from pipelines.platform import cluster
+from pipelines.platform.cluster import needs_ray
+from pipelines.platform.progress import Progress
+from pipelines.platform.storage import open_storage
 
 
 @pytest.mark.parametrize(("options", "needed"), [

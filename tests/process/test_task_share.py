@@ -12,22 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from partialhn import chain
-from partialhn.chain import prefixes_of
-from partialhn.checkpoint import Model
+from partialhn.checkpoints.model import Model
 from partialhn.config import Config
-from partialhn.featurise import feature_jobs
-from partialhn.result import Outcome
+from partialhn.features.extract import feature_jobs
 from partialhn.run import cut, with_strategy
-from partialhn.slots import open_features, slots_of
-from partialhn.train import Learner
-from pipelines.data import open_data
+from partialhn.training import lineage
+from partialhn.training.learner import Learner
+from partialhn.training.lineage import prefixes_of
+from partialhn.training.result import Outcome
+from partialhn.training.slots import open_features, slots_of
+from pipelines.execution.choose import open_stages
+from pipelines.execution.open_data import open_data
+from pipelines.execution.task_share import Place
+from pipelines.execution.worker import Assignment
 from pipelines.features.produce import open_store
-from pipelines.progress import Progress
-from pipelines.stages.choose import open_stages
-from pipelines.stages.task_share import Place
-from pipelines.stages.worker import Assignment
-from pipelines.storage import open_storage
+from pipelines.platform.progress import Progress
+from pipelines.platform.storage import open_storage
 
 CONFIG = Config.from_dict({
     "data": {"data": "digits", "tasks": 5, "input_size": 16},
@@ -70,7 +70,7 @@ class Ready:
 
 
 def learned_hash(assignment: Assignment, scratch: Path) -> str:
-    chain.fetch_model(assignment.storage.filesystem, assignment.folder, assignment.prefixes[-1],
+    lineage.fetch_model(assignment.storage.filesystem, assignment.folder, assignment.prefixes[-1],
                       scratch)
     return Model.load(scratch).weights_hash()
 

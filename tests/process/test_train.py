@@ -15,12 +15,12 @@ import yaml
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.run import run_stream
+from pipelines.execution import local
 from pipelines.features.in_use import records
+from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.retrain.run import retrain
 from pipelines.settings import OutputConfig, RetrainConfig
-from pipelines.stages import in_process
-from pipelines.storage import open_storage
 from pipelines.train import train
 
 CONFIG = Config.from_dict({
@@ -31,7 +31,7 @@ CONFIG = Config.from_dict({
     "compute": {"threads": 1}})
 COMMAND = """
 import sys
-from pipelines.stages import worker, worker_process
+from pipelines.execution import local, worker
 from pipelines.cli.main import run
 {change}
 code = run(sys.argv[1:])
@@ -40,17 +40,17 @@ sys.exit(code)
 """
 KILL = """
 worker.SECONDS = 0.0  # a state after every epoch
-send = worker_process.ProcessHost.send
+send = local.ProcessHost.send
 def killed(self, strategy, record):
     send(self, strategy, record)
     if (strategy, record.task_index, getattr(record, "epoch", 0)) == {place}:
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
-worker_process.ProcessHost.send = killed
+local.ProcessHost.send = killed
 """
 FAR_DEVICE = """
 import runpy, torch
-from pipelines.stages.in_process import ProcessStages
+from pipelines.execution.local import ProcessStages
 made = ProcessStages.__init__
 def moved(self, *arguments):
     made(self, *arguments)
@@ -59,12 +59,12 @@ ProcessStages.__init__ = moved
 runpy.run_path({path!r})["PutsThere"]().__enter__()
 """
 SHOW = """
-send = worker_process.ProcessHost.send
+send = local.ProcessHost.send
 def shown(self, strategy, record):
     line = f"SENT {{strategy}} {{record.task_index}} {{getattr(record, 'epoch', 'end')}};"
     sys.stdout.write(line)  # one write: the thread that follows prints meanwhile
     send(self, strategy, record)
-worker_process.ProcessHost.send = shown
+local.ProcessHost.send = shown
 """
 
 
@@ -147,14 +147,14 @@ def test_on_a_device_that_is_not_the_host(place, oracle):
 
 def test_an_unreachable_server_fails_before_the_trunk_is_trained(tmp_path, monkeypatch):
     epochs = []
-    fit = in_process.fit_network
+    fit = local.fit_network
 
     def counted(*arguments):
         for record in fit(*arguments):
             epochs.append(record)
             yield record
 
-    monkeypatch.setattr(in_process, "fit_network", counted)
+    monkeypatch.setattr(local, "fit_network", counted)
     config = Config.from_dict(CONFIG.to_dict() | {
         "backbone": CONFIG.to_dict()["backbone"] | {"trunk_epochs": 200}})
     output = OutputConfig("digits", str(tmp_path / "store"), "http://127.0.0.1:1",

@@ -10,15 +10,15 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from safetensors.torch import save_file
 
-from partialhn.backbone import build_network
-from partialhn.batches import Workers, epoch_batches
 from partialhn.config import BackboneConfig, Config, DataConfig, HypernetConfig, TrainConfig
-from partialhn.datasets import open_stream
-from partialhn.featurise import feature_jobs, precompute
+from partialhn.data.datasets import open_stream
+from partialhn.features.batches import Workers, epoch_batches
+from partialhn.features.extract import feature_jobs, precompute
+from partialhn.features.store import FeatureStore
+from partialhn.networks.backbone import build_network
 from partialhn.run import collect, cut
-from partialhn.steps import Objective
-from partialhn.store import FeatureStore
-from pipelines.stages.worker_ray import _data_parallel
+from partialhn.training.steps import Objective
+from pipelines.execution.on_ray import _data_parallel
 
 CONFIG = Config(
     data=DataConfig(data="digits", task_sizes=(5, 5), input_size=16),

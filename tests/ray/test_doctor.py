@@ -5,7 +5,7 @@ import os
 import time
 
 from pipelines.doctor import Check, check_versions, lines
-from pipelines.storage import Storage
+from pipelines.platform.storage import Storage
 
 
 def test_a_sound_machine_passes_and_nothing_is_left_behind(ray_cluster, command, tmp_path):

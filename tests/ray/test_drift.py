@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from partialhn import corruptions
-from partialhn.datasets import open_stream
+from partialhn.data import corruptions
+from partialhn.data.datasets import open_stream
 from partialhn.predict import Predictor
-from pipelines.predict import predict_to_parquet
+from pipelines.label_images import predict_to_parquet
 
 pytestmark = pytest.mark.slow
 

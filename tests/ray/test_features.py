@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
-from partialhn.backbone import build_network, split
-from partialhn.datasets import open_stream
-from partialhn.featurise import feature_jobs, precompute
-from partialhn.store import FeatureStore
+from partialhn.data.datasets import open_stream
+from partialhn.features.extract import feature_jobs, precompute
+from partialhn.features.store import FeatureStore
+from partialhn.networks.backbone import build_network
+from partialhn.networks.trunk import split
 from pipelines.features.on_ray import on_ray
 from pipelines.features.produce import compute_features
-from pipelines.storage import open_storage
+from pipelines.platform.storage import open_storage
 
 
 @pytest.fixture(scope="module")

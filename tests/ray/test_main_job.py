@@ -17,9 +17,9 @@ import torch
 from partialhn.errors import InputError
 from partialhn.predict import Predictor
 from partialhn.run import run_stream
-from pipelines.predict import predict_to_parquet
+from pipelines.label_images import predict_to_parquet
+from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
-from pipelines.storage import open_storage
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from partialhn.errors import InputError
+from pipelines.platform.storage import open_storage
 from pipelines.registry.client import Placing, connect
 from pipelines.registry.history import Move, StaleTokenError
 from pipelines.retrain.gate import GateFacts, Policy, decide
 from pipelines.show import show
-from pipelines.storage import open_storage
 
 FACTS = GateFacts("four-five", 2, {"zero-one": 0.4, "two-three": 0.9, "four-five": 0.9},
                   {"zero-one": 0.9, "two-three": 0.9}, images=50)

@@ -19,17 +19,17 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from partialhn.checkpoint import Model, TaskInfo, empty_parts
+from partialhn.checkpoints.model import Model, TaskInfo, empty_parts
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.predict import Predictor
-from pipelines.predict import predict_to_parquet
+from pipelines.label_images import predict_to_parquet
+from pipelines.platform.storage import open_storage
 from pipelines.registry.client import Registry, connect
 from pipelines.registry.package import Contents
 from pipelines.registry.runs import MAX_PARAM
 from pipelines.registry.versions import Registration, task_alias
 from pipelines.show import show
-from pipelines.storage import open_storage
 
 TASKS = (TaskInfo("animals", ("cat", "dog")), TaskInfo("more things", ("cup", "hat", "key")))
 WORK = "0123456789ab"
@@ -384,8 +384,8 @@ def test_predict_an_image_folder(stream, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_predict_parquet_over_several_batches(stream, tmp_path, monkeypatch, packed):
-    monkeypatch.setattr("pipelines.predict.BATCH", 4)
-    monkeypatch.setattr("pipelines.predict.READ_BYTES", 1)
+    monkeypatch.setattr("pipelines.label_images.BATCH", 4)
+    monkeypatch.setattr("pipelines.label_images.READ_BYTES", 1)
     images = [photo(number) for number in range(10)]
     column = [{"bytes": image, "path": "x"} for image in images] if packed else images
     pq.write_table(pa.table({"image": column}), tmp_path / "in.parquet", row_group_size=3)
@@ -476,7 +476,7 @@ def test_large_examples_are_made_small():
 
 def test_connecting_is_quiet(tmp_path):
     code = ("import sys; from pipelines.registry.client import connect, Registry\n"
-            "from pipelines.storage import open_storage\n"
+            "from pipelines.platform.storage import open_storage\n"
             "assert isinstance(connect(open_storage(sys.argv[1])), Registry)")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], cwd=tmp_path,
                           env=CLEAN, capture_output=True, text=True)

@@ -25,10 +25,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from partialhn.datasets import open_stream
+from partialhn.data.datasets import open_stream
+from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.serving.live import read_live
-from pipelines.storage import open_storage
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ import yaml
 from mlflow import MlflowClient
 
 from pipelines.cli.main import run
+from pipelines.platform.storage import open_storage
 from pipelines.search.state import SearchState
-from pipelines.storage import open_storage
 
 pytestmark = pytest.mark.slow
 

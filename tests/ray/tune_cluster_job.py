@@ -23,10 +23,10 @@ from partialhn.config import (
     HypernetConfig,
     TrainConfig,
 )
-from pipelines.search.run import tune
+from pipelines.platform.storage import open_storage
 from pipelines.search.settings import SearchConfig
 from pipelines.search.state import SearchState
-from pipelines.storage import open_storage
+from pipelines.tune.run import tune
 
 CONFIG = Config(
     data=DataConfig(data="digits", tasks=3, input_size=16),

@@ -9,8 +9,8 @@ import uuid
 
 import pytest
 
-from pipelines.s3 import s3_client
-from pipelines.storage import open_storage
+from pipelines.platform.s3 import s3_client
+from pipelines.platform.storage import open_storage
 
 MOTO = """
 import sys, time

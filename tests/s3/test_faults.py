@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from partialhn import checkpoint
+from partialhn.checkpoints import checkpoint
 from partialhn.config import ComputeConfig
 from partialhn.errors import InputError, IntegrityError
-from partialhn.store import FeatureRecipe
-from pipelines import s3
+from partialhn.features.manifest import FeatureRecipe
 from pipelines.features.produce import open_store
+from pipelines.platform import s3
 
 RECIPE = FeatureRecipe(trunk="t" * 64, data="d" * 64, transform="none", input_size=8, views=1,
                        augment="none", seed=0, dtype="float32", shard_rows=4)

@@ -7,10 +7,10 @@ import pytest
 
 from partialhn.config import Config
 from partialhn.run import run_stream
-from pipelines import cluster
+from pipelines.execution import worker
+from pipelines.execution.local import ProcessHost
+from pipelines.platform import cluster
 from pipelines.settings import OutputConfig
-from pipelines.stages import worker
-from pipelines.stages.worker_process import ProcessHost
 from pipelines.train import train
 
 CONFIG = {

@@ -8,7 +8,7 @@ import torch
 
 from partialhn.config import ComputeConfig
 from partialhn.errors import IntegrityError
-from partialhn.store import FeatureRecipe
+from partialhn.features.manifest import FeatureRecipe
 from pipelines.cli.main import run
 from pipelines.features.in_use import InUse, records
 from pipelines.features.produce import open_store

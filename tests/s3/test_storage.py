@@ -12,8 +12,8 @@ import pyarrow.fs
 import pytest
 
 from partialhn.errors import InputError, IntegrityError
-from pipelines.s3 import s3_client
-from pipelines.storage import open_storage
+from pipelines.platform.s3 import s3_client
+from pipelines.platform.storage import open_storage
 
 
 def test_text_is_written_replaced_and_found(storage):

@@ -25,15 +25,17 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from partialhn.checkpoint import Model, TaskInfo, empty_parts
+from partialhn.checkpoints.model import Model, TaskInfo, empty_parts
 from partialhn.config import BackboneConfig, Config, DataConfig, load_config
-from partialhn.datasets import decode_images, open_stream
+from partialhn.data.datasets import open_stream
+from partialhn.data.decode import decode_images
 from partialhn.errors import InputError, IntegrityError
-from partialhn.sample import SCHEMA, check_sample, read_sample
-from partialhn.store import FeatureRecipe, FeatureStore
+from partialhn.evaluation.answer_sample import SCHEMA, check_sample, read_sample
+from partialhn.features.manifest import FeatureRecipe
+from partialhn.features.store import FeatureStore
+from pipelines.platform.storage import open_storage
 from pipelines.registry.history import History, Move
 from pipelines.retrain.gate import load_policy
-from pipelines.storage import open_storage
 
 HEADROOM = 1024 ** 3
 """Bytes of address space that reading may take beyond what is loaded."""

@@ -17,13 +17,14 @@ import pyarrow.fs as pafs
 import pytest
 import torch
 
-from partialhn import checkpoint
+from partialhn.checkpoints import checkpoint
 from partialhn.errors import InputError, IntegrityError
-from partialhn.store import FeatureRecipe, FeatureStore
+from partialhn.features.manifest import FeatureRecipe
+from partialhn.features.store import FeatureStore
+from pipelines.platform.storage import open_storage
 from pipelines.registry.versions import task_alias
 from pipelines.search.state import SearchState
 from pipelines.settings import check_name
-from pipelines.storage import open_storage
 
 HERE = Path(__file__).parent
 AUDIT = runpy.run_path(str(HERE / "audit.py"))

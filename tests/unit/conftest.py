@@ -6,7 +6,6 @@ import pytest
 import torch
 from pyarrow.fs import LocalFileSystem
 
-from partialhn.backbone import build_network
 from partialhn.config import (
     BackboneConfig,
     Config,
@@ -15,10 +14,11 @@ from partialhn.config import (
     HypernetConfig,
     TrainConfig,
 )
-from partialhn.datasets import open_stream
-from partialhn.featurise import feature_jobs, precompute
+from partialhn.data.datasets import open_stream
+from partialhn.features.extract import feature_jobs, precompute
+from partialhn.features.store import FeatureStore
+from partialhn.networks.backbone import build_network
 from partialhn.run import collect, cut
-from partialhn.store import FeatureStore
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def images(digits):
     """128 digits as uint8 (128, 3, 16, 16)."""
-    from partialhn.datasets import decode
+    from partialhn.data.decode import decode
 
     return torch.cat([decode(e.test, 16).images_BCHW for e in digits[:4]])
 

@@ -11,23 +11,22 @@ import pytest
 import torch
 from pyarrow.fs import LocalFileSystem
 
-from partialhn import checkpoint, train
-from partialhn.backbone import Trunk, build_network, hash_tensors
-from partialhn.checkpoint import Model, TaskInfo
+from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import BackboneConfig
-from partialhn.featurise import feature_jobs, precompute
+from partialhn.features.extract import feature_jobs, precompute
+from partialhn.features.store import FeatureStore
+from partialhn.networks.backbone import build_network
+from partialhn.networks.tensors import hash_tensors
+from partialhn.networks.trunk import Trunk
 from partialhn.predict import Predictor
 from partialhn.run import cut
-from partialhn.store import FeatureStore
 from partialhn.strategies import STRATEGIES
 from partialhn.task_inference import AUTO, TaskInference
-from partialhn.train import (
-    Learner,
-    load_optimiser,
-    network_optimiser,
-    optimiser_tensors,
-    train_network,
-)
+from partialhn.training import experience
+from partialhn.training.learner import Learner
+from partialhn.training.optimiser import load_optimiser, optimiser_tensors
+from partialhn.training.pretrain import network_optimiser, train_network
 
 FAR = runpy.run_path(str(Path(__file__).parents[1] / "far_device.py"))
 NAME = FAR["NAME"]
@@ -106,7 +105,7 @@ def test_tasks_learned_apart(learner, tasks, kind):
 def test_features_that_are_larger_than_memory(learner, tasks, monkeypatch):
     wanted = learner("cpu")
     list(wanted.learn(tasks[:2]))
-    monkeypatch.setattr(train, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(experience, "RESIDENT_BYTES", 0)
     made = learner()
     list(made.learn(tasks[:2]))
     assert weights_hash(made) == weights_hash(wanted)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from partialhn.backbone import hash_tensors
+from partialhn.networks.tensors import hash_tensors
 
 
 def weights_hash(learner):

@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 
-from partialhn import metrics
 from partialhn.config import Config, DataConfig, TrainConfig
+from partialhn.evaluation import metrics
 
 ANIMALS = ("goldfish", "salamander", "bullfrog", "tailed frog", "alligator", "boa", "trilobite",
            "scorpion", "black widow", "tarantula", "centipede", "goose", "koala", "jellyfish")

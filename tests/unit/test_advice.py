@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from partialhn.config import Config
-from partialhn.seeds import Interval
+from partialhn.evaluation.intervals import Interval
 from pipelines.advice import words
 from pipelines.advice.decide import (
     agreement,

@@ -7,16 +7,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from partialhn.backbone import (
-    build_network,
-    check_depth,
-    hash_tensors,
-    multiply_adds,
-    split,
-    supplied_network,
-)
 from partialhn.errors import InputError
-from partialhn.featurise import MICRO_BATCH, run_trunk
+from partialhn.networks.backbone import build_network, supplied_network
+from partialhn.networks.tensors import hash_tensors
+from partialhn.networks.trunk import MICRO_BATCH, check_depth, multiply_adds, run_trunk, split
 
 
 @pytest.fixture(scope="module", params=["slim_resnet18", "resnet18", "resnet50"])

@@ -5,17 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from partialhn.batch import FeatureBatch
-from partialhn.batches import Workers, epoch_batches
-from partialhn.checkpoint import Model, TaskInfo
+from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.errors import InputError
-from partialhn.metrics import summarise
-from partialhn.probe import linear_probe
+from partialhn.evaluation.linear_probe import linear_probe
+from partialhn.evaluation.metrics import summarise
+from partialhn.features.batches import FeatureBatch, Workers, epoch_batches
 from partialhn.run import cut, run_stream
-from partialhn.steps import Objective
 from partialhn.strategies import STRATEGIES
 from partialhn.strategies.latent_replay import Memory
-from partialhn.train import Learner
+from partialhn.training.learner import Learner
+from partialhn.training.steps import Objective
 
 LEARN = {"epochs": 8, "learning_rate": 5e-3}
 
@@ -126,8 +125,6 @@ def test_a_model_is_saved_and_read_back(parts, config, tasks, tmp_path, name):
     with torch.no_grad():
         learned.strategy.eval()
         assert torch.equal(again.strategy(z_BCHW, 0), learned.strategy(z_BCHW, 0))
-
-
 
 
 def test_fisher_information_is_the_mean_squared_gradient_of_single_images(parts, config, tasks):

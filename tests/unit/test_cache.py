@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from partialhn import cache as module
-from partialhn.cache import ShardCache, locked
 from partialhn.errors import IntegrityError
+from partialhn.features import cache as module
+from partialhn.features.cache import ShardCache, locked
 
 KIB = 1024
 

@@ -11,17 +11,19 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from partialhn import chain
-from partialhn.chain import prefixes_of
-from partialhn.checkpoint import Model, TaskInfo
+from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import Config
 from partialhn.errors import IntegrityError
+from partialhn.features.feature_set import join
 from partialhn.predict import Predictor
-from partialhn.result import Outcome
 from partialhn.run import run_stream
-from partialhn.slots import Slot
-from partialhn.store import join
-from partialhn.train import EpochRecord, Learner, TaskFeatures
+from partialhn.training import lineage
+from partialhn.training.experience import TaskFeatures
+from partialhn.training.learner import Learner
+from partialhn.training.lineage import prefixes_of
+from partialhn.training.records import EpochRecord
+from partialhn.training.result import Outcome
+from partialhn.training.slots import Slot
 
 CONFIG = Config.from_dict({
     "data": {"input_size": 16}, "backbone": {"freeze_depth": 3, "trunk_epochs": 1},
@@ -113,13 +115,13 @@ def test_a_prefix_says_what_was_learned_and_on_what():
 def test_a_damaged_record_is_named(grown):
     folder = grown[0] / "store" / "learned"
     filesystem, prefix = pafs.LocalFileSystem(), "f" * 32
-    assert chain.find(filesystem, str(folder), [prefix]) == []
+    assert lineage.find(filesystem, str(folder), [prefix]) == []
     shutil.copytree(next(folder.iterdir()), folder / prefix)
     with pytest.raises(IntegrityError, match=f"model {prefix} says it is"):
-        chain.find(filesystem, str(folder), [prefix])
+        lineage.find(filesystem, str(folder), [prefix])
     (folder / prefix / "model.json").write_text("{")
     with pytest.raises(IntegrityError, match=prefix):
-        chain.find(filesystem, str(folder), [prefix])
+        lineage.find(filesystem, str(folder), [prefix])
     shutil.rmtree(folder / prefix)
 
 
@@ -167,8 +169,8 @@ def test_an_outcome_is_put_together_from_what_was_kept(parts, tasks, config, tmp
     for index in range(2):
         model = Model(config, parts.trunk, learner.strategy,
                       tuple(TaskInfo(slot.name, slot.classes) for slot in slots))
-        chain.keep(model, chain.Learned.of(outcome, prefixes, index), pafs.LocalFileSystem(),
+        lineage.keep(model, lineage.Learned.of(outcome, prefixes, index), pafs.LocalFileSystem(),
                    str(tmp_path))
-    found = chain.find(pafs.LocalFileSystem(), str(tmp_path), [*prefixes, "r" * 32])
-    assert chain.outcome_of(found) == outcome
+    found = lineage.find(pafs.LocalFileSystem(), str(tmp_path), [*prefixes, "r" * 32])
+    assert lineage.outcome_of(found) == outcome
     assert [each.parent for each in found] == ["", prefixes[0]]

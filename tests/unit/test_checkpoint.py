@@ -10,11 +10,11 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from safetensors.torch import load_file, save_file
 
-from partialhn import checkpoint
-from partialhn.checkpoint import Model, TaskInfo
+from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.errors import IntegrityError
 from partialhn.strategies import STRATEGIES
-from partialhn.train import Learner
+from partialhn.training.learner import Learner
 
 INFOS = (TaskInfo("even", ("0", "1")), TaskInfo("odd", ("2", "3")), TaskInfo("2", ("4", "5")))
 

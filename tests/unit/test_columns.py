@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from partialhn.columns import Columns, Scaled, Signs, pack, packed_bytes, signs, unpack
+from partialhn.networks.columns import Columns, Scaled, Signs, pack, packed_bytes, signs, unpack
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 1000])

@@ -2,8 +2,8 @@
 
 import sqlite3
 
+from pipelines.platform.storage import open_storage
 from pipelines.registry.connection import open_client
-from pipelines.storage import open_storage
 
 
 def test_a_killed_beginning_is_begun_anew(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits
 
-from partialhn.corruptions import CORRUPTIONS, corrupt, parse
+from partialhn.data.corruptions import CORRUPTIONS, corrupt, parse
 from partialhn.errors import InputError
 
 

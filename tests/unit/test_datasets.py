@@ -17,10 +17,11 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 from sklearn.datasets import load_digits
 
 from partialhn.config import DataConfig
-from partialhn.conversions import TORCHVISION, convert_digits, write_parquet
-from partialhn.datasets import decode, decode_images, open_stream
+from partialhn.data.datasets import open_stream
+from partialhn.data.decode import decode, decode_images
+from partialhn.data.layout import open_images
+from partialhn.data.library import TORCHVISION, convert_digits, write_parquet
 from partialhn.errors import InputError
-from partialhn.readers import open_images
 
 DIGITS = load_digits()
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from partialhn import datasets
 from partialhn.config import DataConfig
-from partialhn.readers import read_sets
+from partialhn.data import datasets
+from partialhn.data.layout import read_sets
 from partialhn.task_inference import pooled
 from pipelines.serving.drift import DriftReport, TaskDrift, shift, table
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from partialhn.store import FeatureRecipe
+from partialhn.features.manifest import FeatureRecipe
 from pipelines.cli.main import run
 from pipelines.features.produce import open_store
-from pipelines.storage import open_storage
+from pipelines.platform.storage import open_storage
 
 RECIPE = FeatureRecipe(trunk="t", data="d", transform="none", input_size=16, views=2,
                        augment="flip", seed=0, dtype="float16", shard_rows=4)

@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 from pyarrow.fs import LocalFileSystem
 
-from partialhn import featurise
-from partialhn.backbone import build_network, split
-from partialhn.datasets import decode
+from partialhn.data.augment import augment
+from partialhn.data.decode import decode
+from partialhn.data.experience import Experience
+from partialhn.data.image_table import ImageTable
 from partialhn.errors import InputError
-from partialhn.featurise import each_shard, feature_jobs, passes, precompute, run_trunk
-from partialhn.store import FeatureStore
-from partialhn.stream import Experience, ImageTable
-from partialhn.views import augment
+from partialhn.features import extract
+from partialhn.features.extract import each_shard, feature_jobs, passes, precompute
+from partialhn.features.store import FeatureStore
+from partialhn.networks.backbone import build_network
+from partialhn.networks.trunk import run_trunk, split
 
 LOCAL = LocalFileSystem()
 
@@ -342,7 +344,7 @@ def test_shards_are_read_ahead_of_the_trunk_and_written_behind_it(store, trunk, 
     thread that asks.
     """
     meeting, users = Meeting(3), set()
-    run, read, written = featurise.run_trunk_at, featurise.decode, FeatureStore.write_shard
+    run, read, written = extract.run_trunk_at, extract.decode, FeatureStore.write_shard
     reads, runs = itertools.count(), itertools.count()
 
     def decode_and_meet(*arguments):
@@ -361,10 +363,10 @@ def test_shards_are_read_ahead_of_the_trunk_and_written_behind_it(store, trunk, 
             meeting.wait()
         return written(self, recipe, index, *arguments, **options)
 
-    monkeypatch.setattr(featurise, "decode", decode_and_meet)
-    monkeypatch.setattr(featurise, "run_trunk_at", run_and_meet)
+    monkeypatch.setattr(extract, "decode", decode_and_meet)
+    monkeypatch.setattr(extract, "run_trunk_at", run_and_meet)
     monkeypatch.setattr(FeatureStore, "write_shard", write_and_meet)
-    monkeypatch.setattr(featurise, "AHEAD", 2)
+    monkeypatch.setattr(extract, "AHEAD", 2)
     job = jobs()[0]
     made = list(each_shard(store, trunk, [(job,)], [(0, 0), (0, 1), (0, 2)]))
     assert meeting.met
@@ -379,7 +381,7 @@ def test_shards_are_read_ahead_of_the_trunk_and_written_behind_it(store, trunk, 
 def test_no_more_shards_are_held_than_it_says(store, trunk, jobs, monkeypatch):
     """However slow writing is: features of those that are written and of the one in the trunk."""
     held, most = set(), []
-    written, run = FeatureStore.write_shard, featurise._features
+    written, run = FeatureStore.write_shard, extract._features
 
     def write(self, recipe, index, *arguments, **options):
         time.sleep(0.05)
@@ -392,10 +394,10 @@ def test_no_more_shards_are_held_than_it_says(store, trunk, jobs, monkeypatch):
         return run(trunk, read)
 
     monkeypatch.setattr(FeatureStore, "write_shard", write)
-    monkeypatch.setattr(featurise, "_features", features)
+    monkeypatch.setattr(extract, "_features", features)
     (job, *_) = jobs(shard_rows=1)
-    assert len(list(each_shard(store, trunk, [(job,)], featurise.places_of([(job,)])))) == 12
-    assert 1 < max(most) <= featurise.BEHIND + 1
+    assert len(list(each_shard(store, trunk, [(job,)], extract.places_of([(job,)])))) == 12
+    assert 1 < max(most) <= extract.BEHIND + 1
 
 
 def test_the_first_bad_image_is_told_and_finished_shards_stay(store, trunk, jobs, folder):

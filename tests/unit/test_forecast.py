@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from partialhn.forecast import (
+from partialhn.evaluation.forecast import (
     ProbeTask,
     forecast,
     linear_cka,

@@ -7,17 +7,11 @@ import sys
 import pytest
 import torch
 
-from partialhn.batches import ResidentBatches, Workers
+from partialhn.features.batches import ResidentBatches, Workers
 from partialhn.run import cut
-from partialhn.steps import (
-    UNRECORDED,
-    CudaGraphs,
-    Objective,
-    Steps,
-    learning_rates,
-    make_optimiser,
-)
-from partialhn.train import Learner
+from partialhn.training.learner import Learner
+from partialhn.training.optimiser import learning_rates, make_optimiser
+from partialhn.training.steps import UNRECORDED, CudaGraphs, Objective, Steps
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from partialhn.errors import InputError, IntegrityError
+from pipelines.platform.storage import open_storage
 from pipelines.registry.history import History, Move, StaleTokenError, aliases, previous
-from pipelines.storage import open_storage
 
 
 @pytest.fixture

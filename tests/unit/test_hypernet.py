@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from partialhn.config import HypernetConfig
-from partialhn.drifting import AdditiveGenerator, BilinearGenerator
 from partialhn.errors import InputError
-from partialhn.hypernet import ColumnGenerator, GeneratedTensor
+from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor
+from partialhn.networks.shared_generators import AdditiveGenerator, BilinearGenerator
 from partialhn.strategies.partial_hn import build_generator
 
 LAYERS = (GeneratedTensor("first", (6, 4, 3, 3)), GeneratedTensor("second", (5, 6, 3, 3)),

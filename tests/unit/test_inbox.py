@@ -12,6 +12,7 @@ from PIL import Image
 
 from partialhn.config import DataConfig
 from partialhn.errors import InputError, IntegrityError
+from pipelines.platform.storage import open_storage
 from pipelines.retrain.inbox import Inbox
 from pipelines.retrain.validate import (
     ArrivalPolicy,
@@ -19,7 +20,6 @@ from pipelines.retrain.validate import (
     read_hashes,
     write_hashes,
 )
-from pipelines.storage import open_storage
 
 DATA = DataConfig(data="inbox", input_size=16)
 

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from pipelines import lease as module
-from pipelines.lease import Lease, LeaseLostError
+from pipelines.platform import lease as module
+from pipelines.platform.lease import Lease, LeaseLostError
+from pipelines.platform.storage import open_storage
 from pipelines.retrain.journal import Journal
-from pipelines.storage import open_storage
 
 
 @pytest.fixture
@@ -93,8 +93,8 @@ def test_a_holder_that_cannot_write_stops_by_itself(storage, monkeypatch):
 
 
 def test_a_killed_holder_on_this_machine_is_noticed_at_once(storage):
-    code = ("import sys, time; from pipelines.lease import Lease; "
-            "from pipelines.storage import open_storage; "
+    code = ("import sys, time; from pipelines.platform.lease import Lease; "
+            "from pipelines.platform.storage import open_storage; "
             "print(Lease(open_storage(sys.argv[1]), 's').acquire(), flush=True); time.sleep(600)")
     process = subprocess.Popen([sys.executable, "-c", code, storage.root], text=True,
                                stdout=subprocess.PIPE)

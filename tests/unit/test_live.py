@@ -10,9 +10,9 @@ import torch
 
 from partialhn.errors import IntegrityError
 from partialhn.predict import Answer
+from pipelines.platform.storage import open_storage
 from pipelines.serving import live
 from pipelines.serving.live import CAPACITY, KEEP, Recorder, read_live
-from pipelines.storage import open_storage
 
 TRUNK = "a" * 64
 

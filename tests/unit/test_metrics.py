@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from partialhn import metrics
 from partialhn.errors import InputError
+from partialhn.evaluation import metrics
 
 NAN = math.nan
 # Task 0: learned at 0.9, best 0.95 after task 1, ends at 0.8. Task 1: 0.7, ends at 0.75.

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from partialhn.backbone import build_network, head_stages, split
 from partialhn.config import HypernetConfig
 from partialhn.errors import InputError
-from partialhn.model import Head, HeadWeights, check_feature_size, head_start
+from partialhn.networks.backbone import build_network
+from partialhn.networks.head import Head, HeadWeights, check_feature_size, head_start
+from partialhn.networks.trunk import head_stages, split
 from partialhn.strategies import PartialHypernet, SeparateHeads
 
 

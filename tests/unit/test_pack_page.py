@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from partialhn.comparison import rows
+from partialhn.benchmarks.comparison import rows
+from pipelines.benchmarks import findings
+from pipelines.benchmarks.page import KEPT, pack_page
 from pipelines.cli.main import run
-from pipelines.packs import findings
-from pipelines.packs.page import KEPT, pack_page
 
 SHIFT = (0.0, 0.1, 0.2, 0.3, 0.4)
 TRANSFORMS = ("none", "none", "solarise", "none", "blur")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from pyarrow.fs import LocalFileSystem
 
-from partialhn.backbone import split
-from partialhn.featurise import feature_jobs, precompute
-from partialhn.plan import DepthPlan, described, plan
-from partialhn.store import FeatureStore
+from partialhn.features.cost import DepthPlan, described, plan
+from partialhn.features.extract import feature_jobs, precompute
+from partialhn.features.store import FeatureStore
+from partialhn.networks.trunk import split
 from pipelines.cli.main import run
 
 

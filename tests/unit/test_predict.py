@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from partialhn.checkpoint import Model, TaskInfo
+from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.errors import InputError, IntegrityError
 from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
-from partialhn.train import Learner
+from partialhn.training.learner import Learner
 
 INFOS = (TaskInfo("even", ("zero", "one")), TaskInfo("2", ("two", "three")),
          TaskInfo("odd", ("four", "five")))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import RidgeClassifier
 
-from partialhn.probe import _pooled, linear_probe
+from partialhn.evaluation.linear_probe import _pooled, linear_probe
 
 
 def features_of(tasks, z_NVCHW, y_N):

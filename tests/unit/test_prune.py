@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from partialhn.errors import InputError, IntegrityError
-from partialhn.store import FeatureRecipe
+from partialhn.features.manifest import FeatureRecipe
 from pipelines.cli.main import run
 from pipelines.features.in_use import InUse, records
 from pipelines.features.produce import open_store
-from pipelines.lease import Lease
+from pipelines.platform.lease import Lease
+from pipelines.platform.storage import open_storage
 from pipelines.retrain.journal import Decided, Journal
-from pipelines.storage import open_storage
 from pipelines.upkeep.prune import age_text, delete, parse_age, prunable, stored
 from pipelines.upkeep.references import references
 

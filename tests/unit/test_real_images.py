@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from partialhn.checkpoint import Model
+from partialhn.checkpoints.model import Model
 from partialhn.config import Config
-from partialhn.datasets import open_stream
+from partialhn.data.datasets import open_stream
 from partialhn.predict import Predictor
 from partialhn.run import run_stream
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from partialhn.benchmarks.packs import EVERY, PACKS, Cell, expected, find_pack
+from partialhn.benchmarks.reproduce import config_of
 from partialhn.errors import InputError
-from partialhn.packs import EVERY, PACKS, Cell, expected, find_pack
-from partialhn.reproduce import config_of
 from pipelines.cli.main import run
 
 DATA = os.environ.get("PARTIALHN_TEST_DATA")

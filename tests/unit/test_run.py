@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from partialhn.backbone import hash_tensors
 from partialhn.config import Config
 from partialhn.errors import InputError
+from partialhn.networks.tensors import hash_tensors
 from partialhn.run import run_stream
-from partialhn.train import EpochRecord, TaskRecord
+from partialhn.training.records import EpochRecord, TaskRecord
 
 CONFIG = Config.from_dict({
     "data": {"data": "digits", "tasks": 5, "input_size": 16},
@@ -91,7 +91,7 @@ def test_a_second_run_finds_trunk_and_features(run):
 
 
 def test_predictions_agree_with_the_matrix(run, tmp_path):
-    from partialhn.datasets import open_stream
+    from partialhn.data.datasets import open_stream
     from partialhn.predict import Predictor
 
     root, _, model, fields = run

@@ -2,7 +2,8 @@
 
 import pytest
 
-from partialhn import predict, sample
+from partialhn import predict
+from partialhn.evaluation import answer_sample
 from partialhn.predict import Predictor
 
 
@@ -15,9 +16,9 @@ def test_the_trunk_runs_once_over_all_tasks(digit_tasks, tmp_path, monkeypatch):
         return run(trunk, images_BCHW)
 
     monkeypatch.setattr(predict, "run_trunk", counted)
-    sample.write_sample(tmp_path / "sample.parquet", predictor, digit_tasks.experiences[:3])
-    assert batches == [3 * (sample.IMAGES // 3)]
-    rows = sample.read_sample(tmp_path / "sample.parquet").to_pylist()
+    answer_sample.write_sample(tmp_path / "sample.parquet", predictor, digit_tasks.experiences[:3])
+    assert batches == [3 * (answer_sample.IMAGES // 3)]
+    rows = answer_sample.read_sample(tmp_path / "sample.parquet").to_pylist()
     for task in digit_tasks.NAMES:  # as `predict` answers for the task alone, to the bit
         mine = [row for row in rows if row["task"] == task]
         found = predictor.predict([row["image"] for row in mine], task)
@@ -28,22 +29,22 @@ def test_the_trunk_runs_once_over_all_tasks(digit_tasks, tmp_path, monkeypatch):
 
 def test_no_image_that_fits(digit_tasks, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "MAX_BYTES", 0)
-        sample.write_sample(tmp_path / "sample.parquet",
+        patch.setattr(answer_sample, "MAX_BYTES", 0)
+        answer_sample.write_sample(tmp_path / "sample.parquet",
                             Predictor.load(digit_tasks.folder / "model-1"),
                             digit_tasks.experiences[:1])
-    assert sample.read_sample(tmp_path / "sample.parquet").num_rows == 0
+    assert answer_sample.read_sample(tmp_path / "sample.parquet").num_rows == 0
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_model_is_asked_again(digit_tasks, tmp_path, count):
     predictor = Predictor.load(digit_tasks.folder / f"model-{count}")
-    sample.write_sample(tmp_path / "a.parquet", predictor, digit_tasks.experiences[:count])
+    answer_sample.write_sample(tmp_path / "a.parquet", predictor, digit_tasks.experiences[:count])
 
     def answer(images, task):
         found = predictor.predict(images, task)
         return found.labels, found.probabilities_BK.max(1).tolist()
 
-    checked = sample.check_sample(sample.read_sample(tmp_path / "a.parquet"), answer)
+    checked = answer_sample.check_sample(answer_sample.read_sample(tmp_path / "a.parquet"), answer)
     assert checked.passed
     assert checked.accuracy == checked.expected_accuracy

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from partialhn.config import Config
-from pipelines.search.results import Results
-from pipelines.search.run import _Search
+from pipelines.platform.storage import open_storage
 from pipelines.search.settings import Budget, SearchConfig
 from pipelines.search.space import parse_space
 from pipelines.search.state import SearchState
-from pipelines.storage import open_storage
+from pipelines.tune.results import Results
+from pipelines.tune.run import _Search
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("search_samples.py")))
 record = SAMPLES["record"]

@@ -11,11 +11,11 @@ from ray.tune.search import Searcher
 
 from partialhn.config import Config
 from partialhn.errors import InputError, IntegrityError
+from pipelines.platform.storage import open_storage
 from pipelines.search.sampling import Goal, Proposals, TrialSource
 from pipelines.search.space import parse_space
 from pipelines.search.state import SearchState
 from pipelines.search.stopping import AshaByDepth
-from pipelines.storage import open_storage
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("search_samples.py")))
 record, plan, measured = SAMPLES["record"], SAMPLES["plan"], SAMPLES["measured"]

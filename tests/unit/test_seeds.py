@@ -2,9 +2,9 @@
 
 import pytest
 
-from partialhn.comparison import rows
+from partialhn.benchmarks.comparison import rows
 from partialhn.errors import InputError
-from partialhn.seeds import Interval, paired
+from partialhn.evaluation.intervals import Interval, paired
 
 
 def test_three_seeds_by_hand():

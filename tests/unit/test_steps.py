@@ -6,19 +6,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from partialhn.backbone import hash_tensors
-from partialhn.batches import ResidentBatches, Workers, epoch_batches
+from partialhn.features.batches import ResidentBatches, Workers, epoch_batches
+from partialhn.networks.tensors import hash_tensors
 from partialhn.run import cut
-from partialhn.steps import (
-    UNRECORDED,
-    Objective,
-    Steps,
-    learning_rates,
-    rate_factors,
-    recorder_for,
-)
 from partialhn.strategies import STRATEGIES
-from partialhn.train import Learner
+from partialhn.training.learner import Learner
+from partialhn.training.optimiser import learning_rates, rate_factors
+from partialhn.training.steps import UNRECORDED, Objective, Steps, recorder_for
 
 KINDS = {
     "columns": {}, "bilinear": {"hypernet": {"generator": "bilinear"}},
@@ -182,7 +176,7 @@ def test_nothing_of_a_step_lies_on_the_host(learn, tasks, kind):
 def test_what_is_read_from_a_map_or_shared_is_not_recorded(learn, monkeypatch):
     tapes = Tapes()
     learn("columns", tapes, workers=Workers(0, 2))
-    monkeypatch.setattr("partialhn.train.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("partialhn.training.experience.RESIDENT_BYTES", 0)
     assert outcome(learn("columns", tapes)) == outcome(learn("columns"))
     assert (tapes.prepared, tapes.recorded) == (0, 0)
 

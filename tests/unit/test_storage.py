@@ -8,7 +8,7 @@ import pyarrow.fs
 import pytest
 
 from partialhn.errors import InputError, IntegrityError
-from pipelines.storage import S3Options, open_storage
+from pipelines.platform.storage import S3Options, open_storage
 
 
 @pytest.fixture

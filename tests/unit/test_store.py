@@ -10,9 +10,11 @@ import pytest
 import torch
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
-from partialhn.cache import ShardCache
 from partialhn.errors import InputError, IntegrityError
-from partialhn.store import FeatureRecipe, FeatureStore, join
+from partialhn.features.cache import ShardCache
+from partialhn.features.feature_set import join
+from partialhn.features.manifest import FeatureRecipe
+from partialhn.features.store import FeatureStore
 
 RECIPE = FeatureRecipe(trunk="t", data="d", transform="none", input_size=16, views=2,
                        augment="flip", seed=0, dtype="float32", shard_rows=4)
@@ -174,7 +176,7 @@ def test_int8_refuses_what_is_not_finite(store):
 
 @pytest.mark.parametrize("scale", [None, "[1.0]", "[1.0, 0.0, 1.0]", "[1.0, NaN, 1.0]", "{}", "x"])
 def test_an_int8_shard_without_its_scales_is_refused(store, scale, monkeypatch):
-    from partialhn import codec
+    from partialhn.features import codec
 
     whole = codec.pa.schema
 

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from partialhn.backbone import split
-from partialhn.columns import CODE
 from partialhn.config import HypernetConfig
 from partialhn.errors import InputError
+from partialhn.networks.columns import CODE
+from partialhn.networks.trunk import split
 from partialhn.run import cut
 from partialhn.strategies import STRATEGIES, PartialHypernet
 

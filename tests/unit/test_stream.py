@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow.fs import LocalFileSystem
 
+from partialhn.data.experience import Experience
+from partialhn.data.image_table import ImageTable, image_field
+from partialhn.data.splits import held_out, split_classes
 from partialhn.errors import InputError
-from partialhn.stream import Experience, ImageTable, held_out, image_field, split_classes
 
 IMAGES = [bytes([i]) * (i + 1) for i in range(10)]
 
@@ -168,7 +170,8 @@ def test_too_few_images_of_a_class_to_hold_some_out():
 
 
 def test_import_is_light():
-    code = ("import sys, partialhn.stream; heavy = {'torch', 'PIL', 'sklearn', 'torchvision', "
-            "'pyarrow.parquet'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)")
+    code = ("import sys, partialhn.data.image_table; heavy = {'torch', 'PIL', 'sklearn', "
+            "'torchvision', 'pyarrow.parquet'} & set(sys.modules); "
+            "sys.exit(str(heavy) if heavy else 0)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,17 +14,18 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from ray import cloudpickle
 
-from partialhn import store as store_module
-from partialhn import train as train_module
-from partialhn.backbone import split
-from partialhn.batch import FeatureBatch
-from partialhn.batches import Workers, epoch_batches, prefetched
 from partialhn.config import DataConfig
-from partialhn.datasets import open_stream
-from partialhn.featurise import feature_jobs, precompute
+from partialhn.data.datasets import open_stream
+from partialhn.features import store as store_module
+from partialhn.features.batches import FeatureBatch, Workers, epoch_batches, prefetched
+from partialhn.features.extract import feature_jobs, precompute
+from partialhn.features.manifest import FeatureRecipe
+from partialhn.features.store import FeatureStore
+from partialhn.networks.trunk import split
 from partialhn.run import cut
-from partialhn.store import FeatureRecipe, FeatureStore
-from partialhn.train import Learner, TaskFeatures
+from partialhn.training import experience as train_module
+from partialhn.training.experience import TaskFeatures
+from partialhn.training.learner import Learner
 
 MIB = 1 << 20
 LARGE, LITTLE, VIEWS = 384 * MIB, 240 * MIB, 12

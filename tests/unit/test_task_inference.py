@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from partialhn.checkpoint import Model, TaskInfo
+from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.errors import InputError, IntegrityError
-from partialhn.inference_metrics import auroc, rejection_auroc, without_task_id
+from partialhn.evaluation.task_inference_metrics import auroc, rejection_auroc, without_task_id
 from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
 from partialhn.task_inference import (
@@ -24,7 +24,7 @@ from partialhn.task_inference import (
     scores,
     statistics,
 )
-from partialhn.train import Learner
+from partialhn.training.learner import Learner
 
 INFOS = tuple(TaskInfo(name, (f"{name}-0", f"{name}-1")) for name in ("a", "b", "c"))
 

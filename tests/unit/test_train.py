@@ -9,24 +9,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from partialhn import checkpoint
-from partialhn.backbone import build_network, hash_tensors
-from partialhn.batches import Workers, epoch_batches
+from partialhn.checkpoints import checkpoint
 from partialhn.config import BackboneConfig
 from partialhn.errors import InputError
-from partialhn.metrics import summarise
-from partialhn.steps import Objective, make_optimiser
+from partialhn.evaluation.metrics import summarise
+from partialhn.features.batches import Workers, epoch_batches
+from partialhn.networks.backbone import build_network
+from partialhn.networks.tensors import hash_tensors
 from partialhn.strategies import STRATEGIES
-from partialhn.train import (
-    EpochRecord,
-    Learner,
-    TaskRecord,
-    evaluate,
-    load_optimiser,
-    network_optimiser,
-    optimiser_tensors,
-    train_network,
-)
+from partialhn.training.experience import evaluate
+from partialhn.training.learner import Learner
+from partialhn.training.optimiser import load_optimiser, make_optimiser, optimiser_tensors
+from partialhn.training.pretrain import network_optimiser, train_network
+from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.steps import Objective
 
 LEARNERS = runpy.run_path(str(Path(__file__).with_name("learners.py")))
 measured, weights_hash = LEARNERS["measured"], LEARNERS["weights_hash"]

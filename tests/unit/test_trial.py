@@ -5,16 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from partialhn.backbone import Trunk
-from partialhn.checkpoint import fetch
-from partialhn.featurise import feature_jobs, precompute
+from partialhn.checkpoints.checkpoint import fetch
+from partialhn.features.extract import feature_jobs, precompute
+from partialhn.networks.trunk import Trunk
 from partialhn.run import cut
 from partialhn.strategies import STRATEGIES
-from partialhn.train import Learner, TaskFeatures, evaluate
+from partialhn.training.experience import TaskFeatures, evaluate
+from partialhn.training.learner import Learner
 from pipelines.features.produce import open_store
+from pipelines.platform.storage import open_storage
 from pipelines.search.state import TrialPlan
 from pipelines.search.trial import Bench, learn, open_features, run_trial
-from pipelines.storage import open_storage
 
 DEPTHS = (3, 4)
 

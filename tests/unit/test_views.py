@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from partialhn.views import augment
+from partialhn.data.augment import augment
 
 ROWS = np.arange(64)
 

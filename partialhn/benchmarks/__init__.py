@@ -1,0 +1,1 @@
+"""Comparisons of strategies that one command reproduces."""

@@ -1,0 +1,174 @@
+"""A pack from data to numbers: every cell in one process, one trunk, features once for each depth.
+
+network = trained on the first task | features of every depth, one pass over the images |
+for each cell: a Learner over stored features | a file for each finished cell
+
+<out>/store/                     trunk and features
+<out>/cells/<work>/<cell>.json   what was measured; a cell that has its file is not run again
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+
+from partialhn.benchmarks.packs import Cell
+from partialhn.config import Config
+from partialhn.data.datasets import open_stream
+from partialhn.data.experience import Experience
+from partialhn.errors import InputError, IntegrityError
+from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shift
+from partialhn.features.extract import feature_jobs, precompute
+from partialhn.features.store import FeatureStore
+from partialhn.networks.backbone import Network
+from partialhn.networks.precision import set_arithmetic
+from partialhn.run import check, cut, work_name
+from partialhn.training.experience import TaskFeatures
+from partialhn.training.learner import Learner
+from partialhn.training.pretrain import fit_network, load_network
+from partialhn.training.result import Outcome
+from partialhn.training.slots import open_features, slots_of
+from partialhn.training.steps import recorder_for
+
+Say = Callable[[str], None]
+
+
+def run_cells(config: Config, cells: Sequence[Cell], out: Path, say: Say) -> list[dict[str, Any]]:
+    """What every cell measured, in order; only those without a file are learned.
+
+    `say` gets a line when something ends. Raises: InputError for anything the user can set right.
+    """
+    device = _device(config)
+    for depth in {cell.depth for cell in cells}:
+        check(config_of(config, Cell("partial_hn", depth, 0)))
+    set_arithmetic(config.compute.threads)
+    experiences = open_stream(config.data, out / "store" / "datasets")
+    folder = out / "cells" / work_name(config, experiences)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [cell for cell in cells if not (folder / f"{cell.name}.json").exists()]
+    if missing:
+        bench = _Bench(config, experiences, {cell.depth for cell in missing}, out / "store", device,
+                       say)
+        for done, cell in enumerate(missing, len(cells) - len(missing) + 1):
+            fields = bench.learn(cell)
+            _write(folder / f"{cell.name}.json", fields)
+            say(f"{done}/{len(cells)} {cell.name}: ACC {fields['acc']:.3f}, forgetting "
+                f"{fields['forgetting']:.3f}, {fields['cpu_seconds']:.1f} s")
+    return [_read(folder / f"{cell.name}.json") for cell in cells]
+
+
+class _Bench:
+    """What all cells share: the network, and the features of each depth."""
+
+    def __init__(self, config: Config, experiences: Sequence[Experience], depths: set[int],
+                 root: Path, device: torch.device, say: Say) -> None:
+        self.config, self.experiences, self.device = config, experiences, device
+        self.store = FeatureStore(pafs.LocalFileSystem(), str(root))
+        start = time.process_time()
+        self.network = self._network(root)
+        trained = time.process_time()
+        deepest = cut(config_of(config, Cell("partial_hn", max(depths), 0)),
+                      self.network).trunk.to(self.device)
+        self.jobs = {depth: feature_jobs(config, experiences, deepest, [depth])
+                     for depth in sorted(depths)}
+        _, decoded = precompute(self.store, deepest, [job for depth in sorted(depths)
+                                                      for job in self.jobs[depth]])
+        say(f"trunk {trained - start:.1f} s, features {time.process_time() - trained:.1f} s of "
+            f"the processor, {decoded} images decoded for depths "
+            + ", ".join(map(str, sorted(depths))))
+        self._opened: dict[int, list[TaskFeatures]] = {}
+        self._alike: dict[int, dict[str, Any]] = {}
+
+    def learn(self, cell: Cell) -> dict[str, Any]:
+        """Learns one cell from its beginning."""
+        config = config_of(self.config, cell)
+        parts = cut(config, self.network)
+        learner = Learner(parts.strategy(config), config.train, self.device,
+                          recorder=recorder_for(self.device, config.compute.cuda_graphs))
+        tasks = self._tasks(cell.depth)
+        start = time.process_time()
+        for _ in learner.learn(tasks):
+            pass
+        seconds = time.process_time() - start
+        fields = Outcome.of(learner).fields()
+        jobs = self.jobs[cell.depth]
+        bytes_ = sum(manifest.bytes for manifest in map(self.store.find, (
+            job.recipe for job in jobs)) if manifest is not None)
+        return {"label": cell.label, "strategy": cell.strategy, "depth": cell.depth,
+                "seed": cell.seed, **fields, "cpu_seconds": round(seconds, 3),
+                "feature_bytes": bytes_, "macs": parts.macs, "config": config.to_dict(),
+                **self._likeness(cell.depth),
+                "tasks": [{"name": each.name, "classes": list(each.classes),
+                           "transform": each.transform} for each in self.experiences]}
+
+    def _likeness(self, depth: int) -> dict[str, Any]:
+        """How each task differs from the first in this depth's features, and the forecast."""
+        if depth not in self._alike:
+            tasks = self._tasks(depth)
+            views = [pooled(task.train) for task in tasks if task.train is not None]
+            kept = None
+            first_two = [ProbeTask(task.train, task.validation, task.classes) for task in tasks[:2]
+                         if task.train is not None and task.validation is not None]
+            if depth and len(first_two) == 2 and all(len(each.held_out) for each in first_two):
+                kept = forecast({depth: (first_two[0], first_two[1])})[0].kept
+            self._alike[depth] = {"task_shift": [0.0, *(task_shift(views[0], each)
+                                                        for each in views[1:])],
+                                  "forecast_kept": kept}
+        return self._alike[depth]
+
+    def _network(self, root: Path) -> Network:
+        filesystem = pafs.LocalFileSystem()
+        network = load_network(self.config, self.experiences[0], filesystem, str(root))
+        if network is None:
+            for _ in fit_network(self.config, self.experiences[0], filesystem, str(root),
+                                 self.device):
+                pass
+            network = load_network(self.config, self.experiences[0], filesystem, str(root))
+        assert network is not None
+        return network
+
+    def _tasks(self, depth: int) -> list[TaskFeatures]:
+        """Opened once: the next cells find the pages in memory."""
+        if depth not in self._opened:
+            manifests = [self.store.find(job.recipe) for job in self.jobs[depth]]
+            slots = slots_of(self.experiences, self.jobs[depth], manifests)
+            self._opened[depth] = open_features(self.store, slots)
+        return self._opened[depth]
+
+
+def _device(config: Config) -> torch.device:
+    """Raises: InputError where a GPU is asked for and there is none."""
+    there = torch.cuda.is_available()
+    if config.compute.device == "gpu" and not there:
+        raise InputError("device is 'gpu' but no CUDA device was found; allowed here: cpu, auto")
+    return torch.device("cuda" if there and config.compute.device != "cpu" else "cpu")
+
+
+def config_of(config: Config, cell: Cell) -> Config:
+    """What a cell learns with: the full hypernetwork (depth 0) starts each task from the previous
+    one, which is the better of the two there.
+    """
+    start = config.hypernet.starts_from if cell.depth else "previous"
+    return dataclasses.replace(
+        config, hypernet=dataclasses.replace(config.hypernet, starts_from=start),
+        backbone=dataclasses.replace(config.backbone, freeze_depth=cell.depth),
+        train=dataclasses.replace(config.train, strategy=cell.strategy, seed=cell.seed))
+
+
+def _write(path: Path, fields: dict[str, Any]) -> None:
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(fields, indent=1), encoding="utf-8")
+    draft.replace(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"the measured cell {path} cannot be read ({error}); delete it and "
+                             "it is learned again") from error

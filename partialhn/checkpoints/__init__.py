@@ -1,0 +1,1 @@
+"""What is learned, on disk: safetensors and JSON, never a pickle."""

@@ -1,0 +1,113 @@
+"""Checkpoints: a folder of safetensors and JSON, written whole or not at all, read strictly.
+
+    model.safetensors   every tensor by name
+    model.json          the fields, and the SHA-256 of the tensors file; written last
+
+Nothing is ever pickled, so loading a checkpoint cannot run code.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from partialhn.errors import IntegrityError
+
+FORMAT = 1
+TENSORS, FIELDS = "model.safetensors", "model.json"
+
+
+def save(folder: Path, kind: str, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
+    """Writes a checkpoint folder; an older one of the same name is replaced."""
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    draft.mkdir(parents=True)
+    save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
+              draft / TENSORS)
+    digest = hashlib.sha256((draft / TENSORS).read_bytes()).hexdigest()
+    head = {"format": FORMAT, "kind": kind, "tensors_sha256": digest}
+    (draft / FIELDS).write_text(json.dumps(head | fields, indent=1), encoding="utf-8")
+    if folder.exists():
+        shutil.rmtree(folder)
+    draft.replace(folder)
+
+
+def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
+    """Copies a checkpoint folder to any filesystem, the fields last: without them it is nothing.
+
+    Older fields go first, so that a copy that is cut short never mixes the two.
+    """
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    if local:
+        Path(target).mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(f"{target}/{FIELDS}")
+    for name in (TENSORS, FIELDS):
+        path = f"{target}/{name}"
+        draft = f"{path}.draft" if local else path  # S3 shows an object when it is whole
+        with filesystem.open_output_stream(draft) as sink:
+            sink.write((folder / name).read_bytes())
+        if local:
+            filesystem.move(draft, path)
+
+
+def fetch(filesystem: pafs.FileSystem, source: str, folder: Path) -> bool:
+    """Copies a checkpoint folder from any filesystem; False where there is no whole one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (FIELDS, TENSORS):
+        try:
+            with filesystem.open_input_file(f"{source}/{name}") as stream:
+                (folder / name).write_bytes(stream.readall())
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def read_fields(filesystem: pafs.FileSystem, source: str) -> dict[str, Any] | None:
+    """The fields of a checkpoint folder on any filesystem, without its tensors; None: not there.
+
+    Raises: IntegrityError for fields that cannot be read.
+    """
+    try:
+        with filesystem.open_input_file(f"{source}/{FIELDS}") as stream:
+            fields = json.loads(bytes(stream.readall()))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise IntegrityError(f"checkpoint {source} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise IntegrityError(f"checkpoint {source} is damaged: {FIELDS} holds no fields")
+    return fields
+
+
+def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a checkpoint folder.
+
+    Raises: IntegrityError where a file is missing, damaged, or of another kind or format.
+    """
+    try:
+        fields = json.loads((folder / FIELDS).read_text(encoding="utf-8"))
+        found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+    except (OSError, ValueError, RecursionError) as error:
+        raise IntegrityError(f"checkpoint {folder} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise IntegrityError(f"checkpoint {folder} is damaged: {FIELDS} holds no fields")
+    if fields.get("format") != FORMAT or fields.get("kind") != kind:
+        raise IntegrityError(f"checkpoint {folder} is of kind {fields.get('kind')!r} in format "
+                             f"{fields.get('format')!r}; expected {kind!r} in {FORMAT}")
+    wanted = str(fields.get("tensors_sha256"))
+    if found != wanted:
+        raise IntegrityError(f"checkpoint {folder} is damaged: {TENSORS} has sha256 "
+                             f"{found[:12]}..., expected tensors_sha256 {wanted[:12]}...")
+    try:
+        return load_file(folder / TENSORS), fields
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise IntegrityError(f"checkpoint {folder} is damaged: {TENSORS} is no safetensors file: "
+                             f"{error}") from error

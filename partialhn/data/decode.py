@@ -1,0 +1,134 @@
+"""The image decoder: encoded images of any size and mode become the uint8 tensor the network sees.
+
+Shape suffixes: B images, C = 3 channels, H W = size.
+"""
+
+import dataclasses
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from partialhn.data import corruptions
+from partialhn.data.image_table import ImageTable
+from partialhn.errors import InputError
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""Encodings that are decoded (PPM stands for PGM and PBM too); Pillow knows riskier ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BadImage:
+    """An image that was left out, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoded:
+    """Images as the network sees them."""
+
+    images_BCHW: torch.Tensor
+    """uint8, 3 channels."""
+    index_B: torch.Tensor
+    """int64: row of the table that each image comes from."""
+    bad: list[BadImage]
+    """Images that were left out."""
+
+
+def decode(table: ImageTable, size: int, transform: str = "none",
+           on_bad: Literal["error", "skip"] = "error", max_pixels: int = 50_000_000,
+           seed: int = 0) -> Decoded:
+    """Reads and decodes a table's images; give it as many as fit in memory at once.
+
+    Args:
+        table: which images.
+        size: side of the square result, in pixels.
+        transform: corruptions to apply, from `partialhn.data.corruptions`.
+        on_bad: raise at the first image that cannot be decoded, or leave it out and list it.
+        max_pixels: larger images count as bad; found from the header, before decoding.
+        seed: of random corruptions. They depend on the seed and the image's bytes alone.
+
+    Raises: InputError naming the image.
+    """
+    return decode_images(table.read(), table.ids(), size, transform, on_bad, max_pixels, seed)
+
+
+def decode_images(images: Sequence[bytes], ids: Sequence[str], size: int,
+                  transform: str = "none", on_bad: Literal["error", "skip"] = "error",
+                  max_pixels: int = 50_000_000, seed: int = 0) -> Decoded:
+    """Decodes encoded images, as `decode` does; `ids` name them in messages.
+
+    Any mode becomes RGB; transparency is dropped and orientation tags are not applied, as usual
+    in this field. Of an animation the first frame counts.
+    """
+    names = corruptions.parse(transform)
+    pixels_BHWC = np.empty((len(images), size, size, 3), dtype=np.uint8)
+    index: list[int] = []
+    bad: list[BadImage] = []
+    for place, (encoded, image_id) in enumerate(zip(images, ids, strict=True)):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # odd metadata is no news
+                image = _decode_one(encoded, size, max_pixels)
+        except _BadImageError as error:
+            if on_bad == "error":
+                raise InputError(f"image {image_id} {error}; mend it or take it away, or leave "
+                                 "out such images with on_bad_image skip") from error
+            bad.append(BadImage(image_id, str(error)))
+            continue
+        pixels_BHWC[len(index)] = np.asarray(corruptions.corrupt(image, names, encoded, seed))
+        index.append(place)
+    pixels_BCHW = np.ascontiguousarray(pixels_BHWC[:len(index)].transpose(0, 3, 1, 2))
+    return Decoded(torch.from_numpy(pixels_BCHW), torch.tensor(index, dtype=torch.int64), bad)
+
+
+class _BadImageError(Exception):
+    """Says what is wrong with an image, to follow its name."""
+
+
+def _decode_one(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
+    """RGB of size x size: the central square of the image, resized with antialiasing.
+
+    Raises: _BadImageError.
+    """
+    if not encoded:
+        raise _BadImageError("is empty")
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise _BadImageError(
+                    f"is too large: {width} x {height} = {width * height} pixels; allowed: up to "
+                    f"{max_pixels} (max_image_pixels)")
+            image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+            rgb = _to_rgb(image)
+    except _BadImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise _BadImageError(f"is no readable {', '.join(FORMATS)} image ({len(encoded)} bytes)"
+                             ) from error
+    except Image.DecompressionBombError as error:
+        raise _BadImageError(f"is too large: {error} (max_image_pixels is {max_pixels})") from error
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise _BadImageError(f"is truncated or damaged: {error}") from error
+    side = min(rgb.size)
+    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
+    if rgb.size == (size, size):
+        return rgb
+    return rgb.resize((size, size), Image.Resampling.BILINEAR,
+                      box=(left, top, left + side, top + side))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any 8- or 16-bit mode as RGB; transparency is dropped."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise _BadImageError(f"has 32-bit values (mode {image.mode}), whose range is not known; "
+                             "allowed: 8 or 16 bits a channel")
+    return image.convert("RGB")

@@ -1,0 +1,46 @@
+"""One task of a stream: its classes and its images, by reference."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+
+from partialhn.data.image_table import ImageTable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experience:
+    """One task of the stream: its classes, and its images in three disjoint parts."""
+
+    name: str
+    classes: tuple[str, ...]
+    """Class names; the labels of the three tables index them."""
+    train: ImageTable
+    validation: ImageTable
+    """Held out to watch training; may be empty."""
+    test: ImageTable
+    transform: str = "none"
+    """Corruption that belongs to the task's images (`partialhn.data.corruptions`)."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything that determines the task's data; its name does not."""
+        parts = [self.train.fingerprint(), self.validation.fingerprint(), self.test.fingerprint(),
+                 list(self.classes), self.transform]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+RESERVED = ("auto", "none")
+"""What a caller says who does not know the task, and what stands for no known task."""
+
+
+def task_of(slot: str) -> str:
+    """The task that a slot answers for: `cats/2026-11` is learned from more data of `cats`."""
+    return slot.partition("/")[0]
+
+
+def refreshed(slots: Sequence[str], index: int) -> int | None:
+    """The newest earlier slot of the same task, which a slot starts from; None for a new task."""
+    task = task_of(slots[index])
+    return next((j for j in reversed(range(index)) if task_of(slots[j]) == task), None)

@@ -1,0 +1,248 @@
+"""Labelled image data sets as they lie on disk or in a bucket: Parquet files, image folders.
+
+A data set has parts (train, test, validation). They are told apart by sub-folders (`train/`,
+`test/`, `val/`) or by the names of Parquet files (`train-00000-of-00004.parquet`,
+`test.parquet`). One listing of the tree says what is there; of Parquet files only the label
+column is read, of images nothing.
+
+Shape suffix: N images of a part.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.fs
+
+from partialhn.data.files import (
+    SUFFIXES,
+    Part,
+    file_table,
+    folder_part,
+    image_paths,
+    parquet_part,
+    parquet_paths,
+    parquet_table,
+    split_top,
+)
+from partialhn.data.image_table import ImageTable
+from partialhn.errors import InputError
+
+PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+         "val": "validation", "valid": "validation", "validation": "validation"}
+"""Names of folders, and first words of Parquet files' names, that say which part it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """One labelled data set; the labels of its tables index `classes`."""
+
+    where: str
+    classes: tuple[str, ...]
+    train: ImageTable
+    validation: ImageTable | None
+    test: ImageTable | None
+
+
+def locate(data: str, filesystem: Any = None) -> tuple[Any, str]:
+    """The pyarrow filesystem of a path or URI, and the path in it.
+
+    Raises: InputError for a scheme that needs a filesystem of its own.
+    """
+    scheme, colon, rest = data.partition("://")
+    if filesystem is None and colon and scheme != "file":
+        raise InputError(f"{data!r} has the scheme {scheme!r}; without a filesystem of its own "
+                         "allowed: a local path or file://")
+    path = rest if colon else data
+    filesystem = filesystem or pyarrow.fs.LocalFileSystem()
+    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        path = Path(path).expanduser().absolute().as_posix()
+    return filesystem, path.rstrip("/") or "/"
+
+
+def read_sets(data: str, limit: int | None = None,
+              filesystem: Any = None) -> ImageSet | dict[str, ImageSet]:
+    """The data set at a path, or the data sets of a directory of tasks by name.
+
+    Args:
+        data: path or URI of a Parquet file, of a data set's folder, or of a directory of tasks.
+        limit: use only the classes labelled 0 to limit-1.
+        filesystem: where the path is; default: local.
+
+    Raises: InputError for anything that cannot be used, naming it.
+    """
+    filesystem, root = locate(data, filesystem)
+    listing = _list_paths(filesystem, root, data)
+    if listing is None:
+        return _assemble(data, {"train": parquet_part(filesystem, [root])}, limit)
+    parts = _read_parts(filesystem, root, listing)
+    if parts is not None:
+        return _assemble(data, parts, limit)
+    folders, _ = split_top(listing)
+    tasks = {name: _read_parts(filesystem, f"{root}/{name}", inside)
+             for name, inside in folders.items()}
+    if any(tasks.values()):
+        return _assemble_tasks(data, tasks, limit)
+    if any(image_paths(inside) for inside in folders.values()):
+        return _assemble(data, {"train": folder_part(filesystem, root, listing)}, limit)
+    raise InputError(f"no images found in {data!r} ({sum(p[-1] != '/' for p in listing)} other "
+                     "files); allowed: Parquet files with images and labels, "
+                     "train/<class>/<image>, or a directory of tasks of either form")
+
+
+def open_images(data: str, filesystem: Any = None) -> ImageTable:
+    """All images at a path, without their labels: for prediction.
+
+    Args:
+        data: an image file, a Parquet file, or a folder of either (searched deeply).
+        filesystem: where the path is; default: local.
+
+    Raises: InputError for a missing path, or where there are no images.
+    """
+    filesystem, root = locate(data, filesystem)
+    listing = _list_paths(filesystem, root, data, (*SUFFIXES, ".parquet"))
+    paths = [root] if listing is None else [f"{root}/{path}" for path in sorted(listing)]
+    parquet = parquet_paths(paths)
+    if parquet:
+        return parquet_table(filesystem, parquet)
+    images = image_paths(paths)
+    if not images:
+        raise InputError(f"no images found in {data!r}; allowed: Parquet files, or images ending "
+                         f"in {' '.join(SUFFIXES)}")
+    return file_table(filesystem, images)
+
+
+def _list_paths(filesystem: Any, root: str, data: str,
+                suffixes: Sequence[str] = (".parquet",)) -> list[str] | None:
+    """Paths below a folder, sub-folders with a slash at the end; None for a single file."""
+    info = filesystem.get_file_info(root)
+    if info.type == pyarrow.fs.FileType.NotFound:
+        raise InputError(f"data {data!r} does not exist; allowed: the path of a Parquet file, "
+                         "an image folder or a directory of tasks, torchvision:NAME, or digits")
+    if info.type != pyarrow.fs.FileType.Directory:
+        if not root.lower().endswith(tuple(suffixes)):
+            raise InputError(f"data {data!r} is a file; allowed: a folder, or a file ending in "
+                             f"{' '.join(suffixes)}")
+        return None
+    found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
+    paths = (entry.path[len(root):].lstrip("/")
+             + "/" * (entry.type == pyarrow.fs.FileType.Directory) for entry in found)
+    return sorted(path for path in paths if not re.search(r"(^|/)(\.|__MACOSX/)", path))
+
+
+def _read_parts(filesystem: Any, root: str, listing: Sequence[str]) -> dict[str, Part] | None:
+    """The parts of the data set in a folder; None where the folder is not a data set."""
+    folders, files = split_top(listing)
+    named = [name for name in folders if name.lower() in PARTS]
+    if parquet_paths(files) and named:
+        raise InputError(f"{root} has both {parquet_paths(files)[0]} and the folder {named[0]}/; "
+                         "allowed: parts as Parquet files or as folders, not both")
+    if parquet_paths(files):
+        return {part: parquet_part(filesystem, [f"{root}/{name}" for name in names])
+                for part, names in _by_part(root, parquet_paths(files)).items()}
+    parts: dict[str, Part] = {}
+    for name in named:
+        part = PARTS[name.lower()]
+        if part in parts:
+            raise InputError(f"{root} has more than one {part} folder, one of them {name!r}; "
+                             "allowed: one")
+        parts[part] = _read_folder(filesystem, f"{root}/{name}", folders[name])
+    return parts or None
+
+
+def _by_part(root: str, files: Sequence[str]) -> dict[str, list[str]]:
+    """Parquet files by the part their names begin with; all are for training where none says."""
+    named: dict[str, list[str]] = {}
+    for name in files:
+        word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
+        named.setdefault(PARTS.get(word, ""), []).append(name)
+    if "" in named and len(named) > 1:
+        raise InputError(f"{root}/{named[''][0]} stands beside files named after parts; allowed: "
+                         f"names that start with {', '.join(PARTS)}")
+    return {part or "train": names for part, names in named.items()}
+
+
+def _read_folder(filesystem: Any, folder: str, inside: Sequence[str]) -> Part:
+    if parquet_paths(inside):
+        return parquet_part(filesystem, [f"{folder}/{path}" for path in parquet_paths(inside)])
+    return folder_part(filesystem, folder, inside)
+
+
+def _assemble(where: str, parts: Mapping[str, Part], limit: int | None) -> ImageSet:
+    """Numbers the classes, and keeps the first `limit` of them."""
+    if "train" not in parts:
+        raise InputError(f"{where} has only a {' and a '.join(parts)} part; it needs images to "
+                         "train on, in train/ or train*.parquet")
+    if not len(parts["train"].images):
+        raise InputError(f"no images found in the train part of {where}; every class needs one")
+    keys_K, classes = _keys(parts["train"], limit)
+    if limit is not None and limit > len(classes):
+        raise InputError(f"classes is {limit} but {where} has {len(classes)}; allowed: 2 to "
+                         f"{len(classes)}")
+    keep = limit or len(classes)
+    tables = {name: _number(part, name, parts["train"], keys_K, keep)
+              for name, part in parts.items()}
+    count_K = np.bincount(tables["train"].label_N, minlength=keep)
+    empty = [classes[label] for label in np.flatnonzero(count_K == 0)]
+    if empty:
+        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
+        raise InputError(f"class {empty[0]!r}{more} has no training images in {where}; every "
+                         f"class needs one, or use fewer classes (classes is {limit or 'all'})")
+    return ImageSet(where, tuple(classes[:keep]), tables["train"], tables.get("validation"),
+                    tables.get("test"))
+
+
+def _keys(train: Part, limit: int | None) -> tuple[npt.NDArray[Any], list[str]]:
+    """All labels that may occur, ascending, and their names."""
+    if train.label_N.dtype.kind == "U":
+        keys_K = np.unique(train.label_N if train.names is None else np.array(train.names))
+        return keys_K, keys_K.tolist()
+    if train.names is not None:
+        return np.arange(len(train.names)), list(train.names)
+    keys_K = np.unique(train.label_N)
+    if limit is not None and limit <= keys_K[-1]:
+        keys_K = np.union1d(keys_K, np.arange(limit))
+    return keys_K, [str(key) for key in keys_K.tolist()]
+
+
+def _number(part: Part, name: str, train: Part, keys_K: npt.NDArray[Any],
+            keep: int) -> ImageTable:
+    """A part's images of the first `keep` classes, their labels numbered from 0."""
+    label_N = part.label_N
+    numbered = label_N.dtype.kind == "i" and None not in (part.names, train.names)
+    if label_N.dtype.kind != keys_K.dtype.kind or (numbered and part.names != train.names):
+        raise InputError(f"the {name} part ({part.images.files[0]}) names other classes than the "
+                         f"train part ({train.images.files[0]}); allowed: the same class names")
+    place_N = np.searchsorted(keys_K, label_N).clip(max=len(keys_K) - 1)
+    unknown = np.flatnonzero(keys_K[place_N] != label_N)
+    if len(unknown):
+        first = part.images.take(unknown[:1]).ids()[0]
+        wrong = ("never occurs in training" if part is not train
+                 else f"is none of the {len(keys_K)} named classes")
+        raise InputError(f"label {label_N[unknown[0]].item()!r} of the {name} image {first} "
+                         f"{wrong}; allowed: labels of training images")
+    kept = np.flatnonzero(place_N < keep)
+    return dataclasses.replace(part.images, label_N=place_N).take(kept)
+
+
+def _assemble_tasks(data: str, tasks: Mapping[str, dict[str, Part] | None],
+                    limit: int | None) -> dict[str, ImageSet]:
+    if limit is not None:
+        raise InputError(f"classes is {limit} but {data!r} is a directory of tasks, each with its "
+                         "own classes; allowed: leave classes out")
+    seen: dict[str, str] = {}
+    for name, parts in tasks.items():
+        if parts is None:
+            raise InputError(f"{data!r} is a directory of tasks but {name!r} has no train part; "
+                             f"allowed: {name}/train/<class>/<image> or {name}/train*.parquet")
+        if name.casefold() in seen:
+            raise InputError(f"duplicate task names {seen[name.casefold()]!r} and {name!r} in "
+                             f"{data!r}; allowed: names that differ in more than case")
+        seen[name.casefold()] = name
+    ordered = sorted(tasks, key=lambda name: [(int(part), part) if part.isdigit() else (0, part)
+                                              for part in re.split(r"(\d+)", name)])
+    return {name: _assemble(f"{data}/{name}", tasks[name] or {}, None) for name in ordered}

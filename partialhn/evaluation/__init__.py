@@ -1,0 +1,1 @@
+"""What was learned and forgotten, measured; and what may be expected before training."""

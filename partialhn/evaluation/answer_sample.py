@@ -1,0 +1,127 @@
+"""A few test images of every task with the answers a model gave: a proof to carry along with it.
+
+One Parquet file: image (encoded), task, label (true), expected (answered) and probability (of
+that answer). Whoever loads the model later asks it again and compares.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from partialhn.config import DataConfig
+from partialhn.data.decode import decode_images
+from partialhn.data.experience import Experience, task_of
+from partialhn.errors import IntegrityError
+from partialhn.predict import Predictor
+
+IMAGES = 128
+"""Images of all tasks together, as evenly as possible; one a task at least."""
+MAX_BYTES = 2 * 1024 ** 2
+"""Encoded images of all tasks together; larger images are left out."""
+TOLERANCE = 0.01
+"""Difference of a probability that another processor may make."""
+SCHEMA = pa.schema([("image", pa.binary()), ("task", pa.string()), ("label", pa.string()),
+                    ("expected", pa.string()), ("probability", pa.float64())])
+
+Answer = Callable[[list[bytes], str], tuple[Sequence[str], Sequence[float]]]
+"""Images and a task -> labels and their probabilities."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleCheck:
+    """What asking again showed."""
+
+    images: int
+    accuracy: float
+    """Share of right labels now."""
+    expected_accuracy: float
+    """The same when the sample was taken."""
+    differing: int
+    """Images answered otherwise, beyond rounding."""
+
+    @property
+    def passed(self) -> bool:
+        return self.differing == 0
+
+
+def write_sample(path: Path, predictor: Predictor, experiences: Sequence[Experience]) -> None:
+    """Takes test images of every task of the model, spread over its classes, and asks it.
+
+    Of a task that was refreshed the newest data counts. Images that cannot be read have no part.
+    The trunk runs once over the images of all tasks: a few of each would fill a batch of their own.
+    """
+    newest = {task_of(each.name): each for each in experiences}
+    count = max(1, IMAGES // len(newest))
+    images: list[bytes] = []
+    tasks: list[str] = []
+    labels: list[str] = []
+    decoded: list[Tensor] = []
+    for task, experience in newest.items():
+        encoded, classes, images_BCHW = _pick(experience, count, MAX_BYTES // len(newest),
+                                              predictor.model.config.data)
+        images += encoded
+        labels += classes
+        tasks += [task] * len(encoded)
+        decoded.append(images_BCHW)
+    answers = predictor.answers(predictor.features(torch.cat(decoded)), tasks) if images else []
+    pq.write_table(pa.table([images, tasks, labels, [answer.label for answer in answers],
+                             [answer.probability for answer in answers]], schema=SCHEMA), path)
+
+
+def _pick(experience: Experience, count: int, budget: int,
+          data: DataConfig) -> tuple[list[bytes], list[str], Tensor]:
+    """Test images that fit in the budget of bytes, their classes, and what they decode to."""
+    order_N = np.argsort(experience.test.label_N, kind="stable")
+    spread = np.linspace(0, len(order_N) - 1, min(count, len(order_N))).round().astype(int)
+    part = experience.test.take(order_N[spread])
+    encoded = part.read()
+    readable = decode_images(encoded, part.ids(), data.input_size, on_bad="skip",
+                             max_pixels=data.max_image_pixels)
+    images, labels, rows = [], [], []
+    for row, place in enumerate(readable.index_B.tolist()):
+        if len(encoded[place]) <= budget:
+            budget -= len(encoded[place])
+            images.append(encoded[place])
+            labels.append(experience.classes[int(part.label_N[place])])
+            rows.append(row)
+    return images, labels, readable.images_BCHW[rows]
+
+
+def read_sample(path: Path) -> pa.Table:
+    """The rows of a sample. Raises: IntegrityError for a damaged or an oversized file."""
+    try:
+        size = path.stat().st_size
+        if size > 2 * MAX_BYTES:
+            raise IntegrityError(f"sample {path} has {size} bytes; expected at most "
+                                 f"{2 * MAX_BYTES}")
+        with pq.ParquetFile(path) as file:
+            rows, limit = file.metadata.num_rows, 1_000_000
+            unpacked = sum(file.metadata.row_group(g).total_byte_size
+                           for g in range(file.metadata.num_row_groups))
+            if not file.schema_arrow.equals(SCHEMA) or rows > limit or unpacked > 4 * MAX_BYTES:
+                raise IntegrityError(f"sample {path} holds {rows} rows of {file.schema_arrow.names}"
+                                     f", {unpacked} bytes; expected a sample as it is written")
+            return file.read()
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise IntegrityError(f"sample {path} cannot be read: {error}") from error
+
+
+def check_sample(sample: pa.Table, answer: Answer) -> SampleCheck:
+    """Asks a model again for all images of a sample."""
+    right = expected_right = differing = 0
+    for task in sample["task"].unique().to_pylist():
+        rows = sample.filter(pa.compute.equal(sample["task"], task)).to_pylist()
+        labels, probabilities = answer([row["image"] for row in rows], task)
+        for row, label, probability in zip(rows, labels, probabilities, strict=True):
+            right += label == row["label"]
+            expected_right += row["expected"] == row["label"]
+            differing += not abs(probability - row["probability"]) <= TOLERANCE
+            # a near tie may fall the other way elsewhere; then both have the same probability
+    total = max(sample.num_rows, 1)
+    return SampleCheck(sample.num_rows, right / total, expected_right / total, differing)

@@ -1,0 +1,1 @@
+"""The feature store: features of the frozen trunk, computed once and kept in Arrow files."""

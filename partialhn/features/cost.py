@@ -1,0 +1,126 @@
+"""What stored features will cost before any is computed: bytes, and the epochs until they pay.
+
+Keeping features costs decoding an image, V views through the trunk, and writing, once; then each
+epoch reads them. Without them each epoch decodes an image and sends one view through the trunk.
+They pay after `once / (again - read)` epochs. The seconds are measured on a few of the images, in
+this process; what training itself costs is the same both ways and not in it.
+
+Legend: N images, V views, C channels, H W spatial.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from partialhn.data.decode import decode
+from partialhn.data.image_table import ImageTable
+from partialhn.features import codec
+from partialhn.features.extract import FeatureJob
+from partialhn.networks.trunk import Trunk, run_trunk_at
+
+PROBED = 64
+"""Images that are looked at."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthPlan:
+    """What features of one depth cost."""
+
+    depth: int
+    shape_CHW: tuple[int, ...]
+    images: int
+    """Of all splits."""
+    views: int
+    """Views V of a training image."""
+    bytes: int
+    """Of all features, as they will be stored."""
+    image_bytes: float
+    """Of the same images, encoded as they are."""
+    once: float
+    """Seconds for a training image: decoding, V views through the trunk, writing."""
+    again: float
+    """Seconds for a training image and epoch without features: decoding, one view."""
+    read: float
+    """Seconds for a training image and epoch with features."""
+
+    @property
+    def epochs(self) -> float:
+        """Epochs after which keeping features is cheaper; infinite: never."""
+        return self.once / (self.again - self.read) if self.again > self.read else math.inf
+
+
+def plan(jobs: Sequence[FeatureJob], trunk: Trunk) -> list[DepthPlan]:
+    """A plan for every depth of the jobs; none where no looked-at image can be read.
+
+    `trunk` is as deep as the deepest job or deeper; its weights do not matter.
+    """
+    by_depth: dict[int, list[FeatureJob]] = {}
+    for job in jobs:
+        by_depth.setdefault(job.depth, []).append(job)
+    first = max(jobs, key=lambda job: job.recipe.views)
+    table = first.table.take(np.linspace(0, len(first.table) - 1, PROBED).astype(int)
+                             if len(first.table) > PROBED else np.arange(len(first.table)))
+    start = time.perf_counter()
+    images = decode(table, first.recipe.input_size, first.recipe.transform, "skip",
+                    first.max_image_pixels, first.recipe.seed).images_BCHW
+    decoding = (time.perf_counter() - start) / len(table)
+    if not len(images):
+        return []
+    run_trunk_at(trunk, by_depth, images[:1])  # the first forward of a process is slow
+    z_NCHW, spent = run_trunk_at(trunk, by_depth, images)
+    encoded = _encoded_bytes(table)
+    plans = []
+    for depth, ours in sorted(by_depth.items()):
+        through = spent[depth] / len(images)
+        size, write, read = _store(z_NCHW[depth], first)
+        stored = sum(len(job.table) * job.recipe.views for job in ours)
+        count = sum(len(job.table) for job in ours)
+        plans.append(DepthPlan(depth, ours[0].shape_CHW, count, first.recipe.views,
+                               round(size * stored), encoded * count,
+                               decoding + first.recipe.views * (through + write),
+                               decoding + through, read))
+    return plans
+
+
+def described(plans: Sequence[DepthPlan]) -> list[str]:
+    """A table of plans, and what it was measured on."""
+    if not plans:
+        return []
+    rows = [("depth", "a view", "GiB", "times the images", "pay after")]
+    rows += [(str(each.depth), "x".join(map(str, each.shape_CHW)), f"{each.bytes / 2**30:.3f}",
+              f"{each.bytes / each.image_bytes:.1f}",
+              f"{each.epochs:.1f} epochs" if math.isfinite(each.epochs) else "never")
+             for each in plans]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+             for row in rows]
+    return [f"features of {plans[0].images} images, {plans[0].views} views of each to learn from:",
+            *lines, "(epochs until stored features are cheaper than the trunk again each epoch, "
+            f"measured here on at most {PROBED} images)"]
+
+
+def _store(z_NCHW: Tensor, job: FeatureJob) -> tuple[float, float, float]:
+    """Bytes of a view as stored; seconds to write it, and to read it."""
+    ids, y_N = [str(row) for row in range(len(z_NCHW))], np.zeros(len(z_NCHW), np.int64)
+    recipe = job.recipe
+    start = time.perf_counter()
+    content = codec.encode(z_NCHW[:, None], y_N, ids, recipe.dtype, recipe.compression,
+                           json.dumps(recipe.fields()))
+    write = time.perf_counter() - start
+    start = time.perf_counter()
+    block = codec.decode(pa.py_buffer(content), recipe.dtype, len(ids), (1, *z_NCHW.shape[1:]))
+    block.z_NVCHW.float()
+    read = time.perf_counter() - start
+    raw = z_NCHW.numel() * codec.DTYPES[recipe.dtype][0].itemsize
+    size = raw if recipe.compression == "none" else min(raw, len(content))
+    return size / len(ids), write / len(ids), read / len(ids)
+
+
+def _encoded_bytes(table: ImageTable) -> float:
+    return sum(map(len, table.read())) / len(table)

@@ -1,0 +1,181 @@
+"""The hypernetwork H_psi: a task's code -> the convolution weights of the head.
+
+Every generated tensor l is a stack of rows c, one for each output channel, and the last layer of
+the generator is linear in what belongs to the task. Three generators share that:
+
+    columns    W_l(t) = W_l(s) + V_lt diag(x_lt) A_lt^T      ours, the default
+    bilinear   W_l(t) = base_l + V_l diag(x_lt) A_l^T + b_l  one set of columns for all tasks
+    additive   W_l(t)[c] = base_l[c] + A_l [mlp(e_t) ; v_lc] + b_l   as published (von Oswald et al.
+               2020, Hemati et al. 2023)
+
+`columns` is here: the first task trains base_l. A later one t starts from it (s = 0; or from t - 1
+with `hands_on`), or from its own old slot where it is refreshed, and opens binary columns V and A
+of its own that its code x weighs (`partialhn.networks.columns`). What is learned never moves, so
+nothing that an earlier task knows can change, and what a task starts from is generated once: a step
+costs the same whatever the number of tasks. The other two, whose shared parts move with every task, are
+in `partialhn.networks.shared_generators`.
+
+Legend: C output channels (rows), D row length, d columns, L generated tensors.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from partialhn.errors import InputError
+from partialhn.networks.columns import CODE, Columns, packed_bytes
+
+Rows = tuple[Tensor, ...]
+"""One task's generated weights: (C, D) of each generated tensor."""
+
+
+class GeneratedTensor(NamedTuple):
+    """One weight tensor of the head that the hypernetwork generates."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        """C: output channels."""
+        return self.shape[0]
+
+    @property
+    def row_length(self) -> int:
+        """D: numbers in one output channel's filter."""
+        return int(torch.Size(self.shape[1:]).numel())
+
+
+class Generator(nn.Module):
+    """What every generator is: base_l, and weights for the code of any task."""
+
+    drifts = False
+    """Whether what is trained now can change the weights of earlier tasks."""
+    hands_on = True
+    """Whether a new task goes on from the one before it, or from the first."""
+
+    def __init__(self, tensors: Sequence[GeneratedTensor]) -> None:
+        super().__init__()
+        self.tensors = tuple(tensors)
+        self.base = nn.ParameterList(torch.zeros(t.rows, t.row_length) for t in self.tensors)
+
+    def set_base(self, weights: Sequence[Tensor]) -> None:
+        """The first task trains on from these weights."""
+        for base, weight in zip(self.base, weights, strict=True):
+            base.data.copy_(weight.reshape(base.shape))
+
+    def add_task(self, task: int) -> None:
+        """Makes room for what a task needs beside its code."""
+
+    def start(self, task: int) -> int:
+        """The task that a new one starts from; -1 for none."""
+        return task - 1 if self.hands_on else min(task, 1) - 1
+
+    def next_code(self, previous: Tensor | None, task: int) -> Tensor:
+        """The code a task starts with, given that of the task it starts from."""
+        raise NotImplementedError
+
+    def inherits(self, task: int) -> bool:
+        """Whether a task's code adds to the weights of the task it starts from."""
+        del task
+        return False
+
+    def forward(self, task: int, code: Tensor, inherited: Rows | None = None) -> Rows:
+        """The head's convolution weights for one task: once a step, for every image.
+
+        inherited: those of the task it starts from, where it `inherits`.
+        """
+        raise NotImplementedError
+
+    def begin(self, task: int) -> None:
+        """Decides what this experience may change."""
+        raise NotImplementedError
+
+    def finish(self, task: int) -> Tensor | None:
+        """Ends the learning of a task; what its code is to be multiplied with, where anything."""
+        del task
+        return None
+
+    def task_bytes(self, task: int) -> int:
+        """Bytes that the generator grows by for a task, once it is learned."""
+        del task
+        return 0
+
+    def generating_macs(self, task: int) -> int:
+        """Multiply-adds of generating a task's weights from nothing."""
+        raise NotImplementedError
+
+    def regulariser(self, codes: Tensor) -> Tensor:
+        """What holds earlier tasks' weights, where anything `drifts`."""
+        raise NotImplementedError
+
+    def star(self) -> dict[str, Tensor]:
+        """What must be kept of the experience's start, for the checkpoint of a running one."""
+        return {}
+
+    def restore_snapshot(self, star: dict[str, Tensor]) -> None:
+        """Takes back what `star` gave, when an interrupted experience goes on."""
+        if star:
+            raise InputError(f"checkpoint holds {sorted(star)[:3]}, which {type(self).__name__} "
+                             "does not use")
+
+
+class ColumnGenerator(Generator):
+    """W_l(t) = W_l(s) + V_lt diag(x_lt) A_lt^T, with binary V and A that are the task's own."""
+
+    def __init__(self, tensors: Sequence[GeneratedTensor], width: int, *,
+                 hands_on: bool = False) -> None:
+        """hands_on: by what was measured, only where nothing is frozen (`tests/bench/NOTES.md`)."""
+        super().__init__(tensors)
+        self.width, self.hands_on = width, hands_on
+        self.columns = nn.ModuleList()
+        """Of each task after the first."""
+
+    def add_task(self, task: int) -> None:
+        if task:
+            self.columns.append(Columns(self._shapes, self.width))
+
+    def next_code(self, previous: Tensor | None, task: int) -> Tensor:
+        """The same number for every column; the first task has the base and no code."""
+        del previous
+        length = len(self.tensors) * self.width if task else 0
+        return torch.full((length,), CODE * self.width ** -0.5)
+
+    def inherits(self, task: int) -> bool:
+        return task > 0
+
+    def forward(self, task: int, code: Tensor, inherited: Rows | None = None) -> Rows:
+        if not task:
+            return tuple(self.base)
+        assert inherited is not None, f"task {task} starts from another one"
+        if not self.tensors:
+            return ()
+        return tuple(torch.addmm(before_CD, v_Cd.to(x_d) * x_d, A_Dd.to(x_d).T)
+                     for before_CD, x_d, (v_Cd, A_Dd)
+                     in zip(inherited, code.view(-1, self.width), self._of(task)(), strict=True))
+
+    def begin(self, task: int) -> None:
+        """Only what belongs to the task takes a gradient: the base for the first."""
+        self.base.requires_grad_(task == 0)
+        for index, columns in enumerate(self.columns, 1):
+            columns.requires_grad_(index == task)
+
+    def finish(self, task: int) -> Tensor | None:
+        return self._of(task).pack().flatten() if task and self.tensors else None
+
+    def task_bytes(self, task: int) -> int:
+        return packed_bytes(self._shapes, self.width) if task else 0
+
+    def generating_macs(self, task: int) -> int:
+        """Of a task that refreshes no other."""
+        products = task if self.hands_on else min(task, 1)
+        return products * self.width * sum(t.rows * t.row_length for t in self.tensors)
+
+    @property
+    def _shapes(self) -> list[tuple[int, int]]:
+        return [(tensor.rows, tensor.row_length) for tensor in self.tensors]
+
+    def _of(self, task: int) -> Columns:
+        return cast(Columns, self.columns[task - 1])

@@ -1,0 +1,1 @@
+"""The training of the trunk and of one task after the other."""

@@ -1,0 +1,190 @@
+"""A strategy on its way through a stream of tasks.
+
+for task t: strategy.begin(t)
+for epoch record of `fit_experience`: yield it
+strategy.remember(t, features); strategy.finish(t)
+yield TaskRecord(accuracy on every task so far)
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from partialhn.config import TrainConfig
+from partialhn.evaluation.task_inference_metrics import rejection_auroc, without_task_id
+from partialhn.features.batches import Workers
+from partialhn.networks.tensors import tensors_below
+from partialhn.strategies import Strategy
+from partialhn.task_inference import TaskInference, TaskStatistics, statistics
+from partialhn.training.experience import TaskFeatures, evaluate, fit_experience
+from partialhn.training.optimiser import (
+    load_optimiser,
+    make_optimiser,
+    optimiser_tensors,
+)
+from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.steps import Recorder
+
+
+class Learner:
+    """A strategy on its way through a stream, able to stop after any epoch and go on."""
+
+    def __init__(self, strategy: Strategy, config: TrainConfig, device: torch.device | str = "cpu",
+                 workers: Workers | None = None, inference: TaskInference | None = None,
+                 recorder: Recorder | None = None) -> None:
+        """`inference`: an empty one, to learn as well which task an image is of. `recorder`: as
+        `fit_experience` takes it.
+        """
+        self.strategy, self.config = strategy.to(device), config
+        self.inference, self.recorder = inference, recorder
+        self.device = torch.device(device)
+        self.workers = workers or Workers()
+        self.epochs: list[EpochRecord] = []
+        self.finished: list[TaskRecord] = []
+        self._optimiser: torch.optim.Optimizer | None = None
+        self.train_seconds = 0.0
+        """Wall seconds that the task took which was trained last."""
+
+    def learn(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord | TaskRecord]:
+        """Learns the tasks that are not finished yet, in order."""
+        while len(self.finished) < len(tasks):
+            yield from self.fit_next(tasks)
+            yield self._conclude(tasks)
+
+    def adopt(self, tasks: Sequence[TaskFeatures], owned: dict[str, Tensor],
+              epochs: Sequence[EpochRecord], train_seconds: float,
+              found: TaskStatistics | None = None) -> TaskRecord:
+        """Takes the next task in as another learner has trained it (`fit_next`), and measures.
+
+        owned: what `Strategy.owned` gave there. found: what `statistics` did, for a task whose
+        training features are not here.
+        """
+        index = len(self.finished)
+        self._make_room(tasks[index])
+        self.strategy.take(index, owned)
+        self.epochs += epochs
+        self.train_seconds = train_seconds
+        return self._conclude(tasks, found)
+
+    def skip_to(self, tasks: Sequence[TaskFeatures], index: int) -> None:
+        """Makes room for the tasks before `index`, which others learn: it is the next one.
+
+        For strategies whose tasks are `independent`.
+        """
+        for task in tasks[len(self.finished):index]:
+            self._make_room(task)
+            self.finished.append(TaskRecord(task.name, len(self.finished), (), 0.0, 0.0))
+
+    @property
+    def epochs_done(self) -> int:
+        """Finished epochs of the running experience."""
+        return sum(record.task_index == len(self.finished) for record in self.epochs)
+
+    def fit_next(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord]:
+        """Trains the next task, from where it was left, and measures nothing."""
+        index = len(self.finished)
+        task = tasks[index]
+        if self._optimiser is None:
+            self._begin(index, task.classes, task.refreshes)
+        optimiser = cast(torch.optim.Optimizer, self._optimiser)
+        self.strategy.revisit([(each.name, each.train) for each in tasks[:index]])
+        for record in fit_experience(self.strategy, index, task, self.config, optimiser,
+                                     epochs_done=self.epochs_done, workers=self.workers,
+                                     recorder=self.recorder):
+            self.epochs.append(record)
+            yield record
+        start = time.perf_counter()
+        assert task.train is not None, f"task {task.name} has no training features"
+        self.strategy.remember(index, task.train, (self.config.seed, index))
+        self.strategy.finish(index)
+        optimiser.zero_grad(set_to_none=True)
+        self._optimiser = None
+        self.train_seconds = time.perf_counter() - start + sum(
+            record.seconds for record in self.epochs if record.task_index == index)
+
+    def _make_room(self, task: TaskFeatures) -> None:
+        self.strategy.add_task(task.classes, task.refreshes)
+        self.strategy.to(self.device)
+        self.strategy.finish(len(self.finished))
+
+    def _conclude(self, tasks: Sequence[TaskFeatures],
+                  found: TaskStatistics | None = None) -> TaskRecord:
+        """Measures the task that was trained, and all before it."""
+        index, start = len(self.finished), time.perf_counter()
+        row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
+        without_id = self._learn_inference(tasks, index, found)
+        self.finished.append(TaskRecord(tasks[index].name, index, row, self.train_seconds,
+                                        time.perf_counter() - start, without_id))
+        return self.finished[-1]
+
+    def _learn_inference(self, tasks: Sequence[TaskFeatures], index: int,
+                         found: TaskStatistics | None) -> dict[str, float] | None:
+        """Takes in a finished task's features; what is measured of a task before and after."""
+        if self.inference is None:
+            return None
+        train, tests = tasks[index].train, [task.test for task in tasks[:index + 1]]
+        if found is None:
+            assert train is not None, f"task {tasks[index].name} has no training features"
+            found = statistics(train, index, self.config.seed)
+        replaced = {task.refreshes for task in tasks[:index + 1]}
+        measured = {}
+        if index and tasks[index].refreshes is None:
+            measured["rejection_auroc"] = rejection_auroc(self.inference, tests[:-1], tests[-1])
+        self.inference.add_task(found)
+        if index + 1 == len(tasks):
+            measured |= without_task_id(self.strategy, self.inference, tests,
+                                        [i for i in range(index + 1) if i not in replaced])
+        return measured
+
+    def _begin(self, index: int, classes: int, refreshes: int | None = None) -> None:
+        if index == len(self.strategy.classes):
+            self.strategy.add_task(classes, refreshes)
+        self.strategy.to(self.device)
+        self.strategy.begin(index)
+        self._optimiser = make_optimiser(self.strategy, self.config)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that is needed to go on: tensors by name and a plain dict."""
+        tensors = {f"strategy.{key}": value for key, value in self.strategy.state_dict().items()}
+        if self._optimiser is not None:
+            tensors |= {f"experience.{key}": value
+                        for key, value in self.strategy.experience_state().items()}
+            tensors |= optimiser_tensors(self._optimiser, self._trainable())
+        if self.inference is not None:
+            tensors |= {f"inference.{key}": value
+                        for key, value in self.inference.tensors().items()}
+        return tensors, {"classes": list(self.strategy.classes),
+                         "epochs": [dataclasses.asdict(record) for record in self.epochs],
+                         "finished": [dataclasses.asdict(record) for record in self.finished]}
+
+    def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
+        """Takes back `state` into a fresh learner of the same configuration."""
+        for classes in fields["classes"]:
+            self.strategy.add_task(classes)
+        self.strategy.to(self.device)
+        for index in range(len(fields["finished"])):
+            self.strategy.finish(index)
+        self.strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
+        self.epochs = [EpochRecord(**record) for record in fields["epochs"]]
+        self.finished = [TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])})
+                         for record in fields["finished"]]
+        if self.inference is not None:
+            self.inference = TaskInference.from_tensors(tensors_below(tensors, "inference."),
+                                                        len(self.finished))
+        if len(self.finished) == len(self.strategy.classes):
+            return
+        self._begin(len(self.finished), self.strategy.classes[-1])
+        self.strategy.restore_experience(
+            {key: value.to(self.device)
+             for key, value in tensors_below(tensors, "experience.").items()})
+        if self.epochs_done:
+            load_optimiser(cast(torch.optim.Optimizer, self._optimiser), self._trainable(),
+                           tensors)
+
+    def _trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, value) for name, value in self.strategy.named_parameters()
+                if value.requires_grad]

@@ -1,0 +1,141 @@
+"""The chain of learned tasks: a model is determined by its configuration and the tasks so far.
+
+    <folder>/<prefix>/model.safetensors, model.json     the model after a task
+
+A prefix is a hash of the prefix before it, what the task is learned with, and the task's data.
+So a run finds what an earlier one learned, however many tasks have arrived since, and learns only
+what follows; the images and features that earlier tasks were learned from may be gone.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+from torch import Tensor
+
+from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints.model import Model
+from partialhn.config import Config
+from partialhn.data.experience import Experience
+from partialhn.errors import IntegrityError
+from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.result import Outcome
+from partialhn.training.slots import Slot
+
+FORMAT = 1
+BASELINE_OPTIONS = ("buffer", "ewc_strength", "lwf_strength")
+"""What the hypernetwork is not learned with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """What is known of a finished task beside its model."""
+
+    prefix: str
+    parent: str
+    """The prefix before it; empty for the first task."""
+    record: TaskRecord
+    epochs: tuple[EpochRecord, ...]
+    task_bytes: int
+    """Bytes that the task added to the checkpoint."""
+
+    @staticmethod
+    def of(outcome: Outcome, prefixes: Sequence[str], index: int) -> "Learned":
+        """One task of an outcome."""
+        return Learned(prefixes[index], prefixes[index - 1] if index else "",
+                       outcome.finished[index],
+                       tuple(each for each in outcome.epochs if each.task_index == index),
+                       outcome.task_bytes[index])
+
+
+def prefixes_of(config: Config, network: str, slots: Sequence[Slot | Experience],
+                known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The prefix after each slot; the first ones may be `known`, learned with other settings.
+
+    network: fingerprint of the network that the trunk is cut from. What a run is compared with,
+    what it runs on, how features are compressed, and how data was cut into tasks do not count;
+    the data itself does.
+    """
+    values = config.to_dict()
+    del values["train"]["compare"], values["features"]["compression"]
+    if config.train.strategy == "partial_hn":
+        for key in BASELINE_OPTIONS:
+            del values["train"][key]
+    data = {key: values["data"][key] for key in ("input_size", "on_bad_image", "stream_seed",
+                                                 "max_image_pixels")}
+    backbone = {key: values["backbone"][key] for key in ("backbone", "freeze_depth")}
+    settings = {"format": FORMAT, "network": network, "data": data, "backbone": backbone,
+                **{section: values[section] for section in ("features", "hypernet", "train")}}
+    found = list(known)
+    for slot in slots[len(found):]:
+        step = [found[-1] if found else "", settings, slot.name, slot.fingerprint]
+        text = json.dumps(step, sort_keys=True)
+        found.append(hashlib.sha256(text.encode()).hexdigest()[:32])
+    return tuple(found)
+
+
+def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: str) -> None:
+    """Stores a model as the one after a task; its records go into the model's facts."""
+    fields = dataclasses.asdict(learned)
+    model.facts |= {"chain": fields}
+    with tempfile.TemporaryDirectory() as scratch:
+        model.save(Path(scratch) / "model")
+        checkpoint.upload(Path(scratch) / "model", filesystem, f"{folder}/{learned.prefix}")
+
+
+def find(filesystem: pafs.FileSystem, folder: str, prefixes: Sequence[str]) -> list[Learned]:
+    """The tasks that are learned already, from the first to the first that is not."""
+    found: list[Learned] = []
+    for prefix in prefixes:
+        fields = checkpoint.read_fields(filesystem, f"{folder}/{prefix}")
+        if fields is None:
+            break
+        found.append(_parse(fields, prefix))
+    return found
+
+
+def outcome_of(learned: Sequence[Learned]) -> Outcome:
+    """The outcome of the tasks so far, as if one run had learned them all."""
+    return Outcome(tuple(epoch for each in learned for epoch in each.epochs),
+                   tuple(each.record for each in learned),
+                   tuple(each.task_bytes for each in learned))
+
+
+def fetch_model(filesystem: pafs.FileSystem, folder: str, prefix: str, target: Path) -> Path:
+    """A local copy of the model after a task. Raises: IntegrityError where there is none."""
+    if not checkpoint.fetch(filesystem, f"{folder}/{prefix}", target):
+        raise IntegrityError(f"the learned model {prefix} is not at {folder}/{prefix}")
+    return target
+
+
+def state(filesystem: pafs.FileSystem, folder: str,
+          learned: Sequence[Learned]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `Learner.restore` takes to go on after the learned tasks."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = fetch_model(filesystem, folder, learned[-1].prefix, Path(scratch) / "model")
+        tensors, fields = checkpoint.load(copy, "model")
+    outcome = outcome_of(learned)
+    return tensors, {"classes": [len(task["classes"]) for task in fields["tasks"]],
+                     "epochs": [dataclasses.asdict(each) for each in outcome.epochs],
+                     "finished": [dataclasses.asdict(each) for each in outcome.finished]}
+
+
+def _parse(fields: dict[str, Any], prefix: str) -> Learned:
+    try:
+        values = dict(fields["facts"]["chain"])
+        record = values["record"]
+        found = Learned(
+            values["prefix"], values["parent"],
+            TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])}),
+            tuple(EpochRecord(**epoch) for epoch in values["epochs"]), values["task_bytes"])
+    except (KeyError, TypeError) as error:
+        raise IntegrityError(f"the learned model {prefix} has no readable records: {error!r}"
+                             ) from error
+    if found.prefix != prefix:
+        raise IntegrityError(f"the learned model {prefix} says it is {found.prefix}")
+    return found

@@ -1,0 +1,164 @@
+"""The network that the trunk is cut from: trained on the first task, or supplied.
+
+A trained network is kept under a name that says all that determines it, so the same work is
+found again, and a training that was stopped goes on after its last finished epoch.
+
+    <root>/trunks/<key>/          the finished network
+    <root>/trunks/<key>.partial/  its state after the last finished epoch
+
+Legend: N images, B batch, C channels, H W spatial, K classes.
+"""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.fs as pafs
+import torch
+from torch import Tensor, nn
+
+from partialhn.checkpoints import checkpoint
+from partialhn.config import Augment, BackboneConfig, Config
+from partialhn.data.augment import augment
+from partialhn.data.decode import decode
+from partialhn.data.experience import Experience
+from partialhn.networks.backbone import Network, build_network, supplied_network
+from partialhn.networks.precision import short_arithmetic
+from partialhn.networks.tensors import tensors_below
+from partialhn.training.optimiser import (
+    load_optimiser,
+    optimiser_tensors,
+    rate_factors,
+)
+from partialhn.training.records import EpochRecord
+
+TRUNK_WEIGHT_DECAY, TRUNK_LABEL_SMOOTHING = 0.05, 0.1
+"""A trunk is trained once, on few classes, and must serve tasks it has not seen."""
+
+
+def network_optimiser(network: Network, config: BackboneConfig) -> torch.optim.Optimizer:
+    """AdamW over the whole network."""
+    return torch.optim.AdamW([{"params": list(network.parameters()),
+                               "peak": config.trunk_learning_rate}], fused=True,
+                             weight_decay=TRUNK_WEIGHT_DECAY)
+
+
+def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: BackboneConfig,
+                  kind: Augment, optimiser: torch.optim.Optimizer, *,
+                  epochs_done: int = 0) -> Iterator[EpochRecord]:
+    """Trains the whole network on the first task's images; its stages become the trunk.
+
+    images_NCHW: uint8. Fresh augmentation each epoch, cosine learning rate; `optimiser` is
+    `network_optimiser(network, config)`.
+    """
+    device = network.mean_C.device
+    size = min(config.trunk_batch_size, len(y_N))
+    steps = len(y_N) // size
+    rates = rate_factors("cosine", steps * config.trunk_epochs)
+    for epoch in range(epochs_done + 1, config.trunk_epochs + 1):
+        start = time.perf_counter()
+        network.train()
+        order_N = np.random.default_rng([config.trunk_seed, epoch]).permutation(len(y_N))
+        totals = torch.zeros(2, device=device)
+        for step in range(steps):
+            for group in optimiser.param_groups:
+                group["lr"] = group["peak"] * rates[(epoch - 1) * steps + step]
+            rows_B = order_N[step * size:(step + 1) * size]
+            images_BCHW = augment(images_NCHW[rows_B].to(device), rows_B, len(y_N), epoch, kind,
+                                  config.trunk_seed)
+            y_B = y_N[rows_B].to(device)
+            with short_arithmetic(config.trunk_precision, device):
+                logits_BK = network(images_BCHW).float()
+            loss = nn.functional.cross_entropy(logits_BK, y_B,
+                                               label_smoothing=TRUNK_LABEL_SMOOTHING)
+            optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimiser.step()
+            totals += torch.stack([loss.detach(), (logits_BK.argmax(1) == y_B).float().mean()])
+        mean_loss, accuracy = (totals / steps).tolist()
+        yield EpochRecord("trunk", -1, epoch, config.trunk_epochs, mean_loss, mean_loss, 0.0,
+                          accuracy, None, time.perf_counter() - start)
+
+
+def network_key(config: Config, first: Experience) -> str:
+    """Names the network that `config` trains on the first task: 32 hexadecimal digits."""
+    fields = dataclasses.asdict(config.backbone) | {
+        "data": first.train.fingerprint(), "transform": first.transform,
+        "classes": len(first.classes), "input_size": config.data.input_size,
+        "augment": config.features.augment, "stream_seed": config.data.stream_seed}
+    del fields["freeze_depth"]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def load_network(config: Config, first: Experience, filesystem: pafs.FileSystem,
+                 root: str) -> Network | None:
+    """The network where it needs no training: supplied, or trained before. Otherwise None.
+
+    Raises: InputError for a supplied network that cannot be had or does not fit.
+    """
+    backbone = config.backbone
+    if backbone.trunk != "train":
+        return supplied_network(backbone.trunk, backbone.backbone, len(first.classes))
+    return stored_network(config, network_key(config, first), filesystem, root)
+
+
+def stored_network(config: Config, key: str, filesystem: pafs.FileSystem,
+                   root: str) -> Network | None:
+    """A network by the name it was stored under, or None: the first task need not be there."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "network"
+        if not checkpoint.fetch(filesystem, f"{root}/trunks/{key}", folder):
+            return None
+        tensors, _ = checkpoint.load(folder, "network")
+    network = build_network(config.backbone.backbone, len(tensors["body.fc.bias"]))
+    network.load_state_dict(tensors)
+    return network
+
+
+def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, root: str,
+                device: torch.device | str = "cpu") -> Iterator[EpochRecord]:
+    """Trains the network on the first task, storing it when done; yields a record per epoch.
+
+    Raises: InputError naming an image that cannot be read.
+    """
+    backbone = config.backbone
+    target = f"{root}/trunks/{network_key(config, first)}"
+    decoded = decode(first.train, config.data.input_size, first.transform,
+                     config.data.on_bad_image, config.data.max_image_pixels,
+                     config.data.stream_seed)
+    images_NCHW = decoded.images_BCHW
+    y_N = torch.from_numpy(first.train.label_N[decoded.index_B.numpy()])
+    network = build_network(backbone.backbone, len(first.classes), backbone.trunk_seed)
+    _measure_pixels(network, images_NCHW)
+    network.to(device)
+    optimiser = network_optimiser(network, backbone)
+    epochs_done = 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "network"
+        if checkpoint.fetch(filesystem, f"{target}.partial", folder):
+            tensors, fields = checkpoint.load(folder, "partial network")
+            network.load_state_dict(tensors_below(tensors, "network."))
+            load_optimiser(optimiser, network.named_parameters(), tensors)
+            epochs_done = fields["epochs_done"]
+        for record in train_network(network, images_NCHW, y_N, backbone, config.features.augment,
+                                    optimiser, epochs_done=epochs_done):
+            state = {f"network.{key}": value for key, value in network.state_dict().items()}
+            state |= optimiser_tensors(optimiser, network.named_parameters())
+            checkpoint.save(folder, "partial network", state, {"epochs_done": record.epoch})
+            checkpoint.upload(folder, filesystem, f"{target}.partial")
+            yield record
+        checkpoint.save(folder, "network", network.state_dict(), {})
+        checkpoint.upload(folder, filesystem, target)
+    filesystem.delete_dir(f"{target}.partial")
+
+
+def _measure_pixels(network: Network, images_NCHW: torch.Tensor) -> None:
+    """Sets the network's normalisation to the mean and spread of its training images."""
+    pixels_NCHW = images_NCHW.float() / 255
+    network.mean_C.copy_(pixels_NCHW.mean((0, 2, 3)))
+    network.std_C.copy_(pixels_NCHW.std((0, 2, 3)).clamp_min(1e-3))

@@ -1,0 +1,143 @@
+"""What a run measured: the fields of `result.json` that need no registry."""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import partialhn
+from partialhn.checkpoints.model import Model
+from partialhn.config import Config
+from partialhn.evaluation.metrics import summarise
+from partialhn.features.extract import SPLITS
+from partialhn.training.learner import Learner
+from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.slots import Slot
+
+LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "numpy")
+
+
+class Clock:
+    """Wall seconds of a run, stage by stage."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, stage: str) -> None:
+        """Books the time since the last lap to a stage."""
+        now = time.perf_counter()
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What one strategy did on a stream."""
+
+    epochs: tuple[EpochRecord, ...]
+    finished: tuple[TaskRecord, ...]
+    task_bytes: tuple[int, ...]
+    """Bytes that each task added to the checkpoint."""
+
+    @staticmethod
+    def of(learner: Learner) -> "Outcome":
+        """The outcome so far of a learner."""
+        tasks = range(len(learner.finished))
+        known = learner.inference
+        return Outcome(tuple(learner.epochs), tuple(learner.finished),
+                       tuple(learner.strategy.task_bytes(task)
+                             + (known.task_bytes(task) if known else 0) for task in tasks))
+
+    @staticmethod
+    def from_fields(fields: Mapping[str, Any]) -> "Outcome":
+        """Takes back what `dataclasses.asdict` and JSON made of an outcome."""
+        return Outcome(tuple(EpochRecord(**record) for record in fields["epochs"]),
+                       tuple(TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])})
+                             for record in fields["finished"]),
+                       tuple(fields["task_bytes"]))
+
+    @property
+    def accuracy_TT(self) -> list[list[float | None]]:
+        """R as rows, None above the diagonal."""
+        total = len(self.finished)
+        return [[*record.accuracy_row, *[None] * (total - len(record.accuracy_row))]
+                for record in self.finished]
+
+    def without_task_id(self) -> dict[str, float]:
+        """What was measured of task inference; empty where it was not learned."""
+        measured = [record.without_id for record in self.finished if record.without_id]
+        if not measured:
+            return {}
+        told = [each["rejection_auroc"] for each in measured if "rejection_auroc" in each]
+        return measured[-1] | ({"rejection_auroc": sum(told) / len(told)} if told else {})
+
+    def fields(self) -> dict[str, Any]:
+        """Metrics, seconds and bytes of this strategy."""
+        summary = summarise(self.accuracy_TT)
+        return {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
+                "forgetting": summary.forgetting, "bwt": summary.backward_transfer,
+                "accuracy_matrix": self.accuracy_TT,
+                "bytes_per_task": round(sum(self.task_bytes) / len(self.task_bytes)),
+                "train_seconds": round(sum(r.train_seconds for r in self.finished), 3)}
+
+
+def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, float], decoded: int,
+                  outcomes: Mapping[str, Outcome], stages: Mapping[str, float]) -> dict[str, Any]:
+    """The fields of `result.json` but for names, versions and sizes of what is registered.
+
+    `decoded`: images that were decoded for features in this run. `stages`: seconds by stage.
+    """
+    ours = outcomes[config.train.strategy]
+    features = [manifest for slot in slots for manifest in slot.manifests.values()]
+    bounds = {name: outcome.fields() for name, outcome in outcomes.items()
+              if name != config.train.strategy}
+    for fields in bounds.values():
+        fields["seconds"] = fields.pop("train_seconds")
+    own = ours.fields()
+    del own["train_seconds"]
+    return own | {
+        "without_task_id": ours.without_task_id(), "config": config.to_dict(),
+        "seed": config.train.seed, "strategy": config.train.strategy,
+        "tasks": [_task_fields(slot) for slot in slots],
+        "seconds": {"total": round(sum(stages.values()), 3),
+                    "stages": {key: round(value, 3) for key, value in stages.items()},
+                    "per_task": [{"name": record.task, "train": round(record.train_seconds, 3),
+                                  "evaluate": round(record.evaluate_seconds, 3)}
+                                 for record in ours.finished]},
+        "feature_bytes": sum(manifest.bytes for manifest in features),
+        "feature_keys": [manifest.key for manifest in features],
+        "images_decoded": decoded, "peak_rss_bytes": peak_rss_bytes(), "macs": dict(macs),
+        "bounds": bounds, "epochs": [dataclasses.asdict(record) for record in ours.epochs],
+        "partialhn_version": partialhn.__version__,
+        "versions_of_libraries": {name: metadata.version(name) for name in LIBRARIES}}
+
+
+def model_sizes(model: Model) -> dict[str, Any]:
+    """Numbers and bytes of a model's parts."""
+    def size(tensors: Mapping[str, Any]) -> int:
+        return int(sum(value.numel() * value.element_size() for value in tensors.values()))
+
+    strategy = model.strategy
+    own = sum(strategy.task_bytes(task) for task in range(len(strategy.classes)))
+    trunk = model.trunk.state_dict()
+    return {"trunk_bytes": size(trunk), "shared_bytes": size(strategy.state_dict()) - own,
+            "weights": {"generated": strategy.head.weight_count,
+                        "trunk": sum(value.numel() for value in trunk.values())}}
+
+
+def _task_fields(slot: Slot) -> dict[str, Any]:
+    images = {f"{split}_images": slot.manifests[split].rows if split in slot.manifests else 0
+              for split in SPLITS}
+    return {"name": slot.name, "classes": list(slot.classes), **images,
+            "bad_images": [{"id": name, "reason": reason} for manifest in slot.manifests.values()
+                           for name, reason in manifest.bad],
+            "transform": slot.transform}
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process and of children that ended (Linux: kibibytes)."""
+    return 1024 * max(resource.getrusage(who).ru_maxrss
+                      for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

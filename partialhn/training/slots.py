@@ -1,0 +1,73 @@
+"""Slots: the tasks of a model in the order they were learned, each with its stored features.
+
+A task that gets more data is learned again in a slot of its own, named `<task>/<part>`; the
+model answers for a task with its newest slot. Nothing of an earlier slot changes.
+"""
+
+import dataclasses
+from collections.abc import Container, Mapping, Sequence
+
+from partialhn.data.experience import Experience, refreshed, task_of
+from partialhn.features.extract import FeatureJob, Split
+from partialhn.features.feature_set import FeatureSet, join
+from partialhn.features.manifest import Manifest
+from partialhn.features.store import FeatureStore
+from partialhn.training.experience import TaskFeatures
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """One task as it is learned, without its images."""
+
+    name: str
+    classes: tuple[str, ...]
+    fingerprint: str
+    """Of the task's data: `Experience.fingerprint`."""
+    transform: str
+    manifests: Mapping[Split, Manifest]
+    """Stored features; a task that was learned before needs those of the test split only."""
+
+
+def slots_of(experiences: Sequence[Experience], jobs: Sequence[FeatureJob],
+             manifests: Sequence[Manifest | None]) -> list[Slot]:
+    """The slots of experiences, with the features that are there."""
+    found: dict[str, dict[Split, Manifest]] = {}
+    for job, manifest in zip(jobs, manifests, strict=True):
+        if manifest is not None:
+            found.setdefault(job.task, {})[job.split] = manifest
+    return [Slot(each.name, each.classes, each.fingerprint, each.transform,
+                 found.get(each.name, {})) for each in experiences]
+
+
+def needed_jobs(jobs: Sequence[FeatureJob], learned: Sequence[str]) -> list[FeatureJob]:
+    """The jobs without which nothing goes on: of learned tasks their test images alone."""
+    return [job for job in jobs if job.split == "test" or job.task not in learned]
+
+
+def open_features(store: FeatureStore, slots: Sequence[Slot],
+                  learn: Container[int] | None = None) -> list[TaskFeatures]:
+    """Opens what is needed to learn some slots, by their places (default: all), and to test all.
+
+    A slot that refreshes a task is learned and tested on that task's images of all its slots.
+    """
+    opened: dict[str, FeatureSet] = {}
+    names = [slot.name for slot in slots]
+
+    def joined(index: int, split: Split) -> FeatureSet | None:
+        task = task_of(names[index])
+        manifests = [slot.manifests[split] for slot in slots[:index + 1]
+                     if task_of(slot.name) == task and split in slot.manifests]
+        for manifest in manifests:
+            if manifest.key not in opened:
+                opened[manifest.key] = store.open(manifest)
+        return join([opened[manifest.key] for manifest in manifests])
+
+    tasks = []
+    for index, slot in enumerate(slots):
+        test = joined(index, "test")
+        assert test is not None, f"slot {slot.name} has no test features"
+        train, validation = ((joined(index, "train"), joined(index, "validation"))
+                             if learn is None or index in learn else (None, None))
+        tasks.append(TaskFeatures(slot.name, len(slot.classes), train, validation, test,
+                                  refreshed(names, index)))
+    return tasks

@@ -1,0 +1,74 @@
+"""A pack's rows as CSV, as Markdown and as lines for a terminal."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from partialhn.benchmarks.comparison import Row
+from partialhn.evaluation.intervals import Interval
+from pipelines.benchmarks.findings import half, percent
+
+HEADS = ("strategy", "depth", "seeds", "acc", "acc_low", "acc_high", "learning_accuracy",
+         "forgetting", "ahead", "ahead_low", "ahead_high", "bytes_per_task", "cpu_seconds",
+         "feature_bytes", "expected_low", "expected_high")
+
+
+def table_csv(rows: Sequence[Row]) -> str:
+    """A line for each row: shares of 1, bytes, seconds; empty where there is no number."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HEADS)
+    for row in rows:
+        ahead = (row.ahead.mean, row.ahead.low, row.ahead.high) if row.ahead else (None,) * 3
+        writer.writerow([
+            row.label, row.depth, len(row.acc.values),
+            *map(_short, (row.acc.mean, row.acc.low, row.acc.high, row.learning_accuracy.mean,
+                          row.forgetting.mean, *ahead)),
+            round(row.bytes_per_task), _short(row.cpu_seconds), row.feature_bytes,
+            *map(_short, row.expected or (None, None))])
+    return text.getvalue()
+
+
+def table_markdown(rows: Sequence[Row]) -> str:
+    """The table for people: per cent and points, with 95 % intervals over seeds."""
+    heads, cells = table_columns(rows)
+    lines = [heads, ["---"] * len(heads), *cells]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def table_columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the table for people."""
+    heads = ["strategy", "frozen stages", "ACC", "learned", "forgotten, points",
+             "partial hypernetwork ahead by, points", "a task adds", "processor time", "recorded"]
+    return heads, [
+        [row.label, str(row.depth), percent(row.acc), percent(row.learning_accuracy),
+         _points(row.forgetting), _points(row.ahead, sign="+") if row.ahead else "",
+         f"{row.bytes_per_task / 1000:,.1f} kB", f"{row.cpu_seconds:.1f} s", _recorded(row)]
+        for row in rows]
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """One line: which rows are outside of what was recorded."""
+    known = [row for row in rows if row.expected is not None]
+    outside = [row.key for row in known if not row.as_expected]
+    if not known:
+        return "no run of this size is recorded, so nothing is expected"
+    if not outside:
+        return f"all {len(known)} rows with a recorded range lie in it"
+    return f"{len(outside)} of {len(known)} rows lie outside of the recorded range: " + ", ".join(
+        outside)
+
+
+def _recorded(row: Row) -> str:
+    if row.expected is None:
+        return ""
+    low, high = (100 * each for each in row.expected)
+    return f"{low:.1f} to {high:.1f} %" + ("" if row.as_expected else ": outside")
+
+
+def _points(value: Interval, sign: str = "") -> str:
+    return f"{100 * value.mean:{sign}.1f}{half(value)}"
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

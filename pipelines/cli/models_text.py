@@ -1,0 +1,75 @@
+"""What `partialhn models` prints for people, from the dicts of `pipelines.registry.models`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.platform.text import table
+
+
+def versions_text(found: Mapping[str, Any]) -> str:
+    """A table of versions, and why the gate refused some."""
+    rows = [("version", "task", "acc", "learned", "forgotten", "gate", "aliases")]
+    for row in found["versions"]:
+        rows.append((str(row["version"]), row["task"], f"{row['acc']:.3f}",
+                     f"{row['learning_accuracy']:.3f}", f"{row['forgetting']:.3f}",
+                     row["gate"] or "not asked", ", ".join(row["aliases"])))
+    refused = [f"version {row['version']} was refused: {reason}"
+               for row in found["versions"] for reason in row["reasons"]]
+    return "\n".join([*found["repaired"], *table(rows), *refused])
+
+
+def version_text(found: Mapping[str, Any]) -> str:
+    """One version, its decision and the moves it was part of."""
+    lines = [*found["repaired"]]
+    for key in ("uri", "task", "task_index", "aliases", "acc", "learning_accuracy", "forgetting",
+                "classes", "work", "weights_hash", "trunk_fingerprint", "storage", "run_id"):
+        value = found[key]
+        shown = ", ".join(value) if isinstance(value, list) else (
+            f"{value:.3f}" if isinstance(value, float) else str(value))
+        lines.append(f"{key.replace('_', ' '):<18} {shown}")
+    return "\n".join([*lines, "", *decision_lines(found["decision"]), "",
+                      *_move_lines(found["history"])])
+
+
+def history_text(found: Mapping[str, Any]) -> str:
+    """Every move on a line, and the reason below it."""
+    return "\n".join([*found["repaired"], f"history {found['where']}",
+                      *_move_lines(found["entries"])])
+
+
+def moved_text(found: Mapping[str, Any]) -> str:
+    """What a promotion or a rollback did."""
+    where = f"{found['stream']}: champion is version {found['champion']} (task {found['task']!r})"
+    entry = found["entry"]
+    done = "nothing to move" if entry is None else (
+        f"history entry {entry['seq']}: {entry['kind']} {_arrow(entry)}")
+    return "\n".join([*found["repaired"], where, done])
+
+
+def decision_lines(decision: Mapping[str, Any] | None) -> list[str]:
+    """The gate's word: every limit with the value found, and every task's accuracy."""
+    if decision is None:
+        return ["gate: not asked"]
+    rows = [("task", "before", "after", "loss", "")]
+    for row in decision["tasks"]:
+        new = row["before"] is None
+        rows.append((row["task"], "new" if new else f"{row['before']:.3f}", f"{row['after']:.3f}",
+                     "" if new else f"{row['loss']:.3f}",
+                     "" if row["passed"] else "would have lost too much"))
+    refused = set(decision["reasons"])
+    return [f"gate: {'passed' if decision['passed'] else 'failed'}",
+            *(f"  {'failed' if check in refused else 'ok    '} {check}"
+              for check in decision["checks"]), *table(rows)]
+
+
+def _move_lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [("#", "time", "who", "kind", "alias", "move", "acc", "why")]
+    for entry in entries:
+        acc = entry["metrics"].get("acc")
+        rows.append((str(entry["seq"]), entry["time"], entry["who"], entry["kind"], entry["alias"],
+                     _arrow(entry), "" if acc is None else f"{acc:.3f}", entry["why"]))
+    return table(rows) if entries else ["no alias was moved"]
+
+
+def _arrow(entry: Mapping[str, Any]) -> str:
+    return " -> ".join("none" if entry[key] is None else str(entry[key]) for key in ("from", "to"))

@@ -1,0 +1,197 @@
+"""The phases of a run on Ray, which must have been started.
+
+A Ray task trains the trunk, Ray Data computes features, and Ray Train learns experiences. One run
+of Ray Train learns all tasks that are waiting, because starting a group of workers takes far
+longer than learning a small task.
+"""
+
+import concurrent.futures
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from partialhn.checkpoints import checkpoint
+from partialhn.config import Config
+from partialhn.data.experience import Experience
+from partialhn.errors import InputError
+from partialhn.features.batches import Workers
+from partialhn.networks.precision import set_arithmetic
+from partialhn.training.pretrain import fit_network
+from partialhn.training.records import EpochRecord, TaskRecord
+from pipelines.execution.base import Stages
+from pipelines.execution.events import Events
+from pipelines.execution.worker import Assignment, Follow, Worker
+from pipelines.features.on_ray import on_ray
+from pipelines.features.produce import Run
+from pipelines.platform.progress import Progress
+from pipelines.platform.storage import Storage
+
+
+def learn(loop_config: dict[str, Any]) -> dict[str, Any]:
+    """The Ray Train worker function: an `assignment`, and the handle of the driver's `events`.
+
+    Returns what `Worker.run` does, or an `error` for the user.
+    """
+    try:
+        return Worker(loop_config["assignment"], RayHost(loop_config["events"])).run()
+    except InputError as error:  # trying again would fail again
+        return {"error": str(error)}
+
+
+class RayHost:
+    """Ray Train, as one of its workers sees it."""
+
+    def __init__(self, events: Any) -> None:
+        import ray.train
+        from ray.train.torch import get_device
+
+        context = ray.train.get_context()
+        rank, world = context.get_world_rank(), context.get_world_size()
+        self.device: torch.device = get_device()
+        self.workers = Workers(rank, world, _data_parallel, _sum) if world > 1 else Workers()
+        self._events = events
+
+    def send(self, strategy: str, record: EpochRecord | TaskRecord) -> None:
+        self._events.add.remote(strategy, record)
+
+    def keep(self, state: Path | None) -> None:
+        import ray.train
+
+        made = None if state is None else ray.train.Checkpoint.from_directory(str(state))
+        ray.train.report({}, checkpoint=made)
+
+    def fetch(self, folder: Path) -> bool:
+        import ray.train
+
+        found = ray.train.get_checkpoint()
+        # not `as_directory`: a process that is killed in it leaves the copy on the node's disk
+        return found is not None and checkpoint.fetch(found.filesystem, found.path, folder)
+
+
+def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:
+    # unused: the first task trains the base of the generated weights, and its code has no part
+    return torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+
+
+def _sum(total: Tensor) -> Tensor:
+    torch.distributed.all_reduce(total)
+    return total
+
+
+MAX_FAILURES = 3
+
+
+class RayStages(Stages):
+    """Every stage survives the death of a worker or a node."""
+
+    def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
+        """Decides on devices, and refuses what the cluster can never give."""
+        import ray
+
+        super().__init__(config, storage, stream, progress)
+        compute, there = config.compute, ray.cluster_resources()
+        self.gpu = compute.device == "gpu" or (compute.device == "auto"
+                                               and there.get("GPU", 0) >= compute.workers)
+        needed = "GPU" if self.gpu else "CPU"
+        if there.get(needed, 0) < compute.workers:
+            raise InputError(f"workers is {compute.workers} with one {needed} each, but the "
+                             f"cluster has {there.get(needed, 0):g}; allowed: as many workers as "
+                             f"there are {needed}s")
+
+    def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:
+        """By a Ray task; one lost with its node goes on elsewhere, after its last epoch."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        remote: Any = ray.remote(num_returns="streaming", num_gpus=1 if self.gpu else 0,
+                            max_retries=0)(_train_trunk)
+        arguments = (self.config, first, self.storage.filesystem, self.storage.root,
+                     "cuda" if self.gpu else "cpu")
+        for attempt in range(MAX_FAILURES + 1):
+            try:
+                for reference in remote.remote(arguments,
+                                               self._threads(self.config.compute.workers)):
+                    record = ray.get(reference)
+                    if isinstance(record, str):
+                        raise InputError(record)
+                    yield record
+                return
+            except RayTaskError:  # our own code raised it, and would again
+                raise
+            except RayError as error:
+                if attempt == MAX_FAILURES:
+                    raise
+                self.progress.line(f"trunk: lost its worker ({type(error).__name__}), goes on")
+
+    def _featurise(self) -> Run:
+        workers = self.config.compute.feature_workers
+        return on_ray(workers, self.gpu, self._threads(workers))
+
+    def _learn(self, assignment: Assignment, tell: Follow) -> dict[str, Any]:
+        """One run of Ray Train. Rank 0 sends records through an actor on the driver's node."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = ray.remote(Events)
+        events = actor.options(num_cpus=0, scheduling_strategy=here).remote()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            running = pool.submit(self._fit, assignment, events)
+            while True:
+                ended = running.done()
+                for strategy, record in ray.get(events.take.remote()):
+                    tell(strategy, record)
+                if ended:
+                    break
+                time.sleep(0.3)
+        returned: dict[str, Any] = running.result()
+        if "error" in returned:
+            raise InputError(returned["error"])
+        return returned
+
+    def _fit(self, assignment: Assignment, events: Any) -> dict[str, Any]:
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        folder, _, name = assignment.run.rpartition("/")
+        train: Any = TorchTrainer  # its types know no function that returns something
+        trainer = train(
+            learn, train_loop_config={"assignment": assignment, "events": events},
+            scaling_config=ScalingConfig(num_workers=self.config.compute.workers,
+                                         use_gpu=self.gpu),
+            run_config=RunConfig(name=name, storage_path=folder,
+                                 storage_filesystem=self.storage.filesystem,
+                                 failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                                 checkpoint_config=CheckpointConfig(num_to_keep=2)))
+        with _quiet_logs():
+            returned: dict[str, Any] = trainer.fit().return_value
+        return returned
+
+
+def _train_trunk(arguments: Any, threads: int) -> Iterator[EpochRecord | str]:
+    """The Ray task that trains the trunk; yields records, or last a message for the user."""
+    set_arithmetic(threads)
+    try:
+        yield from fit_network(*arguments)
+    except InputError as error:
+        yield str(error)
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Ray Train's own progress lines give way to ours; its warnings and errors stay."""
+    import logging
+
+    logger = logging.getLogger("ray.train")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,182 @@
+"""Labels for images: a registered version's answers for one task, written as Parquet.
+
+The walk: `partialhn.data.layout.open_images` finds the images, `Registry.load_predictor` fetches
+the model, `partialhn.predict.Predictor` answers, one row an image is written.
+"""
+
+import dataclasses
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from partialhn.data.decode import BadImage, decode_images
+from partialhn.data.experience import task_of
+from partialhn.data.image_table import ImageTable
+from partialhn.data.layout import open_images
+from partialhn.errors import InputError
+from partialhn.predict import Predictor
+from partialhn.task_inference import AUTO, NONE
+from pipelines.platform.storage import Storage, open_storage
+from pipelines.registry.client import connect
+from pipelines.registry.versions import Version
+from pipelines.serving.live import Recorder
+
+BATCH = 256
+"""Images labelled at once."""
+READ_BYTES = 256_000_000
+"""Encoded images read at once; a Parquet row group is read once for all of its batches."""
+SCHEMA = pa.schema([
+    ("id", pa.string()), ("task", pa.string()), ("label", pa.string()),
+    ("probability", pa.float64()), ("classes", pa.list_(pa.string())),
+    ("probabilities", pa.list_(pa.float64()))])
+
+
+@dataclasses.dataclass(frozen=True)
+class Predicted:
+    """What was done, for a line to the user."""
+
+    images: int
+    """Rows written."""
+    bad: tuple[BadImage, ...]
+    """Images left out (on_bad_image skip)."""
+    task: str
+    """The task's name, also where its index was given; or auto."""
+    labels: dict[str, int]
+    """How often each label was given, most frequent first; none: images of no known task."""
+    model_uri: str
+    """The version behind the alias: models:/name/version."""
+    output: str
+
+
+def predict_to_parquet(model: str, task: str, images: str, output: str,
+                       storage: str = "partialhn-store", tracking_uri: str | None = None,
+                       on_bad_image: Literal["error", "skip"] = "error", record: bool = False,
+                       progress: Callable[[int, int], None] | None = None) -> Predicted:
+    """Labels all images of a folder, a file or a Parquet file with the classes of one task.
+
+    Args:
+        model: models:/NAME@champion, models:/NAME@task-TASK or models:/NAME/VERSION.
+        task: a task's name, its index from 0, or auto to have each image's task inferred.
+        images: image folder (searched deeply), image file, or Parquet with an image column; a
+            local path or s3://.
+        output: Parquet file to write, local or s3://; complete or not there at all. Columns:
+            id (the image's path below `images`, with #row for Parquet), task, label,
+            probability, and classes and probabilities (lists in the same order). With task
+            auto, task is each image's likeliest and label is null where it seems to be of none.
+        storage: the storage that `partialhn train` was given; finds the default registry.
+        tracking_uri: MLflow server or database, as for `partialhn train`.
+        on_bad_image: an unreadable image stops everything, or is listed and has no row.
+        record: keep a bounded sample of trunk features (no images) in the storage, for drift.
+        progress: called with the images done and the images in all.
+
+    Raises: InputError for an unknown model, task or path, or an unreadable image, by name.
+    """
+    source = open_storage(images)
+    table = open_images(source.root, source.filesystem)
+    place = open_storage(storage)
+    registry = connect(place, tracking_uri, create=False)
+    predictor, version = registry.load_predictor(model)
+    target = open_storage(output)
+    if target.is_local and Path(target.root).is_dir():
+        raise InputError(f"output {output!r} is a folder; allowed: a file to write, for example "
+                         f"{output.rstrip('/')}/predictions.parquet")
+    predictor.check_task(task)
+    name = AUTO if task == AUTO else task_of(
+        predictor.model.tasks[predictor.task_index(task)].name)
+    recorder = Recorder(place, version.stream) if record else None
+    label = _Labeller(predictor, name, on_bad_image, recorder)
+    counts, bad, done = Counter[str](), list[BadImage](), 0
+    with tempfile.TemporaryDirectory(prefix=".partialhn-", dir=_folder_of(target)) as folder:
+        draft = Path(folder) / "predictions.parquet"
+        with pq.ParquetWriter(draft, SCHEMA.with_metadata(_origin(version))) as writer:
+            for images_B, ids_B in _batches(table, _base(table, source.root)):
+                rows, skipped = label(images_B, ids_B)
+                writer.write_table(rows)
+                counts.update(label or NONE for label in rows.column("label").to_pylist())
+                bad += skipped
+                done += len(images_B)
+                if progress:
+                    progress(done, len(table))
+        _publish(draft, target)
+    if recorder:
+        recorder.flush()
+    return Predicted(len(table) - len(bad), tuple(bad), name, dict(counts.most_common()),
+                     version.uri, target.uri)
+
+
+def _origin(version: Version) -> dict[str, str]:
+    """What the file says of its making, in its schema's metadata."""
+    return {"model_uri": version.uri, "run_id": version.run_id,
+            "weights_hash": version.tags["weights_hash"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Labeller:
+    """Answers for batches of images of one task, good images at least."""
+
+    predictor: Predictor
+    task: str
+    on_bad: Literal["error", "skip"]
+    recorder: Recorder | None = None
+
+    def __call__(self, images: list[bytes], ids: list[str]) -> tuple[pa.Table, list[BadImage]]:
+        """A table of SCHEMA, and the images that have no row in it."""
+        data = self.predictor.model.config.data
+        decoded = decode_images(images, ids, data.input_size, on_bad=self.on_bad,
+                                max_pixels=data.max_image_pixels)
+        z_BCHW = self.predictor.features(decoded.images_BCHW)
+        answers = self.predictor.answers(z_BCHW, [self.task] * len(z_BCHW))
+        if self.recorder and answers:
+            self.recorder.add(self.predictor.model.trunk.fingerprint(), z_BCHW, answers)
+        columns = zip(*((a.task, a.label, a.probability, a.classes, a.probabilities)
+                        for a in answers), strict=True) if answers else [[]] * 5
+        return pa.table([[ids[i] for i in decoded.index_B], *map(list, columns)],
+                        schema=SCHEMA), decoded.bad
+
+
+def _batches(table: ImageTable, base: str) -> Iterator[tuple[list[bytes], list[str]]]:
+    """Encoded images and their ids, at most BATCH at a time, in the table's order."""
+    chunk = _chunk_size(table)
+    for start in range(0, len(table), chunk):
+        part = table.take(np.arange(start, min(start + chunk, len(table))))
+        images = part.read()
+        ids = [name.removeprefix(base) for name in part.ids()]
+        for first in range(0, len(part), BATCH):
+            yield images[first:first + BATCH], ids[first:first + BATCH]
+
+
+def _chunk_size(table: ImageTable) -> int:
+    """Images to read at once: image files a batch, Parquet rows about READ_BYTES."""
+    if (table.row_N < 0).any():
+        return BATCH
+    size = sum(info.size or 0 for info in table.filesystem.get_file_info(list(table.files)))
+    return BATCH * int(np.clip(READ_BYTES * len(table) / max(size, 1) / BATCH, 1, 256))
+
+
+def _base(table: ImageTable, root: str) -> str:
+    """What all ids start with and need not say: the folder that was given."""
+    return (root.rpartition("/")[0] if root in table.files else root) + "/"
+
+
+def _folder_of(target: Storage) -> str | None:
+    """Where a draft can lie so that moving it to the target is one step; None: anywhere."""
+    if not target.is_local:
+        return None
+    folder = Path(target.root).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+def _publish(draft: Path, target: Storage) -> None:
+    if target.is_local:
+        draft.replace(target.root)
+    else:
+        with draft.open("rb") as file, target.filesystem.open_output_stream(target.root) as sink:
+            shutil.copyfileobj(file, sink)

@@ -1,1 +1,0 @@
-"""What a pack's comparisons say."""

@@ -1,0 +1,1 @@
+"""What the pipeline stands on: storage, leases, the Ray cluster, progress, text tables."""

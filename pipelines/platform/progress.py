@@ -1,0 +1,98 @@
+"""What a person sees while the main job runs: which task, which epoch, how good, how long yet."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from partialhn.config import Config
+from partialhn.evaluation.metrics import StreamMetrics
+from partialhn.features.manifest import Manifest
+from partialhn.training.records import EpochRecord, TaskRecord
+
+QUIET_SECONDS = 5.0
+"""Between two lines about epochs where the output is no terminal."""
+
+
+class Progress:
+    """Prints one line per event; epochs overwrite each other on a terminal."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        self._config, self._say = config, say
+        self._live = say is print and sys.stdout.isatty()
+        self._open = False
+        self._last = 0.0
+        self._seconds: dict[str, list[float]] = {}
+        self._seen: set[tuple[str, int, int]] = set()
+
+    def line(self, text: str) -> None:
+        """Prints a line that stays."""
+        if self._open:
+            sys.stdout.write("\r\x1b[K")
+            self._open = False
+        self._say(text)
+        if self._live:
+            sys.stdout.flush()
+
+    def trunk(self, record: EpochRecord) -> None:
+        """An epoch of the trunk's training."""
+        self._epoch(f"trunk  epoch {record.epoch}/{record.epochs}  loss {record.loss:.3f}  "
+                    f"accuracy {record.accuracy:.1%}",
+                    self._left("trunk", record, record.epochs - record.epoch),
+                    record.epoch == record.epochs)
+
+    def features(self, done: int, total: int) -> None:
+        """A shard of features."""
+        self._epoch(f"features  shard {done}/{total}", "", done == total)
+
+    def features_done(self, manifests: Sequence[Manifest], decoded: int) -> None:
+        """All features are there."""
+        size = sum(manifest.bytes for manifest in manifests) / 2**20
+        made = f"{decoded} images decoded" if decoded else "found, 0 images decoded"
+        self.line(f"features: {size:.1f} MiB ({made})")
+        for manifest in manifests:
+            for name, reason in manifest.bad:
+                self.line(f"  left out {name}: {reason}")
+
+    def record(self, strategy: str, record: EpochRecord | TaskRecord) -> None:
+        """An epoch or the end of a task."""
+        label = "" if strategy == self._config.train.strategy else f"{strategy}  "
+        if isinstance(record, TaskRecord):
+            self._seen = {key for key in self._seen if key[:2] != (strategy, record.task_index)}
+            row = " ".join(f"{value:.1%}" for value in record.accuracy_row[-8:])
+            more = "... " if len(record.accuracy_row) > 8 else ""
+            self.line(f"{label}task {record.task_index + 1} {record.task!r} learned in "
+                      f"{record.train_seconds:.1f} s; accuracy on the tasks so far: {more}{row}")
+            return
+        key = strategy, record.task_index, record.epoch
+        if key in self._seen:  # told by the worker at once, and again when its task was done
+            return
+        self._seen.add(key)
+        held_out = record.validation_accuracy
+        checked = "" if held_out is None else f" (held out {held_out:.1%})"
+        self._epoch(f"{label}task {record.task_index + 1} {record.task!r}  epoch {record.epoch}/"
+                    f"{record.epochs}  loss {record.loss:.3f}  accuracy {record.accuracy:.1%}"
+                    f"{checked}",
+                    self._left(strategy, record, record.epochs - record.epoch), False)
+
+    def registered(self, uri: str, record: TaskRecord, summary: StreamMetrics) -> None:
+        """A version in the registry."""
+        self.line(f"  registered {uri} (task {record.task!r}): ACC {summary.accuracy:.1%}, "
+                  f"forgetting {summary.forgetting:.1%}")
+
+    def _left(self, key: str, record: EpochRecord, epochs: int) -> str:
+        """Time left of this task, from its own last epochs."""
+        seconds = self._seconds.setdefault(f"{key}/{record.task_index}", [])
+        seconds.append(record.seconds)
+        recent = seconds[-5:]
+        return f"  about {epochs * sum(recent) / len(recent):.0f} s left of the task"
+
+    def _epoch(self, text: str, left: str, last: bool) -> None:
+        if self._live:
+            sys.stdout.write(f"\r\x1b[K{text}{left}")
+            sys.stdout.flush()
+            self._open = True
+            if last:
+                self.line(text)
+        elif last or time.monotonic() - self._last > QUIET_SECONDS:
+            self._last = time.monotonic()
+            self._say(text + ("" if last else left))

@@ -1,0 +1,192 @@
+"""One URI -> the filesystem that Ray Data, Ray Train, the feature store and MLflow share.
+
+`/path`, `file:///path` and `s3://bucket/prefix` become a pyarrow filesystem and a root path in
+it. What pyarrow cannot do (write only where nothing is yet, list with etags, say what is wrong) is
+in `pipelines/files.py` for disks and in `pipelines/s3.py` for S3.
+"""
+
+import contextlib
+import dataclasses
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import pyarrow.fs
+
+from partialhn.errors import InputError, IntegrityError
+from pipelines.platform.local_files import Entry, LocalFiles
+from pipelines.platform.s3 import KeylessS3, S3Files, S3Options
+
+_DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
+                     r"|HTTP status 40\d|NoCredentialsError")
+_QUERY_KEYS = ("endpoint", "region", "path_style", "timeout")
+MAX_READ = 64 * 1024 ** 2
+"""Bytes that `read_bytes` and `read_text` take at most, unless told otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """A place for everything a stream leaves behind. Pickles to workers, without any key.
+
+    Paths given to the methods are paths in `filesystem`, as `path()` makes them.
+    """
+
+    uri: str
+    """Absolute local path or s3://bucket/prefix, without the query."""
+    filesystem: pyarrow.fs.FileSystem
+    root: str
+    """The same place as a path in `filesystem`."""
+    s3: S3Options | None = None
+
+    @property
+    def is_local(self) -> bool:
+        return self.s3 is None
+
+    def path(self, *parts: str) -> str:
+        """A path below the root, in `filesystem`."""
+        return "/".join([self.root, *(part.strip("/") for part in parts)])
+
+    def uri_of(self, *parts: str) -> str:
+        """The same as `path`, as a user writes it."""
+        return "/".join([self.uri, *(part.strip("/") for part in parts)])
+
+    def exists(self, path: str) -> bool:
+        """Whether a file or folder is there."""
+        found = self.filesystem.get_file_info([path])[0]
+        return bool(found.type != pyarrow.fs.FileType.NotFound)
+
+    def stat(self, path: str) -> Entry | None:
+        """Size, time of writing and etag of a file; None where there is none."""
+        return self._files.stat(path)
+
+    def list(self, path: str) -> Iterator[Entry]:
+        """Every file below a folder, in no order; none where there is no folder."""
+        return self._files.list(path)
+
+    def folders(self, path: str) -> tuple[str, ...]:
+        """Names of the folders directly below a folder, sorted."""
+        return self._files.folders(path)
+
+    def now(self) -> float:
+        """The storage's own clock, in seconds since 1970: what `Entry.modified` is told by."""
+        return self._files.now(self.root)
+
+    def read_bytes(self, path: str, limit: int = MAX_READ) -> bytes:
+        """A small file. Raises: FileNotFoundError; IntegrityError where it is larger than that."""
+        with self.filesystem.open_input_file(path) as source:
+            if source.size() > limit:
+                raise IntegrityError(f"{path} has {source.size()} bytes; expected at most {limit}")
+            return bytes(source.readall())
+
+    def read_text(self, path: str) -> str:
+        """A small UTF-8 file. Raises: as `read_bytes`."""
+        return self.read_bytes(path).decode()
+
+    def write_text(self, path: str, text: str) -> None:
+        """Writes or replaces a small UTF-8 file; readers see the old or the new, never a part."""
+        self._files.write(path, text.encode())
+
+    def put_if_absent(self, path: str, content: bytes) -> bool:
+        """Writes a file unless one is there; of several writers exactly one gets True."""
+        return self._files.put_if_absent(path, content)
+
+    def delete(self, path: str) -> None:
+        """Deletes a file, or a folder with all that is in it; nothing there is no error."""
+        self._files.delete(path)
+
+    def check(self, write: bool = True) -> None:
+        """Asks once whether the storage can be used, and leaves nothing behind.
+
+        Raises: InputError that says which of bucket, credentials, permissions, region or endpoint
+        is wrong and what to do; where nobody listens, within seconds.
+        """
+        self._files.check(self.root, write)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Where something fails inside because of S3, says what is wrong as `check` does."""
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:
+            text = str(error)
+            if self.s3 and any(sign in text for sign in ("AWS Error", "botocore")):
+                self.check()
+                if denied := _DENIED.search(text):
+                    raise InputError(
+                        f"S3 denies a worker ({denied[0]}) what it allows here: the AWS "
+                        "credentials of the Ray nodes are missing or others; partialhn doctor "
+                        "shows which node") from error
+            raise
+
+    @property
+    def _files(self) -> LocalFiles | S3Files:
+        return S3Files(self.s3) if self.s3 else LocalFiles()
+
+
+def open_storage(uri: str, endpoint: str | None = None, region: str | None = None,
+                 path_style: bool | None = None) -> Storage:
+    """The filesystem behind a URI; nothing is read, made or contacted.
+
+    An S3 endpoint, region and addressing style come from the arguments, else from the URI's
+    query, else from AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_REGION, AWS_DEFAULT_REGION.
+    Keys come from the AWS environment, profile or role of each process, never from the URI.
+
+    Raises: InputError for a scheme, a query key or a bucket that cannot be used.
+    """
+    scheme, separator, _ = uri.partition("://")
+    if not separator:
+        scheme = "path"
+    if scheme == "s3":
+        return _open_s3(uri, endpoint, region, path_style)
+    if scheme not in ("path", "file"):
+        raise InputError(f"storage {uri!r} has scheme {scheme!r}; allowed: a folder, file:///path, "
+                         "s3://bucket/prefix")
+    if scheme == "file" and urlsplit(uri).netloc not in ("", "localhost"):
+        raise InputError(f"storage {uri!r} names a host; allowed: file:///path (three slashes)")
+    text = unquote(urlsplit(uri).path) if scheme == "file" else uri
+    if not text:
+        raise InputError(f"storage is {uri!r}; allowed: a folder, file:///path, s3://bucket/prefix")
+    root = str(Path(text).absolute())
+    return Storage(root, pyarrow.fs.LocalFileSystem(), root)
+
+
+def _open_s3(uri: str, endpoint: str | None, region: str | None,
+             path_style: bool | None) -> Storage:
+    parts = urlsplit(uri)
+    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    host = parts.netloc.rpartition("@")[2]
+    shown = f"s3://{host}{parts.path}"  # what stands before @ or in the query may be a key
+    for key in query:
+        if key not in _QUERY_KEYS:
+            raise InputError(f"storage {shown!r} has the unknown option {key!r}; allowed: "
+                             + ", ".join(_QUERY_KEYS))
+    if not parts.netloc or "@" in parts.netloc:
+        raise InputError(f"storage {shown!r} names no bucket, or a key with it; allowed: "
+                         "s3://bucket/prefix (keys come from the AWS environment or profile)")
+    endpoint = (endpoint or query.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL_S3")
+                or os.environ.get("AWS_ENDPOINT_URL"))
+    region = (region or query.get("region") or os.environ.get("AWS_REGION")
+              or os.environ.get("AWS_DEFAULT_REGION"))
+    if path_style is None:  # services other than AWS rarely have a host name for each bucket
+        path_style = _boolean(query.get("path_style", "true" if endpoint else "false"), shown)
+    options = S3Options(endpoint, region or ("us-east-1" if endpoint else None), path_style,
+                        _seconds(query.get("timeout", str(S3Options.timeout)), shown))
+    root = "/".join([parts.netloc, *filter(None, parts.path.split("/"))])
+    return Storage(f"s3://{root}", KeylessS3(options), root, options)
+
+
+def _boolean(value: str, uri: str) -> bool:
+    if value.lower() not in ("true", "false"):
+        raise InputError(f"storage {uri!r} has path_style={value!r}; allowed: true, false")
+    return value.lower() == "true"
+
+
+def _seconds(value: str, uri: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 1 <= float(value) <= 3600:
+            return float(value)
+    raise InputError(f"storage {uri!r} has timeout={value!r}; allowed: 1 to 3600 seconds")

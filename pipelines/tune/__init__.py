@@ -1,0 +1,1 @@
+"""The search for a freeze depth: Ray Tune runs the trials and the advice is written."""

@@ -1,0 +1,190 @@
+"""What the trials of a search gave: kept, told as they come, sent to MLflow, turned into advice."""
+
+import concurrent.futures
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from partialhn.config import Config
+from partialhn.errors import InputError
+from pipelines.advice.decide import DepthResult, results_by_depth, stage_name
+from pipelines.advice.facts import advice_fields
+from pipelines.advice.page import render
+from pipelines.advice.words import percent
+from pipelines.search.sampling import Goal
+from pipelines.search.space import Space
+from pipelines.search.state import Measured, SearchState, TrialPlan, TrialRecord
+from pipelines.tune.runs import SearchRuns
+
+Say = Callable[[str], None]
+
+
+class Results:
+    """Every record of a search, of this session and of earlier ones."""
+
+    def __init__(self, state: SearchState, settings: Mapping[str, Any], space: Space,
+                 registry: SearchRuns, survey: Mapping[str, Any], say: Say) -> None:
+        self._state, self._settings, self._space = state, settings, space
+        self._registry, self._survey, self._say = registry, survey, say
+        self._start = time.monotonic()
+        self.records = state.records()
+        self._earlier = max((each.search_seconds for each in self.records), default=0.0)
+        saved = settings["options"]
+        self._goal = Goal(saved["algorithm"], saved["sampler_seed"], saved["objective"],
+                          saved["max_loss"])
+        self._parent = registry.search_run(state.name, {
+            "objective": saved["objective"], "max_loss": saved["max_loss"],
+            "algorithm": saved["algorithm"], "sampler_seed": saved["sampler_seed"],
+            "early_stopping": saved["early_stopping"], "space": settings["space"]}
+            | settings["config"])
+        self._pool = concurrent.futures.ThreadPoolExecutor(1)
+        self._sending: list[concurrent.futures.Future[None]] = []
+        if self.records:
+            say(f"{len(self.records)} trials of earlier sessions are kept")
+
+    def seconds(self) -> float:
+        """Time spent on trials, over all sessions that ended a trial."""
+        return self._earlier + time.monotonic() - self._start
+
+    def add(self, record: TrialRecord) -> None:
+        """A trial that ended: told to the user at once, and to MLflow beside the next trial."""
+        self.records.append(record)
+        self._say(self._line(record))
+        self._sending.append(self._pool.submit(self._send, record))
+
+    def by_depth(self) -> list[DepthResult]:
+        """The best finished trial of each depth with its final runs."""
+        return results_by_depth(self.records, self._goal.score)
+
+    def final_plans(self, seeds: int) -> list[TrialPlan]:
+        """The best trial of each depth under seeds of its own, and separate heads beside it."""
+        plans = []
+        for each in self.by_depth():
+            for index in range(1, seeds + 1):
+                for kind in ("final", "bound"):
+                    strategy = "partial_hn" if kind == "final" else "separate_heads"
+                    train = each.best.plan.config["train"]
+                    train = train | {"seed": each.best.plan.seed + index, "strategy": strategy}
+                    plans.append(TrialPlan(f"{kind}-{each.best.plan.id}-s{index}", kind,
+                                           each.best.plan.config | {"train": train},
+                                           each.best.plan.params))
+        return plans
+
+    def final_seconds(self, seeds: int) -> float:
+        """About how long the final runs that are still to come will take, one after the other."""
+        done = {record.plan.id for record in self.records}
+        seconds = {each.best.plan.id: _measured(each.best).train_seconds
+                   + _measured(each.best).evaluate_seconds for each in self.by_depth()}
+        return sum(seconds[plan.id.split("-")[1]] for plan in self.final_plans(seeds)
+                   if plan.id not in done)
+
+    def publish(self, output: str) -> dict[str, Any]:
+        """Writes the advice to a folder and to MLflow, where every trial gets its run."""
+        results = self.by_depth()
+        if not results:
+            raise InputError(f"no trial of search {self._state.name!r} finished; the first of "
+                             f"{len(self.records)} says: {self.records[0].reason}; allowed: a "
+                             "space that works")
+        advice = advice_fields(self._settings, self._space, self.records, results, self._goal,
+                               self._survey, self.seconds())
+        folder = Path(output)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files = {f"depth-{each.depth}.yaml": _config_file(each) for each in results}
+            files |= {"advice.json": json.dumps(advice, indent=1), "advice.html": render(advice)}
+            for name, text in files.items():
+                (folder / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"output {output!r} cannot be written: {error.strerror}; give a "
+                             "folder you may write to") from error
+        self._finish_registry(advice, [folder / name for name in files])
+        return advice
+
+    def _line(self, record: TrialRecord) -> str:
+        plan, measured = record.plan, record.measured
+        what = {"search": "trial", "final": "final run", "bound": "separate heads"}[plan.kind]
+        text = f"{what} {plan.id}  depth {plan.depth}  "
+        if record.status == "failed":
+            return f"{text}failed: {record.reason}"
+        assert measured is not None
+        text += (f"accuracy {percent(measured.accuracy)} after {len(measured.rows)} tasks  "
+                 f"{measured.seconds:.1f} s")
+        if record.status == "pruned":
+            return f"{text}  stopped early"
+        best = max((each for each in self.records if each.finished), key=_accuracy)
+        return (f"{text}  (best {percent(_accuracy(best))} at depth {best.plan.depth}; "
+                f"{len(self.records)} done in {self.seconds():.0f} s)")
+
+    # MLflow ----------------------------------------------------------------------------------
+
+    def _send(self, record: TrialRecord) -> None:
+        self._registry.log_trial(self._parent, record.plan.id, record.status, record.plan.config,
+                                 _metrics(record), {"trial_kind": record.plan.kind,
+                                                    "reason": record.reason})
+
+    def _finish_registry(self, advice: Mapping[str, Any], files: Sequence[Path]) -> None:
+        """Every record gets its run, whatever happened to earlier attempts."""
+        self._pool.shutdown()
+        for sent in self._sending:
+            if (error := sent.exception()) is not None:
+                self._say(f"note: MLflow did not take a trial ({error}); sending it again")
+        there = self._registry.trials_of(self._parent)
+        for record in self.records:
+            if record.plan.id not in there:
+                self._send(record)
+        for path in files:
+            self._registry.log_file(self._parent, path)
+        chosen = advice["recommendation"]
+        self._registry.log_metrics(self._parent, {
+            "recommended_depth": chosen["depth"], "accuracy": chosen["accuracy"]["mean"],
+            "trials": len(self.records)})
+        self._registry.end_run(self._parent)
+
+
+def say_forecast(say: Say, forecast: Sequence[Mapping[str, Any]]) -> None:
+    """The forecast as lines."""
+    say("forecast from the first two tasks (linear probe on each stage's features):")
+    for stage in forecast:
+        mark = "worth trying" if stage["worth_trying"] else "doubtful"
+        say(f"  depth {stage['depth']} (freezing {stage_name(stage['depth'])}): first task "
+            f"{percent(stage['probe_first'])}, second {percent(stage['probe_second'])}; keeps "
+            f"{percent(stage['kept'])} above chance: {mark}")
+
+
+def _config_file(result: DepthResult) -> str:
+    """A depth's best configuration, as `partialhn train --config` takes it."""
+    config = Config.from_dict(result.best.plan.config)
+    return (f"# Best trial of depth {result.depth}: {result.best.plan.id}\n"
+            + yaml.safe_dump(config.to_dict(), sort_keys=False))
+
+
+def _metrics(record: TrialRecord) -> list[tuple[str, float, int]]:
+    """Name, value and step: accuracy after each task, each task's own, and costs."""
+    measured = record.measured
+    if measured is None:
+        return []
+    points = [("accuracy", sum(row) / len(row), index) for index, row in enumerate(measured.rows)]
+    points += [("task_accuracy", value, index) for index, value in enumerate(measured.rows[-1])]
+    points += [("test_task_accuracy", value, index)
+               for index, value in enumerate(measured.test_row or ())]
+    if measured.test_accuracy is not None:
+        points.append(("test_accuracy", measured.test_accuracy, 0))
+    costs = ("train_seconds", "processor_seconds", "evaluate_seconds", "feature_bytes",
+             "serving_macs", "head_bytes", "checkpoint_bytes", "bytes_per_task", "epochs")
+    points += [(name, float(getattr(measured, name)), 0) for name in costs]
+    return [*points, ("search_seconds", record.search_seconds, 0)]
+
+
+def _measured(record: TrialRecord) -> Measured:
+    assert record.measured is not None
+    return record.measured
+
+
+def _accuracy(record: TrialRecord) -> float:
+    return _measured(record).accuracy
+
+

@@ -1,0 +1,284 @@
+"""The search over freeze depths: from a stream to advice that a person can defend.
+
+    trunk -> features of every depth -> forecast -> trials (Ray Tune) -> the best of each depth
+    again under other seeds, beside one separate head a task -> advice (JSON, HTML) and MLflow
+
+Every step finds what an earlier session finished (`state`); Ray Tune's own files are scratch
+that nothing reads.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from partialhn.config import Config
+from partialhn.data.experience import Experience
+from partialhn.errors import InputError
+from pipelines.execution.on_ray import RayStages
+from pipelines.execution.open_data import open_data
+from pipelines.features.in_use import InUse
+from pipelines.platform.cluster import start_ray
+from pipelines.platform.progress import Progress
+from pipelines.platform.storage import Storage, open_storage
+from pipelines.search.checks import check_search, check_stream, on_this_machine, settled
+from pipelines.search.packing import Packing, Room, pack
+from pipelines.search.sampling import Goal, Proposals, TrialSource
+from pipelines.search.settings import Budget, SearchConfig, parse_budget
+from pipelines.search.space import Space, load_space, parse_space
+from pipelines.search.state import FORMAT, SearchState, TrialPlan, TrialRecord
+from pipelines.search.stopping import AshaByDepth
+from pipelines.search.survey import (
+    Computing,
+    depth_features,
+    forecast_depths,
+    task_shifts,
+    whole_network_seconds,
+)
+from pipelines.search.trial import Bench, run_trial
+from pipelines.tune.results import Results, say_forecast
+from pipelines.tune.runs import connect_search
+
+Say = Callable[[str], None]
+MAX_FAILURES = 3
+TRIAL_MEMORY = 600 << 20
+"""Bytes of a trial's process beside the features it holds."""
+GPU_SHARE = 0.25
+FINAL_SHARE = 0.4
+"""At most this part of a time budget is kept for the final runs."""
+
+
+def tune(config: Config, options: SearchConfig, say: Say = print) -> dict[str, Any]:
+    """Searches, and writes the advice; returns what `advice.json` holds (or the forecast alone).
+
+    Raises: InputError for anything the user can set right.
+    """
+    storage = open_storage(options.storage)
+    storage.check()
+    with storage.explained():
+        return _tune(config, options, storage, say)
+
+
+def _tune(config: Config, options: SearchConfig, storage: Storage, say: Say) -> dict[str, Any]:
+    state = SearchState(storage, options.resume or options.name)
+    saved = state.settings()
+    if options.resume and saved is None:
+        raise InputError(f"no search {options.resume!r} at {storage.uri}; allowed: the name of a "
+                         "search that was begun there")
+    if options.resume and saved:
+        config = on_this_machine(Config.from_dict(saved["config"]), config)
+        space = parse_space(saved["space"], config)
+    else:
+        space = load_space(options.space, config, options.depths)
+    remembered = options.changed(saved["options"]) if saved else options.remembered()
+    check_search(config, space, remembered["budget"])
+    experiences = open_data(config.data, storage)
+    check_stream(experiences)
+    settings = {
+        "format": FORMAT, "name": state.name, "config": config.to_dict(),
+        "space": space.to_dict(), "options": options.remembered(),
+        "tasks": [{"name": each.name, "classes": list(each.classes),
+                   "fingerprint": each.fingerprint, "train_images": len(each.train)}
+                  for each in experiences]}
+    if not options.forecast_only:
+        settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
+        settings = settled(state.create(settings), settings, options)
+    with InUse(storage, f"search {state.name}") as in_use:
+        return _Search(config, space, options, storage, state, settings, experiences, say,
+                       in_use).run()
+
+
+@dataclasses.dataclass
+class _Search:
+    """One session of a search, step by step."""
+
+    config: Config
+    space: Space
+    options: SearchConfig
+    storage: Storage
+    state: SearchState
+    settings: dict[str, Any]
+    experiences: list[Experience]
+    say: Say
+    in_use: InUse
+
+    def run(self) -> dict[str, Any]:
+        names = ", ".join(map(str, self.space.depths()))
+        self.say(f"{self.state.name}: {len(self.experiences)} tasks, freeze depths {names}")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            connecting = pool.submit(connect_search, self.storage, self.options.tracking_uri)
+            start_ray(self.config.compute.ray_address)
+            registry = connecting.result()
+        self._resources()
+        self.network = RayStages(self.config, self.storage, self.state.name, Progress(
+            self.config, self.say)).network(self.experiences[0])
+        forecast = self._remote(forecast_depths, self._bench(self.experiences[:2]))
+        say_forecast(self.say, forecast)
+        if self.options.forecast_only:
+            return {"forecast": forecast}
+        self.bench = self._bench(self.experiences)
+        survey = {"forecast": forecast, "shifts": self.state.keep(
+            "shifts", lambda: self._remote(task_shifts, self.bench)),
+            "whole_network": self.state.keep("whole_network", lambda: self._remote(
+                whole_network_seconds, self.config, self.experiences[0], self.bench.device,
+                self.threads))}
+        self.packing = self._pack()
+        results = Results(self.state, self.settings, self.space, registry, survey, self.say)
+        self._trials(results)
+        self._finals(results)
+        return results.publish(self.options.output)
+
+    # Room ------------------------------------------------------------------------------------
+
+    def _resources(self) -> None:
+        """What a trial is given, as far as it is known before features are."""
+        import ray
+
+        options, device = self.options, self.config.compute.device
+        gpus = options.gpus_per_trial
+        if gpus is None:
+            gpus = GPU_SHARE if ray.cluster_resources().get("GPU", 0) else 0.0
+        if device == "cpu":
+            gpus = 0.0
+        elif device == "gpu" and gpus == 0:
+            raise InputError("device is 'gpu' and a trial gets no share of one; allowed: a cluster "
+                             "with a GPU, and gpus_per_trial above 0")
+        self.need = Room(options.cpus_per_trial, gpus, 0)
+        self.threads = self.config.compute.threads or max(1, int(options.cpus_per_trial))
+        pack(self.need, _nodes())
+
+    def _pack(self) -> Packing:
+        """How many trials run at once, stated; refuses with the arithmetic where none fits."""
+        by_task: dict[tuple[int, str], int] = {}
+        for (depth, task, _), manifest in self.bench.manifests.items():
+            by_task[depth, task] = by_task.get((depth, task), 0) + manifest.bytes
+        self.need = dataclasses.replace(self.need, memory=TRIAL_MEMORY + max(by_task.values()))
+        packing = pack(self.need, _nodes(), self.options.trials_at_once)
+        self.say(f"trials: {packing}")
+        return packing
+
+    def _bench(self, experiences: Sequence[Experience]) -> Bench:
+        """The stored features of some tasks at every depth, and what else trials share."""
+        compute = self.config.compute
+        progress = Progress(self.config, self.say)
+        config = self.space.config(self.config, {"features.views": self.space.largest(
+            "features.views", self.config.features.views)})
+        on = Computing(compute.feature_workers, self.need.gpus > 0, self.threads,
+                       progress.features, progress.line, self.in_use)
+        manifests, decoded = depth_features(self.storage, self.network, config, experiences,
+                                            self.space.depths(), on)
+        progress.features_done(list(manifests.values()), decoded)
+        return Bench(self.storage, self.network,
+                     tuple((each.name, len(each.classes)) for each in experiences), manifests,
+                     f"{self.state.folder}/running", "cuda" if self.need.gpus else "cpu",
+                     self.threads, compute)
+
+    def _remote(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The answer of a function that runs on the cluster, with a trial's resources."""
+        import ray
+
+        remote = ray.remote(num_cpus=self.need.cpus, num_gpus=self.need.gpus)(function)
+        return ray.get(remote.remote(*arguments))
+
+    # Trials ----------------------------------------------------------------------------------
+
+    def _trials(self, results: "Results") -> None:
+        """Trials until the budget is spent."""
+        saved = self.settings["options"]
+        goal = Goal(saved["algorithm"], saved["sampler_seed"], saved["objective"],
+                    saved["max_loss"])
+        proposals = Proposals(self.space, self.config, goal, results.records)
+        planned = [plan for plan in self.state.interrupted() if plan.kind == "search"]
+        begun = [int(plan.id) for plan in [*planned, *(each.plan for each in results.records)]
+                 if plan.kind == "search"]
+        numbers = iter(range(max(begun, default=-1) + 1, 1_000_000))
+        budget, least = parse_budget(saved["budget"]), len(self.space.grid_points())
+
+        def more() -> TrialPlan | None:
+            number = next(numbers)
+            if number >= least and not self._may_begin(budget, number, results):
+                return None
+            return proposals.propose(number)
+
+        def ended(record: TrialRecord) -> None:
+            proposals.learn(record)
+            results.add(record)
+
+        asha = AshaByDepth(len(self.experiences), results.records) if (
+            saved["early_stopping"] == "asha") else None
+        self._run(TrialSource(self.state, planned, more, ended, results.seconds), asha)
+
+    def _may_begin(self, budget: Budget, number: int, results: "Results") -> bool:
+        """Whether another trial is within the budget, the final runs still to come included."""
+        if budget.trials is not None:
+            return number < budget.trials
+        assert budget.seconds is not None
+        finals = results.final_seconds(self.settings["options"]["seeds"]) / self.packing.at_once
+        return results.seconds() + min(finals, FINAL_SHARE * budget.seconds) < budget.seconds
+
+    def _finals(self, results: "Results") -> None:
+        """The best trial of each depth under new seeds, and separate heads beside it."""
+        done = {record.plan.id for record in results.records}
+        planned = [plan for plan in results.final_plans(self.settings["options"]["seeds"])
+                   if plan.id not in done]
+        if planned:
+            self.say(f"final runs: {len(planned)} (the best trial of each depth under other "
+                     "seeds, and separate heads beside it)")
+            self._run(TrialSource(self.state, planned, lambda: None, results.add,
+                                  results.seconds), None)
+
+    def _run(self, source: TrialSource, scheduler: Any) -> None:
+        """Runs Ray Tune until the source has no more trials and all have ended."""
+        from ray import tune
+        from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
+
+        trainable = tune.with_resources(
+            tune.with_parameters(run_trial, bench=self.bench),
+            {"cpu": self.need.cpus, "gpu": self.need.gpus, "memory": self.need.memory})
+        with tempfile.TemporaryDirectory(prefix="partialhn-tune-") as scratch, _quiet():
+            Tuner(trainable, tune_config=TuneConfig(
+                search_alg=source, scheduler=scheduler, num_samples=-1, reuse_actors=True,
+                max_concurrent_trials=self.packing.at_once),
+                run_config=RunConfig(name="trials", storage_path=scratch, verbose=0,
+                                     failure_config=FailureConfig(max_failures=MAX_FAILURES)),
+            ).fit()
+        if source.error:
+            raise source.error
+
+
+def _nodes() -> list[Room]:
+    """What each node of the cluster has."""
+    import ray
+
+    return [Room(each["Resources"].get("CPU", 0), each["Resources"].get("GPU", 0),
+                 each["Resources"].get("memory", 0)) for each in ray.nodes() if each["Alive"]]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Our own lines instead of Ray Tune's; its warnings about trials stay in our records."""
+    names = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0",
+             "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
