@@ -103,7 +103,7 @@ class BackboneConfig:
     backbone: str = "slim_resnet18"
     """slim_resnet18 (20 base filters, as in the paper) or a torchvision ResNet by name."""
     freeze_depth: int = 3
-    """Stages frozen in the trunk: 0 (nothing, the full hypernetwork) to all of them (only the
+    """Execution frozen in the trunk: 0 (nothing, the full hypernetwork) to all of them (only the
     classifier is learned for each task)."""
     trunk: str = "train"
     """train (on the first task), torchvision:NAME:WEIGHTS, or a .safetensors file."""

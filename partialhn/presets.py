@@ -16,7 +16,7 @@ NOISY = ("none", "solarise", "blur", "grey+blur+autocontrast")
 
 PRESETS: dict[str, Config] = {
     # partialhn train --preset digits
-    # scikit-learn's handwritten digits, 5 tasks of 2 classes, with both bounds: the demo.
+    # scikit-learn's handwritten digits, 5 tasks of 2 classes, with both baselines: the demo.
     "digits": Config(
         DataConfig(data="digits", tasks=5, input_size=16),
         BackboneConfig(freeze_depth=3, trunk_epochs=15, trunk_batch_size=32),
@@ -50,7 +50,7 @@ PRESETS: dict[str, Config] = {
         DataConfig(stream="domains", task_transforms=NOISY), BackboneConfig(freeze_depth=3),
         FeatureConfig(views=4), HypernetConfig(), TrainConfig(epochs=10)),
     # partialhn train --preset split-tiny-imagenet-5x10 --data TINY_IMAGENET_32_FOLDER
-    # The first 50 classes at 32x32 as 5 tasks of 10, with both bounds.
+    # The first 50 classes at 32x32 as 5 tasks of 10, with both baselines.
     "split-tiny-imagenet-5x10": Config(
         DataConfig(tasks=5, classes=50), BackboneConfig(freeze_depth=3), FeatureConfig(views=4),
         HypernetConfig(fresh_columns=64),

@@ -22,7 +22,7 @@ from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import Network, build_network
 from partialhn.networks.head import Head, HeadStart, check_feature_size, head_start
-from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.precision import configure_torch
 from partialhn.networks.tensors import hash_tensors
 from partialhn.networks.trunk import Trunk, check_depth, multiply_adds, split
 from partialhn.strategies import STRATEGIES, Strategy
@@ -30,7 +30,7 @@ from partialhn.task_inference import TaskInference
 from partialhn.training import lineage
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
-from partialhn.training.lineage import prefixes_of
+from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.pretrain import fit_network, load_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Clock, Outcome, result_fields
@@ -40,7 +40,7 @@ Report = Callable[[EpochRecord | TaskRecord], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class CutNetwork:
     """What every strategy of a stream has in common."""
 
     trunk: Trunk
@@ -57,7 +57,7 @@ class Parts:
         return STRATEGIES[config.train.strategy](self.head, self.start, config)
 
 
-def cut(config: Config, network: Network) -> Parts:
+def cut_network(config: Config, network: Network) -> CutNetwork:
     """Cuts the network at the configured depth."""
     depth = config.backbone.freeze_depth
     trunk, stages = split(network, depth)
@@ -66,7 +66,7 @@ def cut(config: Config, network: Network) -> Parts:
     z_BCHW = trunk(images_BCHW)
     below = multiply_adds(trunk, images_BCHW)
     above = multiply_adds(stages, z_BCHW) + network.width * 2
-    return Parts(trunk, Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups,
+    return CutNetwork(trunk, Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups,
                              config.train.precision),
                  head_start(network, depth, config.hypernet.norm, config.train.seed),
                  {"trunk": below, "head": above, "frozen_share": below / (below + above)},
@@ -107,7 +107,7 @@ def run_stream(config: Config, root: Path,
     """
     check(config)
     clock = Clock()
-    set_arithmetic(config.compute.threads)
+    configure_torch(config.compute.threads)
     filesystem = pafs.LocalFileSystem()
     experiences = open_stream(config.data, root / "datasets")
     clock.lap("data")
@@ -117,40 +117,40 @@ def run_stream(config: Config, root: Path,
         network = load_network(config, experiences[0], filesystem, str(root))
     assert network is not None
     clock.lap("trunk")
-    parts = cut(config, network)
+    cut = cut_network(config, network)
     store = FeatureStore(filesystem, str(root))
-    prefixes = prefixes_of(config, parts.network, experiences)
-    known = lineage.find(filesystem, f"{root}/learned", prefixes)
+    lineage_ids = lineage_ids_of(config, cut.network, experiences)
+    known = lineage.find(filesystem, f"{root}/learned", lineage_ids)
     first = 0 if config.train.needs_every_task else len(known)
-    jobs = feature_jobs(config, experiences, parts.trunk)
+    jobs = feature_jobs(config, experiences, cut.trunk)
     needed = needed_jobs(jobs, [each.name for each in experiences[:first]])
-    _, decoded = precompute(store, parts.trunk, needed)
+    _, decoded = precompute(store, cut.trunk, needed)
     there = find_features(store, jobs)
     slots = slots_of(experiences, jobs, [there.get(job.recipe.key) for job in jobs])
     tasks = open_features(store, slots, range(first, len(slots)))
     clock.lap("features")
-    learner = Learner(parts.strategy(config), config.train, inference=TaskInference())
+    learner = Learner(cut.strategy(config), config.train, inference=TaskInference())
     if known:
         learner.restore(*lineage.state(filesystem, f"{root}/learned", known))
     for record in _each(learner.learn(tasks), report):
         if isinstance(record, TaskRecord):
             index = record.task_index
-            done = lineage.Learned.of(Outcome.of(learner), prefixes, index)
-            lineage.keep(_model(config, parts, learner, slots[:index + 1]), done, filesystem,
+            done = lineage.Learned.of(Outcome.of(learner), lineage_ids, index)
+            lineage.keep(_model(config, cut, learner, slots[:index + 1]), done, filesystem,
                        f"{root}/learned")
     outcomes: dict[str, Outcome] = {config.train.strategy: Outcome.of(learner)}
     for name in config.train.compare:
-        bound = Learner(parts.strategy(with_strategy(config, name)), config.train)
-        list(_each(bound.learn(tasks), report))
-        outcomes[name] = Outcome.of(bound)
+        baseline = Learner(cut.strategy(with_strategy(config, name)), config.train)
+        list(_each(baseline.learn(tasks), report))
+        outcomes[name] = Outcome.of(baseline)
     clock.lap("train")
-    model = _model(config, parts, learner, slots)
-    fields = result_fields(config, slots, parts.macs, decoded, outcomes, clock.laps)
+    model = _model(config, cut, learner, slots)
+    fields = result_fields(config, slots, cut.macs, decoded, outcomes, clock.laps)
     return model, fields | {"weights_hash": model.weights_hash()}
 
 
-def _model(config: Config, parts: Parts, learner: Learner, slots: Sequence[Slot]) -> Model:
-    return Model(config, parts.trunk, learner.strategy,
+def _model(config: Config, cut: CutNetwork, learner: Learner, slots: Sequence[Slot]) -> Model:
+    return Model(config, cut.trunk, learner.strategy,
                  tuple(TaskInfo(slot.name, slot.classes) for slot in slots),
                  inference=learner.inference)
 

@@ -15,7 +15,7 @@ KEPT = ("features", "trunks", "datasets")
 
 
 def demo_config(size: str = "full") -> Config:
-    """The demo's configuration; `small` learns with fewer passes and without the bounds."""
+    """The demo's configuration; `small` learns with fewer passes and without the baselines."""
     config = PRESETS["digits"]
     if size == "full":
         return config

@@ -51,9 +51,9 @@ def _refused(versions: Sequence[Version]) -> list[str]:
 
 def chain_of(versions: Sequence[Version], newest: Version) -> list[Version]:
     """The versions that one was learned from, task after task, and itself."""
-    by_prefix = {version.tags.get("prefix", ""): version for version in versions}
+    by_lineage_id = {version.tags.get("prefix", ""): version for version in versions}
     found = [newest]
-    while (prefix := found[-1].tags.get("parent")) and (parent := by_prefix.get(prefix)):
+    while parent := by_lineage_id.get(found[-1].tags.get("parent") or "none"):
         found.append(parent)
     return found[::-1]
 

@@ -23,14 +23,14 @@ from partialhn.evaluation.metrics import summarise
 from partialhn.features.extract import feature_jobs, find_features
 from partialhn.networks.backbone import Network
 from partialhn.predict import Predictor
-from partialhn.run import Parts, check, cut, work_name
+from partialhn.run import CutNetwork, check, cut_network, work_name
 from partialhn.training import lineage
-from partialhn.training.lineage import prefixes_of
+from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Clock, model_sizes, peak_rss_bytes, result_fields
 from partialhn.training.slots import Slot, needed_jobs, slots_of
-from pipelines.execution.base import Stages, our_outcome
-from pipelines.execution.choose import open_stages
+from pipelines.execution.base import Execution, our_outcome
+from pipelines.execution.choose import open_execution
 from pipelines.execution.open_data import open_data
 from pipelines.features.produce import open_store
 from pipelines.platform.progress import Progress
@@ -41,10 +41,10 @@ from pipelines.registry.versions import CHAMPION, Registration, Version
 from pipelines.report.page import write_report
 from pipelines.settings import OutputConfig, mask_password
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def train(config: Config, output: OutputConfig, say: Say = print) -> dict[str, Any]:
+def train(config: Config, output: OutputConfig, log: Log = print) -> dict[str, Any]:
     """Learns a stream and registers a version for each task; returns what `result.json` holds.
 
     Writes `output.result`. Raises: InputError for anything the user can set right.
@@ -53,30 +53,30 @@ def train(config: Config, output: OutputConfig, say: Say = print) -> dict[str, A
     storage = open_storage(output.storage)
     storage.check()
     with storage.explained():
-        return _train(config, output, storage, say)
+        return _train(config, output, storage, log)
 
 
-def _train(config: Config, output: OutputConfig, storage: Storage, say: Say) -> dict[str, Any]:
+def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> dict[str, Any]:
     clock = Clock()
     experiences = open_data(config.data, storage)
     work = work_name(config, experiences)
     classes = sum(len(each.classes) for each in experiences)
-    say(f"{output.name}: {len(experiences)} tasks, {classes} classes, "
+    log(f"{output.name}: {len(experiences)} tasks, {classes} classes, "
         f"{sum(len(each.train) for each in experiences)} training images (work {work})")
     clock.lap("data")
-    progress = Progress(config, say)
+    progress = Progress(config, log)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         beginning = pool.submit(_begin, config, output, storage, work)
         try:
-            with open_stages(config, storage, output.name, progress) as stages:
+            with open_execution(config, storage, output.name, progress) as execution:
                 clock.lap("startup")
                 _check(beginning)
-                network = stages.network(experiences[0], lambda _: _check(beginning))
+                network = execution.network(experiences[0], lambda _: _check(beginning))
                 clock.lap("trunk")
                 registry, parent = beginning.result()
                 clock.lap("startup")
                 result = _Job(config, output, storage, registry, parent, experiences, work,
-                              progress, clock).run(stages, network)
+                              progress, clock).run(execution, network)
         except BaseException:
             if beginning.exception() is None:
                 registry, parent = beginning.result()
@@ -117,21 +117,21 @@ class _Job:
     progress: Progress
     clock: Clock
 
-    def run(self, stages: Stages, network: Network) -> dict[str, Any]:
-        parts = cut(self.config, network)
-        prefixes = prefixes_of(self.config, parts.network, self.experiences)
-        known = stages.learned(prefixes)
-        slots, decoded = self._features(stages, parts, len(known))
+    def run(self, execution: Execution, network: Network) -> dict[str, Any]:
+        cut = cut_network(self.config, network)
+        lineage_ids = lineage_ids_of(self.config, cut.network, self.experiences)
+        known = execution.learned(lineage_ids)
+        slots, decoded = self._features(execution, cut, len(known))
         self.clock.lap("features")
-        registrar = _Registrar(self, parts, stages.folder, slots, prefixes)
+        registrar = _Registrar(self, cut, execution.folder, slots, lineage_ids)
         for done in known:
             registrar.follow(self.config.train.strategy, *done.epochs, done.record)
-        returned = stages.learn(parts, slots, prefixes, registrar.follow)
+        returned = execution.learn(cut, slots, lineage_ids, registrar.follow)
         ours = our_outcome(returned, self.config)
         registrar.follow(self.config.train.strategy, *ours.epochs, *ours.finished)
         self.clock.lap("train")
         model = registrar.newest_model()
-        fields = result_fields(self.config, slots, parts.macs, decoded, returned["outcomes"],
+        fields = result_fields(self.config, slots, cut.macs, decoded, returned["outcomes"],
                                self.clock.laps)
         fields |= model_sizes(model) | {
             "name": self.output.name, "work": self.work, "weights_hash": model.weights_hash(),
@@ -144,15 +144,16 @@ class _Job:
         for row, seconds in zip(fields["seconds"]["per_task"], registrar.seconds, strict=True):
             row["register"] = round(seconds, 3)
         self._publish(fields)
-        stages.forget_run(prefixes)
+        execution.forget_run(lineage_ids)
         return fields
 
-    def _features(self, stages: Stages, parts: Parts, known: int) -> tuple[list[Slot], int]:
+    def _features(self, execution: Execution, cut: CutNetwork,
+                  known: int) -> tuple[list[Slot], int]:
         """The features that are needed, and those of learned tasks where they are still there."""
-        jobs = feature_jobs(self.config, self.experiences, parts.trunk)
+        jobs = feature_jobs(self.config, self.experiences, cut.trunk)
         learned = [] if self.config.train.needs_every_task else self.experiences[:known]
         needed = needed_jobs(jobs, [each.name for each in learned])
-        _, decoded = stages.features(needed, parts)
+        _, decoded = execution.features(needed, cut)
         there = find_features(open_store(self.storage), jobs)
         manifests = [there.get(job.recipe.key) for job in jobs]
         return slots_of(self.experiences, jobs, manifests), decoded
@@ -162,8 +163,8 @@ class _Job:
         names = [each.name for each in self.experiences]
         self.registry.log_matrix(self.parent, fields["accuracy_matrix"], names)
         self.clock.lap("register")
-        stages = {key: round(value, 3) for key, value in self.clock.laps.items()}
-        fields["seconds"] |= {"stages": stages, "total": round(sum(stages.values()), 3)}
+        phases = {key: round(value, 3) for key, value in self.clock.laps.items()}
+        fields["seconds"] |= {"stages": phases, "total": round(sum(phases.values()), 3)}
         self.registry.log_result(self.parent, fields)
         with tempfile.TemporaryDirectory() as scratch:
             self.registry.log_file(self.parent, write_report(fields, Path(scratch) / "report.html"))
@@ -173,15 +174,15 @@ class _Job:
 class _Registrar:
     """Registers the model of each finished task, in order and once."""
 
-    def __init__(self, job: _Job, parts: Parts, folder: str, slots: Sequence[Slot],
-                 prefixes: Sequence[str]) -> None:
+    def __init__(self, job: _Job, cut: CutNetwork, folder: str, slots: Sequence[Slot],
+                 lineage_ids: Sequence[str]) -> None:
         self.job, self.folder = job, folder
         self.seconds: list[float] = []
         self.checkpoint_bytes = 0
         self._epochs: dict[tuple[int, int], EpochRecord] = {}
         """By task and epoch: a worker that was started again may send one twice."""
-        self._trunk = parts.trunk.fingerprint()
-        self._slots, self._prefixes = slots, prefixes
+        self._trunk = cut.trunk.fingerprint()
+        self._slots, self._lineage_ids = slots, lineage_ids
         self._rows: list[tuple[float, ...]] = []
         self._scratch = tempfile.TemporaryDirectory()
 
@@ -204,7 +205,7 @@ class _Registrar:
         metrics = {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
                    "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
         job.registry.log_metrics(job.parent, metrics, step=record.task_index)
-        version = job.registry.version_of(job.output.name, self._prefixes[record.task_index])
+        version = job.registry.version_of(job.output.name, self._lineage_ids[record.task_index])
         if version is None or version.tags["work"] == job.work:
             version = self._version(record, metrics)
         clock.lap("register")
@@ -216,7 +217,7 @@ class _Registrar:
         job, index = self.job, record.task_index
         slot, experience = self._slots[index], job.experiences[index]
         folder = self._fetch(index)
-        run = job.registry.task_run(job.parent, record.task, index, self._prefixes[index])
+        run = job.registry.task_run(job.parent, record.task, index, self._lineage_ids[index])
         job.registry.log_task(run, [dataclasses.asdict(epoch) for epoch in self._epochs.values()
                                     if epoch.task_index == index], metrics)
         version = job.registry.register_task(run, Registration(
@@ -226,7 +227,7 @@ class _Registrar:
             weights_hash=checkpoint.load(folder, "model")[1]["weights_hash"],
             acc=metrics["acc"], learning_accuracy=metrics["learning_accuracy"],
             forgetting=metrics["forgetting"], storage=job.storage.uri,
-            prefix=self._prefixes[index], parent=self._prefixes[index - 1] if index else ""),
+            prefix=self._lineage_ids[index], parent=self._lineage_ids[index - 1] if index else ""),
             Contents(folder, record.task, experience.test.take([0]).read()[0], self._sample(index)))
         job.registry.end_run(run)
         return version
@@ -246,12 +247,12 @@ class _Registrar:
         """The versions of the chain for `result.json`."""
         versions = self.job.registry.versions(self.job.output.name)
         return [version.fields() for version in versions
-                if version.tags.get("prefix") in self._prefixes]
+                if version.tags.get("prefix") in self._lineage_ids]
 
     def _fetch(self, task_index: int) -> Path:
         folder = Path(self._scratch.name) / f"{task_index:04d}"
         if not folder.exists():
             lineage.fetch_model(self.job.storage.filesystem, self.folder,
-                              self._prefixes[task_index], folder)
+                              self._lineage_ids[task_index], folder)
         self.checkpoint_bytes = sum(file.stat().st_size for file in folder.iterdir())
         return folder

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.fs as pafs
 import torch
 
-from partialhn.benchmarks.packs import Cell
+from partialhn.benchmarks.catalogue import Cell
 from partialhn.config import Config
 from partialhn.data.datasets import open_stream
 from partialhn.data.experience import Experience
@@ -26,8 +26,8 @@ from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shif
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import Network
-from partialhn.networks.precision import set_arithmetic
-from partialhn.run import check, cut, work_name
+from partialhn.networks.precision import configure_torch
+from partialhn.run import check, cut_network, work_name
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 from partialhn.training.pretrain import fit_network, load_network
@@ -35,10 +35,10 @@ from partialhn.training.result import Outcome
 from partialhn.training.slots import open_features, slots_of
 from partialhn.training.steps import recorder_for
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def run_cells(config: Config, cells: Sequence[Cell], out: Path, say: Say) -> list[dict[str, Any]]:
+def run_cells(config: Config, cells: Sequence[Cell], out: Path, log: Log) -> list[dict[str, Any]]:
     """What every cell measured, in order; only those without a file are learned.
 
     `say` gets a line when something ends. Raises: InputError for anything the user can set right.
@@ -46,18 +46,18 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, say: Say) -> lis
     device = _device(config)
     for depth in {cell.depth for cell in cells}:
         check(config_of(config, Cell("partial_hn", depth, 0)))
-    set_arithmetic(config.compute.threads)
+    configure_torch(config.compute.threads)
     experiences = open_stream(config.data, out / "store" / "datasets")
     folder = out / "cells" / work_name(config, experiences)
     folder.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if not (folder / f"{cell.name}.json").exists()]
     if missing:
         bench = _Bench(config, experiences, {cell.depth for cell in missing}, out / "store", device,
-                       say)
+                       log)
         for done, cell in enumerate(missing, len(cells) - len(missing) + 1):
             fields = bench.learn(cell)
             _write(folder / f"{cell.name}.json", fields)
-            say(f"{done}/{len(cells)} {cell.name}: ACC {fields['acc']:.3f}, forgetting "
+            log(f"{done}/{len(cells)} {cell.name}: ACC {fields['acc']:.3f}, forgetting "
                 f"{fields['forgetting']:.3f}, {fields['cpu_seconds']:.1f} s")
     return [_read(folder / f"{cell.name}.json") for cell in cells]
 
@@ -66,19 +66,19 @@ class _Bench:
     """What all cells share: the network, and the features of each depth."""
 
     def __init__(self, config: Config, experiences: Sequence[Experience], depths: set[int],
-                 root: Path, device: torch.device, say: Say) -> None:
+                 root: Path, device: torch.device, log: Log) -> None:
         self.config, self.experiences, self.device = config, experiences, device
         self.store = FeatureStore(pafs.LocalFileSystem(), str(root))
         start = time.process_time()
         self.network = self._network(root)
         trained = time.process_time()
-        deepest = cut(config_of(config, Cell("partial_hn", max(depths), 0)),
+        deepest = cut_network(config_of(config, Cell("partial_hn", max(depths), 0)),
                       self.network).trunk.to(self.device)
         self.jobs = {depth: feature_jobs(config, experiences, deepest, [depth])
                      for depth in sorted(depths)}
         _, decoded = precompute(self.store, deepest, [job for depth in sorted(depths)
                                                       for job in self.jobs[depth]])
-        say(f"trunk {trained - start:.1f} s, features {time.process_time() - trained:.1f} s of "
+        log(f"trunk {trained - start:.1f} s, features {time.process_time() - trained:.1f} s of "
             f"the processor, {decoded} images decoded for depths "
             + ", ".join(map(str, sorted(depths))))
         self._opened: dict[int, list[TaskFeatures]] = {}
@@ -87,8 +87,8 @@ class _Bench:
     def learn(self, cell: Cell) -> dict[str, Any]:
         """Learns one cell from its beginning."""
         config = config_of(self.config, cell)
-        parts = cut(config, self.network)
-        learner = Learner(parts.strategy(config), config.train, self.device,
+        cut = cut_network(config, self.network)
+        learner = Learner(cut.strategy(config), config.train, self.device,
                           recorder=recorder_for(self.device, config.compute.cuda_graphs))
         tasks = self._tasks(cell.depth)
         start = time.process_time()
@@ -101,7 +101,7 @@ class _Bench:
             job.recipe for job in jobs)) if manifest is not None)
         return {"label": cell.label, "strategy": cell.strategy, "depth": cell.depth,
                 "seed": cell.seed, **fields, "cpu_seconds": round(seconds, 3),
-                "feature_bytes": bytes_, "macs": parts.macs, "config": config.to_dict(),
+                "feature_bytes": bytes_, "macs": cut.macs, "config": config.to_dict(),
                 **self._likeness(cell.depth),
                 "tasks": [{"name": each.name, "classes": list(each.classes),
                            "transform": each.transform} for each in self.experiences]}

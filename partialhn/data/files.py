@@ -1,8 +1,8 @@
-"""The labelled images of one part of a data set: of some Parquet files, or of a class folder tree.
+"""The labelled images of one split of a data set: of some Parquet files, or of a class folder tree.
 
 Of Parquet files only the schema and the label column are read, of images nothing.
 
-Shape suffix: N images of a part.
+Shape suffix: N images of a split.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class LabelledSplit:
     """Images with the labels as found: whole numbers, or names."""
 
     images: ImageTable
@@ -57,7 +57,7 @@ def split_top(listing: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
     return folders, files
 
 
-def folder_part(filesystem: Any, folder: str, inside: Sequence[str]) -> Part:
+def folder_split(filesystem: Any, folder: str, inside: Sequence[str]) -> LabelledSplit:
     """`<class>/.../<image>`: the classes are the top folders in sorted order."""
     folders, files = split_top(inside)
     if image_paths(files):
@@ -68,7 +68,7 @@ def folder_part(filesystem: Any, folder: str, inside: Sequence[str]) -> Part:
         raise InputError(f"no images found in {folder}; allowed: {folder}/<class>/<image>, with "
                          f"images ending in {' '.join(SUFFIXES)}, or Parquet files")
     table = file_table(filesystem, [f"{folder}/{name}/{path}" for name, path in images])
-    return Part(table, np.array([name for name, _ in images]), tuple(sorted(folders)))
+    return LabelledSplit(table, np.array([name for name, _ in images]), tuple(sorted(folders)))
 
 
 def file_table(filesystem: Any, paths: Sequence[str]) -> ImageTable:
@@ -99,7 +99,7 @@ def _row_table(filesystem: Any, paths: Sequence[str], rows: Sequence[int]) -> Im
     return ImageTable(filesystem, tuple(paths), file_N, row_N, np.full(len(row_N), -1))
 
 
-def parquet_part(filesystem: Any, paths: Sequence[str]) -> Part:
+def parquet_split(filesystem: Any, paths: Sequence[str]) -> LabelledSplit:
     """All rows of some Parquet files; reads their schemas and label columns only."""
     columns, names = [], []
     for path in paths:
@@ -114,9 +114,9 @@ def parquet_part(filesystem: Any, paths: Sequence[str]) -> Part:
             names.append(_class_names(schema.metadata, column))
         if names[-1] != names[0] or columns[-1].dtype.kind != columns[0].dtype.kind:
             raise InputError(f"{path} names other classes than {paths[0]}; allowed: the same "
-                             "class names in every file of a part")
+                             "class names in every file of a split")
     table = _row_table(filesystem, paths, [len(column) for column in columns])
-    return Part(table, np.concatenate(columns), names[0])
+    return LabelledSplit(table, np.concatenate(columns), names[0])
 
 
 def _labels(column: Any, path: str) -> npt.NDArray[Any]:

@@ -1,11 +1,11 @@
 """Labelled image data sets as they lie on disk or in a bucket: Parquet files, image folders.
 
-A data set has parts (train, test, validation). They are told apart by sub-folders (`train/`,
+A data set has splits (train, test, validation). They are told apart by sub-folders (`train/`,
 `test/`, `val/`) or by the names of Parquet files (`train-00000-of-00004.parquet`,
 `test.parquet`). One listing of the tree says what is there; of Parquet files only the label
 column is read, of images nothing.
 
-Shape suffix: N images of a part.
+Shape suffix: N images of a split.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ import pyarrow.fs
 
 from partialhn.data.files import (
     SUFFIXES,
-    Part,
+    LabelledSplit,
     file_table,
-    folder_part,
+    folder_split,
     image_paths,
-    parquet_part,
     parquet_paths,
+    parquet_split,
     parquet_table,
     split_top,
 )
 from partialhn.data.image_table import ImageTable
 from partialhn.errors import InputError
 
-PARTS = {"train": "train", "training": "train", "test": "test", "testing": "test",
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test",
          "val": "validation", "valid": "validation", "validation": "validation"}
-"""Names of folders, and first words of Parquet files' names, that say which part it is."""
+"""Names of folders, and first words of Parquet files' names, that say which split it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +78,17 @@ def read_sets(data: str, limit: int | None = None,
     filesystem, root = locate(data, filesystem)
     listing = _list_paths(filesystem, root, data)
     if listing is None:
-        return _assemble(data, {"train": parquet_part(filesystem, [root])}, limit)
-    parts = _read_parts(filesystem, root, listing)
-    if parts is not None:
-        return _assemble(data, parts, limit)
+        return _assemble(data, {"train": parquet_split(filesystem, [root])}, limit)
+    splits = _read_splits(filesystem, root, listing)
+    if splits is not None:
+        return _assemble(data, splits, limit)
     folders, _ = split_top(listing)
-    tasks = {name: _read_parts(filesystem, f"{root}/{name}", inside)
+    tasks = {name: _read_splits(filesystem, f"{root}/{name}", inside)
              for name, inside in folders.items()}
     if any(tasks.values()):
         return _assemble_tasks(data, tasks, limit)
     if any(image_paths(inside) for inside in folders.values()):
-        return _assemble(data, {"train": folder_part(filesystem, root, listing)}, limit)
+        return _assemble(data, {"train": folder_split(filesystem, root, listing)}, limit)
     raise InputError(f"no images found in {data!r} ({sum(p[-1] != '/' for p in listing)} other "
                      "files); allowed: Parquet files with images and labels, "
                      "train/<class>/<image>, or a directory of tasks of either form")
@@ -134,58 +134,59 @@ def _list_paths(filesystem: Any, root: str, data: str,
     return sorted(path for path in paths if not re.search(r"(^|/)(\.|__MACOSX/)", path))
 
 
-def _read_parts(filesystem: Any, root: str, listing: Sequence[str]) -> dict[str, Part] | None:
-    """The parts of the data set in a folder; None where the folder is not a data set."""
+def _read_splits(filesystem: Any, root: str,
+                 listing: Sequence[str]) -> dict[str, LabelledSplit] | None:
+    """The splits of the data set in a folder; None where the folder is not a data set."""
     folders, files = split_top(listing)
-    named = [name for name in folders if name.lower() in PARTS]
+    named = [name for name in folders if name.lower() in SPLIT_NAMES]
     if parquet_paths(files) and named:
         raise InputError(f"{root} has both {parquet_paths(files)[0]} and the folder {named[0]}/; "
-                         "allowed: parts as Parquet files or as folders, not both")
+                         "allowed: splits as Parquet files or as folders, not both")
     if parquet_paths(files):
-        return {part: parquet_part(filesystem, [f"{root}/{name}" for name in names])
-                for part, names in _by_part(root, parquet_paths(files)).items()}
-    parts: dict[str, Part] = {}
+        return {split: parquet_split(filesystem, [f"{root}/{name}" for name in names])
+                for split, names in _by_split(root, parquet_paths(files)).items()}
+    splits: dict[str, LabelledSplit] = {}
     for name in named:
-        part = PARTS[name.lower()]
-        if part in parts:
-            raise InputError(f"{root} has more than one {part} folder, one of them {name!r}; "
+        split = SPLIT_NAMES[name.lower()]
+        if split in splits:
+            raise InputError(f"{root} has more than one {split} folder, one of them {name!r}; "
                              "allowed: one")
-        parts[part] = _read_folder(filesystem, f"{root}/{name}", folders[name])
-    return parts or None
+        splits[split] = _read_folder(filesystem, f"{root}/{name}", folders[name])
+    return splits or None
 
 
-def _by_part(root: str, files: Sequence[str]) -> dict[str, list[str]]:
-    """Parquet files by the part their names begin with; all are for training where none says."""
+def _by_split(root: str, files: Sequence[str]) -> dict[str, list[str]]:
+    """Parquet files by the split their names begin with; all are for training where none says."""
     named: dict[str, list[str]] = {}
     for name in files:
         word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
-        named.setdefault(PARTS.get(word, ""), []).append(name)
+        named.setdefault(SPLIT_NAMES.get(word, ""), []).append(name)
     if "" in named and len(named) > 1:
-        raise InputError(f"{root}/{named[''][0]} stands beside files named after parts; allowed: "
-                         f"names that start with {', '.join(PARTS)}")
-    return {part or "train": names for part, names in named.items()}
+        raise InputError(f"{root}/{named[''][0]} stands beside files named after splits; allowed: "
+                         f"names that start with {', '.join(SPLIT_NAMES)}")
+    return {split or "train": names for split, names in named.items()}
 
 
-def _read_folder(filesystem: Any, folder: str, inside: Sequence[str]) -> Part:
+def _read_folder(filesystem: Any, folder: str, inside: Sequence[str]) -> LabelledSplit:
     if parquet_paths(inside):
-        return parquet_part(filesystem, [f"{folder}/{path}" for path in parquet_paths(inside)])
-    return folder_part(filesystem, folder, inside)
+        return parquet_split(filesystem, [f"{folder}/{path}" for path in parquet_paths(inside)])
+    return folder_split(filesystem, folder, inside)
 
 
-def _assemble(where: str, parts: Mapping[str, Part], limit: int | None) -> ImageSet:
+def _assemble(where: str, splits: Mapping[str, LabelledSplit], limit: int | None) -> ImageSet:
     """Numbers the classes, and keeps the first `limit` of them."""
-    if "train" not in parts:
-        raise InputError(f"{where} has only a {' and a '.join(parts)} part; it needs images to "
+    if "train" not in splits:
+        raise InputError(f"{where} has only a {' and a '.join(splits)} split; it needs images to "
                          "train on, in train/ or train*.parquet")
-    if not len(parts["train"].images):
-        raise InputError(f"no images found in the train part of {where}; every class needs one")
-    keys_K, classes = _keys(parts["train"], limit)
+    if not len(splits["train"].images):
+        raise InputError(f"no images found in the train split of {where}; every class needs one")
+    keys_K, classes = _keys(splits["train"], limit)
     if limit is not None and limit > len(classes):
         raise InputError(f"classes is {limit} but {where} has {len(classes)}; allowed: 2 to "
                          f"{len(classes)}")
     keep = limit or len(classes)
-    tables = {name: _number(part, name, parts["train"], keys_K, keep)
-              for name, part in parts.items()}
+    tables = {name: _number(split, name, splits["train"], keys_K, keep)
+              for name, split in splits.items()}
     count_K = np.bincount(tables["train"].label_N, minlength=keep)
     empty = [classes[label] for label in np.flatnonzero(count_K == 0)]
     if empty:
@@ -196,7 +197,7 @@ def _assemble(where: str, parts: Mapping[str, Part], limit: int | None) -> Image
                     tables.get("test"))
 
 
-def _keys(train: Part, limit: int | None) -> tuple[npt.NDArray[Any], list[str]]:
+def _keys(train: LabelledSplit, limit: int | None) -> tuple[npt.NDArray[Any], list[str]]:
     """All labels that may occur, ascending, and their names."""
     if train.label_N.dtype.kind == "U":
         keys_K = np.unique(train.label_N if train.names is None else np.array(train.names))
@@ -209,40 +210,40 @@ def _keys(train: Part, limit: int | None) -> tuple[npt.NDArray[Any], list[str]]:
     return keys_K, [str(key) for key in keys_K.tolist()]
 
 
-def _number(part: Part, name: str, train: Part, keys_K: npt.NDArray[Any],
+def _number(split: LabelledSplit, name: str, train: LabelledSplit, keys_K: npt.NDArray[Any],
             keep: int) -> ImageTable:
-    """A part's images of the first `keep` classes, their labels numbered from 0."""
-    label_N = part.label_N
-    numbered = label_N.dtype.kind == "i" and None not in (part.names, train.names)
-    if label_N.dtype.kind != keys_K.dtype.kind or (numbered and part.names != train.names):
-        raise InputError(f"the {name} part ({part.images.files[0]}) names other classes than the "
-                         f"train part ({train.images.files[0]}); allowed: the same class names")
+    """A split's images of the first `keep` classes, their labels numbered from 0."""
+    label_N = split.label_N
+    numbered = label_N.dtype.kind == "i" and None not in (split.names, train.names)
+    if label_N.dtype.kind != keys_K.dtype.kind or (numbered and split.names != train.names):
+        raise InputError(f"the {name} split ({split.images.files[0]}) names other classes than the "
+                         f"train split ({train.images.files[0]}); allowed: the same class names")
     place_N = np.searchsorted(keys_K, label_N).clip(max=len(keys_K) - 1)
     unknown = np.flatnonzero(keys_K[place_N] != label_N)
     if len(unknown):
-        first = part.images.take(unknown[:1]).ids()[0]
-        wrong = ("never occurs in training" if part is not train
+        first = split.images.take(unknown[:1]).ids()[0]
+        wrong = ("never occurs in training" if split is not train
                  else f"is none of the {len(keys_K)} named classes")
         raise InputError(f"label {label_N[unknown[0]].item()!r} of the {name} image {first} "
                          f"{wrong}; allowed: labels of training images")
     kept = np.flatnonzero(place_N < keep)
-    return dataclasses.replace(part.images, label_N=place_N).take(kept)
+    return dataclasses.replace(split.images, label_N=place_N).take(kept)
 
 
-def _assemble_tasks(data: str, tasks: Mapping[str, dict[str, Part] | None],
+def _assemble_tasks(data: str, tasks: Mapping[str, dict[str, LabelledSplit] | None],
                     limit: int | None) -> dict[str, ImageSet]:
     if limit is not None:
         raise InputError(f"classes is {limit} but {data!r} is a directory of tasks, each with its "
                          "own classes; allowed: leave classes out")
     seen: dict[str, str] = {}
-    for name, parts in tasks.items():
-        if parts is None:
-            raise InputError(f"{data!r} is a directory of tasks but {name!r} has no train part; "
+    for name, splits in tasks.items():
+        if splits is None:
+            raise InputError(f"{data!r} is a directory of tasks but {name!r} has no train split; "
                              f"allowed: {name}/train/<class>/<image> or {name}/train*.parquet")
         if name.casefold() in seen:
             raise InputError(f"duplicate task names {seen[name.casefold()]!r} and {name!r} in "
                              f"{data!r}; allowed: names that differ in more than case")
         seen[name.casefold()] = name
-    ordered = sorted(tasks, key=lambda name: [(int(part), part) if part.isdigit() else (0, part)
-                                              for part in re.split(r"(\d+)", name)])
+    ordered = sorted(tasks, key=lambda name: [(int(word), word) if word.isdigit() else (0, word)
+                                              for word in re.split(r"(\d+)", name)])
     return {name: _assemble(f"{data}/{name}", tasks[name] or {}, None) for name in ordered}

@@ -22,15 +22,15 @@ from partialhn.features.feature_set import FeatureSet
 class FeatureBatch(NamedTuple):
     """Frozen-trunk features of one batch, all of one task.
 
-    z_BCHW: float32 features. y_B: int64 labels, 0 to K-1 within the task. share: the factor that
-    makes the mean over workers of their local means the mean over the global batch; 1 when every
-    worker holds equally many rows. seed: of whatever is drawn at this step, the same for every
-    worker.
+    z_BCHW: float32 features. y_B: int64 labels, 0 to K-1 within the task. loss_scale: the factor
+    that makes the mean over workers of their local means the mean over the global batch; 1 when
+    every worker holds equally many rows. seed: seeds whatever is drawn at this step, and is the
+    same for every worker.
     """
 
     z_BCHW: Tensor
     y_B: Tensor
-    share: float
+    loss_scale: float
     seed: tuple[int, ...]
 
 
@@ -47,12 +47,12 @@ class Workers:
 class Order(NamedTuple):
     """What one worker reads in an epoch: rows_EB and the view of each, views_EB, int64.
 
-    share: the factor of a batch (`FeatureBatch.share`).
+    loss_scale: the factor of a batch (`FeatureBatch.loss_scale`).
     """
 
     rows_EB: Tensor
     views_EB: Tensor
-    share: float
+    loss_scale: float
 
 
 def whole_batch(features: FeatureSet, batch_size: int, workers: Workers) -> int:
@@ -90,7 +90,7 @@ def epoch_batches(features: FeatureSet, batch_size: int, seed: Sequence[int],
     order = epoch_order(features, batch_size, seed, workers)
     rows_EB, views_EB = (x_EB.to(features.y_N.device) for x_EB in order[:2])
     for step, (rows_B, views_B) in enumerate(zip(rows_EB, views_EB, strict=True)):
-        yield FeatureBatch(features.gather(rows_B, views_B), features.y_N[rows_B], order.share,
+        yield FeatureBatch(features.gather(rows_B, views_B), features.y_N[rows_B], order.loss_scale,
                            (*seed, step))
 
 
@@ -165,7 +165,8 @@ class ResidentBatches(Batches):
         seed = (*self._seed, self._read)
         self._read += 1
         return FeatureBatch(self._features.gather(rows_B, views_B),
-                            self._features.y_N.index_select(0, rows_B), self._order.share, seed)
+                            self._features.y_N.index_select(0, rows_B),
+                            self._order.loss_scale, seed)
 
 
 def prefetched(batches: Iterator[FeatureBatch], device: torch.device,

@@ -46,7 +46,7 @@ class FeatureJob:
     task: str
     split: Split
     depth: int
-    """Stages of the trunk that the images go through."""
+    """Execution of the trunk that the images go through."""
     shape_CHW: tuple[int, ...]
     """Shape of one image's features."""
     recipe: FeatureRecipe

@@ -14,7 +14,7 @@ from partialhn.config import Norm, Precision
 from partialhn.errors import InputError
 from partialhn.networks.backbone import Network
 from partialhn.networks.hypernet import GeneratedTensor
-from partialhn.networks.precision import short_arithmetic
+from partialhn.networks.precision import autocast_to
 from partialhn.networks.trunk import head_stages
 
 
@@ -153,7 +153,7 @@ class Head(nn.Module):
             tensors |= dict(zip(self._statistic_names, parts, strict=True))
         skeleton = cast(nn.Module, self.__dict__["_skeleton"])
         precision = self.precision if self.training and self.convolutions else "float32"
-        with short_arithmetic(precision, z_BCHW.device):
+        with autocast_to(precision, z_BCHW.device):
             z_BCHW = cast(Tensor, torch.func.functional_call(skeleton, tensors, (z_BCHW,),
                                                              strict=True))
         return z_BCHW.to(weights.classifier_KF.dtype).mean((2, 3))

@@ -8,12 +8,12 @@ the generator is linear in what belongs to the task. Three generators share that
     additive   W_l(t)[c] = base_l[c] + A_l [mlp(e_t) ; v_lc] + b_l   as published (von Oswald et al.
                2020, Hemati et al. 2023)
 
-`columns` is here: the first task trains base_l. A later one t starts from it (s = 0; or from t - 1
-with `hands_on`), or from its own old slot where it is refreshed, and opens binary columns V and A
-of its own that its code x weighs (`partialhn.networks.columns`). What is learned never moves, so
-nothing that an earlier task knows can change, and what a task starts from is generated once: a step
-costs the same whatever the number of tasks. The other two, whose shared parts move with every task, are
-in `partialhn.networks.shared_generators`.
+This file holds `columns`. The first task trains base_l. A later task t starts from the first task
+(s = 0), from task t - 1 with `starts_from_previous`, or from its own old slot when it is refreshed.
+It opens binary columns V and A of its own, which its code x weighs (`partialhn.networks.columns`).
+Learned weights never move, so no earlier task can change, and the weights that a task starts from
+are generated once: a step costs the same whatever the number of tasks. The other two generators
+share parameters that move with every task (`partialhn.networks.shared_generators`).
 
 Legend: C output channels (rows), D row length, d columns, L generated tensors.
 """
@@ -51,9 +51,9 @@ class GeneratedTensor(NamedTuple):
 class Generator(nn.Module):
     """What every generator is: base_l, and weights for the code of any task."""
 
-    drifts = False
+    shares_parameters = False
     """Whether what is trained now can change the weights of earlier tasks."""
-    hands_on = True
+    starts_from_previous = True
     """Whether a new task goes on from the one before it, or from the first."""
 
     def __init__(self, tensors: Sequence[GeneratedTensor]) -> None:
@@ -71,7 +71,7 @@ class Generator(nn.Module):
 
     def start(self, task: int) -> int:
         """The task that a new one starts from; -1 for none."""
-        return task - 1 if self.hands_on else min(task, 1) - 1
+        return task - 1 if self.starts_from_previous else min(task, 1) - 1
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
         """The code a task starts with, given that of the task it starts from."""
@@ -126,10 +126,10 @@ class ColumnGenerator(Generator):
     """W_l(t) = W_l(s) + V_lt diag(x_lt) A_lt^T, with binary V and A that are the task's own."""
 
     def __init__(self, tensors: Sequence[GeneratedTensor], width: int, *,
-                 hands_on: bool = False) -> None:
-        """hands_on: by what was measured, only where nothing is frozen (`tests/bench/NOTES.md`)."""
+                 starts_from_previous: bool = False) -> None:
+        """starts_from_previous helps only where nothing is frozen (`tests/bench/NOTES.md`)."""
         super().__init__(tensors)
-        self.width, self.hands_on = width, hands_on
+        self.width, self.starts_from_previous = width, starts_from_previous
         self.columns = nn.ModuleList()
         """Of each task after the first."""
 
@@ -170,7 +170,7 @@ class ColumnGenerator(Generator):
 
     def generating_macs(self, task: int) -> int:
         """Of a task that refreshes no other."""
-        products = task if self.hands_on else min(task, 1)
+        products = task if self.starts_from_previous else min(task, 1)
         return products * self.width * sum(t.rows * t.row_length for t in self.tensors)
 
     @property

@@ -7,7 +7,7 @@ import torch
 from partialhn.config import Precision
 
 
-def set_arithmetic(threads: int | None = None) -> None:
+def configure_torch(threads: int | None = None) -> None:
     """From now on: threads (as many as there are, by default), no denormal numbers, and a GPU's
     float32 is float32: PyTorch alone would let its convolutions round to TF32.
     """
@@ -17,7 +17,7 @@ def set_arithmetic(threads: int | None = None) -> None:
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
-def short_arithmetic(precision: Precision,
+def autocast_to(precision: Precision,
                      device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Within it convolutions and what follows them are bfloat16's, where that is the precision."""
     if precision == "float32":

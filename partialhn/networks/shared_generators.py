@@ -80,7 +80,7 @@ class Drifting(Generator):
         of_base = self.residual and task == 0
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(bool(self.tensors) and name.startswith("base.") == of_base)
-        self.drifts = task > 0
+        self.shares_parameters = task > 0
         self.snapshot()
 
     def shared(self) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ class Drifting(Generator):
 
     def snapshot(self) -> None:
         """Keeps psi*: the shared parameters as they are now."""
-        self.restore_snapshot(self.shared() if self.drifts else {})
+        self.restore_snapshot(self.shared() if self.shares_parameters else {})
 
     def star(self) -> dict[str, Tensor]:
         """psi* by parameter name."""

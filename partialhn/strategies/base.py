@@ -24,8 +24,8 @@ class Strategy(nn.Module):
     """Owns what is learned over a stream; the trunk and the head's skeleton are beside it.
 
     A task is added with `add_task` and trained after `begin`; everything that must not change any
-    more takes no gradient from then on. `weights` may be asked for any task at any time. What a
-    strategy needs of data beside the running batch comes through `revisit` and `remember`.
+    more takes no gradient from then on. `weights` may be asked for any task at any time. Data other
+    than the running batch comes through `before_experience` and `after_experience`.
     """
 
     recordable = True
@@ -61,12 +61,12 @@ class Strategy(nn.Module):
         for index, module in enumerate(self.tasks):
             module.requires_grad_(index == task)
 
-    def revisit(self, earlier: Sequence[tuple[str, FeatureSet | None]]) -> None:
+    def before_experience(self, earlier: Sequence[tuple[str, FeatureSet | None]]) -> None:
         """Shows the names and training features of the earlier tasks, before an experience starts
         or goes on; None where they are not there any more.
         """
 
-    def remember(self, task: int, features: FeatureSet, seed: Sequence[int]) -> None:
+    def after_experience(self, task: int, features: FeatureSet, seed: Sequence[int]) -> None:
         """Takes out of a task's training features what later tasks need, once it is trained."""
 
     def finish(self, task: int) -> None:
@@ -82,22 +82,23 @@ class Strategy(nn.Module):
         """
         return False
 
-    def owned(self, task: int) -> dict[str, Tensor]:
+    def task_state(self, task: int) -> dict[str, Tensor]:
         """What a learned task left in `state_dict`, where tasks are `independent`."""
-        prefixes = self.own_prefixes(task)
+        prefixes = self.task_state_prefixes(task)
         return {name: value for name, value in self.state_dict().items()
                 if name.startswith(prefixes)}
 
-    def take(self, task: int, owned: dict[str, Tensor]) -> None:
-        """Puts a task in as another instance has learned it: what `owned` gave there.
+    def load_task_state(self, task: int, task_state: dict[str, Tensor]) -> None:
+        """Puts a task in as another instance has learned it: what `task_state` gave there.
 
         Raises: KeyError where something lacks or belongs to another task.
         """
-        if owned.keys() != self.owned(task).keys():
-            raise KeyError(f"task {task} owns {sorted(self.owned(task))}, found {sorted(owned)}")
-        self.load_state_dict(owned, strict=False)
+        if task_state.keys() != self.task_state(task).keys():
+            raise KeyError(f"task {task} owns {sorted(self.task_state(task))}, found "
+                           f"{sorted(task_state)}")
+        self.load_state_dict(task_state, strict=False)
 
-    def own_prefixes(self, task: int) -> tuple[str, ...]:
+    def task_state_prefixes(self, task: int) -> tuple[str, ...]:
         """How names of what a task owns begin; what all share is the first task's."""
         return (f"tasks.{task}.",) if task else ("",)
 
@@ -110,7 +111,7 @@ class Strategy(nn.Module):
         logits_BK: Tensor = self.head(z_BCHW, self.weights(task))
         return logits_BK
 
-    def answers(self, task: int, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
+    def loss_terms(self, task: int, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
         """logits_BK of a step's batch of `task`, and what is added to the step's loss."""
         return self(batch.z_BCHW, task), self.regulariser(task)
 

@@ -33,7 +33,7 @@ class Ewc(Naive):
         self.register_buffer("fisher_P", zeros_P)
         self.register_buffer("anchor_P", zeros_P.clone())
 
-    def remember(self, task: int, features: FeatureSet, seed: Sequence[int]) -> None:
+    def after_experience(self, task: int, features: FeatureSet, seed: Sequence[int]) -> None:
         """Adds the task's Fisher information: squared gradients of the log-likelihood, image by
         image, of labels drawn from the model's own answers.
         """

@@ -1,4 +1,4 @@
-"""The bound of a shared head: it trains on all images of every task so far.
+"""The baseline of a shared head: it trains on all images of every task so far.
 
 At each task it goes on from the head as it is: a step takes a batch of the new task and one of
 all earlier tasks' images, which counts as many times as there are earlier tasks. No stream allows
@@ -22,7 +22,7 @@ class Joint(Rehearsal):
 
     _earlier: tuple[FeatureSet, ...] = ()
 
-    def revisit(self, earlier: Sequence[tuple[str, FeatureSet | None]]) -> None:
+    def before_experience(self, earlier: Sequence[tuple[str, FeatureSet | None]]) -> None:
         gone = [name for name, features in earlier if features is None]
         if gone:
             raise InputError(f"strategy is 'joint' but the training features of task {gone[0]!r} "

@@ -89,7 +89,7 @@ class LatentReplay(Rehearsal):
         super().__init__(head, start, seed)
         self.memory = Memory(capacity)
 
-    def remember(self, task: int, features: FeatureSet, seed: Sequence[int]) -> None:
+    def after_experience(self, task: int, features: FeatureSet, seed: Sequence[int]) -> None:
         self.memory.add(task, features, seed)
 
     def draw(self, count: int, seed: Sequence[int]) -> Drawn | None:

@@ -42,9 +42,9 @@ class Lwf(Naive):
         super().finish(task)
         self._teacher = {}
 
-    def answers(self, task: int, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
+    def loss_terms(self, task: int, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
         if not self._teacher or self.strength == 0:
-            return super().answers(task, batch)
+            return super().loss_terms(task, batch)
         now = self.weights(task)
         x_BF = self.head.embed(batch.z_BCHW, now)
         statistics = None if now.statistics is None else now.statistics.clone()
@@ -60,4 +60,4 @@ class Lwf(Naive):
             total = total + nn.functional.kl_div(now_BK.log_softmax(1), taught_BK.log_softmax(1),
                                                  reduction="batchmean", log_target=True)
         return (nn.functional.linear(x_BF, now.classifier_KF, now.bias_K),
-                self.strength * batch.share * TEMPERATURE**2 * total)
+                self.strength * batch.loss_scale * TEMPERATURE**2 * total)

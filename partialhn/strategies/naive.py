@@ -1,4 +1,4 @@
-"""The lower bound: one shared head, fine-tuned on task after task, that nothing protects.
+"""The lower baseline: one shared head, fine-tuned on task after task, that nothing protects.
 
 Each task keeps its classifier; convolutions and normalisation are shared and move on.
 """

@@ -84,10 +84,10 @@ class PartialHypernet(Strategy):
 
     @property
     def independent(self) -> bool:
-        return not self.hypernet.hands_on
+        return not self.hypernet.starts_from_previous
 
-    def own_prefixes(self, task: int) -> tuple[str, ...]:
-        return (*super().own_prefixes(task), f"hypernet.columns.{task - 1}.")
+    def task_state_prefixes(self, task: int) -> tuple[str, ...]:
+        return (*super().task_state_prefixes(task), f"hypernet.columns.{task - 1}.")
 
     def begin(self, task: int) -> None:
         super().begin(task)
@@ -98,7 +98,7 @@ class PartialHypernet(Strategy):
     def finish(self, task: int) -> None:
         """Later tasks start from a norm as it was learned, before it is folded."""
         own = self._own(task)
-        if task == 0 or self.hypernet.hands_on:
+        if task == 0 or self.hypernet.starts_from_previous:
             self.get_buffer("next_norm").copy_(own.norm.detach())
         super().finish(task)
         factor = self.hypernet.finish(task)
@@ -148,7 +148,7 @@ class PartialHypernet(Strategy):
         return super().load_state_dict(*arguments, **options)
 
     def regulariser(self, task: int) -> Tensor | None:
-        if not self.hypernet.drifts or self.beta == 0 or not self.hypernet.tensors:
+        if not self.hypernet.shares_parameters or self.beta == 0 or not self.hypernet.tensors:
             return None
         if self._earlier is None:
             self._earlier = torch.stack([self._own(each).code.detach() for each in range(task)])
@@ -183,7 +183,7 @@ def build_generator(config: HypernetConfig, tensors: Sequence[GeneratedTensor]) 
     """The generator that the configuration names."""
     if config.generator == "columns":
         return ColumnGenerator(tensors, config.fresh_columns,
-                               hands_on=config.starts_from == "previous")
+                               starts_from_previous=config.starts_from == "previous")
     if config.generator == "bilinear":
         return BilinearGenerator(tensors, config.code_dim, residual=config.residual)
     return AdditiveGenerator(tensors, config.embedding_dim, config.hidden, config.channel_dim,

@@ -44,10 +44,10 @@ class Rehearsal(Naive):
         del task
         return 1.0
 
-    def answers(self, task: int, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
+    def loss_terms(self, task: int, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
         drawn = self.draw(len(batch.y_B), batch.seed)
         if drawn is None:
-            return super().answers(task, batch)
+            return super().loss_terms(task, batch)
         weights = self.weights(task)
         z_BCHW = torch.cat([batch.z_BCHW, drawn.z_MCHW])
         ours_BF, theirs_MF = torch.split(self.head.embed(z_BCHW, weights),

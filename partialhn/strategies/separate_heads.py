@@ -20,7 +20,7 @@ class PlainHead(OwnNorm):
 
 
 class SeparateHeads(Strategy):
-    """The bound without sharing: every task trains a head of its own from the same start."""
+    """The baseline without sharing: every task trains a head of its own from the same start."""
 
     @property
     def independent(self) -> bool:

@@ -2,7 +2,7 @@
 
 for task t: strategy.begin(t)
 for epoch record of `fit_experience`: yield it
-strategy.remember(t, features); strategy.finish(t)
+strategy.after_experience(t, features); strategy.finish(t)
 yield TaskRecord(accuracy on every task so far)
 """
 
@@ -55,17 +55,17 @@ class Learner:
             yield from self.fit_next(tasks)
             yield self._conclude(tasks)
 
-    def adopt(self, tasks: Sequence[TaskFeatures], owned: dict[str, Tensor],
+    def adopt(self, tasks: Sequence[TaskFeatures], task_state: dict[str, Tensor],
               epochs: Sequence[EpochRecord], train_seconds: float,
               found: TaskStatistics | None = None) -> TaskRecord:
         """Takes the next task in as another learner has trained it (`fit_next`), and measures.
 
-        owned: what `Strategy.owned` gave there. found: what `statistics` did, for a task whose
-        training features are not here.
+        task_state: the result of `Strategy.task_state` there. found: the result of `statistics`,
+        for a task whose training features are not here.
         """
         index = len(self.finished)
         self._make_room(tasks[index])
-        self.strategy.take(index, owned)
+        self.strategy.load_task_state(index, task_state)
         self.epochs += epochs
         self.train_seconds = train_seconds
         return self._conclude(tasks, found)
@@ -91,7 +91,7 @@ class Learner:
         if self._optimiser is None:
             self._begin(index, task.classes, task.refreshes)
         optimiser = cast(torch.optim.Optimizer, self._optimiser)
-        self.strategy.revisit([(each.name, each.train) for each in tasks[:index]])
+        self.strategy.before_experience([(each.name, each.train) for each in tasks[:index]])
         for record in fit_experience(self.strategy, index, task, self.config, optimiser,
                                      epochs_done=self.epochs_done, workers=self.workers,
                                      recorder=self.recorder):
@@ -99,7 +99,7 @@ class Learner:
             yield record
         start = time.perf_counter()
         assert task.train is not None, f"task {task.name} has no training features"
-        self.strategy.remember(index, task.train, (self.config.seed, index))
+        self.strategy.after_experience(index, task.train, (self.config.seed, index))
         self.strategy.finish(index)
         optimiser.zero_grad(set_to_none=True)
         self._optimiser = None

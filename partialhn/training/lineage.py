@@ -1,8 +1,9 @@
 """The chain of learned tasks: a model is determined by its configuration and the tasks so far.
 
-    <folder>/<prefix>/model.safetensors, model.json     the model after a task
+    <folder>/<lineage_id>/model.safetensors, model.json     the model after a task
 
-A prefix is a hash of the prefix before it, what the task is learned with, and the task's data.
+A lineage id is a hash of the lineage id before it, the options that the task is learned with, and
+the task's data. It is stored as `prefix` in model files, registry tags and logs.
 So a run finds what an earlier one learned, however many tasks have arrived since, and learns only
 what follows; the images and features that earlier tasks were learned from may be gone.
 """
@@ -38,24 +39,24 @@ class Learned:
 
     prefix: str
     parent: str
-    """The prefix before it; empty for the first task."""
+    """The lineage id before it; empty for the first task."""
     record: TaskRecord
     epochs: tuple[EpochRecord, ...]
     task_bytes: int
     """Bytes that the task added to the checkpoint."""
 
     @staticmethod
-    def of(outcome: Outcome, prefixes: Sequence[str], index: int) -> "Learned":
+    def of(outcome: Outcome, lineage_ids: Sequence[str], index: int) -> "Learned":
         """One task of an outcome."""
-        return Learned(prefixes[index], prefixes[index - 1] if index else "",
+        return Learned(lineage_ids[index], lineage_ids[index - 1] if index else "",
                        outcome.finished[index],
                        tuple(each for each in outcome.epochs if each.task_index == index),
                        outcome.task_bytes[index])
 
 
-def prefixes_of(config: Config, network: str, slots: Sequence[Slot | Experience],
+def lineage_ids_of(config: Config, network: str, slots: Sequence[Slot | Experience],
                 known: Sequence[str] = ()) -> tuple[str, ...]:
-    """The prefix after each slot; the first ones may be `known`, learned with other settings.
+    """The lineage id after each slot; the first ones may be `known`, learned with other settings.
 
     network: fingerprint of the network that the trunk is cut from. What a run is compared with,
     what it runs on, how features are compressed, and how data was cut into tasks do not count;
@@ -88,14 +89,14 @@ def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: st
         checkpoint.upload(Path(scratch) / "model", filesystem, f"{folder}/{learned.prefix}")
 
 
-def find(filesystem: pafs.FileSystem, folder: str, prefixes: Sequence[str]) -> list[Learned]:
+def find(filesystem: pafs.FileSystem, folder: str, lineage_ids: Sequence[str]) -> list[Learned]:
     """The tasks that are learned already, from the first to the first that is not."""
     found: list[Learned] = []
-    for prefix in prefixes:
-        fields = checkpoint.read_fields(filesystem, f"{folder}/{prefix}")
+    for lineage_id in lineage_ids:
+        fields = checkpoint.read_fields(filesystem, f"{folder}/{lineage_id}")
         if fields is None:
             break
-        found.append(_parse(fields, prefix))
+        found.append(_parse(fields, lineage_id))
     return found
 
 
@@ -106,10 +107,10 @@ def outcome_of(learned: Sequence[Learned]) -> Outcome:
                    tuple(each.task_bytes for each in learned))
 
 
-def fetch_model(filesystem: pafs.FileSystem, folder: str, prefix: str, target: Path) -> Path:
+def fetch_model(filesystem: pafs.FileSystem, folder: str, lineage_id: str, target: Path) -> Path:
     """A local copy of the model after a task. Raises: IntegrityError where there is none."""
-    if not checkpoint.fetch(filesystem, f"{folder}/{prefix}", target):
-        raise IntegrityError(f"the learned model {prefix} is not at {folder}/{prefix}")
+    if not checkpoint.fetch(filesystem, f"{folder}/{lineage_id}", target):
+        raise IntegrityError(f"the learned model {lineage_id} is not at {folder}/{lineage_id}")
     return target
 
 
@@ -125,7 +126,7 @@ def state(filesystem: pafs.FileSystem, folder: str,
                      "finished": [dataclasses.asdict(each) for each in outcome.finished]}
 
 
-def _parse(fields: dict[str, Any], prefix: str) -> Learned:
+def _parse(fields: dict[str, Any], lineage_id: str) -> Learned:
     try:
         values = dict(fields["facts"]["chain"])
         record = values["record"]
@@ -134,8 +135,8 @@ def _parse(fields: dict[str, Any], prefix: str) -> Learned:
             TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])}),
             tuple(EpochRecord(**epoch) for epoch in values["epochs"]), values["task_bytes"])
     except (KeyError, TypeError) as error:
-        raise IntegrityError(f"the learned model {prefix} has no readable records: {error!r}"
+        raise IntegrityError(f"the learned model {lineage_id} has no readable records: {error!r}"
                              ) from error
-    if found.prefix != prefix:
-        raise IntegrityError(f"the learned model {prefix} says it is {found.prefix}")
+    if found.prefix != lineage_id:
+        raise IntegrityError(f"the learned model {lineage_id} says it is {found.prefix}")
     return found

@@ -28,7 +28,7 @@ from partialhn.data.augment import augment
 from partialhn.data.decode import decode
 from partialhn.data.experience import Experience
 from partialhn.networks.backbone import Network, build_network, supplied_network
-from partialhn.networks.precision import short_arithmetic
+from partialhn.networks.precision import autocast_to
 from partialhn.networks.tensors import tensors_below
 from partialhn.training.optimiser import (
     load_optimiser,
@@ -72,7 +72,7 @@ def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: Ba
             images_BCHW = augment(images_NCHW[rows_B].to(device), rows_B, len(y_N), epoch, kind,
                                   config.trunk_seed)
             y_B = y_N[rows_B].to(device)
-            with short_arithmetic(config.trunk_precision, device):
+            with autocast_to(config.trunk_precision, device):
                 logits_BK = network(images_BCHW).float()
             loss = nn.functional.cross_entropy(logits_BK, y_B,
                                                label_smoothing=TRUNK_LABEL_SMOOTHING)

@@ -92,9 +92,9 @@ def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, floa
     """
     ours = outcomes[config.train.strategy]
     features = [manifest for slot in slots for manifest in slot.manifests.values()]
-    bounds = {name: outcome.fields() for name, outcome in outcomes.items()
+    baselines = {name: outcome.fields() for name, outcome in outcomes.items()
               if name != config.train.strategy}
-    for fields in bounds.values():
+    for fields in baselines.values():
         fields["seconds"] = fields.pop("train_seconds")
     own = ours.fields()
     del own["train_seconds"]
@@ -110,7 +110,7 @@ def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, floa
         "feature_bytes": sum(manifest.bytes for manifest in features),
         "feature_keys": [manifest.key for manifest in features],
         "images_decoded": decoded, "peak_rss_bytes": peak_rss_bytes(), "macs": dict(macs),
-        "bounds": bounds, "epochs": [dataclasses.asdict(record) for record in ours.epochs],
+        "bounds": baselines, "epochs": [dataclasses.asdict(record) for record in ours.epochs],
         "partialhn_version": partialhn.__version__,
         "versions_of_libraries": {name: metadata.version(name) for name in LIBRARIES}}
 

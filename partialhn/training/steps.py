@@ -3,7 +3,7 @@
 Nothing that changes from step to step is on the host: batches are looked up by a counter on the
 device (`ResidentBatches` of `partialhn.features.batches`), the learning rate by another, Adam
 counts there too, and the sums that an epoch reports are added up there. So every step is the same
-operations on the same memory. On a GPU a step of a small head is hundreds of kernels of microseconds each, and
+operations on the same memory. On a GPU a step of a small head is hundreds of short kernels, and
 launching them takes longer than they do; a CUDA graph records them once an experience and launches
 them with one call. What a task starts from is generated before, so the number of earlier tasks
 changes neither the graph nor its cost.
@@ -35,11 +35,12 @@ class Objective(nn.Module):
         super().__init__()
         self.strategy, self.task, self.label_smoothing = strategy, task, label_smoothing
 
-    def forward(self, z_BCHW: Tensor, y_B: Tensor, share: float,
+    def forward(self, z_BCHW: Tensor, y_B: Tensor, loss_scale: float,
                 seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """The loss, and the detached sums (cross-entropy, regulariser, right answers)."""
-        logits_BK, added = self.strategy.answers(self.task, FeatureBatch(z_BCHW, y_B, share, seed))
-        cross_entropy = share * nn.functional.cross_entropy(logits_BK, y_B,
+        batch = FeatureBatch(z_BCHW, y_B, loss_scale, seed)
+        logits_BK, added = self.strategy.loss_terms(self.task, batch)
+        cross_entropy = loss_scale * nn.functional.cross_entropy(logits_BK, y_B,
                                                             label_smoothing=self.label_smoothing)
         loss = cross_entropy if added is None else cross_entropy + added
         right = (logits_BK.argmax(1) == y_B).sum()

@@ -30,7 +30,7 @@ class DepthResult:
     """Of the search."""
     finals: tuple[TrialRecord, ...]
     """The best one again, in order of seeds."""
-    bounds: tuple[TrialRecord, ...]
+    baselines: tuple[TrialRecord, ...]
     """One separate head a task under the same seeds."""
     counts: Mapping[str, int]
     """Trials of the search by status."""
@@ -58,7 +58,7 @@ class DepthResult:
 
     def lost(self) -> Interval | None:
         """How far it stays behind separate heads, seed by seed; None without them."""
-        pairs, own = _by_seed(self.bounds), _by_seed(self.finals)
+        pairs, own = _by_seed(self.baselines), _by_seed(self.finals)
         gaps = [pairs[seed] - accuracy for seed, accuracy in own.items() if seed in pairs]
         return Interval.of(gaps) if gaps else None
 
@@ -98,7 +98,7 @@ def results_by_depth(records: Sequence[TrialRecord],
 
 
 def _origin(record: TrialRecord) -> str:
-    """The search's trial that a final run or a bound repeats: final-0012-s1 -> 0012."""
+    """The search's trial that a final run or a baseline repeats: final-0012-s1 -> 0012."""
     return record.plan.id.split("-")[1]
 
 
@@ -117,7 +117,7 @@ def front(records: Sequence[TrialRecord]) -> list[str]:
 def noise(results: Sequence[DepthResult]) -> float:
     """The difference of two depths' accuracies that chance alone may make (95 %, two-sided t).
 
-    All final runs and bounds have the same seeds, so what a seed does to all of them alike is no
+    All final runs and baselines have the same seeds, so what a seed does to all of them alike is no
     difference. What is left of accuracy = run + seed is pooled over all of them, since a few seeds
     of one depth say little: t * s * sqrt(2 / n), n seeds, (runs - 1)(n - 1) degrees of freedom. 0
     where two depths or two seeds are not there.
@@ -126,8 +126,8 @@ def noise(results: Sequence[DepthResult]) -> float:
     seeds = sorted(set.intersection(*map(set, finals))) if finals else []
     if len(finals) < 2 or len(seeds) < 2:
         return 0.0
-    bounds = [_by_seed(each.bounds) for each in results]
-    accuracy_RS = np.array([[row[seed] for seed in seeds] for row in finals + bounds
+    baselines = [_by_seed(each.baselines) for each in results]
+    accuracy_RS = np.array([[row[seed] for seed in seeds] for row in finals + baselines
                             if set(seeds) <= set(row)])
     left_RS = (accuracy_RS - accuracy_RS.mean(0) - accuracy_RS.mean(1, keepdims=True)
                + accuracy_RS.mean())

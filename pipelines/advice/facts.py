@@ -82,14 +82,14 @@ def _depth_fields(each: DepthResult, results: Sequence[DepthResult]) -> dict[str
     run, lost = each.runs[0], each.lost()
     tests = [value for final in each.finals if final.measured
              and (value := final.measured.test_accuracy) is not None]
-    bounds = [final.measured.accuracy for final in each.bounds if final.measured]
+    baselines = [final.measured.accuracy for final in each.baselines if final.measured]
     return {
         "depth": each.depth, "freeze": stage_name(each.depth), "counts": dict(each.counts),
         "trial": each.best.plan.id, "params": each.best.plan.params,
         "search_accuracy": each.best.measured.accuracy if each.best.measured else None,
         "accuracy": dataclasses.asdict(each.accuracy), "per_task": each.per_task,
         "test_accuracy": dataclasses.asdict(Interval.of(tests)) if tests else None,
-        "separate_heads": dataclasses.asdict(Interval.of(bounds)) if bounds else None,
+        "separate_heads": dataclasses.asdict(Interval.of(baselines)) if baselines else None,
         "behind_separate_heads": dataclasses.asdict(lost) if lost else None,
         "share_of_best": each.accuracy.mean / best if best else None,
         "seconds": each.seconds, "feature_bytes": run.feature_bytes,
@@ -183,10 +183,10 @@ def _money(settings: Mapping[str, Any], chosen: DepthResult, ways: Mapping[int, 
            survey: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     tasks, prices = settings["tasks"], _prices(options)
     rows = [ways[chosen.depth]]
-    bounds = [each.measured for each in chosen.bounds if each.measured]
-    if bounds:
-        accuracy = sum(each.accuracy for each in bounds) / len(bounds)
-        rows.append(yearly(_way("separate heads on the same features", bounds, len(tasks),
+    baselines = [each.measured for each in chosen.baselines if each.measured]
+    if baselines:
+        accuracy = sum(each.accuracy for each in baselines) / len(baselines)
+        rows.append(yearly(_way("separate heads on the same features", baselines, len(tasks),
                                 accuracy), prices))
     images = sum(task["train_images"] for task in tasks) / len(tasks)
     whole, epochs = survey["whole_network"], settings["config"]["backbone"]["trunk_epochs"]

@@ -96,14 +96,14 @@ def beside_separate_heads(chosen: DepthResult) -> str:
     lost = chosen.lost()
     if lost is None:
         return ""
-    own, bound = chosen.runs[0], chosen.bounds[0].measured
-    assert bound is not None
+    own, baseline = chosen.runs[0], chosen.baselines[0].measured
+    assert baseline is not None
     where = (f"is {points(lost.mean)} behind" if lost.mean > 0.0005 else
              f"is {points(-lost.mean)} ahead" if lost.mean < -0.0005 else "is level")
     if lost.low is not None and lost.high is not None and lost.low <= 0 <= lost.high:
         where += " (within the noise of the seeds)"
-    return (f"Against one separate head a task, which stores {size(bound.bytes_per_task)} a task "
-            f"instead of {size(own.bytes_per_task)}, it {where}.")
+    return (f"Against one separate head a task, which stores {size(baseline.bytes_per_task)} "
+            f"a task instead of {size(own.bytes_per_task)}, it {where}.")
 
 
 def search_value(found: Mapping[str, Any] | None, noise: float | None) -> str:

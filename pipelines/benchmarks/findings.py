@@ -1,4 +1,4 @@
-"""What a pack's cells say, in plain words: how deep one can freeze and why, what noise does, and
+"""What a pack's cells log, in plain words: how deep one can freeze and why, what noise does, and
 where another strategy is the better choice.
 
 Pure: cells and rows in, sentences and small tables out.

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from partialhn.benchmarks.catalogue import expected
 from partialhn.benchmarks.comparison import Row, rows
-from partialhn.benchmarks.packs import expected
 from partialhn.errors import InputError
 from pipelines.benchmarks import findings
 from pipelines.benchmarks.plots import plots_svg
@@ -23,7 +23,7 @@ SETTINGS = (("tasks", "data", "tasks"), ("images a class", "data", "images_per_c
             ("epochs a task", "train", "epochs"), ("rehearsal memory, images", "train", "buffer"))
 
 
-def pack_page(result: Mapping[str, Any], drawn: str | None = None) -> str:
+def benchmark_page(result: Mapping[str, Any], drawn: str | None = None) -> str:
     """The page of a `result.json` that `reproduce` wrote; `drawn` is its `plots_svg`, drawn here
     where it is not at hand.
 

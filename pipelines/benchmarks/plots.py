@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from partialhn.benchmarks.catalogue import EVERY
 from partialhn.benchmarks.comparison import Row
-from partialhn.benchmarks.packs import EVERY
 
 ORDER = (*EVERY, "full_hn", "er")
 """A strategy keeps its colour in every pack."""

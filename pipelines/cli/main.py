@@ -124,10 +124,10 @@ class Report:
         from pipelines.report.page import render, write_page
 
         if self.pack:
-            from pipelines.benchmarks.page import pack_page
+            from pipelines.benchmarks.page import benchmark_page
 
             path = Path(self.pack)
-            html = pack_page(_read_result(path / "result.json" if path.is_dir() else path,
+            html = benchmark_page(_read_result(path / "result.json" if path.is_dir() else path,
                                           "reproduce"))
         else:
             html = render(self._fields())

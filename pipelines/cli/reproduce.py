@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from partialhn import __version__
-from partialhn.benchmarks.packs import SizeName, find_pack
+from partialhn.benchmarks.catalogue import SizeName, find_benchmark
 from partialhn.config import ComputeConfig
 from partialhn.errors import InputError
 
@@ -43,17 +43,17 @@ class Reproduce:
             raise InputError(f"seeds is {self.seeds}; allowed: 1 or more")
         if self.threads < 1:
             raise InputError(f"threads is {self.threads}; allowed: 1 or more")
-        find_pack(self.pack)
+        find_benchmark(self.pack)
 
     def run(self) -> int:
+        from partialhn.benchmarks.catalogue import expected
         from partialhn.benchmarks.comparison import rows
-        from partialhn.benchmarks.packs import expected
         from partialhn.benchmarks.reproduce import run_cells
-        from pipelines.benchmarks.page import KEPT, pack_page
+        from pipelines.benchmarks.page import KEPT, benchmark_page
         from pipelines.benchmarks.plots import plots_svg
         from pipelines.benchmarks.table import table_csv, table_markdown, verdict
 
-        pack = find_pack(self.pack)
+        pack = find_benchmark(self.pack)
         out = Path(self.out or f"reproduce/{self.pack}-{self.size}")
         config = dataclasses.replace(pack.config(self.size, self.data),
                                      compute=ComputeConfig(device=self.device,
@@ -68,7 +68,7 @@ class Reproduce:
         drawn = plots_svg(found, cells, config.backbone.freeze_depth)
         texts = {"result.json": json.dumps(result, indent=1), "table.csv": table_csv(found),
                  "table.md": table_markdown(found),
-                 "plots.svg": drawn, "report.html": pack_page(result, drawn)}
+                 "plots.svg": drawn, "report.html": benchmark_page(result, drawn)}
         for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")
         print(f"\n{texts['table.md']}\n{verdict(found)}")

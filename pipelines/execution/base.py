@@ -17,20 +17,20 @@ from partialhn.data.experience import Experience
 from partialhn.features.extract import FeatureJob
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network
-from partialhn.run import Parts
+from partialhn.run import CutNetwork
 from partialhn.training import lineage
 from partialhn.training.pretrain import load_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
-from pipelines.execution.worker import Assignment, Follow
+from pipelines.execution.worker import Assignment, OnRecord
 from pipelines.features.in_use import InUse
 from pipelines.features.produce import Run, compute_features
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage
 
 
-class Stages(abc.ABC):
+class Execution(abc.ABC):
     """The stages of one stream's run.
 
     A context: inside it no features that the stages made or found are pruned.
@@ -42,7 +42,7 @@ class Stages(abc.ABC):
         """Where the models after each task are (`partialhn.training.lineage`)."""
         self.in_use = InUse(storage, f"stream {stream}")
 
-    def __enter__(self) -> "Stages":
+    def __enter__(self) -> "Execution":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -66,26 +66,26 @@ class Stages(abc.ABC):
         assert network is not None
         return network
 
-    def features(self, jobs: Sequence[FeatureJob], parts: Parts) -> tuple[list[Manifest], int]:
+    def features(self, jobs: Sequence[FeatureJob], cut: CutNetwork) -> tuple[list[Manifest], int]:
         """The features of all jobs, and how many images had to be decoded."""
         manifests, decoded = compute_features(
-            self.storage, parts.trunk, jobs, self._featurise(), progress=self.progress.features,
-            say=self.progress.line, in_use=self.in_use)
+            self.storage, cut.trunk, jobs, self._featurise(), progress=self.progress.features,
+            log=self.progress.line, in_use=self.in_use)
         self.progress.features_done(manifests, decoded)
         return manifests, decoded
 
-    def learned(self, prefixes: Sequence[str]) -> list[lineage.Learned]:
+    def learned(self, lineage_ids: Sequence[str]) -> list[lineage.Learned]:
         """The tasks that an earlier run learned."""
-        return lineage.find(self.storage.filesystem, self.folder, prefixes)
+        return lineage.find(self.storage.filesystem, self.folder, lineage_ids)
 
-    def learn(self, parts: Parts, slots: Sequence[Slot], prefixes: Sequence[str],
-              follow: Follow) -> dict[str, Any]:
+    def learn(self, cut: CutNetwork, slots: Sequence[Slot], lineage_ids: Sequence[str],
+              follow: OnRecord) -> dict[str, Any]:
         """Learns what is not learned yet.
 
         `follow` gets every record as it comes. Returns `outcomes` by strategy, `device` and
         `peak_rss_bytes`. Raises: InputError for anything the user can set right.
         """
-        known = self.learned(prefixes)
+        known = self.learned(lineage_ids)
         if len(known) == len(slots) and not self.config.train.compare:
             return {"outcomes": {self.config.train.strategy: lineage.outcome_of(known)},
                     "peak_rss_bytes": 0, "device": "none: everything was learned before"}
@@ -95,23 +95,23 @@ class Stages(abc.ABC):
             follow(strategy, record)
 
         return self._learn(Assignment(
-            self.config, parts, tuple(slots), tuple(prefixes), self.storage, self.folder,
-            self._run(prefixes), self._threads(self.config.compute.workers)), tell)
+            self.config, cut, tuple(slots), tuple(lineage_ids), self.storage, self.folder,
+            self._run(lineage_ids), self._threads(self.config.compute.workers)), tell)
 
-    def forget_run(self, prefixes: Sequence[str]) -> None:
+    def forget_run(self, lineage_ids: Sequence[str]) -> None:
         """Removes the states that a finished run kept on its way; what it learned is kept.
 
-        Those of bounds stay: nothing else remembers what they learned.
+        Those of baselines stay: nothing else remembers what they learned.
         """
         if not self.config.train.compare:
             with contextlib.suppress(FileNotFoundError):
-                self.storage.filesystem.delete_dir(self._run(prefixes))
+                self.storage.filesystem.delete_dir(self._run(lineage_ids))
 
-    def _run(self, prefixes: Sequence[str]) -> str:
-        """The run's folder. Same name = the run goes on, so it says all that is learned, bounds
+    def _run(self, lineage_ids: Sequence[str]) -> str:
+        """The run's folder. Same name = the run goes on, so it says all that is learned, baselines
         too.
         """
-        text = "\n".join([prefixes[-1], *self.config.train.compare])
+        text = "\n".join([lineage_ids[-1], *self.config.train.compare])
         name = hashlib.sha256(text.encode()).hexdigest()[:12]
         return self.storage.path("runs", self.stream, name)
 
@@ -128,11 +128,11 @@ class Stages(abc.ABC):
         """What computes shards."""
 
     @abc.abstractmethod
-    def _learn(self, assignment: Assignment, tell: Follow) -> dict[str, Any]:
+    def _learn(self, assignment: Assignment, tell: OnRecord) -> dict[str, Any]:
         """Has workers do the assignment, and `tell` called with their records as they come."""
 
 
 def our_outcome(returned: dict[str, Any], config: Config) -> Outcome:
-    """What the configured strategy did, of what `Stages.learn` returned."""
+    """What the configured strategy did, of what `Execution.learn` returned."""
     outcome: Outcome = returned["outcomes"][config.train.strategy]
     return outcome

@@ -14,18 +14,18 @@ from partialhn.config import Config
 from partialhn.data.experience import Experience
 from partialhn.errors import InputError
 from partialhn.features.batches import Workers
-from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.precision import configure_torch
 from partialhn.training.pretrain import fit_network
 from partialhn.training.records import EpochRecord, TaskRecord
-from pipelines.execution.base import Stages
+from pipelines.execution.base import Execution
 from pipelines.execution.run_states import States
-from pipelines.execution.worker import Assignment, Follow, Worker
+from pipelines.execution.worker import Assignment, OnRecord, Worker
 from pipelines.features.produce import Run, in_process
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage
 
 
-class ProcessStages(Stages):
+class LocalExecution(Execution):
     """Trunk, features and experiences one after the other, here."""
 
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
@@ -37,7 +37,7 @@ class ProcessStages(Stages):
             raise InputError("device is 'gpu' and this machine has none that CUDA can use; "
                              "allowed: auto, cpu, or a machine with one")
         self.device = torch.device("cuda" if there else "cpu")
-        set_arithmetic(self._threads(1))
+        configure_torch(self._threads(1))
 
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:
         return fit_network(self.config, first, self.storage.filesystem, self.storage.root,
@@ -46,7 +46,7 @@ class ProcessStages(Stages):
     def _featurise(self) -> Run:
         return in_process(self.device)
 
-    def _learn(self, assignment: Assignment, tell: Follow) -> dict[str, Any]:
+    def _learn(self, assignment: Assignment, tell: OnRecord) -> dict[str, Any]:
         with ProcessHost(self.storage, assignment.run, self.device, tell) as host:
             return Worker(assignment, host).run()
 
@@ -58,7 +58,7 @@ class ProcessHost:
     task is learned. What it raises is raised by the next `send`, or at the end.
     """
 
-    def __init__(self, storage: Storage, run: str, device: torch.device, follow: Follow) -> None:
+    def __init__(self, storage: Storage, run: str, device: torch.device, follow: OnRecord) -> None:
         """run: folder of the run, as a path in the storage's filesystem."""
         self.device, self.workers = device, Workers()
         self._states, self._follow = States(storage, run), follow

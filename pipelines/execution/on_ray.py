@@ -21,12 +21,12 @@ from partialhn.config import Config
 from partialhn.data.experience import Experience
 from partialhn.errors import InputError
 from partialhn.features.batches import Workers
-from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.precision import configure_torch
 from partialhn.training.pretrain import fit_network
 from partialhn.training.records import EpochRecord, TaskRecord
-from pipelines.execution.base import Stages
+from pipelines.execution.base import Execution
 from pipelines.execution.events import Events
-from pipelines.execution.worker import Assignment, Follow, Worker
+from pipelines.execution.worker import Assignment, OnRecord, Worker
 from pipelines.features.on_ray import on_ray
 from pipelines.features.produce import Run
 from pipelines.platform.progress import Progress
@@ -87,7 +87,7 @@ def _sum(total: Tensor) -> Tensor:
 MAX_FAILURES = 3
 
 
-class RayStages(Stages):
+class RayExecution(Execution):
     """Every stage survives the death of a worker or a node."""
 
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
@@ -133,7 +133,7 @@ class RayStages(Stages):
         workers = self.config.compute.feature_workers
         return on_ray(workers, self.gpu, self._threads(workers))
 
-    def _learn(self, assignment: Assignment, tell: Follow) -> dict[str, Any]:
+    def _learn(self, assignment: Assignment, tell: OnRecord) -> dict[str, Any]:
         """One run of Ray Train. Rank 0 sends records through an actor on the driver's node."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -176,7 +176,7 @@ class RayStages(Stages):
 
 def _train_trunk(arguments: Any, threads: int) -> Iterator[EpochRecord | str]:
     """The Ray task that trains the trunk; yields records, or last a message for the user."""
-    set_arithmetic(threads)
+    configure_torch(threads)
     try:
         yield from fit_network(*arguments)
     except InputError as error:

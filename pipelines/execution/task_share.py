@@ -1,14 +1,14 @@
-"""Independent work, divided among workers: whole tasks of the strategy, and bounds as a whole.
+"""Independent work, divided among workers: whole tasks of the strategy, and baselines as a whole.
 
 What a task becomes depends on no other but the one it starts from, so a worker needs that one's
 model only, and what it leaves behind fits into the model that one worker would have learned, to
 the bit; the first worker puts tasks together. Each of the strategies to compare with is learned by
 one worker. Workers meet in the storage alone: none waits for another at every step.
 
-    <run>/tasks/<prefix>/            a task that was learned and is not in a model yet
-    <run>/tasks/<prefix>.running/    the state of one that is being learned
+    <run>/tasks/<lineage_id>/            a task that was learned and is not in a model yet
+    <run>/tasks/<lineage_id>.running/    the state of one that is being learned
     <run>/tasks/failed-<attempt>     why a worker gave up, for the others to give up too
-    <run>/bounds/<strategy>.json     what a bound did, once it is learned
+    <run>/bounds/<strategy>.json     what a baseline did, once it is learned
     <run>/bounds/<strategy>.running/ its state until then
 
 A worker that is started again goes on with what is its own.
@@ -80,7 +80,7 @@ class Place:
 class TaskShare:
     """One worker's part."""
 
-    def __init__(self, place: Place, prefixes: Sequence[str], tasks: Sequence[TaskFeatures],
+    def __init__(self, place: Place, lineage_ids: Sequence[str], tasks: Sequence[TaskFeatures],
                  new_learner: Callable[[], Learner],
                  send: Callable[[EpochRecord | TaskRecord], None], model: Learner | None,
                  keep: Callable[[Learner, TaskRecord], None]) -> None:
@@ -88,7 +88,7 @@ class TaskShare:
         epochs of a task come once more, together, before the record of its end. model: of the
         first worker, where learned tasks are put together; `keep` is called after each.
         """
-        self.place, self.prefixes, self.tasks = place, prefixes, tasks
+        self.place, self.lineage_ids, self.tasks = place, lineage_ids, tasks
         self._new_learner, self._send, self._model, self._keep = new_learner, send, model, keep
         self._folder = f"{place.run}/tasks"
         self._filesystem = place.storage.filesystem
@@ -141,7 +141,7 @@ class TaskShare:
         train = self.tasks[index].train
         assert train is not None, f"{self.tasks[index].name} was trained"
         found = statistics(train, index, learner.config.seed)._asdict()
-        owned = learner.strategy.owned(index)
+        owned = learner.strategy.task_state(index)
         tensors = {f"strategy.{name}": value for name, value in owned.items()}
         tensors |= {f"statistics.{name}": value for name, value in found.items()}
         epochs = [dataclasses.asdict(each) for each in learner.epochs if each.task_index == index]
@@ -158,8 +158,8 @@ class TaskShare:
         refreshes = self.tasks[index].refreshes
         start = 0 if refreshes is None else refreshes
         self._wait_for(start)
-        folder, prefixes = self.place.models, self.prefixes[:start + 1]
-        learned = lineage.find(self._filesystem, folder, prefixes)
+        folder, lineage_ids = self.place.models, self.lineage_ids[:start + 1]
+        learned = lineage.find(self._filesystem, folder, lineage_ids)
         learner.restore(*lineage.state(self._filesystem, folder, learned))
         learner.skip_to(self.tasks, index)
 
@@ -171,16 +171,16 @@ class TaskShare:
             self._take_in()
 
     def _is_kept(self, index: int) -> bool:
-        return self._has_fields(f"{self.place.models}/{self.prefixes[index]}")
+        return self._has_fields(f"{self.place.models}/{self.lineage_ids[index]}")
 
     def _has_fields(self, folder: str) -> bool:
         return checkpoint.read_fields(self._filesystem, folder) is not None
 
     def _learned(self, index: int) -> str:
-        return f"{self._folder}/{self.prefixes[index]}"
+        return f"{self._folder}/{self.lineage_ids[index]}"
 
 
-class BoundShare:
+class BaselineShare:
     """One worker's part of the strategies to compare with: from the last worker on, in turn."""
 
     def __init__(self, place: Place, tasks: Sequence[TaskFeatures], names: Sequence[StrategyName],
@@ -190,7 +190,7 @@ class BoundShare:
         self._new_learner, self._send = new_learner, send
 
     def learn(self) -> dict[str, Outcome]:
-        """Learns this worker's share; returns what all bounds did, on the first worker alone.
+        """Learns this worker's share; returns what all baselines did, on the first worker alone.
 
         Raises: InputError, as `TaskShare.learn`.
         """

@@ -3,7 +3,8 @@
 What a worker needs of its surroundings is a `Host`: this process (`worker_process`) or a worker of
 Ray Train (`worker_ray`). It tells the host of every record as it comes, keeps a model of every
 finished task, and gives the host its state at the end of each task and every few seconds between.
-Several workers divide independent tasks and bounds among themselves (`task_share`), or every batch.
+Several workers divide independent tasks and baselines among themselves (`task_share`), or they
+divide every batch.
 """
 
 import dataclasses
@@ -23,8 +24,8 @@ from partialhn.checkpoints import checkpoint
 from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import Config, StrategyName
 from partialhn.features.batches import Workers
-from partialhn.networks.precision import set_arithmetic
-from partialhn.run import Parts, with_strategy
+from partialhn.networks.precision import configure_torch
+from partialhn.run import CutNetwork, with_strategy
 from partialhn.task_inference import TaskInference
 from partialhn.training import lineage
 from partialhn.training.experience import TaskFeatures
@@ -34,11 +35,11 @@ from partialhn.training.result import Outcome, model_sizes, peak_rss_bytes
 from partialhn.training.slots import Slot, open_features
 from partialhn.training.steps import recorder_for
 from pipelines.execution.run_states import SECONDS
-from pipelines.execution.task_share import BoundShare, Place, TaskShare
+from pipelines.execution.task_share import BaselineShare, Place, TaskShare
 from pipelines.features.produce import open_store
 from pipelines.platform.storage import Storage
 
-Follow = Callable[[str, EpochRecord | TaskRecord], None]
+OnRecord = Callable[[str, EpochRecord | TaskRecord], None]
 """Gets the strategy and the record."""
 
 
@@ -47,9 +48,9 @@ class Assignment:
     """All a worker needs to know."""
 
     config: Config
-    parts: Parts
+    cut: CutNetwork
     slots: tuple[Slot, ...]
-    prefixes: tuple[str, ...]
+    lineage_ids: tuple[str, ...]
     """Names of the models after each slot (`partialhn.training.lineage`)."""
     storage: Storage
     folder: str
@@ -88,7 +89,7 @@ class Worker:
 
     def __init__(self, assignment: Assignment, host: Host) -> None:
         self.a, self.host = assignment, host
-        set_arithmetic(assignment.threads)
+        configure_torch(assignment.threads)
         self.device, self.workers = host.device, host.workers
         self.outcomes: dict[str, Outcome] = {}
         self.last_kept = time.monotonic()
@@ -96,7 +97,7 @@ class Worker:
                            assignment.attempt, self.workers.rank, self.workers.world)
         config = assignment.config
         self.by_tasks = (self.workers.world > 1 and config.compute.share == "tasks"
-                         and assignment.parts.strategy(config).independent)
+                         and assignment.cut.strategy(config).independent)
 
     def run(self) -> dict[str, Any]:
         """Learns what is not learned yet, by every strategy asked for.
@@ -106,7 +107,7 @@ class Worker:
         """
         a = self.a
         store = open_store(a.storage, a.config.compute)
-        known = lineage.find(a.storage.filesystem, a.folder, a.prefixes)
+        known = lineage.find(a.storage.filesystem, a.folder, a.lineage_ids)
         tasks = open_features(store, a.slots, self._own_tasks(len(known)))
         if self.by_tasks:
             with self.place.together():
@@ -142,12 +143,12 @@ class Worker:
     def _new_learner(self, name: StrategyName, workers: Workers,
                      inference: TaskInference | None = None) -> Learner:
         a = self.a
-        return Learner(a.parts.strategy(with_strategy(a.config, name)), a.config.train,
+        return Learner(a.cut.strategy(with_strategy(a.config, name)), a.config.train,
                        self.device, workers, inference,
                        recorder_for(self.device, a.config.compute.cuda_graphs))
 
     def _share(self, tasks: list[TaskFeatures], known: list[lineage.Learned]) -> None:
-        """Learns whole tasks, one for each worker at a time; then whole bounds.
+        """Learns whole tasks, one for each worker at a time; then whole baselines.
 
         What is kept with the host has no part: all that is learned is in the storage.
         """
@@ -158,13 +159,13 @@ class Worker:
                 model.restore(*lineage.state(a.storage.filesystem, a.folder, known))
         for done in known:
             self._send(name, done.record)
-        TaskShare(self.place, a.prefixes, tasks, lambda: self._new_learner(name, Workers()),
+        TaskShare(self.place, a.lineage_ids, tasks, lambda: self._new_learner(name, Workers()),
                   lambda record: self.host.send(name, record), model,
                   self._keep_model).learn(len(known))
-        bounds = BoundShare(self.place, tasks, a.config.train.compare,
-                            lambda bound: self._new_learner(bound, Workers()), self.host.send)
-        ours = lineage.outcome_of(lineage.find(a.storage.filesystem, a.folder, a.prefixes))
-        self.outcomes = {name: ours} | bounds.learn()
+        baselines = BaselineShare(self.place, tasks, a.config.train.compare,
+                            lambda baseline: self._new_learner(baseline, Workers()), self.host.send)
+        ours = lineage.outcome_of(lineage.find(a.storage.filesystem, a.folder, a.lineage_ids))
+        self.outcomes = {name: ours} | baselines.learn()
 
     def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
         for done in learner.finished:
@@ -188,12 +189,12 @@ class Worker:
         if self.workers.rank:
             return
         a = self.a
-        model = Model(a.config, a.parts.trunk, learner.strategy,
+        model = Model(a.config, a.cut.trunk, learner.strategy,
                       tuple(TaskInfo(slot.name, slot.classes)
                             for slot in a.slots[:record.task_index + 1]),
                       inference=learner.inference)
         model.facts |= model_sizes(model)
-        done = lineage.Learned.of(Outcome.of(learner), a.prefixes, record.task_index)
+        done = lineage.Learned.of(Outcome.of(learner), a.lineage_ids, record.task_index)
         lineage.keep(model, done, a.storage.filesystem, a.folder)
 
     def _keep_state(self, name: str, learner: Learner, record: EpochRecord | TaskRecord) -> None:

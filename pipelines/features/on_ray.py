@@ -15,7 +15,7 @@ from typing import Any
 from partialhn.errors import InputError
 from partialhn.features.extract import Made, Pass, Place, each_shard
 from partialhn.features.manifest import parse_shard
-from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import Trunk
 from pipelines.features.produce import Run, open_store
 from pipelines.platform.storage import Storage
@@ -33,7 +33,7 @@ class Featuriser:
 
     def __init__(self, storage: Storage, trunk: Trunk, groups: Sequence[Pass], device: str,
                  threads: int) -> None:
-        set_arithmetic(threads)
+        configure_torch(threads)
         self.store = open_store(storage)
         self.trunk, self.groups = trunk.to(device), groups
 

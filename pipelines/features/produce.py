@@ -53,13 +53,13 @@ def cache_folder(compute: ComputeConfig) -> Path:
 
 
 def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob], run: Run, *,
-                     progress: Progress | None = None, say: Callable[[str], None] | None = None,
+                     progress: Progress | None = None, log: Callable[[str], None] | None = None,
                      in_use: InUse | None = None) -> tuple[list[Manifest], int]:
     """The manifests of all jobs, computing by `run` what is not there; and how many images were
     decoded.
 
     Jobs may ask for several depths: `trunk` is as deep as the deepest or deeper, and each image
-    is decoded and goes through it once for all of them. `say` gets what they will cost before
+    is decoded and goes through it once for all of them. `log` gets what they will cost before
     any is computed (`partialhn.features.cost`). `in_use` is told of their keys, so that
     none is pruned as long as it is held.
 
@@ -72,9 +72,9 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
     manifests = find_features(store, jobs)
     missing = [job for job in jobs if job.recipe.key not in manifests]
     groups = passes(missing)
-    if missing and say:
+    if missing and log:
         for line in described(plan(missing, trunk)):
-            say(line)
+            log(line)
     todo = places_of(groups)
     shards = _finished(store, groups, todo)
     decoded = 0

@@ -16,9 +16,9 @@ QUIET_SECONDS = 5.0
 class Progress:
     """Prints one line per event; epochs overwrite each other on a terminal."""
 
-    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
-        self._config, self._say = config, say
-        self._live = say is print and sys.stdout.isatty()
+    def __init__(self, config: Config, log: Callable[[str], None]) -> None:
+        self._config, self._log = config, log
+        self._live = log is print and sys.stdout.isatty()
         self._open = False
         self._last = 0.0
         self._seconds: dict[str, list[float]] = {}
@@ -29,7 +29,7 @@ class Progress:
         if self._open:
             sys.stdout.write("\r\x1b[K")
             self._open = False
-        self._say(text)
+        self._log(text)
         if self._live:
             sys.stdout.flush()
 
@@ -95,4 +95,4 @@ class Progress:
                 self.line(text)
         elif last or time.monotonic() - self._last > QUIET_SECONDS:
             self._last = time.monotonic()
-            self._say(text + ("" if last else left))
+            self._log(text + ("" if last else left))

@@ -112,9 +112,9 @@ class Registry(Runs):
         """Names of all registered models."""
         return [model.name for model in pages(self._client.search_registered_models)]
 
-    def version_of(self, name: str, prefix: str) -> Version | None:
+    def version_of(self, name: str, lineage_id: str) -> Version | None:
         """The version of the model after a task, by its place in the chain; None: not there."""
-        number = self._number_of(name, prefix)
+        number = self._number_of(name, lineage_id)
         return None if number is None else self._version(name, number)
 
     def resolve(self, model_uri: str) -> Version:
@@ -194,8 +194,8 @@ class Registry(Runs):
         return sorted((each for each in found if "task_index" in each.tags),
                       key=lambda each: int(each.version))
 
-    def _number_of(self, name: str, prefix: str) -> int | None:
-        found = self._search(f"name = '{name}' and tags.prefix = '{prefix}'")
+    def _number_of(self, name: str, lineage_id: str) -> int | None:
+        found = self._search(f"name = '{name}' and tags.prefix = '{lineage_id}'")
         return int(found[0].version) if found else None
 
     def _version(self, name: str, number: int) -> Version:

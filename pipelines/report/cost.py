@@ -136,10 +136,10 @@ def _stage_figure(facts: Facts) -> str:
         f"{name} {duration(value)}" for name, value in known), bars,
         max(value for _, value in known), right=104)
     train, own = dict(known).get("train", 0.0), facts.ours.seconds
-    beside = facts.bounds and own is not None and train > 1.05 * own
+    beside = facts.baselines and own is not None and train > 1.05 * own
     return figure("Time per stage", drawing, "Start-up, data, trunk and features are paid once "
                   "for the stream; train, evaluate and register with every task."
-                  + (f" Of the training, {duration(own)} were ours, the rest the bounds and the "
+                  + (f" Of the training, {duration(own)} were ours, the rest the baselines and the "
                      "workers' start."
                      if beside else ""))
 

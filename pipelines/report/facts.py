@@ -1,6 +1,6 @@
 """What a result says: the numbers a report needs, checked once, and how they are written.
 
-`result.json` holds many optional parts (no bounds run, nothing registered, one task only);
+`result.json` holds many optional parts (no baselines run, nothing registered, one task only);
 `Facts` is where "missing" is decided, so that the drawing code need not ask.
 """
 
@@ -32,7 +32,7 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One column of the comparison: ours or a bound. None is "not measured"."""
+    """One column of the comparison: ours or a baseline. None is "not measured"."""
 
     label: str
     acc: float | None
@@ -52,7 +52,7 @@ class Facts:
     accuracy_TT: npt.NDArray[np.float64]
     metrics: metrics.StreamMetrics
     ours: Method
-    bounds: Mapping[str, Method]
+    baselines: Mapping[str, Method]
     details: tuple[Mapping[str, Any], ...]
     """What is known of each task: classes, train_images, test_images, bad_images, transform."""
     result: Mapping[str, Any]
@@ -75,7 +75,7 @@ class Facts:
     @property
     def gap(self) -> float | None:
         """Separate heads' ACC minus ours, None when they were not trained."""
-        separate = self.bounds.get("separate_heads")
+        separate = self.baselines.get("separate_heads")
         if separate is None or separate.acc is None:
             return None
         return separate.acc - self.metrics.accuracy
@@ -123,16 +123,16 @@ def read_facts(result: Mapping[str, Any]) -> Facts:
     ours = Method(LABELS.get(strategy, strategy), summary.accuracy, summary.learning_accuracy,
                   summary.forgetting, summary.backward_transfer, result.get("bytes_per_task"),
                   _train_seconds(result))
-    bounds = {key: _bound(key, values) for key, values in (result.get("bounds") or {}).items()
+    baselines = {key: _baseline(key, values) for key, values in (result.get("bounds") or {}).items()
               if values}
     return Facts(name=str(result.get("name") or "unnamed stream"),
                  tasks=tuple(str(task.get("name") or i) for i, task in enumerate(details)),
-                 accuracy_TT=table_TT, metrics=summary, ours=ours, bounds=bounds,
+                 accuracy_TT=table_TT, metrics=summary, ours=ours, baselines=baselines,
                  details=tuple(details), result=result)
 
 
 def _train_seconds(result: Mapping[str, Any]) -> float | None:
-    """Seconds that training our own tasks took: the stage may hold the bounds as well."""
+    """Seconds that training our own tasks took: the stage may hold the baselines as well."""
     rows = [row.get("train") for row in dig(result, "seconds", "per_task") or []]
     if rows and None not in rows:
         return float(sum(rows))
@@ -140,7 +140,7 @@ def _train_seconds(result: Mapping[str, Any]) -> float | None:
     return stage
 
 
-def _bound(key: str, values: Mapping[str, Any]) -> Method:
+def _baseline(key: str, values: Mapping[str, Any]) -> Method:
     return Method(LABELS.get(key, key), values.get("acc"), values.get("learning_accuracy"),
                   values.get("forgetting"), values.get("bwt"), values.get("bytes_per_task"),
                   values.get("seconds"))
@@ -193,7 +193,7 @@ def break_even(facts: Facts) -> int | None:
 
     None where that is unknown, or where it never pays.
     """
-    separate, ours = facts.bounds.get("separate_heads"), facts.ours.bytes_per_task
+    separate, ours = facts.baselines.get("separate_heads"), facts.ours.bytes_per_task
     shared = facts.result.get("shared_bytes")
     if separate is None or separate.bytes_per_task is None or ours is None or shared is None:
         return None

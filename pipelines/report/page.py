@@ -2,7 +2,7 @@
 
 The page needs no network, no script and no font of its own. Numbers come from `facts`,
 drawings from `charts`; here they become sections, in the order a decision-maker reads:
-verdict, headline numbers, task by task, bounds, training, cost, how to use it, provenance.
+verdict, headline numbers, task by task, baselines, training, cost, how to use it, provenance.
 Every text that came from outside (stream, task and class names) is escaped where it is printed.
 """
 
@@ -29,7 +29,7 @@ from pipelines.report.facts import (
     read_facts,
     size,
 )
-from pipelines.report.tasks import NAMED_LINES, bounds, task_by_task
+from pipelines.report.tasks import NAMED_LINES, baselines, task_by_task
 from pipelines.report.text import text_summary
 from pipelines.report.verdict import verdict
 
@@ -45,7 +45,7 @@ def render(result: Mapping[str, Any]) -> str:
     """
     facts = read_facts(result)
     parts = [_header(facts), _verdict(facts), _headline(facts), task_by_task(facts),
-             bounds(facts), without_id(facts), training(facts), cost(facts),
+             baselines(facts), without_id(facts), training(facts), cost(facts),
              provenance.usage(facts), provenance.configuration(facts), provenance.terms()]
     return page(f"{facts.name} – continual-learning report", parts)
 

@@ -1,4 +1,4 @@
-"""The report's sections on accuracy: every task through time, what was lost, and the bounds."""
+"""The report's sections on accuracy: every task through time, what was lost, and the baselines."""
 
 import numpy as np
 
@@ -142,14 +142,14 @@ def _task_table(facts: Facts) -> str:
                       rows)
 
 
-def bounds(facts: Facts) -> str:
-    """Ours beside the bounds that were trained with it."""
-    if not facts.bounds:
-        return section("Against the bounds", "No bounds were trained beside this run. Train again "
-                       "with “--compare separate_heads naive” to see what sharing one model costs "
+def baselines(facts: Facts) -> str:
+    """Ours beside the baselines that were trained with it."""
+    if not facts.baselines:
+        return section("Against the baselines", "No baselines were trained beside this run. Train "
+                       "again with “--compare separate_heads naive” to see what sharing one model costs "
                        "in accuracy and what protecting earlier tasks is worth; the features are "
                        "found again.")
-    methods = [facts.ours, *facts.bounds.values()]
+    methods = [facts.ours, *facts.baselines.values()]
     heads = ["", f'<span class="ours">{escape(facts.ours.label)}</span>',
              *[escape(method.label) for method in methods[1:]]]
     rows = [[f"{label}<small>{note}</small>", *[show(getattr(m, field)) for m in methods]]
@@ -170,4 +170,4 @@ def bounds(facts: Facts) -> str:
         after = (f'<p class="meta after">The part that all tasks share takes '
                  f"{size(shared)} once; with it, the whole is smaller than separate heads from "
                  f"{pays} task{'s' * (pays > 1)} on (this stream: {len(facts.tasks)}).</p>")
-    return section("Against the bounds", lead, data_table(heads, rows, "bounds"), after)
+    return section("Against the baselines", lead, data_table(heads, rows, "bounds"), after)

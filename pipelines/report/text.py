@@ -16,7 +16,7 @@ WHOLE_MATRIX = 12
 
 
 def text_summary(result: Mapping[str, Any]) -> str:
-    """Accuracy, forgetting, bounds, seconds and bytes of a stream as plain text.
+    """Accuracy, forgetting, baselines, seconds and bytes of a stream as plain text.
 
     Beyond 12 tasks the matrix is compressed to its diagonal and its last row.
     Raises: InputError when the result holds no usable accuracy matrix.
@@ -63,7 +63,7 @@ def _compressed(facts: Facts) -> list[str]:
 def _methods(facts: Facts) -> list[str]:
     lines = [f"{'':24}{'ACC %':>9}{'learned %':>11}{'forgotten':>11}{'BWT':>8}"
              f"{'per task':>12}{'training':>14}"]
-    for method in (facts.ours, *facts.bounds.values()):
+    for method in (facts.ours, *facts.baselines.values()):
         signed = "–" if method.bwt is None else points(method.bwt, signed=True)
         lines.append(f"{shorten(_clean(method.label), 23):24}{points(method.acc):>9}"
                      f"{points(method.learning_accuracy):>11}{points(method.forgetting):>11}"

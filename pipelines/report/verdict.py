@@ -97,7 +97,7 @@ def _kept(facts: Facts, forgets: bool) -> str:
 
 def _against_bounds(facts: Facts, behind: bool) -> str:
     sentences = []
-    gap, naive = facts.gap, facts.bounds.get("naive")
+    gap, naive = facts.gap, facts.baselines.get("naive")
     if gap is not None:
         reach = ("A separate head for every task, which cannot forget, reaches "
                  f"{percent(facts.metrics.accuracy + gap)}")
@@ -128,7 +128,7 @@ def _against_bounds(facts: Facts, behind: bool) -> str:
 
 
 def _cost(facts: Facts) -> str:
-    ours, separate = facts.ours.bytes_per_task, facts.bounds.get("separate_heads")
+    ours, separate = facts.ours.bytes_per_task, facts.baselines.get("separate_heads")
     parts = []
     if facts.task_seconds is not None:
         parts.append(f"took {duration(facts.task_seconds)}")

@@ -23,8 +23,8 @@ from partialhn.training.slots import Slot, open_features
 from pipelines.registry.client import Placing
 from pipelines.registry.package import Contents
 from pipelines.registry.versions import Registration, Version
+from pipelines.retrain.context import PassContext
 from pipelines.retrain.gate import GateFacts, Policy
-from pipelines.retrain.held import Held
 from pipelines.retrain.journal import Decided, chain_to
 
 WORK = "retrain"
@@ -32,7 +32,7 @@ WORK = "retrain"
 MAX_EXAMPLE = 32 * 1024
 
 
-def gate_facts(held: Held, slots: Sequence[Slot], learned: Sequence[lineage.Learned],
+def gate_facts(context: PassContext, slots: Sequence[Slot], learned: Sequence[lineage.Learned],
                policy: Policy) -> GateFacts:
     """What was measured of the last of the slots, on every task's test images.
 
@@ -47,10 +47,11 @@ def gate_facts(held: Held, slots: Sequence[Slot], learned: Sequence[lineage.Lear
     before = {each: max(row[index] for row in rows[index:last])
               for each, index in answering.items() if each != task}
     with tempfile.TemporaryDirectory() as scratch:
-        store = held.store
+        store = context.store
         old = refreshed(names, last)
         if old is not None:
-            copy = lineage.fetch_model(held.storage.filesystem, held.folder, learned[last].prefix,
+            copy = lineage.fetch_model(context.storage.filesystem, context.folder,
+                                       learned[last].prefix,
                                      Path(scratch) / "model")
             test = open_features(store, slots, ())[last].test
             before[task] = evaluate(Model.load(copy).strategy, old, test)
@@ -85,14 +86,14 @@ def example_of(experience: Experience, config: Config) -> str:
     return base64.b64encode(image).decode()
 
 
-def keep_sample(held: Held, prefix: str, experience: Experience) -> None:
+def keep_sample(context: PassContext, lineage_id: str, experience: Experience) -> None:
     """Keeps test images of a task with the answers of its model, for whoever verifies it later."""
     with tempfile.TemporaryDirectory() as scratch:
-        copy = lineage.fetch_model(held.storage.filesystem, held.folder, prefix,
+        copy = lineage.fetch_model(context.storage.filesystem, context.folder, lineage_id,
                                  Path(scratch) / "model")
         sample = Path(scratch) / "sample.parquet"
         write_sample(sample, Predictor.load(copy), [experience])
-        held.storage.put_if_absent(held.sample(prefix), sample.read_bytes())
+        context.storage.put_if_absent(context.sample(lineage_id), sample.read_bytes())
 
 
 def summary_of(learned: Sequence[lineage.Learned]) -> StreamMetrics:
@@ -101,48 +102,49 @@ def summary_of(learned: Sequence[lineage.Learned]) -> StreamMetrics:
     return summarise([[*row, *[None] * (len(rows) - len(row))] for row in rows])
 
 
-def register(held: Held, decided: Sequence[Decided], new: Decided) -> Version:
+def register(context: PassContext, decided: Sequence[Decided], new: Decided) -> Version:
     """The version of a decided task, promoted where the gate let it pass; made once."""
     tasks = chain_to(decided, new.prefix)
-    learned = lineage.find(held.storage.filesystem, held.folder, [each.prefix for each in tasks])
+    learned = lineage.find(context.storage.filesystem, context.folder,
+                           [task.prefix for task in tasks])
     if len(learned) != len(tasks):
-        raise IntegrityError(f"the model of {new.slot} is decided and not at {held.folder}: of "
+        raise IntegrityError(f"the model of {new.slot} is decided and not at {context.folder}: of "
                              f"{len(tasks)} tasks {len(learned)} are there")
-    summary, index, registry = summary_of(learned), len(tasks) - 1, held.registry
+    summary, index, registry = summary_of(learned), len(tasks) - 1, context.registry
     metrics = {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
                "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
-    parent = registry.stream_run(held.stream, WORK, held.config.to_dict())
+    parent = registry.stream_run(context.stream, WORK, context.config.to_dict())
     run = registry.task_run(parent, new.slot, index, new.prefix)
     registry.log_task(run, [dataclasses.asdict(each) for each in learned[-1].epochs], metrics)
     with tempfile.TemporaryDirectory() as scratch:
-        copy = lineage.fetch_model(held.storage.filesystem, held.folder, new.prefix,
+        copy = lineage.fetch_model(context.storage.filesystem, context.folder, new.prefix,
                                  Path(scratch) / "model")
         sample = Path(scratch) / "sample.parquet"
-        sample.write_bytes(held.storage.read_bytes(held.sample(new.prefix)))
+        sample.write_bytes(context.storage.read_bytes(context.sample(new.prefix)))
         contents = Contents(copy, task_of(new.slot), base64.b64decode(new.example), sample)
-        version = registry.register_task(run, _registration(held, new, index, summary, copy),
-                                         contents, _placing(held, new))
+        version = registry.register_task(run, _registration(context, new, index, summary, copy),
+                                         contents, _placing(context, new))
     registry.end_run(run)
     if new.passed:
         registry.log_metrics(parent, metrics, step=index)
     return version
 
 
-def _registration(held: Held, new: Decided, index: int, summary: StreamMetrics,
+def _registration(context: PassContext, new: Decided, index: int, summary: StreamMetrics,
                   copy: Path) -> Registration:
-    manifests = new.with_features(held.store).manifests.values()
+    manifests = new.with_features(context.store).manifests.values()
     return Registration(
-        stream=held.stream, work=new.prefix[:12], task=task_of(new.slot), task_index=index,
+        stream=context.stream, work=new.prefix[:12], task=task_of(new.slot), task_index=index,
         classes=new.classes, trunk_fingerprint=next(iter(new.recipes.values()))["trunk"],
         feature_keys=tuple(manifest.key for manifest in manifests),
         weights_hash=checkpoint.load(copy, "model")[1]["weights_hash"], acc=summary.accuracy,
         learning_accuracy=summary.learning_accuracy, forgetting=summary.forgetting,
-        storage=held.storage.uri, prefix=new.prefix, parent=new.parent)
+        storage=context.storage.uri, prefix=new.prefix, parent=new.parent)
 
 
-def _placing(held: Held, new: Decided) -> Placing:
+def _placing(context: PassContext, new: Decided) -> Placing:
     if not new.passed:
         return Placing(False, "gate-rejected", "; ".join(new.decision["reasons"]),
-                       held.lease.token, new.decision)
+                       context.lease.token, new.decision)
     return Placing(True, "refresh" if "/" in new.slot else "trained",
-                   f"task {new.slot} passed the gate", held.lease.token, new.decision)
+                   f"task {new.slot} passed the gate", context.lease.token, new.decision)

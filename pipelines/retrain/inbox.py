@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from partialhn.data.layout import PARTS
+from partialhn.data.layout import SPLIT_NAMES
 from pipelines.platform.local_files import Entry
 from pipelines.platform.storage import Storage
 
@@ -81,7 +81,7 @@ class Inbox:
         for task in self._storage.folders(self.folder):
             folder = f"{self.folder}/{task}"
             parts = [name for name in self._storage.folders(folder)
-                     if name.lower() not in PARTS and not name.startswith((".", "_"))]
+                     if name.lower() not in SPLIT_NAMES and not name.startswith((".", "_"))]
             places = [("", folder)] + [(part, f"{folder}/{part}") for part in parts]
             for part, place in places:
                 if learned(f"{task}/{part}" if part else task):
@@ -172,13 +172,13 @@ def _is_data(path: str, part: str) -> bool:
     top, slash, _ = path.partition("/")
     if path in _MARKERS:
         return False
-    return bool(part) or not slash or top.lower() in PARTS
+    return bool(part) or not slash or top.lower() in SPLIT_NAMES
 
 
 def _is_data_set(folder: str, files: Sequence[Entry]) -> bool:
     """Whether there is a part or a Parquet file: without a marker, what else would say so?"""
     tops = [entry.path[len(folder) + 1:].partition("/") for entry in files]
-    return any((slash and top.lower() in PARTS) or top.lower().endswith(".parquet")
+    return any((slash and top.lower() in SPLIT_NAMES) or top.lower().endswith(".parquet")
                for top, slash, _ in tops)
 
 

@@ -144,19 +144,19 @@ class Journal:
             raise IntegrityError(f"event {path} cannot be read: {error!r}") from error
 
 
-def chain_to(decided: Sequence[Decided], prefix: str) -> list[Decided]:
-    """The tasks of the model with this prefix, from the first on.
+def chain_to(decided: Sequence[Decided], lineage_id: str) -> list[Decided]:
+    """The tasks of the model with this lineage_id, from the first on.
 
     Raises: IntegrityError where one of them is not in the log.
     """
-    by_prefix = {each.prefix: each for each in decided}
+    by_lineage_id = {each.prefix: each for each in decided}
     found: list[Decided] = []
-    while prefix:
-        if prefix not in by_prefix:
-            raise IntegrityError(f"the log knows no model {prefix}, which the champion is or was "
-                                 "learned from")
-        found.append(by_prefix[prefix])
-        prefix = found[-1].parent
+    while lineage_id:
+        if lineage_id not in by_lineage_id:
+            raise IntegrityError(f"the log knows no model {lineage_id}, which the champion is or "
+                                 "was learned from")
+        found.append(by_lineage_id[lineage_id])
+        lineage_id = found[-1].parent
     return found[::-1]
 
 

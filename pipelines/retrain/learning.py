@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from partialhn.data.experience import task_of
 from partialhn.errors import InputError
 from partialhn.features.extract import feature_jobs
-from partialhn.run import Parts, cut
+from partialhn.run import CutNetwork, cut_network
 from partialhn.training import lineage
-from partialhn.training.lineage import prefixes_of
+from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.pretrain import network_key
 from partialhn.training.slots import Slot, slots_of
-from pipelines.execution.choose import open_stages
+from pipelines.execution.choose import open_execution
 from pipelines.retrain.candidate import (
     example_of,
     feature_seconds,
@@ -19,8 +19,8 @@ from pipelines.retrain.candidate import (
     keep_sample,
     register,
 )
+from pipelines.retrain.context import PassContext
 from pipelines.retrain.gate import Policy, decide
-from pipelines.retrain.held import Held
 from pipelines.retrain.inbox import Inbox
 from pipelines.retrain.journal import Decided
 from pipelines.retrain.outcome import Pass
@@ -30,60 +30,62 @@ from pipelines.retrain.validate import Checked, write_hashes
 class Learning:
     """One pass's learning."""
 
-    def __init__(self, held: Held, base: Sequence[Decided], policy: Policy, policy_id: str,
-                 done: Pass) -> None:
+    def __init__(self, context: PassContext, base: Sequence[Decided], policy: Policy,
+                 policy_id: str, done: Pass) -> None:
         """base: the champion's tasks, which new ones are learned on top of."""
-        self.held, self.base, self.done = held, list(base), done
+        self.context, self.base, self.done = context, list(base), done
         self.policy, self.policy_id = policy, policy_id
-        self.stages = open_stages(held.config, held.storage, held.stream, held.progress)
+        self.execution = open_execution(context.config, context.storage, context.stream,
+                                        context.progress)
 
     def run(self, waiting: list[Checked]) -> list[Decided]:
         """Returns the tasks of the champion afterwards."""
-        held = self.held
-        held.journal.append(held.lease, "pass", {"arrivals": [e.arrival.slot for e in waiting]})
-        if held.journal.config() is None:
-            held.journal.append(held.lease, "founded", {"config": held.config.to_dict()})
-        held.clock.lap("startup")
-        with self.stages:
+        context = self.context
+        context.journal.append(context.lease, "pass",
+                               {"arrivals": [task.arrival.slot for task in waiting]})
+        if context.journal.config() is None:
+            context.journal.append(context.lease, "founded", {"config": context.config.to_dict()})
+        context.clock.lap("startup")
+        with self.execution:
             while waiting:
-                key, parts = self._parts(waiting[0])
-                slots = self._slots(waiting, parts)
-                prefixes = prefixes_of(held.config, parts.network, slots,
+                key, cut = self._parts(waiting[0])
+                slots = self._slots(waiting, cut)
+                lineage_ids = lineage_ids_of(context.config, cut.network, slots,
                                        [each.prefix for each in self.base])
-                self.held.lease.check()
-                self.stages.learn(parts, slots, prefixes, lambda *_: None)
-                held.clock.lap("learn")
-                learned = self.stages.learned(prefixes)
+                self.context.lease.check()
+                self.execution.learn(cut, slots, lineage_ids, lambda *_: None)
+                context.clock.lap("learn")
+                learned = self.execution.learned(lineage_ids)
                 waiting = self._decide_all(waiting, slots, learned, key)
-                self.stages.forget_run(prefixes)
-                held.clock.lap("register")
+                self.execution.forget_run(lineage_ids)
+                context.clock.lap("register")
         return self.base
 
-    def _parts(self, first: Checked) -> tuple[str, Parts]:
+    def _parts(self, first: Checked) -> tuple[str, CutNetwork]:
         """The stream's network, which the first task of all founds, and its name."""
-        held, supplied = self.held, self.held.config.backbone.trunk != "train"
+        context, supplied = self.context, self.context.config.backbone.trunk != "train"
         assert first.experience is not None
         if self.base:
             key = self.base[0].network
-            network = held.network(key)
+            network = context.network(key)
         else:
-            key = "" if supplied else network_key(held.config, first.experience)
-            network = held.network("") if supplied else self.stages.network(first.experience)
-        parts = cut(held.config, network)
-        held.clock.lap("trunk")
-        return key, parts
+            key = "" if supplied else network_key(context.config, first.experience)
+            network = context.network("") if supplied else self.execution.network(first.experience)
+        cut = cut_network(context.config, network)
+        context.clock.lap("trunk")
+        return key, cut
 
-    def _slots(self, waiting: Sequence[Checked], parts: Parts) -> list[Slot]:
+    def _slots(self, waiting: Sequence[Checked], cut: CutNetwork) -> list[Slot]:
         """The champion's slots with their stored features, and the new ones with theirs made."""
         experiences = [each.experience for each in waiting if each.experience is not None]
-        jobs = feature_jobs(self.held.config, experiences, parts.trunk)
-        manifests, _ = self.stages.features(jobs, parts)
-        self.held.clock.lap("features")
-        slots = [each.with_features(self.held.store) for each in self.base]
+        jobs = feature_jobs(self.context.config, experiences, cut.trunk)
+        manifests, _ = self.execution.features(jobs, cut)
+        self.context.clock.lap("features")
+        slots = [each.with_features(self.context.store) for each in self.base]
         for slot in slots:
             if "test" not in slot.manifests:
                 raise InputError(f"the stored test features of task {slot.name!r} are gone from "
-                                 f"{self.held.storage.uri}/features; every pass measures every "
+                                 f"{self.context.storage.uri}/features; every pass measures every "
                                  "task, so they must be kept")
         return slots + slots_of(experiences, jobs, manifests)
 
@@ -94,12 +96,12 @@ class Learning:
         for offset, each in enumerate(waiting):
             index = first + offset
             new = self._decide(each, slots[:index + 1], learned[:index + 1], network)
-            self.held.journal.append(self.held.lease, "decided", dataclasses.asdict(new))
-            self.held.lease.check()
-            version = register(self.held, self.held.journal.decided(), new)
-            Inbox(self.held.storage).accept(each.arrival)
+            self.context.journal.append(self.context.lease, "decided", dataclasses.asdict(new))
+            self.context.lease.check()
+            version = register(self.context, self.context.journal.decided(), new)
+            Inbox(self.context.storage).accept(each.arrival)
             self.done.learned.append({
-                "slot": new.slot, "stream": self.held.stream, "version": version.version,
+                "slot": new.slot, "stream": self.context.stream, "version": version.version,
                 "decision": dict(new.decision), "seconds": dict(new.seconds),
                 "added_bytes": dict(new.added_bytes), "prefix": new.prefix})
             if not new.passed:
@@ -115,13 +117,13 @@ class Learning:
 
     def _decide(self, checked: Checked, slots: Sequence[Slot],
                 learned: Sequence[lineage.Learned], network: str) -> Decided:
-        held, experience, slot = self.held, checked.experience, slots[-1]
+        context, experience, slot = self.context, checked.experience, slots[-1]
         assert experience is not None
-        write_hashes(held.storage, held.hashes(experience.fingerprint), checked.hashes)
+        write_hashes(context.storage, context.hashes(experience.fingerprint), checked.hashes)
         record, done = learned[-1].record, learned[-1]
-        keep_sample(held, done.prefix, experience)
-        facts = gate_facts(held, slots, learned, self.policy)
-        model = sum(entry.size for entry in held.storage.list(f"{held.folder}/{done.prefix}"))
+        keep_sample(context, done.prefix, experience)
+        facts = gate_facts(context, slots, learned, self.policy)
+        model = sum(entry.size for entry in context.storage.list(f"{context.folder}/{done.prefix}"))
         return Decided(
             slot.name, slot.classes, slot.fingerprint, slot.transform,
             {split: dataclasses.asdict(manifest.recipe)
@@ -132,4 +134,4 @@ class Learning:
              "evaluate": round(record.evaluate_seconds, 3)},
             {"features": sum(manifest.bytes for manifest in slot.manifests.values()),
              "model": model, "task": done.task_bytes},
-            example_of(experience, held.config))
+            example_of(experience, context.config))

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from partialhn.checkpoints.model import Model
-from partialhn.run import cut
+from partialhn.run import cut_network
 from partialhn.training import lineage
 from partialhn.training.result import model_sizes, peak_rss_bytes, result_fields
 from pipelines.registry.versions import CHAMPION
 from pipelines.report.page import write_report
 from pipelines.retrain.candidate import WORK
-from pipelines.retrain.held import Held
+from pipelines.retrain.context import PassContext
 from pipelines.retrain.journal import Decided, Journal
 
 
@@ -21,34 +21,34 @@ def published(journal: Journal) -> str:
                  if event.kind == "published"), "")
 
 
-def publish(held: Held, base: Sequence[Decided]) -> None:
+def publish(context: PassContext, base: Sequence[Decided]) -> None:
     """Matrix, result and report of the champion go to the stream's run."""
-    registry, name, store = held.registry, held.stream, held.store
-    parts = cut(held.config, held.network(base[0].network))
+    registry, name, store = context.registry, context.stream, context.store
+    cut = cut_network(context.config, context.network(base[0].network))
     slots = [each.with_features(store) for each in base]
-    prefixes = [each.prefix for each in base]
-    learned = lineage.find(held.storage.filesystem, held.folder, prefixes)
+    lineage_ids = [each.prefix for each in base]
+    learned = lineage.find(context.storage.filesystem, context.folder, lineage_ids)
     outcome = lineage.outcome_of(learned)
     with tempfile.TemporaryDirectory() as scratch:
-        copy = lineage.fetch_model(held.storage.filesystem, held.folder, prefixes[-1],
+        copy = lineage.fetch_model(context.storage.filesystem, context.folder, lineage_ids[-1],
                                  Path(scratch) / "model")
         model = Model.load(copy)
         size = sum(file.stat().st_size for file in copy.iterdir())
-    fields = result_fields(held.config, slots, parts.macs, 0,
-                           {held.config.train.strategy: outcome}, held.clock.laps)
+    fields = result_fields(context.config, slots, cut.macs, 0,
+                           {context.config.train.strategy: outcome}, context.clock.laps)
     versions = [version.fields() for version in registry.versions(name)
-                if version.tags.get("prefix") in prefixes]
+                if version.tags.get("prefix") in lineage_ids]
     fields |= model_sizes(model) | {
-        "name": name, "work": prefixes[-1][:12], "weights_hash": model.weights_hash(),
+        "name": name, "work": lineage_ids[-1][:12], "weights_hash": model.weights_hash(),
         "checkpoint_bytes": size, "device": "see the tasks' runs",
-        "peak_rss_bytes": peak_rss_bytes(), "storage": held.storage.uri,
+        "peak_rss_bytes": peak_rss_bytes(), "storage": context.storage.uri,
         "tracking_uri": registry.tracking_uri, "model_uri": f"models:/{name}@{CHAMPION}",
         "versions": versions}
-    held.lease.check()
-    parent = registry.stream_run(name, WORK, held.config.to_dict())
+    context.lease.check()
+    parent = registry.stream_run(name, WORK, context.config.to_dict())
     registry.log_matrix(parent, fields["accuracy_matrix"], [slot.name for slot in slots])
     registry.log_result(parent, fields)
     with tempfile.TemporaryDirectory() as scratch:
         registry.log_file(parent, write_report(fields, Path(scratch) / "report.html"))
     registry.end_run(parent)
-    held.journal.append(held.lease, "published", {"prefix": prefixes[-1]})
+    context.journal.append(context.lease, "published", {"prefix": lineage_ids[-1]})

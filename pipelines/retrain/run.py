@@ -27,8 +27,8 @@ from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Registry, connect
 from pipelines.registry.versions import CHAMPION, Version
 from pipelines.retrain.candidate import register
+from pipelines.retrain.context import PassContext, hashes_path
 from pipelines.retrain.gate import Policy, read_policy
-from pipelines.retrain.held import Held, hashes_path
 from pipelines.retrain.inbox import Inbox, Problem
 from pipelines.retrain.journal import Decided, Journal, chain_to
 from pipelines.retrain.learning import Learning
@@ -37,10 +37,10 @@ from pipelines.retrain.publish import publish, published
 from pipelines.retrain.validate import ArrivalPolicy, Checked, check_arrival, read_hashes
 from pipelines.settings import RetrainConfig
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
-def retrain(settings: RetrainConfig, say: Say = print) -> Pass:
+def retrain(settings: RetrainConfig, log: Log = print) -> Pass:
     """One pass. Raises: InputError for anything the user can set right."""
     storage = open_storage(settings.storage)
     storage.check()
@@ -52,7 +52,7 @@ def retrain(settings: RetrainConfig, say: Say = print) -> Pass:
     check(config)
     clock = Clock()
     this = _Pass(settings, storage, config, policy, arrivals, journal,
-                 Pass(settings.name, settings.dry_run), Progress(config, say), clock)
+                 Pass(settings.name, settings.dry_run), Progress(config, log), clock)
     with storage.explained():
         try:
             this.run()
@@ -119,21 +119,21 @@ class _Pass:
             self.done.held_by = str(holder)
             return
         with lease:
-            self._work(Held(self.storage, self.settings.name, self.config, self._registry(),
+            self._work(PassContext(self.storage, self.settings.name, self.config, self._registry(),
                             self.journal, lease, self.progress, self.clock))
 
-    def _work(self, held: Held) -> None:
+    def _work(self, context: PassContext) -> None:
         """What is done under the lease."""
-        base = self._repair(held)
+        base = self._repair(context)
         self.clock.lap("startup")
         waiting = self._arrivals(base)
         self.clock.lap("look")
         if waiting:
-            base = Learning(held, base, self.policy, self.policy_id, self.done).run(waiting)
+            base = Learning(context, base, self.policy, self.policy_id, self.done).run(waiting)
         if base and published(self.journal) != base[-1].prefix:
-            publish(held, base)
+            publish(context, base)
             self.clock.lap("report")
-        champion = self._champion(held.registry)
+        champion = self._champion(context.registry)
         self.done.champion = champion.version if champion else None
 
     def _registry(self, *, create: bool = True) -> Registry:
@@ -161,9 +161,9 @@ class _Pass:
             raise InputError(f"stream {self.settings.name!r} was not learned by retrain ({error}); "
                              "allowed: a --name of its own") from error
 
-    def _repair(self, held: Held) -> list[Decided]:
+    def _repair(self, context: PassContext) -> list[Decided]:
         """Finishes what an earlier pass left: aliases, and versions that are only in the log."""
-        name, aliases = self.settings.name, held.registry.aliases
+        name, aliases = self.settings.name, context.registry.aliases
         self.done.repaired += [str(repair) for repair in aliases.reconcile(name)]
         decided = self.journal.decided()
         promoted: set[int | None] = set()
@@ -171,14 +171,14 @@ class _Pass:
             promoted = {entry.move.to for entry in aliases.history(name).entries()
                         if entry.move.alias == CHAMPION}
         versions = {version.tags.get("prefix", ""): version
-                    for version in self._versions(held.registry)}
+                    for version in self._versions(context.registry)}
         for each in decided:
             version = versions.get(each.prefix)
             if version is None or (each.passed and version.version not in promoted):
-                held.lease.check()
-                made = register(held, decided, each)
+                context.lease.check()
+                made = register(context, decided, each)
                 self.done.repaired.append(f"{each.slot} was learned, now {made.uri}")
-        return self._base(held.registry)
+        return self._base(context.registry)
 
     def _arrivals(self, base: Sequence[Decided]) -> list[Checked]:
         """What has arrived, is ready, was not decided before and is sound, in order."""

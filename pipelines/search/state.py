@@ -32,7 +32,7 @@ class TrialPlan:
 
     id: str
     kind: Kind
-    """search: chosen by the sampler. final: the best of a depth under another seed. bound: one
+    """search: chosen by the sampler. final: the best of a depth under another seed. baseline: one
     separate head for each task, beside a final."""
     config: dict[str, Any]
     """The whole configuration."""
@@ -58,7 +58,7 @@ class Measured:
     rows: tuple[tuple[float, ...], ...]
     """R[i, 0..i] on held-out (validation) images, for each task learned so far."""
     test_row: tuple[float, ...] | None
-    """Accuracy on every task's test images at the end; final runs and bounds only."""
+    """Accuracy on every task's test images at the end; final runs and baselines only."""
     train_seconds: float
     """Wall-clock time in training steps."""
     processor_seconds: float

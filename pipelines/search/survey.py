@@ -18,7 +18,7 @@ from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shif
 from partialhn.features.extract import SPLITS, feature_jobs
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network, build_network
-from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import Trunk
 from partialhn.training.pretrain import network_optimiser, train_network
 from pipelines.features.in_use import InUse
@@ -38,7 +38,7 @@ class Computing:
     gpu: bool
     threads: int
     progress: Callable[[int, int], None]
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     in_use: InUse
     """Keeps the features from being pruned."""
 
@@ -53,14 +53,14 @@ def depth_features(storage: Storage, network: Network, config: Config,
     jobs = feature_jobs(config, experiences, trunk, depths)
     found, decoded = compute_features(storage, trunk, jobs,
                                       on_ray(on.workers, on.gpu, on.threads),
-                                      progress=on.progress, say=on.say, in_use=on.in_use)
+                                      progress=on.progress, log=on.log, in_use=on.in_use)
     return {(job.depth, job.task, job.split): manifest
             for job, manifest in zip(jobs, found, strict=True)}, decoded
 
 
 def forecast_depths(bench: Bench) -> list[dict[str, Any]]:
     """`partialhn.evaluation.forecast` on the first two tasks of the bench, as plain values."""
-    set_arithmetic(bench.threads)
+    configure_torch(bench.threads)
     depths = sorted({depth for depth, _, _ in bench.manifests})
     stages = forecast({depth: (_probe_task(bench, depth, 0), _probe_task(bench, depth, 1))
                        for depth in depths})
@@ -75,7 +75,7 @@ def _probe_task(bench: Bench, depth: int, index: int) -> ProbeTask:
 
 def task_shifts(bench: Bench) -> dict[str, float]:
     """How each later task differs from the first, in the features of the deepest depth."""
-    set_arithmetic(bench.threads)
+    configure_torch(bench.threads)
     depth = max(depth for depth, _, _ in bench.manifests)
     features = {name: pooled(open_features(bench, (depth, name, "train")))
                 for name, _ in bench.tasks}
@@ -90,7 +90,7 @@ def whole_network_seconds(config: Config, first: Experience, device: str,
     Two epochs over some images of the first task; the second is timed. Processor time on a CPU,
     as for trials, and wall-clock time on a GPU.
     """
-    set_arithmetic(threads)
+    configure_torch(threads)
     table = first.train.take(range(min(TIMED_IMAGES, len(first.train))))
     decoded = decode(table, config.data.input_size, first.transform, "skip",
                      config.data.max_image_pixels, config.data.stream_seed)

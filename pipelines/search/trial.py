@@ -22,8 +22,8 @@ from partialhn.errors import InputError
 from partialhn.features.feature_set import FeatureSet
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network
-from partialhn.networks.precision import set_arithmetic
-from partialhn.run import Parts, cut
+from partialhn.networks.precision import configure_torch
+from partialhn.run import CutNetwork, cut_network
 from partialhn.strategies import PartialHypernet, Strategy
 from partialhn.training.experience import TaskFeatures, evaluate
 from partialhn.training.learner import Learner
@@ -75,17 +75,17 @@ def run_trial(choice: dict[str, Any], bench: Bench) -> None:
 
 def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
     """Learns the stream as planned, yielding what was measured after each task."""
-    set_arithmetic(bench.threads)
+    configure_torch(bench.threads)
     config = Config.from_dict(plan.config)
-    parts = cut(config, bench.network)
+    cut = cut_network(config, bench.network)
     tasks = [_task(bench, config, name, classes) for name, classes in bench.tasks]
-    learner = Learner(parts.strategy(config), config.train, bench.device,
+    learner = Learner(cut.strategy(config), config.train, bench.device,
                       recorder=recorder_for(torch.device(bench.device), config.compute.cuda_graphs))
     meter = _Meter()
     folder = f"{bench.folder}/{plan.id}"
     _restore(bench, folder, learner, meter)
     if learner.finished:
-        yield _measured(plan, bench, config, parts, learner, meter)
+        yield _measured(plan, bench, config, cut, learner, meter)
     kept = time.monotonic()
     for record in learner.learn(tasks):
         meter.lap(isinstance(record, TaskRecord))
@@ -93,7 +93,7 @@ def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
             _keep(bench, folder, learner, meter)
             kept = time.monotonic()
         if isinstance(record, TaskRecord):
-            yield _measured(plan, bench, config, parts, learner, meter)
+            yield _measured(plan, bench, config, cut, learner, meter)
         meter.start()
 
 
@@ -160,7 +160,7 @@ def _restore(bench: Bench, folder: str, learner: Learner, meter: _Meter) -> None
         meter.training, meter.evaluating = fields["training"], fields["evaluating"]
 
 
-def _measured(plan: TrialPlan, bench: Bench, config: Config, parts: Parts, learner: Learner,
+def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: CutNetwork, learner: Learner,
               meter: _Meter) -> Measured:
     depth, views = config.backbone.freeze_depth, config.features.views
     done = len(learner.finished)
@@ -172,7 +172,7 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, parts: Parts, learn
     strategy = learner.strategy
     own = [strategy.task_bytes(index) for index in range(done)]
     state = sum(value.numel() * value.element_size()
-                for part in (strategy, parts.trunk) for value in part.state_dict().values())
+                for part in (strategy, cut.trunk) for value in part.state_dict().values())
     used = [(place, bench.manifests[place]) for place in bench.manifests if place[0] == depth]
     return Measured(
         tasks=tuple(name for name, _ in bench.tasks),
@@ -183,7 +183,7 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, parts: Parts, learn
         epochs=len(learner.epochs),
         feature_bytes=sum(_share(place, each, views) for place, each in used),
         feature_seconds=sum(shard.seconds for _, each in used for shard in each.shards),
-        serving_macs=int(parts.macs["trunk"] + parts.macs["head"]) + _generating(strategy),
+        serving_macs=int(cut.macs["trunk"] + cut.macs["head"]) + _generating(strategy),
         head_bytes=4 * (strategy.head.weight_count + strategy.head.norm_length),
         checkpoint_bytes=state, bytes_per_task=round(sum(own) / len(own)),
         device="cpu" if bench.device == "cpu" else torch.cuda.get_device_name())

@@ -24,7 +24,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 
 from partialhn.errors import InputError
-from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.precision import configure_torch
 from partialhn.predict import Answer
 from pipelines.features.on_ray import without_lines
 from pipelines.platform.cluster import start_ray
@@ -61,7 +61,7 @@ class Server:
     """What runs in Serve's replica: the HTTP application, the batches, the model."""
 
     def __init__(self, source: ModelSource, options: ServeOptions) -> None:
-        set_arithmetic(options.threads)
+        configure_torch(options.threads)
         self.limits, self.metrics = options.limits, Metrics()
         self.model = ServedModel(source, options.reload_seconds)
         self.recorder = (Recorder(open_storage(options.record[0]), options.record[1])
@@ -144,7 +144,7 @@ def application(arguments: dict[str, str]) -> serve.Application:
 
 
 def serve_model(source: RegistrySource, options: ServeOptions, record: bool = True,
-                ray_address: str | None = None, say: Callable[[str], None] = print) -> None:
+                ray_address: str | None = None, log: Callable[[str], None] = print) -> None:
     """Serves a registered model until the process is told to stop.
 
     Raises: InputError for an unknown model, or a port that is taken.
@@ -157,10 +157,10 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
         options = dataclasses.replace(options, record=_record(source))
     start_ray(ray_address)
     with running(bind(source, options), options):
-        say(f"{version.uri} of {source.uri} at http://{options.host}:{options.port}/predict "
+        log(f"{version.uri} of {source.uri} at http://{options.host}:{options.port}/predict "
             "(also /healthz, /metrics); ends with Ctrl-C or SIGTERM")
         _until_told()
-        say("stopping: requests in progress are answered first")
+        log("stopping: requests in progress are answered first")
 
 
 @contextlib.contextmanager

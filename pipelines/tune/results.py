@@ -20,16 +20,16 @@ from pipelines.search.space import Space
 from pipelines.search.state import Measured, SearchState, TrialPlan, TrialRecord
 from pipelines.tune.runs import SearchRuns
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Results:
     """Every record of a search, of this session and of earlier ones."""
 
     def __init__(self, state: SearchState, settings: Mapping[str, Any], space: Space,
-                 registry: SearchRuns, survey: Mapping[str, Any], say: Say) -> None:
+                 registry: SearchRuns, survey: Mapping[str, Any], log: Log) -> None:
         self._state, self._settings, self._space = state, settings, space
-        self._registry, self._survey, self._say = registry, survey, say
+        self._registry, self._survey, self._log = registry, survey, log
         self._start = time.monotonic()
         self.records = state.records()
         self._earlier = max((each.search_seconds for each in self.records), default=0.0)
@@ -44,7 +44,7 @@ class Results:
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._sending: list[concurrent.futures.Future[None]] = []
         if self.records:
-            say(f"{len(self.records)} trials of earlier sessions are kept")
+            log(f"{len(self.records)} trials of earlier sessions are kept")
 
     def seconds(self) -> float:
         """Time spent on trials, over all sessions that ended a trial."""
@@ -53,7 +53,7 @@ class Results:
     def add(self, record: TrialRecord) -> None:
         """A trial that ended: told to the user at once, and to MLflow beside the next trial."""
         self.records.append(record)
-        self._say(self._line(record))
+        self._log(self._line(record))
         self._sending.append(self._pool.submit(self._send, record))
 
     def by_depth(self) -> list[DepthResult]:
@@ -131,7 +131,7 @@ class Results:
         self._pool.shutdown()
         for sent in self._sending:
             if (error := sent.exception()) is not None:
-                self._say(f"note: MLflow did not take a trial ({error}); sending it again")
+                self._log(f"note: MLflow did not take a trial ({error}); sending it again")
         there = self._registry.trials_of(self._parent)
         for record in self.records:
             if record.plan.id not in there:
@@ -145,12 +145,12 @@ class Results:
         self._registry.end_run(self._parent)
 
 
-def say_forecast(say: Say, forecast: Sequence[Mapping[str, Any]]) -> None:
+def say_forecast(log: Log, forecast: Sequence[Mapping[str, Any]]) -> None:
     """The forecast as lines."""
-    say("forecast from the first two tasks (linear probe on each stage's features):")
+    log("forecast from the first two tasks (linear probe on each stage's features):")
     for stage in forecast:
         mark = "worth trying" if stage["worth_trying"] else "doubtful"
-        say(f"  depth {stage['depth']} (freezing {stage_name(stage['depth'])}): first task "
+        log(f"  depth {stage['depth']} (freezing {stage_name(stage['depth'])}): first task "
             f"{percent(stage['probe_first'])}, second {percent(stage['probe_second'])}; keeps "
             f"{percent(stage['kept'])} above chance: {mark}")
 

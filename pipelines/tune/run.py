@@ -20,7 +20,7 @@ from typing import Any
 from partialhn.config import Config
 from partialhn.data.experience import Experience
 from partialhn.errors import InputError
-from pipelines.execution.on_ray import RayStages
+from pipelines.execution.on_ray import RayExecution
 from pipelines.execution.open_data import open_data
 from pipelines.features.in_use import InUse
 from pipelines.platform.cluster import start_ray
@@ -44,7 +44,7 @@ from pipelines.search.trial import Bench, run_trial
 from pipelines.tune.results import Results, say_forecast
 from pipelines.tune.runs import connect_search
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 MAX_FAILURES = 3
 TRIAL_MEMORY = 600 << 20
 """Bytes of a trial's process beside the features it holds."""
@@ -53,7 +53,7 @@ FINAL_SHARE = 0.4
 """At most this part of a time budget is kept for the final runs."""
 
 
-def tune(config: Config, options: SearchConfig, say: Say = print) -> dict[str, Any]:
+def tune(config: Config, options: SearchConfig, log: Log = print) -> dict[str, Any]:
     """Searches, and writes the advice; returns what `advice.json` holds (or the forecast alone).
 
     Raises: InputError for anything the user can set right.
@@ -61,10 +61,10 @@ def tune(config: Config, options: SearchConfig, say: Say = print) -> dict[str, A
     storage = open_storage(options.storage)
     storage.check()
     with storage.explained():
-        return _tune(config, options, storage, say)
+        return _tune(config, options, storage, log)
 
 
-def _tune(config: Config, options: SearchConfig, storage: Storage, say: Say) -> dict[str, Any]:
+def _tune(config: Config, options: SearchConfig, storage: Storage, log: Log) -> dict[str, Any]:
     state = SearchState(storage, options.resume or options.name)
     saved = state.settings()
     if options.resume and saved is None:
@@ -89,7 +89,7 @@ def _tune(config: Config, options: SearchConfig, storage: Storage, say: Say) -> 
         settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
         settings = settled(state.create(settings), settings, options)
     with InUse(storage, f"search {state.name}") as in_use:
-        return _Search(config, space, options, storage, state, settings, experiences, say,
+        return _Search(config, space, options, storage, state, settings, experiences, log,
                        in_use).run()
 
 
@@ -104,21 +104,21 @@ class _Search:
     state: SearchState
     settings: dict[str, Any]
     experiences: list[Experience]
-    say: Say
+    log: Log
     in_use: InUse
 
     def run(self) -> dict[str, Any]:
         names = ", ".join(map(str, self.space.depths()))
-        self.say(f"{self.state.name}: {len(self.experiences)} tasks, freeze depths {names}")
+        self.log(f"{self.state.name}: {len(self.experiences)} tasks, freeze depths {names}")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             connecting = pool.submit(connect_search, self.storage, self.options.tracking_uri)
             start_ray(self.config.compute.ray_address)
             registry = connecting.result()
         self._resources()
-        self.network = RayStages(self.config, self.storage, self.state.name, Progress(
-            self.config, self.say)).network(self.experiences[0])
+        self.network = RayExecution(self.config, self.storage, self.state.name, Progress(
+            self.config, self.log)).network(self.experiences[0])
         forecast = self._remote(forecast_depths, self._bench(self.experiences[:2]))
-        say_forecast(self.say, forecast)
+        say_forecast(self.log, forecast)
         if self.options.forecast_only:
             return {"forecast": forecast}
         self.bench = self._bench(self.experiences)
@@ -128,7 +128,7 @@ class _Search:
                 whole_network_seconds, self.config, self.experiences[0], self.bench.device,
                 self.threads))}
         self.packing = self._pack()
-        results = Results(self.state, self.settings, self.space, registry, survey, self.say)
+        results = Results(self.state, self.settings, self.space, registry, survey, self.log)
         self._trials(results)
         self._finals(results)
         return results.publish(self.options.output)
@@ -159,13 +159,13 @@ class _Search:
             by_task[depth, task] = by_task.get((depth, task), 0) + manifest.bytes
         self.need = dataclasses.replace(self.need, memory=TRIAL_MEMORY + max(by_task.values()))
         packing = pack(self.need, _nodes(), self.options.trials_at_once)
-        self.say(f"trials: {packing}")
+        self.log(f"trials: {packing}")
         return packing
 
     def _bench(self, experiences: Sequence[Experience]) -> Bench:
         """The stored features of some tasks at every depth, and what else trials share."""
         compute = self.config.compute
-        progress = Progress(self.config, self.say)
+        progress = Progress(self.config, self.log)
         config = self.space.config(self.config, {"features.views": self.space.largest(
             "features.views", self.config.features.views)})
         on = Computing(compute.feature_workers, self.need.gpus > 0, self.threads,
@@ -227,7 +227,7 @@ class _Search:
         planned = [plan for plan in results.final_plans(self.settings["options"]["seeds"])
                    if plan.id not in done]
         if planned:
-            self.say(f"final runs: {len(planned)} (the best trial of each depth under other "
+            self.log(f"final runs: {len(planned)} (the best trial of each depth under other "
                      "seeds, and separate heads beside it)")
             self._run(TrialSource(self.state, planned, lambda: None, results.add,
                                   results.seconds), None)

@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from partialhn.benchmarks.packs import Cell, find_pack
+from partialhn.benchmarks.catalogue import Cell, find_benchmark
 from partialhn.benchmarks.reproduce import run_cells
 from partialhn.config import ComputeConfig, Config
 from partialhn.evaluation.intervals import Interval, paired
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--only", nargs="+", choices=CHANGES, help="these changes alone")
     options = parser.parse_args()
-    pack = find_pack(options.pack)
+    pack = find_benchmark(options.pack)
     base = dataclasses.replace(pack.config(options.size, options.data),
                                compute=ComputeConfig(threads=1))
     seeds = range(options.seeds or pack.sizes[options.size].seeds)

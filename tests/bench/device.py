@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pyarrow.fs import LocalFileSystem
-from rows import clock, row, say, write
+from rows import clock, log, row, write
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -27,9 +27,9 @@ from partialhn.features.feature_set import FeatureSet
 from partialhn.features.manifest import FeatureRecipe
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
-from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import split
-from partialhn.run import cut
+from partialhn.run import cut_network
 from partialhn.training.optimiser import learning_rates, make_optimiser
 from partialhn.training.steps import Objective, Steps, recorder_for
 
@@ -99,7 +99,8 @@ def prepared(features: FeatureSet, depth: int, precision: str, recorded: bool, s
     device = features.y_N.device
     config = Config(backbone=BackboneConfig(freeze_depth=depth),
                     train=TrainConfig(precision=precision))
-    strategy = cut(config, build_network("slim_resnet18", CLASSES, 0).eval()).strategy(config)
+    strategy = cut_network(
+        config, build_network("slim_resnet18", CLASSES, 0).eval()).strategy(config)
     for task in range(11):
         strategy.add_task(CLASSES)
         strategy.to(device)
@@ -139,7 +140,7 @@ def measured(depth: int, precision: str, device: torch.device, rounds: int, step
     """The rows of one depth and precision."""
     name = f"{device.type}/depth{depth}/{precision}"
     goals = device.type == "cuda" and depth == 3
-    set_arithmetic(1 if device.type == "cpu" else None)
+    configure_torch(1 if device.type == "cpu" else None)
     total = steps * (rounds + 1) + 1
     with tempfile.TemporaryDirectory() as folder:
         features = stored(depth, Path(folder)).to(device)
@@ -177,7 +178,7 @@ def main() -> None:
         for precision in PRECISIONS:
             for made in measured(depth, precision, device, rounds, steps):
                 rows.append(made)
-                say(made)
+                log(made)
     write(options.json, rows)
 
 

@@ -27,9 +27,9 @@ from partialhn.features.batches import Workers, epoch_batches
 from partialhn.features.cache import SETTLED_SECONDS
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
-from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.precision import configure_torch
 from partialhn.presets import preset
-from partialhn.run import collect, cut
+from partialhn.run import collect, cut_network
 from partialhn.training.learner import Learner
 from partialhn.training.pretrain import fit_network, load_network
 
@@ -55,10 +55,10 @@ def reader(store, manifests):
     return read
 
 
-def accuracies(parts, config, tasks) -> float:
+def accuracies(cut, config, tasks) -> float:
     """ACC after the last task."""
     torch.manual_seed(config.train.seed)
-    learner = Learner(parts.strategy(config), config.train)
+    learner = Learner(cut.strategy(config), config.train)
     for _ in learner.learn(tasks):
         pass
     row = learner.finished[-1].accuracy_row
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    set_arithmetic(1)
+    configure_torch(1)
     known = preset("split-tiny-imagenet-5x10")
     base = dataclasses.replace(
         known, data=dataclasses.replace(known.data, data=options.data),
@@ -85,11 +85,11 @@ def main() -> None:
     place = (LocalFileSystem(), str(options.work))
     if load_network(base, experiences[0], *place) is None:
         list(fit_network(base, experiences[0], *place))
-    parts = cut(base, load_network(base, experiences[0], *place))
+    cut = cut_network(base, load_network(base, experiences[0], *place))
     store = FeatureStore(*place)
     configs = variants(base)
-    jobs = {key: feature_jobs(config, experiences, parts.trunk) for key, config in configs.items()}
-    found, decoded = precompute(store, parts.trunk, [job for each in jobs.values() for job in each])
+    jobs = {key: feature_jobs(config, experiences, cut.trunk) for key, config in configs.items()}
+    found, decoded = precompute(store, cut.trunk, [job for each in jobs.values() for job in each])
     print(f"{decoded} images decoded for {len(jobs)} variants", flush=True)
     per = len(found) // len(jobs)
     manifests = {key: found[at * per:(at + 1) * per] for at, key in enumerate(jobs)}
@@ -106,7 +106,7 @@ def main() -> None:
         _, _, ratio, spread = compare(reader(store, train), reader(store, base_train), 5, 1)
         if compression == "none":
             tasks = collect(store, jobs[dtype, compression], mine, experiences)
-            acc[dtype] = [accuracies(parts, dataclasses.replace(
+            acc[dtype] = [accuracies(cut, dataclasses.replace(
                 config, train=dataclasses.replace(config.train, seed=seed)), tasks)
                 for seed in options.seeds]
         else:

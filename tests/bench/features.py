@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pyarrow.fs import LocalFileSystem
-from rows import clock, compare, row, say, write
+from rows import clock, compare, log, row, write
 
 from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig, FeatureConfig
 from partialhn.data.augment import augment
@@ -37,9 +37,9 @@ from partialhn.features.cache import SETTLED_SECONDS
 from partialhn.features.extract import each_shard, feature_jobs, places_of, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
-from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import MICRO_BATCH, split
-from partialhn.run import cut
+from partialhn.run import cut_network
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 from pipelines.features.produce import open_store
@@ -116,13 +116,13 @@ def reading(folder: Path, features, rounds: int):
 def training(folder: Path, experience, rounds: int, epochs: int):
     """Opening features and learning from them: on S3, with copies in the cache, against local."""
     network = build_network("slim_resnet18", 2)
-    parts = cut(CONFIG, network)
+    cut = cut_network(CONFIG, network)
     with s3() as place:
         remote = open_storage(place)
         stores = {"s3": open_store(remote, ComputeConfig(cache=str(folder / "cache"))),
                   "local": FeatureStore(LocalFileSystem(), str(folder / "local"))}
-        jobs = feature_jobs(CONFIG, [experience], parts.trunk)
-        precompute(stores["local"], parts.trunk, jobs)
+        jobs = feature_jobs(CONFIG, [experience], cut.trunk)
+        precompute(stores["local"], cut.trunk, jobs)
         for job in jobs:  # the same bytes, uploaded
             source = Path(stores["local"].folder(job.recipe.key))
             for file in sorted(source.iterdir(), key=lambda file: file.name == "manifest.json"):
@@ -135,7 +135,7 @@ def training(folder: Path, experience, rounds: int, epochs: int):
             def step() -> None:
                 train, test = (store.open(store.find(job.recipe)) for job in jobs
                                if job.split in ("train", "test"))
-                learner = Learner(parts.strategy(config), config.train)
+                learner = Learner(cut.strategy(config), config.train)
                 for _ in learner.learn([TaskFeatures("a", len(experience.classes), train, None,
                                                      test)]):
                     pass
@@ -188,7 +188,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    set_arithmetic(1)
+    configure_torch(1)
     rounds = 3 if options.quick else 9
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -203,7 +203,7 @@ def main() -> None:
                       training(folder, experience, rounds, 1 if options.quick else 3)):
             for made in group:
                 rows.append(made)
-                say(made)
+                log(made)
     write(options.json, rows)
 
 

@@ -20,7 +20,7 @@ from partialhn.data.datasets import open_stream
 from partialhn.data.decode import decode_images
 from partialhn.networks.backbone import build_network
 from partialhn.predict import Predictor
-from partialhn.run import cut
+from partialhn.run import cut_network
 from partialhn.task_inference import best_task, contenders, entropies, pooled, scores
 
 CLASSES, IMAGES = 10, 256
@@ -53,14 +53,14 @@ def stacked(head, weights):
 
 def case(depth, tasks, images):
     config = Config(backbone=BackboneConfig(freeze_depth=depth))
-    parts = cut(config, build_network("slim_resnet18", CLASSES))
-    strategy = parts.strategy(config)
+    cut = cut_network(config, build_network("slim_resnet18", CLASSES))
+    strategy = cut.strategy(config)
     for task in range(tasks):
         strategy.add_task(CLASSES)
         strategy.finish(task)
     strategy.requires_grad_(False).eval()
     weights = [strategy.weights(task) for task in range(tasks)]
-    z_BCHW = parts.trunk(torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8))
+    z_BCHW = cut.trunk(torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8))
     together = stacked(strategy.head, weights)
     looped = torch.stack([strategy.head(z_BCHW, own) for own in weights])
     torch.testing.assert_close(together(z_BCHW), looped, rtol=1e-3, atol=1e-4)

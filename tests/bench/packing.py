@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rows import row, say, write
+from rows import log, row, write
 
 SEARCH = """
 import functools, sys
@@ -63,7 +63,7 @@ def main() -> None:
                statistics.median(shared / own for shared, own in pairs), 1.0, at_least=True,
                trials_per_hour=round(statistics.median(shared for shared, _ in pairs)),
                baseline_trials_per_hour=round(statistics.median(own for _, own in pairs)))
-    say(made)
+    log(made)
     write(arguments.json, [made])
 
 

@@ -23,7 +23,7 @@ def row(name: str, baseline: str, ratio: float, goal: float | None, *, at_least:
     return made | more
 
 
-def say(made: dict) -> None:
+def log(made: dict) -> None:
     """Prints a row as it comes."""
     times = (f"{made['median_ms']:10.2f} ms  {made['baseline_ms']:10.2f} ms  "
              if "baseline_ms" in made else " " * 28)

@@ -28,7 +28,7 @@ from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig
 from partialhn.networks.backbone import build_network
 from partialhn.networks.trunk import Trunk
 from partialhn.predict import Answer, Predictor
-from partialhn.run import cut
+from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
 from partialhn.task_inference import TaskInference
 from pipelines.platform.cluster import start_ray
@@ -44,10 +44,10 @@ def config(depth: int) -> Config:
 
 def cut_model(depth: int) -> Predictor:
     """Ten tasks on a network cut at a depth."""
-    parts = cut(config(depth), build_network("resnet18", CLASSES))
-    strategy = parts.strategy(config(depth))
+    cut = cut_network(config(depth), build_network("resnet18", CLASSES))
+    strategy = cut.strategy(config(depth))
     inference = TaskInference()
-    width = parts.trunk(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)).shape[1]
+    width = cut.trunk(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)).shape[1]
     for task in range(TASKS):
         strategy.add_task(CLASSES)
         strategy.finish(task)
@@ -56,7 +56,7 @@ def cut_model(depth: int) -> Predictor:
         inference.samples.append(torch.rand(12, width, generator=draw).half())
     inference.scatter_CC, inference.count = torch.eye(width) * 100, 100
     infos = tuple(TaskInfo(str(task), tuple(map(str, range(CLASSES)))) for task in range(TASKS))
-    return Predictor(Model(config(depth), parts.trunk, strategy.requires_grad_(False).eval(), infos,
+    return Predictor(Model(config(depth), cut.trunk, strategy.requires_grad_(False).eval(), infos,
                            inference=inference))
 
 
@@ -86,8 +86,8 @@ class Plain(Predictor):
 
 
 def _parts(depth):
-    parts = cut(config(depth), build_network("resnet18", CLASSES))
-    return parts.head, parts.start
+    cut = cut_network(config(depth), build_network("resnet18", CLASSES))
+    return cut.head, cut.start
 
 
 class Source:

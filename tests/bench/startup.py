@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from PIL import Image
-from rows import row, say, write
+from rows import log, row, write
 from sklearn.datasets import load_digits
 
 CONFIG = {
@@ -107,7 +107,7 @@ def main() -> None:
 
     def tell(made: dict) -> None:
         rows.append(made)
-        say(made)
+        log(made)
 
     helped = statistics.median(seconds([PARTIALHN, "--help"])[0] for _ in range(2 * rounds + 1))
     tell(row("startup/help", f"{ALONE} s", helped / ALONE, 1.0, median_ms=1e3 * helped,

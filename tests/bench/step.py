@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 from published import BETA, PublishedStep
-from rows import compare, row, say, write
+from rows import compare, log, row, write
 from torch import nn
 
 from partialhn.config import HypernetConfig, TrainConfig
 from partialhn.networks.backbone import build_network
 from partialhn.networks.head import Head, head_start
-from partialhn.networks.precision import set_arithmetic
+from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import split
 from partialhn.strategies import PartialHypernet
 from partialhn.training.optimiser import make_optimiser
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw step time against earlier tasks, as SVG")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    set_arithmetic(1)
+    configure_torch(1)
     if options.peak:
         print_peak(options.peak[0], int(options.peak[1]), int(options.peak[2]))
         return
@@ -251,7 +251,7 @@ def main() -> None:
                   against_the_published(2 if options.quick else 5), memory(), growth()):
         for made in group:
             rows.append(made)
-            say(made)
+            log(made)
     write(options.json, rows)
     if options.plot:
         plot(options.plot, rounds)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rows import row, say, write
+from rows import log, row, write
 
 PARTIALHN = Path(sys.executable).with_name("partialhn")
 
@@ -59,7 +59,7 @@ def main() -> None:
                 best[way] / best["one"], None, median_ms=1e3 * best[way],
                 baseline_ms=1e3 * best["one"]) for way in ("tasks", "batches")]
     for each in rows:
-        say(each)
+        log(each)
     write(arguments.json, rows)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from partialhn.benchmarks.packs import Cell, expected
+from partialhn.benchmarks.catalogue import Cell, expected
 
 FOLDER = Path(__file__).parent
 RECORDED = {path.stem.removeprefix("pack-"): json.loads(path.read_text(encoding="utf-8"))

@@ -10,8 +10,8 @@ from partialhn.checkpoints import checkpoint
 from partialhn.config import ComputeConfig, Config
 from partialhn.errors import InputError
 from pipelines.execution import choose as stages
-from pipelines.execution.choose import open_stages
-from pipelines.execution.local import ProcessHost, ProcessStages
+from pipelines.execution.choose import open_execution
+from pipelines.execution.local import LocalExecution, ProcessHost
 from pipelines.platform import cluster
 from pipelines.platform.cluster import needs_ray
 from pipelines.platform.progress import Progress
@@ -37,7 +37,7 @@ def test_ray_that_is_there_is_used(monkeypatch):
 
 def opened(folder, **options):
     config = Config(compute=ComputeConfig(**options))
-    return open_stages(config, open_storage(str(folder)), "s", Progress(config, lambda _: None))
+    return open_execution(config, open_storage(str(folder)), "s", Progress(config, lambda _: None))
 
 
 def test_only_what_needs_ray_starts_it(tmp_path, monkeypatch):
@@ -48,7 +48,7 @@ def test_only_what_needs_ray_starts_it(tmp_path, monkeypatch):
         raise InputError("here a cluster would be")
 
     monkeypatch.setattr(stages, "start_ray", start)
-    assert isinstance(opened(tmp_path), ProcessStages)
+    assert isinstance(opened(tmp_path), LocalExecution)
     assert not started
     for options in ({"workers": 2}, {"ray_address": "local"}):
         with pytest.raises(InputError, match="here a cluster would be"):

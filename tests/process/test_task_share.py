@@ -15,13 +15,13 @@ import pytest
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.features.extract import feature_jobs
-from partialhn.run import cut, with_strategy
+from partialhn.run import cut_network, with_strategy
 from partialhn.training import lineage
 from partialhn.training.learner import Learner
-from partialhn.training.lineage import prefixes_of
+from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.result import Outcome
 from partialhn.training.slots import open_features, slots_of
-from pipelines.execution.choose import open_stages
+from pipelines.execution.choose import open_execution
 from pipelines.execution.open_data import open_data
 from pipelines.execution.task_share import Place
 from pipelines.execution.worker import Assignment
@@ -70,7 +70,8 @@ class Ready:
 
 
 def learned_hash(assignment: Assignment, scratch: Path) -> str:
-    lineage.fetch_model(assignment.storage.filesystem, assignment.folder, assignment.prefixes[-1],
+    lineage.fetch_model(assignment.storage.filesystem, assignment.folder,
+                        assignment.lineage_ids[-1],
                       scratch)
     return Model.load(scratch).weights_hash()
 
@@ -80,17 +81,17 @@ def ready(tmp_path_factory):
     root = tmp_path_factory.mktemp("share")
     storage = open_storage(str(root / "store"))
     experiences = open_data(CONFIG.data, storage)
-    stages = open_stages(CONFIG, storage, "alone", Progress(CONFIG, lambda _: None))
+    stages = open_execution(CONFIG, storage, "alone", Progress(CONFIG, lambda _: None))
     with stages:
-        parts = cut(CONFIG, stages.network(experiences[0]))
-        jobs = feature_jobs(CONFIG, experiences, parts.trunk)
-        slots = slots_of(experiences, jobs, stages.features(jobs, parts)[0])
+        cut = cut_network(CONFIG, stages.network(experiences[0]))
+        jobs = feature_jobs(CONFIG, experiences, cut.trunk)
+        slots = slots_of(experiences, jobs, stages.features(jobs, cut)[0])
         slots[4] = dataclasses.replace(slots[1], name=f"{slots[1].name}/2")
-        prefixes = prefixes_of(CONFIG, parts.network, slots)
-        stages.learn(parts, slots, prefixes, lambda *_: None)
+        lineage_ids = lineage_ids_of(CONFIG, cut.network, slots)
+        stages.learn(cut, slots, lineage_ids, lambda *_: None)
         shared = dataclasses.replace(CONFIG, compute=dataclasses.replace(CONFIG.compute,
                                                                          workers=2))
-        alone = Assignment(shared, parts, tuple(slots), prefixes, storage, stages.folder,
+        alone = Assignment(shared, cut, tuple(slots), lineage_ids, storage, stages.folder,
                            storage.path("runs", "alone", "run"), 1)
     return Ready(alone, root, learned_hash(alone, root / "alone"))
 
@@ -126,7 +127,7 @@ def test_bounds_have_one_worker_each_killed_or_not(ready):
     tasks = open_features(open_store(assignment.storage), assignment.slots)
     found = json.loads(told.splitlines()[-1])
     for name in names:
-        alone = Learner(assignment.parts.strategy(with_strategy(CONFIG, name)), CONFIG.train)
+        alone = Learner(assignment.cut.strategy(with_strategy(CONFIG, name)), CONFIG.train)
         list(alone.learn(tasks))
         assert found[name] == Outcome.of(alone).accuracy_TT
     assert found["partial_hn"][4] != found["naive"][4]

@@ -50,12 +50,12 @@ local.ProcessHost.send = killed
 """
 FAR_DEVICE = """
 import runpy, torch
-from pipelines.execution.local import ProcessStages
-made = ProcessStages.__init__
+from pipelines.execution.local import LocalExecution
+made = LocalExecution.__init__
 def moved(self, *arguments):
     made(self, *arguments)
     self.device = torch.device("far")
-ProcessStages.__init__ = moved
+LocalExecution.__init__ = moved
 runpy.run_path({path!r})["PutsThere"]().__enter__()
 """
 SHOW = """

@@ -16,7 +16,7 @@ from partialhn.features.batches import Workers, epoch_batches
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
-from partialhn.run import collect, cut
+from partialhn.run import collect, cut_network
 from partialhn.training.steps import Objective
 from pipelines.execution.on_ray import _data_parallel
 
@@ -29,14 +29,14 @@ CONFIG = Config(
 
 def main(rank: int, world: int, port: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    parts = cut(CONFIG, build_network("slim_resnet18", 5, seed=1).eval())
+    cut = cut_network(CONFIG, build_network("slim_resnet18", 5, seed=1).eval())
     experiences = open_stream(CONFIG.data, folder / "datasets")
     store = FeatureStore(LocalFileSystem(), str(folder))
-    jobs = feature_jobs(CONFIG, experiences, parts.trunk)
-    manifests, _ = precompute(store, parts.trunk, jobs)
+    jobs = feature_jobs(CONFIG, experiences, cut.trunk)
+    manifests, _ = precompute(store, cut.trunk, jobs)
     tasks = collect(store, jobs, manifests, experiences)
 
-    strategy = parts.strategy(CONFIG)
+    strategy = cut.strategy(CONFIG)
     for index, task in enumerate(tasks):
         strategy.add_task(task.classes)
         strategy.begin(index)

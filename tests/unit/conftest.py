@@ -18,7 +18,7 @@ from partialhn.data.datasets import open_stream
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
-from partialhn.run import collect, cut
+from partialhn.run import collect, cut_network
 
 
 @pytest.fixture(autouse=True)
@@ -74,17 +74,17 @@ def network(images):
 
 
 @pytest.fixture(scope="session")
-def parts(network):
+def cut(network):
     """Trunk, head and start at depth 3."""
-    return cut(TINY, network)
+    return cut_network(TINY, network)
 
 
 @pytest.fixture(scope="session")
-def tasks(tmp_path_factory, digits, parts):
+def tasks(tmp_path_factory, digits, cut):
     """The features of `digits`, in Arrow shards of 20 images."""
     store = FeatureStore(LocalFileSystem(), str(tmp_path_factory.mktemp("store")))
-    jobs = feature_jobs(TINY, digits, parts.trunk)
-    manifests, _ = precompute(store, parts.trunk, jobs)
+    jobs = feature_jobs(TINY, digits, cut.trunk)
+    manifests, _ = precompute(store, cut.trunk, jobs)
     made = collect(store, jobs, manifests, digits)
     shared = [(getattr(task, split), getattr(task, split).y_N.clone())
               for task in made for split in ("train", "validation", "test")]

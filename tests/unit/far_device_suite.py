@@ -20,7 +20,7 @@ from partialhn.networks.backbone import build_network
 from partialhn.networks.tensors import hash_tensors
 from partialhn.networks.trunk import Trunk
 from partialhn.predict import Predictor
-from partialhn.run import cut
+from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
 from partialhn.task_inference import AUTO, TaskInference
 from partialhn.training import experience
@@ -49,7 +49,7 @@ def puts_there():
 def learner(network, with_options):
     def make(device=NAME, **sections):
         config = with_options(**sections)
-        return Learner(cut(config, network).strategy(config), config.train, device,
+        return Learner(cut_network(config, network).strategy(config), config.train, device,
                        inference=TaskInference())
     return make
 
@@ -96,7 +96,7 @@ def test_tasks_learned_apart(learner, tasks, kind):
             one.restore(*state)
             one.skip_to(tasks[:3], index)
         list(one.fit_next(tasks[:3]))
-        owned = {name: value.cpu() for name, value in one.strategy.owned(index).items()}
+        owned = {name: value.cpu() for name, value in one.strategy.task_state(index).items()}
         made.adopt(tasks[:3], owned, one.epochs[-2:], 0.0)
         state = state or made.state()
     assert weights_hash(made) == weights_hash(wanted)
@@ -142,11 +142,11 @@ def test_features_are_computed_there(digits, config, tmp_path):
     assert keys[NAME] == keys["cpu"]
 
 
-def test_a_model_answers_there(learner, tasks, parts, config, images, tmp_path):
+def test_a_model_answers_there(learner, tasks, cut, config, images, tmp_path):
     made = learner()
     list(made.learn(tasks[:3]))
     infos = tuple(TaskInfo(task.name, ("a", "b")) for task in tasks[:3])
-    Model(config, parts.trunk, made.strategy, infos, inference=made.inference).save(tmp_path / "m")
+    Model(config, cut.trunk, made.strategy, infos, inference=made.inference).save(tmp_path / "m")
     there, here = (Predictor.load(tmp_path / "m", device) for device in (NAME, "cpu"))
     for exact in (True, False):
         z_BCHW = there.features(images[:40], exact)

@@ -1,4 +1,4 @@
-"""Stages and trunk: split at every depth, features of one image alone, supplied weights."""
+"""Execution and trunk: split at every depth, features of one image alone, supplied weights."""
 
 import copy
 

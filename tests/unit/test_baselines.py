@@ -10,7 +10,7 @@ from partialhn.errors import InputError
 from partialhn.evaluation.linear_probe import linear_probe
 from partialhn.evaluation.metrics import summarise
 from partialhn.features.batches import FeatureBatch, Workers, epoch_batches
-from partialhn.run import cut, run_stream
+from partialhn.run import cut_network, run_stream
 from partialhn.strategies import STRATEGIES
 from partialhn.strategies.latent_replay import Memory
 from partialhn.training.learner import Learner
@@ -20,8 +20,8 @@ LEARN = {"epochs": 8, "learning_rate": 5e-3}
 
 
 @pytest.fixture
-def learner(parts, with_options):
-    def make(name, cut=parts, **train):
+def learner(cut, with_options):
+    def make(name, cut=cut, **train):
         config = with_options(train={"strategy": name, **train})
         return Learner(STRATEGIES[name](cut.head, cut.start, config), config.train)
     return make
@@ -34,14 +34,14 @@ def table(learned):
 
 
 @pytest.fixture(scope="module")
-def measured(parts, config, tasks):
+def measured(cut, config, tasks):
     """Metrics of each strategy on five tasks, and what it learned."""
     torch.set_num_threads(1)
     found = {}
     for name in STRATEGIES:
         own = dataclasses.replace(config, train=dataclasses.replace(
             config.train, strategy=name, buffer=40, **LEARN))
-        learned = Learner(STRATEGIES[name](parts.head, parts.start, own), own.train)
+        learned = Learner(STRATEGIES[name](cut.head, cut.start, own), own.train)
         list(learned.learn(tasks))
         found[name] = table(learned), learned.strategy
     return found
@@ -62,15 +62,15 @@ def test_joint_does_not_forget_and_is_no_worse_than_replay(measured):
     assert measured["joint"][0].backward_transfer > 0
 
 
-def test_what_a_task_adds_is_what_the_state_grows_by(parts, config, tasks):
+def test_what_a_task_adds_is_what_the_state_grows_by(cut, config, tasks):
     """For memories too: of the whole memory each task accounts for its images."""
     for name in STRATEGIES:
-        strategy = STRATEGIES[name](parts.head, parts.start, config)
+        strategy = STRATEGIES[name](cut.head, cut.start, config)
         empty = sum(value.nbytes for value in strategy.state_dict().values())
         for task in range(3):
             strategy.add_task(2)
             strategy.begin(task)
-            strategy.remember(task, tasks[task].train, (0, task))
+            strategy.after_experience(task, tasks[task].train, (0, task))
             strategy.finish(task)
         grown = sum(value.nbytes for value in strategy.state_dict().values()) - empty
         own = sum(strategy.task_bytes(task) for task in range(3))
@@ -111,11 +111,11 @@ def test_a_memory_smaller_than_the_classes_and_one_larger_than_the_images(tasks)
 
 
 @pytest.mark.parametrize("name", ["latent_replay", "ewc", "lwf", "linear_probe"])
-def test_a_model_is_saved_and_read_back(parts, config, tasks, tmp_path, name):
+def test_a_model_is_saved_and_read_back(cut, config, tasks, tmp_path, name):
     own = dataclasses.replace(config, train=dataclasses.replace(config.train, strategy=name))
-    learned = Learner(STRATEGIES[name](parts.head, parts.start, own), own.train)
+    learned = Learner(STRATEGIES[name](cut.head, cut.start, own), own.train)
     list(learned.learn(tasks[:2]))
-    model = Model(own, parts.trunk, learned.strategy,
+    model = Model(own, cut.trunk, learned.strategy,
                   tuple(TaskInfo(str(task), ("a", "b")) for task in range(2)))
     model.save(tmp_path / "model")
     again = Model.load(tmp_path / "model")
@@ -127,14 +127,14 @@ def test_a_model_is_saved_and_read_back(parts, config, tasks, tmp_path, name):
         assert torch.equal(again.strategy(z_BCHW, 0), learned.strategy(z_BCHW, 0))
 
 
-def test_fisher_information_is_the_mean_squared_gradient_of_single_images(parts, config, tasks):
-    strategy = STRATEGIES["ewc"](parts.head, parts.start, config)
+def test_fisher_information_is_the_mean_squared_gradient_of_single_images(cut, config, tasks):
+    strategy = STRATEGIES["ewc"](cut.head, cut.start, config)
     strategy.add_task(2)
     strategy.begin(0)
     own = strategy.tasks[0]
     with torch.no_grad():
         own.bias_K.copy_(torch.tensor([50.0, -50.0]))  # so every label drawn is the first
-    strategy.remember(0, tasks[0].train, (0, 0))
+    strategy.after_experience(0, tasks[0].train, (0, 0))
     rows = torch.arange(len(tasks[0].train))
     z_BCHW, wanted = tasks[0].train.gather(rows, torch.zeros_like(rows)), 0
     for z_CHW in z_BCHW:
@@ -150,13 +150,13 @@ def test_fisher_information_is_the_mean_squared_gradient_of_single_images(parts,
     assert strategy.regulariser(1).item() == pytest.approx(3 * 0.25 * len(strategy.norm))
 
 
-def test_distillation_keeps_earlier_answers_on_the_new_tasks_images(parts, config, tasks):
+def test_distillation_keeps_earlier_answers_on_the_new_tasks_images(cut, config, tasks):
     """Where plain fine-tuning moves them."""
     rows = torch.arange(len(tasks[1].train))
     z_BCHW, moved = tasks[1].train.gather(rows, torch.zeros_like(rows)), {}
     for name in ("naive", "lwf"):
         own = dataclasses.replace(config.train, strategy=name, lwf_strength=4.0, **LEARN)
-        learned = Learner(STRATEGIES[name](parts.head, parts.start, dataclasses.replace(
+        learned = Learner(STRATEGIES[name](cut.head, cut.start, dataclasses.replace(
             config, train=own)), own)
         answers = []
         for task in range(2):
@@ -168,8 +168,8 @@ def test_distillation_keeps_earlier_answers_on_the_new_tasks_images(parts, confi
     assert moved["lwf"] < 0.5 * moved["naive"]
 
 
-def test_distillation_is_zero_until_the_head_moves(parts, config, tasks):
-    strategy = STRATEGIES["lwf"](parts.head, parts.start, config)
+def test_distillation_is_zero_until_the_head_moves(cut, config, tasks):
+    strategy = STRATEGIES["lwf"](cut.head, cut.start, config)
     rows = torch.arange(16)
     batch = FeatureBatch(tasks[1].train.gather(rows, torch.zeros_like(rows)),
                          tasks[1].train.y_N[rows], 1.0, (0, 1, 1, 0))
@@ -177,11 +177,11 @@ def test_distillation_is_zero_until_the_head_moves(parts, config, tasks):
         strategy.add_task(2)
         strategy.begin(task)
         strategy.train()
-        held = strategy.answers(task, batch)[1]
+        held = strategy.loss_terms(task, batch)[1]
         assert (held is None) if task == 0 else held.item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         strategy.convolutions[0] += 0.05
-    assert strategy.answers(1, batch)[1].item() > 1e-5
+    assert strategy.loss_terms(1, batch)[1].item() > 1e-5
 
 
 def test_the_trained_probe_is_about_as_good_as_the_closed_form(measured, tasks):
@@ -206,7 +206,7 @@ def test_joint_says_whose_features_are_gone(learner, tasks):
 
 def test_the_whole_network_by_hypernetwork_and_by_replay(network, config, digits, tmp_path):
     """Depth 0: the full hypernetwork, and experience replay on images."""
-    whole = cut(dataclasses.replace(config, backbone=dataclasses.replace(
+    whole = cut_network(dataclasses.replace(config, backbone=dataclasses.replace(
         config.backbone, freeze_depth=0)), network)
     assert whole.macs["trunk"] == 0
     assert whole.head.convolutions[0].shape == (20, 3, 3, 3)
@@ -239,13 +239,13 @@ def test_what_was_learned_is_found_again(config, tmp_path, name):
 @pytest.mark.parametrize("name", ["latent_replay", "joint", "lwf", "ewc"])
 def test_averaged_over_workers_the_gradient_is_that_of_one(network, with_options, tasks, name):
     config = with_options(hypernet={"norm": "group"}, train={"strategy": name, "epochs": 1})
-    own = cut(config, network)
+    own = cut_network(config, network)
     learned = Learner(STRATEGIES[name](own.head, own.start, config), config.train)
     list(learned.learn(tasks[:2]))
     strategy = learned.strategy
     strategy.add_task(2)
     strategy.begin(2)
-    strategy.revisit([(task.name, task.train) for task in tasks[:2]])
+    strategy.before_experience([(task.name, task.train) for task in tasks[:2]])
     with torch.no_grad():
         for value in strategy.convolutions:
             value.add_(0.01 * torch.randn_like(value))

@@ -20,7 +20,7 @@ from partialhn.run import run_stream
 from partialhn.training import lineage
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
-from partialhn.training.lineage import prefixes_of
+from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.records import EpochRecord
 from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
@@ -87,50 +87,50 @@ class Task:
 def test_a_prefix_says_what_was_learned_and_on_what():
     tasks = [Task("a", "1"), Task("b", "2"), Task("c", "3")]
 
-    def prefixes(config=CONFIG, network="n", tasks=tasks):
-        return prefixes_of(config, network, tasks)
+    def lineage_ids(config=CONFIG, network="n", tasks=tasks):
+        return lineage_ids_of(config, network, tasks)
 
     def changed(section, **values):
         return dataclasses.replace(CONFIG, **{
             section: dataclasses.replace(getattr(CONFIG, section), **values)})
 
-    first = prefixes()
+    first = lineage_ids()
     assert len(set(first)) == 3
-    assert prefixes(tasks=tasks[:2]) == first[:2]
-    assert prefixes(changed("train", compare=("naive",))) == first
-    assert prefixes(changed("compute", workers=2)) == first
-    assert prefixes(changed("data", data="/elsewhere", validation=0.2)) == first
-    for other in (prefixes(changed("train", epochs=3)), prefixes(network="m"),
-                  prefixes(changed("hypernet", beta=1.0)),
-                  prefixes(changed("backbone", freeze_depth=2))):
+    assert lineage_ids(tasks=tasks[:2]) == first[:2]
+    assert lineage_ids(changed("train", compare=("naive",))) == first
+    assert lineage_ids(changed("compute", workers=2)) == first
+    assert lineage_ids(changed("data", data="/elsewhere", validation=0.2)) == first
+    for other in (lineage_ids(changed("train", epochs=3)), lineage_ids(network="m"),
+                  lineage_ids(changed("hypernet", beta=1.0)),
+                  lineage_ids(changed("backbone", freeze_depth=2))):
         assert not set(other) & set(first)
-    swapped = prefixes(tasks=[tasks[0], tasks[2], tasks[1]])
+    swapped = lineage_ids(tasks=[tasks[0], tasks[2], tasks[1]])
     assert swapped[0] == first[0]
     assert swapped[1:] != first[1:]
-    known = prefixes_of(changed("train", epochs=3), "n", tasks, first[:2])
+    known = lineage_ids_of(changed("train", epochs=3), "n", tasks, first[:2])
     assert known[:2] == first[:2]
     assert known[2] != first[2]
 
 
 def test_a_damaged_record_is_named(grown):
     folder = grown[0] / "store" / "learned"
-    filesystem, prefix = pafs.LocalFileSystem(), "f" * 32
-    assert lineage.find(filesystem, str(folder), [prefix]) == []
-    shutil.copytree(next(folder.iterdir()), folder / prefix)
-    with pytest.raises(IntegrityError, match=f"model {prefix} says it is"):
-        lineage.find(filesystem, str(folder), [prefix])
-    (folder / prefix / "model.json").write_text("{")
-    with pytest.raises(IntegrityError, match=prefix):
-        lineage.find(filesystem, str(folder), [prefix])
-    shutil.rmtree(folder / prefix)
+    filesystem, lineage_id = pafs.LocalFileSystem(), "f" * 32
+    assert lineage.find(filesystem, str(folder), [lineage_id]) == []
+    shutil.copytree(next(folder.iterdir()), folder / lineage_id)
+    with pytest.raises(IntegrityError, match=f"model {lineage_id} says it is"):
+        lineage.find(filesystem, str(folder), [lineage_id])
+    (folder / lineage_id / "model.json").write_text("{")
+    with pytest.raises(IntegrityError, match=lineage_id):
+        lineage.find(filesystem, str(folder), [lineage_id])
+    shutil.rmtree(folder / lineage_id)
 
 
 # A task that gets more data -------------------------------------------------------------------
 
 
-def test_a_refreshed_task_has_a_slot_of_its_own_and_nothing_else_changes(parts, tasks, config,
+def test_a_refreshed_task_has_a_slot_of_its_own_and_nothing_else_changes(cut, tasks, config,
                                                                         tmp_path):
-    learner = Learner(parts.strategy(config), config.train)
+    learner = Learner(cut.strategy(config), config.train)
     list(learner.learn(tasks[:2]))
     before = {key: value.clone() for key, value in learner.strategy.state_dict().items()
               if key.startswith("tasks.")}
@@ -144,7 +144,7 @@ def test_a_refreshed_task_has_a_slot_of_its_own_and_nothing_else_changes(parts, 
     with torch.no_grad():
         again = learner.strategy(tasks[0].test.gather(torch.arange(8), torch.zeros(8).long()), 0)
     assert torch.equal(answers, again)
-    model = Model(config, parts.trunk, learner.strategy,
+    model = Model(config, cut.trunk, learner.strategy,
                   tuple(TaskInfo(name, ("x", "y")) for name in ("0", "1", "0/more")))
     model.save(tmp_path / "model")
     predictor = Predictor.load(tmp_path / "model")
@@ -153,24 +153,24 @@ def test_a_refreshed_task_has_a_slot_of_its_own_and_nothing_else_changes(parts, 
     assert [predictor.task_index(name) for name in ("0", "1", "0/more")] == [2, 1, 2]
 
 
-def test_a_refreshed_task_starts_from_its_old_classifier(parts, tasks, config):
-    strategy = parts.strategy(config)
+def test_a_refreshed_task_starts_from_its_old_classifier(cut, tasks, config):
+    strategy = cut.strategy(config)
     for refreshes in (None, None, 0):
         strategy.add_task(2, refreshes)
     assert torch.equal(strategy.tasks[2].classifier_KF, strategy.tasks[0].classifier_KF)
     assert not torch.equal(strategy.tasks[1].classifier_KF, strategy.tasks[0].classifier_KF)
 
 
-def test_an_outcome_is_put_together_from_what_was_kept(parts, tasks, config, tmp_path):
-    learner = Learner(parts.strategy(config), config.train)
+def test_an_outcome_is_put_together_from_what_was_kept(cut, tasks, config, tmp_path):
+    learner = Learner(cut.strategy(config), config.train)
     list(learner.learn(tasks[:2]))
-    outcome, prefixes = Outcome.of(learner), ("p" * 32, "q" * 32)
+    outcome, lineage_ids = Outcome.of(learner), ("p" * 32, "q" * 32)
     slots = [Slot(name, ("x", "y"), name, "none", {}) for name in "ab"]
     for index in range(2):
-        model = Model(config, parts.trunk, learner.strategy,
+        model = Model(config, cut.trunk, learner.strategy,
                       tuple(TaskInfo(slot.name, slot.classes) for slot in slots))
-        lineage.keep(model, lineage.Learned.of(outcome, prefixes, index), pafs.LocalFileSystem(),
+        lineage.keep(model, lineage.Learned.of(outcome, lineage_ids, index), pafs.LocalFileSystem(),
                    str(tmp_path))
-    found = lineage.find(pafs.LocalFileSystem(), str(tmp_path), [*prefixes, "r" * 32])
+    found = lineage.find(pafs.LocalFileSystem(), str(tmp_path), [*lineage_ids, "r" * 32])
     assert lineage.outcome_of(found) == outcome
-    assert [each.parent for each in found] == ["", prefixes[0]]
+    assert [each.parent for each in found] == ["", lineage_ids[0]]

@@ -20,7 +20,7 @@ INFOS = (TaskInfo("even", ("0", "1")), TaskInfo("odd", ("2", "3")), TaskInfo("2"
 
 
 @pytest.fixture(scope="module")
-def models(parts, tasks, with_options):
+def models(cut, tasks, with_options):
     """A trained model of each strategy, and of the additive generator."""
     made = {}
     for name, options in {"partial_hn": {}, "additive": {"hypernet": {"generator": "additive"}},
@@ -28,9 +28,9 @@ def models(parts, tasks, with_options):
                           "naive": {"train": {"strategy": "naive"}}}.items():
         config = with_options(**options)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1))
-        strategy = STRATEGIES[config.train.strategy](parts.head, parts.start, config)
+        strategy = STRATEGIES[config.train.strategy](cut.head, cut.start, config)
         list(Learner(strategy, config.train).learn(tasks[:3]))
-        made[name] = Model(config, parts.trunk, strategy, INFOS, {"stream": "digits"})
+        made[name] = Model(config, cut.trunk, strategy, INFOS, {"stream": "digits"})
     return made
 
 

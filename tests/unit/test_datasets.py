@@ -165,11 +165,11 @@ def test_parquet_errors(tmp_path):
     write_rows(tmp_path / "e" / "train.parquet", [0.5, 1.5])
     refused("have type double; allowed: whole numbers or names", tmp_path / "e", tasks=1)
     write_rows(tmp_path / "f" / "train.parquet", [])
-    refused("no images found in the train part", tmp_path / "f", tasks=1)
+    refused("no images found in the train split", tmp_path / "f", tasks=1)
     (tmp_path / "g.parquet").write_bytes(b"PAR1 cut short")
     refused("is no readable Parquet file", tmp_path / "g.parquet", tasks=1)
     write_rows(tmp_path / "h" / "test.parquet", [0, 1])
-    refused("has only a test part", tmp_path / "h", tasks=1)
+    refused("has only a test split", tmp_path / "h", tasks=1)
     write_rows(tmp_path / "i" / "train.parquet", [0, 3], ["x", "y"])
     refused("label 3 of the train image", tmp_path / "i", tasks=1)
 
@@ -177,11 +177,11 @@ def test_parquet_errors(tmp_path):
 def test_parquet_parts_that_do_not_belong_together(tmp_path):
     write_rows(tmp_path / "train.parquet", [0, 1] * 3, ["a", "b"])
     write_rows(tmp_path / "test.parquet", [0, 1], ["b", "a"])
-    refused("names other classes than the train part", tmp_path, tasks=1)
+    refused("names other classes than the train split", tmp_path, tasks=1)
     write_rows(tmp_path / "test.parquet", ["a", "b"])
-    refused("names other classes than the train part", tmp_path, tasks=1)
+    refused("names other classes than the train split", tmp_path, tasks=1)
     write_rows(tmp_path / "extra.parquet", [0, 1])
-    refused("extra.parquet stands beside files named after parts", tmp_path, tasks=1)
+    refused("extra.parquet stands beside files named after splits", tmp_path, tasks=1)
     (tmp_path / "test").mkdir()
     refused("has both extra.parquet and the folder test/", tmp_path, tasks=1)
 
@@ -418,7 +418,7 @@ def test_duplicate_task_names(tasks_folder):
 
 def test_a_task_without_training_part(tasks_folder):
     (tasks_folder / "zoo" / "a").mkdir(parents=True)
-    refused("is a directory of tasks but 'zoo' has no train part", tasks_folder)
+    refused("is a directory of tasks but 'zoo' has no train split", tasks_folder)
 
 
 # ---- transforms

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from partialhn.config import DataConfig
-from partialhn.data import datasets
+from partialhn.data.datasets import open_stream
+from partialhn.data.decode import decode
 from partialhn.data.layout import read_sets
 from partialhn.task_inference import pooled
 from pipelines.serving.drift import DriftReport, TaskDrift, shift, table
@@ -17,26 +18,26 @@ DATA = os.environ.get("PARTIALHN_TEST_DATA")
 ALPHA = 0.05
 
 
-def features(parts, images, size, transform):
+def features(cut, images, size, transform):
     """Pooled trunk features of a table's images."""
-    decoded = datasets.decode(images, size, transform)
+    decoded = decode(images, size, transform)
     with torch.no_grad():
-        return torch.cat([pooled(parts.trunk(chunk))
+        return torch.cat([pooled(cut.trunk(chunk))
                           for chunk in decoded.images_BCHW.split(256)]).numpy()
 
 
 @pytest.fixture(scope="module", params=["digits", "photographs"])
-def pool(request, parts, tmp_path_factory):
+def pool(request, cut, tmp_path_factory):
     """Real images of one kind, and a function that gives their features under a corruption."""
     if request.param == "digits":
         folder = tmp_path_factory.mktemp("digits")
-        table_N, size = datasets.open_stream(DataConfig(tasks=1), folder)[0].train, 16
+        table_N, size = open_stream(DataConfig(tasks=1), folder)[0].train, 16
     else:
         if DATA is None:
             pytest.skip("PARTIALHN_TEST_DATA names no folder of real images")
         table_N, size = read_sets(str(Path(DATA) / "cifar10")).test, 32
     images = table_N.take(np.arange(900))
-    return lambda transform="none": features(parts, images, size, transform)
+    return lambda transform="none": features(cut, images, size, transform)
 
 
 def test_the_same_images_rarely_alarm(pool):

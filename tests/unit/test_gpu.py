@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from partialhn.features.batches import ResidentBatches, Workers
-from partialhn.run import cut
+from partialhn.run import cut_network
 from partialhn.training.learner import Learner
 from partialhn.training.optimiser import learning_rates, make_optimiser
 from partialhn.training.steps import UNRECORDED, CudaGraphs, Objective, Steps
@@ -26,7 +26,7 @@ def learn(network, tasks, with_options):
         sections = {name: dict(values) for name, values in KINDS[kind].items()}
         sections.setdefault("train", {}).update({"batch_size": 8, **train})
         config = with_options(**sections)
-        learner = Learner(cut(config, network).strategy(config), config.train, device,
+        learner = Learner(cut_network(config, network).strategy(config), config.train, device,
                           recorder=recorder)
         list(learner.learn(tasks[:3]))
         return learner
@@ -56,7 +56,7 @@ def test_bfloat16_learns_too(learn):
 
 def test_a_step_waits_for_nothing(network, tasks, with_options):
     config = with_options(train={"batch_size": 8})
-    strategy = cut(config, network).strategy(config).to("cuda")
+    strategy = cut_network(config, network).strategy(config).to("cuda")
     for task in range(2):
         strategy.add_task(2)
         strategy.to("cuda")

@@ -37,7 +37,7 @@ def shared(made):
 
 def drifted(kind, residual, earlier, drift, dtype):
     made = generator(kind, residual, dtype)
-    made.drifts = True
+    made.shares_parameters = True
     made.snapshot()
     star = copy.deepcopy(made)
     with torch.no_grad():

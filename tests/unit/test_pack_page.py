@@ -6,7 +6,7 @@ import pytest
 
 from partialhn.benchmarks.comparison import rows
 from pipelines.benchmarks import findings
-from pipelines.benchmarks.page import KEPT, pack_page
+from pipelines.benchmarks.page import KEPT, benchmark_page
 from pipelines.cli.main import run
 
 SHIFT = (0.0, 0.1, 0.2, 0.3, 0.4)
@@ -131,6 +131,6 @@ def test_bad_words(tmp_path, capsys):
 
 
 def test_the_page_keeps_every_number():
-    made = pack_page(result())
+    made = benchmark_page(result())
     for value in ("80.1 ± 0.2 %", "40 %", "40.0"):
         assert value in made

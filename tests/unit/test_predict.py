@@ -18,11 +18,11 @@ INFOS = (TaskInfo("even", ("zero", "one")), TaskInfo("2", ("two", "three")),
 
 
 @pytest.fixture(scope="module")
-def folder(parts, tasks, config, tmp_path_factory):
-    strategy = STRATEGIES["partial_hn"](parts.head, parts.start, config)
+def folder(cut, tasks, config, tmp_path_factory):
+    strategy = STRATEGIES["partial_hn"](cut.head, cut.start, config)
     list(Learner(strategy, config.train).learn(tasks[:3]))
     path = tmp_path_factory.mktemp("predict") / "model"
-    Model(config, parts.trunk, strategy, INFOS).save(path)
+    Model(config, cut.trunk, strategy, INFOS).save(path)
     return path
 
 

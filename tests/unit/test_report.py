@@ -379,7 +379,7 @@ def test_the_training_stage_says_how_much_of_it_was_ours():
     result = sample(2)
     assert "were ours" not in render(result)
     result["seconds"]["per_task"] = [{"name": "a", "train": 3.0}, {"name": "b", "train": 4.5}]
-    assert "7.5 s were ours, the rest the bounds and" in Page(render(result)).text
+    assert "7.5 s were ours, the rest the baselines and" in Page(render(result)).text
 
 
 def test_what_it_costs_not_to_know_the_task_is_said():

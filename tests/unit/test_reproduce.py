@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from partialhn.benchmarks.packs import EVERY, PACKS, Cell, expected, find_pack
+from partialhn.benchmarks.catalogue import BENCHMARKS, EVERY, Cell, expected, find_benchmark
 from partialhn.benchmarks.reproduce import config_of
 from partialhn.errors import InputError
 from pipelines.cli.main import run
@@ -16,10 +16,10 @@ from pipelines.cli.main import run
 DATA = os.environ.get("PARTIALHN_TEST_DATA")
 
 
-@pytest.mark.parametrize("name", PACKS)
+@pytest.mark.parametrize("name", BENCHMARKS)
 @pytest.mark.parametrize("size", ["smoke", "cpu", "full"])
 def test_every_strategy_is_in_every_size(name, size):
-    pack = find_pack(name)
+    pack = find_benchmark(name)
     cells = pack.cells(size)
     own = pack.config(size, "DATA").backbone.freeze_depth
     assert {cell.strategy for cell in cells if cell.depth == own} == set(EVERY)
@@ -32,9 +32,9 @@ def test_every_strategy_is_in_every_size(name, size):
 
 
 def test_a_smaller_size_is_the_first_tasks_of_the_same_kind():
-    small = find_pack("split-tiny-imagenet").config("cpu", "DATA").data
+    small = find_benchmark("split-tiny-imagenet").config("cpu", "DATA").data
     assert (small.tasks, small.classes, small.data) == (5, 50, "DATA")
-    full = find_pack("split-tiny-imagenet").config("full", "DATA").data
+    full = find_benchmark("split-tiny-imagenet").config("full", "DATA").data
     assert (full.tasks, full.classes, full.images_per_class) == (20, None, None)
 
 
@@ -44,7 +44,7 @@ def test_depth_0_has_the_names_of_the_literature():
 
 
 def test_a_cell_has_its_strategy_depth_and_seed():
-    base = find_pack("split-cifar10").config("cpu", "DATA")
+    base = find_benchmark("split-cifar10").config("cpu", "DATA")
     for depth, start in ((0, "previous"), (3, "first")):
         config = config_of(base, Cell("naive", depth, 5))
         assert (config.backbone.freeze_depth, config.train.strategy, config.train.seed) == (
@@ -72,7 +72,7 @@ def test_a_gpu_that_is_not_there(capsys):
 
 def test_an_unknown_pack():
     with pytest.raises(InputError, match="allowed: split-cifar10, split-cifar100"):
-        find_pack("cifar")
+        find_benchmark("cifar")
 
 
 @pytest.mark.skipif(not DATA, reason="PARTIALHN_TEST_DATA is not set: the folder of image sets")
@@ -88,7 +88,7 @@ def test_smoke_on_photographs_goes_on_where_it_stopped(tmp_path, capsys):
     assert "solarise" in svg
     assert "partial_hn" in svg
     cells = sorted((tmp_path / "out" / "cells").rglob("*.json"))
-    assert len(cells) == len(find_pack("noisy-cifar").cells("smoke"))
+    assert len(cells) == len(find_benchmark("noisy-cifar").cells("smoke"))
     kept = {path: path.read_bytes() for path in cells[1:]}
     fields = json.loads(cells[0].read_text())
     cells[0].unlink()

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from partialhn.features.batches import ResidentBatches, Workers, epoch_batches
 from partialhn.networks.tensors import hash_tensors
-from partialhn.run import cut
+from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
 from partialhn.training.learner import Learner
 from partialhn.training.optimiser import learning_rates, rate_factors
@@ -80,7 +80,8 @@ def learn(network, tasks, with_options):
         sections = {name: dict(values) for name, values in KINDS[kind].items()}
         sections.setdefault("train", {}).update({"batch_size": 8, **options})
         config = with_options(**sections)
-        learner = Learner(cut(config, network).strategy(config), config.train, workers=workers,
+        learner = Learner(cut_network(config, network).strategy(config), config.train,
+                          workers=workers,
                           recorder=recorder)
         for number, _ in enumerate(learner.learn(tasks[:3]), 1):
             if number == stop:
@@ -130,7 +131,7 @@ def test_gone_on_with_after_an_epoch_it_is_the_same(learn, network, tasks, with_
     whole, first = learn("columns"), learn("columns", Tapes(), stop=4)
     config = with_options(train={"batch_size": 8})
     tapes = Tapes()
-    second = Learner(cut(config, network).strategy(config), config.train, recorder=tapes)
+    second = Learner(cut_network(config, network).strategy(config), config.train, recorder=tapes)
     second.restore(*first.state())
     list(second.learn(tasks[:3]))
     assert outcome(second) == outcome(whole)
@@ -198,7 +199,7 @@ def test_resident_batches_are_those_of_the_epoch(tasks, workers):
             assert len(found.y_B) == read.batch
             assert torch.equal(found.z_BCHW, wanted.z_BCHW)
             assert torch.equal(found.y_B, wanted.y_B)
-            assert (found.share, found.seed) == (wanted.share, wanted.seed)
+            assert (found.loss_scale, found.seed) == (wanted.loss_scale, wanted.seed)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

@@ -10,18 +10,18 @@ from partialhn.config import HypernetConfig
 from partialhn.errors import InputError
 from partialhn.networks.columns import CODE
 from partialhn.networks.trunk import split
-from partialhn.run import cut
+from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES, PartialHypernet
 
 STEPS = 4
 
 
 @pytest.fixture
-def build(parts, config):
+def build(cut, config):
     def make(name="partial_hn", **options):
         changed = dataclasses.replace(config,
                                       hypernet=dataclasses.replace(config.hypernet, **options))
-        return STRATEGIES[name](parts.head, parts.start, changed)
+        return STRATEGIES[name](cut.head, cut.start, changed)
     return make
 
 
@@ -251,9 +251,9 @@ def test_restoring_what_a_strategy_does_not_use(build):
     build("naive").restore_experience({})
 
 
-def test_the_beginning_of_a_stream_has_no_regulariser(parts):
+def test_the_beginning_of_a_stream_has_no_regulariser(cut):
     config = HypernetConfig(generator="bilinear", residual=False, code_dim=8)
-    strategy = PartialHypernet(parts.head, parts.start, config, 0)
+    strategy = PartialHypernet(cut.head, cut.start, config, 0)
     strategy.add_task(2)
     strategy.begin(0)
     assert strategy.regulariser(0) is None
@@ -310,7 +310,7 @@ def test_where_a_task_starts(build, start):
 def test_with_everything_frozen_the_head_is_a_linear_probe(network, with_options, images, name):
     """Standardised pooled features and the rate that a linear layer needs: nothing less."""
     config = with_options(backbone={"freeze_depth": 4}, train={"strategy": name})
-    strategy = cut(config, network).strategy(config)
+    strategy = cut_network(config, network).strategy(config)
     strategy.add_task(3)
     strategy.begin(0)
     assert not strategy.head.convolutions
@@ -321,7 +321,7 @@ def test_with_everything_frozen_the_head_is_a_linear_probe(network, with_options
     embedded_BF = strategy.head.embed(z_BCHW, strategy.weights(0))
     torch.testing.assert_close(embedded_BF.mean(0), torch.zeros(network.width), atol=1e-5, rtol=0)
     shallower = with_options(backbone={"freeze_depth": 3}, train={"strategy": name})
-    strategy = cut(shallower, network).strategy(shallower)
+    strategy = cut_network(shallower, network).strategy(shallower)
     strategy.add_task(3)
     strategy.begin(0)
     assert [group["peak"] for group in strategy.parameter_groups(1e-3)] == [1e-3]

@@ -22,7 +22,7 @@ from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.manifest import FeatureRecipe
 from partialhn.features.store import FeatureStore
 from partialhn.networks.trunk import split
-from partialhn.run import cut
+from partialhn.run import cut_network
 from partialhn.training import experience as train_module
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
@@ -133,7 +133,7 @@ def learned_weights(config, network, store, manifest, test, streamed):
         train_module.RESIDENT_BYTES = store_module.SPILL_BYTES = 32 * MIB
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1,
                                                                    batch_size=512))
-    learner = Learner(cut(config, network).strategy(config), config.train)
+    learner = Learner(cut_network(config, network).strategy(config), config.train)
     train = store.open(manifest)
     list(learner.learn([TaskFeatures("a", 2, train, None, test)]))
     return sum(value.double().sum().item() for value in learner.strategy.state_dict().values())

@@ -35,8 +35,8 @@ def plain(features):
 
 
 @pytest.fixture(scope="module")
-def learner(parts, tasks, config):
-    made = Learner(STRATEGIES["partial_hn"](parts.head, parts.start, config), config.train,
+def learner(cut, tasks, config):
+    made = Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train,
                    inference=TaskInference())
     list(made.learn(tasks[:3]))
     return made
@@ -156,11 +156,11 @@ def test_a_task_that_was_learned_again_answers_by_its_newest_place(learner, task
     assert set(found.slot_B.tolist()) <= {1, 2}
 
 
-def test_an_interrupted_stream_ends_with_the_same_statistics(parts, tasks, config, learner):
-    first = Learner(STRATEGIES["partial_hn"](parts.head, parts.start, config), config.train,
+def test_an_interrupted_stream_ends_with_the_same_statistics(cut, tasks, config, learner):
+    first = Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train,
                     inference=TaskInference())
     list(first.learn(tasks[:2]))
-    second = Learner(STRATEGIES["partial_hn"](parts.head, parts.start, config), config.train,
+    second = Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train,
                      inference=TaskInference())
     second.restore(*first.state())
     list(second.learn(tasks[:3]))
@@ -168,8 +168,8 @@ def test_an_interrupted_stream_ends_with_the_same_statistics(parts, tasks, confi
         assert torch.equal(second.inference.tensors()[name], value), name
 
 
-def test_a_saved_model_infers_the_same(parts, config, learner, tasks, tmp_path):
-    model = Model(config, parts.trunk, learner.strategy, INFOS, inference=learner.inference)
+def test_a_saved_model_infers_the_same(cut, config, learner, tasks, tmp_path):
+    model = Model(config, cut.trunk, learner.strategy, INFOS, inference=learner.inference)
     model.save(tmp_path / "model")
     z_BCHW = plain(tasks[1].test)
     before = Predictor(model).answers(z_BCHW, ["auto"] * len(z_BCHW))
@@ -178,8 +178,8 @@ def test_a_saved_model_infers_the_same(parts, config, learner, tasks, tmp_path):
     assert {answer.task for answer in after} <= {"a", "b", "c"}
 
 
-def test_a_model_made_without_it_says_so(parts, config, learner, tmp_path):
-    Model(config, parts.trunk, learner.strategy, INFOS).save(tmp_path / "model")
+def test_a_model_made_without_it_says_so(cut, config, learner, tmp_path):
+    Model(config, cut.trunk, learner.strategy, INFOS).save(tmp_path / "model")
     predictor = Predictor.load(tmp_path / "model")
     with pytest.raises(InputError, match="task is 'auto', but this model was made without"):
         predictor.predict_auto([b"x"])

@@ -36,8 +36,8 @@ KINDS = {
 
 
 @pytest.fixture
-def learner(parts, with_options):
-    def make(cut=parts, **sections):
+def learner(cut, with_options):
+    def make(cut=cut, **sections):
         config = with_options(**sections)
         return Learner(STRATEGIES[config.train.strategy](cut.head, cut.start, config),
                        config.train)
@@ -61,7 +61,7 @@ def test_tasks_learned_apart_fit_together_to_the_same_bits(learner, tasks, kind)
         again = learner(**KINDS[kind])
         again.restore(*one.state())
         list(again.fit_next(stream))
-        owned = {name: value.clone() for name, value in again.strategy.owned(index).items()}
+        owned = {name: value.clone() for name, value in again.strategy.task_state(index).items()}
         apart[index] = owned, [each for each in again.epochs if each.task_index == index]
         while len(made.finished) in apart:
             made.adopt(stream, *apart[len(made.finished)], again.train_seconds)
@@ -76,7 +76,7 @@ def test_what_a_task_owns_fits_that_task_alone(learner, tasks):
     made = learner(**KINDS["columns"])
     list(made.learn(tasks[:2]))
     with pytest.raises(KeyError, match="task 0 owns"):
-        made.strategy.take(0, made.strategy.owned(1))
+        made.strategy.load_task_state(0, made.strategy.task_state(1))
 
 
 @pytest.mark.parametrize(("kind", "independent"), [
@@ -116,9 +116,9 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(learner, tasks, tmp_path, 
 
 def test_a_stop_at_full_depth_goes_on_too(network, learner, tasks, config, tmp_path):
     """Nothing is generated at depth 4, so the codes are empty."""
-    from partialhn.run import cut
+    from partialhn.run import cut_network
 
-    deep = cut(dataclasses.replace(
+    deep = cut_network(dataclasses.replace(
         config, backbone=dataclasses.replace(config.backbone, freeze_depth=4)), network)
     pooled = [dataclasses.replace(task, **{
         split: dataclasses.replace(getattr(task, split), shards=[
@@ -257,7 +257,7 @@ def test_the_workers_shares_are_the_whole_batch(tasks, batch_size, world):
         mine = [part[step] for part in found]
         assert sorted(row for part in mine for row in part) == sorted(rows)
         assert max(map(len, mine)) - min(map(len, mine)) <= 1
-    assert all(batch.share == 1 for batch in single)
+    assert all(batch.loss_scale == 1 for batch in single)
 
 
 @pytest.mark.parametrize("batch_size", [16, 15])

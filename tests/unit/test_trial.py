@@ -8,7 +8,7 @@ import torch
 from partialhn.checkpoints.checkpoint import fetch
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.networks.trunk import Trunk
-from partialhn.run import cut
+from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
 from partialhn.training.experience import TaskFeatures, evaluate
 from partialhn.training.learner import Learner
@@ -37,11 +37,11 @@ def planned(config, trial, kind="search", depth=3):
 
 
 def test_a_trial_is_a_stream_judged_on_held_out_images(bench, config, network):
-    parts = cut(config, network)
+    cut = cut_network(config, network)
     tasks = [TaskFeatures(name, classes, open_features(bench, (3, name, "train")), None,
                           open_features(bench, (3, name, "validation")))
              for name, classes in bench.tasks]
-    learner = Learner(parts.strategy(config), config.train)
+    learner = Learner(cut.strategy(config), config.train)
     for _ in learner.learn(tasks):
         pass
     found = list(learn(planned(config, "0000"), bench))
@@ -53,8 +53,8 @@ def test_a_trial_is_a_stream_judged_on_held_out_images(bench, config, network):
 
 def test_only_final_runs_look_at_test_images(bench, config, network):
     last = list(learn(planned(config, "final-0000-s1", "final"), bench))[-1]
-    parts = cut(config, network)
-    learner = Learner(STRATEGIES["partial_hn"](parts.head, parts.start, config), config.train)
+    cut = cut_network(config, network)
+    learner = Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train)
     tests = [open_features(bench, (3, name, "test")) for name, _ in bench.tasks]
     tasks = [TaskFeatures(name, classes, open_features(bench, (3, name, "train")), None, test)
              for (name, classes), test in zip(bench.tasks, tests, strict=True)]
@@ -103,9 +103,9 @@ def test_costs_are_those_of_the_parts(bench, config):
     assert deep.feature_bytes < shallow.feature_bytes
     assert deep.head_bytes == 4 * 2 * bench.network.width  # a scale and a shift a feature
     assert shallow.head_bytes > deep.head_bytes
-    parts = cut(config, bench.network)
-    generating = parts.head.weight_count * config.hypernet.fresh_columns
-    assert shallow.serving_macs == int(parts.macs["trunk"] + parts.macs["head"]) + generating
+    cut = cut_network(config, bench.network)
+    generating = cut.head.weight_count * config.hypernet.fresh_columns
+    assert shallow.serving_macs == int(cut.macs["trunk"] + cut.macs["head"]) + generating
     assert shallow.processor_seconds > 0
     assert shallow.device == "cpu"
 

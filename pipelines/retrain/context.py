@@ -17,7 +17,7 @@ from pipelines.retrain.journal import Journal
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class PassContext:
     """One stream during one pass."""
 
     storage: Storage
@@ -43,9 +43,9 @@ class Held:
         """Where the hashes of a task's images are kept."""
         return hashes_path(self.storage, self.stream, fingerprint)
 
-    def sample(self, prefix: str) -> str:
+    def sample(self, lineage_id: str) -> str:
         """Where the sample of a model is kept, until it is registered and after."""
-        return self.storage.path("streams", self.stream, "samples", f"{prefix}.parquet")
+        return self.storage.path("streams", self.stream, "samples", f"{lineage_id}.parquet")
 
     def network(self, key: str) -> Network:
         """The network that the stream was founded with; no key: the supplied one."""

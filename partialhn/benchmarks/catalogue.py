@@ -60,7 +60,7 @@ class Cell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pack:
+class Benchmark:
     """A preset in three sizes."""
 
     name: str
@@ -96,22 +96,22 @@ class Pack:
 
 CLASSES = {"split-cifar10": 10, "split-cifar100": 100, "split-tiny-imagenet": 200,
            "noisy-cifar": 20}
-PACKS = {pack.name: pack for pack in (
-    Pack("split-cifar10", {"smoke": Size((3, 4), 1, 20, 2, 2, 2),
+BENCHMARKS = {pack.name: pack for pack in (
+    Benchmark("split-cifar10", {"smoke": Size((3, 4), 1, 20, 2, 2, 2),
                            "cpu": Size((0, 2, 3, 4), 3, 400, 8, 2, 15), "full": FULL}),
-    Pack("split-cifar100", {"smoke": Size((3, 4), 1, 20, 2, 2, 2, 2),
+    Benchmark("split-cifar100", {"smoke": Size((3, 4), 1, 20, 2, 2, 2, 2),
                             "cpu": Size((2, 3, 4), 3, 150, 5, 2, 15, 5), "full": FULL}),
-    Pack("split-tiny-imagenet", {"smoke": Size((3, 4), 1, 20, 2, 2, 2, 2),
+    Benchmark("split-tiny-imagenet", {"smoke": Size((3, 4), 1, 20, 2, 2, 2, 2),
                                  "cpu": Size((3, 4), 3, 60, 5, 2, 15, 5), "full": FULL}),
-    Pack("noisy-cifar", {"smoke": Size((3, 4), 1, 20, 2, 2, 2),
+    Benchmark("noisy-cifar", {"smoke": Size((3, 4), 1, 20, 2, 2, 2),
                          "cpu": Size((3, 4), 3, 100, 5, 2, 15), "full": FULL}))}
 
 
-def find_pack(name: str) -> Pack:
+def find_benchmark(name: str) -> Benchmark:
     """A pack by name. Raises: InputError listing those there are."""
-    if name not in PACKS:
-        raise InputError(f"pack is {name!r}; allowed: {', '.join(PACKS)}")
-    return PACKS[name]
+    if name not in BENCHMARKS:
+        raise InputError(f"pack is {name!r}; allowed: {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
 
 
 def expected(pack: str, size: str) -> dict[str, tuple[float, float]]:
