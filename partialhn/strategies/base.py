@@ -17,7 +17,7 @@ from partialhn.networks.head import Head, HeadStart, HeadWeights
 
 LINEAR_RATE = 10.0
 """Times the learning rate where the head is one linear layer: at the rate that convolutions need it
-is far from done when the epochs are over (`tests/bench/NOTES.md`)."""
+is far from done when the epochs are over (`docs/measurements/learning-rates.md`)."""
 
 
 class Strategy(nn.Module):

@@ -23,7 +23,7 @@ from partialhn.strategies.base import OwnNorm, Strategy
 
 LONG_RATE = 2.0
 """Times the learning rate that columns learn with in long experiences: they start at zero, where a
-plain head starts from what is learned already (`tests/bench/NOTES.md`)."""
+plain head starts from what is learned already (`docs/measurements/columns.md`)."""
 
 
 class HypernetTask(OwnNorm):
