@@ -4,9 +4,10 @@ network = trained on the first task | trunk, head = cut at the freeze depth |
 features of every task, computed once | one experience after the other | a Model
 """
 
+import copy
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,72 +96,168 @@ def work_name(config: Config, experiences: Sequence[Experience]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def run_stream(config: Config, root: Path,
-               report: Report | None = None) -> tuple[Model, dict[str, Any]]:
-    """Learns the configured stream below `root` in this process.
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """A stream that was learned."""
 
-    Tasks that an earlier run learned there are not learned again. Returns the model and the
-    fields of `result.json` that need no registry. `report` is called with every record as it
-    comes.
+    model: Model
+    """The model after the last task."""
+    records: tuple[TaskRecord, ...]
+    """One record a task, oldest first."""
+    fields: dict[str, Any]
+    """The fields of `result.json` that need no registry."""
+
+
+def run_stream(config: Config, root: str | Path, report: Report | None = None) -> RunResult:
+    """Learns the configured stream below the folder `root` in this process, on the CPU.
+
+    Tasks that an earlier run learned there are not learned again. `report` is called with every
+    record as it comes.
 
     Raises: InputError for anything the user can set right.
     """
-    check(config)
-    clock = Clock()
-    configure_torch(config.compute.threads)
-    filesystem = pafs.LocalFileSystem()
-    experiences = open_stream(config.data, root / "datasets")
-    clock.lap("data")
-    network = load_network(config, experiences[0], filesystem, str(root))
-    if network is None:
-        list(_each(fit_network(config, experiences[0], filesystem, str(root)), report))
-        network = load_network(config, experiences[0], filesystem, str(root))
-    assert network is not None
-    clock.lap("trunk")
-    cut = cut_network(config, network)
-    store = FeatureStore(filesystem, str(root))
-    lineage_ids = lineage_ids_of(config, cut.network, experiences)
-    known = lineage.find(filesystem, f"{root}/learned", lineage_ids)
-    first = 0 if config.train.needs_every_task else len(known)
-    jobs = feature_jobs(config, experiences, cut.trunk)
-    needed = needed_jobs(jobs, [each.name for each in experiences[:first]])
-    _, decoded = precompute(store, cut.trunk, needed)
-    there = find_features(store, jobs)
-    slots = slots_of(experiences, jobs, [there.get(job.recipe.key) for job in jobs])
-    tasks = open_features(store, slots, range(first, len(slots)))
-    clock.lap("features")
-    learner = Learner(cut.strategy(config), config.train, inference=TaskInference())
-    if known:
-        learner.restore(*lineage.state(filesystem, f"{root}/learned", known))
-    for record in _each(learner.learn(tasks), report):
-        if isinstance(record, TaskRecord):
-            index = record.task_index
-            done = lineage.Learned.of(Outcome.of(learner), lineage_ids, index)
-            lineage.keep(_model(config, cut, learner, slots[:index + 1]), done, filesystem,
-                       f"{root}/learned")
-    outcomes: dict[str, Outcome] = {config.train.strategy: Outcome.of(learner)}
-    for name in config.train.compare:
-        baseline = Learner(cut.strategy(with_strategy(config, name)), config.train)
-        list(_each(baseline.learn(tasks), report))
-        outcomes[name] = Outcome.of(baseline)
-    clock.lap("train")
-    model = _model(config, cut, learner, slots)
-    fields = result_fields(config, slots, cut.macs, decoded, outcomes, clock.laps)
-    return model, fields | {"weights_hash": model.weights_hash()}
-
-
-def _model(config: Config, cut: CutNetwork, learner: Learner, slots: Sequence[Slot]) -> Model:
-    return Model(config, cut.trunk, learner.strategy,
-                 tuple(TaskInfo(slot.name, slot.classes) for slot in slots),
-                 inference=learner.inference)
-
-
-def _each(records: Iterable[EpochRecord | TaskRecord],
-          report: Report | None) -> Iterator[EpochRecord | TaskRecord]:
-    for record in records:
+    run = StreamRun(config, Path(root))
+    for record in run.records():
         if report:
             report(record)
-        yield record
+    return RunResult(run.model(), tuple(run.learner.finished), run.fields())
+
+
+class StreamRun:
+    """A stream on its way through one process; `records` is the whole way.
+
+    network -> features -> the tasks, one after the other -> the strategies to compare with
+    """
+
+    def __init__(self, config: Config, root: Path, device: torch.device | str = "cpu") -> None:
+        """Opens the data and finds what an earlier run learned below `root`; learns nothing.
+
+        Raises: InputError for a configuration or data that cannot be used.
+        """
+        check(config)
+        self.clock = Clock()
+        configure_torch(config.compute.threads)
+        self.config, self.root, self.device = config, root, torch.device(device)
+        self.filesystem = pafs.LocalFileSystem()
+        self.store = FeatureStore(self.filesystem, str(root))
+        self.experiences = open_stream(config.data, root / "datasets")
+        self.clock.lap("data")
+        self.known: list[lineage.Learned] = []
+        """The tasks that are learned and stored, oldest first."""
+        self.decoded = 0
+        """Images that were decoded to compute features."""
+        self._cut: CutNetwork | None = None
+        self._learner: Learner | None = None
+        self._baselines: dict[str, Outcome] = {}
+        self._open_network()
+
+    @property
+    def folder(self) -> str:
+        """The folder of the models after each task (`partialhn.training.lineage`)."""
+        return f"{self.root}/learned"
+
+    @property
+    def cut(self) -> CutNetwork:
+        """Trunk and head, once the network is trained."""
+        assert self._cut is not None, "the network is not trained yet"
+        return self._cut
+
+    @property
+    def learner(self) -> Learner:
+        """The configured strategy, once the features are computed."""
+        assert self._learner is not None, "the features are not computed yet"
+        return self._learner
+
+    @property
+    def lineage_ids(self) -> tuple[str, ...]:
+        """The names of the models after each task."""
+        return lineage_ids_of(self.config, self.cut.network, self.experiences)
+
+    def records(self) -> Iterator[EpochRecord | TaskRecord]:
+        """Does everything that is left, and yields every record as it comes."""
+        yield from self.fit_network()
+        self.prepare()
+        yield from self.learn()
+        yield from self.compare()
+
+    def fit_network(self) -> Iterator[EpochRecord]:
+        """Trains the network on the first task, where it was not trained before."""
+        if self._cut is None:
+            yield from fit_network(self.config, self.experiences[0], self.filesystem,
+                                   str(self.root), self.device)
+            self._open_network()
+        self.clock.lap("trunk")
+
+    def prepare(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Computes the features that are needed, and makes a learner that knows what is learned.
+
+        progress: called with the shards of features done and in all.
+        """
+        needs_all = self.config.train.needs_every_task
+        first = 0 if needs_all else len(self.known)
+        jobs = feature_jobs(self.config, self.experiences, self.cut.trunk)
+        needed = needed_jobs(jobs, [each.name for each in self.experiences[:first]])
+        trunk = copy.deepcopy(self.cut.trunk).to(self.device)
+        _, self.decoded = precompute(self.store, trunk, needed, progress)
+        slots = self.slots()
+        self.tasks = open_features(self.store, slots, range(first, len(slots)))
+        self.clock.lap("features")
+        learner = Learner(self.cut.strategy(self.config), self.config.train, self.device,
+                          inference=TaskInference())
+        if self.known:
+            learner.restore(*lineage.state(self.filesystem, self.folder, self.known))
+        self._learner = learner
+
+    def learn(self) -> Iterator[EpochRecord | TaskRecord]:
+        """Learns the tasks that are left; a task's model is stored before its record comes."""
+        for record in self.learner.learn(self.tasks):
+            if isinstance(record, TaskRecord):
+                done = lineage.Learned.of(Outcome.of(self.learner), self.lineage_ids,
+                                          record.task_index)
+                lineage.keep(self.model(), done, self.filesystem, self.folder)
+                self.known.append(done)
+            yield record
+        self.clock.lap("train")
+
+    def compare(self) -> Iterator[EpochRecord | TaskRecord]:
+        """Learns the same tasks by the strategies to compare with."""
+        for name in self.config.train.compare:
+            baseline = Learner(self.cut.strategy(with_strategy(self.config, name)),
+                               self.config.train, self.device)
+            yield from baseline.learn(self.tasks)
+            self._baselines[name] = Outcome.of(baseline)
+        self.clock.lap("train")
+
+    def slots(self) -> list[Slot]:
+        """Every task with the features of it that are stored."""
+        jobs = feature_jobs(self.config, self.experiences, self.cut.trunk)
+        stored = find_features(self.store, jobs)
+        return slots_of(self.experiences, jobs, [stored.get(job.recipe.key) for job in jobs])
+
+    def outcomes(self) -> dict[str, Outcome]:
+        """What every strategy did so far, the configured one first."""
+        ours = Outcome.of(self._learner) if self._learner else lineage.outcome_of(self.known)
+        return {self.config.train.strategy: ours} | self._baselines
+
+    def model(self) -> Model:
+        """The learner's model after the tasks so far."""
+        tasks = self.experiences[:len(self.learner.finished)]
+        return Model(self.config, self.cut.trunk, self.learner.strategy,
+                     tuple(TaskInfo(each.name, each.classes) for each in tasks),
+                     inference=self.learner.inference)
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of `result.json` that need no registry, once every task is learned."""
+        return result_fields(self.config, self.slots(), self.cut.macs, self.decoded,
+                             self.outcomes(), self.clock.laps) | {
+                                 "weights_hash": self.model().weights_hash()}
+
+    def _open_network(self) -> None:
+        """Cuts the network, where there is one, and finds the tasks learned with it."""
+        network = load_network(self.config, self.experiences[0], self.filesystem, str(self.root))
+        if network is not None:
+            self._cut = cut_network(self.config, network)
+            self.known = lineage.find(self.filesystem, self.folder, self.lineage_ids)
 
 
 def with_strategy(config: Config, name: StrategyName) -> Config:

@@ -14,7 +14,7 @@ import concurrent.futures
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -239,19 +239,23 @@ def commit_features(store: FeatureStore, job: FeatureJob, shards: Sequence[Shard
     return store.commit(job.recipe, shards, (job.recipe.views, *job.shape_CHW))
 
 
-def precompute(store: FeatureStore, trunk: Trunk,
-               jobs: Sequence[FeatureJob]) -> tuple[list[Manifest], int]:
+def precompute(store: FeatureStore, trunk: Trunk, jobs: Sequence[FeatureJob],
+               progress: Callable[[int, int], None] | None = None) -> tuple[list[Manifest], int]:
     """The manifests of all jobs, computed here where they are not there; images decoded.
 
-    `trunk` is as deep as the deepest job or deeper. Raises: InputError, as `each_shard`.
+    `trunk` is as deep as the deepest job or deeper. `progress` is called with the shards done and
+    in all. Raises: InputError, as `each_shard`.
     """
     check_trunk(trunk, jobs)
     manifests = find_features(store, jobs)
     groups = passes([job for job in jobs if job.recipe.key not in manifests])
     shards, decoded = {}, 0
-    for place, made, count in each_shard(store, trunk, groups, places_of(groups)):
+    places = places_of(groups)
+    for place, made, count in each_shard(store, trunk, groups, places):
         shards[place] = made
         decoded += count
+        if progress:
+            progress(len(shards), len(places))
     manifests |= commit_passes(store, groups, shards)
     return [manifests[job.recipe.key] for job in jobs], decoded
 

@@ -110,7 +110,7 @@ def start():
 def uninterrupted(tmp_path_factory):
     """Folder and result of the same stream that nothing happens to, in one process."""
     root = tmp_path_factory.mktemp("uninterrupted")
-    return root, run_stream(CONFIG, root)[1]
+    return root, run_stream(CONFIG, root).fields
 
 
 def middle_of_the_third_task(run: Run) -> None:

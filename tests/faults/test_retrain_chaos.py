@@ -210,7 +210,7 @@ def undisturbed(tmp_path_factory):
     put_tasks(root)
     config = Config.from_dict(CONFIG | {"data": {"data": str(root / "store" / "inbox"),
                                                  "input_size": 16}})
-    return run_stream(config, root / "oracle")[0].weights_hash()
+    return run_stream(config, root / "oracle").model.weights_hash()
 
 
 @pytest.mark.timeout(7200)

@@ -163,7 +163,7 @@ def test_passes_learn_what_one_run_learns(life, tmp_path):
         put_task(tmp_path / "tasks", task, labels)
     config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data,
                                                                   data=str(tmp_path / "tasks")))
-    model, _ = run_stream(config, tmp_path / "oracle")
+    model = run_stream(config, tmp_path / "oracle").model
     assert model.weights_hash() == stream.learned["c"]
 
 

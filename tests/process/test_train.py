@@ -70,7 +70,7 @@ local.ProcessHost.send = shown
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    return run_stream(CONFIG, tmp_path_factory.mktemp("oracle"))[1]
+    return run_stream(CONFIG, tmp_path_factory.mktemp("oracle")).fields
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_a_pass_of_retrain(tmp_path, digit_tasks, empty_registry):
     assert [each["slot"] for each in done.learned] == ["a", "b"], done
     champion = connect(open_storage(str(tmp_path / "store"))).resolve("models:/digits@champion")
     values["data"]["data"] = str(inbox)
-    _, fields = run_stream(Config.from_dict(values), tmp_path / "oracle")
+    fields = run_stream(Config.from_dict(values), tmp_path / "oracle").fields
     assert champion.tags["weights_hash"] == fields["weights_hash"]
     kept = sorted(path.name for path in (tmp_path / "store" / "runs" / "digits").iterdir())
     assert kept == ["learned"], "states on the way are gone"

@@ -25,7 +25,8 @@ from pipelines.registry.client import connect
 @pytest.fixture(scope="module")
 def oracle(small, tmp_path_factory):
     """Model and result of the same stream without Ray."""
-    return run_stream(small, tmp_path_factory.mktemp("oracle"))
+    result = run_stream(small, tmp_path_factory.mktemp("oracle"))
+    return result.model, result.fields
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,7 @@ def test_what_stops_one_worker_stops_all(learned, changed, run_main_job, outputs
 
 def test_two_workers_learn_what_one_learns(two_workers, tmp_path):
     """Equal but for the rounding of the gradients' mean, which grows from step to step."""
-    _, fields = run_stream(two_workers.config, tmp_path)
+    fields = run_stream(two_workers.config, tmp_path).fields
     keys = ("loss", "cross_entropy", "regulariser")
     ours, wanted = (epoch_numbers(result, keys) for result in (two_workers.result, fields))
     np.testing.assert_allclose(ours[0], wanted[0], atol=1e-4)

@@ -55,7 +55,7 @@ def images(folder: Path) -> Path:
 def test_two_nodes_over_s3_each_killed_once(service, prefix, tmp_path, monkeypatch):
     images(tmp_path)
     monkeypatch.chdir(tmp_path)
-    _, quiet = run_stream(CONFIG, tmp_path / "quiet")
+    quiet = run_stream(CONFIG, tmp_path / "quiet").fields
     Path("run.yaml").write_text(yaml.safe_dump(
         CONFIG.to_dict() | {"compute": {"threads": 1, "feature_workers": 2, "cache": "cache"}}))
     partialhn = str(Path(sys.executable).with_name("partialhn"))

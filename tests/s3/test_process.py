@@ -49,7 +49,7 @@ def test_a_run_over_s3_goes_on_in_the_middle_of_a_task(service, storage, empty_r
     train(config, output, lambda _: None)
     assert sent == [(0, "end"), (1, 3), (1, "end")]
     result = json.loads(Path(output.result).read_text())
-    _, fields = run_stream(config, tmp_path / "oracle")
+    fields = run_stream(config, tmp_path / "oracle").fields
     assert result["weights_hash"] == fields["weights_hash"]
     assert [row["task"] for row in result["versions"]] == ["0", "1"]
     assert storage.folders(storage.path("runs", "digits")) == ("learned",)

@@ -39,14 +39,16 @@ def test_two_tasks_of_photographs(photographs, tmp_path):
         "data": {"data": str(photographs), "tasks": 2, "classes": 4, "input_size": 16},
         "backbone": {"freeze_depth": 2, "trunk_epochs": 1, "trunk_batch_size": 16},
         "features": {"views": 2}, "train": {"epochs": 1, "batch_size": 16}})
-    model, fields = run_stream(config, tmp_path / "root")
+    result = run_stream(config, tmp_path / "root")
+    model, fields = result.model, result.fields
     assert fields["images_decoded"] == 128
     assert {name for task in fields["tasks"] for name in task["classes"]} == {
         "airplane", "automobile", "bird", "cat"}
     assert fields["forgetting"] == 0
-    again, second = run_stream(config, tmp_path / "root")
+    again = run_stream(config, tmp_path / "root")
+    second = again.fields
     assert second["images_decoded"] == 0
-    assert second["weights_hash"] == fields["weights_hash"] == again.weights_hash()
+    assert second["weights_hash"] == fields["weights_hash"] == again.model.weights_hash()
     model.save(tmp_path / "model")
     assert Model.load(tmp_path / "model").weights_hash() == fields["weights_hash"]
     first = open_stream(config.data, tmp_path / "root" / "datasets")[0]

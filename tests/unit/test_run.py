@@ -27,8 +27,8 @@ CONFIG = Config.from_dict({
 def run(tmp_path_factory):
     """(root, records, model, fields) of a first run."""
     root, records = tmp_path_factory.mktemp("run"), []
-    model, fields = run_stream(CONFIG, root, records.append)
-    return root, records, model, fields
+    result = run_stream(CONFIG, root, records.append)
+    return root, records, result.model, result.fields
 
 
 def test_fields_agree_with_the_matrix(run):
@@ -82,7 +82,7 @@ def test_a_second_run_finds_trunk_and_features(run):
     root, _, _, first = run
     records = []
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, compare=()))
-    _, fields = run_stream(config, root, records.append)
+    fields = run_stream(config, root, records.append).fields
     assert fields["images_decoded"] == 0
     assert not [record for record in records if record.task == "trunk"]
     for key in ("feature_keys", "feature_bytes", "accuracy_matrix", "weights_hash", "macs"):
@@ -141,7 +141,9 @@ def test_given_tasks_of_image_folders_at_full_depth(tmp_path, images):
         "data": {"data": str(tmp_path / "data"), "input_size": 16},
         "backbone": {"freeze_depth": 4, "trunk_epochs": 1},
         "features": {"views": 1, "augment": "none"}, "train": {"epochs": 1, "batch_size": 4}})
-    model, fields = run_stream(config, tmp_path / "root")
+    result = run_stream(config, tmp_path / "root")
+    model, fields = result.model, result.fields
+    assert [record.task for record in result.records] == ["first", "second"]
     assert [task.name for task in model.tasks] == ["first", "second"]
     assert [len(task.classes) for task in model.tasks] == [2, 3]
     assert fields["macs"]["frozen_share"] > 0.99
@@ -154,13 +156,13 @@ def test_a_stream_is_learned_from_any_number_type(run, dtype):
     train = dataclasses.replace(CONFIG.train, compare=())
     config = dataclasses.replace(CONFIG, train=train, features=dataclasses.replace(
         CONFIG.features, feature_dtype=dtype))
-    _, found = run_stream(config, root)
+    found = run_stream(config, root).fields
     assert found["acc"] == pytest.approx(wanted["acc"], abs=0.04)
     assert found["without_task_id"]["acc"] == pytest.approx(
         wanted["without_task_id"]["acc"], abs=0.06)
     packed = dataclasses.replace(config, features=dataclasses.replace(config.features,
                                                                       compression="lz4"))
-    _, again = run_stream(packed, root)
+    again = run_stream(packed, root).fields
     assert again["weights_hash"] == found["weights_hash"]
     assert again["images_decoded"] == sum(task["test_images"] for task in again["tasks"])
 
@@ -172,7 +174,8 @@ def test_the_same_classes_in_changing_images(tmp_path):
                        "task_transforms": ["none", "solarise", "grey+blur+autocontrast"]}
     values["backbone"]["freeze_depth"] = 4
     values["train"] |= {"compare": ["latent_replay"], "epochs": 2}
-    model, fields = run_stream(Config.from_dict(values), tmp_path)
+    result = run_stream(Config.from_dict(values), tmp_path)
+    model, fields = result.model, result.fields
     assert [len(task.classes) for task in model.tasks] == [10, 10, 10]
     assert [task["transform"] for task in fields["tasks"]] == values["data"]["task_transforms"]
     assert fields["forgetting"] == 0
