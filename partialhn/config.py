@@ -5,7 +5,6 @@ that `--help` answers at once; that is why the classes are here and not beside t
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 import types
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from partialhn.errors import InputError
+from partialhn.naming import digest, named_sections
 
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 ClassOrder = Literal["shuffled", "given"]
@@ -290,15 +290,33 @@ class ComputeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """One stream, completely described."""
+class FeatureSections:
+    """The sections that determine stored features."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
     features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sections(FeatureSections):
+    """Every section of a configuration; commands that take all options extend this class."""
+
     hypernet: HypernetConfig = dataclasses.field(default_factory=HypernetConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Sections):
+    """One stream, completely described."""
+
+    @staticmethod
+    def of(sections: FeatureSections) -> "Config":
+        """The configuration with a command's sections; those it lacks have their defaults."""
+        own = {field.name for field in dataclasses.fields(sections)}
+        return Config(**{field.name: getattr(sections, field.name)
+                         for field in dataclasses.fields(Config) if field.name in own})
 
     def to_dict(self) -> dict[str, Any]:
         """The plain nested dict that `from_dict` takes back (tuples become lists)."""
@@ -318,9 +336,9 @@ class Config:
         `compute` and the features' compression are left out, and so is `data.data`, which the
         data's fingerprint replaces.
         """
-        work = self.to_dict()
+        work = named_sections(self)
         del work["compute"], work["data"]["data"], work["features"]["compression"]
-        return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:12]
+        return digest(work, 12)
 
 
 def load_config(path: str | Path) -> Config:

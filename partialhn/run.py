@@ -6,7 +6,6 @@ features of every task, computed once | one experience after the other | a Model
 
 import copy
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import Config, StrategyName
 from partialhn.data.datasets import open_stream
 from partialhn.data.experience import Experience
-from partialhn.features.extract import FeatureJob, feature_jobs, find_features, precompute
+from partialhn.features.extract import FeatureJob, precompute
 from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
+from partialhn.naming import digest_text
 from partialhn.networks.backbone import Network, build_network
 from partialhn.networks.head import Head, HeadStart, check_feature_size, head_start
 from partialhn.networks.precision import configure_torch
@@ -35,7 +35,7 @@ from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.pretrain import fit_network, load_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Clock, Outcome, result_fields
-from partialhn.training.slots import Slot, needed_jobs, open_features, slots_of
+from partialhn.training.slots import Slot, featured_slots, open_features, slots_of, stored_slots
 
 Report = Callable[[EpochRecord | TaskRecord], None]
 
@@ -93,7 +93,7 @@ def collect(store: FeatureStore, jobs: Sequence[FeatureJob], manifests: Sequence
 def work_name(config: Config, experiences: Sequence[Experience]) -> str:
     """Names the work: equal for runs that learn the same thing from the same images."""
     parts = [config.work_hash(), *(each.name + each.fingerprint for each in experiences)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return digest_text("\n".join(parts), 12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,11 +195,10 @@ class StreamRun:
         """
         needs_all = self.config.train.needs_every_task
         first = 0 if needs_all else len(self.known)
-        jobs = feature_jobs(self.config, self.experiences, self.cut.trunk)
-        needed = needed_jobs(jobs, [each.name for each in self.experiences[:first]])
         trunk = copy.deepcopy(self.cut.trunk).to(self.device)
-        _, self.decoded = precompute(self.store, trunk, needed, progress)
-        slots = self.slots()
+        slots, self.decoded = featured_slots(
+            self.config, self.experiences, len(self.known), self.cut.trunk, self.store,
+            lambda jobs: precompute(self.store, trunk, jobs, progress)[1])
         self.tasks = open_features(self.store, slots, range(first, len(slots)))
         self.clock.lap("features")
         learner = Learner(self.cut.strategy(self.config), self.config.train, self.device,
@@ -230,9 +229,7 @@ class StreamRun:
 
     def slots(self) -> list[Slot]:
         """Every task with the features of it that are stored."""
-        jobs = feature_jobs(self.config, self.experiences, self.cut.trunk)
-        stored = find_features(self.store, jobs)
-        return slots_of(self.experiences, jobs, [stored.get(job.recipe.key) for job in jobs])
+        return stored_slots(self.config, self.experiences, self.cut.trunk, self.store)
 
     def outcomes(self) -> dict[str, Outcome]:
         """What every strategy did so far, the configured one first."""

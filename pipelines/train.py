@@ -20,7 +20,6 @@ from partialhn.config import Config
 from partialhn.data.experience import Experience
 from partialhn.evaluation.answer_sample import write_sample
 from partialhn.evaluation.metrics import summarise
-from partialhn.features.extract import feature_jobs, find_features
 from partialhn.networks.backbone import Network
 from partialhn.predict import Predictor
 from partialhn.run import CutNetwork, check, cut_network, work_name
@@ -28,7 +27,7 @@ from partialhn.training import lineage
 from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Clock, model_sizes, peak_rss_bytes, result_fields
-from partialhn.training.slots import Slot, needed_jobs, slots_of
+from partialhn.training.slots import Slot, featured_slots
 from pipelines.execution.base import Execution, our_outcome
 from pipelines.execution.choose import open_execution
 from pipelines.execution.open_data import open_data
@@ -150,13 +149,9 @@ class _Job:
     def _features(self, execution: Execution, cut: CutNetwork,
                   known: int) -> tuple[list[Slot], int]:
         """The features that are needed, and those of learned tasks where they are still there."""
-        jobs = feature_jobs(self.config, self.experiences, cut.trunk)
-        learned = [] if self.config.train.needs_every_task else self.experiences[:known]
-        needed = needed_jobs(jobs, [each.name for each in learned])
-        _, decoded = execution.features(needed, cut)
-        there = find_features(open_store(self.storage), jobs)
-        manifests = [there.get(job.recipe.key) for job in jobs]
-        return slots_of(self.experiences, jobs, manifests), decoded
+        return featured_slots(self.config, self.experiences, known, cut.trunk,
+                              open_store(self.storage),
+                              lambda jobs: execution.features(jobs, cut)[1])
 
     def _publish(self, fields: dict[str, Any]) -> None:
         """Matrix, result and report go to the stream's run."""

@@ -25,6 +25,7 @@ from partialhn.errors import InputError, IntegrityError
 from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shift
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
+from partialhn.json_files import read_object
 from partialhn.networks.backbone import Network
 from partialhn.networks.precision import configure_torch
 from partialhn.run import check, cut_network, work_name
@@ -168,7 +169,6 @@ def _write(path: Path, fields: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"the measured cell {path} cannot be read ({error}); delete it and "
-                             "it is learned again") from error
+        return read_object(path, f"the measured cell {path}")
+    except IntegrityError as error:
+        raise IntegrityError(f"{error}; delete it and it is learned again") from error

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from partialhn.errors import IntegrityError
+from partialhn.json_files import parse_object, read_object
 
 FORMAT = 1
 TENSORS, FIELDS = "model.safetensors", "model.json"
@@ -77,14 +78,10 @@ def read_fields(filesystem: pafs.FileSystem, source: str) -> dict[str, Any] | No
     """
     try:
         with filesystem.open_input_file(f"{source}/{FIELDS}") as stream:
-            fields = json.loads(bytes(stream.readall()))
+            content = bytes(stream.readall())
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise IntegrityError(f"checkpoint {source} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise IntegrityError(f"checkpoint {source} is damaged: {FIELDS} holds no fields")
-    return fields
+    return parse_object(content, f"checkpoint {source}")
 
 
 def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -92,13 +89,11 @@ def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises: IntegrityError where a file is missing, damaged, or of another kind or format.
     """
+    fields = read_object(folder / FIELDS, f"checkpoint {folder}")
     try:
-        fields = json.loads((folder / FIELDS).read_text(encoding="utf-8"))
         found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise IntegrityError(f"checkpoint {folder} cannot be read: {error}") from error
-    if not isinstance(fields, dict):
-        raise IntegrityError(f"checkpoint {folder} is damaged: {FIELDS} holds no fields")
     if fields.get("format") != FORMAT or fields.get("kind") != kind:
         raise IntegrityError(f"checkpoint {folder} is of kind {fields.get('kind')!r} in format "
                              f"{fields.get('format')!r}; expected {kind!r} in {FORMAT}")

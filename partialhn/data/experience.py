@@ -2,11 +2,10 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Sequence
 
 from partialhn.data.image_table import ImageTable
+from partialhn.naming import digest
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,9 +25,8 @@ class Experience:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything that determines the task's data; its name does not."""
-        parts = [self.train.fingerprint(), self.validation.fingerprint(), self.test.fingerprint(),
-                 list(self.classes), self.transform]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return digest([self.train.fingerprint(), self.validation.fingerprint(),
+                       self.test.fingerprint(), list(self.classes), self.transform])
 
 
 RESERVED = ("auto", "none")

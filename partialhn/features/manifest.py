@@ -1,15 +1,18 @@
 """The records of a stored feature set: what determines it, its shards, and its manifest."""
 
 import dataclasses
-import hashlib
 import json
 import re
 from typing import Any
 
 from partialhn.errors import IntegrityError
 from partialhn.features.codec import COMPRESSIONS, DTYPES
+from partialhn.naming import digest, named_values
 
 FORMAT = 1
+FIRST_FIELDS = frozenset(("trunk", "data", "transform", "input_size", "views", "augment", "seed",
+                          "dtype", "shard_rows"))
+"""Fields that every key is made from; a newer field only where it is not at its default."""
 _SHARD_NAME = re.compile(r"part-\d{5,}-[0-9a-f]{12}\.arrow")
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError,
               RecursionError)
@@ -44,17 +47,13 @@ class FeatureRecipe:
     @property
     def key(self) -> str:
         """The name of the folder: 32 hexadecimal digits."""
-        text = json.dumps(self.fields() | {"format": FORMAT}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+        return digest(self.fields() | {"format": FORMAT}, 32)
 
     def fields(self) -> dict[str, Any]:
         """Plain values that make the recipe again. A compression of none is left out: features
         that were stored before there was any keep their key.
         """
-        fields = dataclasses.asdict(self)
-        if self.compression == "none":
-            del fields["compression"]
-        return fields
+        return named_values(self, FIRST_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)

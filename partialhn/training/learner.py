@@ -170,8 +170,7 @@ class Learner:
             self.strategy.finish(index)
         self.strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
         self.epochs = [EpochRecord(**record) for record in fields["epochs"]]
-        self.finished = [TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])})
-                         for record in fields["finished"]]
+        self.finished = [TaskRecord.from_fields(record) for record in fields["finished"]]
         if self.inference is not None:
             self.inference = TaskInference.from_tensors(tensors_below(tensors, "inference."),
                                                         len(self.finished))

@@ -9,8 +9,6 @@ what follows; the images and features that earlier tasks were learned from may b
 """
 
 import dataclasses
-import hashlib
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +22,7 @@ from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.data.experience import Experience
 from partialhn.errors import IntegrityError
+from partialhn.naming import digest, named_sections
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
@@ -62,7 +61,7 @@ def lineage_ids_of(config: Config, network: str, slots: Sequence[Slot | Experien
     what it runs on, how features are compressed, and how data was cut into tasks do not count;
     the data itself does.
     """
-    values = config.to_dict()
+    values = named_sections(config)
     del values["train"]["compare"], values["features"]["compression"]
     if config.train.strategy == "partial_hn":
         for key in BASELINE_OPTIONS:
@@ -72,12 +71,11 @@ def lineage_ids_of(config: Config, network: str, slots: Sequence[Slot | Experien
     backbone = {key: values["backbone"][key] for key in ("backbone", "freeze_depth")}
     settings = {"format": FORMAT, "network": network, "data": data, "backbone": backbone,
                 **{section: values[section] for section in ("features", "hypernet", "train")}}
-    found = list(known)
-    for slot in slots[len(found):]:
-        step = [found[-1] if found else "", settings, slot.name, slot.fingerprint]
-        text = json.dumps(step, sort_keys=True)
-        found.append(hashlib.sha256(text.encode()).hexdigest()[:32])
-    return tuple(found)
+    ids = list(known)
+    for slot in slots[len(ids):]:
+        parent = ids[-1] if ids else ""
+        ids.append(digest([parent, settings, slot.name, slot.fingerprint], 32))
+    return tuple(ids)
 
 
 def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: str) -> None:
@@ -129,14 +127,12 @@ def state(filesystem: pafs.FileSystem, folder: str,
 def _parse(fields: dict[str, Any], lineage_id: str) -> Learned:
     try:
         values = dict(fields["facts"]["chain"])
-        record = values["record"]
-        found = Learned(
-            values["prefix"], values["parent"],
-            TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])}),
+        learned = Learned(
+            values["prefix"], values["parent"], TaskRecord.from_fields(values["record"]),
             tuple(EpochRecord(**epoch) for epoch in values["epochs"]), values["task_bytes"])
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"the learned model {lineage_id} has no readable records: {error!r}"
                              ) from error
-    if found.prefix != lineage_id:
-        raise IntegrityError(f"the learned model {lineage_id} says it is {found.prefix}")
-    return found
+    if learned.prefix != lineage_id:
+        raise IntegrityError(f"the learned model {lineage_id} says it is {learned.prefix}")
+    return learned

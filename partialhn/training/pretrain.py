@@ -9,9 +9,6 @@ found again, and a training that was stopped goes on after its last finished epo
 Legend: N images, B batch, C channels, H W spatial, K classes.
 """
 
-import dataclasses
-import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,6 +24,7 @@ from partialhn.config import Augment, BackboneConfig, Config
 from partialhn.data.augment import augment
 from partialhn.data.decode import decode
 from partialhn.data.experience import Experience
+from partialhn.naming import FIRST_OPTIONS, digest, named_values
 from partialhn.networks.backbone import Network, build_network, supplied_network
 from partialhn.networks.precision import autocast_to
 from partialhn.networks.tensors import tensors_below
@@ -87,12 +85,12 @@ def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: Ba
 
 def network_key(config: Config, first: Experience) -> str:
     """Names the network that `config` trains on the first task: 32 hexadecimal digits."""
-    fields = dataclasses.asdict(config.backbone) | {
+    fields = named_values(config.backbone, FIRST_OPTIONS["backbone"]) | {
         "data": first.train.fingerprint(), "transform": first.transform,
         "classes": len(first.classes), "input_size": config.data.input_size,
         "augment": config.features.augment, "stream_seed": config.data.stream_seed}
     del fields["freeze_depth"]
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
+    return digest(fields, 32)
 
 
 def load_network(config: Config, first: Experience, filesystem: pafs.FileSystem,

@@ -1,6 +1,8 @@
 """The records that a training loop yields."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +38,8 @@ class TaskRecord:
     """Where task inference is learned: rejection_auroc (how well this task's images were told
     from those of earlier ones before it was learned), and after the last task what
     `partialhn.evaluation.task_inference_metrics.without_task_id` says."""
+
+    @staticmethod
+    def from_fields(fields: Mapping[str, Any]) -> "TaskRecord":
+        """The record that `dataclasses.asdict` and JSON made these fields of."""
+        return TaskRecord(**{**fields, "accuracy_row": tuple(fields["accuracy_row"])})

@@ -55,8 +55,7 @@ class Outcome:
     def from_fields(fields: Mapping[str, Any]) -> "Outcome":
         """Takes back what `dataclasses.asdict` and JSON made of an outcome."""
         return Outcome(tuple(EpochRecord(**record) for record in fields["epochs"]),
-                       tuple(TaskRecord(**record | {"accuracy_row": tuple(record["accuracy_row"])})
-                             for record in fields["finished"]),
+                       tuple(map(TaskRecord.from_fields, fields["finished"])),
                        tuple(fields["task_bytes"]))
 
     @property

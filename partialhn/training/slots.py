@@ -5,13 +5,15 @@ model answers for a task with its newest slot. Nothing of an earlier slot change
 """
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 
+from partialhn.config import Config
 from partialhn.data.experience import Experience, refreshed, task_of
-from partialhn.features.extract import FeatureJob, Split
+from partialhn.features.extract import FeatureJob, Split, feature_jobs, find_features
 from partialhn.features.feature_set import FeatureSet, join
 from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
+from partialhn.networks.trunk import Trunk
 from partialhn.training.experience import TaskFeatures
 
 
@@ -42,6 +44,28 @@ def slots_of(experiences: Sequence[Experience], jobs: Sequence[FeatureJob],
 def needed_jobs(jobs: Sequence[FeatureJob], learned: Sequence[str]) -> list[FeatureJob]:
     """The jobs without which nothing goes on: of learned tasks their test images alone."""
     return [job for job in jobs if job.split == "test" or job.task not in learned]
+
+
+def featured_slots(config: Config, experiences: Sequence[Experience], learned: int, trunk: Trunk,
+                   store: FeatureStore,
+                   compute: Callable[[list[FeatureJob]], int]) -> tuple[list[Slot], int]:
+    """The slots of experiences with their stored features, and how many images were decoded.
+
+    The first `learned` tasks need no training features unless the configuration says so.
+    `compute` stores the features of the jobs it is given and returns the images it decoded.
+    """
+    first = 0 if config.train.needs_every_task else learned
+    jobs = feature_jobs(config, experiences, trunk)
+    decoded = compute(needed_jobs(jobs, [each.name for each in experiences[:first]]))
+    return stored_slots(config, experiences, trunk, store), decoded
+
+
+def stored_slots(config: Config, experiences: Sequence[Experience], trunk: Trunk,
+                 store: FeatureStore) -> list[Slot]:
+    """The slots of experiences, each with those of its features that are stored."""
+    jobs = feature_jobs(config, experiences, trunk)
+    manifests = find_features(store, jobs)
+    return slots_of(experiences, jobs, [manifests.get(job.recipe.key) for job in jobs])
 
 
 def open_features(store: FeatureStore, slots: Sequence[Slot],

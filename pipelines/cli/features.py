@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from tyro.conf import Positional
 
-from partialhn.config import BackboneConfig, Config, DataConfig, FeatureConfig
+from partialhn.config import Config, FeatureSections
 from partialhn.errors import InputError
 from pipelines.settings import Group, OutputConfig
 
@@ -133,15 +133,12 @@ class PruneFeatures:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanFeatures:
+class PlanFeatures(FeatureSections):
     """Say what stored features of every freeze depth would take and when they pay; store none.
 
     --config FILE and --preset NAME as for train.
     """
 
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
-    features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
     storage: str = OutputConfig.storage
     """Where data sets that come from a library are kept."""
 
@@ -158,8 +155,7 @@ class PlanFeatures:
         trunk = Trunk(network, depths[-1])
         with storage.explained():
             experiences = open_data(self.data, storage)
-            config = Config(data=self.data, backbone=self.backbone, features=self.features)
-            plans = plan(feature_jobs(config, experiences, trunk, depths), trunk)
+            plans = plan(feature_jobs(Config.of(self), experiences, trunk, depths), trunk)
         if not plans:
             raise InputError(f"data is {self.data.data!r}, and none of the images looked at can be "
                              "read; allowed: PNG, JPEG and other images")

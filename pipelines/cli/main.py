@@ -6,7 +6,6 @@ Imports nothing heavy until a command runs, so that `--help` answers at once. Ex
 
 import dataclasses
 import io
-import json
 import shlex
 import sys
 import traceback
@@ -18,24 +17,16 @@ import tyro
 from tyro.conf import OmitArgPrefixes
 
 from partialhn import __version__
-from partialhn.config import (
-    BackboneConfig,
-    ComputeConfig,
-    Config,
-    DataConfig,
-    FeatureConfig,
-    HypernetConfig,
-    TrainConfig,
-    load_config,
-)
-from partialhn.errors import InputError
+from partialhn.config import Config, Sections, load_config
+from partialhn.errors import InputError, IntegrityError
+from partialhn.json_files import read_object
 from partialhn.presets import preset
 from pipelines.cli import doctor, features, models, reproduce, retrain, serve, tune
 from pipelines.settings import Group, OutputConfig, mask_password
 
 
 @dataclasses.dataclass(frozen=True)
-class Train:
+class Train(Sections):
     """Learn a stream of tasks and register a model version for each.
 
     The same command goes on where an interrupted one stopped. --preset NAME starts from a known
@@ -45,20 +36,12 @@ class Train:
     """
 
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
-    features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
-    hypernet: HypernetConfig = dataclasses.field(default_factory=HypernetConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
 
     def run(self) -> None:
         from pipelines.report.page import text_summary
         from pipelines.train import train
 
-        config = Config(self.data, self.backbone, self.features, self.hypernet, self.train,
-                        self.compute)
-        result = train(config, self.output)
+        result = train(Config.of(self), self.output)
         print()
         print(text_summary(result))
         print(f"\nresult: {self.output.result}")
@@ -145,14 +128,9 @@ class Report:
 
 def _read_result(path: Path, writer: str) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"result {str(path)!r} cannot be read ({error}); allowed: a result.json "
-                         f"that {writer} wrote") from error
-    if not isinstance(found, dict):
-        raise InputError(f"result {str(path)!r} holds {type(found).__name__}; allowed: a "
-                         f"result.json that {writer} wrote")
-    return found
+        return read_object(path, f"result {str(path)!r}")
+    except IntegrityError as error:
+        raise InputError(f"{error}; allowed: a result.json that {writer} wrote") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,20 +3,12 @@
 import dataclasses
 from typing import Any
 
-from partialhn.config import (
-    BackboneConfig,
-    ComputeConfig,
-    Config,
-    DataConfig,
-    FeatureConfig,
-    HypernetConfig,
-    TrainConfig,
-)
+from partialhn.config import Config, Sections
 from pipelines.search.settings import SearchConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Tune:
+class Tune(Sections):
     """Search freeze depths and hyperparameters on your stream, and get a recommendation.
 
     Stored features make a trial cheap: no image is decoded, several run at once, clearly worse
@@ -30,18 +22,12 @@ class Tune:
     """
 
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    backbone: BackboneConfig = dataclasses.field(default_factory=BackboneConfig)
-    features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
-    hypernet: HypernetConfig = dataclasses.field(default_factory=HypernetConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
 
     def run(self) -> None:
         from pipelines.tune.run import tune
 
-        config = Config(self.data, self.backbone, self.features, self.hypernet,
-                        dataclasses.replace(self.train, compare=()), self.compute)
+        config = Config.of(self)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, compare=()))
         advice = tune(config, self.search)
         if "recommendation" in advice:
             print()

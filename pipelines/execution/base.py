@@ -7,7 +7,6 @@ Every stage finds what an earlier run finished, so the same command goes on wher
 
 import abc
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from partialhn.config import Config
 from partialhn.data.experience import Experience
 from partialhn.features.extract import FeatureJob
 from partialhn.features.manifest import Manifest
+from partialhn.naming import digest_text
 from partialhn.networks.backbone import Network
 from partialhn.run import CutNetwork
 from partialhn.training import lineage
@@ -111,8 +111,7 @@ class Execution(abc.ABC):
         """The run's folder. Same name = the run goes on, so it says all that is learned, baselines
         too.
         """
-        text = "\n".join([lineage_ids[-1], *self.config.train.compare])
-        name = hashlib.sha256(text.encode()).hexdigest()[:12]
+        name = digest_text("\n".join([lineage_ids[-1], *self.config.train.compare]), 12)
         return self.storage.path("runs", self.stream, name)
 
     def _threads(self, shared_by: int) -> int:

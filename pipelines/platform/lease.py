@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from partialhn.errors import IntegrityError
+from partialhn.json_files import parse_object
 from pipelines.platform.storage import Storage
 from pipelines.settings import check_name
 
@@ -146,14 +147,10 @@ class Lease:
 
     def _read(self, path: str) -> dict[str, Any] | None:
         try:
-            found = json.loads(self._storage.read_text(path))
+            content = self._storage.read_bytes(path)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise IntegrityError(f"lease {path} cannot be read: {error}") from error
-        if not isinstance(found, dict):
-            raise IntegrityError(f"lease {path} holds {type(found).__name__}; expected fields")
-        return found
+        return parse_object(content, f"lease {path}")
 
     def _path(self, token: int) -> str:
         return f"{self._folder}/{token:08d}.json"

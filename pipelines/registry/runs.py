@@ -5,7 +5,6 @@ again makes nothing twice. MLflow is imported when first used: importing it take
 """
 
 import csv
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
+from partialhn.naming import digest_text
 from pipelines.platform.storage import Storage
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _parameter(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     if len(text) <= MAX_PARAM:
         return text
-    end = f"... sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}, whole in config.json"
+    end = f"... sha256 {digest_text(text, 16)}, whole in config.json"
     return text[:MAX_PARAM - len(end)] + end
 
 

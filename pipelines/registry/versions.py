@@ -1,11 +1,12 @@
 """What a registered version says of itself, and the names it is found by. Knows no MLflow."""
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from partialhn.naming import digest_text
 
 CHAMPION = "champion"
 """Alias of the version in use: the newest that passed, or one that a person chose."""
@@ -112,4 +113,4 @@ def task_alias(task: str) -> str:
     """
     clean = re.sub(r"[^A-Za-z0-9_-]", "-", task)[:200]
     return f"task-{clean}" if clean == task else (
-        f"task-{clean}-{hashlib.sha256(task.encode()).hexdigest()[:6]}")
+        f"task-{clean}-{digest_text(task, 6)}")

@@ -146,9 +146,9 @@ def baselines(facts: Facts) -> str:
     """Ours beside the baselines that were trained with it."""
     if not facts.baselines:
         return section("Against the baselines", "No baselines were trained beside this run. Train "
-                       "again with “--compare separate_heads naive” to see what sharing one model costs "
-                       "in accuracy and what protecting earlier tasks is worth; the features are "
-                       "found again.")
+                       "again with “--compare separate_heads naive” to see what sharing one "
+                       "model costs in accuracy and what protecting earlier tasks gains; the "
+                       "stored features are used again.")
     methods = [facts.ours, *facts.baselines.values()]
     heads = ["", f'<span class="ours">{escape(facts.ours.label)}</span>',
              *[escape(method.label) for method in methods[1:]]]

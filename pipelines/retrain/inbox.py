@@ -7,7 +7,6 @@ looked at again once its files change.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from partialhn.data.layout import SPLIT_NAMES
+from partialhn.naming import digest
 from pipelines.platform.local_files import Entry
 from pipelines.platform.storage import Storage
 
@@ -50,7 +50,7 @@ class Arrival:
         """Changes whenever a file of the arrival does; its markers do not count."""
         listed = sorted((entry.path[len(self.folder):], entry.size, entry.etag)
                         for entry in self.files)
-        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
+        return digest(listed, 32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ Ray Train; behind one that the gate stops, the others are learned again without 
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from partialhn.config import Config, build, load_config
 from partialhn.data.experience import task_of
 from partialhn.errors import InputError, IntegrityError
+from partialhn.naming import digest_text
 from partialhn.presets import preset
 from partialhn.run import check
 from partialhn.training.result import Clock
@@ -103,7 +103,7 @@ class _Pass:
     def __post_init__(self) -> None:
         self.inbox = Inbox(self.storage)
         both = [dataclasses.asdict(self.policy), dataclasses.asdict(self.arrival_policy)]
-        self.policy_id = hashlib.sha256(json.dumps(both).encode()).hexdigest()[:12]
+        self.policy_id = digest_text(json.dumps(both), 12)
 
     def run(self) -> None:
         if self.settings.dry_run:

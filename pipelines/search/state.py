@@ -18,6 +18,7 @@ from typing import Any, Literal
 import pyarrow.fs as pafs
 
 from partialhn.errors import IntegrityError
+from partialhn.json_files import parse_object
 from pipelines.platform.storage import Storage
 
 FORMAT = 1
@@ -143,17 +144,15 @@ class SearchState:
         """
         path = f"{self.folder}/search.json"
         try:
-            found = json.loads(self._storage.read_text(path))
+            settings = parse_object(self._storage.read_bytes(path), path)
         except FileNotFoundError:
             return None
-        except ValueError as error:
-            raise IntegrityError(f"{path} is no JSON: {error}") from error
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
+        if settings.get("format") != FORMAT:
             raise IntegrityError(f"{path} has another format than {FORMAT}")
-        return found
+        return settings
 
-    def keep(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` gave the first time, as JSON under this name."""
+    def keep(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The fields that `make` gave the first time, kept as JSON under this name."""
         path = f"{self.folder}/{name}.json"
         if not self._storage.exists(path):
             self._storage.put_if_absent(path, json.dumps(make(), indent=1).encode())
@@ -194,11 +193,8 @@ class SearchState:
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
             return list(zip(paths, pool.map(self._read, paths), strict=True))
 
-    def _read(self, path: str) -> Any:
-        try:
-            return json.loads(self._storage.read_text(path))
-        except ValueError as error:
-            raise IntegrityError(f"{path} is no JSON: {error}") from error
+    def _read(self, path: str) -> dict[str, Any]:
+        return parse_object(self._storage.read_bytes(path), path)
 
 
 def parse_plan(where: str, fields: Mapping[str, Any]) -> TrialPlan:

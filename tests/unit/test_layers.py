@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = {
-    "partialhn": ("errors", "config", "data networks presets", "features",
+    "partialhn": ("errors naming", "config json_files", "data networks presets", "features",
                   "strategies task_inference", "checkpoints", "predict", "evaluation", "training",
                   "run", "benchmarks"),
     "pipelines": ("settings", "platform report", "features registry benchmarks",

@@ -62,8 +62,8 @@ def test_settings_of_the_first_session_count(state):
 
 
 def test_something_measured_once_is_kept(state):
-    assert state.keep("survey", lambda: [1, 2]) == [1, 2]
-    assert state.keep("survey", lambda: pytest.fail("measured again")) == [1, 2]
+    assert state.keep("survey", lambda: {"a": [1, 2]}) == {"a": [1, 2]}
+    assert state.keep("survey", lambda: pytest.fail("measured again")) == {"a": [1, 2]}
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"format": 9}', "[]"])
