@@ -193,8 +193,7 @@ class StreamRun:
 
         progress: called with the shards of features done and in all.
         """
-        needs_all = self.config.train.needs_every_task
-        first = 0 if needs_all else len(self.known)
+        first = 0 if self.config.train.needs_every_task else len(self.known)
         trunk = copy.deepcopy(self.cut.trunk).to(self.device)
         slots, self.decoded = featured_slots(
             self.config, self.experiences, len(self.known), self.cut.trunk, self.store,
