@@ -7,7 +7,10 @@ UV_VERSION := 0.13.9
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PYTEST = $(BIN)/python -m pytest --durations=10
+# Files are dealt to JOBS processes; all tests that share a Ray or a server go to the same one.
+JOBS ?= 2
+PYTEST = $(BIN)/python -m pytest -rs --durations=10
+PARALLEL = -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 # Nothing that a test or the demo starts needs the network.
 export RAY_USAGE_STATS_ENABLED ?= 0
@@ -40,10 +43,10 @@ demo: setup  ## run the main job on real images, results in demo/; SIZE=small is
 	$(BIN)/partialhn demo --size $(SIZE)
 
 test: setup  ## run the tests that take seconds; no network, no GPU
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) $(PARALLEL) -m "not slow and not gpu"
 
 test-all: setup  ## run the slow tests too
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) $(PARALLEL) -m "not gpu"
 
 test-gpu: setup  ## run the tests that need CUDA
 	$(PYTEST) -m gpu

@@ -1,4 +1,9 @@
-"""For every test: nothing asks the network, and Ray is started at most once."""
+"""For every test: nothing asks the network, and Ray is started at most once.
+
+Under pytest-xdist a worker process takes whole groups of tests: a file is a group, but all tests
+that use the session's Ray are one, and so are all that use the session's servers. So no second
+worker starts them again. `tests/README.md` describes tiers and fixtures.
+"""
 
 import dataclasses
 import os
@@ -7,6 +12,8 @@ import shutil
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true",
                "DO_NOT_TRACK": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
                "RAY_worker_niceness": "0"}  # Ray's 15 starves its workers beside other work
+# one thread a process, before torch is imported: two test processes share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 # keys of the service under test, or of nobody: no test reaches an account of the developer's
 os.environ |= {"AWS_ACCESS_KEY_ID": os.environ.get("PARTIALHN_TEST_S3_ACCESS_KEY", "testing"),
@@ -16,6 +23,41 @@ import pytest
 for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
              "AWS_REGION", "AWS_DEFAULT_REGION"):
     os.environ.pop(name, None)
+
+SHARED = {"ray_cluster": "ray", "database": "servers", "service": "s3"}
+"""Session fixtures that are expensive to start, and the group of all tests that use them."""
+LONG_FIRST = ("ray", "tests/faults/test_retrain_chaos.py", "servers",
+              "tests/unit/test_streaming.py", "tests/process/test_train.py",
+              "tests/process/test_task_share.py", "tests/security/test_security.py")
+"""Groups that take longest: begun first, so that no worker is left alone with one at the end."""
+CI_SKIPS = ("no CUDA device",)
+"""What the reasons of tests that may skip in continuous integration begin with."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Puts each test into the group that one worker process takes, and long groups first."""
+    def group(item):
+        shared = [name for fixture, name in SHARED.items() if fixture in item.fixturenames]
+        return shared[0] if shared else item.nodeid.partition("::")[0]
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    order = {name: place for place, name in enumerate(LONG_FIRST)}
+    items.sort(key=lambda item: order.get(item.get_closest_marker("xdist_group").args[0],
+                                          len(order)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """In continuous integration (CI=true) a skip is a failure, unless a GPU is what is missing."""
+    report = yield
+    if report.skipped and os.environ.get("CI") == "true" and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(CI_SKIPS):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid} skips, which it may not in CI: {reason}"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,7 @@ def test_a_gpu_that_is_not_there(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_that_is_there(tmp_path):
     assert opened(tmp_path).device.type == "cuda"
     assert opened(tmp_path, device="cpu").device.type == "cpu"

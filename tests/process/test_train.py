@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from pipelines.registry.client import connect
 from pipelines.retrain.run import retrain
 from pipelines.settings import OutputConfig, RetrainConfig
 from pipelines.train import train
+from tests.processes import Ended, partialhn
 
 CONFIG = Config.from_dict({
     "data": {"data": "digits", "tasks": 2, "task_sizes": [2, 2], "classes": 4, "input_size": 16},
@@ -29,20 +28,12 @@ CONFIG = Config.from_dict({
     "features": {"views": 2, "augment": "crop", "shard_rows": 200},
     "hypernet": {"fresh_columns": 4}, "train": {"epochs": 3, "compare": ["naive"]},
     "compute": {"threads": 1}})
-COMMAND = """
-import sys
-from pipelines.execution import local, worker
-from pipelines.cli.main import run
-{change}
-code = run(sys.argv[1:])
-print("RAY", sorted(name for name in sys.modules if name.partition(".")[0] == "ray"))
-sys.exit(code)
-"""
 KILL = """
+from pipelines.execution import local, worker
 worker.SECONDS = 0.0  # a state after every epoch
-send = local.ProcessHost.send
+sends = local.ProcessHost.send
 def killed(self, strategy, record):
-    send(self, strategy, record)
+    sends(self, strategy, record)
     if (strategy, record.task_index, getattr(record, "epoch", 0)) == {place}:
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
@@ -59,9 +50,11 @@ LocalExecution.__init__ = moved
 runpy.run_path({path!r})["PutsThere"]().__enter__()
 """
 SHOW = """
+import sys
+from pipelines.execution import local
 send = local.ProcessHost.send
 def shown(self, strategy, record):
-    line = f"SENT {{strategy}} {{record.task_index}} {{getattr(record, 'epoch', 'end')}};"
+    line = f"SENT {strategy} {record.task_index} {getattr(record, 'epoch', 'end')};"
     sys.stdout.write(line)  # one write: the thread that follows prints meanwhile
     send(self, strategy, record)
 local.ProcessHost.send = shown
@@ -81,12 +74,10 @@ def place(tmp_path, empty_registry):
     return tmp_path
 
 
-def command(folder: Path, change: str = "") -> subprocess.CompletedProcess:
+def command(folder: Path, change: str = "") -> Ended:
     """`partialhn train` in a process of its own, changed a little."""
-    return subprocess.run(
-        [sys.executable, "-c", COMMAND.format(change=change), "train", "--config", "run.yaml",
-         "--name", "digits", "--storage", "store"], cwd=folder, capture_output=True, text=True,
-        timeout=500, check=False, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    return partialhn("train", "--config", "run.yaml", "--name", "digits", "--storage", "store",
+                     cwd=folder, change=change).wait()
 
 
 def check(folder: Path, oracle: dict) -> dict:
@@ -120,21 +111,27 @@ def test_the_numbers_of_the_oracle_without_ray(place, oracle):
         "only the last state is kept, for the bounds' sake")
 
 
-@pytest.mark.parametrize(("strategy", "sent"), [
-    ("partial_hn", ["partial_hn 0 end", "partial_hn 1 3", "partial_hn 1 end", "naive 0 1"]),
-    ("naive", ["partial_hn 0 end", "partial_hn 1 end", "naive 0 end", "naive 1 3",
-               "naive 1 end"])])
-def test_killed_in_the_middle_of_a_task_it_goes_on_from_there(place, oracle, strategy, sent):
-    killed = command(place, KILL.format(place=(strategy, 1, 2)))
+def test_killed_in_the_middle_of_a_task_it_goes_on_from_there(place, oracle):
+    """In the hypernetwork's second task first, then in the second task of a baseline."""
+    killed = command(place, KILL.format(place=("partial_hn", 1, 2)))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    again = command(place, SHOW.format())
-    assert again.returncode == 0, again.stderr
-    found = re.findall(r"SENT (\w+ \d+ \w+);", again.stdout)
-    assert found[:len(sent)] == sent
+    again = command(place, SHOW + KILL.format(place=("naive", 1, 2)))
+    assert again.returncode == -signal.SIGKILL, again.stderr
+    assert sent(again)[:4] == ["partial_hn 0 end", "partial_hn 1 3", "partial_hn 1 end",
+                               "naive 0 1"]
     assert "trunk: found, not trained again" in again.stdout
-    result = json.loads((place / "result.json").read_text())
-    check(place, oracle | {"images_decoded": 0})
+    last = command(place, SHOW)
+    assert last.returncode == 0, last.stderr
+    assert sent(last) == ["partial_hn 0 end", "partial_hn 1 end", "naive 0 end", "naive 1 3",
+                          "naive 1 end"]
+    assert "trunk: found, not trained again" in last.stdout
+    result = check(place, oracle | {"images_decoded": 0})
     assert result["images_decoded"] == 0
+
+
+def sent(ended: Ended) -> list[str]:
+    """What the learner sent: strategy, task, and the epoch or `end`."""
+    return re.findall(r"SENT (\w+ \d+ \w+);", ended.stdout)
 
 
 def test_on_a_device_that_is_not_the_host(place, oracle):
