@@ -99,16 +99,32 @@ def test_the_checks_notice_names_that_are_gone():
     assert MODULE.findall(now(table)) == ["partialhn.gone"]
 
 
-def test_the_drawing_of_the_layers_is_that_of_the_test():
+def boxes(package, rows):
+    """The layers of a package as a tower of boxes, the lowest last."""
+    texts = ["  ".join(row.split()) for row in reversed(rows)]
+    width = max(map(len, texts))
+    line = f"+{'-' * (width + 2)}+"
+    return [f"{package}/".ljust(len(line)), line,
+            *(part for text in texts for part in (f"| {text.ljust(width)} |", line))]
+
+
+def drawing(layers):
+    left, right = (boxes(package, layers[package]) for package in ("pipelines", "partialhn"))
+    width, start = len(left[0]), len(left)
+    arrow = ["|", "|   imports", "+" + "-" * (width - 3) + ">"]
+    left += [(" " * 6 + part).ljust(width) for part in arrow]
+    left += [" " * width] * (len(right) - len(left))
+    assert len(right) >= start + len(arrow)
+    return [f"{a.ljust(width + 5)}{b}".rstrip() for a, b in zip(left, right, strict=True)]
+
+
+def test_the_drawing_of_the_layers_is_that_of_the_layers():
     spec = importlib.util.spec_from_file_location("layers", ROOT / "tests/unit/test_layers.py")
     layers = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(layers)
-    drawn = text_of("ARCHITECTURE.md").partition("## Layers")[2].partition("```\n\n")[0]
-    rows = re.findall(r"\| ((?:\w+ +)+)\|", drawn)
-    found = [" ".join(sorted(row.split())) for row in rows]
-    for package, wanted in layers.LAYERS.items():
-        places = [found.index(" ".join(sorted(row.split()))) for row in wanted]
-        assert places == sorted(places, reverse=True), f"{package}: lowest row last"
+    block = text_of("ARCHITECTURE.md").partition("## Layers")[2].split("```")[1]
+    wanted = "\n".join(drawing(layers.LAYERS))
+    assert block.strip("\n") == wanted, f"ARCHITECTURE.md must hold this drawing:\n{wanted}"
 
 
 def test_architecture_is_short_enough_to_be_read():
