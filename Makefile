@@ -18,7 +18,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu bench lint audit clean
+.PHONY: help setup demo test test-all test-gpu bench docs lint audit clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ bench: setup  ## measure steps, memory, bytes, features, start-up, packing; QUIC
 	$(if $(QUICK),,$(BIN)/python tests/bench/startup.py --json bench.json)
 	$(if $(QUICK),,$(BIN)/python tests/bench/packing.py --json bench.json)
 
+docs: setup  ## build the documentation in site/; it opens without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 lint: setup  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -65,5 +68,5 @@ audit: setup  ## check licences and known vulnerabilities; 4: something could no
 	$(BIN)/python tests/security/audit.py
 
 clean:  ## remove .venv, what the demo made, and caches
-	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) demo site build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

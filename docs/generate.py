@@ -7,6 +7,7 @@ option's text is the docstring under its field, which `--help` prints too.
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 import types
 import typing
@@ -30,7 +31,7 @@ SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Co
 FOLDERS = {"Design decisions": "design", "Measurements": "measurements"}
 """Parts of the navigation whose pages are whatever lies in a folder."""
 OPTIONAL = {"Guides": [{"Extend it": "how-to/extend.md"}],
-            "Reference": [{"Compatibility": "compatibility.md"}]}
+            "Reference": [{"Compatibility": "compatibility.md"}, {"Upgrading": "upgrading.md"}]}
 
 
 def on_config(config: Any) -> Any:
@@ -41,7 +42,7 @@ def on_config(config: Any) -> Any:
                 part[title] += [page for page in pages
                                 if (DOCS / next(iter(page.values()))).exists()]
     for title, folder in FOLDERS.items():
-        pages = sorted((DOCS / folder).glob("*.md"), key=lambda path: (path.stem != "index", path))
+        pages = sorted((DOCS / folder).glob("*.md"), key=lambda path: (path.stem != "README", path))
         if pages:
             config.nav.insert(-1, {title: [f"{folder}/{path.name}" for path in pages]})
     return config
@@ -156,9 +157,9 @@ def option_table(kind: Any, fields: Any, keys: bool = False) -> list[str]:
     for item in fields:
         owner, field = item if isinstance(item, tuple) else (kind, item)
         name = field.name if keys else option(field, owner)
-        lines.append("| " + " | ".join([f"`{name}`", f"{cell(value_text(hints(owner)[field.name]))}",
-                                        default_text(field),
-                                        cell(docs_of(owner).get(field.name, ""))]) + " |")
+        cells = (f"`{name}`", cell(value_text(hints(owner)[field.name])), default_text(field),
+                 cell(docs_of(owner).get(field.name, "")))
+        lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -211,7 +212,7 @@ def docs_of(kind: Any) -> dict[str, str]:
         if not dataclasses.is_dataclass(owner):
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0].body
-        for item, following in zip(body, body[1:], strict=False):
+        for item, following in itertools.pairwise(body):
             if (isinstance(item, ast.AnnAssign) and isinstance(following, ast.Expr)
                     and isinstance(following.value, ast.Constant)):
                 texts[item.target.id] = inspect.cleandoc(str(following.value.value))

@@ -55,7 +55,8 @@ def test_every_option_of_help_stands_in_the_reference(words, pages):
 def test_every_configuration_key_has_a_row_with_its_text(pages):
     page = pages["reference/configuration.md"]
     kinds = {field.name: field.default_factory for field in dataclasses.fields(Config)}
-    for title, kind in [*kinds.items(), ("Policy", Policy), ("Policy, section inbox", ArrivalPolicy)]:
+    kinds |= {"Policy": Policy, "Policy, section inbox": ArrivalPolicy}
+    for title, kind in kinds.items():
         part = page[page.index(f"\n## {title}\n"):].split("\n## ")[1]
         for field in dataclasses.fields(kind):
             row = re.search(rf"^\| `{field.name}` \| (.+) \| (.+) \| (.+) \|$", part, re.M)
