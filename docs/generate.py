@@ -44,7 +44,9 @@ def on_config(config: Any) -> Any:
     for title, folder in FOLDERS.items():
         pages = sorted((DOCS / folder).glob("*.md"), key=lambda path: (path.stem != "README", path))
         if pages:
-            config.nav.insert(-1, {title: [f"{folder}/{path.name}" for path in pages]})
+            config.nav.insert(-1, {title: [
+                {"Overview": f"{folder}/{path.name}"} if path.stem == "README" else
+                f"{folder}/{path.name}" for path in pages]})
     return config
 
 
