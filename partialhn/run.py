@@ -178,7 +178,8 @@ class StreamRun:
         yield from self.fit_network()
         self.prepare()
         yield from self.learn()
-        yield from self.compare()
+        for _, record in self.compare():
+            yield record
 
     def fit_network(self) -> Iterator[EpochRecord]:
         """Trains the network on the first task, where it was not trained before."""
@@ -208,21 +209,24 @@ class StreamRun:
 
     def learn(self) -> Iterator[EpochRecord | TaskRecord]:
         """Learns the tasks that are left; a task's model is stored before its record comes."""
-        for record in self.learner.learn(self.tasks):
-            if isinstance(record, TaskRecord):
-                done = lineage.Learned.of(Outcome.of(self.learner), self.lineage_ids,
-                                          record.task_index)
-                lineage.keep(self.model(), done, self.filesystem, self.folder)
-                self.known.append(done)
-            yield record
-        self.clock.lap("train")
+        try:
+            for record in self.learner.learn(self.tasks):
+                if isinstance(record, TaskRecord):
+                    done = lineage.Learned.of(Outcome.of(self.learner), self.lineage_ids,
+                                              record.task_index)
+                    lineage.keep(self.model(), done, self.filesystem, self.folder)
+                    self.known.append(done)
+                yield record
+        finally:  # a caller may stop after any task
+            self.clock.lap("train")
 
-    def compare(self) -> Iterator[EpochRecord | TaskRecord]:
-        """Learns the same tasks by the strategies to compare with."""
+    def compare(self) -> Iterator[tuple[StrategyName, EpochRecord | TaskRecord]]:
+        """Learns the same tasks by the strategies to compare with; yields strategy and record."""
         for name in self.config.train.compare:
             baseline = Learner(self.cut.strategy(with_strategy(self.config, name)),
                                self.config.train, self.device)
-            yield from baseline.learn(self.tasks)
+            for record in baseline.learn(self.tasks):
+                yield name, record
             self._baselines[name] = Outcome.of(baseline)
         self.clock.lap("train")
 

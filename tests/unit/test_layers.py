@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     "partialhn": ("errors naming", "config json_files", "data networks presets", "features",
                   "strategies task_inference", "checkpoints", "predict", "evaluation", "training",
-                  "run", "benchmarks"),
+                  "run", "benchmarks notebook"),
     "pipelines": ("settings", "platform report", "features registry benchmarks",
                   "search execution doctor show serving", "label_images advice train retrain",
                   "tune upkeep demo", "cli"),

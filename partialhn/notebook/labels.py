@@ -1,0 +1,35 @@
+"""Labels for images as a table."""
+
+from typing import TYPE_CHECKING
+
+from partialhn.data.decode import decode_images
+from partialhn.notebook.images import batches
+from partialhn.predict import Answer, Predictor
+from partialhn.task_inference import AUTO
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from partialhn.notebook.images import Images
+
+
+def label(predictor: Predictor, images: "Images", task: str) -> "pd.DataFrame":
+    """One row an image in the order given: id, label and probability; with `auto` also the task.
+
+    Raises: InputError for an unknown task or an image that cannot be used.
+    """
+    import pandas as pd
+
+    data = predictor.model.config.data
+    ids: list[str] = []
+    answers: list[Answer] = []
+    for encoded, names in batches(images):
+        decoded = decode_images(encoded, names, data.input_size, max_pixels=data.max_image_pixels)
+        answers += predictor.answers(predictor.features(decoded.images_BCHW), [task] * len(names))
+        ids += names
+    table = pd.DataFrame({"id": pd.Series(ids, dtype=object),
+                          "task": pd.Series([answer.task for answer in answers], dtype=object),
+                          "label": pd.Series([answer.label for answer in answers], dtype=object),
+                          "probability": pd.Series([answer.probability for answer in answers],
+                                                   dtype=float)})
+    return table if task == AUTO else table.drop(columns="task")

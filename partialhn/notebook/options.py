@@ -1,0 +1,89 @@
+"""The options of a `Stream`: configuration keys without their section, as on the command line."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from partialhn.config import ComputeConfig, Config, load_config
+from partialhn.errors import InputError
+from partialhn.presets import preset as preset_of
+
+SECTIONS = {option.name: section.name for section in dataclasses.fields(Config)
+            for option in dataclasses.fields(section.default_factory)}  # type: ignore[arg-type]
+"""Option -> the section of `Config` that has it; every name is in one section only."""
+SHARED_WORK = ("workers", "feature_workers", "ray_address")
+"""Options that share the work among processes, which a stream in one process cannot."""
+FREE = ("data.data", "features.compression", "train.compare")
+"""Keys that do not change what is learned, and so may differ in the same folder. `compute` does
+not either; the images are compared by their content."""
+
+
+def configure(base: Config, options: Mapping[str, object]) -> Config:
+    """The configuration with some options replaced.
+
+    Raises: InputError for an unknown option, naming the nearest, or a value that is not allowed.
+    """
+    values = base.to_dict()
+    for name, value in options.items():
+        if name not in SECTIONS:
+            near = difflib.get_close_matches(name, SECTIONS, 3, 0.5)
+            raise InputError(f"unknown option {name}; "
+                             + (f"the nearest: {', '.join(near)}" if near
+                                else f"allowed: {', '.join(sorted(SECTIONS))}"))
+        values[SECTIONS[name]][name] = str(value) if isinstance(value, Path) else value
+    config = Config.from_dict(values)
+    for name in SHARED_WORK:
+        value, default = getattr(config.compute, name), getattr(ComputeConfig(), name)
+        if value != default:
+            raise InputError(f"{name} is {value!r}; a Stream learns in this process, allowed: "
+                             f"{default!r}, or share the work with `partialhn train`")
+    return config
+
+
+def base_config(config: Config | str | Path | None, preset: str | None) -> Config:
+    """The configuration that options are laid over: given, in a YAML file, a preset, or defaults.
+
+    Raises: InputError where two are given, or one that cannot be used.
+    """
+    if config is not None and preset is not None:
+        raise InputError("config and preset are given; allowed: one of them")
+    if preset is not None:
+        return preset_of(preset)
+    if config is None:
+        return Config()
+    return config if isinstance(config, Config) else load_config(config)
+
+
+def absolute(config: Config) -> Config:
+    """The configuration with a local data path made absolute, so that it holds in any folder."""
+    data = config.data.data
+    if data == "digits" or data.startswith("torchvision:") or "://" in data:
+        return config
+    path = str(Path(data).expanduser().absolute())
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, data=path))
+
+
+def differences(config: Config, stored: Mapping[str, Any]) -> list[str]:
+    """The options that change what is learned and differ: `epochs is 5, stored is 4`."""
+    found = []
+    for section, values in config.to_dict().items():
+        if section == "compute":
+            continue
+        for name, value in values.items():
+            kept = stored.get(section, {}).get(name)
+            if value != kept and f"{section}.{name}" not in FREE:
+                found.append(f"{name} is {value!r}, in the folder it is {kept!r}")
+    return found
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device to learn on. Raises: InputError for a GPU that is not here."""
+    available = wanted != "cpu" and torch.cuda.is_available()
+    if wanted == "gpu" and not available:
+        raise InputError("device is 'gpu' and this machine has none that CUDA can use; allowed: "
+                         "auto, cpu, or a machine with one")
+    return torch.device("cuda" if available else "cpu")
