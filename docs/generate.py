@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 from tyro.conf import Positional
 
+import partialhn
 from partialhn.config import Config
 from partialhn.presets import PRESETS
 from pipelines.cli.main import COMMANDS
@@ -30,6 +31,8 @@ SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Co
 """The configuration's classes by the name of their section."""
 FOLDERS = {"Design decisions": "design", "Measurements": "measurements"}
 """Parts of the navigation whose pages are whatever lies in a folder."""
+FIRST = ("Stream", "TaskResult", "StreamMetrics", "run_stream", "RunResult")
+"""Python names that a reader wants first; the others follow in the order of `__all__`."""
 OPTIONAL = {"Guides": [{"Extend it": "how-to/extend.md"}],
             "Reference": [{"Compatibility": "compatibility.md"}, {"Upgrading": "upgrading.md"}]}
 
@@ -78,7 +81,7 @@ def cli_page() -> str:
             lines += option_table(kind, fields)
         for name, section in sections(kind).items():
             lines += [f"Options of the section [{name}](configuration.md#{name}): "
-                      + ", ".join(f"`{option(field, section)}`"
+                      + ", ".join(f"`{option(field, section)}`{{.option}}"
                                   for field in dataclasses.fields(section)) + ".", ""]
     return "\n".join(lines)
 
@@ -111,16 +114,14 @@ EXAMPLE = {"data": {"data": "/data/products", "tasks": 12}, "backbone": {"freeze
 
 def python_page() -> str:
     """Every public name of `partialhn`, drawn by mkdocstrings."""
-    lines = ["# Python", "", "This page is generated from the code.", ""]
-    for name in PUBLIC:
-        lines += [f"## {name.rpartition('.')[2]}", "", f"::: partialhn.{name}", "    options:",
-                  "      show_root_heading: false", ""]
+    lines = ["# Python", "", "`import partialhn as phn` gives these names. The import itself loads "
+             "neither torch nor pandas; a name loads what it needs when it is first used.", "",
+             "This page is generated from the code.", ""]
+    names = [name for name in getattr(partialhn, "__all__", ("config.Config", "run.run_stream",
+                                                              "predict.Predictor")) if not name.startswith("_")]
+    for name in sorted(names, key=lambda name: name not in FIRST):
+        lines += [f"::: partialhn.{name}", ""]
     return "\n".join(lines)
-
-
-PUBLIC = ("config.Config", "config.load_config", "presets.preset", "run.run_stream",
-          "predict.Predictor", "errors.InputError", "errors.IntegrityError",
-          "strategies.base.Strategy")
 
 
 def commands(kinds: dict[str, Any] = COMMANDS, start: str = "") -> Iterator[tuple[str, Any]]:
