@@ -117,8 +117,7 @@ def python_page() -> str:
     lines = ["# Python", "", "`import partialhn as phn` gives these names. The import itself loads "
              "neither torch nor pandas; a name loads what it needs when it is first used.", "",
              "This page is generated from the code.", ""]
-    names = [name for name in getattr(partialhn, "__all__", ("config.Config", "run.run_stream",
-                                                              "predict.Predictor")) if not name.startswith("_")]
+    names = [name for name in partialhn.__all__ if not name.startswith("_")]
     for name in sorted(names, key=lambda name: name not in FIRST):
         lines += [f"::: partialhn.{name}", ""]
     return "\n".join(lines)
