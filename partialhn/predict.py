@@ -1,10 +1,11 @@
-"""Answers: encoded images and their tasks in, labels and probabilities out.
+"""Prediction: from encoded images and their tasks to labels and probabilities.
 
-`Predictor.predict` answers for images of one task. `features` and `answers` are its two halves
-for batches of mixed tasks: the trunk runs once over all of them, then each task's head over its
-own. A task may be `auto`, to be inferred from the image.
+`Predictor.predict` labels images of one task. For batches of mixed tasks it is split in two:
+`features` runs the trunk once over all images, then `answers` runs each task's head over its own
+images. A task may be given as `auto`; it is then inferred from the image.
 
-Legend: B images, C channels, H W spatial, K classes of the task.
+Legend: B images, U images with task `auto`, R images of one task, C channels, H W spatial,
+K classes of the task.
 """
 
 import dataclasses
@@ -27,33 +28,33 @@ from partialhn.task_inference import AUTO, infer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
-    """Answers for B images of one task."""
+    """Predictions for B images of one task."""
 
     labels: list[str]
     """The likeliest class of each image, by name."""
     probabilities_BK: npt.NDArray[np.float32]
-    """Softmax over the task's classes; rows sum to 1."""
+    """Softmax over the task's classes; each row sums to 1."""
     classes: tuple[str, ...]
-    """Names of the K columns."""
+    """Class names of the K columns."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The answer for one image of a batch of mixed tasks."""
+    """The prediction for one image of a batch of mixed tasks."""
 
     task: str
-    """The task's name: given, or the likeliest."""
+    """Name of the task: the given one, or the likeliest."""
     label: str | None
-    """The likeliest class; None where the image seems to be of no task that was learned."""
+    """The likeliest class; None if the image seems to belong to no learned task."""
     probability: float
-    """Of the likeliest class, among the classes of the task."""
+    """Probability of the likeliest class, among the classes of the task."""
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
-    """Of all classes, in the same order."""
+    """Probability of each class, in the order of `classes`."""
 
 
 class Predictor:
-    """A loaded model that keeps each task's head weights once they were generated."""
+    """A loaded model for predictions; it generates each task's head weights once and keeps them."""
 
     def __init__(self, model: Model, device: torch.device | str = "cpu") -> None:
         self.model = model
@@ -64,18 +65,18 @@ class Predictor:
 
     @staticmethod
     def load(folder: str | Path, device: torch.device | str = "cpu") -> "Predictor":
-        """Reads a checkpoint folder. Raises: IntegrityError for a damaged one."""
+        """Reads a checkpoint folder. Raises: IntegrityError if it is damaged."""
         return Predictor(Model.load(Path(folder)), device)
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks, oldest first; each once, however often it was refreshed."""
+        """Names of the tasks, oldest first; a refreshed task is listed once."""
         return list(dict.fromkeys(task_of(task.name) for task in self.model.tasks))
 
     def task_index(self, task: str) -> int:
-        """The slot that answers for a task given by name, or by its place in `tasks`.
+        """Index of the slot that is used for a task, given by name or by its index in `tasks`.
 
-        The newest slot of a refreshed task answers. Raises: InputError listing the tasks.
+        For a refreshed task it is the newest slot. Raises: InputError listing the tasks.
         """
         if task not in self.tasks and task.isdecimal() and int(task) < len(self.tasks):
             task = self.tasks[int(task)]
@@ -87,15 +88,15 @@ class Predictor:
                          f"from 0 to {len(self.tasks) - 1}")
 
     def check_task(self, task: str) -> None:
-        """Raises InputError for a task that is neither known nor one that can be inferred."""
+        """Raises InputError for an unknown task, or for `auto` if this model cannot infer tasks."""
         if task != AUTO:
             self.task_index(task)
         elif self.model.inference is None:
-            raise InputError(f"task is {AUTO!r}, but this model was made without what it takes to "
-                             f"infer a task; allowed: {', '.join(self.tasks)}, or train it again")
+            raise InputError(f"task is {AUTO!r}, but this model was trained without task "
+                             f"inference; allowed: {', '.join(self.tasks)}, or train it again")
 
     def head_weights(self, index: int) -> HeadWeights:
-        """A slot's head weights, generated once."""
+        """The head weights of a slot, generated at the first call."""
         if index not in self._weights:
             self._weights[index] = self.model.strategy.weights(index)
         return self._weights[index]
@@ -104,8 +105,8 @@ class Predictor:
     def predict(self, images: Sequence[bytes], task: str) -> Prediction:
         """Labels encoded images with the classes of one task.
 
-        An image's answer is the same in any company. Raises: InputError for an unknown task or an
-        image that cannot be decoded, by its position.
+        An image's prediction does not depend on the other images. Raises: InputError for an
+        unknown task, or naming the position of an image that cannot be decoded.
         """
         index = self.task_index(task)
         data = self.model.config.data
@@ -123,7 +124,7 @@ class Predictor:
     def predict_auto(self, images: Sequence[bytes]) -> list[Answer]:
         """Labels encoded images whose tasks are not known.
 
-        Raises: InputError for an image that cannot be decoded, or a model that infers no task.
+        Raises: InputError for an image that cannot be decoded, or if this model cannot infer tasks.
         """
         self.check_task(AUTO)
         data = self.model.config.data
@@ -135,8 +136,9 @@ class Predictor:
     def features(self, images_BCHW: Tensor, exact: bool = True) -> Tensor:
         """Trunk features z_BCHW of uint8 images, on the model's device.
 
-        exact: an image's features are the same bits in any company, for which small batches are
-        filled up; without, they are equal but for rounding and a few images take less time.
+        exact: an image's features are the same bits whatever the other images are; small batches
+        are filled up for that. Otherwise they may differ by rounding, and a few images take less
+        time.
         """
         if exact or not len(images_BCHW):
             return run_trunk(self.model.trunk, images_BCHW).to(self._device)
@@ -145,7 +147,7 @@ class Predictor:
 
     @torch.no_grad()
     def answers(self, z_BCHW: Tensor, tasks: Sequence[str]) -> list[Answer]:
-        """Answers from trunk features, each image with the task given for it, or with `auto`.
+        """Predictions from trunk features z_BCHW, with a task or `auto` given for each image.
 
         Raises: InputError for an unknown task.
         """
@@ -154,19 +156,20 @@ class Predictor:
         index_B = torch.tensor([-1 if task == AUTO else self.task_index(task) for task in tasks],
                                dtype=torch.int64)
         known_B = torch.ones(len(tasks), dtype=torch.bool)
-        unsaid_U = torch.nonzero(index_B < 0)[:, 0]
+        auto_U = torch.nonzero(index_B < 0)[:, 0]
         head, inference = self.model.strategy.head, self.model.inference
-        if len(unsaid_U) and inference is not None:
+        if len(auto_U) and inference is not None:
             slots = [self.task_index(task) for task in self.tasks]
             weights = [self.head_weights(slot) for slot in slots]
-            found = infer(inference, head, slots, weights, z_BCHW[unsaid_U])
-            index_B[unsaid_U], known_B[unsaid_U] = found.slot_B, found.known_B
-        made: list[Answer | None] = [None] * len(tasks)
+            inferred = infer(inference, head, slots, weights, z_BCHW[auto_U])
+            index_B[auto_U], known_B[auto_U] = inferred.slot_B, inferred.known_B
+        answers: list[Answer | None] = [None] * len(tasks)
         for index in sorted(set(index_B.tolist())):
             info, rows_R = self.model.tasks[index], torch.nonzero(index_B == index)[:, 0]
             p_RK = head(z_BCHW[rows_R], self.head_weights(index)).softmax(1).cpu().double()
             for row, p_K in zip(rows_R.tolist(), p_RK, strict=True):
                 best = int(p_K.argmax())
-                made[row] = Answer(task_of(info.name), info.classes[best] if known_B[row] else None,
-                                   float(p_K[best]), info.classes, tuple(p_K.tolist()))
-        return [answer for answer in made if answer is not None]
+                answers[row] = Answer(task_of(info.name),
+                                      info.classes[best] if known_B[row] else None,
+                                      float(p_K[best]), info.classes, tuple(p_K.tolist()))
+        return [answer for answer in answers if answer is not None]

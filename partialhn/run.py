@@ -35,7 +35,7 @@ from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.pretrain import fit_network, load_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Clock, Outcome, result_fields
-from partialhn.training.slots import Slot, featured_slots, open_features, slots_of, stored_slots
+from partialhn.training.slots import Slot, featured_slots, open_task_features, slots_of, stored_slots
 
 Report = Callable[[EpochRecord | TaskRecord], None]
 
@@ -87,7 +87,7 @@ def check(config: Config) -> None:
 def collect(store: FeatureStore, jobs: Sequence[FeatureJob], manifests: Sequence[Manifest],
             experiences: Sequence[Experience]) -> list[TaskFeatures]:
     """Opens the features of every task."""
-    return open_features(store, slots_of(experiences, jobs, manifests))
+    return open_task_features(store, slots_of(experiences, jobs, manifests))
 
 
 def work_name(config: Config, experiences: Sequence[Experience]) -> str:
@@ -199,7 +199,7 @@ class StreamRun:
         slots, self.decoded = featured_slots(
             self.config, self.experiences, len(self.known), self.cut.trunk, self.store,
             lambda jobs: precompute(self.store, trunk, jobs, progress)[1])
-        self.tasks = open_features(self.store, slots, range(first, len(slots)))
+        self.tasks = open_task_features(self.store, slots, range(first, len(slots)))
         self.clock.lap("features")
         learner = Learner(self.cut.strategy(self.config), self.config.train, self.device,
                           inference=TaskInference())

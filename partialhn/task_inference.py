@@ -1,13 +1,15 @@
-"""Which task is an image of, where the caller does not know? Or of none that was learned?
+"""Task inference: finds the task of an image when the caller does not know it.
 
-Two witnesses. The *detector* looks at pooled trunk features alone: a Gaussian for each class with
-one covariance for all (linear discriminant analysis; Lee et al. 2018 for the rejection). The
-*heads* are asked too: the task whose head answers with the lowest entropy (Henning et al. 2021).
+It can also reject an image that belongs to no learned task. It combines two methods. The
+*detector* looks at pooled trunk features alone: a Gaussian for each class, with one covariance for
+all (linear discriminant analysis; Lee et al. 2018 for the rejection). The *entropy* method runs
+the heads of all tasks and prefers the task with the lowest entropy (Henning et al. 2021).
 
-A task leaves behind its class means and a small sample, in float16; the covariance is shared and
-its size does not grow. All of it comes from stored features: no image is decoded again.
+For each task the class means and a small sample are kept, in float16; the covariance is shared and
+does not grow. All of it comes from stored features: no image is decoded again.
 
-Legend: B images, T tasks, C channels of pooled features, K classes of a task, S sampled images.
+Legend: N training images of a task, B images, T tasks, C channels of pooled features, K classes of
+a task, M classes of all tasks, S sampled images, R images that a head is run for.
 """
 
 import dataclasses
@@ -25,35 +27,35 @@ from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.head import Head, HeadWeights
 
 AUTO, NONE = RESERVED
-"""What a caller gives for the task to have it inferred; what stands for no known task."""
+"""AUTO as a task's name asks for inference; NONE stands for no known task."""
 Method = Literal["detector", "entropy", "combined"]
 METHODS: tuple[Method, ...] = ("detector", "entropy", "combined")
 DEFAULT: Method = "combined"
 SAMPLE = 12
-"""Training images of each task whose pooled features are kept, to know usual distances."""
+"""Training images of each task whose pooled features are kept, as examples of usual distances."""
 REJECT_SHARE = 0.02
-"""Share of training images that lie further off than the threshold."""
+"""Share of the kept training images whose distance exceeds the rejection threshold."""
 SHRINKAGE = 0.05
 """Weight of the isotropic part of the covariance."""
 ENTROPY_WEIGHT = 2.0
-"""Log-odds that a whole unit of normalised entropy counts in the combined score."""
+"""Weight of the normalised entropy (0 to 1) in the combined score, in log-odds."""
 
 
 class TaskStatistics(NamedTuple):
-    """What is taken out of one task's training features."""
+    """Statistics of one task's pooled training features."""
 
     mean_KC: Tensor
-    """float16, of each class."""
+    """Mean of each class, float16."""
     sample_SC: Tensor
-    """float16, of some images."""
+    """Features of a random sample of images, float16."""
     scatter_CC: Tensor
-    """float64: sum over images of (z - class mean)(z - class mean)^T."""
+    """Sum over images of (z - class mean)(z - class mean)^T, float64."""
     images: Tensor
-    """Their number."""
+    """Number of images in the sum, a scalar tensor."""
 
 
 class TaskInference:
-    """What is known of the trunk features of every task learned so far."""
+    """Statistics of the trunk features of every task learned so far, for inferring tasks."""
 
     def __init__(self) -> None:
         self.means: list[Tensor] = []
@@ -63,14 +65,14 @@ class TaskInference:
         self.scatter_CC: Tensor | None = None
         """Sum over images of (z - class mean)(z - class mean)^T, float32."""
         self.count = 0
-        """Images in the scatter."""
+        """Number of images in `scatter_CC`."""
         self._whitening: tuple[Tensor, Tensor, float] | None = None
 
     def __len__(self) -> int:
         return len(self.means)
 
     def add_task(self, task: "TaskStatistics") -> None:
-        """Takes in what `statistics` found of the next task."""
+        """Adds the next task, from the result of `statistics`."""
         scatter_CC = task.scatter_CC
         if self.scatter_CC is not None:
             scatter_CC = scatter_CC + self.scatter_CC.double()
@@ -84,12 +86,12 @@ class TaskInference:
         inverse_CC, means_MC, _ = self._prepared()
         white_BC = z_BC.cpu().double() @ inverse_CC
         squared_BM = torch.cdist(white_BC, means_MC).square()
-        parts = torch.split(squared_BM, [len(mean) for mean in self.means], dim=1)
-        return torch.stack([part.amin(1) for part in parts], dim=1).float()
+        by_task = torch.split(squared_BM, [len(mean) for mean in self.means], dim=1)
+        return torch.stack([squared_BK.amin(1) for squared_BK in by_task], dim=1).float()
 
     @property
     def threshold(self) -> float:
-        """Squared distance to the nearest class of all beyond which an image is of no task."""
+        """Squared distance to the nearest class beyond which an image belongs to no known task."""
         return self._prepared()[2]
 
     def task_bytes(self, task: int) -> int:
@@ -98,7 +100,7 @@ class TaskInference:
                    for value in (self.means[task], self.samples[task]))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything by name, for a checkpoint."""
+        """All tensors by name, for a checkpoint."""
         named = {f"means.{task}": value for task, value in enumerate(self.means)}
         named |= {f"samples.{task}": value for task, value in enumerate(self.samples)}
         if self.scatter_CC is not None:
@@ -107,26 +109,31 @@ class TaskInference:
 
     @staticmethod
     def from_tensors(tensors: dict[str, Tensor], tasks: int) -> "TaskInference":
-        """Takes back what `tensors` gave for so many tasks.
+        """Rebuilds the object from the result of `tensors`, for so many tasks.
 
-        Raises: IntegrityError where it is not there.
+        Raises: IntegrityError naming a tensor that is missing.
         """
-        made = TaskInference()
+        inference = TaskInference()
         try:
-            made.means = [tensors[f"means.{task}"] for task in range(tasks)]
-            made.samples = [tensors[f"samples.{task}"] for task in range(tasks)]
+            inference.means = [tensors[f"means.{task}"] for task in range(tasks)]
+            inference.samples = [tensors[f"samples.{task}"] for task in range(tasks)]
             if tasks:
-                made.scatter_CC, made.count = tensors["scatter"], int(tensors["count"])
+                inference.scatter_CC = tensors["scatter"]
+                inference.count = int(tensors["count"])
         except KeyError as error:
-            raise IntegrityError(f"what is known of tasks' features lacks {error}; it was saved "
-                                 "by another version") from error
-        return made
+            raise IntegrityError(f"the task inference of this checkpoint has no tensor {error}; "
+                                 "the checkpoint was saved by another version") from error
+        return inference
 
     def _prepared(self) -> tuple[Tensor, Tensor, float]:
-        """Whitening matrix, whitened class means (M, C) of all tasks, and the threshold."""
+        """Whitening matrix (C, C), whitened class means (M, C) of all tasks, and the threshold.
+
+        Raises: InputError before the first task.
+        """
         if self._whitening is None:
             if self.scatter_CC is None:
-                raise InputError("no task was learned yet; a task can be inferred after the first")
+                raise InputError("no task is learned yet; allowed: task inference after the first "
+                                 "task")
             covariance_CC = self.scatter_CC.double() / max(1, self.count)
             C = len(covariance_CC)
             scale = covariance_CC.diagonal().mean().clamp_min(1e-12)
@@ -142,7 +149,7 @@ class TaskInference:
 
 
 def statistics(features: FeatureSet, place: int, seed: int = 0) -> TaskStatistics:
-    """One pass over the plain view of a task's images. place: of the task among all."""
+    """The statistics of a task, from the plain view of its images. place: index of the task."""
     z_NC = torch.cat([pooled(features.gather(rows_B, torch.zeros_like(rows_B))).cpu()
                       for rows_B in torch.split(_rows(features), 256)]).double()
     y_N = features.y_N.cpu().numpy()
@@ -159,52 +166,54 @@ def statistics(features: FeatureSet, place: int, seed: int = 0) -> TaskStatistic
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inferred:
-    """Which task each of B images seems to be of."""
+    """The inferred tasks of B images."""
 
     slot_B: Tensor
-    """int64: the place of the likeliest task."""
+    """Slot of the likeliest task, int64."""
     known_B: Tensor
-    """bool: False where the image seems to be of none of the tasks."""
+    """Whether the image seems to belong to a learned task at all, bool."""
 
 
 def pooled(z_BCHW: Tensor) -> Tensor:
-    """Pooled trunk features z_BC: the mean over an image's positions."""
+    """Pooled trunk features z_BC: the mean over all positions of an image."""
     return z_BCHW.mean((2, 3))
 
 
 def contenders(distances_BT: Tensor) -> Tensor:
-    """Which tasks the combined score may still choose for an image: (B, T), bool.
+    """The tasks that can still have the best combined score for an image: (B, T), bool.
 
-    Entropies are at most one unit apart, so a task whose distance alone puts it further behind
-    than that unit counts cannot win, and its head need not be asked. Nor need a single one left.
+    Normalised entropies differ by at most 1. So a task that is behind the nearest by more than
+    ENTROPY_WEIGHT cannot win, and its head need not run. If only one task remains, its head need
+    not run either.
     """
+    # the score's log_softmax shifts all tasks of an image equally, so -distance / 2 is enough
     fit_BT = -distances_BT / 2
     near_BT = fit_BT >= fit_BT.amax(1, keepdim=True) - ENTROPY_WEIGHT
     return near_BT & (near_BT.sum(1, keepdim=True) > 1)
 
 
 def entropies(head: Head, weights: Sequence[HeadWeights], z_BCHW: Tensor,
-              asked_BT: Tensor | None = None) -> Tensor:
-    """Entropy of tasks' answers to images, as a share of the largest there can be: (B, T).
+              run_BT: Tensor | None = None) -> Tensor:
+    """Entropy of each task's prediction, as a share of the largest possible: (B, T), 0 to 1.
 
-    asked_BT: where a head is asked at all, as `contenders` says; elsewhere, and where a head has a
-    single class and says nothing, it is 1.
+    run_BT: the heads to run for each image, as `contenders` gives them; default: all. The entropy
+    is 1 for a head that does not run, and for one with a single class.
     """
     entropy_BT = z_BCHW.new_ones(len(z_BCHW), len(weights))
-    for task, own in enumerate(weights):
-        rows_R = (torch.arange(len(z_BCHW)) if asked_BT is None
-                  else torch.nonzero(asked_BT[:, task])[:, 0]).to(z_BCHW.device)
-        K = len(own.bias_K)
+    for task, head_weights in enumerate(weights):
+        rows_R = (torch.arange(len(z_BCHW)) if run_BT is None
+                  else torch.nonzero(run_BT[:, task])[:, 0]).to(z_BCHW.device)
+        K = len(head_weights.bias_K)
         if K > 1 and len(rows_R):
-            p_RK = head(z_BCHW[rows_R], own).softmax(1)
+            p_RK = head(z_BCHW[rows_R], head_weights).softmax(1)
             entropy_BT[rows_R, task] = torch.special.entr(p_RK).sum(1) / math.log(K)
     return entropy_BT
 
 
 def scores(method: Method, distances_BT: Tensor, entropy_BT: Tensor | None) -> Tensor:
-    """How well each task fits each image: (B, T), larger is better.
+    """The score of each task for each image: (B, T), larger is better.
 
-    `entropy_BT` may be None for the detector, which does not ask the heads.
+    `entropy_BT` may be None for the detector, which does not use the heads.
     """
     if method == "detector":
         return -distances_BT / 2
@@ -216,23 +225,22 @@ def scores(method: Method, distances_BT: Tensor, entropy_BT: Tensor | None) -> T
 
 def best_task(method: Method, distances_BT: Tensor, head: Head, weights: Sequence[HeadWeights],
               z_BCHW: Tensor) -> Tensor:
-    """The task that fits each image best, by its place in `weights`: (B,), int64.
+    """The task with the best score for each image, as an index into `weights`: (B,), int64.
 
-    Heads are asked of an image only where that can change the answer.
+    A head runs only for images where it can change the result.
     """
     entropy_BT = None
     if method != "detector":
-        asked_BT = contenders(distances_BT) if method == "combined" else None
-        entropy_BT = entropies(head, weights, z_BCHW, asked_BT).cpu()
+        run_BT = contenders(distances_BT) if method == "combined" else None
+        entropy_BT = entropies(head, weights, z_BCHW, run_BT).cpu()
     return scores(method, distances_BT, entropy_BT).argmax(1)
 
 
 def infer(inference: TaskInference, head: Head, slots: Sequence[int],
           weights: Sequence[HeadWeights], z_BCHW: Tensor, method: Method = DEFAULT) -> Inferred:
-    """The task of each image from its trunk features, z_BCHW.
+    """Infers the task of each image from its trunk features, z_BCHW.
 
-    slots: the tasks' places, where a task that was learned again counts by its newest only.
-    weights: theirs, in the same order.
+    slots: the newest slot of each task. weights: their head weights, in the same order.
     """
     distances_BT = inference.distances(pooled(z_BCHW))[:, list(slots)]
     best_B = best_task(method, distances_BT, head, weights, z_BCHW)

@@ -33,7 +33,7 @@ from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 from partialhn.training.pretrain import fit_network, load_network
 from partialhn.training.result import Outcome
-from partialhn.training.slots import open_features, slots_of
+from partialhn.training.slots import open_task_features, slots_of
 from partialhn.training.steps import recorder_for
 
 Log = Callable[[str], None]
@@ -138,7 +138,7 @@ class _Bench:
         if depth not in self._opened:
             manifests = [self.store.find(job.recipe) for job in self.jobs[depth]]
             slots = slots_of(self.experiences, self.jobs[depth], manifests)
-            self._opened[depth] = open_features(self.store, slots)
+            self._opened[depth] = open_task_features(self.store, slots)
         return self._opened[depth]
 
 

@@ -1,1 +1,1 @@
-"""What is learned, on disk: safetensors and JSON, never a pickle."""
+"""Checkpoints: trained models on disk as safetensors and JSON, never as a pickle."""

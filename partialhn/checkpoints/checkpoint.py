@@ -1,9 +1,9 @@
-"""Checkpoints: a folder of safetensors and JSON, written whole or not at all, read strictly.
+"""The checkpoint folder: safetensors and JSON, written completely or not at all, read strictly.
 
     model.safetensors   every tensor by name
     model.json          the fields, and the SHA-256 of the tensors file; written last
 
-Nothing is ever pickled, so loading a checkpoint cannot run code.
+Nothing is pickled, so loading a checkpoint cannot run code.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ TENSORS, FIELDS = "model.safetensors", "model.json"
 
 
 def save(folder: Path, kind: str, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
-    """Writes a checkpoint folder; an older one of the same name is replaced."""
+    """Writes a checkpoint folder; replaces an older one of the same name."""
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     draft.mkdir(parents=True)
     save_file({key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
@@ -41,9 +41,9 @@ def save(folder: Path, kind: str, tensors: dict[str, Tensor], fields: dict[str, 
 
 
 def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
-    """Copies a checkpoint folder to any filesystem, the fields last: without them it is nothing.
+    """Copies a checkpoint folder to any filesystem; the fields last, since they make it complete.
 
-    Older fields go first, so that a copy that is cut short never mixes the two.
+    Older fields are deleted first, so that an interrupted copy never mixes old and new.
     """
     local = isinstance(filesystem, pafs.LocalFileSystem)
     if local:
@@ -52,7 +52,7 @@ def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
         filesystem.delete_file(f"{target}/{FIELDS}")
     for name in (TENSORS, FIELDS):
         path = f"{target}/{name}"
-        draft = f"{path}.draft" if local else path  # S3 shows an object when it is whole
+        draft = f"{path}.draft" if local else path  # S3 shows only complete objects
         with filesystem.open_output_stream(draft) as sink:
             sink.write((folder / name).read_bytes())
         if local:
@@ -60,7 +60,7 @@ def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
 
 
 def fetch(filesystem: pafs.FileSystem, source: str, folder: Path) -> bool:
-    """Copies a checkpoint folder from any filesystem; False where there is no whole one."""
+    """Copies a checkpoint folder from any filesystem; returns False if there is no complete one."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in (FIELDS, TENSORS):
         try:
@@ -72,7 +72,7 @@ def fetch(filesystem: pafs.FileSystem, source: str, folder: Path) -> bool:
 
 
 def read_fields(filesystem: pafs.FileSystem, source: str) -> dict[str, Any] | None:
-    """The fields of a checkpoint folder on any filesystem, without its tensors; None: not there.
+    """The fields of a checkpoint folder on any filesystem; None if there is no checkpoint.
 
     Raises: IntegrityError for fields that cannot be read.
     """
@@ -85,22 +85,22 @@ def read_fields(filesystem: pafs.FileSystem, source: str) -> dict[str, Any] | No
 
 
 def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a checkpoint folder.
+    """Reads a checkpoint folder; returns its tensors by name, and its fields.
 
-    Raises: IntegrityError where a file is missing, damaged, or of another kind or format.
+    Raises: IntegrityError if a file is missing, damaged, or of another kind or format.
     """
     fields = read_object(folder / FIELDS, f"checkpoint {folder}")
     try:
-        found = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+        digest = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
     except OSError as error:
         raise IntegrityError(f"checkpoint {folder} cannot be read: {error}") from error
     if fields.get("format") != FORMAT or fields.get("kind") != kind:
         raise IntegrityError(f"checkpoint {folder} is of kind {fields.get('kind')!r} in format "
                              f"{fields.get('format')!r}; expected {kind!r} in {FORMAT}")
-    wanted = str(fields.get("tensors_sha256"))
-    if found != wanted:
+    expected = str(fields.get("tensors_sha256"))
+    if digest != expected:
         raise IntegrityError(f"checkpoint {folder} is damaged: {TENSORS} has sha256 "
-                             f"{found[:12]}..., expected tensors_sha256 {wanted[:12]}...")
+                             f"{digest[:12]}..., expected tensors_sha256 {expected[:12]}...")
     try:
         return load_file(folder / TENSORS), fields
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""A whole trained model, saved as a checkpoint folder and loaded strictly."""
+"""A complete trained model, saved as a checkpoint folder and loaded strictly."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ from partialhn.task_inference import TaskInference
 
 @dataclasses.dataclass(frozen=True)
 class TaskInfo:
-    """What a model knows of one of its tasks."""
+    """Name and classes of one of a model's tasks."""
 
     name: str
     classes: tuple[str, ...]
@@ -27,26 +27,26 @@ class TaskInfo:
 
 @dataclasses.dataclass
 class Model:
-    """A whole trained model: trunk, head weights of every task, and what they were made with."""
+    """A complete trained model: trunk, head weights of every task, and their configuration."""
 
     config: Config
     trunk: Trunk
     strategy: Strategy
     tasks: tuple[TaskInfo, ...]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Whatever else is worth keeping: stream name, accuracy rows, feature keys."""
+    """Further facts to keep with the model: stream name, accuracy rows, feature keys."""
     inference: TaskInference | None = None
-    """Finds the task of an image where it is not given; None in models made without it."""
+    """Infers the task of an image when the caller gives none; None in models trained without it."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of trunk, strategy and task inference by name."""
+        """All tensors of trunk, strategy and task inference, by name."""
         inference = self.inference.tensors() if self.inference else {}
         return ({f"trunk.{key}": value for key, value in self.trunk.state_dict().items()}
                 | {f"strategy.{key}": value for key, value in self.strategy.state_dict().items()}
                 | {f"inference.{key}": value for key, value in inference.items()})
 
     def weights_hash(self) -> str:
-        """SHA-256 over all tensors: equal hashes answer equally."""
+        """SHA-256 over all tensors: models with equal hashes give equal predictions."""
         return hash_tensors(self.tensors())
 
     def save(self, folder: Path) -> None:
@@ -59,7 +59,10 @@ class Model:
 
     @staticmethod
     def load(folder: Path) -> "Model":
-        """Reads a model back; every tensor must be there, fit, and hash to what was saved."""
+        """Reads a checkpoint folder that `save` wrote.
+
+        Raises: IntegrityError if a tensor is missing, does not fit, or the weights hash differs.
+        """
         tensors, fields = load(folder, "model")
         try:
             config = Config.from_dict(fields["config"])
@@ -71,21 +74,22 @@ class Model:
                 strategy.finish(index)
             trunk.load_state_dict(tensors_below(tensors, "trunk."), strict=True)
             strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
-            found = tensors_below(tensors, "inference.")
-            inference = TaskInference.from_tensors(found, len(tasks)) if found else None
+            known = tensors_below(tensors, "inference.")
+            inference = TaskInference.from_tensors(known, len(tasks)) if known else None
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError,
                 OverflowError) as error:  # InputError is a ValueError
-            raise IntegrityError(f"checkpoint {folder} does not fit this version: {error}"
-                                 ) from error
+            raise IntegrityError(f"checkpoint {folder} does not fit this version of partialhn: "
+                                 f"{error}") from error
         model = Model(config, trunk, strategy.requires_grad_(False).eval(), tasks,
                       fields.get("facts", {}), inference)
         if model.weights_hash() != fields.get("weights_hash"):
-            raise IntegrityError(f"checkpoint {folder} holds other weights than it was saved with")
+            raise IntegrityError(f"checkpoint {folder} is damaged: the hash of its weights differs "
+                                 "from its weights_hash")
         return model
 
 
 def empty_parts(config: Config) -> tuple[Trunk, Strategy]:
-    """Trunk and strategy of the configured shapes; their weights are still to be loaded."""
+    """Trunk and strategy of the configured shapes, whose weights must still be loaded."""
     network = build_network(config.backbone.backbone, classes=2)
     depth, norm = config.backbone.freeze_depth, config.hypernet.norm
     head = Head(network, depth, norm, config.hypernet.norm_groups)

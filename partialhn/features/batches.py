@@ -1,4 +1,4 @@
-"""Batches of a task's features, in an order that is a function of a seed.
+"""Batches of a task's features, in an order that depends on a seed alone.
 
 Legend: N images, E steps of an epoch, B batch, C channels, H W spatial.
 """
@@ -22,10 +22,10 @@ from partialhn.features.feature_set import FeatureSet
 class FeatureBatch(NamedTuple):
     """Frozen-trunk features of one batch, all of one task.
 
-    z_BCHW: float32 features. y_B: int64 labels, 0 to K-1 within the task. loss_scale: the factor
-    that makes the mean over workers of their local means the mean over the global batch; 1 when
-    every worker holds equally many rows. seed: seeds whatever is drawn at this step, and is the
-    same for every worker.
+    z_BCHW: float32 features. y_B: int64 labels, 0 to K-1 within the task. loss_scale: a factor
+    for this worker's mean loss, so that the mean over all workers is the mean over the global
+    batch; 1 when every worker holds equally many rows. seed: the seed for every random draw of
+    this step; the same for every worker.
     """
 
     z_BCHW: Tensor
@@ -36,18 +36,22 @@ class FeatureBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Workers:
-    """Who shares the work: this worker's place, and how gradients and sums become common."""
+    """The group of workers that divides each batch, seen from one of them."""
 
     rank: int = 0
+    """This worker's number, from 0 to world - 1."""
     world: int = 1
-    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
-    add: Callable[[Tensor], Tensor] = lambda total: total
+    """Number of workers."""
+    data_parallel: Callable[[nn.Module], nn.Module] = lambda module: module
+    """Wraps a module so that its gradients are averaged over the workers."""
+    sum_over_workers: Callable[[Tensor], Tensor] = lambda total: total
+    """Returns a tensor summed over the workers."""
 
 
 class Order(NamedTuple):
-    """What one worker reads in an epoch: rows_EB and the view of each, views_EB, int64.
+    """The rows that one worker reads in an epoch, rows_EB, and the view of each, views_EB: int64.
 
-    loss_scale: the factor of a batch (`FeatureBatch.loss_scale`).
+    loss_scale: the same for every batch (`FeatureBatch.loss_scale`).
     """
 
     rows_EB: Tensor
@@ -56,21 +60,22 @@ class Order(NamedTuple):
 
 
 def whole_batch(features: FeatureSet, batch_size: int, workers: Workers) -> int:
-    """Rows of a batch over all workers: a small task is one batch. Raises: InputError for fewer
-    images than workers.
+    """Number of rows in a batch, all workers together; a small task is a single batch.
+
+    Raises: InputError for fewer images than workers.
     """
     if len(features) < workers.world:
         raise InputError(f"a task has {len(features)} training images for {workers.world} workers; "
-                         "allowed: at least one each")
+                         "allowed: at least one image for each worker")
     return min(batch_size, len(features))
 
 
 def epoch_order(features: FeatureSet, batch_size: int, seed: Sequence[int],
                 workers: Workers) -> Order:
-    """An order that depends on `seed` alone; each worker gets its share of every batch.
+    """The order of an epoch, drawn from `seed` alone; each worker gets its share of every batch.
 
-    The images that do not fill a last batch wait for another epoch's order. Raises: InputError
-    for fewer images than workers.
+    Images that do not fill a last batch are left out of this epoch. Raises: InputError for fewer
+    images than workers.
     """
     size = whole_batch(features, batch_size, workers)
     rng = np.random.default_rng(list(seed))
@@ -86,7 +91,7 @@ def epoch_order(features: FeatureSet, batch_size: int, seed: Sequence[int],
 
 def epoch_batches(features: FeatureSet, batch_size: int, seed: Sequence[int],
                   workers: Workers) -> Iterator[FeatureBatch]:
-    """The batches of `epoch_order`, each read when it is asked for."""
+    """The batches of `epoch_order`; each is read only when it is requested."""
     order = epoch_order(features, batch_size, seed, workers)
     rows_EB, views_EB = (x_EB.to(features.y_N.device) for x_EB in order[:2])
     for step, (rows_B, views_B) in enumerate(zip(rows_EB, views_EB, strict=True)):
@@ -95,7 +100,7 @@ def epoch_batches(features: FeatureSet, batch_size: int, seed: Sequence[int],
 
 
 class Batches(abc.ABC):
-    """Where steps read: `begin` an epoch, then ask for one batch after the other."""
+    """The batches that training steps read: `begin` starts an epoch, each call gives a batch."""
 
     def __init__(self, features: FeatureSet, batch_size: int, workers: Workers) -> None:
         self._features, self._batch_size, self._workers = features, batch_size, workers
@@ -107,7 +112,7 @@ class Batches(abc.ABC):
 
     @abc.abstractmethod
     def begin(self, seed: Sequence[int]) -> None:
-        """The next batch is the first of the epoch that belongs to `seed`."""
+        """Starts the epoch that belongs to `seed`: the next batch is its first."""
 
     @abc.abstractmethod
     def __call__(self) -> FeatureBatch:
@@ -115,7 +120,7 @@ class Batches(abc.ABC):
 
 
 class MappedBatches(Batches):
-    """Batches of features that are larger than memory: a thread reads ahead of the steps."""
+    """Batches of memory-mapped features (too large for memory), read ahead by a thread."""
 
     def __init__(self, features: FeatureSet, batch_size: int, workers: Workers,
                  device: torch.device) -> None:
@@ -132,38 +137,39 @@ class MappedBatches(Batches):
 
 
 class ResidentBatches(Batches):
-    """Batches of features that are one tensor on the device, where a counter says which is next.
+    """Batches of features that lie in one tensor on the device; a counter there selects the next.
 
-    So reading a batch is the same operations on the same memory at every step, and no step asks
-    the host for anything (`partialhn.training.steps`).
+    Reading a batch therefore runs the same operations on the same memory at every step and never
+    waits for the host, as a recorded step needs (`partialhn.training.steps`).
     """
 
     def __init__(self, features: FeatureSet, batch_size: int, workers: Workers) -> None:
         super().__init__(features, batch_size, workers)
         self._order: Order | None = None
-        self._place_1 = torch.zeros(1, dtype=torch.int64, device=features.y_N.device)
+        self._step_1 = torch.zeros(1, dtype=torch.int64, device=features.y_N.device)
         self._seed: tuple[int, ...] = ()
-        self._read = 0
+        self._batches_read = 0
 
     def begin(self, seed: Sequence[int]) -> None:
-        """Puts the epoch's order on the device, over the one before."""
+        """Copies the epoch's order to the device, into the memory of the epoch before."""
         order = epoch_order(self._features, self._batch_size, seed, self._workers)
         if self._order is None:
-            device = self._place_1.device
+            device = self._step_1.device
             self._order = order._replace(rows_EB=order.rows_EB.to(device),
                                          views_EB=order.views_EB.to(device))
         else:
             self._order.rows_EB.copy_(order.rows_EB)
             self._order.views_EB.copy_(order.views_EB)
-        self._place_1.zero_()
-        self._seed, self._read = tuple(seed), 0
+        self._step_1.zero_()
+        self._seed, self._batches_read = tuple(seed), 0
 
     def __call__(self) -> FeatureBatch:
         assert self._order is not None, "begin comes first"
-        rows_B, views_B = (x_EB.index_select(0, self._place_1)[0] for x_EB in self._order[:2])
-        self._place_1 += 1
-        seed = (*self._seed, self._read)
-        self._read += 1
+        # index_select with the counter on the device: x_EB[step] would need the step on the host
+        rows_B, views_B = (x_EB.index_select(0, self._step_1)[0] for x_EB in self._order[:2])
+        self._step_1 += 1
+        seed = (*self._seed, self._batches_read)
+        self._batches_read += 1
         return FeatureBatch(self._features.gather(rows_B, views_B),
                             self._features.y_N.index_select(0, rows_B),
                             self._order.loss_scale, seed)
@@ -171,7 +177,7 @@ class ResidentBatches(Batches):
 
 def prefetched(batches: Iterator[FeatureBatch], device: torch.device,
                ahead: int = 2) -> Iterator[FeatureBatch]:
-    """The same batches on the device, read by a thread that is at most `ahead` of their user."""
+    """The same batches on the device, read by a thread at most `ahead` batches before their use."""
     waiting: queue.Queue[FeatureBatch | BaseException | None] = queue.Queue(ahead)
     stop = threading.Event()
 

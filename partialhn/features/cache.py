@@ -1,13 +1,13 @@
-"""Local copies of remote shards: bounded, and shared by every process of a machine.
+"""A cache of remote shards on the local disk, limited in size and shared by all processes.
 
     <folder>/<key>/part-00000-<sha>.arrow    a copy, mapped by its readers under a shared lock
-    <folder>/<key>/part-00000-<sha>.ok       it was verified: its size, times and inode; its own
-                                             time of change is the last use
-    <folder>/<key>/part-00000-<sha>.lock     held while the copy is made: one download for all
-    <folder>/cache.lock                      held while room is made
+    <folder>/<key>/part-00000-<sha>.ok       marks the copy as verified: holds its size, time and
+                                             inode; its own modification time is the last use
+    <folder>/<key>/part-00000-<sha>.lock     held during the download, so that it happens once
+    <folder>/cache.lock                      held during an eviction
 
-A lock belongs to an open file, so the system gives it back when a process dies. A copy that
-somebody has open is never evicted; a copy that was not finished is nobody's and goes first.
+A lock belongs to an open file, so the system releases it when a process dies. A copy that a
+process has open is never evicted; an unfinished copy has no reader and is evicted first.
 """
 
 import contextlib
@@ -29,55 +29,56 @@ import pyarrow as pa
 from partialhn.errors import IntegrityError
 
 CHUNK = 8 << 20
-"""Bytes that are fetched, hashed and written at a time."""
+"""Number of bytes that are fetched, hashed and written at a time."""
 SETTLED_SECONDS = 2.0
-"""File systems may give two writes within a clock tick the same time."""
+"""A younger file is not marked as verified: a file system may give two writes within one clock
+tick the same modification time."""
 Open = Callable[[], Any]
-"""Opens the remote shard: a context manager with `read(bytes)`."""
+"""A function that opens the remote shard: returns a context manager with `read(bytes)`."""
 
 
 class ShardCache:
-    """Copies below one folder that together take at most `limit` bytes."""
+    """Copies of shards below one folder; together they take at most `limit` bytes."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
 
     def fetch(self, key: str, name: str, size: int, sha256: str, opener: Open) -> pa.Buffer:
-        """The verified content of a shard, mapped from its copy, which stays as long as it is used.
+        """The verified content of a shard, mapped from its copy; the copy stays while it is used.
 
-        Where there is no room for a copy (limit, or a full disk), it is read into memory with a
+        Without room for a copy (the limit, or a full disk) the shard is read into memory, with a
         warning.
 
-        Raises: IntegrityError naming the shard where the content is not what was expected.
+        Raises: IntegrityError naming the shard if its size or SHA-256 differs from the expected.
         """
         path = self.folder / key / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_suffix(".lock")):
-                held = self._open(path, size) or self._copy(path, size, sha256, opener)
+                copy = self._open(path, size) or self._copy(path, size, sha256, opener)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            held = None
-        if held is not None:
-            with held:
-                return mapped(held)
-        warnings.warn(f"the cache {self.folder} has no room for shard {name} of {size} bytes; it "
-                      "is read into memory, again by each process: give the cache more room",
-                      stacklevel=2)
+            copy = None
+        if copy is not None:
+            with copy:
+                return mapped(copy)
+        warnings.warn(f"the cache {self.folder} has no room for shard {name} of {size} bytes, so "
+                      "each process reads it into its own memory; give the cache more room "
+                      "(--cache-gib, or more free disk)", stacklevel=2)
         with opener() as source:
             content = source.read(size + 1)
         check_content(name, len(content), hashlib.sha256(content).hexdigest(), size, sha256)
         return pa.py_buffer(content)
 
     def _open(self, path: Path, size: int) -> IO[bytes] | None:
-        """The copy, held against eviction; None where there is none that was verified."""
+        """The verified copy, locked against eviction; None if there is none."""
         try:
             file = path.open("rb")
         except FileNotFoundError:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
-        # evicted between our opening and our locking it, or changed by somebody else
+        # the copy may have been evicted between opening and locking, or changed by others
         if path.exists() and os.fstat(file.fileno()).st_size == size and is_verified(path):
             os.utime(marker(path))
             return file
@@ -85,15 +86,15 @@ class ShardCache:
         return None
 
     def _copy(self, path: Path, size: int, sha256: str, opener: Open) -> IO[bytes] | None:
-        """Makes the copy and opens it; None where there is no room."""
-        for spare in (0, size):  # a disk that is full gives room by what else is evicted
+        """Downloads the copy and opens it; None if there is no room."""
+        for spare in (0, size):  # on a full disk the second try evicts twice the size
             try:
                 with self._draft(path, size, spare) as draft:
                     if draft is None:
                         return None
                     _download(draft, path.name, size, sha256, opener)
                     os.replace(draft.name, path)  # noqa: PTH105 - both are names already
-                    mark_verified(path)  # still locked: nobody can have evicted it yet
+                    mark_verified(path)  # the draft's lock still protects it from eviction
                 return self._open(path, size)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -102,7 +103,10 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _draft(self, path: Path, size: int, spare: int) -> Iterator[IO[bytes] | None]:
-        """A locked file of `size` bytes to be filled, gone afterwards unless it was moved."""
+        """A locked, empty file of `size` bytes; deleted at the end unless it was moved.
+
+        Yields None if there is no room.
+        """
         name = path.with_name(f".{path.name}.{uuid.uuid4().hex}.draft")
         with locked(self.folder / "cache.lock"):
             if not self._make_room(size + spare):
@@ -110,7 +114,7 @@ class ShardCache:
                 return
             draft = name.open("xb")
             fcntl.flock(draft, fcntl.LOCK_EX)
-            draft.truncate(size)  # the room is taken, for others who look
+            draft.truncate(size)  # reserves the room: other processes count this file
         try:
             with draft:
                 yield draft
@@ -118,7 +122,7 @@ class ShardCache:
             name.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> bool:
-        """Evicts what was not used for longest until `size` bytes fit; says whether they do."""
+        """Evicts the least recently used copies until `size` bytes fit; returns whether they do."""
         copies = sorted(self._copies())
         total = sum(length for _, length, _ in copies)
         for _, length, path in copies:
@@ -129,7 +133,7 @@ class ShardCache:
         return total + size <= self.limit
 
     def _copies(self) -> Iterator[tuple[float, int, Path]]:
-        """(last use, bytes, path) of every copy, finished or not."""
+        """Every copy, finished or not, as (time of last use, bytes, path)."""
         for pattern in ("*/*.arrow", "*/.*.draft"):
             for path in self.folder.glob(pattern):
                 with contextlib.suppress(FileNotFoundError):
@@ -143,14 +147,14 @@ def _download(draft: IO[bytes], name: str, size: int, sha256: str, opener: Open)
         while done <= size and (chunk := source.read(min(CHUNK, size + 1 - done))):
             digest.update(chunk)
             done += len(chunk)
-            if done <= size:  # a longer one is refused below, and takes no more than its room
+            if done <= size:  # a longer shard is refused below and never exceeds its room
                 draft.write(chunk)
     draft.flush()
     check_content(name, done, digest.hexdigest(), size, sha256)
 
 
 def _evict(path: Path) -> bool:
-    """Removes a copy unless somebody has it open; says whether it is gone."""
+    """Removes a copy unless a process has it open; returns whether it is gone."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,7 +169,7 @@ def _evict(path: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock that every process of the machine respects."""
+    """Holds an exclusive lock between the processes of this machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -173,39 +177,41 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def mapped(file: IO[bytes]) -> pa.Buffer:
-    """The content of a file, mapped. A lock of the file lasts until nothing uses the content: the
-    mapping has a handle of its own, which stands for the same open file.
+    """The content of a file, memory-mapped.
+
+    A lock on the file lasts as long as the content is in use, because the mapping keeps a handle
+    of the same open file.
     """
     return pa.py_buffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
 
 
-def check_content(name: str, found_bytes: int, found: str, size: int, sha256: str) -> None:
-    """Raises IntegrityError naming a shard that is not what its manifest says."""
-    if (found_bytes, found) != (size, sha256):
-        raise IntegrityError(f"shard {name} is damaged: sha256 {found[:12]}... of {found_bytes} "
-                             f"bytes, expected {sha256[:12]}... of {size}")
+def check_content(name: str, found_bytes: int, found_sha256: str, size: int, sha256: str) -> None:
+    """Raises IntegrityError naming a shard whose size or SHA-256 differs from its manifest."""
+    if (found_bytes, found_sha256) != (size, sha256):
+        raise IntegrityError(f"shard {name} is damaged: sha256 {found_sha256[:12]}... of "
+                             f"{found_bytes} bytes, expected {sha256[:12]}... of {size}")
 
 
 def marker(path: Path) -> Path:
-    """The file that says a copy was verified."""
+    """The file that marks a copy as verified."""
     return path.with_suffix(".ok")
 
 
 def mark_verified(path: Path) -> None:
-    """Notes that the content was hashed and found right, as long as the file is not touched."""
+    """Records that the content has the right hash; the record holds until the file changes."""
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.ok-draft")
     draft.write_text(json.dumps(_identity(path)), encoding="utf-8")
     draft.replace(marker(path))
 
 
 def mark_settled(path: Path) -> None:
-    """`mark_verified`, unless the file is so young that a change might keep its time."""
+    """Calls `mark_verified`, unless the file is so young that a change might keep its time."""
     if time.time() - path.stat().st_mtime > SETTLED_SECONDS:
         mark_verified(path)
 
 
 def is_verified(path: Path) -> bool:
-    """Whether this very file was verified: no other one, and not changed since."""
+    """Whether this very file was verified and has not changed since."""
     try:
         return bool(json.loads(marker(path).read_text(encoding="utf-8")) == _identity(path))
     except (FileNotFoundError, ValueError):
@@ -213,5 +219,5 @@ def is_verified(path: Path) -> bool:
 
 
 def _identity(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
+    info = path.stat()
+    return [info.st_size, info.st_mtime_ns, info.st_ino]

@@ -1,9 +1,10 @@
-"""What stored features will cost before any is computed: bytes, and the epochs until they pay.
+"""The cost of stored features, estimated before any is computed: bytes, and epochs until they pay.
 
-Keeping features costs decoding an image, V views through the trunk, and writing, once; then each
-epoch reads them. Without them each epoch decodes an image and sends one view through the trunk.
-They pay after `once / (again - read)` epochs. The seconds are measured on a few of the images, in
-this process; what training itself costs is the same both ways and not in it.
+Storing features costs, once for each image: decoding it, sending V views through the trunk, and
+writing the result. Each epoch then reads them. Without stored features, each epoch decodes the
+image and sends one view through the trunk. Storing is cheaper after `once / (again - read)`
+epochs. The seconds are measured on a few of the images, in this process; training itself costs
+the same both ways and is not counted.
 
 Legend: N images, V views, C channels, H W spatial.
 """
@@ -25,40 +26,40 @@ from partialhn.features.extract import FeatureJob
 from partialhn.networks.trunk import Trunk, run_trunk_at
 
 PROBED = 64
-"""Images that are looked at."""
+"""Largest number of images that the measurement uses."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthPlan:
-    """What features of one depth cost."""
+    """The cost of stored features at one freeze depth."""
 
     depth: int
     shape_CHW: tuple[int, ...]
     images: int
-    """Of all splits."""
+    """Number of images in all splits."""
     views: int
     """Views V of a training image."""
     bytes: int
-    """Of all features, as they will be stored."""
+    """Bytes of all features as they will be stored."""
     image_bytes: float
-    """Of the same images, encoded as they are."""
+    """Bytes of the same images in their encoded files."""
     once: float
     """Seconds for a training image: decoding, V views through the trunk, writing."""
     again: float
-    """Seconds for a training image and epoch without features: decoding, one view."""
+    """Seconds for a training image and epoch without stored features: decoding, one view."""
     read: float
-    """Seconds for a training image and epoch with features."""
+    """Seconds for a training image and epoch with stored features: reading."""
 
     @property
     def epochs(self) -> float:
-        """Epochs after which keeping features is cheaper; infinite: never."""
+        """Number of epochs after which storing features is cheaper; infinite means never."""
         return self.once / (self.again - self.read) if self.again > self.read else math.inf
 
 
 def plan(jobs: Sequence[FeatureJob], trunk: Trunk) -> list[DepthPlan]:
-    """A plan for every depth of the jobs; none where no looked-at image can be read.
+    """A plan for every depth of the jobs; an empty list if no probed image can be read.
 
-    `trunk` is as deep as the deepest job or deeper; its weights do not matter.
+    `trunk` must be at least as deep as the deepest job; its weights do not matter.
     """
     by_depth: dict[int, list[FeatureJob]] = {}
     for job in jobs:
@@ -89,14 +90,14 @@ def plan(jobs: Sequence[FeatureJob], trunk: Trunk) -> list[DepthPlan]:
 
 
 def described(plans: Sequence[DepthPlan]) -> list[str]:
-    """A table of plans, and what it was measured on."""
+    """The plans as lines of a table, with a note on the measurement."""
     if not plans:
         return []
     rows = [("depth", "a view", "GiB", "times the images", "pay after")]
-    rows += [(str(each.depth), "x".join(map(str, each.shape_CHW)), f"{each.bytes / 2**30:.3f}",
-              f"{each.bytes / each.image_bytes:.1f}",
-              f"{each.epochs:.1f} epochs" if math.isfinite(each.epochs) else "never")
-             for each in plans]
+    rows += [(str(row.depth), "x".join(map(str, row.shape_CHW)), f"{row.bytes / 2**30:.3f}",
+              f"{row.bytes / row.image_bytes:.1f}",
+              f"{row.epochs:.1f} epochs" if math.isfinite(row.epochs) else "never")
+             for row in plans]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
              for row in rows]
@@ -106,7 +107,7 @@ def described(plans: Sequence[DepthPlan]) -> list[str]:
 
 
 def _store(z_NCHW: Tensor, job: FeatureJob) -> tuple[float, float, float]:
-    """Bytes of a view as stored; seconds to write it, and to read it."""
+    """Measures one view: bytes as stored, seconds to write it, seconds to read it."""
     ids, y_N = [str(row) for row in range(len(z_NCHW))], np.zeros(len(z_NCHW), np.int64)
     recipe = job.recipe
     start = time.perf_counter()

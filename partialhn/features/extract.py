@@ -1,10 +1,10 @@
-"""Images to stored features, a shard at a time: the same bytes whoever computes the shard.
+"""Turns images into stored features, shard by shard; the bytes do not depend on who computes them.
 
-Jobs that differ in the depth alone are one pass: images are decoded once, the stages run once,
-and features are kept at each depth that is asked for.
+Jobs on the same images that differ in the depth or in the stored number type form a group: images
+are decoded once, the network's stages run once, and features are stored at each depth required.
 
-While a shard goes through the trunk, the next ones are read and decoded and those before it are
-written, by other threads.
+While one shard goes through the trunk, other threads read and decode the next shards and write
+the ones before.
 
 Legend: N images, V views, B batch, C channels, H W spatial.
 """
@@ -31,22 +31,23 @@ from partialhn.features.store import FeatureStore
 from partialhn.networks.trunk import Trunk, feature_shape, run_trunk_at
 
 AHEAD = 4
-"""Shards at most that are read before the trunk is free for them."""
+"""Largest number of shards that are read ahead of the trunk."""
 BEHIND, BEHIND_A_GPU = 1, 4
-"""Shards at most whose features are kept while another goes through the trunk: on a CPU one thread
-writes faster than the trunk calculates, and a GPU calculates faster than one thread hashes."""
+"""Largest number of shards that wait to be written while another goes through the trunk: on a CPU
+one thread writes faster than the trunk computes, but a GPU computes faster than one thread
+hashes."""
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureJob:
-    """One split of one task, to be turned into features at one depth."""
+    """The work of turning one split of one task into features at one depth."""
 
     task: str
     split: Split
     depth: int
-    """Execution of the trunk that the images go through."""
+    """Number of the network's stages that the images go through."""
     shape_CHW: tuple[int, ...]
     """Shape of one image's features."""
     recipe: FeatureRecipe
@@ -56,23 +57,25 @@ class FeatureJob:
 
     @property
     def shards(self) -> int:
-        """Number of shards."""
+        """Number of shards that the job writes."""
         return -(-len(self.table) // self.recipe.shard_rows)
 
 
-Pass = tuple[FeatureJob, ...]
-"""Jobs that are computed together, each at a depth of its own."""
-Place = tuple[int, int]
-"""Which pass, and which shard of it."""
-Made = tuple[Place, list[Shard], int]
-"""Where, the shards of the pass's jobs in their order, and how many images were decoded."""
+JobGroup = tuple[FeatureJob, ...]
+"""Jobs on the same images, which are computed together."""
+ShardPlace = tuple[int, int]
+"""Index of a group, and index of a shard within each job of that group."""
+ShardResult = tuple[ShardPlace, list[Shard], int]
+"""A finished place: one shard for each job of its group, in order, and the number of images that
+were decoded for it."""
 
 
 def feature_jobs(config: Config, experiences: Sequence[Experience], trunk: Trunk,
                  depths: Sequence[int] | None = None) -> list[FeatureJob]:
-    """Every split of every task that has images, in order; training images get all views.
+    """A job for every split of every task that has images, in order.
 
-    depths: of `trunk` or shallower, one after the other; default: the trunk's own.
+    Training images get all views, others one. depths: those to compute, none deeper than `trunk`;
+    by default the trunk's own.
     """
     size = config.data.input_size
     images_BCHW = torch.zeros(1, 3, size, size, dtype=torch.uint8)
@@ -97,8 +100,8 @@ def _recipe(config: Config, experience: Experience, split: Split, trunk: str) ->
                          config.features.shard_rows, config.features.compression)
 
 
-def passes(jobs: Sequence[FeatureJob]) -> list[Pass]:
-    """Puts together what differs in depth and number type or compression; of equals one remains."""
+def group_jobs(jobs: Sequence[FeatureJob]) -> list[JobGroup]:
+    """Groups jobs that differ only in depth, number type or compression; drops duplicates."""
     groups: dict[FeatureRecipe, dict[str, FeatureJob]] = {}
     for job in jobs:
         common = dataclasses.replace(job.recipe, trunk="", dtype="", compression="")
@@ -106,120 +109,124 @@ def passes(jobs: Sequence[FeatureJob]) -> list[Pass]:
     return [tuple(group.values()) for group in groups.values()]
 
 
-def each_shard(store: FeatureStore, trunk: Trunk, groups: Sequence[Pass],
-               places: Iterable[Place]) -> Iterator[Made]:
-    """The shards of the places, in their order, computing those that no writer has finished.
+def compute_shards(store: FeatureStore, trunk: Trunk, groups: Sequence[JobGroup],
+                   places: Iterable[ShardPlace]) -> Iterator[ShardResult]:
+    """Yields the shards of the places, in order; computes those that no writer has finished.
 
-    `trunk` is as deep as the deepest job or deeper; it is used by the caller's thread alone.
+    `trunk` must be at least as deep as the deepest job; only the caller's thread uses it.
 
-    Raises: InputError naming an image that cannot be read, where on_bad_image is error.
+    Raises: InputError naming an image that cannot be read, if on_bad_image is error.
     """
-    left, behind = iter(places), BEHIND if trunk.mean_C.device.type == "cpu" else BEHIND_A_GPU
-    reading: collections.deque[concurrent.futures.Future[_Read]] = collections.deque()
-    writing: collections.deque[concurrent.futures.Future[Made]] = collections.deque()
+    pending = iter(places)
+    behind = BEHIND if trunk.mean_C.device.type == "cpu" else BEHIND_A_GPU
+    reading: collections.deque[concurrent.futures.Future[_ShardInput]] = collections.deque()
+    writing: collections.deque[concurrent.futures.Future[ShardResult]] = collections.deque()
     readers = concurrent.futures.ThreadPoolExecutor(AHEAD, "shard")
     writers = concurrent.futures.ThreadPoolExecutor(behind, "shard")
     try:
         while True:
-            for place in itertools.islice(left, AHEAD - len(reading)):
-                reading.append(readers.submit(_read, store, groups[place[0]], place))
+            for place in itertools.islice(pending, AHEAD - len(reading)):
+                reading.append(readers.submit(_read_shard, store, groups[place[0]], place))
             if not reading:
                 break
-            read = reading.popleft().result()
-            features = _features(trunk, read) if read.missing else None
+            source = reading.popleft().result()
+            features = _compute_features(trunk, source) if source.missing else None
             if len(writing) == behind:
                 yield writing.popleft().result()
-            writing.append(writers.submit(_write, store, read, features))
+            writing.append(writers.submit(_write_shard, store, source, features))
         while writing:
             yield writing.popleft().result()
-    finally:  # what was computed is worth keeping whatever else went wrong
+    finally:  # shards that were computed are still written, whatever else went wrong
         readers.shutdown(cancel_futures=True)
         writers.shutdown()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Read:
-    """A shard before the trunk."""
+class _ShardInput:
+    """One shard of a group of jobs, before its images go through the trunk."""
 
-    jobs: Pass
-    place: Place
-    found: dict[str, Shard]
+    jobs: JobGroup
+    place: ShardPlace
+    finished: dict[str, Shard]
     """Shards that some writer has finished, by key."""
     missing: tuple[FeatureJob, ...]
-    """Jobs whose shard is to be made."""
+    """Jobs whose shard is still to be computed."""
     table: ImageTable
-    """Its images, where any job misses it."""
+    """The shard's images."""
     images: Decoded | None
+    """The decoded images; None if no job is missing its shard."""
     seconds: float
-    """Of the processor, that reading and decoding took: the trunk runs meanwhile."""
+    """Processor seconds for reading and decoding (not wall time: the trunk runs meanwhile)."""
 
 
-def _read(store: FeatureStore, jobs: Pass, place: Place) -> _Read:
+def _read_shard(store: FeatureStore, jobs: JobGroup, place: ShardPlace) -> _ShardInput:
     _, index = place
     shards = {job.recipe.key: store.find_shard(job.recipe.key, index) for job in jobs}
-    found = {key: shard for key, shard in shards.items() if shard is not None}
-    missing = tuple(job for job in jobs if job.recipe.key not in found)
+    finished = {key: shard for key, shard in shards.items() if shard is not None}
+    missing = tuple(job for job in jobs if job.recipe.key not in finished)
     first, rows = jobs[0], jobs[0].recipe.shard_rows
     start = time.thread_time()
     table = first.table.take(range(index * rows, min((index + 1) * rows, len(first.table))))
     images = decode(table, first.recipe.input_size, first.recipe.transform, first.on_bad_image,
                     first.max_image_pixels, first.recipe.seed) if missing else None
-    return _Read(jobs, place, found, missing, table, images, time.thread_time() - start)
+    return _ShardInput(jobs, place, finished, missing, table, images, time.thread_time() - start)
 
 
-def _write(store: FeatureStore, read: _Read, features: "_Features | None") -> Made:
-    shards, decoded = dict(read.found), 0
-    if features is not None and read.images is not None:
-        kept, ids, decoded = read.images.index_B.numpy(), read.table.ids(), len(read.table)
+def _write_shard(store: FeatureStore, source: _ShardInput,
+                 features: "_ShardFeatures | None") -> ShardResult:
+    shards, decoded = dict(source.finished), 0
+    if features is not None and source.images is not None:
+        kept, ids, decoded = source.images.index_B.numpy(), source.table.ids(), len(source.table)
         for depth in list(features.views):
             start = time.perf_counter()
             z_NVCHW = torch.stack(features.views.pop(depth), 1)
-            seconds = read.seconds + features.seconds[depth] + time.perf_counter() - start
-            for job in read.missing:
+            seconds = source.seconds + features.seconds[depth] + time.perf_counter() - start
+            for job in source.missing:
                 if job.depth == depth:
                     shards[job.recipe.key] = store.write_shard(
-                        job.recipe, read.place[1], z_NVCHW, read.table.label_N[kept],
+                        job.recipe, source.place[1], z_NVCHW, source.table.label_N[kept],
                         [ids[row] for row in kept], seconds=seconds,
-                        bad=[(bad.id, bad.reason) for bad in read.images.bad])
-    return read.place, [shards[job.recipe.key] for job in read.jobs], decoded
+                        bad=[(bad.id, bad.reason) for bad in source.images.bad])
+    return source.place, [shards[job.recipe.key] for job in source.jobs], decoded
 
 
-class _Features(NamedTuple):
-    """What came out of the trunk, for each depth that is asked for."""
+class _ShardFeatures(NamedTuple):
+    """The trunk's output for one shard, at each depth required."""
 
     views: dict[int, list[Tensor]]
-    """z_NCHW of each view; writing takes them out, for their memory."""
+    """For each depth, z_NCHW of each view; the writer removes them to free their memory."""
     seconds: dict[int, float]
-    """That it takes to get there from decoded images."""
+    """For each depth, seconds from decoded images to its features."""
 
 
-def _features(trunk: Trunk, read: _Read) -> _Features:
-    recipe, images = read.missing[0].recipe, read.images
-    assert images is not None, "what is missing was read"
-    rows_N = read.place[1] * recipe.shard_rows + images.index_B.numpy()
-    made = _Features({job.depth: [] for job in read.missing}, {})
+def _compute_features(trunk: Trunk, source: _ShardInput) -> _ShardFeatures:
+    recipe, images = source.missing[0].recipe, source.images
+    assert images is not None, "the images of missing shards are decoded"
+    rows_N = source.place[1] * recipe.shard_rows + images.index_B.numpy()
+    features = _ShardFeatures({job.depth: [] for job in source.missing}, {})
     plain_BCHW = images.images_BCHW.to(trunk.mean_C.device)
     for view in range(recipe.views):
         start = time.perf_counter()
-        images_BCHW = augment(plain_BCHW, rows_N, len(read.missing[0].table), view,
+        images_BCHW = augment(plain_BCHW, rows_N, len(source.missing[0].table), view,
                               cast(Augment, recipe.augment), recipe.seed)
         augmenting = time.perf_counter() - start
-        z_BCHW, seconds = run_trunk_at(trunk, made.views, images_BCHW)
-        for depth, views in made.views.items():
+        z_BCHW, seconds = run_trunk_at(trunk, features.views, images_BCHW)
+        for depth, views in features.views.items():
             views.append(z_BCHW[depth])
-            made.seconds[depth] = made.seconds.get(depth, 0.0) + augmenting + seconds[depth]
-    return made
+            features.seconds[depth] = (features.seconds.get(depth, 0.0) + augmenting
+                                       + seconds[depth])
+    return features
 
 
-def places_of(groups: Sequence[Pass]) -> list[Place]:
-    """Every shard of every pass."""
+def shard_places(groups: Sequence[JobGroup]) -> list[ShardPlace]:
+    """The place of every shard of every group."""
     return [(number, index) for number, group in enumerate(groups)
             for index in range(group[0].shards)]
 
 
-def commit_passes(store: FeatureStore, groups: Sequence[Pass],
-                  shards: Mapping[Place, Sequence[Shard]]) -> dict[str, Manifest]:
-    """Makes the features of all jobs visible, whose shards are all there: manifests by key.
+def commit_groups(store: FeatureStore, groups: Sequence[JobGroup],
+                  shards: Mapping[ShardPlace, Sequence[Shard]]) -> dict[str, Manifest]:
+    """Commits the features of all jobs, given all their shards; returns the manifests by key.
 
     Raises: InputError, as `commit_features`.
     """
@@ -229,9 +236,9 @@ def commit_passes(store: FeatureStore, groups: Sequence[Pass],
 
 
 def commit_features(store: FeatureStore, job: FeatureJob, shards: Sequence[Shard]) -> Manifest:
-    """Makes a job's features visible once all its shards are there.
+    """Writes the manifest of a job whose shards are all written; readers then find its features.
 
-    Raises: InputError where skipping unreadable images left nothing.
+    Raises: InputError if every image was unreadable and skipped.
     """
     if not any(shard.rows for shard in shards):
         raise InputError(f"task {job.task!r} has no readable {job.split} image: all "
@@ -241,50 +248,50 @@ def commit_features(store: FeatureStore, job: FeatureJob, shards: Sequence[Shard
 
 def precompute(store: FeatureStore, trunk: Trunk, jobs: Sequence[FeatureJob],
                progress: Callable[[int, int], None] | None = None) -> tuple[list[Manifest], int]:
-    """The manifests of all jobs, computed here where they are not there; images decoded.
+    """Computes missing features in this process; returns all manifests and the images decoded.
 
-    `trunk` is as deep as the deepest job or deeper. `progress` is called with the shards done and
-    in all. Raises: InputError, as `each_shard`.
+    `trunk` must be at least as deep as the deepest job. `progress` is called with the number of
+    shards done and of all shards. Raises: InputError, as `compute_shards`.
     """
     check_trunk(trunk, jobs)
     manifests = find_features(store, jobs)
-    groups = passes([job for job in jobs if job.recipe.key not in manifests])
+    groups = group_jobs([job for job in jobs if job.recipe.key not in manifests])
     shards, decoded = {}, 0
-    places = places_of(groups)
-    for place, made, count in each_shard(store, trunk, groups, places):
-        shards[place] = made
+    places = shard_places(groups)
+    for place, finished, count in compute_shards(store, trunk, groups, places):
+        shards[place] = finished
         decoded += count
         if progress:
             progress(len(shards), len(places))
-    manifests |= commit_passes(store, groups, shards)
+    manifests |= commit_groups(store, groups, shards)
     return [manifests[job.recipe.key] for job in jobs], decoded
 
 
 def find_features(store: FeatureStore, jobs: Iterable[FeatureJob]) -> dict[str, Manifest]:
-    """The finished features among the jobs, by key.
+    """The manifests of the jobs whose features are finished, by key.
 
-    Raises: InputError where images were left out of them and a job's on_bad_image is error.
+    Raises: InputError if images were left out of them and the job's on_bad_image is error.
     """
-    found: dict[str, Manifest] = {}
+    manifests: dict[str, Manifest] = {}
     for job in jobs:
-        manifest = found.get(job.recipe.key) or store.find(job.recipe)
+        manifest = manifests.get(job.recipe.key) or store.find(job.recipe)
         if manifest is None:
             continue
         if manifest.bad and job.on_bad_image == "error":
             name, reason = manifest.bad[0]
             raise InputError(f"image {name} {reason}; {len(manifest.bad)} such images were left "
-                             f"out of the stored features of task {job.task!r}: mend them, or "
+                             f"out of the stored features of task {job.task!r}: repair them, or "
                              "allow that with on_bad_image skip")
-        found[job.recipe.key] = manifest
-    return found
+        manifests[job.recipe.key] = manifest
+    return manifests
 
 
 def check_trunk(trunk: Trunk, jobs: Iterable[FeatureJob]) -> None:
-    """Raises ValueError where a job is of another trunk."""
+    """Raises ValueError if a job belongs to another trunk."""
     fingerprints: dict[int, str] = {}
     for job in jobs:
         if job.depth not in fingerprints:
             fingerprints[job.depth] = trunk.upto(job.depth).fingerprint()
         if job.recipe.trunk != fingerprints[job.depth]:
-            raise ValueError(f"the job of task {job.task!r} is of trunk {job.recipe.trunk[:12]}, "
-                             f"not of {fingerprints[job.depth][:12]} at depth {job.depth}")
+            raise ValueError(f"the job of task {job.task!r} needs trunk {job.recipe.trunk[:12]}, "
+                             f"not {fingerprints[job.depth][:12]} at depth {job.depth}")

@@ -1,4 +1,4 @@
-"""A stored feature set as a training loop reads it: images by row and view.
+"""A stored feature set as a training loop reads it: by row and view.
 
 Legend: N images, n images of a shard, V views, B batch, S shards, C channels, H W spatial.
 """
@@ -15,19 +15,20 @@ from partialhn.features.manifest import Manifest
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scales:
-    """What stored whole numbers are multiplied with: a scale for each channel of each shard."""
+    """Scales of int8 features: one factor for each channel of each shard."""
 
     scale_SC: Tensor
+    """The factor of each shard and channel."""
     shard_N: Tensor
-    """The shard of each image."""
+    """Index of each image's shard."""
 
     @staticmethod
     def of(scales: Sequence[Tensor | None], rows: Sequence[int]) -> "Scales | None":
-        """The scales of shards with so many rows; None where no shard has one."""
-        there = [scale_C for scale_C in scales if scale_C is not None]
-        if not there:
+        """The scales of several shards with `rows` images each; None if no shard has scales."""
+        first_C = next((scale_C for scale_C in scales if scale_C is not None), None)
+        if first_C is None:
             return None
-        ones_C = torch.ones_like(there[0])
+        ones_C = torch.ones_like(first_C)
         scale_SC = torch.stack([ones_C if scale_C is None else scale_C for scale_C in scales])
         return Scales(scale_SC, torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)))
 
@@ -35,7 +36,7 @@ class Scales:
         return Scales(self.scale_SC.to(device), self.shard_N.to(device))
 
     def apply(self, z_BCHW: Tensor, rows_B: Tensor) -> Tensor:
-        """The numbers that were stored, in place."""
+        """Multiplies the stored whole numbers by their scales, in place: z_BCHW."""
         scale_BC = self.scale_SC[self.shard_N[rows_B]]
         return z_BCHW.mul_(scale_BC.view(*scale_BC.shape, *[1] * (z_BCHW.dim() - 2)))
 
@@ -46,12 +47,12 @@ class FeatureSet:
 
     manifest: Manifest
     shards: list[Tensor]
-    """(n, V, C, H, W) in the stored number type, memory-mapped where they are not compressed."""
+    """Shape (n, V, C, H, W) in the stored number type; memory-mapped unless compressed."""
     y_N: Tensor
     """int64 labels."""
     ids: list[str]
     scales: Scales | None = None
-    """For int8."""
+    """Scales of int8 features; None for other number types."""
 
     def __post_init__(self) -> None:
         self._starts = np.cumsum([0] + [len(shard) for shard in self.shards])
@@ -71,17 +72,17 @@ class FeatureSet:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the features in memory."""
+        """Bytes that the features take in memory."""
         return sum(shard.nbytes for shard in self.shards)
 
     def to(self, device: torch.device) -> "FeatureSet":
-        """One tensor on the device: read once, whatever the number of epochs."""
+        """The features as one tensor on the device."""
         whole = self.shards[0] if len(self.shards) == 1 else torch.cat(self.shards)
         return FeatureSet(self.manifest, [whole.to(device)], self.y_N.to(device), self.ids,
                           self.scales and self.scales.to(device))
 
     def first_views(self, views: int) -> "FeatureSet":
-        """The same images with the first views alone: they do not depend on how many there are."""
+        """The same images with their first views only (view v does not depend on the others)."""
         if self.views == views:
             return self
         manifest = dataclasses.replace(self.manifest,
@@ -109,12 +110,12 @@ class FeatureSet:
 
 
 def join(sets: Sequence[FeatureSet]) -> FeatureSet | None:
-    """Several feature sets of one shape as one; None of none."""
+    """Several feature sets of one shape as one; None for an empty sequence."""
     if len(sets) < 2:
         return sets[0] if sets else None
-    shards = [shard for each in sets for shard in each.shards]
-    scales = [scale_C for each in sets for scale_C in
-              (each.scales.scale_SC if each.scales else [None] * len(each.shards))]
-    return FeatureSet(sets[0].manifest, shards, torch.cat([each.y_N for each in sets]),
-                      [name for each in sets for name in each.ids],
+    shards = [shard for features in sets for shard in features.shards]
+    scales = [scale_C for features in sets for scale_C in
+              (features.scales.scale_SC if features.scales else [None] * len(features.shards))]
+    return FeatureSet(sets[0].manifest, shards, torch.cat([features.y_N for features in sets]),
+                      [name for features in sets for name in features.ids],
                       Scales.of(scales, [len(shard) for shard in shards]))

@@ -1,4 +1,4 @@
-"""The records of a stored feature set: what determines it, its shards, and its manifest."""
+"""The records of a stored feature set: its recipe, its shards, and its manifest."""
 
 import dataclasses
 import json
@@ -16,64 +16,66 @@ FIRST_FIELDS = frozenset(("trunk", "data", "transform", "input_size", "views", "
 _SHARD_NAME = re.compile(r"part-\d{5,}-[0-9a-f]{12}\.arrow")
 MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError,
               RecursionError)
-"""What Python raises on content that has another form than expected."""
+"""Exceptions that Python raises on stored content of an unexpected form."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureRecipe:
-    """All that determines a set of features; equal recipes are the same features."""
+    """Everything that determines a set of features; equal recipes give the same features."""
 
     trunk: str
     """Fingerprint of the trunk: architecture, depth and weights."""
     data: str
     """Fingerprint of the images and labels, in order."""
     transform: str
-    """Named corruption of the task, or none."""
+    """Name of the task's corruption, or none."""
     input_size: int
-    """Side of the images the trunk sees, in pixels."""
+    """Side length of the trunk's input images, in pixels."""
     views: int
     """Views V of each image."""
     augment: str
-    """What the views beyond the first do; none for a single view."""
+    """Augmentation of the views after the first; none for a single view."""
     seed: int
     """Seed of the views."""
     dtype: str
     """float32, float16, bfloat16 or int8."""
     shard_rows: int
-    """Rows of the table in one shard."""
+    """Images in one shard."""
     compression: str = "none"
     """none or lz4."""
 
     @property
     def key(self) -> str:
-        """The name of the folder: 32 hexadecimal digits."""
+        """Name of the set's folder: 32 hexadecimal digits, a hash of the recipe."""
         return digest(self.fields() | {"format": FORMAT}, 32)
 
     def fields(self) -> dict[str, Any]:
-        """Plain values that make the recipe again. A compression of none is left out: features
-        that were stored before there was any keep their key.
+        """Plain values from which the recipe can be rebuilt.
+
+        A compression of none is left out, so that features stored before compression existed keep
+        their key.
         """
         return named_values(self, FIRST_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One Arrow file of features: its name, its size and how to tell that it is whole."""
+    """One Arrow file of features: its name, its size and its checksum."""
 
     name: str
     rows: int
     bytes: int
     sha256: str
     seconds: float
-    """Time it takes to make it alone: decoding, the stages up to its depth, and writing. Where one
-    pass makes several depths, what they share counts for each, and what is deeper does not."""
+    """Time to compute this shard alone: decoding, the network's stages up to its depth, writing.
+    When several depths are computed together, shared work counts for each of them."""
     bad: tuple[tuple[str, str], ...] = ()
-    """Images left out: (id, reason)."""
+    """Images left out, as (id, reason)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a finished set of features holds."""
+    """The contents of a finished set of features."""
 
     key: str
     recipe: FeatureRecipe
@@ -84,7 +86,7 @@ class Manifest:
 
     @property
     def rows(self) -> int:
-        """Images in all shards."""
+        """Number of images in all shards."""
         return sum(shard.rows for shard in self.shards)
 
     @property
@@ -94,14 +96,14 @@ class Manifest:
 
     @property
     def bad(self) -> list[tuple[str, str]]:
-        """Images left out: (id, reason)."""
+        """Images left out, as (id, reason)."""
         return [entry for shard in self.shards for entry in shard.bad]
 
 
 def parse_shard(fields: dict[str, Any]) -> Shard:
-    """The shard that `dataclasses.asdict` and JSON made these fields of.
+    """Rebuilds a shard from the fields that `dataclasses.asdict` and JSON gave.
 
-    Raises: KeyError, TypeError or ValueError for anything else, such as a name that leads away.
+    Raises: KeyError, TypeError or ValueError for anything else, such as a name with a path in it.
     """
     bad = tuple((str(name), str(reason)) for name, reason in fields["bad"])
     shard = Shard(**fields | {"bad": bad})
@@ -114,6 +116,10 @@ def parse_shard(fields: dict[str, Any]) -> Shard:
 
 
 def parse_manifest(content: bytes, key: str) -> Manifest:
+    """Rebuilds a manifest from its file.
+
+    Raises: IntegrityError if it is damaged or describes another key.
+    """
     try:
         fields = json.loads(content)
         manifest = Manifest(fields["key"], FeatureRecipe(**fields["recipe"]),

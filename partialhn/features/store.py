@@ -1,11 +1,13 @@
-"""Frozen-trunk features in Arrow files: computed once, addressed by what determines them.
+"""The feature store: frozen-trunk features in Arrow files, under a key derived from their recipe.
 
     <root>/features/<key>/part-00000-<sha256[:12]>.arrow   one record batch (`codec.py`)
-    <root>/features/<key>/part-00000.json                  which of them counts
-    <root>/features/<key>/manifest.json                    written last; without it nothing is there
+    <root>/features/<key>/part-00000.json                  names the file that counts as shard 0
+    <root>/features/<key>/manifest.json                    written last; without it the set is
+                                                           unfinished
 
-Shards are named by their content and claimed conditionally, so two writers of one key do the
-work at most twice and never mix, and a writer that was killed loses the shard it was writing.
+A shard is named after its content, and its JSON record is created only if there is none yet. So
+two writers of one key at worst do the work twice, and their files never mix. A writer that is
+killed loses only the shard it was writing.
 
 Legend: N images, V views, B batch, C channels, H W spatial.
 """
@@ -41,16 +43,16 @@ from partialhn.features.manifest import (
 )
 
 SPILL_BYTES = 1 << 30
-"""A compressed set that is larger than this when read is kept in temporary files ($TMPDIR), which
-are mapped, and not in memory."""
+"""A compressed set larger than this after decompression is kept in memory-mapped temporary files
+($TMPDIR) instead of memory."""
 PutIfAbsent = Callable[[str, bytes], bool]
 
 
 class FeatureStore:
     """Reads and writes feature sets below one root on a pyarrow filesystem.
 
-    `put_if_absent(path, content)` creates a small file unless it exists and says whether it did;
-    local paths need none. `cache` holds local copies of a remote filesystem's shards.
+    `put_if_absent(path, content)` creates a small file unless it exists and returns whether it
+    did; a local filesystem needs none. `cache` holds local copies of a remote filesystem's shards.
     """
 
     def __init__(self, filesystem: pafs.FileSystem, root: str,
@@ -64,23 +66,23 @@ class FeatureStore:
         self._cache = cache
 
     def folder(self, key: str) -> str:
-        """Where the features of a key lie."""
+        """Folder of the features of a key."""
         return f"{self.root}/features/{key}"
 
     def find(self, recipe: FeatureRecipe) -> Manifest | None:
-        """The finished features of a recipe, or None."""
+        """The manifest of a recipe's features, or None if they are not finished."""
         return self.manifest(recipe.key)
 
     def manifest(self, key: str) -> Manifest | None:
-        """The manifest of a key, or None where its features are not finished.
+        """The manifest of a key, or None if its features are not finished.
 
-        Raises: IntegrityError where it cannot be read or describes another key.
+        Raises: IntegrityError if it cannot be read or describes another key.
         """
         content = self._read(f"{self.folder(key)}/manifest.json")
         return None if content is None else parse_manifest(content, key)
 
     def find_shard(self, key: str, index: int) -> Shard | None:
-        """A shard that some writer finished already, or None."""
+        """A shard that some writer has finished already, or None."""
         path = f"{self.folder(key)}/part-{index:05d}.json"
         content = self._read(path)
         try:
@@ -92,9 +94,9 @@ class FeatureStore:
     def write_shard(self, recipe: FeatureRecipe, index: int, z_NVCHW: Tensor, y_N: np.ndarray,
                     ids: Sequence[str], *, seconds: float,
                     bad: Sequence[tuple[str, str]] = ()) -> Shard:
-        """Writes one shard and claims its place; where another writer was first, theirs counts.
+        """Writes one shard and its record; if another writer was faster, returns that one's shard.
 
-        seconds: spent on it so far.
+        seconds: time spent on the shard before writing.
         """
         start = time.perf_counter()
         content = encode(z_NVCHW, y_N, ids, recipe.dtype, recipe.compression,
@@ -114,22 +116,22 @@ class FeatureStore:
 
     def commit(self, recipe: FeatureRecipe, shards: Sequence[Shard],
                shape_VCHW: Sequence[int]) -> Manifest:
-        """Writes the manifest, last; from then on the features exist."""
+        """Writes the manifest, after all shards; from then on the features count as finished."""
         manifest = Manifest(recipe.key, recipe, tuple(shards), tuple(shape_VCHW),
                             time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                             {"torch": torch.__version__, "pyarrow": pa.__version__})
         fields = dataclasses.asdict(manifest) | {"recipe": recipe.fields()}
         content = json.dumps(fields, indent=1).encode()
         self._put_if_absent(f"{self.folder(recipe.key)}/manifest.json", content)
-        found = self.find(recipe)
-        if found is None:
-            raise IntegrityError(f"the manifest of {recipe.key} was written and is not there")
-        return found
+        stored = self.find(recipe)
+        if stored is None:
+            raise IntegrityError(f"the manifest of {recipe.key} was written but cannot be found")
+        return stored
 
     def open(self, manifest: Manifest) -> "FeatureSet":
-        """Maps every shard into memory, each verified against the manifest.
+        """Maps every shard into memory, after verifying it against the manifest.
 
-        Raises: IntegrityError naming the shard, what was expected and what was found.
+        Raises: IntegrityError naming the shard, and the size and SHA-256 found and expected.
         """
         blocks = [self._open_shard(manifest, shard) for shard in manifest.shards if shard.rows]
         if not blocks:
@@ -149,15 +151,15 @@ class FeatureStore:
             large = recipe.compression != "none" and size > SPILL_BYTES
             return spilled(block) if large else block
         except (*MALFORMED, pa.ArrowException, OSError, MemoryError) as error:
-            raise IntegrityError(f"shard {shard.name} of {manifest.key} is not what its manifest "
-                                 f"says: {error!r}") from error
+            raise IntegrityError(f"shard {shard.name} of {manifest.key} differs from its manifest: "
+                                 f"{error!r}") from error
 
     def _content(self, manifest: Manifest, shard: Shard) -> pa.Buffer:
-        """The verified bytes of a shard, mapped: hashed once, and again when the file changed."""
+        """The verified bytes of a shard, memory-mapped; hashed once, and again after a change."""
         path = f"{self.folder(manifest.key)}/{shard.name}"
         missing = (f"shard {path} is missing; the manifest of {manifest.key} lists it with "
-                   f"{shard.rows} rows (a set that was pruned while it was opened is computed "
-                   "again by the same command)")
+                   f"{shard.rows} rows (if the set was pruned meanwhile, the same command computes "
+                   "it again)")
         try:
             if self.local:
                 return _verified(Path(path), shard)
@@ -194,13 +196,13 @@ def _verified(path: Path, shard: Shard) -> pa.Buffer:
     if not is_verified(path):
         check_content(str(path), size, hashlib.sha256(memoryview(content)).hexdigest(),
                       shard.bytes, shard.sha256)
-        with contextlib.suppress(OSError):  # a folder that cannot be written to: hashed each time
+        with contextlib.suppress(OSError):  # a read-only folder: the file is hashed each time
             mark_settled(path)
     return content
 
 
 def put_file_if_absent(path: str, content: bytes) -> bool:
-    """Creates a local file with its whole content unless it exists; says whether it did."""
+    """Creates a local file with its whole content unless it exists; returns whether it did."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")

@@ -1,10 +1,10 @@
-"""Binary columns: what a task adds to the generated weights, one bit a number.
+"""Binary columns: a task's own addition to the generated weights, stored with one bit a number.
 
-For each generated tensor a task opens d columns, V_l (C, d) and A_l (D, d), weighed by its code.
-While they are learned V_l is rounded to its signs and A_l to its signs times one scale a column,
-its mean size, which is the least error (Rastegari et al. 2016); the gradient passes to the numbers
-that were rounded as if they had not been (Bengio et al. 2013). When the task is learned the scales
-go into its code and the numbers are gone: eight signs make a byte.
+For each generated tensor a task has d columns, V_l (C, d) and A_l (D, d), weighted by its code.
+During training V_l is rounded to its signs, and A_l to its signs times one scale a column. That
+scale is the column's mean absolute value, which gives the smallest error (Rastegari et al. 2016).
+The gradient passes through the rounding unchanged (Bengio et al. 2013). When the task is learned,
+its code takes over the scales and only the signs are kept, eight in a byte.
 
 Legend: C output channels, D row length, d columns, L generated tensors, N numbers.
 """
@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 CODE = 2.4
-"""What a code starts from, times sqrt(d): A starts from zero, so it says how fast A learns."""
+"""Initial value of each number of a code, times sqrt(d). A starts from zero, so this value decides
+how fast A learns."""
 SPREAD = 0.03
-"""Of the numbers behind V's first signs: small, so that some thirty steps may turn one."""
+"""Standard deviation of the numbers from which V's first signs are taken: small enough that about
+thirty training steps can change a sign."""
 
 
 class Signs(torch.autograd.Function):
-    """The signs of x; the gradient passes unchanged."""
+    """Rounds x_Nd to its signs; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x_Nd: Tensor) -> Tensor:
@@ -36,7 +38,7 @@ class Signs(torch.autograd.Function):
 
 
 class Scaled(Signs):
-    """x_Nd as signs times a scale for each column; the gradient passes unchanged."""
+    """Rounds x_Nd to its signs times one scale a column; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x_Nd: Tensor) -> Tensor:
@@ -45,33 +47,33 @@ class Scaled(Signs):
 
 
 def signs(x_Nd: Tensor) -> Tensor:
-    """1 and, for what is less than zero, -1, in x's number type."""
+    """The signs of x_Nd, in its number type: -1 for numbers below zero, otherwise 1."""
     return (x_Nd >= 0).to(x_Nd.dtype).mul_(2).sub_(1)
 
 
 def scales(x_Nd: Tensor) -> Tensor:
-    """The scale of each column: (d,)."""
+    """The scale of each column, its mean absolute value: (d,)."""
     return x_Nd.abs().mean(0)
 
 
-def pack(signs: Tensor) -> Tensor:
-    """Signs of any shape, in order, eight in a byte: uint8."""
+def pack_signs(signs: Tensor) -> Tensor:
+    """Packs signs of any shape, in order, eight in a byte: a flat uint8 tensor."""
     flat = nn.functional.pad((signs > 0).flatten(), (0, -signs.numel() % 8))
     return (flat.view(-1, 8) * _powers(flat.device)).sum(1, dtype=torch.uint8)
 
 
-def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """What `pack` was given, as float32."""
+def unpack_signs(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Restores the signs that `pack_signs` packed, as float32 in the given shape."""
     bits = packed[:, None].bitwise_and(_powers(packed.device)).ne(0)
     return bits.flatten()[:torch.Size(shape).numel()].view(*shape).float().mul_(2).sub_(1)
 
 
 def _powers(device: torch.device) -> Tensor:
-    return torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=device)
+    return torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)
 
 
 def packed_bytes(shapes: Sequence[tuple[int, int]], width: int) -> int:
-    """Bytes of packed columns for tensors of the shapes (C, D)."""
+    """Bytes of a task's packed columns, `width` for each tensor of the shapes (C, D)."""
     return -(-width * sum(map(sum, shapes)) // 8)
 
 
@@ -86,23 +88,26 @@ class Columns(nn.Module):
         self.A = nn.ParameterList(torch.zeros(D, width) for _, D in shapes)
         self.v = nn.ParameterList(SPREAD * torch.randn(C, width) for C, _ in shapes)
         self.register_buffer("packed", None)
-        """The signs of all V_l and A_l in turn, once the task is learned."""
+        """Once the task is learned: the signs of V_1, A_1, V_2, A_2 and so on, as uint8."""
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
-        """V_l (C, d), signs, and A_l (D, d): with scales while learned, then signs too."""
+        """V_l (C, d) and A_l (D, d) of each tensor: V_l signs, A_l scaled signs.
+
+        Once the task is learned, A_l too are plain signs: their scales are in the task's code.
+        """
         packed = self.packed
         if packed is None:
             return [(Signs.apply(v_Cd), Scaled.apply(A_Dd))
                     for v_Cd, A_Dd in zip(self.v, self.A, strict=True)]
         sides = [side for shape in self.shapes for side in shape]
-        parts = iter(torch.split(unpack(packed, (sum(sides), self.width)), sides))
-        return list(zip(parts, parts, strict=True))
+        matrices = iter(torch.split(unpack_signs(packed, (sum(sides), self.width)), sides))
+        return list(zip(matrices, matrices, strict=True))  # V_1 with A_1, V_2 with A_2, ...
 
     @torch.no_grad()
     def pack(self) -> Tensor:
-        """Keeps the signs alone; returns the scales that A loses, (L, d)."""
+        """Keeps only the signs; returns the scales of A, which the code must take over: (L, d)."""
         pairs = list(zip(self.v, self.A, strict=True))
-        self.packed = pack(signs(torch.cat([part for pair in pairs for part in pair])))
-        lost_Ld = torch.stack([scales(A_Dd) for _, A_Dd in pairs])
+        self.packed = pack_signs(signs(torch.cat([matrix for pair in pairs for matrix in pair])))
+        scales_Ld = torch.stack([scales(A_Dd) for _, A_Dd in pairs])
         self.A, self.v = nn.ParameterList(), nn.ParameterList()
-        return lost_Ld
+        return scales_Ld

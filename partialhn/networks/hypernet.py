@@ -1,7 +1,7 @@
 """The hypernetwork H_psi: a task's code -> the convolution weights of the head.
 
 Every generated tensor l is a stack of rows c, one for each output channel, and the last layer of
-the generator is linear in what belongs to the task. Three generators share that:
+the generator is linear in the task's own parameters. There are three such generators:
 
     columns    W_l(t) = W_l(s) + V_lt diag(x_lt) A_lt^T      ours, the default
     bilinear   W_l(t) = base_l + V_l diag(x_lt) A_l^T + b_l  one set of columns for all tasks
@@ -10,10 +10,10 @@ the generator is linear in what belongs to the task. Three generators share that
 
 This file holds `columns`. The first task trains base_l. A later task t starts from the first task
 (s = 0), from task t - 1 with `starts_from_previous`, or from its own old slot when it is refreshed.
-It opens binary columns V and A of its own, which its code x weighs (`partialhn.networks.columns`).
-Learned weights never move, so no earlier task can change, and the weights that a task starts from
-are generated once: a step costs the same whatever the number of tasks. The other two generators
-share parameters that move with every task (`partialhn.networks.shared_generators`).
+It has binary columns V and A of its own, weighted by its code x (`partialhn.networks.columns`).
+Learned weights never change, so no earlier task can change either. The weights that a task starts
+from are generated once, so a step costs the same whatever the number of tasks. The other two
+generators share parameters that change with every task (`partialhn.networks.shared_generators`).
 
 Legend: C output channels (rows), D row length, d columns, L generated tensors.
 """
@@ -28,7 +28,7 @@ from partialhn.errors import InputError
 from partialhn.networks.columns import CODE, Columns, packed_bytes
 
 Rows = tuple[Tensor, ...]
-"""One task's generated weights: (C, D) of each generated tensor."""
+"""One task's generated weights: a (C, D) matrix for each generated tensor."""
 
 
 class GeneratedTensor(NamedTuple):
@@ -39,22 +39,23 @@ class GeneratedTensor(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """C: output channels."""
+        """C, the number of output channels."""
         return self.shape[0]
 
     @property
     def row_length(self) -> int:
-        """D: numbers in one output channel's filter."""
+        """D, the number of weights in one output channel's filter."""
         return int(torch.Size(self.shape[1:]).numel())
 
 
 class Generator(nn.Module):
-    """What every generator is: base_l, and weights for the code of any task."""
+    """Base class of the generators: holds base_l, and generates weights from the code of a task."""
 
     shares_parameters = False
-    """Whether what is trained now can change the weights of earlier tasks."""
+    """Whether training the current task can change the weights of earlier tasks."""
     starts_from_previous = True
-    """Whether a new task goes on from the one before it, or from the first."""
+    """Whether a new task starts from the weights of the task before it, or from those of the
+    first."""
 
     def __init__(self, tensors: Sequence[GeneratedTensor]) -> None:
         super().__init__()
@@ -62,83 +63,89 @@ class Generator(nn.Module):
         self.base = nn.ParameterList(torch.zeros(t.rows, t.row_length) for t in self.tensors)
 
     def set_base(self, weights: Sequence[Tensor]) -> None:
-        """The first task trains on from these weights."""
+        """Sets base_l, from which the first task is trained. weights: one tensor for each l."""
         for base, weight in zip(self.base, weights, strict=True):
             base.data.copy_(weight.reshape(base.shape))
 
     def add_task(self, task: int) -> None:
-        """Makes room for what a task needs beside its code."""
+        """Adds the parameters that a task needs besides its code."""
 
     def start(self, task: int) -> int:
-        """The task that a new one starts from; -1 for none."""
+        """Index of the task that a new task starts from; -1 for none."""
         return task - 1 if self.starts_from_previous else min(task, 1) - 1
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
-        """The code a task starts with, given that of the task it starts from."""
+        """The initial code of a task, given the code of the task that it starts from."""
         raise NotImplementedError
 
     def inherits(self, task: int) -> bool:
-        """Whether a task's code adds to the weights of the task it starts from."""
+        """Whether a task's weights are added to those of the task that it starts from."""
         del task
         return False
 
     def forward(self, task: int, code: Tensor, inherited: Rows | None = None) -> Rows:
-        """The head's convolution weights for one task: once a step, for every image.
+        """Generates the head's convolution weights for one task; once a step, for all images.
 
-        inherited: those of the task it starts from, where it `inherits`.
+        inherited: the weights of the task that it starts from, if it `inherits`.
         """
         raise NotImplementedError
 
     def begin(self, task: int) -> None:
-        """Decides what this experience may change."""
+        """Starts an experience: selects the parameters that it may change."""
         raise NotImplementedError
 
     def finish(self, task: int) -> Tensor | None:
-        """Ends the learning of a task; what its code is to be multiplied with, where anything."""
+        """Ends an experience; returns the factors to multiply the task's code with, or None."""
         del task
         return None
 
     def task_bytes(self, task: int) -> int:
-        """Bytes that the generator grows by for a task, once it is learned."""
+        """Bytes that a learned task adds to the generator."""
         del task
         return 0
 
     def generating_macs(self, task: int) -> int:
-        """Multiply-adds of generating a task's weights from nothing."""
+        """Multiply-adds to generate a task's weights when none are cached."""
         raise NotImplementedError
 
     def regulariser(self, codes: Tensor) -> Tensor:
-        """What holds earlier tasks' weights, where anything `drifts`."""
+        """The loss term that keeps earlier tasks' weights in place, if it `shares_parameters`.
+
+        codes: one row for each earlier task. A scalar.
+        """
         raise NotImplementedError
 
     def star(self) -> dict[str, Tensor]:
-        """What must be kept of the experience's start, for the checkpoint of a running one."""
+        """The parameters at the start of the experience (psi*) that a checkpoint must hold."""
         return {}
 
     def restore_snapshot(self, star: dict[str, Tensor]) -> None:
-        """Takes back what `star` gave, when an interrupted experience goes on."""
+        """Restores the result of `star` when an interrupted experience is resumed.
+
+        Raises: InputError for tensors that this generator does not use.
+        """
         if star:
             raise InputError(f"checkpoint holds {sorted(star)[:3]}, which {type(self).__name__} "
                              "does not use")
 
 
 class ColumnGenerator(Generator):
-    """W_l(t) = W_l(s) + V_lt diag(x_lt) A_lt^T, with binary V and A that are the task's own."""
+    """W_l(t) = W_l(s) + V_lt diag(x_lt) A_lt^T, where each task has binary V and A of its own."""
 
     def __init__(self, tensors: Sequence[GeneratedTensor], width: int, *,
                  starts_from_previous: bool = False) -> None:
-        """starts_from_previous pays with nothing frozen (docs/measurements/first-weights.md)."""
+        """starts_from_previous helps only at freeze depth 0 (docs/measurements/first-weights.md)."""
         super().__init__(tensors)
         self.width, self.starts_from_previous = width, starts_from_previous
         self.columns = nn.ModuleList()
-        """Of each task after the first."""
+        """The columns of each task after the first."""
 
     def add_task(self, task: int) -> None:
         if task:
             self.columns.append(Columns(self._shapes, self.width))
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
-        """The same number for every column; the first task has the base and no code."""
+        """The same value for every column; the first task has the base and an empty code."""
         del previous
         length = len(self.tensors) * self.width if task else 0
         return torch.full((length,), CODE * self.width ** -0.5)
@@ -149,27 +156,28 @@ class ColumnGenerator(Generator):
     def forward(self, task: int, code: Tensor, inherited: Rows | None = None) -> Rows:
         if not task:
             return tuple(self.base)
-        assert inherited is not None, f"task {task} starts from another one"
+        assert inherited is not None, f"task {task} needs the weights that it starts from"
         if not self.tensors:
             return ()
         return tuple(torch.addmm(before_CD, v_Cd.to(x_d) * x_d, A_Dd.to(x_d).T)
                      for before_CD, x_d, (v_Cd, A_Dd)
-                     in zip(inherited, code.view(-1, self.width), self._of(task)(), strict=True))
+                     in zip(inherited, code.view(-1, self.width), self._columns(task)(),
+                            strict=True))
 
     def begin(self, task: int) -> None:
-        """Only what belongs to the task takes a gradient: the base for the first."""
+        """Only the task's own parameters get a gradient; for the first task that is the base."""
         self.base.requires_grad_(task == 0)
         for index, columns in enumerate(self.columns, 1):
             columns.requires_grad_(index == task)
 
     def finish(self, task: int) -> Tensor | None:
-        return self._of(task).pack().flatten() if task and self.tensors else None
+        return self._columns(task).pack().flatten() if task and self.tensors else None
 
     def task_bytes(self, task: int) -> int:
         return packed_bytes(self._shapes, self.width) if task else 0
 
     def generating_macs(self, task: int) -> int:
-        """Of a task that refreshes no other."""
+        """As the base class; for a task that refreshes no other."""
         products = task if self.starts_from_previous else min(task, 1)
         return products * self.width * sum(t.rows * t.row_length for t in self.tensors)
 
@@ -177,5 +185,5 @@ class ColumnGenerator(Generator):
     def _shapes(self) -> list[tuple[int, int]]:
         return [(tensor.rows, tensor.row_length) for tensor in self.tensors]
 
-    def _of(self, task: int) -> Columns:
+    def _columns(self, task: int) -> Columns:
         return cast(Columns, self.columns[task - 1])

@@ -1,4 +1,4 @@
-"""How a process calculates."""
+"""Numerical settings of PyTorch: CPU threads, denormal numbers, TF32, and bfloat16."""
 
 import contextlib
 
@@ -8,8 +8,10 @@ from partialhn.config import Precision
 
 
 def configure_torch(threads: int | None = None) -> None:
-    """From now on: threads (as many as there are, by default), no denormal numbers, and a GPU's
-    float32 is float32: PyTorch alone would let its convolutions round to TF32.
+    """Sets up this process's arithmetic, for the rest of its life.
+
+    threads: CPU threads; None leaves PyTorch's number. Denormal numbers are flushed to zero, and
+    on a GPU float32 stays float32: by default PyTorch lets convolutions round to TF32.
     """
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.set_flush_denormal(True)
@@ -18,8 +20,11 @@ def configure_torch(threads: int | None = None) -> None:
 
 
 def autocast_to(precision: Precision,
-                     device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Within it convolutions and what follows them are bfloat16's, where that is the precision."""
+                device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which convolutions and matrix products run in `precision`.
+
+    bfloat16 uses PyTorch's autocast; float32 changes nothing.
+    """
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)

@@ -1,16 +1,16 @@
-"""Generators whose shared parts move with every task, and the regulariser that holds them.
+"""Generators with parameters shared by all tasks, and the regulariser against their drift.
 
     W_l(t)[c, :] = base_l[c, :] + A_l z_l(t, c) + b_l
 
 bilinear: z_l(t, c) = x_lt * v_lc; additive: z_l(t, c) = [mlp(e_t) ; v_lc].
 
-Codes belong to their task and are frozen with it; A, b, v (and the mlp) are shared. With stars for
-the values at the start of the experience and u = [z ; z - z* ; 1],
+A code belongs to one task and is frozen with it; A, b, v (and the mlp) are shared. With a star for
+values at the start of the experience, and u = [z ; z - z* ; 1],
 
     W - W* = M u,   M = [A - A* | A* | b - b*],   sum over t, c of |M u|^2 = <M^T M, S>,
 
-where S = sum over t, c of u u^T has a closed form that costs nothing per task. So all earlier tasks
-are regularised at every step, and no generated weight of theirs is needed.
+where S = sum over t, c of u u^T has a closed form whose cost hardly depends on the number of tasks.
+So every step regularises all earlier tasks without generating any of their weights.
 
 Legend: C output channels (rows), D row length, R row-code length, d columns, L generated tensors,
 T earlier tasks.
@@ -29,16 +29,18 @@ from partialhn.networks.hypernet import GeneratedTensor, Generator, Rows
 class DriftEnergy(torch.autograd.Function):
     """<M^T M, S> with M = [dA | A* | db]: the squared change of the earlier tasks' weights.
 
-    dA_DR and db_D are what A and b moved since the snapshot, A_star_DR is A at the snapshot and
-    gram_RR = A*^T A*, which does not change. S_UU is symmetric with U = 2 R + 1 rows in the order
-    z, z - z*, 1. Gradients go to dA, db and S. By blocks it takes four products of D R^2, two each
-    way, and it never subtracts two large numbers that were nearly equal, as A z - A* z* would.
+    dA_DR and db_D are the changes of A and b since the snapshot, A_star_DR is A at the snapshot and
+    gram_RR = A*^T A* is constant. S_UU is symmetric, with U = 2 R + 1 rows in the order z, z - z*,
+    1. Returns a scalar; dA, db and S get gradients. Computed by blocks, it takes four products of
+    D R^2 (two forward, two backward). It never subtracts two large, nearly equal numbers, as
+    A z - A* z* would.
     """
 
     @staticmethod
     def forward(ctx: Any, dA_DR: Tensor, db_D: Tensor, S_UU: Tensor, A_star_DR: Tensor,
                 gram_RR: Tensor) -> Tensor:
         R = dA_DR.shape[1]
+        # G = M^T M by blocks: rows and columns 0..R belong to dA, R..2R to A*, the last to db
         G_UU = torch.empty_like(S_UU)
         G_UU[:R, :R] = dA_DR.T @ dA_DR
         G_UU[:R, R:-1] = dA_DR.T @ A_star_DR
@@ -53,6 +55,7 @@ class DriftEnergy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dA_DR, db_D, S_UU, A_star_DR, G_UU = ctx.saved_tensors
+        # d<M^T M, S>/dM = 2 M S (S is symmetric), of which only the dA and db columns are needed
         R, gradient = dA_DR.shape[1], gradients[0]
         to_dA = dA_DR @ S_UU[:R, :R]
         to_dA.addmm_(A_star_DR, S_UU[R:-1, :R]).addr_(db_D, S_UU[:R, -1])
@@ -60,13 +63,13 @@ class DriftEnergy(torch.autograd.Function):
         return 2 * gradient * to_dA, 2 * gradient * to_db, gradient * G_UU, None, None
 
 
-class Drifting(Generator):
-    """What both generators share: A_l, v_l and b_l, and psi* at the experience's start."""
+class SharedGenerator(Generator):
+    """Base class of both generators: A_l, v_l, b_l, and their values psi* before the experience."""
 
     A: nn.ParameterList
-    """(D, R) of each generated tensor."""
+    """A_l of each generated tensor, shape (D, R)."""
     v: nn.ParameterList
-    """(C, R) or, for the additive generator, (C, E)."""
+    """v_l of each generated tensor, shape (C, R) or, for the additive generator, (C, E)."""
 
     def __init__(self, tensors: Sequence[GeneratedTensor], *, residual: bool) -> None:
         super().__init__(tensors)
@@ -76,23 +79,24 @@ class Drifting(Generator):
         self._gram: dict[int, Tensor] = {}
 
     def begin(self, task: int) -> None:
-        """With a residual the first task trains the base; the others the shared parts."""
-        of_base = self.residual and task == 0
+        """With `residual` the first task trains the base, all others the shared parameters."""
+        trains_base = self.residual and task == 0
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(bool(self.tensors) and name.startswith("base.") == of_base)
+            parameter.requires_grad_(bool(self.tensors)
+                                     and name.startswith("base.") == trains_base)
         self.shares_parameters = task > 0
         self.snapshot()
 
     def shared(self) -> dict[str, Tensor]:
-        """What may drift while a task is learned: psi by name."""
-        found: dict[str, Tensor] = {}
+        """Psi by name: the shared parameters, which may drift while a task is learned."""
+        parameters: dict[str, Tensor] = {}
         for index in range(len(self.tensors)):
-            found |= {f"A.{index}": self.A[index], f"v.{index}": self.v[index],
-                      f"b.{index}": self.b[index]}
-        return found
+            parameters |= {f"A.{index}": self.A[index], f"v.{index}": self.v[index],
+                           f"b.{index}": self.b[index]}
+        return parameters
 
     def snapshot(self) -> None:
-        """Keeps psi*: the shared parameters as they are now."""
+        """Copies the shared parameters of this moment to psi*."""
         self.restore_snapshot(self.shared() if self.shares_parameters else {})
 
     def star(self) -> dict[str, Tensor]:
@@ -113,13 +117,14 @@ class Drifting(Generator):
         return bias_CD
 
     def _moments(self, index: int, codes: Tensor, v_CE: Tensor) -> Tensor:
-        """S_UU = sum over tasks and rows of u u^T."""
+        """S_UU = sum of u u^T over tasks and rows, for generated tensor `index`."""
         raise NotImplementedError
 
     def regulariser(self, codes: Tensor) -> Tensor:
-        """Mean over the earlier tasks of |H(e_j) - H*(e_j)|^2, gradient to the shared parts.
+        """Mean over the earlier tasks j of |H(e_j) - H*(e_j)|^2.
 
-        codes: one row a task. A scalar; zero right after `snapshot`.
+        codes: one row for each earlier task. Returns a scalar, zero right after `snapshot`, with a
+        gradient to the shared parameters.
         """
         total = codes.new_zeros(())
         for index in range(len(self.tensors)):
@@ -133,8 +138,8 @@ class Drifting(Generator):
         return total / len(codes)
 
 
-class BilinearGenerator(Drifting):
-    """W_l(t) = base_l + V_l diag(x_tl) A_l^T + b_l; a code has a number a layer and column."""
+class BilinearGenerator(SharedGenerator):
+    """W_l(t) = base_l + V_l diag(x_tl) A_l^T + b_l; a code has one number for each l and column."""
 
     def __init__(self, tensors: Sequence[GeneratedTensor], width: int, *, residual: bool) -> None:
         super().__init__(tensors, residual=residual)
@@ -149,9 +154,9 @@ class BilinearGenerator(Drifting):
                 nn.init.normal_(A_Dd, std=_row_scale(tensor))
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
-        """The previous task's, so that what it knows carries over; at first ones.
+        """A copy of the previous task's code, so that its knowledge carries over; ones at first.
 
-        With a residual the first task is the base alone, so its code is zero.
+        With `residual` the first task is the base alone, so its code is zero.
         """
         if self.residual and task == 0:
             return torch.zeros(len(self.tensors) * self.width)
@@ -169,13 +174,15 @@ class BilinearGenerator(Drifting):
                           self.width if self.tensors else 0)
 
     def _moments(self, index: int, codes: Tensor, v_CE: Tensor) -> Tensor:
+        # u(t, c) = a(t) * b(c) element by element, so the double sum of u u^T is the elementwise
+        # product of the sums of a a^T and b b^T
         x_Td = self._by_layer(codes)[:, index]
         a_TU = torch.cat([x_Td, x_Td, x_Td.new_ones(len(x_Td), 1)], 1)
         b_CU = torch.cat([v_CE, v_CE - self._star[f"v.{index}"], v_CE.new_ones(len(v_CE), 1)], 1)
         return (a_TU.T @ a_TU) * (b_CU.T @ b_CU)
 
 
-class AdditiveGenerator(Drifting):
+class AdditiveGenerator(SharedGenerator):
     """W_l(t)[c] = base_l[c] + A_l [mlp(e_t) ; v_lc] + b_l; an embedding of E numbers a task."""
 
     def __init__(self, tensors: Sequence[GeneratedTensor], embedding_dim: int,
@@ -195,7 +202,7 @@ class AdditiveGenerator(Drifting):
                 nn.init.normal_(self.A[index], std=_row_scale(tensor) * row_dim ** -0.5)
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
-        """The previous task's, so that what it knows carries over; at first standard normal."""
+        """A copy of the previous task's code, to carry its knowledge over; at first random."""
         del task
         return torch.randn(self.embedding_dim) if previous is None else previous.clone()
 
@@ -212,12 +219,12 @@ class AdditiveGenerator(Drifting):
                                    for name, value in self.mlp.named_parameters()}
 
     def _wide_mlp(self, codes: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """x_TH in float64, so that two that are nearly equal can be subtracted."""
+        """x_TH = mlp(e_t) of each code, in float64: two nearly equal results are subtracted."""
         wide = {name: value.double() for name, value in parameters.items()}
         return cast(Tensor, torch.func.functional_call(self.mlp, wide, (codes.double(),)))
 
     def _moments(self, index: int, codes: Tensor, v_CE: Tensor) -> Tensor:
-        """u(t, c) = p(t) + q(c), so S needs the sums over tasks and over rows only."""
+        """S_UU; u(t, c) = p(t) + q(c), so sums over tasks and sums over rows are enough."""
         star = self._star
         x_TH = self._wide_mlp(codes, dict(self.mlp.named_parameters()))
         with torch.no_grad():
@@ -230,11 +237,12 @@ class AdditiveGenerator(Drifting):
                           v_CE.new_zeros(T, v_CE.shape[1] + 1)], 1)
         q_CU = torch.cat([v_CE.new_zeros(C, x_TH.shape[1]), v_CE,
                           v_CE.new_zeros(C, x_TH.shape[1]), dv_CE, v_CE.new_ones(C, 1)], 1)
+        # sum over t, c of (p + q)(p + q)^T, multiplied out
         cross_UU = torch.outer(p_TU.sum(0), q_CU.sum(0))
         return C * p_TU.T @ p_TU + cross_UU + cross_UU.T + T * q_CU.T @ q_CU
 
 
 def _row_scale(tensor: GeneratedTensor) -> float:
-    """Kaiming's standard deviation (fan out) of the convolution this tensor replaces."""
+    """Kaiming's standard deviation (fan out) for the convolution that this tensor replaces."""
     kernel = int(torch.Size(tensor.shape[2:]).numel())
     return float((2.0 / (tensor.rows * kernel)) ** 0.5)

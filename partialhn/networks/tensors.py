@@ -1,4 +1,4 @@
-"""Dictionaries of named tensors: their hash, and a part of one."""
+"""Functions on dictionaries of named tensors."""
 
 import hashlib
 
@@ -7,7 +7,10 @@ from torch import Tensor
 
 
 def hash_tensors(tensors: dict[str, Tensor], prefix: str = "") -> str:
-    """SHA-256 over names, types, shapes and bytes, in order of the names."""
+    """SHA-256 in hexadecimal over `prefix` and the names, types, shapes and bytes of all tensors.
+
+    Tensors count in the order of their names.
+    """
     digest = hashlib.sha256(prefix.encode())
     for key in sorted(tensors):
         value = tensors[key].detach().cpu().contiguous()
@@ -17,6 +20,6 @@ def hash_tensors(tensors: dict[str, Tensor], prefix: str = "") -> str:
 
 
 def tensors_below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with a prefix, named without it."""
+    """The tensors whose names start with `prefix`; the new names leave it out."""
     return {key.removeprefix(prefix): value for key, value in tensors.items()
             if key.startswith(prefix)}

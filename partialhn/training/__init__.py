@@ -1,1 +1,1 @@
-"""The training of the trunk and of one task after the other."""
+"""Training: the trunk once, then one task after the other."""

@@ -1,4 +1,4 @@
-"""A strategy on its way through a stream of tasks.
+"""The learner: takes a strategy through a stream of tasks.
 
 for task t: strategy.begin(t)
 for epoch record of `fit_experience`: yield it
@@ -27,17 +27,18 @@ from partialhn.training.optimiser import (
     optimiser_tensors,
 )
 from partialhn.training.records import EpochRecord, TaskRecord
-from partialhn.training.steps import Recorder
+from partialhn.training.steps import StepRecorder
 
 
 class Learner:
-    """A strategy on its way through a stream, able to stop after any epoch and go on."""
+    """Takes a strategy through a stream of tasks; can be stopped and resumed after any epoch."""
 
     def __init__(self, strategy: Strategy, config: TrainConfig, device: torch.device | str = "cpu",
                  workers: Workers | None = None, inference: TaskInference | None = None,
-                 recorder: Recorder | None = None) -> None:
-        """`inference`: an empty one, to learn as well which task an image is of. `recorder`: as
-        `fit_experience` takes it.
+                 recorder: StepRecorder | None = None) -> None:
+        """`inference`: an empty `TaskInference`, if task inference is to be learned too.
+
+        `recorder`: as in `fit_experience`.
         """
         self.strategy, self.config = strategy.to(device), config
         self.inference, self.recorder = inference, recorder
@@ -47,7 +48,7 @@ class Learner:
         self.finished: list[TaskRecord] = []
         self._optimiser: torch.optim.Optimizer | None = None
         self.train_seconds = 0.0
-        """Wall seconds that the task took which was trained last."""
+        """Wall seconds that the training of the last task took."""
 
     def learn(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord | TaskRecord]:
         """Learns the tasks that are not finished yet, in order."""
@@ -55,43 +56,44 @@ class Learner:
             yield from self.fit_next(tasks)
             yield self._conclude(tasks)
 
-    def adopt(self, tasks: Sequence[TaskFeatures], task_state: dict[str, Tensor],
-              epochs: Sequence[EpochRecord], train_seconds: float,
-              found: TaskStatistics | None = None) -> TaskRecord:
-        """Takes the next task in as another learner has trained it (`fit_next`), and measures.
+    def load_task_state(self, tasks: Sequence[TaskFeatures], task_state: dict[str, Tensor],
+                        epochs: Sequence[EpochRecord], train_seconds: float,
+                        task_statistics: TaskStatistics | None = None) -> TaskRecord:
+        """Loads the next task as another learner trained it (with `fit_next`), and measures it.
 
-        task_state: the result of `Strategy.task_state` there. found: the result of `statistics`,
-        for a task whose training features are not here.
+        task_state: the other learner's `Strategy.task_state`. task_statistics: the result of
+        `statistics`, needed if the task's training features are not in `tasks`.
         """
         index = len(self.finished)
-        self._make_room(tasks[index])
+        self._add_task(tasks[index])
         self.strategy.load_task_state(index, task_state)
         self.epochs += epochs
         self.train_seconds = train_seconds
-        return self._conclude(tasks, found)
+        return self._conclude(tasks, task_statistics)
 
     def skip_to(self, tasks: Sequence[TaskFeatures], index: int) -> None:
-        """Makes room for the tasks before `index`, which others learn: it is the next one.
+        """Adds the tasks before `index`, which other learners train, without learning them.
 
-        For strategies whose tasks are `independent`.
+        Task `index` is then the next one. Only for strategies whose tasks are `independent`.
         """
         for task in tasks[len(self.finished):index]:
-            self._make_room(task)
+            self._add_task(task)
             self.finished.append(TaskRecord(task.name, len(self.finished), (), 0.0, 0.0))
 
     @property
     def epochs_done(self) -> int:
-        """Finished epochs of the running experience."""
+        """Number of finished epochs of the running experience."""
         return sum(record.task_index == len(self.finished) for record in self.epochs)
 
     def fit_next(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord]:
-        """Trains the next task, from where it was left, and measures nothing."""
+        """Trains the next task, from its last finished epoch on; measures no test accuracy."""
         index = len(self.finished)
         task = tasks[index]
         if self._optimiser is None:
             self._begin(index, task.classes, task.refreshes)
         optimiser = cast(torch.optim.Optimizer, self._optimiser)
-        self.strategy.before_experience([(each.name, each.train) for each in tasks[:index]])
+        self.strategy.before_experience([(earlier.name, earlier.train)
+                                         for earlier in tasks[:index]])
         for record in fit_experience(self.strategy, index, task, self.config, optimiser,
                                      epochs_done=self.epochs_done, workers=self.workers,
                                      recorder=self.recorder):
@@ -106,39 +108,39 @@ class Learner:
         self.train_seconds = time.perf_counter() - start + sum(
             record.seconds for record in self.epochs if record.task_index == index)
 
-    def _make_room(self, task: TaskFeatures) -> None:
+    def _add_task(self, task: TaskFeatures) -> None:
         self.strategy.add_task(task.classes, task.refreshes)
         self.strategy.to(self.device)
         self.strategy.finish(len(self.finished))
 
     def _conclude(self, tasks: Sequence[TaskFeatures],
-                  found: TaskStatistics | None = None) -> TaskRecord:
-        """Measures the task that was trained, and all before it."""
+                  task_statistics: TaskStatistics | None = None) -> TaskRecord:
+        """Measures the newly trained task and all earlier ones."""
         index, start = len(self.finished), time.perf_counter()
         row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
-        without_id = self._learn_inference(tasks, index, found)
+        without_id = self._learn_inference(tasks, index, task_statistics)
         self.finished.append(TaskRecord(tasks[index].name, index, row, self.train_seconds,
                                         time.perf_counter() - start, without_id))
         return self.finished[-1]
 
     def _learn_inference(self, tasks: Sequence[TaskFeatures], index: int,
-                         found: TaskStatistics | None) -> dict[str, float] | None:
-        """Takes in a finished task's features; what is measured of a task before and after."""
+                         task_statistics: TaskStatistics | None) -> dict[str, float] | None:
+        """Adds a task's features to task inference; returns metrics from before and after that."""
         if self.inference is None:
             return None
         train, tests = tasks[index].train, [task.test for task in tasks[:index + 1]]
-        if found is None:
+        if task_statistics is None:
             assert train is not None, f"task {tasks[index].name} has no training features"
-            found = statistics(train, index, self.config.seed)
+            task_statistics = statistics(train, index, self.config.seed)
         replaced = {task.refreshes for task in tasks[:index + 1]}
-        measured = {}
+        metrics = {}
         if index and tasks[index].refreshes is None:
-            measured["rejection_auroc"] = rejection_auroc(self.inference, tests[:-1], tests[-1])
-        self.inference.add_task(found)
+            metrics["rejection_auroc"] = rejection_auroc(self.inference, tests[:-1], tests[-1])
+        self.inference.add_task(task_statistics)
         if index + 1 == len(tasks):
-            measured |= without_task_id(self.strategy, self.inference, tests,
-                                        [i for i in range(index + 1) if i not in replaced])
-        return measured
+            metrics |= without_task_id(self.strategy, self.inference, tests,
+                                       [i for i in range(index + 1) if i not in replaced])
+        return metrics
 
     def _begin(self, index: int, classes: int, refreshes: int | None = None) -> None:
         if index == len(self.strategy.classes):
@@ -148,7 +150,7 @@ class Learner:
         self._optimiser = make_optimiser(self.strategy, self.config)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that is needed to go on: tensors by name and a plain dict."""
+        """Everything that `restore` needs: tensors by name, and a dict of plain values."""
         tensors = {f"strategy.{key}": value for key, value in self.strategy.state_dict().items()}
         if self._optimiser is not None:
             tensors |= {f"experience.{key}": value
@@ -162,7 +164,7 @@ class Learner:
                          "finished": [dataclasses.asdict(record) for record in self.finished]}
 
     def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
-        """Takes back `state` into a fresh learner of the same configuration."""
+        """Restores the result of `state` in a new learner of the same configuration."""
         for classes in fields["classes"]:
             self.strategy.add_task(classes)
         self.strategy.to(self.device)

@@ -1,4 +1,4 @@
-"""The optimiser of an experience: its learning rates over the steps, and its state as tensors.
+"""The optimiser of an experience: its learning rates, and its state as named tensors.
 
 Legend: S steps, G parameter groups.
 """
@@ -23,7 +23,10 @@ def optimiser_tensors(optimiser: torch.optim.Optimizer,
 
 def load_optimiser(optimiser: torch.optim.Optimizer, named: Iterable[tuple[str, nn.Parameter]],
                    tensors: dict[str, Tensor]) -> None:
-    """Takes back `optimiser_tensors`; a parameter without a gradient so far has none."""
+    """Restores the state that `optimiser_tensors` gave.
+
+    A parameter that has had no gradient yet has no state.
+    """
     for name, parameter in named:
         if f"optimiser.step.{name}" not in tensors:
             continue
@@ -33,14 +36,14 @@ def load_optimiser(optimiser: torch.optim.Optimizer, named: Iterable[tuple[str, 
 
 
 SHORT = 30
-"""Steps of an experience up to which groups learn with their `peak`; from twice as many on it is
-their `long_peak`."""
+"""An experience of up to so many steps uses each group's `peak` learning rate; from twice as many
+steps on it uses `long_peak`, and in between a mixture of both."""
 
 
 def make_optimiser(strategy: Strategy, config: TrainConfig) -> torch.optim.Optimizer:
-    """A fresh Adam over what the running experience may change, and nothing else.
+    """A new Adam optimiser over the parameters that the running experience may change.
 
-    Its learning rates are tensors: `Steps` writes them.
+    Its learning rates are tensors, into which `Steps` writes before each step.
     """
     groups = strategy.parameter_groups(config.learning_rate)
     device = next(value.device for value in strategy.parameters() if value.requires_grad)
@@ -50,15 +53,18 @@ def make_optimiser(strategy: Strategy, config: TrainConfig) -> torch.optim.Optim
 
 
 def learning_rates(optimiser: torch.optim.Optimizer, schedule: Schedule, steps: int) -> Tensor:
-    """rates_SG: what `make_optimiser`'s groups learn with at each step of an experience."""
-    long = min(max(steps / SHORT - 1, 0), 1)
+    """rates_SG: the learning rate at each step of an experience, for each parameter group.
+
+    The groups are those of `make_optimiser`, with their keys `peak` and `long_peak`.
+    """
+    long = min(max(steps / SHORT - 1, 0), 1)  # 0: short, use peak; 1: long, use long_peak
     factor_S = torch.tensor(rate_factors(schedule, steps))
     return torch.stack([factor_S * (group["peak"] + long * (group["long_peak"] - group["peak"]))
                         for group in optimiser.param_groups], 1)
 
 
 def rate_factors(schedule: Schedule, steps: int) -> list[float]:
-    """What the peak learning rate is multiplied with at each of S steps."""
+    """Factor of the peak learning rate at each of S steps: a linear rise, then the schedule."""
     rise = max(1, min(WARM_UP, steps // 10))
     fall = [1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * step / steps))
             for step in range(steps)]

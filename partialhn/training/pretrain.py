@@ -1,7 +1,7 @@
-"""The network that the trunk is cut from: trained on the first task, or supplied.
+"""The network from which the trunk is cut: trained on the first task, or supplied by the user.
 
-A trained network is kept under a name that says all that determines it, so the same work is
-found again, and a training that was stopped goes on after its last finished epoch.
+A trained network is stored under a key that everything about its training determines. So the same
+training is never repeated, and an interrupted one is resumed after its last finished epoch.
 
     <root>/trunks/<key>/          the finished network
     <root>/trunks/<key>.partial/  its state after the last finished epoch
@@ -36,11 +36,12 @@ from partialhn.training.optimiser import (
 from partialhn.training.records import EpochRecord
 
 TRUNK_WEIGHT_DECAY, TRUNK_LABEL_SMOOTHING = 0.05, 0.1
-"""A trunk is trained once, on few classes, and must serve tasks it has not seen."""
+"""Strong regularisation, because the trunk is trained once, on few classes, and must then serve
+tasks it has not seen."""
 
 
 def network_optimiser(network: Network, config: BackboneConfig) -> torch.optim.Optimizer:
-    """AdamW over the whole network."""
+    """AdamW over all parameters of the network."""
     return torch.optim.AdamW([{"params": list(network.parameters()),
                                "peak": config.trunk_learning_rate}], fused=True,
                              weight_decay=TRUNK_WEIGHT_DECAY)
@@ -49,10 +50,10 @@ def network_optimiser(network: Network, config: BackboneConfig) -> torch.optim.O
 def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: BackboneConfig,
                   kind: Augment, optimiser: torch.optim.Optimizer, *,
                   epochs_done: int = 0) -> Iterator[EpochRecord]:
-    """Trains the whole network on the first task's images; its stages become the trunk.
+    """Trains the whole network on the first task's images; its first stages become the trunk.
 
-    images_NCHW: uint8. Fresh augmentation each epoch, cosine learning rate; `optimiser` is
-    `network_optimiser(network, config)`.
+    images_NCHW: uint8; y_N: int64 labels. Each epoch augments anew; the learning rate follows a
+    cosine. `optimiser` is `network_optimiser(network, config)`. Yields a record per epoch.
     """
     device = network.mean_C.device
     size = min(config.trunk_batch_size, len(y_N))
@@ -95,9 +96,9 @@ def network_key(config: Config, first: Experience) -> str:
 
 def load_network(config: Config, first: Experience, filesystem: pafs.FileSystem,
                  root: str) -> Network | None:
-    """The network where it needs no training: supplied, or trained before. Otherwise None.
+    """The network, if it is supplied or already trained and stored; otherwise None.
 
-    Raises: InputError for a supplied network that cannot be had or does not fit.
+    Raises: InputError for a supplied network that cannot be read or does not fit.
     """
     backbone = config.backbone
     if backbone.trunk != "train":
@@ -107,7 +108,7 @@ def load_network(config: Config, first: Experience, filesystem: pafs.FileSystem,
 
 def stored_network(config: Config, key: str, filesystem: pafs.FileSystem,
                    root: str) -> Network | None:
-    """A network by the name it was stored under, or None: the first task need not be there."""
+    """The network stored under `key`, or None. The first task's images are not needed."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "network"
         if not checkpoint.fetch(filesystem, f"{root}/trunks/{key}", folder):
@@ -120,7 +121,7 @@ def stored_network(config: Config, key: str, filesystem: pafs.FileSystem,
 
 def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, root: str,
                 device: torch.device | str = "cpu") -> Iterator[EpochRecord]:
-    """Trains the network on the first task, storing it when done; yields a record per epoch.
+    """Trains the network on the first task and stores it; yields a record per epoch.
 
     Raises: InputError naming an image that cannot be read.
     """
@@ -156,7 +157,7 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
 
 
 def _measure_pixels(network: Network, images_NCHW: torch.Tensor) -> None:
-    """Sets the network's normalisation to the mean and spread of its training images."""
+    """Sets the network's normalisation to its training images' mean and standard deviation."""
     pixels_NCHW = images_NCHW.float() / 255
     network.mean_C.copy_(pixels_NCHW.mean((0, 2, 3)))
     network.std_C.copy_(pixels_NCHW.std((0, 2, 3)).clamp_min(1e-3))

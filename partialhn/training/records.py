@@ -1,4 +1,4 @@
-"""The records that a training loop yields."""
+"""The records that a training loop yields: one for each epoch, one for each finished task."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,26 +7,26 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class EpochRecord:
-    """One pass over one task's training images."""
+    """The result of one pass over a task's training images."""
 
     task: str
     task_index: int
     epoch: int
-    """1 to epochs."""
+    """Number of the epoch, from 1 to `epochs`."""
     epochs: int
     loss: float
     cross_entropy: float
     regulariser: float
-    """What the strategy adds to the loss."""
+    """The strategy's own term in the loss."""
     accuracy: float
-    """Share of training images answered right during the epoch."""
+    """Share of training images classified correctly during the epoch, 0 to 1."""
     validation_accuracy: float | None
     seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskRecord:
-    """One experience, finished."""
+    """The result of one finished experience."""
 
     task: str
     task_index: int
@@ -35,11 +35,11 @@ class TaskRecord:
     train_seconds: float
     evaluate_seconds: float
     without_id: dict[str, float] | None = None
-    """Where task inference is learned: rejection_auroc (how well this task's images were told
-    from those of earlier ones before it was learned), and after the last task what
-    `partialhn.evaluation.task_inference_metrics.without_task_id` says."""
+    """Metrics of task inference, if it is learned: rejection_auroc (how well this task's images
+    were distinguished from those of earlier tasks before it was learned) and, after the last task,
+    the result of `partialhn.evaluation.task_inference_metrics.without_task_id`."""
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "TaskRecord":
-        """The record that `dataclasses.asdict` and JSON made these fields of."""
+        """Rebuilds a record from the fields that `dataclasses.asdict` and JSON gave."""
         return TaskRecord(**{**fields, "accuracy_row": tuple(fields["accuracy_row"])})

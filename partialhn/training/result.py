@@ -1,4 +1,4 @@
-"""What a run measured: the fields of `result.json` that need no registry."""
+"""The measurements of a run: those fields of `result.json` that need no registry."""
 
 import dataclasses
 import resource
@@ -20,22 +20,22 @@ LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "numpy")
 
 
 class Clock:
-    """Wall seconds of a run, stage by stage."""
+    """Wall seconds of a run, by phase."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
         self.laps: dict[str, float] = {}
 
-    def lap(self, stage: str) -> None:
-        """Books the time since the last lap to a stage."""
+    def lap(self, phase: str) -> None:
+        """Adds the time since the last lap to a phase."""
         now = time.perf_counter()
-        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
+        self.laps[phase] = self.laps.get(phase, 0.0) + now - self._last
         self._last = now
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one strategy did on a stream."""
+    """The results of one strategy on a stream."""
 
     epochs: tuple[EpochRecord, ...]
     finished: tuple[TaskRecord, ...]
@@ -44,34 +44,38 @@ class Outcome:
 
     @staticmethod
     def of(learner: Learner) -> "Outcome":
-        """The outcome so far of a learner."""
+        """The outcome of a learner's tasks so far."""
         tasks = range(len(learner.finished))
-        known = learner.inference
+        inference = learner.inference
         return Outcome(tuple(learner.epochs), tuple(learner.finished),
                        tuple(learner.strategy.task_bytes(task)
-                             + (known.task_bytes(task) if known else 0) for task in tasks))
+                             + (inference.task_bytes(task) if inference else 0)
+                             for task in tasks))
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "Outcome":
-        """Takes back what `dataclasses.asdict` and JSON made of an outcome."""
+        """Rebuilds an outcome from the fields that `dataclasses.asdict` and JSON gave."""
         return Outcome(tuple(EpochRecord(**record) for record in fields["epochs"]),
                        tuple(map(TaskRecord.from_fields, fields["finished"])),
                        tuple(fields["task_bytes"]))
 
     @property
     def accuracy_TT(self) -> list[list[float | None]]:
-        """R as rows, None above the diagonal."""
+        """The accuracy matrix R as rows, with None above the diagonal."""
         total = len(self.finished)
         return [[*record.accuracy_row, *[None] * (total - len(record.accuracy_row))]
                 for record in self.finished]
 
     def without_task_id(self) -> dict[str, float]:
-        """What was measured of task inference; empty where it was not learned."""
-        measured = [record.without_id for record in self.finished if record.without_id]
-        if not measured:
+        """The last task's metrics of task inference, with rejection_auroc averaged over all tasks.
+
+        Empty if task inference was not learned.
+        """
+        metrics = [record.without_id for record in self.finished if record.without_id]
+        if not metrics:
             return {}
-        told = [each["rejection_auroc"] for each in measured if "rejection_auroc" in each]
-        return measured[-1] | ({"rejection_auroc": sum(told) / len(told)} if told else {})
+        aurocs = [values["rejection_auroc"] for values in metrics if "rejection_auroc" in values]
+        return metrics[-1] | ({"rejection_auroc": sum(aurocs) / len(aurocs)} if aurocs else {})
 
     def fields(self) -> dict[str, Any]:
         """Metrics, seconds and bytes of this strategy."""
@@ -84,15 +88,15 @@ class Outcome:
 
 
 def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, float], decoded: int,
-                  outcomes: Mapping[str, Outcome], stages: Mapping[str, float]) -> dict[str, Any]:
-    """The fields of `result.json` but for names, versions and sizes of what is registered.
+                  outcomes: Mapping[str, Outcome], phases: Mapping[str, float]) -> dict[str, Any]:
+    """The fields of `result.json`, except names, versions and sizes of registered models.
 
-    `decoded`: images that were decoded for features in this run. `stages`: seconds by stage.
+    `decoded`: number of images decoded for features in this run. `phases`: seconds by phase.
     """
     ours = outcomes[config.train.strategy]
     features = [manifest for slot in slots for manifest in slot.manifests.values()]
     baselines = {name: outcome.fields() for name, outcome in outcomes.items()
-              if name != config.train.strategy}
+                 if name != config.train.strategy}
     for fields in baselines.values():
         fields["seconds"] = fields.pop("train_seconds")
     own = ours.fields()
@@ -101,8 +105,8 @@ def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, floa
         "without_task_id": ours.without_task_id(), "config": config.to_dict(),
         "seed": config.train.seed, "strategy": config.train.strategy,
         "tasks": [_task_fields(slot) for slot in slots],
-        "seconds": {"total": round(sum(stages.values()), 3),
-                    "stages": {key: round(value, 3) for key, value in stages.items()},
+        "seconds": {"total": round(sum(phases.values()), 3),
+                    "stages": {key: round(value, 3) for key, value in phases.items()},
                     "per_task": [{"name": record.task, "train": round(record.train_seconds, 3),
                                   "evaluate": round(record.evaluate_seconds, 3)}
                                  for record in ours.finished]},
@@ -115,7 +119,7 @@ def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, floa
 
 
 def model_sizes(model: Model) -> dict[str, Any]:
-    """Numbers and bytes of a model's parts."""
+    """Weight counts and bytes of a model's trunk, shared parameters and generated weights."""
     def size(tensors: Mapping[str, Any]) -> int:
         return int(sum(value.numel() * value.element_size() for value in tensors.values()))
 
@@ -137,6 +141,7 @@ def _task_fields(slot: Slot) -> dict[str, Any]:
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process and of children that ended (Linux: kibibytes)."""
+    """Peak resident memory of this process or of a child process that has ended, in bytes."""
+    # Linux gives kibibytes
     return 1024 * max(resource.getrusage(who).ru_maxrss
                       for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

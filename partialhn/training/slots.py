@@ -1,7 +1,7 @@
-"""Slots: the tasks of a model in the order they were learned, each with its stored features.
+"""Slots: the tasks of a model in the order of learning, each with its stored features.
 
-A task that gets more data is learned again in a slot of its own, named `<task>/<part>`; the
-model answers for a task with its newest slot. Nothing of an earlier slot changes.
+A task that gets more data is learned again in a new slot, named `<task>/<part>`; the model uses
+the newest slot of a task for its predictions. Earlier slots do not change.
 """
 
 import dataclasses
@@ -19,30 +19,34 @@ from partialhn.training.experience import TaskFeatures
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """One task as it is learned, without its images."""
+    """One learned task, or one to be learned, without its images."""
 
     name: str
     classes: tuple[str, ...]
     fingerprint: str
-    """Of the task's data: `Experience.fingerprint`."""
+    """Fingerprint of the task's data: `Experience.fingerprint`."""
     transform: str
     manifests: Mapping[Split, Manifest]
-    """Stored features; a task that was learned before needs those of the test split only."""
+    """Stored features by split; a task that is already learned needs only its test split."""
 
 
 def slots_of(experiences: Sequence[Experience], jobs: Sequence[FeatureJob],
              manifests: Sequence[Manifest | None]) -> list[Slot]:
-    """The slots of experiences, with the features that are there."""
-    found: dict[str, dict[Split, Manifest]] = {}
+    """The slots of experiences, with their stored features.
+
+    manifests: one for each job; None if its features are not stored.
+    """
+    by_task: dict[str, dict[Split, Manifest]] = {}
     for job, manifest in zip(jobs, manifests, strict=True):
         if manifest is not None:
-            found.setdefault(job.task, {})[job.split] = manifest
-    return [Slot(each.name, each.classes, each.fingerprint, each.transform,
-                 found.get(each.name, {})) for each in experiences]
+            by_task.setdefault(job.task, {})[job.split] = manifest
+    return [Slot(experience.name, experience.classes, experience.fingerprint,
+                 experience.transform, by_task.get(experience.name, {}))
+            for experience in experiences]
 
 
 def needed_jobs(jobs: Sequence[FeatureJob], learned: Sequence[str]) -> list[FeatureJob]:
-    """The jobs without which nothing goes on: of learned tasks their test images alone."""
+    """The jobs whose features a run needs: all splits, but of learned tasks only the test split."""
     return [job for job in jobs if job.split == "test" or job.task not in learned]
 
 
@@ -51,28 +55,29 @@ def featured_slots(config: Config, experiences: Sequence[Experience], learned: i
                    compute: Callable[[list[FeatureJob]], int]) -> tuple[list[Slot], int]:
     """The slots of experiences with their stored features, and how many images were decoded.
 
-    The first `learned` tasks need no training features unless the configuration says so.
-    `compute` stores the features of the jobs it is given and returns the images it decoded.
+    The first `learned` tasks need no training features, unless the strategy needs every task's.
+    `compute` stores the features of the given jobs and returns how many images it decoded.
     """
     first = 0 if config.train.needs_every_task else learned
     jobs = feature_jobs(config, experiences, trunk)
-    decoded = compute(needed_jobs(jobs, [each.name for each in experiences[:first]]))
+    decoded = compute(needed_jobs(jobs, [task.name for task in experiences[:first]]))
     return stored_slots(config, experiences, trunk, store), decoded
 
 
 def stored_slots(config: Config, experiences: Sequence[Experience], trunk: Trunk,
                  store: FeatureStore) -> list[Slot]:
-    """The slots of experiences, each with those of its features that are stored."""
+    """The slots of experiences, each with its stored features."""
     jobs = feature_jobs(config, experiences, trunk)
     manifests = find_features(store, jobs)
     return slots_of(experiences, jobs, [manifests.get(job.recipe.key) for job in jobs])
 
 
-def open_features(store: FeatureStore, slots: Sequence[Slot],
-                  learn: Container[int] | None = None) -> list[TaskFeatures]:
-    """Opens what is needed to learn some slots, by their places (default: all), and to test all.
+def open_task_features(store: FeatureStore, slots: Sequence[Slot],
+                       learn: Container[int] | None = None) -> list[TaskFeatures]:
+    """Opens the features to learn the slots with an index in `learn` (default: all) and test all.
 
-    A slot that refreshes a task is learned and tested on that task's images of all its slots.
+    A slot that refreshes a task is learned and tested on that task's images from all its slots.
+    Raises: IntegrityError for damaged features.
     """
     opened: dict[str, FeatureSet] = {}
     names = [slot.name for slot in slots]

@@ -1,12 +1,13 @@
-"""The optimiser's steps of one experience: operation by operation, or recorded and replayed.
+"""The optimiser's steps of one experience: executed one operation at a time, or recorded once and
+replayed.
 
-Nothing that changes from step to step is on the host: batches are looked up by a counter on the
-device (`ResidentBatches` of `partialhn.features.batches`), the learning rate by another, Adam
-counts there too, and the sums that an epoch reports are added up there. So every step is the same
-operations on the same memory. On a GPU a step of a small head is hundreds of short kernels, and
-launching them takes longer than they do; a CUDA graph records them once an experience and launches
-them with one call. What a task starts from is generated before, so the number of earlier tasks
-changes neither the graph nor its cost.
+Everything that changes from step to step lies on the device: the counter that selects the batch
+(`ResidentBatches` of `partialhn.features.batches`), the one that selects the learning rate, Adam's
+step count, and the sums that an epoch reports. So every step runs the same operations on the same
+memory. On a GPU a step of a small head consists of hundreds of short kernels, and launching them
+takes longer than running them. A CUDA graph records them once an experience and launches all with
+one call. The weights that a task starts from are generated before the first step, so the number of
+earlier tasks changes neither the graph nor its cost.
 
 Legend: S steps of the experience, G parameter groups, B batch, C channels, H W spatial, K classes.
 """
@@ -22,14 +23,15 @@ from partialhn.features.batches import FeatureBatch
 from partialhn.strategies import Strategy
 
 WARM_UP = 40
-"""Steps over which the learning rate rises, at most a tenth of all."""
+"""Steps over which the learning rate rises; at most a tenth of all steps."""
 UNRECORDED = 3
-"""Steps before one is recorded: libraries choose their algorithms, and Adam makes its state."""
+"""Steps before the recorded one, in which libraries choose their algorithms and Adam creates its
+state."""
 Body = Callable[[], None]
 
 
 class Objective(nn.Module):
-    """A strategy's loss on a batch of one task: what a data-parallel wrapper wraps."""
+    """A strategy's loss on a batch of one task, as a module for a data-parallel wrapper."""
 
     def __init__(self, strategy: Strategy, task: int, label_smoothing: float) -> None:
         super().__init__()
@@ -37,32 +39,35 @@ class Objective(nn.Module):
 
     def forward(self, z_BCHW: Tensor, y_B: Tensor, loss_scale: float,
                 seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The loss, and the detached sums (cross-entropy, regulariser, right answers)."""
+        """The loss (a scalar), and terms_3: cross-entropy, regulariser, number of correct answers.
+
+        z_BCHW, y_B, loss_scale, seed: the fields of a `FeatureBatch`. terms_3 is detached.
+        """
         batch = FeatureBatch(z_BCHW, y_B, loss_scale, seed)
-        logits_BK, added = self.strategy.loss_terms(self.task, batch)
-        cross_entropy = loss_scale * nn.functional.cross_entropy(logits_BK, y_B,
-                                                            label_smoothing=self.label_smoothing)
-        loss = cross_entropy if added is None else cross_entropy + added
-        right = (logits_BK.argmax(1) == y_B).sum()
-        terms = [cross_entropy, loss - cross_entropy, right]
+        logits_BK, regulariser = self.strategy.loss_terms(self.task, batch)
+        cross_entropy = loss_scale * nn.functional.cross_entropy(
+            logits_BK, y_B, label_smoothing=self.label_smoothing)
+        loss = cross_entropy if regulariser is None else cross_entropy + regulariser
+        correct = (logits_BK.argmax(1) == y_B).sum()
+        terms = [cross_entropy, loss - cross_entropy, correct]
         return loss, torch.stack([term.detach().float() for term in terms])
 
 
-class Recorder(Protocol):
-    """Records what a step does to memory, to do the same again without Python."""
+class StepRecorder(Protocol):
+    """Records the device operations of a step, so that they can run again without Python."""
 
     def prepare(self, body: Body) -> None:
-        """Runs a step that will not be recorded."""
+        """Runs a step that is not recorded."""
 
     def record(self, body: Body) -> Body:
-        """Records a step without running it; what is returned runs it."""
+        """Records a step without running it; returns a function that runs it."""
 
 
 class CudaGraphs:
-    """Records steps as CUDA graphs, of the current device.
+    """Records steps as CUDA graphs of the current device.
 
-    Steps before the recorded one run on a stream of their own, as the recorded one does, so that
-    autograd keeps nothing that belongs to another. Other threads may use the device meanwhile.
+    The steps before the recorded one run on a CUDA stream of their own, as the recorded one does,
+    so that autograd keeps no state of another stream. Other threads may use the device meanwhile.
     """
 
     def prepare(self, body: Body) -> None:
@@ -74,54 +79,57 @@ class CudaGraphs:
         outer.wait_stream(stream)
 
     def record(self, body: Body) -> Body:
-        """Raises: InputError where the device's libraries refuse."""
+        """Records a step. Raises: InputError if CUDA or a library cannot record it."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 body()
         except RuntimeError as error:
-            raise InputError(f"cuda_graphs is true and a step cannot be recorded: {error}; "
+            raise InputError(f"cuda_graphs is true, but a step cannot be recorded: {error}; "
                              "allowed: false (--no-cuda-graphs)") from error
         return graph.replay
 
 
-def recorder_for(device: torch.device, cuda_graphs: bool) -> Recorder | None:
-    """What records steps on a device, where anything does."""
+def recorder_for(device: torch.device, cuda_graphs: bool) -> StepRecorder | None:
+    """The recorder for a device; None on a CPU, or if `cuda_graphs` is false."""
     return CudaGraphs() if cuda_graphs and device.type == "cuda" else None
 
 
 class Steps:
-    """Takes the steps of one experience."""
+    """Runs the optimiser's steps of one experience."""
 
     def __init__(self, objective: nn.Module, optimiser: torch.optim.Optimizer, rates_SG: Tensor,
-                 recorder: Recorder | None = None) -> None:
-        """rates_SG: `learning_rates` from the next step on, on the device."""
+                 recorder: StepRecorder | None = None) -> None:
+        """rates_SG: the rows of `learning_rates` from the next step on, on the device."""
         self.terms_3 = torch.zeros(3, device=rates_SG.device)
-        """Sums of what the objective tells, until somebody sets them to zero."""
+        """Sums of the objective's terms_3 over steps; the caller sets them to zero."""
         self._objective, self._optimiser, self._rates_SG = objective, optimiser, rates_SG
-        self._now_1 = torch.zeros(1, dtype=torch.int64, device=rates_SG.device)
-        self._recorder, self._taken = recorder, 0
+        self._step_1 = torch.zeros(1, dtype=torch.int64, device=rates_SG.device)
+        self._recorder, self._steps_run = recorder, 0
         self._replay: Body | None = None
 
-    def take(self, read: Callable[[], FeatureBatch]) -> None:
-        """Takes a step on what `read` gives. A recorded one goes on with what the first gave."""
+    def run_next(self, next_batch: Callable[[], FeatureBatch]) -> None:
+        """Runs one step on the result of `next_batch`.
+
+        With a recorder, later steps replay the recorded one and so use its `next_batch`.
+        """
         if self._recorder is None:
-            self._step(read)
-        elif self._taken < UNRECORDED:
-            self._recorder.prepare(lambda: self._step(read))
+            self._run(next_batch)
+        elif self._steps_run < UNRECORDED:
+            self._recorder.prepare(lambda: self._run(next_batch))
         else:
             if self._replay is None:
-                self._replay = self._recorder.record(lambda: self._step(read))
+                self._replay = self._recorder.record(lambda: self._run(next_batch))
             self._replay()
-        self._taken += 1
+        self._steps_run += 1
 
-    def _step(self, read: Callable[[], FeatureBatch]) -> None:
-        rate_G = self._rates_SG.index_select(0, self._now_1)[0]
+    def _run(self, next_batch: Callable[[], FeatureBatch]) -> None:
+        rate_G = self._rates_SG.index_select(0, self._step_1)[0]
         for rate, group in zip(rate_G, self._optimiser.param_groups, strict=True):
             group["lr"].copy_(rate)
-        loss, terms_3 = self._objective(*read())
+        loss, terms_3 = self._objective(*next_batch())
         self._optimiser.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         self._optimiser.step()
         self.terms_3 += terms_3
-        self._now_1 += 1
+        self._step_1 += 1

@@ -116,7 +116,7 @@ class TaskShare:
             epochs = [EpochRecord(**each) for each in fields["epochs"]]
             for each in epochs:
                 self._send(each)
-            record = model.adopt(
+            record = model.load_task_state(
                 self.tasks, tensors_below(tensors, "strategy."), epochs, fields["train_seconds"],
                 TaskStatistics(**tensors_below(tensors, "statistics.")))
             self._keep(model, record)

@@ -32,7 +32,7 @@ from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Outcome, model_sizes, peak_rss_bytes
-from partialhn.training.slots import Slot, open_features
+from partialhn.training.slots import Slot, open_task_features
 from partialhn.training.steps import recorder_for
 from pipelines.execution.run_states import SECONDS
 from pipelines.execution.task_share import BaselineShare, Place, TaskShare
@@ -108,7 +108,7 @@ class Worker:
         a = self.a
         store = open_store(a.storage, a.config.compute)
         known = lineage.find(a.storage.filesystem, a.folder, a.lineage_ids)
-        tasks = open_features(store, a.slots, self._own_tasks(len(known)))
+        tasks = open_task_features(store, a.slots, self._own_tasks(len(known)))
         if self.by_tasks:
             with self.place.together():
                 self._share(tasks, known)

@@ -1,1 +1,1 @@
-"""Features of every task, computed once and kept in use."""
+"""Computing the features of every task once, in this process or on Ray, and marking their use."""

@@ -1,11 +1,11 @@
-"""Who works with which stored features now, so that none is deleted under a running job.
+"""Records of the stored features that running jobs use, so that a prune does not delete them.
 
-    <root>/in-use/<id>.json    who, which keys, until when; rewritten by its holder as it lives
+    <root>/in-use/<id>.json    who, which keys, until when; its holder rewrites it regularly
 
-A job writes down its keys *before* it looks for them; a prune writes down that it prunes *before*
-it looks for jobs. So of two at once at least one sees the other: the prune leaves the job's keys
-alone, and the job waits until the prune has ended. A record ends when it is given back, has expired
-by the storage's own clock, or was made on this machine by a process that is gone.
+A job writes its keys down *before* it looks for the features; a prune writes its own record
+*before* it looks for jobs. So if both run at once, at least one sees the other: the prune keeps
+the job's features, or the job waits for the prune to end. A record is over when it was released,
+when it has expired by the storage's clock, or when its process, on this machine, has ended.
 """
 
 import contextlib
@@ -24,13 +24,13 @@ from pipelines.platform.lease import machine, start_of
 from pipelines.platform.storage import Storage
 
 SECONDS = 120.0
-"""How long a record holds without a sign of life."""
+"""Seconds that a record stays valid after its holder last renewed it."""
 _FOLDER = "in-use"
 
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One record."""
+    """One record: a job, the keys it uses, and when the record expires."""
 
     what: str
     keys: tuple[str, ...]
@@ -46,14 +46,14 @@ class Use:
         return f"{self.what} on {self.host} (process {self.pid})"
 
     def is_over(self, now: float) -> bool:
-        """Whether nobody holds it any more."""
+        """Whether it has expired, or its process on this machine has ended."""
         gone = bool(self.machine) and self.machine == machine() and (
             start_of(self.pid) != self.started)
         return gone or self.expires <= now
 
 
 class InUse:
-    """This process's record, written with the first keys and kept alive by a thread."""
+    """This process's record, written with the first keys; a thread renews it until `release`."""
 
     def __init__(self, storage: Storage, what: str, *, prunes: bool = False,
                  seconds: float = SECONDS) -> None:
@@ -65,9 +65,9 @@ class InUse:
         self._thread: threading.Thread | None = None
 
     def add(self, keys: Iterable[str]) -> None:
-        """Says that these keys are in use too, and returns once no prune is under way.
+        """Adds keys to the record; returns as soon as no prune is running.
 
-        Raises: InputError for a prune where another one is under way.
+        Raises: InputError if this is a prune and another one is running.
         """
         with self._lock:
             both = dict.fromkeys([*self._mine.keys, *keys])
@@ -84,7 +84,7 @@ class InUse:
             time.sleep(0.2)
 
     def release(self) -> None:
-        """Takes the record back."""
+        """Ends the record and deletes it."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -94,7 +94,7 @@ class InUse:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # it expires by itself; what failed inside counts
+        with contextlib.suppress(OSError):  # it expires anyway, and must not hide another error
             self.release()
 
     def _prune(self) -> Use | None:
@@ -114,24 +114,24 @@ class InUse:
 
 
 def records(storage: Storage) -> Iterator[tuple[str, Use]]:
-    """Path and content of every record that somebody holds.
+    """Path and content of every record that is not over.
 
-    Raises: IntegrityError for a file that is no record.
+    Raises: IntegrityError for a file that cannot be read as a record.
     """
     now = storage.now() if storage.exists(storage.path(_FOLDER)) else 0.0
-    for entry in storage.list(storage.path(_FOLDER)):
-        with contextlib.suppress(FileNotFoundError):  # given back meanwhile
-            use = _parse(entry.path, storage.read_text(entry.path))
+    for file in storage.list(storage.path(_FOLDER)):
+        with contextlib.suppress(FileNotFoundError):  # released meanwhile
+            use = _parse(file.path, storage.read_text(file.path))
             if not use.is_over(now):
-                yield entry.path, use
+                yield file.path, use
 
 
 def clear(storage: Storage) -> None:
-    """Deletes the records that nobody holds any more."""
-    held = {path for path, _ in records(storage)}
-    for entry in storage.list(storage.path(_FOLDER)):
-        if entry.path not in held and entry.modified < storage.now() - SECONDS:
-            storage.delete(entry.path)
+    """Deletes the records that are over."""
+    valid = {path for path, _ in records(storage)}
+    for file in storage.list(storage.path(_FOLDER)):
+        if file.path not in valid and file.modified < storage.now() - SECONDS:
+            storage.delete(file.path)
 
 
 def _parse(path: str, text: str) -> Use:
@@ -142,5 +142,5 @@ def _parse(path: str, text: str) -> Use:
             raise ValueError(f"expires is {use.expires!r}, pid {use.pid!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path} cannot be read as a record of features in use: {error!r}; "
-                             "delete it where no job runs") from error
+                             "delete it while no job runs") from error
     return use

@@ -1,6 +1,6 @@
-"""Shards of features on Ray Data: an actor pool, with the trunk loaded once in each actor.
+"""Computes feature shards with Ray Data: a pool of actors, each of which loads the trunk once.
 
-One row of the dataset is one shard of one pass.
+One row of the Ray dataset is one shard of one group of jobs.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from partialhn.errors import InputError
-from partialhn.features.extract import Made, Pass, Place, each_shard
+from partialhn.features.extract import JobGroup, ShardPlace, ShardResult, compute_shards
 from partialhn.features.manifest import parse_shard
 from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import Trunk
@@ -21,17 +21,19 @@ from pipelines.features.produce import Run, open_store
 from pipelines.platform.storage import Storage
 
 ATTEMPTS = 3
-"""Times the actors are started again after one of them died."""
+"""How often a pool of actors is started before the death of an actor is an error."""
 TOGETHER = 8
-"""Shards at most that an actor is given at once, so that it reads and writes beside the trunk."""
+"""Largest number of shards that an actor gets at once, so that it can read and write some while
+another is in the trunk."""
 HARMLESS = "has constructor arguments in the object store and max_restarts > 0"
-"""Logged at every start of an actor pool; the arguments live as long as the dataset does."""
+"""Part of a warning at every start of an actor pool; harmless, because the arguments live as long
+as the dataset."""
 
 
 class Featuriser:
-    """The actor: turns shards into files, and says what it wrote."""
+    """The actor: computes and writes shards, and returns their records."""
 
-    def __init__(self, storage: Storage, trunk: Trunk, groups: Sequence[Pass], device: str,
+    def __init__(self, storage: Storage, trunk: Trunk, groups: Sequence[JobGroup], device: str,
                  threads: int) -> None:
         configure_torch(threads)
         self.store = open_store(storage)
@@ -40,48 +42,49 @@ class Featuriser:
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         places = list(zip(batch["group"].tolist(), batch["shard"].tolist(), strict=True))
         try:
-            for (group, index), shards, decoded in each_shard(self.store, self.trunk, self.groups,
-                                                              places):
+            for (group, index), shards, decoded in compute_shards(self.store, self.trunk,
+                                                                  self.groups, places):
                 written = json.dumps([dataclasses.asdict(shard) for shard in shards])
                 yield _row(group, index, written, decoded, "")
-        except InputError as error:  # the user's to mend: no reason for Ray to try again
+        except InputError as error:  # only the user can correct it, so Ray must not try again
             yield _row(*places[0], "", 0, str(error))
 
 
 def _row(group: int, shard: int, written: str, decoded: int, error: str) -> dict[str, Any]:
-    """A batch of one row."""
+    """A batch of one row, as Ray Data expects it."""
     return {"group": [group], "shard": [shard], "written": [written], "decoded": [decoded],
             "error": [error]}
 
 
 def on_ray(workers: int = 1, gpu: bool = False, threads: int = 1) -> Run:
-    """Computes shards by that many actors; when one dies, what it left is computed again."""
-    def run(storage: Storage, trunk: Trunk, groups: Sequence[Pass],
-            places: Sequence[Place]) -> Iterator[Made]:
+    """A `Run` with that many actors; if one dies, its unfinished shards are computed again."""
+    def run(storage: Storage, trunk: Trunk, groups: Sequence[JobGroup],
+            places: Sequence[ShardPlace]) -> Iterator[ShardResult]:
         from ray.exceptions import RayActorError
 
-        left = dict.fromkeys(places)
+        unfinished = dict.fromkeys(places)
         for attempt in range(ATTEMPTS):
             try:
-                for row in _start(storage, trunk, groups, tuple(left), workers, gpu, threads):
+                for row in _start(storage, trunk, groups, tuple(unfinished), workers, gpu,
+                                  threads):
                     if row["error"]:
                         raise InputError(row["error"])
                     place = int(row["group"]), int(row["shard"])
-                    left.pop(place, None)
+                    unfinished.pop(place, None)
                     yield (place, [parse_shard(fields) for fields in json.loads(row["written"])],
                            int(row["decoded"]))
                 return
-            except RayActorError:  # a shard whose row was lost is found by the next actor
-                if not left:
+            except RayActorError:  # the next actor finds a written shard whose row was lost
+                if not unfinished:
                     return
                 if attempt + 1 == ATTEMPTS:
                     raise
     return run
 
 
-def _start(storage: Storage, trunk: Trunk, groups: Sequence[Pass], todo: Sequence[Place],
+def _start(storage: Storage, trunk: Trunk, groups: Sequence[JobGroup], todo: Sequence[ShardPlace],
            workers: int, gpu: bool, threads: int) -> Iterator[dict[str, Any]]:
-    """Rows as shards are finished."""
+    """Yields a row as soon as its shard is finished."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -101,7 +104,7 @@ def _start(storage: Storage, trunk: Trunk, groups: Sequence[Pass], todo: Sequenc
 
 @contextlib.contextmanager
 def without_lines(text: str) -> Iterator[None]:
-    """Keeps lines with `text` from stderr, whoever writes them: Ray's C++ parts ask no logger."""
+    """Hides lines with `text` from stderr, also those that Ray's C++ code writes itself."""
     saved, (reader, writer) = os.dup(2), os.pipe()
     os.dup2(writer, 2)
     os.close(writer)

@@ -1,7 +1,7 @@
-"""Features of every task, computed once, a shard at a time, by whatever runs the shards.
+"""Computes the features of every task once, shard by shard.
 
-That is this process (`in_process`), or the actors of `pipelines.features.on_ray`. What a shard
-holds is decided by `partialhn.features.extract`, so all write the same bytes.
+A `Run` computes the shards: in this process (`in_process`), or in Ray actors
+(`pipelines.features.on_ray`). All use `partialhn.features.extract`, so they write the same bytes.
 """
 
 import copy
@@ -15,15 +15,15 @@ from partialhn.features.cache import ShardCache
 from partialhn.features.cost import described, plan
 from partialhn.features.extract import (
     FeatureJob,
-    Made,
-    Pass,
-    Place,
+    JobGroup,
+    ShardPlace,
+    ShardResult,
     check_trunk,
-    commit_passes,
-    each_shard,
+    commit_groups,
+    compute_shards,
     find_features,
-    passes,
-    places_of,
+    group_jobs,
+    shard_places,
 )
 from partialhn.features.manifest import Manifest, Shard
 from partialhn.features.store import FeatureStore
@@ -32,13 +32,17 @@ from pipelines.features.in_use import InUse
 from pipelines.platform.storage import Storage
 
 Progress = Callable[[int, int], None]
-Run = Callable[[Storage, Trunk, Sequence[Pass], Sequence[Place]], Iterator[Made]]
-"""Computes the shards of the places, in any order. Raises: InputError, as `each_shard`."""
+Run = Callable[[Storage, Trunk, Sequence[JobGroup], Sequence[ShardPlace]], Iterator[ShardResult]]
+"""A function that computes the shards of the places, in any order.
+
+Raises: InputError, as `compute_shards`."""
 
 
 def open_store(storage: Storage, compute: ComputeConfig | None = None) -> FeatureStore:
-    """The feature store of a storage. `compute` says where this machine keeps copies of remote
-    shards; without it remote shards are written and found, and cannot be read.
+    """The feature store of a storage.
+
+    `compute` names this machine's cache for copies of remote shards; without it, remote shards can
+    be written and found but not read.
     """
     cache = None
     if compute and not storage.is_local:
@@ -47,7 +51,7 @@ def open_store(storage: Storage, compute: ComputeConfig | None = None) -> Featur
 
 
 def cache_folder(compute: ComputeConfig) -> Path:
-    """Where a machine keeps copies of remote features."""
+    """Folder where this machine keeps copies of remote features."""
     return (Path(compute.cache).expanduser() if compute.cache
             else Path.home() / ".cache" / "partialhn" / "features")
 
@@ -55,13 +59,12 @@ def cache_folder(compute: ComputeConfig) -> Path:
 def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob], run: Run, *,
                      progress: Progress | None = None, log: Callable[[str], None] | None = None,
                      in_use: InUse | None = None) -> tuple[list[Manifest], int]:
-    """The manifests of all jobs, computing by `run` what is not there; and how many images were
-    decoded.
+    """Computes missing features with `run`; returns all manifests, and how many images it decoded.
 
-    Jobs may ask for several depths: `trunk` is as deep as the deepest or deeper, and each image
-    is decoded and goes through it once for all of them. `log` gets what they will cost before
-    any is computed (`partialhn.features.cost`). `in_use` is told of their keys, so that
-    none is pruned as long as it is held.
+    Jobs may have several depths: `trunk` must be at least as deep as the deepest, and each image is
+    decoded and sent through it once for all depths. `log` gets the expected cost before anything
+    is computed (`partialhn.features.cost`). `in_use` records the keys, so that the features are
+    not pruned while it is held.
 
     Raises: InputError naming an image that cannot be read.
     """
@@ -71,37 +74,37 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
         in_use.add(job.recipe.key for job in jobs)
     manifests = find_features(store, jobs)
     missing = [job for job in jobs if job.recipe.key not in manifests]
-    groups = passes(missing)
+    groups = group_jobs(missing)
     if missing and log:
         for line in described(plan(missing, trunk)):
             log(line)
-    todo = places_of(groups)
+    todo = shard_places(groups)
     shards = _finished(store, groups, todo)
     decoded = 0
-    if left := [place for place in todo if place not in shards]:
-        for place, made, count in run(storage, trunk, groups, left):
-            shards[place] = made
+    if unfinished := [place for place in todo if place not in shards]:
+        for place, written, count in run(storage, trunk, groups, unfinished):
+            shards[place] = written
             decoded += count
             if progress:
                 progress(len(shards), len(todo))
-    manifests |= commit_passes(store, groups, shards)
+    manifests |= commit_groups(store, groups, shards)
     return [manifests[job.recipe.key] for job in jobs], decoded
 
 
 def in_process(device: torch.device | str = "cpu") -> Run:
-    """Computes shards here."""
-    def run(storage: Storage, trunk: Trunk, groups: Sequence[Pass],
-            places: Sequence[Place]) -> Iterator[Made]:
-        return each_shard(open_store(storage), copy.deepcopy(trunk).to(device), groups, places)
+    """A `Run` that computes shards in this process."""
+    def run(storage: Storage, trunk: Trunk, groups: Sequence[JobGroup],
+            places: Sequence[ShardPlace]) -> Iterator[ShardResult]:
+        return compute_shards(open_store(storage), copy.deepcopy(trunk).to(device), groups, places)
     return run
 
 
-def _finished(store: FeatureStore, groups: Sequence[Pass],
-              places: Sequence[Place]) -> dict[Place, list[Shard]]:
-    """Places where some writer has finished the shards of every depth."""
-    done = {}
+def _finished(store: FeatureStore, groups: Sequence[JobGroup],
+              places: Sequence[ShardPlace]) -> dict[ShardPlace, list[Shard]]:
+    """The shards of every place where some writer has finished the shards of all jobs."""
+    finished = {}
     for number, index in places:
-        found = [store.find_shard(job.recipe.key, index) for job in groups[number]]
-        if None not in found:
-            done[number, index] = [shard for shard in found if shard is not None]
-    return done
+        shards = [store.find_shard(job.recipe.key, index) for job in groups[number]]
+        if None not in shards:
+            finished[number, index] = [shard for shard in shards if shard is not None]
+    return finished

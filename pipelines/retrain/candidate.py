@@ -19,7 +19,7 @@ from partialhn.evaluation.metrics import StreamMetrics, summarise
 from partialhn.predict import Predictor
 from partialhn.training import lineage
 from partialhn.training.experience import evaluate
-from partialhn.training.slots import Slot, open_features
+from partialhn.training.slots import Slot, open_task_features
 from pipelines.registry.client import Placing
 from pipelines.registry.package import Contents
 from pipelines.registry.versions import Registration, Version
@@ -53,11 +53,11 @@ def gate_facts(context: PassContext, slots: Sequence[Slot], learned: Sequence[li
             copy = lineage.fetch_model(context.storage.filesystem, context.folder,
                                        learned[last].prefix,
                                      Path(scratch) / "model")
-            test = open_features(store, slots, ())[last].test
+            test = open_task_features(store, slots, ())[last].test
             before[task] = evaluate(Model.load(copy).strategy, old, test)
         probe = None
         if policy.min_against_linear_probe is not None:
-            features = open_features(store, slots, (last,))[last]
+            features = open_task_features(store, slots, (last,))[last]
             assert features.train is not None
             probe = linear_probe(features.train, features.test, len(slots[last].classes))
     record = learned[last].record

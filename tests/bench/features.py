@@ -34,7 +34,7 @@ from partialhn.data.datasets import open_stream
 from partialhn.data.decode import decode
 from partialhn.features.batches import Workers, epoch_batches
 from partialhn.features.cache import SETTLED_SECONDS
-from partialhn.features.extract import each_shard, feature_jobs, places_of, precompute
+from partialhn.features.extract import compute_shards, feature_jobs, precompute, shard_places
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
 from partialhn.networks.precision import configure_torch
@@ -64,13 +64,13 @@ def precomputing(folder: Path, experience, depth: int, rounds: int, device: torc
 
     def ours() -> None:
         store = FeatureStore(LocalFileSystem(), str(folder / uuid.uuid4().hex))
-        for _ in each_shard(store, trunk, [(job,)], places_of([(job,)])):
+        for _ in compute_shards(store, trunk, [(job,)], shard_places([(job,)])):
             pass
 
     def serial() -> None:
         store = FeatureStore(LocalFileSystem(), str(folder / uuid.uuid4().hex))
-        for place in places_of([(job,)]):
-            for _ in each_shard(store, trunk, [(job,)], [place]):
+        for place in shard_places([(job,)]):
+            for _ in compute_shards(store, trunk, [(job,)], [place]):
                 pass
 
     def bare() -> None:

@@ -20,7 +20,7 @@ from partialhn.training import lineage
 from partialhn.training.learner import Learner
 from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.result import Outcome
-from partialhn.training.slots import open_features, slots_of
+from partialhn.training.slots import open_task_features, slots_of
 from pipelines.execution.choose import open_execution
 from pipelines.execution.open_data import open_data
 from pipelines.execution.task_share import Place
@@ -124,7 +124,7 @@ def test_bounds_have_one_worker_each_killed_or_not(ready):
     assert killed[1][0] == -signal.SIGKILL
     (first, told, _), (second, also_told, _) = ready.run(assignment)
     assert (first, second) == (0, 0)
-    tasks = open_features(open_store(assignment.storage), assignment.slots)
+    tasks = open_task_features(open_store(assignment.storage), assignment.slots)
     found = json.loads(told.splitlines()[-1])
     for name in names:
         alone = Learner(assignment.cut.strategy(with_strategy(CONFIG, name)), CONFIG.train)

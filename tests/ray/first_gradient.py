@@ -45,7 +45,7 @@ def main(rank: int, world: int, port: str, folder: Path) -> None:
         torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank,
                                              world_size=world)
         workers = Workers(rank, world, _data_parallel)
-    objective = workers.wrap(Objective(strategy.train(), 1, 0.0))
+    objective = workers.data_parallel(Objective(strategy.train(), 1, 0.0))
     batch = next(epoch_batches(tasks[1].train, CONFIG.train.batch_size, (0, 1, 1), workers))
     assert len(batch.y_B) == len(range(rank, CONFIG.train.batch_size, world))
     loss, _ = objective(*batch)

@@ -97,7 +97,7 @@ def test_tasks_learned_apart(learner, tasks, kind):
             one.skip_to(tasks[:3], index)
         list(one.fit_next(tasks[:3]))
         owned = {name: value.cpu() for name, value in one.strategy.task_state(index).items()}
-        made.adopt(tasks[:3], owned, one.epochs[-2:], 0.0)
+        made.load_task_state(tasks[:3], owned, one.epochs[-2:], 0.0)
         state = state or made.state()
     assert weights_hash(made) == weights_hash(wanted)
 

@@ -3,22 +3,30 @@
 import pytest
 import torch
 
-from partialhn.networks.columns import Columns, Scaled, Signs, pack, packed_bytes, signs, unpack
+from partialhn.networks.columns import (
+    Columns,
+    Scaled,
+    Signs,
+    pack_signs,
+    packed_bytes,
+    signs,
+    unpack_signs,
+)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, 8, 9, 1000])
 @pytest.mark.parametrize("width", [1, 3])
 def test_packed_signs_come_back(rows, width):
     drawn = signs(torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)))
-    packed = pack(drawn)
+    packed = pack_signs(drawn)
     assert packed.dtype == torch.uint8
     assert len(packed) == -(-rows * width // 8)
-    assert torch.equal(unpack(packed, (rows, width)), drawn)
+    assert torch.equal(unpack_signs(packed, (rows, width)), drawn)
 
 
 def test_every_byte_stands_for_its_own_signs():
     everything = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 8)
-    assert sorted(pack(everything).tolist()) == list(range(256))
+    assert sorted(pack_signs(everything).tolist()) == list(range(256))
 
 
 def test_rounding_is_the_nearest_that_signs_and_a_scale_can_come():

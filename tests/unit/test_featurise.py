@@ -20,7 +20,7 @@ from partialhn.data.experience import Experience
 from partialhn.data.image_table import ImageTable
 from partialhn.errors import InputError
 from partialhn.features import extract
-from partialhn.features.extract import each_shard, feature_jobs, passes, precompute
+from partialhn.features.extract import compute_shards, feature_jobs, group_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
 from partialhn.networks.trunk import run_trunk, split
@@ -60,7 +60,7 @@ def jobs(with_options, experience, trunk):
 
 
 def compute_shard(store, trunk, job, index):
-    return next(each_shard(store, trunk, [(job,)], [(0, index)]))[1][0]
+    return next(compute_shards(store, trunk, [(job,)], [(0, index)]))[1][0]
 
 
 def compute(store, trunk, job):
@@ -209,7 +209,7 @@ def test_many_depths_in_one_pass_are_bit_for_bit_those_of_one(tmp_path, with_opt
 def test_only_the_missing_depths_are_computed(store, with_options, experience, deepest, folder):
     precompute(store, deepest, jobs_at(with_options, experience, deepest, [2]))
     jobs = jobs_at(with_options, experience, deepest, [1, 2, 4])
-    assert [[job.depth for job in group] for group in passes(jobs)] == [[1, 2, 4]] * 3
+    assert [[job.depth for job in group] for group in group_jobs(jobs)] == [[1, 2, 4]] * 3
     before = {path: path.stat().st_mtime_ns for path in
               (folder.parent / "store").rglob("*.arrow")}
     assert precompute(store, deepest, jobs)[1] == 25
@@ -368,7 +368,7 @@ def test_shards_are_read_ahead_of_the_trunk_and_written_behind_it(store, trunk, 
     monkeypatch.setattr(FeatureStore, "write_shard", write_and_meet)
     monkeypatch.setattr(extract, "AHEAD", 2)
     job = jobs()[0]
-    made = list(each_shard(store, trunk, [(job,)], [(0, 0), (0, 1), (0, 2)]))
+    made = list(compute_shards(store, trunk, [(job,)], [(0, 0), (0, 1), (0, 2)]))
     assert meeting.met
     assert users == {threading.current_thread()}
     assert [(place, count) for place, _, count in made] == [((0, 0), 5), ((0, 1), 5), ((0, 2), 2)]
@@ -381,7 +381,7 @@ def test_shards_are_read_ahead_of_the_trunk_and_written_behind_it(store, trunk, 
 def test_no_more_shards_are_held_than_it_says(store, trunk, jobs, monkeypatch):
     """However slow writing is: features of those that are written and of the one in the trunk."""
     held, most = set(), []
-    written, run = FeatureStore.write_shard, extract._features
+    written, run = FeatureStore.write_shard, extract._compute_features
 
     def write(self, recipe, index, *arguments, **options):
         time.sleep(0.05)
@@ -394,9 +394,9 @@ def test_no_more_shards_are_held_than_it_says(store, trunk, jobs, monkeypatch):
         return run(trunk, read)
 
     monkeypatch.setattr(FeatureStore, "write_shard", write)
-    monkeypatch.setattr(extract, "_features", features)
+    monkeypatch.setattr(extract, "_compute_features", features)
     (job, *_) = jobs(shard_rows=1)
-    assert len(list(each_shard(store, trunk, [(job,)], extract.places_of([(job,)])))) == 12
+    assert len(list(compute_shards(store, trunk, [(job,)], extract.shard_places([(job,)])))) == 12
     assert 1 < max(most) <= extract.BEHIND + 1
 
 
@@ -405,7 +405,7 @@ def test_the_first_bad_image_is_told_and_finished_shards_stay(store, trunk, jobs
         (folder / name).write_bytes(b"no image")
     job = jobs()[0]
     with pytest.raises(InputError, match=r"07\.png"):
-        for _ in each_shard(store, trunk, [(job,)], [(0, 0), (0, 1), (0, 2)]):
+        for _ in compute_shards(store, trunk, [(job,)], [(0, 0), (0, 1), (0, 2)]):
             pass
     assert not any(thread.name.startswith("shard") for thread in threading.enumerate())
     assert store.find_shard(job.recipe.key, 0) is not None

@@ -38,7 +38,7 @@ def losses(learner):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_recorded_steps_learn_what_taken_ones_do(learn, kind):
+def test_recorded_steps_learn_what_unrecorded_ones_do(learn, kind):
     """Kernels may add in another order, so not to the bit."""
     torch.testing.assert_close(losses(learn(kind, recorder=CudaGraphs())), losses(learn(kind)),
                                rtol=1e-2, atol=5e-3)
@@ -69,12 +69,12 @@ def test_a_step_waits_for_nothing(network, tasks, with_options):
                   learning_rates(optimiser, "cosine", 20).to("cuda"), CudaGraphs())
     read.begin((0, 1, 1))
     for _ in range(UNRECORDED + 1):
-        steps.take(read)
+        steps.run_next(read)
     read.begin((0, 1, 2))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(5):
-            steps.take(read)
+            steps.run_next(read)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.isfinite(steps.terms_3).all()

@@ -113,8 +113,8 @@ def test_replayed_steps_learn_the_same_bits(learn, kind):
 def test_the_test_would_see_a_number_that_stays(learn, monkeypatch):
     """A rate that comes from the host is frozen into the record."""
     def step(self, read):
-        for rate, group in zip(self._rates_SG[self._taken].tolist(), self._optimiser.param_groups,
-                               strict=True):
+        rates = self._rates_SG[self._steps_run].tolist()
+        for rate, group in zip(rates, self._optimiser.param_groups, strict=True):
             group["lr"].fill_(rate)
         loss, terms_3 = self._objective(*read())
         self._optimiser.zero_grad(set_to_none=True)
@@ -122,7 +122,7 @@ def test_the_test_would_see_a_number_that_stays(learn, monkeypatch):
         self._optimiser.step()
         self.terms_3 += terms_3
 
-    monkeypatch.setattr(Steps, "_step", step)
+    monkeypatch.setattr(Steps, "_run", step)
     monkeypatch.setattr(Tape, "FORBIDDEN", ())
     assert outcome(learn("columns", Tapes())) != outcome(learn("columns"))
 

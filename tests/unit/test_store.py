@@ -185,7 +185,7 @@ def test_an_int8_shard_without_its_scales_is_refused(store, scale, monkeypatch):
         return whole(fields, metadata=metadata | ({"scale": scale} if scale else {}))
 
     monkeypatch.setattr(codec.pa, "schema", other)
-    with pytest.raises(IntegrityError, match="is not what its manifest says"):
+    with pytest.raises(IntegrityError, match="differs from its manifest"):
         int8(store, features(4))
 
 

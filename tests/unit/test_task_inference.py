@@ -119,12 +119,12 @@ def test_heads_are_asked_only_where_that_changes_the_answer(learner, tasks):
     z_BCHW = torch.cat([plain(task.test) for task in tasks])
     with torch.no_grad():
         distances_BT = inference.distances(pooled(z_BCHW)) / 10  # closer than these tasks are
-        asked_BT = contenders(distances_BT)
+        run_BT = contenders(distances_BT)
         every_B = scores("combined", distances_BT,
                          entropies(strategy.head, weights, z_BCHW)).argmax(1)
         found_B = best_task("combined", distances_BT, strategy.head, weights, z_BCHW)
-    assert 0 < asked_BT.sum() < 0.75 * asked_BT.numel()
-    assert (asked_BT.sum(1) != 1).all(), "a single contender has won without its head"
+    assert 0 < run_BT.sum() < 0.75 * run_BT.numel()
+    assert (run_BT.sum(1) != 1).all(), "a single contender has won without its head"
     assert (found_B != distances_BT.argmin(1)).any(), "heads do change some answers"
     assert found_B.tolist() == every_B.tolist()
 
@@ -186,12 +186,12 @@ def test_a_model_made_without_it_says_so(cut, config, learner, tmp_path):
 
 
 def test_statistics_of_another_number_of_tasks_are_damage(inference):
-    with pytest.raises(IntegrityError, match=r"lacks 'means\.3'"):
+    with pytest.raises(IntegrityError, match=r"has no tensor 'means\.3'"):
         TaskInference.from_tensors(inference.tensors(), 4)
 
 
 def test_nothing_is_inferred_before_the_first_task():
-    with pytest.raises(InputError, match="no task was learned yet"):
+    with pytest.raises(InputError, match="no task is learned yet"):
         TaskInference().distances(torch.zeros(1, 3))
 
 

@@ -64,7 +64,7 @@ def test_tasks_learned_apart_fit_together_to_the_same_bits(learner, tasks, kind)
         owned = {name: value.clone() for name, value in again.strategy.task_state(index).items()}
         apart[index] = owned, [each for each in again.epochs if each.task_index == index]
         while len(made.finished) in apart:
-            made.adopt(stream, *apart[len(made.finished)], again.train_seconds)
+            made.load_task_state(stream, *apart[len(made.finished)], again.train_seconds)
             tensors, fields = made.state()
             states[len(made.finished) - 1] = ({key: value.clone() for key, value
                                                in tensors.items()}, fields)
