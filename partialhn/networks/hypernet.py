@@ -134,7 +134,7 @@ class ColumnGenerator(Generator):
 
     def __init__(self, tensors: Sequence[GeneratedTensor], width: int, *,
                  starts_from_previous: bool = False) -> None:
-        """starts_from_previous helps only at freeze depth 0 (docs/measurements/first-weights.md)."""
+        """starts_from_previous pays at freeze depth 0 only (docs/measurements/first-weights.md)."""
         super().__init__(tensors)
         self.width, self.starts_from_previous = width, starts_from_previous
         self.columns = nn.ModuleList()

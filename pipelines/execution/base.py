@@ -1,8 +1,9 @@
-"""The stages that `train` and `retrain` share, wherever they run.
+"""The phases of a run that `train` and `retrain` share, whatever they run on.
 
     data -> trunk -> features -> experiences
 
-Every stage finds what an earlier run finished, so the same command goes on where it stopped.
+Every phase finds the finished results of earlier runs, so the same command resumes where it
+stopped.
 """
 
 import abc
@@ -31,15 +32,15 @@ from pipelines.platform.storage import Storage
 
 
 class Execution(abc.ABC):
-    """The stages of one stream's run.
+    """The phases of one stream's run.
 
-    A context: inside it no features that the stages made or found are pruned.
+    A context manager: until it ends, features that the run computed or found are not pruned.
     """
 
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
         self.config, self.storage, self.stream, self.progress = config, storage, stream, progress
         self.folder = storage.path("runs", stream, "learned")
-        """Where the models after each task are (`partialhn.training.lineage`)."""
+        """Folder of the models after each task (`partialhn.training.lineage`)."""
         self.in_use = InUse(storage, f"stream {stream}")
 
     def __enter__(self) -> "Execution":
@@ -49,25 +50,25 @@ class Execution(abc.ABC):
         self.in_use.__exit__(*error)
 
     def network(self, first: Experience,
-                follow: Callable[[EpochRecord], None] = lambda _: None) -> Network:
-        """The network the trunk is cut from: found, or trained on the first task.
+                on_record: Callable[[EpochRecord], None] = lambda _: None) -> Network:
+        """The network from which the trunk is cut: stored, supplied, or trained on the first task.
 
-        `follow` gets the record of every epoch as it comes.
+        `on_record` is called with the record of every epoch, as soon as it ends.
         """
         arguments = (self.config, first, self.storage.filesystem, self.storage.root)
         network = load_network(*arguments)
         if network is not None:
-            self.progress.line("trunk: found, not trained again")
+            self.progress.line("trunk: already trained")
             return network
         for record in self._fit_network(first):
             self.progress.trunk(record)
-            follow(record)
+            on_record(record)
         network = load_network(*arguments)
         assert network is not None
         return network
 
     def features(self, jobs: Sequence[FeatureJob], cut: CutNetwork) -> tuple[list[Manifest], int]:
-        """The features of all jobs, and how many images had to be decoded."""
+        """Computes the missing features; returns all manifests, and how many images it decoded."""
         manifests, decoded = compute_features(
             self.storage, cut.trunk, jobs, self._featurise(), progress=self.progress.features,
             log=self.progress.line, in_use=self.in_use)
@@ -75,63 +76,67 @@ class Execution(abc.ABC):
         return manifests, decoded
 
     def learned(self, lineage_ids: Sequence[str]) -> list[lineage.Learned]:
-        """The tasks that an earlier run learned."""
+        """The tasks that earlier runs have learned."""
         return lineage.find(self.storage.filesystem, self.folder, lineage_ids)
 
     def learn(self, cut: CutNetwork, slots: Sequence[Slot], lineage_ids: Sequence[str],
-              follow: OnRecord) -> dict[str, Any]:
-        """Learns what is not learned yet.
+              on_record: OnRecord) -> dict[str, Any]:
+        """Learns the tasks that are not learned yet.
 
-        `follow` gets every record as it comes. Returns `outcomes` by strategy, `device` and
-        `peak_rss_bytes`. Raises: InputError for anything the user can set right.
+        `on_record` is called with every record, as soon as it exists. Returns a dict of `outcomes`
+        by strategy, `device` and `peak_rss_bytes`. Raises: InputError for any error that the user
+        can correct.
         """
         known = self.learned(lineage_ids)
         if len(known) == len(slots) and not self.config.train.compare:
             return {"outcomes": {self.config.train.strategy: lineage.outcome_of(known)},
                     "peak_rss_bytes": 0, "device": "none: everything was learned before"}
 
-        def tell(strategy: str, record: EpochRecord | TaskRecord) -> None:
+        def show_and_pass_on(strategy: str, record: EpochRecord | TaskRecord) -> None:
             self.progress.record(strategy, record)
-            follow(strategy, record)
+            on_record(strategy, record)
 
         return self._learn(Assignment(
             self.config, cut, tuple(slots), tuple(lineage_ids), self.storage, self.folder,
-            self._run(lineage_ids), self._threads(self.config.compute.workers)), tell)
+            self._run(lineage_ids), self._threads(self.config.compute.workers)),
+            show_and_pass_on)
 
     def forget_run(self, lineage_ids: Sequence[str]) -> None:
-        """Removes the states that a finished run kept on its way; what it learned is kept.
+        """Deletes the intermediate states of a finished run; its models are kept.
 
-        Those of baselines stay: nothing else remembers what they learned.
+        A run with baselines keeps its states, because nothing else holds the baselines' results.
         """
         if not self.config.train.compare:
             with contextlib.suppress(FileNotFoundError):
                 self.storage.filesystem.delete_dir(self._run(lineage_ids))
 
     def _run(self, lineage_ids: Sequence[str]) -> str:
-        """The run's folder. Same name = the run goes on, so it says all that is learned, baselines
-        too.
+        """The run's folder.
+
+        A run with the same name is resumed, so the name is a hash of everything that is learned,
+        baselines included.
         """
         name = digest_text("\n".join([lineage_ids[-1], *self.config.train.compare]), 12)
         return self.storage.path("runs", self.stream, name)
 
     def _threads(self, shared_by: int) -> int:
-        """CPU threads of each of so many workers."""
+        """CPU threads for each of the workers that share this machine."""
         return self.config.compute.threads or max(1, (os.cpu_count() or 1) // shared_by)
 
     @abc.abstractmethod
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:
-        """Trains the network and stores it (`partialhn.training.pretrain.fit_network`)."""
+        """Trains and stores the network (`partialhn.training.pretrain.fit_network`)."""
 
     @abc.abstractmethod
     def _featurise(self) -> Run:
-        """What computes shards."""
+        """The function that computes feature shards."""
 
     @abc.abstractmethod
-    def _learn(self, assignment: Assignment, tell: OnRecord) -> dict[str, Any]:
-        """Has workers do the assignment, and `tell` called with their records as they come."""
+    def _learn(self, assignment: Assignment, on_record: OnRecord) -> dict[str, Any]:
+        """Lets workers do the assignment; calls `on_record` with their records."""
 
 
 def our_outcome(returned: dict[str, Any], config: Config) -> Outcome:
-    """What the configured strategy did, of what `Execution.learn` returned."""
+    """The outcome of the configured strategy in the result of `Execution.learn`."""
     outcome: Outcome = returned["outcomes"][config.train.strategy]
     return outcome

@@ -1,4 +1,4 @@
-"""Where the stages of a run are done: in this process, or on Ray where there is work to share."""
+"""Chooses where the phases of a run execute: in this process, or on Ray for several workers."""
 
 from partialhn.config import Config
 from pipelines.execution.base import Execution
@@ -8,9 +8,9 @@ from pipelines.platform.storage import Storage
 
 
 def open_execution(config: Config, storage: Storage, stream: str, progress: Progress) -> Execution:
-    """The stages of a stream's run; starts or joins Ray where they need it, and else imports none.
+    """The execution of a stream's run; starts or joins Ray only if the configuration needs it.
 
-    Raises: InputError for a cluster that does not answer, or a device that is not there.
+    Raises: InputError for a cluster that does not answer, or a device that does not exist.
     """
     if needs_ray(config.compute):
         from pipelines.execution.on_ray import RayExecution

@@ -1,22 +1,23 @@
-"""How a worker tells the driver what happens, while it happens.
+"""The queue through which workers send their records to the driver while they learn.
 
-Imports nothing heavy: an actor of this class is a process of its own and starts as quickly as Ray.
+This file imports nothing heavy: the queue is an actor in a process of its own, which should start
+quickly.
 """
 
 from typing import Any
 
 
 class Events:
-    """The actor through which workers tell the driver what happens."""
+    """An actor that queues the workers' records for the driver."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[str, Any]] = []
+        self._queue: list[tuple[str, Any]] = []
 
     def add(self, strategy: str, record: Any) -> None:
         """Queues a record of a strategy."""
-        self._waiting.append((strategy, record))
+        self._queue.append((strategy, record))
 
-    def take(self) -> list[tuple[str, Any]]:
-        """Everything that was queued since the last call, in order."""
-        waiting, self._waiting = self._waiting, []
-        return waiting
+    def drain(self) -> list[tuple[str, Any]]:
+        """Empties the queue; returns its (strategy, record) pairs in order."""
+        records, self._queue = self._queue, []
+        return records

@@ -1,6 +1,6 @@
-"""The phases of a run in this process: one machine and one worker have nothing to distribute.
+"""Executes the phases of a run in this process, for one machine and one worker.
 
-The state of a run is kept in the storage, and its records go to a thread that registers them.
+The state of the run is kept in the storage; a thread receives its records and registers versions.
 """
 
 import concurrent.futures
@@ -26,17 +26,17 @@ from pipelines.platform.storage import Storage
 
 
 class LocalExecution(Execution):
-    """Trunk, features and experiences one after the other, here."""
+    """Executes trunk, features and experiences one after the other in this process."""
 
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
-        """Decides on device and threads. Raises: InputError for a GPU that is not there."""
+        """Chooses device and threads. Raises: InputError if a GPU is required but not available."""
         super().__init__(config, storage, stream, progress)
         wanted = config.compute.device
-        there = wanted != "cpu" and torch.cuda.is_available()
-        if wanted == "gpu" and not there:
-            raise InputError("device is 'gpu' and this machine has none that CUDA can use; "
-                             "allowed: auto, cpu, or a machine with one")
-        self.device = torch.device("cuda" if there else "cpu")
+        use_gpu = wanted != "cpu" and torch.cuda.is_available()
+        if wanted == "gpu" and not use_gpu:
+            raise InputError("device is 'gpu', but CUDA finds no GPU on this machine; allowed: "
+                             "auto, cpu, or gpu on a machine with one")
+        self.device = torch.device("cuda" if use_gpu else "cpu")
         configure_torch(self._threads(1))
 
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:
@@ -46,29 +46,31 @@ class LocalExecution(Execution):
     def _featurise(self) -> Run:
         return in_process(self.device)
 
-    def _learn(self, assignment: Assignment, tell: OnRecord) -> dict[str, Any]:
-        with ProcessHost(self.storage, assignment.run, self.device, tell) as host:
+    def _learn(self, assignment: Assignment, on_record: OnRecord) -> dict[str, Any]:
+        with ProcessHost(self.storage, assignment.run, self.device, on_record) as host:
             return Worker(assignment, host).run()
 
 
 class ProcessHost:
-    """This process. A context: at its end every record has been followed.
+    """The worker's host in this process.
 
-    `follow` runs in a thread of its own, in order, so that a version is registered while the next
-    task is learned. What it raises is raised by the next `send`, or at the end.
+    A context manager: at its end `on_record` has been called with every record. It runs in a
+    thread of its own, in order, so that a version is registered while the next task is learned.
+    Its errors are raised by the next `send`, or at the end.
     """
 
-    def __init__(self, storage: Storage, run: str, device: torch.device, follow: OnRecord) -> None:
+    def __init__(self, storage: Storage, run: str, device: torch.device,
+                 on_record: OnRecord) -> None:
         """run: folder of the run, as a path in the storage's filesystem."""
         self.device, self.workers = device, Workers()
-        self._states, self._follow = States(storage, run), follow
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "follow")
+        self._states, self._on_record = States(storage, run), on_record
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "records")
         self._error: Exception | None = None
 
     def send(self, strategy: str, record: EpochRecord | TaskRecord) -> None:
         if self._error is not None:
             raise self._error
-        self._thread.submit(self._tell, strategy, record)
+        self._thread.submit(self._pass_on, strategy, record)
 
     def keep(self, state: Path | None) -> None:
         assert state is not None, "there is one worker"
@@ -77,10 +79,10 @@ class ProcessHost:
     def fetch(self, folder: Path) -> bool:
         return self._states.fetch(folder)
 
-    def _tell(self, strategy: str, record: EpochRecord | TaskRecord) -> None:
-        if self._error is None:  # after a failure nothing is in order any more
+    def _pass_on(self, strategy: str, record: EpochRecord | TaskRecord) -> None:
+        if self._error is None:  # records must come in order, so none follows a failed one
             try:
-                self._follow(strategy, record)
+                self._on_record(strategy, record)
             except Exception as error:
                 self._error = error
 

@@ -1,8 +1,8 @@
-"""The phases of a run on Ray, which must have been started.
+"""Executes the phases of a run on Ray, which must be started already.
 
 A Ray task trains the trunk, Ray Data computes features, and Ray Train learns experiences. One run
-of Ray Train learns all tasks that are waiting, because starting a group of workers takes far
-longer than learning a small task.
+of Ray Train learns all waiting tasks, because starting a group of workers takes far longer than
+learning a small task.
 """
 
 import concurrent.futures
@@ -34,9 +34,9 @@ from pipelines.platform.storage import Storage
 
 
 def learn(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """The Ray Train worker function: an `assignment`, and the handle of the driver's `events`.
+    """The Ray Train worker function; the config holds an `assignment` and the `events` actor.
 
-    Returns what `Worker.run` does, or an `error` for the user.
+    Returns the result of `Worker.run`, or a dict with an `error` message for the user.
     """
     try:
         return Worker(loop_config["assignment"], RayHost(loop_config["events"])).run()
@@ -45,7 +45,7 @@ def learn(loop_config: dict[str, Any]) -> dict[str, Any]:
 
 
 class RayHost:
-    """Ray Train, as one of its workers sees it."""
+    """The worker's host in a worker process of Ray Train."""
 
     def __init__(self, events: Any) -> None:
         import ray.train
@@ -63,19 +63,19 @@ class RayHost:
     def keep(self, state: Path | None) -> None:
         import ray.train
 
-        made = None if state is None else ray.train.Checkpoint.from_directory(str(state))
-        ray.train.report({}, checkpoint=made)
+        saved = None if state is None else ray.train.Checkpoint.from_directory(str(state))
+        ray.train.report({}, checkpoint=saved)
 
     def fetch(self, folder: Path) -> bool:
         import ray.train
 
-        found = ray.train.get_checkpoint()
+        saved = ray.train.get_checkpoint()
         # not `as_directory`: a process that is killed in it leaves the copy on the node's disk
-        return found is not None and checkpoint.fetch(found.filesystem, found.path, folder)
+        return saved is not None and checkpoint.fetch(saved.filesystem, saved.path, folder)
 
 
 def _data_parallel(module: torch.nn.Module) -> torch.nn.Module:
-    # unused: the first task trains the base of the generated weights, and its code has no part
+    # some parameters are unused: the first task trains the base only, and its code is empty
     return torch.nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
 
 
@@ -85,27 +85,28 @@ def _sum(total: Tensor) -> Tensor:
 
 
 MAX_FAILURES = 3
+"""How often a phase is started again after the death of a worker or a node."""
 
 
 class RayExecution(Execution):
-    """Every stage survives the death of a worker or a node."""
+    """Executes every phase on Ray; each survives the death of a worker or a node."""
 
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
-        """Decides on devices, and refuses what the cluster can never give."""
+        """Chooses devices. Raises: InputError if the cluster has fewer of them than workers."""
         import ray
 
         super().__init__(config, storage, stream, progress)
-        compute, there = config.compute, ray.cluster_resources()
+        compute, resources = config.compute, ray.cluster_resources()
         self.gpu = compute.device == "gpu" or (compute.device == "auto"
-                                               and there.get("GPU", 0) >= compute.workers)
+                                               and resources.get("GPU", 0) >= compute.workers)
         needed = "GPU" if self.gpu else "CPU"
-        if there.get(needed, 0) < compute.workers:
+        if resources.get(needed, 0) < compute.workers:
             raise InputError(f"workers is {compute.workers} with one {needed} each, but the "
-                             f"cluster has {there.get(needed, 0):g}; allowed: as many workers as "
-                             f"there are {needed}s")
+                             f"cluster has {resources.get(needed, 0):g}; allowed: as many workers "
+                             f"as there are {needed}s")
 
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:
-        """By a Ray task; one lost with its node goes on elsewhere, after its last epoch."""
+        """Trains in a Ray task; if its node dies, another resumes after the last finished epoch."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -122,19 +123,20 @@ class RayExecution(Execution):
                         raise InputError(record)
                     yield record
                 return
-            except RayTaskError:  # our own code raised it, and would again
+            except RayTaskError:  # our own code raised it and would raise it again
                 raise
             except RayError as error:
                 if attempt == MAX_FAILURES:
                     raise
-                self.progress.line(f"trunk: lost its worker ({type(error).__name__}), goes on")
+                self.progress.line(f"trunk: the worker died ({type(error).__name__}); another one "
+                                   "resumes after the last finished epoch")
 
     def _featurise(self) -> Run:
         workers = self.config.compute.feature_workers
         return on_ray(workers, self.gpu, self._threads(workers))
 
-    def _learn(self, assignment: Assignment, tell: OnRecord) -> dict[str, Any]:
-        """One run of Ray Train. Rank 0 sends records through an actor on the driver's node."""
+    def _learn(self, assignment: Assignment, on_record: OnRecord) -> dict[str, Any]:
+        """Starts one run of Ray Train; its records come through an actor on the driver's node."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -145,8 +147,8 @@ class RayExecution(Execution):
             running = pool.submit(self._fit, assignment, events)
             while True:
                 ended = running.done()
-                for strategy, record in ray.get(events.take.remote()):
-                    tell(strategy, record)
+                for strategy, record in ray.get(events.drain.remote()):
+                    on_record(strategy, record)
                 if ended:
                     break
                 time.sleep(0.3)
@@ -160,7 +162,7 @@ class RayExecution(Execution):
         from ray.train.torch import TorchTrainer
 
         folder, _, name = assignment.run.rpartition("/")
-        train: Any = TorchTrainer  # its types know no function that returns something
+        train: Any = TorchTrainer  # its type annotations do not allow a return value
         trainer = train(
             learn, train_loop_config={"assignment": assignment, "events": events},
             scaling_config=ScalingConfig(num_workers=self.config.compute.workers,
@@ -175,7 +177,7 @@ class RayExecution(Execution):
 
 
 def _train_trunk(arguments: Any, threads: int) -> Iterator[EpochRecord | str]:
-    """The Ray task that trains the trunk; yields records, or last a message for the user."""
+    """The Ray task that trains the trunk; yields records, or at last an error message."""
     configure_torch(threads)
     try:
         yield from fit_network(*arguments)
@@ -185,7 +187,7 @@ def _train_trunk(arguments: Any, threads: int) -> Iterator[EpochRecord | str]:
 
 @contextlib.contextmanager
 def _quiet_logs() -> Iterator[None]:
-    """Ray Train's own progress lines give way to ours; its warnings and errors stay."""
+    """Hides Ray Train's own progress lines; its warnings and errors are still shown."""
     import logging
 
     logger = logging.getLogger("ray.train")

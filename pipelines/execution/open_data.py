@@ -1,7 +1,7 @@
-"""A configuration's stream, with images that every node of a cluster can read.
+"""Opens a configuration's stream so that every node of a cluster can read its images.
 
-Images stay where they are: in a bucket, or in a folder that all nodes see. Data sets that come
-from a library are converted on the driver and go to the storage, where the workers find them.
+Images stay where they are: in a bucket, or in a folder that all nodes see. Data sets from a library
+are converted on the driver and copied to the storage, where all workers can read them.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ from pipelines.platform.storage import Storage, open_storage
 
 
 def open_data(config: DataConfig, storage: Storage) -> list[Experience]:
-    """The stream of experiences that a configuration describes; reads labels, but no images.
+    """The stream of experiences of a configuration; reads labels, but no images.
 
-    `config.data` may be s3://bucket/prefix, with the same options after it as a storage's.
+    `config.data` may be s3://bucket/prefix, with the same query options as a storage URI.
 
     Raises: InputError for data, a bucket or credentials that cannot be used, naming them.
     """
@@ -38,16 +38,16 @@ def open_data(config: DataConfig, storage: Storage) -> list[Experience]:
         folder = library.convert_torchvision(config.data.removeprefix("torchvision:"), cache)
     else:
         return open_stream(config, cache)
-    shared = _shared(storage, folder)
-    return open_stream(dataclasses.replace(config, data=shared), cache, storage.filesystem)
+    uploaded = _upload(storage, folder)
+    return open_stream(dataclasses.replace(config, data=uploaded), cache, storage.filesystem)
 
 
-def _shared(storage: Storage, folder: Path) -> str:
-    """Copies a folder of Parquet files to the storage, where it is not there yet."""
+def _upload(storage: Storage, folder: Path) -> str:
+    """Copies a folder of Parquet files to the storage unless they exist; returns its URI there."""
     for file in sorted(folder.glob("*.parquet")):
         target = storage.path("datasets", folder.name, file.name)
-        there = storage.stat(target)
-        if there is None or there.size != file.stat().st_size:
+        stored = storage.stat(target)
+        if stored is None or stored.size != file.stat().st_size:
             pyarrow.fs.copy_files(str(file), target, pyarrow.fs.LocalFileSystem(),
                                   storage.filesystem)
     return storage.uri_of("datasets", folder.name)

@@ -1,17 +1,17 @@
-"""Independent work, divided among workers: whole tasks of the strategy, and baselines as a whole.
+"""Divides independent work among workers: whole tasks of the strategy, and whole baselines.
 
-What a task becomes depends on no other but the one it starts from, so a worker needs that one's
-model only, and what it leaves behind fits into the model that one worker would have learned, to
-the bit; the first worker puts tasks together. Each of the strategies to compare with is learned by
-one worker. Workers meet in the storage alone: none waits for another at every step.
+A task depends only on the task that it starts from, so a worker needs only the model after that
+one. The first worker puts the learned tasks together; the model is bit for bit the one that a
+single worker would have learned. Each baseline is learned by one worker. Workers exchange results
+only through the storage and do not wait for each other at every step.
 
-    <run>/tasks/<lineage_id>/            a task that was learned and is not in a model yet
-    <run>/tasks/<lineage_id>.running/    the state of one that is being learned
-    <run>/tasks/failed-<attempt>     why a worker gave up, for the others to give up too
-    <run>/bounds/<strategy>.json     what a baseline did, once it is learned
-    <run>/bounds/<strategy>.running/ its state until then
+    <run>/tasks/<lineage_id>/            a learned task that is not in a model yet
+    <run>/tasks/<lineage_id>.running/    the state of a task that is being learned
+    <run>/tasks/failed-<attempt>         the error of a worker that gave up; the others stop too
+    <run>/bounds/<strategy>.json         the outcome of a learned baseline
+    <run>/bounds/<strategy>.running/     the state of a baseline that is being learned
 
-A worker that is started again goes on with what is its own.
+A worker that is started again resumes its own tasks and baselines.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ from pipelines.execution.run_states import States
 from pipelines.platform.storage import Storage
 
 WAIT = 0.3
-"""Seconds between two looks for what another worker has done."""
+"""Seconds between two checks for the results of other workers."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where workers meet, and which one this is."""
+class WorkerRank:
+    """One worker of the group, and the folders through which the group exchanges results."""
 
     storage: Storage
     run: str
@@ -49,17 +49,19 @@ class Place:
     models: str
     """Folder of the models after each task (`partialhn.training.lineage`)."""
     attempt: str
-    """Tells a failure of this run from one of an earlier run."""
+    """Name of this run, so that the failure of an earlier run is not mistaken for one of this."""
     rank: int
+    """This worker's number, from 0 to world - 1."""
     world: int
+    """Number of workers."""
 
-    def own(self, known: int, count: int) -> range:
-        """This worker's share of so many tasks, of which the first `known` are learned."""
+    def own_tasks(self, known: int, count: int) -> range:
+        """Indices of this worker's tasks among `count`, of which the first `known` are learned."""
         return range(known + (self.rank - known) % self.world, count, self.world)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What stops this worker within it for the user's sake stops the others, too."""
+    def failing_together(self) -> Iterator[None]:
+        """A context: an InputError raised in it stops the other workers, too."""
         try:
             yield
         except InputError as error:
@@ -67,7 +69,7 @@ class Place:
             raise
 
     def wait(self) -> None:
-        """Waits a little for the other workers. Raises: InputError where one gave up."""
+        """Waits a moment for the other workers. Raises: InputError if one of them gave up."""
         if self.storage.exists(self._failure):
             raise InputError(self.storage.read_text(self._failure))
         time.sleep(WAIT)
@@ -78,57 +80,59 @@ class Place:
 
 
 class TaskShare:
-    """One worker's part."""
+    """One worker's share of the tasks."""
 
-    def __init__(self, place: Place, lineage_ids: Sequence[str], tasks: Sequence[TaskFeatures],
-                 new_learner: Callable[[], Learner],
+    def __init__(self, worker: WorkerRank, lineage_ids: Sequence[str],
+                 tasks: Sequence[TaskFeatures], new_learner: Callable[[], Learner],
                  send: Callable[[EpochRecord | TaskRecord], None], model: Learner | None,
                  keep: Callable[[Learner, TaskRecord], None]) -> None:
-        """new_learner: makes an empty one, for a task on its own. send: gets every record; the
-        epochs of a task come once more, together, before the record of its end. model: of the
-        first worker, where learned tasks are put together; `keep` is called after each.
+        """Stores the arguments; nothing is learned yet.
+
+        new_learner: creates an empty learner for a single task. send: is called with every record;
+        the epochs of a task come a second time, together, before its task record. model: on the
+        first worker, the learner into which learned tasks are put; `keep` is called after each.
         """
-        self.place, self.lineage_ids, self.tasks = place, lineage_ids, tasks
+        self.worker, self.lineage_ids, self.tasks = worker, lineage_ids, tasks
         self._new_learner, self._send, self._model, self._keep = new_learner, send, model, keep
-        self._folder = f"{place.run}/tasks"
-        self._filesystem = place.storage.filesystem
+        self._folder = f"{worker.run}/tasks"
+        self._filesystem = worker.storage.filesystem
 
     def learn(self, known: int) -> None:
-        """Learns this worker's share of the tasks from `known` on; returns when all are learned,
-        by whomever.
+        """Learns this worker's share of the tasks after the first `known`.
 
-        Raises: InputError for anything the user can set right, here or on another worker.
+        Returns when all tasks are learned, also those of other workers. Raises: InputError for any
+        error that the user can correct, here or on another worker.
         """
-        for index in self.place.own(known, len(self.tasks)):
+        for index in self.worker.own_tasks(known, len(self.tasks)):
             self._learn(index)
-            self._take_in()
+            self._load_learned()
         self._wait_for(len(self.tasks) - 1)
 
-    def _take_in(self) -> None:
-        """Puts the tasks that are learned into the model, in order, as far as there are any."""
+    def _load_learned(self) -> None:
+        """Loads learned tasks into the model, in order, until the next one is not yet learned."""
         model = self._model
         while model is not None and len(model.finished) < len(self.tasks):
-            folder = self._learned(len(model.finished))
+            folder = self._task_folder(len(model.finished))
             with tempfile.TemporaryDirectory() as scratch:
                 if not checkpoint.fetch(self._filesystem, folder, Path(scratch)):
                     return
                 tensors, fields = checkpoint.load(Path(scratch), "task")
-            epochs = [EpochRecord(**each) for each in fields["epochs"]]
-            for each in epochs:
-                self._send(each)
+            epochs = [EpochRecord(**epoch) for epoch in fields["epochs"]]
+            for epoch in epochs:
+                self._send(epoch)
             record = model.load_task_state(
                 self.tasks, tensors_below(tensors, "strategy."), epochs, fields["train_seconds"],
                 TaskStatistics(**tensors_below(tensors, "statistics.")))
             self._keep(model, record)
             self._send(record)
-            self.place.storage.delete(folder)
+            self.worker.storage.delete(folder)
 
     def _learn(self, index: int) -> None:
-        """Learns one task, unless that was done before, and stores what it owns."""
-        if self._is_kept(index) or self._has_fields(self._learned(index)):
+        """Learns one task and stores its state, unless it is learned already."""
+        if self._is_kept(index) or self._has_fields(self._task_folder(index)):
             return
         learner = self._new_learner()
-        states = States(self.place.storage, f"{self._learned(index)}.running")
+        states = States(self.worker.storage, f"{self._task_folder(index)}.running")
         restored = states.load("learner")
         if restored:
             learner.restore(*restored)
@@ -140,69 +144,72 @@ class TaskShare:
                 states.save("learner", *learner.state())
         train = self.tasks[index].train
         assert train is not None, f"{self.tasks[index].name} was trained"
-        found = statistics(train, index, learner.config.seed)._asdict()
-        owned = learner.strategy.task_state(index)
-        tensors = {f"strategy.{name}": value for name, value in owned.items()}
-        tensors |= {f"statistics.{name}": value for name, value in found.items()}
-        epochs = [dataclasses.asdict(each) for each in learner.epochs if each.task_index == index]
+        task_statistics = statistics(train, index, learner.config.seed)._asdict()
+        task_state = learner.strategy.task_state(index)
+        tensors = {f"strategy.{name}": value for name, value in task_state.items()}
+        tensors |= {f"statistics.{name}": value for name, value in task_statistics.items()}
+        epochs = [dataclasses.asdict(epoch) for epoch in learner.epochs
+                  if epoch.task_index == index]
         with tempfile.TemporaryDirectory() as scratch:
             checkpoint.save(Path(scratch) / "task", "task", tensors,
                             {"epochs": epochs, "train_seconds": learner.train_seconds})
-            checkpoint.upload(Path(scratch) / "task", self._filesystem, self._learned(index))
+            checkpoint.upload(Path(scratch) / "task", self._filesystem, self._task_folder(index))
         states.delete()
 
     def _start(self, learner: Learner, index: int) -> None:
-        """Brings an empty learner to where the task starts from."""
+        """Restores the model that the task starts from in an empty learner."""
         if not index:
             return
         refreshes = self.tasks[index].refreshes
         start = 0 if refreshes is None else refreshes
         self._wait_for(start)
-        folder, lineage_ids = self.place.models, self.lineage_ids[:start + 1]
+        folder, lineage_ids = self.worker.models, self.lineage_ids[:start + 1]
         learned = lineage.find(self._filesystem, folder, lineage_ids)
         learner.restore(*lineage.state(self._filesystem, folder, learned))
         learner.skip_to(self.tasks, index)
 
     def _wait_for(self, index: int) -> None:
-        """Returns when the model after a task is kept. Raises: InputError where others gave up."""
-        self._take_in()
+        """Waits for the model after a task. Raises: InputError if another worker gave up."""
+        self._load_learned()
         while not self._is_kept(index):
-            self.place.wait()
-            self._take_in()
+            self.worker.wait()
+            self._load_learned()
 
     def _is_kept(self, index: int) -> bool:
-        return self._has_fields(f"{self.place.models}/{self.lineage_ids[index]}")
+        """Whether the model after a task is stored."""
+        return self._has_fields(f"{self.worker.models}/{self.lineage_ids[index]}")
 
     def _has_fields(self, folder: str) -> bool:
         return checkpoint.read_fields(self._filesystem, folder) is not None
 
-    def _learned(self, index: int) -> str:
+    def _task_folder(self, index: int) -> str:
         return f"{self._folder}/{self.lineage_ids[index]}"
 
 
 class BaselineShare:
-    """One worker's part of the strategies to compare with: from the last worker on, in turn."""
+    """One worker's share of the baselines, which are dealt out beginning with the last worker."""
 
-    def __init__(self, place: Place, tasks: Sequence[TaskFeatures], names: Sequence[StrategyName],
+    def __init__(self, worker: WorkerRank, tasks: Sequence[TaskFeatures],
+                 names: Sequence[StrategyName],
                  new_learner: Callable[[StrategyName], Learner],
                  send: Callable[[StrategyName, EpochRecord | TaskRecord], None]) -> None:
-        self.place, self.tasks, self.names = place, tasks, names
+        self.worker, self.tasks, self.names = worker, tasks, names
         self._new_learner, self._send = new_learner, send
 
     def learn(self) -> dict[str, Outcome]:
-        """Learns this worker's share; returns what all baselines did, on the first worker alone.
+        """Learns this worker's share; returns all baselines' outcomes on the first worker, else {}.
 
         Raises: InputError, as `TaskShare.learn`.
         """
-        place = self.place
-        for name in self.names[place.world - 1 - place.rank::place.world]:
-            if not place.storage.exists(self._done(name)):
+        worker = self.worker
+        for name in self.names[worker.world - 1 - worker.rank::worker.world]:
+            if not worker.storage.exists(self._outcome_file(name)):
                 self._learn(name)
-        return {name: self._outcome(name) for name in self.names} if place.rank == 0 else {}
+        return {name: self._outcome(name) for name in self.names} if worker.rank == 0 else {}
 
     def _learn(self, name: StrategyName) -> None:
-        storage, learner = self.place.storage, self._new_learner(name)
-        states = States(storage, f"{self.place.run}/bounds/{name}.running")
+        storage, learner = self.worker.storage, self._new_learner(name)
+        states = States(storage, f"{self.worker.run}/bounds/{name}.running")
         restored = states.load("learner")
         if restored:
             learner.restore(*restored)
@@ -212,13 +219,15 @@ class BaselineShare:
             self._send(name, record)
             if states.due or isinstance(record, TaskRecord):
                 states.save("learner", *learner.state())
-        storage.write_text(self._done(name), json.dumps(dataclasses.asdict(Outcome.of(learner))))
+        storage.write_text(self._outcome_file(name),
+                           json.dumps(dataclasses.asdict(Outcome.of(learner))))
         states.delete()
 
     def _outcome(self, name: StrategyName) -> Outcome:
-        while not self.place.storage.exists(self._done(name)):
-            self.place.wait()
-        return Outcome.from_fields(json.loads(self.place.storage.read_text(self._done(name))))
+        file = self._outcome_file(name)
+        while not self.worker.storage.exists(file):
+            self.worker.wait()
+        return Outcome.from_fields(json.loads(self.worker.storage.read_text(file)))
 
-    def _done(self, name: StrategyName) -> str:
-        return f"{self.place.run}/bounds/{name}.json"
+    def _outcome_file(self, name: StrategyName) -> str:
+        return f"{self.worker.run}/bounds/{name}.json"

@@ -1,10 +1,10 @@
-"""How the experiences of a stream are learned, one after the other, wherever a worker runs.
+"""The worker: learns the experiences of a stream, one after the other, wherever it runs.
 
-What a worker needs of its surroundings is a `Host`: this process (`worker_process`) or a worker of
-Ray Train (`worker_ray`). It tells the host of every record as it comes, keeps a model of every
-finished task, and gives the host its state at the end of each task and every few seconds between.
-Several workers divide independent tasks and baselines among themselves (`task_share`), or they
-divide every batch.
+A worker runs in a `Host`: this process (`local.ProcessHost`) or a worker process of Ray Train
+(`on_ray.RayHost`). It sends every record to the host at once and stores a model after every
+finished task. It hands its state to the host at the end of each task, and every few seconds in
+between. Several workers divide independent tasks and baselines among themselves (`task_share`), or
+they divide every batch.
 """
 
 import dataclasses
@@ -35,17 +35,17 @@ from partialhn.training.result import Outcome, model_sizes, peak_rss_bytes
 from partialhn.training.slots import Slot, open_task_features
 from partialhn.training.steps import recorder_for
 from pipelines.execution.run_states import SECONDS
-from pipelines.execution.task_share import BaselineShare, Place, TaskShare
+from pipelines.execution.task_share import BaselineShare, TaskShare, WorkerRank
 from pipelines.features.produce import open_store
 from pipelines.platform.storage import Storage
 
 OnRecord = Callable[[str, EpochRecord | TaskRecord], None]
-"""Gets the strategy and the record."""
+"""A function that is called with the name of the strategy and a record."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """All a worker needs to know."""
+    """The work of a run, as all its workers get it."""
 
     config: Config
     cut: CutNetwork
@@ -54,63 +54,64 @@ class Assignment:
     """Names of the models after each slot (`partialhn.training.lineage`)."""
     storage: Storage
     folder: str
-    """Where finished tasks' models are and go, as a path in the storage's filesystem."""
+    """Folder of the models after each task, as a path in the storage's filesystem."""
     run: str
-    """Folder of the run, named after all that is learned: a state that was kept there is gone on
-    from."""
+    """Folder of the run, named after everything that is learned. A worker resumes from the state
+    it finds there."""
     threads: int
+    """CPU threads of a worker."""
     attempt: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
-    """Tells this run from an earlier one in the same folder."""
+    """Distinguishes this run from an earlier one in the same folder."""
 
 
 class Host(Protocol):
-    """Where a worker runs."""
+    """The environment that a worker runs in."""
 
     @property
     def device(self) -> torch.device:
-        """What to learn on."""
+        """The device to learn on."""
 
     @property
     def workers(self) -> Workers:
-        """This worker's place among those that share the work."""
+        """The group of workers, and this worker's rank in it."""
 
     def send(self, strategy: str, record: EpochRecord | TaskRecord) -> None:
-        """Tells the driver."""
+        """Sends a record to the driver."""
 
     def keep(self, state: Path | None) -> None:
-        """Keeps a checkpoint folder in place of the one before; None: another worker gives it."""
+        """Stores a checkpoint folder as the newest state; None if another worker provides it."""
 
     def fetch(self, folder: Path) -> bool:
-        """Copies the state kept last into a folder; False where there is none."""
+        """Copies the newest state into a folder; returns False if there is none."""
 
 
 class Worker:
-    """One worker's way through the strategies and tasks."""
+    """Learns an assignment, or one worker's share of it."""
 
     def __init__(self, assignment: Assignment, host: Host) -> None:
-        self.a, self.host = assignment, host
+        self.assignment, self.host = assignment, host
         configure_torch(assignment.threads)
         self.device, self.workers = host.device, host.workers
         self.outcomes: dict[str, Outcome] = {}
         self.last_kept = time.monotonic()
-        self.place = Place(assignment.storage, assignment.run, assignment.folder,
-                           assignment.attempt, self.workers.rank, self.workers.world)
+        self.rank = WorkerRank(assignment.storage, assignment.run, assignment.folder,
+                               assignment.attempt, self.workers.rank, self.workers.world)
         config = assignment.config
         self.by_tasks = (self.workers.world > 1 and config.compute.share == "tasks"
                          and assignment.cut.strategy(config).independent)
 
     def run(self) -> dict[str, Any]:
-        """Learns what is not learned yet, by every strategy asked for.
+        """Learns the tasks that are not learned yet, with the strategy and every baseline.
 
-        Returns `outcomes` by strategy, `device` and `peak_rss_bytes`. Raises: InputError for
-        anything the user can set right.
+        Returns a dict of `outcomes` by strategy, `device` and `peak_rss_bytes`. Raises: InputError
+        for any error that the user can correct.
         """
-        a = self.a
+        a = self.assignment
         store = open_store(a.storage, a.config.compute)
         known = lineage.find(a.storage.filesystem, a.folder, a.lineage_ids)
         tasks = open_task_features(store, a.slots, self._own_tasks(len(known)))
         if self.by_tasks:
-            with self.place.together():
+            with self.rank.failing_together():
                 self._share(tasks, known)
         else:
             self._learn_all(tasks, known)
@@ -118,31 +119,31 @@ class Worker:
                 "device": _device_name(self.device)}
 
     def _learn_all(self, tasks: list[TaskFeatures], known: list[lineage.Learned]) -> None:
-        """One strategy after the other, by this worker or by all together."""
-        a, restored = self.a, self._restored()
+        """Learns one strategy after the other, alone or together with all other workers."""
+        a, restored = self.assignment, self._restored()
         for name in (a.config.train.strategy, *a.config.train.compare):
-            main = name == a.config.train.strategy
+            is_main = name == a.config.train.strategy
             if name in self.outcomes:
                 continue
-            learner = self._new_learner(name, self.workers, TaskInference() if main else None)
-            ours = known if main else []
+            learner = self._new_learner(name, self.workers, TaskInference() if is_main else None)
+            learned = known if is_main else []
             if restored and restored[1]["strategy"] == name and (
-                    len(restored[1]["learner"]["finished"]) >= len(ours)):
+                    len(restored[1]["learner"]["finished"]) >= len(learned)):
                 learner.restore(restored[0], restored[1]["learner"])
-            elif ours:  # what an earlier run, of fewer tasks, has learned
-                learner.restore(*lineage.state(a.storage.filesystem, a.folder, ours))
+            elif learned:  # by an earlier run with fewer tasks
+                learner.restore(*lineage.state(a.storage.filesystem, a.folder, learned))
             self._learn(name, learner, tasks)
 
     def _own_tasks(self, known: int) -> range:
         """The tasks whose training features this worker needs."""
-        count = len(self.a.slots)
-        if self.a.config.train.needs_every_task:
+        count = len(self.assignment.slots)
+        if self.assignment.config.train.needs_every_task:
             return range(count)
-        return self.place.own(known, count) if self.by_tasks else range(known, count)
+        return self.rank.own_tasks(known, count) if self.by_tasks else range(known, count)
 
     def _new_learner(self, name: StrategyName, workers: Workers,
                      inference: TaskInference | None = None) -> Learner:
-        a = self.a
+        a = self.assignment
         return Learner(a.cut.strategy(with_strategy(a.config, name)), a.config.train,
                        self.device, workers, inference,
                        recorder_for(self.device, a.config.compute.cuda_graphs))
@@ -150,22 +151,24 @@ class Worker:
     def _share(self, tasks: list[TaskFeatures], known: list[lineage.Learned]) -> None:
         """Learns whole tasks, one for each worker at a time; then whole baselines.
 
-        What is kept with the host has no part: all that is learned is in the storage.
+        The host's state is not used: all results are in the storage.
         """
-        a, name, model = self.a, self.a.config.train.strategy, None
+        a, model = self.assignment, None
+        name = a.config.train.strategy
         if self.workers.rank == 0:
             model = self._new_learner(name, Workers(), TaskInference())
             if known:
                 model.restore(*lineage.state(a.storage.filesystem, a.folder, known))
         for done in known:
             self._send(name, done.record)
-        TaskShare(self.place, a.lineage_ids, tasks, lambda: self._new_learner(name, Workers()),
+        TaskShare(self.rank, a.lineage_ids, tasks, lambda: self._new_learner(name, Workers()),
                   lambda record: self.host.send(name, record), model,
                   self._keep_model).learn(len(known))
-        baselines = BaselineShare(self.place, tasks, a.config.train.compare,
-                            lambda baseline: self._new_learner(baseline, Workers()), self.host.send)
-        ours = lineage.outcome_of(lineage.find(a.storage.filesystem, a.folder, a.lineage_ids))
-        self.outcomes = {name: ours} | baselines.learn()
+        baselines = BaselineShare(self.rank, tasks, a.config.train.compare,
+                                  lambda baseline: self._new_learner(baseline, Workers()),
+                                  self.host.send)
+        outcome = lineage.outcome_of(lineage.find(a.storage.filesystem, a.folder, a.lineage_ids))
+        self.outcomes = {name: outcome} | baselines.learn()
 
     def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
         for done in learner.finished:
@@ -173,7 +176,7 @@ class Worker:
         if len(learner.finished) == len(tasks):
             self.outcomes[name] = Outcome.of(learner)
         for record in learner.learn(tasks):
-            if isinstance(record, TaskRecord) and name == self.a.config.train.strategy:
+            if isinstance(record, TaskRecord) and name == self.assignment.config.train.strategy:
                 self._keep_model(learner, record)
             if len(learner.finished) == len(tasks):
                 self.outcomes[name] = Outcome.of(learner)
@@ -185,10 +188,10 @@ class Worker:
             self.host.send(name, record)
 
     def _keep_model(self, learner: Learner, record: TaskRecord) -> None:
-        """The model as it is after a task, for the driver to register."""
+        """Stores the model after a task, for the driver to register."""
         if self.workers.rank:
             return
-        a = self.a
+        a = self.assignment
         model = Model(a.config, a.cut.trunk, learner.strategy,
                       tuple(TaskInfo(slot.name, slot.classes)
                             for slot in a.slots[:record.task_index + 1]),
@@ -198,12 +201,12 @@ class Worker:
         lineage.keep(model, done, a.storage.filesystem, a.folder)
 
     def _keep_state(self, name: str, learner: Learner, record: EpochRecord | TaskRecord) -> None:
-        """The state for the host: always after a task, otherwise when the last is old."""
-        late = torch.tensor(float(time.monotonic() - self.last_kept > SECONDS),
-                            device=self.device)
-        if self.workers.world > 1:
-            torch.distributed.broadcast(late, 0)
-        if isinstance(record, EpochRecord) and not late:
+        """Hands the state to the host: after each task, and when the last state is SECONDS old."""
+        due = torch.tensor(float(time.monotonic() - self.last_kept > SECONDS),
+                           device=self.device)
+        if self.workers.world > 1:  # all workers must decide alike
+            torch.distributed.broadcast(due, 0)
+        if isinstance(record, EpochRecord) and not due:
             return
         with tempfile.TemporaryDirectory() as scratch:
             state = None

@@ -74,7 +74,7 @@ class InUse:
             self._mine = dataclasses.replace(self._mine, keys=tuple(both))
         self._write()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._beat_on, daemon=True)
+            self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
             self._thread.start()
         while other := self._prune():
             if self._mine.prunes:
@@ -101,9 +101,9 @@ class InUse:
         return next((use for path, use in records(self._storage)
                      if use.prunes and path != self._path), None)
 
-    def _beat_on(self) -> None:
+    def _keep_renewing(self) -> None:
         while not self._stop.wait(self._seconds / 6):
-            with contextlib.suppress(Exception):  # the next beat may succeed
+            with contextlib.suppress(Exception):  # the next renewal may succeed
                 self._write()
 
     def _write(self) -> None:

@@ -1,12 +1,14 @@
-"""The lease of a stream: of several schedulers that start at once, exactly one works.
+"""The lease of a stream: if several passes start at once, exactly one of them works.
 
-    <root>/streams/<stream>/lease/00000007.json        claim 7: who, when; created conditionally
-    <root>/streams/<stream>/lease/00000007.beat.json   rewritten by its holder: until when, or over
+    <root>/streams/<stream>/lease/00000007.json        claim 7: who holds it, since when
+    <root>/streams/<stream>/lease/00000007.beat.json   its expiry, renewed by the holder; 0 once
+                                                       released
 
-The number is the fencing token. A claim is the next free number, created only where nothing is
-yet, so two claims never share one; it is allowed when the newest claim was given back, has expired
-by the storage's own clock, or was made on this machine by a process that is gone. A holder that
-was overtaken finds a higher number at its next check, and the logs refuse its token.
+The number is the fencing token. A claim takes the next free number, with a write that fails if the
+file exists, so two claims never have the same number. A process may claim the lease if the newest
+claim was released, has expired by the storage's clock, or belongs to a process of this machine
+that has ended. A holder whose lease was taken over finds a higher number at its next check, and
+the logs refuse its token.
 """
 
 import contextlib
@@ -26,25 +28,25 @@ from pipelines.platform.storage import Storage
 from pipelines.settings import check_name
 
 SECONDS = 60.0
-"""How long a claim holds without a sign of life."""
+"""Seconds that a claim stays valid after its holder last renewed it."""
 _CLAIM = re.compile(r"(\d{8})\.json")
 
 
 class LeaseLostError(RuntimeError):
-    """Another process has taken the stream; what was under way must stop."""
+    """Another process has taken over the stream's lease, so this one must stop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a lease."""
+    """The process that holds a lease."""
 
     token: int
     host: str
     pid: int
     machine: str
-    """Boot and process namespace: equal where a process number means the same process."""
+    """Boot and process namespace; if equal, a process number means the same process."""
     started: str
-    """When the process started, so that a number used again is told apart."""
+    """Start time of the process, which distinguishes it from a later one with the same number."""
     since: float
     """Seconds since 1970, by the storage's clock."""
     expires: float
@@ -55,58 +57,59 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it ran on this machine and does not any more."""
+        """Whether the process ran on this machine and has ended."""
         return (bool(self.machine) and self.machine == machine()
                 and start_of(self.pid) != self.started)
 
 
 class Lease:
-    """A claim to a stream, kept alive by a thread until it is given back."""
+    """A claim to a stream, renewed by a thread until `release`."""
 
     def __init__(self, storage: Storage, stream: str, seconds: float = SECONDS) -> None:
         self._storage, self.seconds = storage, seconds
         self._folder = storage.path("streams", check_name(stream), "lease")
         self.token = 0
-        self._alive_at = 0.0
+        self._renewed_at = 0.0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def acquire(self) -> Holder | None:
-        """Takes the lease: None. Otherwise who holds it."""
+        """Takes the lease and returns None; if another process holds it, returns that holder."""
         newest = self._newest()
         now = self._storage.now()
         holder = self._holder(newest) if newest else None
         if holder is not None and holder.expires > now and not holder.is_gone:
             return holder
-        token, begun = newest + 1, time.monotonic()
+        token, now_here = newest + 1, time.monotonic()
         mine = Holder(token, socket.gethostname(), os.getpid(), machine(), start_of(os.getpid()),
                       now, now + self.seconds)
         content = json.dumps(dataclasses.asdict(mine), indent=1).encode()
         if not self._storage.put_if_absent(self._path(token), content):
             return self._holder(token) or mine
         newest = self._newest()
-        if newest != token:  # others came and went while this process slept
+        if newest != token:  # other processes took the lease while this one slept
             return self._holder(newest) or mine
-        self.token, self._alive_at = token, begun
-        for old in range(max(1, token - 8), token):  # the highest number stays for ever
+        self.token, self._renewed_at = token, now_here
+        for old in range(max(1, token - 8), token):  # the highest number is never deleted
             self._storage.delete(self._path(old))
             self._storage.delete(self._beat_path(old))
-        self._thread = threading.Thread(target=self._beat_on, daemon=True)
+        self._thread = threading.Thread(target=self._keep_renewing, daemon=True)
         self._thread.start()
         return None
 
     def check(self) -> int:
-        """The token, where the lease is still ours. Raises: LeaseLostError."""
+        """Returns the token. Raises: LeaseLostError if this process no longer holds the lease."""
         newest = self._newest()
         if newest != self.token:
-            raise LeaseLostError(f"lease {self.token} of {self._folder} was overtaken by {newest}")
-        if time.monotonic() - self._alive_at > 0.9 * self.seconds:
-            raise LeaseLostError(f"lease {self.token} of {self._folder} could not be kept alive "
-                                 f"for {self.seconds:g} s")
+            raise LeaseLostError(f"lease {self.token} of {self._folder} was taken over by another "
+                                 f"process with lease {newest}")
+        if time.monotonic() - self._renewed_at > 0.9 * self.seconds:
+            raise LeaseLostError(f"lease {self.token} of {self._folder} could not be renewed for "
+                                 f"{self.seconds:g} s")
         return self.token
 
     def release(self) -> None:
-        """Gives the lease back, so that the next pass need not wait."""
+        """Releases the lease, so that the next pass need not wait for its expiry."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -116,26 +119,27 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # it expires by itself; what failed inside counts
+        with contextlib.suppress(OSError):  # it expires anyway, and must not hide another error
             self.release()
 
-    def _beat_on(self) -> None:
+    def _keep_renewing(self) -> None:
         while not self._stop.wait(self.seconds / 6):
-            begun = time.monotonic()
-            with contextlib.suppress(Exception):  # `check` says when too many have failed
+            now_here = time.monotonic()
+            with contextlib.suppress(Exception):  # `check` fails if too many renewals have failed
                 self._write_beat(self._storage.now() + self.seconds)
-                self._alive_at = begun
+                self._renewed_at = now_here
 
     def _write_beat(self, expires: float) -> None:
         self._storage.write_text(self._beat_path(self.token), json.dumps({"expires": expires}))
 
     def _newest(self) -> int:
-        numbers = (_CLAIM.fullmatch(entry.path.rpartition("/")[2])
-                   for entry in self._storage.list(self._folder))
+        """The highest number of a claim; 0 if there is none."""
+        numbers = (_CLAIM.fullmatch(file.path.rpartition("/")[2])
+                   for file in self._storage.list(self._folder))
         return max((int(match[1]) for match in numbers if match), default=0)
 
     def _holder(self, token: int) -> Holder | None:
-        """What a claim says, with its newest sign of life; None where it was cleared away."""
+        """The holder of a claim, with its newest expiry; None if the claim was deleted."""
         claim = self._read(self._path(token))
         if claim is None:
             return None
@@ -160,7 +164,7 @@ class Lease:
 
 
 def machine() -> str:
-    """Names boot and process namespace; empty where that cannot be known."""
+    """Identifies this boot and process namespace; empty if the system does not provide it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -169,7 +173,7 @@ def machine() -> str:
 
 
 def start_of(pid: int) -> str:
-    """When a process of this machine started; empty where it is gone or a zombie."""
+    """Start time of a process of this machine; empty if it has ended or is a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""Files on a local or shared disk, with what the product needs beyond reading and writing."""
+"""Files on a local or shared disk: atomic writes, conditional writes, and listing."""
 
 import contextlib
 import dataclasses
@@ -13,29 +13,29 @@ from partialhn.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-    """A file that is there."""
+class StoredFile:
+    """A file in a storage: its path, size and version."""
 
     path: str
-    """Where, as a path in the storage's filesystem."""
+    """A path in the storage's filesystem."""
     size: int
-    """Bytes."""
+    """Size in bytes."""
     modified: float
-    """When its content was written, in seconds since 1970 by the storage's own clock."""
+    """Time when its content was written, in seconds since 1970 by the storage's own clock."""
     etag: str
-    """Changes whenever the content does."""
+    """A string that changes whenever the content does."""
 
 
 class LocalFiles:
-    """The disk as a place that several processes write to."""
+    """Files on a disk to which several processes write."""
 
     def write(self, path: str, content: bytes) -> None:
-        """Writes or replaces a file; readers see the old or the new, never a part."""
+        """Writes or replaces a file; readers see the old content or the new, never a mixture."""
         with _complete_file(path, content) as complete:
             complete.replace(path)
 
     def put_if_absent(self, path: str, content: bytes) -> bool:
-        """Writes a file unless one is there; of several writers exactly one gets True."""
+        """Writes a file unless it exists; of several writers exactly one gets True."""
         with _complete_file(path, content) as complete:
             try:
                 os.link(complete, path)
@@ -43,56 +43,60 @@ class LocalFiles:
                 return False
             return True
 
-    def stat(self, path: str) -> Entry | None:
-        """One file, or None."""
+    def stat(self, path: str) -> StoredFile | None:
+        """Size, time and etag of a file; None if it does not exist."""
         file = Path(path)
         try:
-            found = file.stat()
+            info = file.stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         if not file.is_file():
             return None
-        return Entry(path, found.st_size, found.st_mtime,
-                     f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}")
+        return StoredFile(path, info.st_size, info.st_mtime,
+                          f"{info.st_ino:x}-{info.st_mtime_ns:x}-{info.st_size:x}")
 
-    def list(self, path: str) -> Iterator[Entry]:
-        """Every file below a folder but unfinished ones; a file that goes meanwhile is left out."""
+    def list(self, path: str) -> Iterator[StoredFile]:
+        """Every file below a folder, except unfinished ones and those deleted meanwhile."""
         for folder, _, names in os.walk(path):
             for name in names:
-                entry = None if _is_draft(name) else self.stat(f"{folder}/{name}")
-                if entry is not None:
-                    yield entry
+                file = None if _is_draft(name) else self.stat(f"{folder}/{name}")
+                if file is not None:
+                    yield file
 
     def folders(self, path: str) -> tuple[str, ...]:
         """Names of the folders directly below a folder."""
         try:
-            return tuple(sorted(entry.name for entry in os.scandir(path) if entry.is_dir()))
+            return tuple(sorted(item.name for item in os.scandir(path) if item.is_dir()))
         except (FileNotFoundError, NotADirectoryError):
             return ()
 
     def delete(self, path: str) -> None:
-        """Deletes a file, or a folder with all that is in it; nothing there is no error."""
+        """Deletes a file, or a folder with everything in it; does nothing if there is none."""
         target = Path(path)
         while target.is_dir() and not target.is_symlink():
-            with contextlib.suppress(FileNotFoundError):  # somebody else deletes here too
+            with contextlib.suppress(FileNotFoundError):  # another process deletes here too
                 shutil.rmtree(target)
                 return
         target.unlink(missing_ok=True)
 
     def now(self, path: str) -> float:  # noqa: ARG002
-        """The clock of `Entry.modified`, in seconds since 1970."""
+        """The clock of `StoredFile.modified`, in seconds since 1970."""
         return time.time()
 
     def check(self, path: str, write: bool) -> None:
-        """Makes nothing. Raises: InputError where the folder cannot be used, naming it and why."""
-        place = Path(path)
-        while not place.exists() and place != place.parent:
-            place = place.parent
-        why = ("is no folder" if not place.is_dir()
-               else "may not be read" if not os.access(place, os.R_OK | os.X_OK)
-               else "may not be written" if write and not os.access(place, os.W_OK) else "")
-        if why:
-            raise InputError(f"storage {path!r}: {place} {why}; allowed: a folder that you may "
+        """Checks a folder without creating it.
+
+        Raises: InputError naming the folder and the reason, if it cannot be used.
+        """
+        folder = Path(path)
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        reason = ("is not a folder" if not folder.is_dir()
+                  else "cannot be read by you" if not os.access(folder, os.R_OK | os.X_OK)
+                  else "cannot be written by you" if write and not os.access(folder, os.W_OK)
+                  else "")
+        if reason:
+            raise InputError(f"storage {path!r}: {folder} {reason}; allowed: a folder that you may "
                              "write to, or s3://bucket/prefix")
 
 
@@ -102,7 +106,7 @@ def _is_draft(name: str) -> bool:
 
 @contextlib.contextmanager
 def _complete_file(path: str, content: bytes) -> Iterator[Path]:
-    """A synced temporary file beside `path`, gone afterwards unless it was moved."""
+    """A temporary file beside `path` with the content, on disk; deleted at the end unless moved."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     complete = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")

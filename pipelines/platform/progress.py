@@ -1,4 +1,4 @@
-"""What a person sees while the main job runs: which task, which epoch, how good, how long yet."""
+"""Progress lines for people while a run works: task, epoch, accuracy, and time left."""
 
 import sys
 import time
@@ -10,11 +10,11 @@ from partialhn.features.manifest import Manifest
 from partialhn.training.records import EpochRecord, TaskRecord
 
 QUIET_SECONDS = 5.0
-"""Between two lines about epochs where the output is no terminal."""
+"""Seconds between two lines about epochs when the output is not a terminal."""
 
 
 class Progress:
-    """Prints one line per event; epochs overwrite each other on a terminal."""
+    """Prints one line per event; on a terminal the lines of epochs overwrite each other."""
 
     def __init__(self, config: Config, log: Callable[[str], None]) -> None:
         self._config, self._log = config, log
@@ -25,7 +25,7 @@ class Progress:
         self._seen: set[tuple[str, int, int]] = set()
 
     def line(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a permanent line."""
         if self._open:
             sys.stdout.write("\r\x1b[K")
             self._open = False
@@ -34,27 +34,27 @@ class Progress:
             sys.stdout.flush()
 
     def trunk(self, record: EpochRecord) -> None:
-        """An epoch of the trunk's training."""
+        """Shows an epoch of the trunk's training."""
         self._epoch(f"trunk  epoch {record.epoch}/{record.epochs}  loss {record.loss:.3f}  "
                     f"accuracy {record.accuracy:.1%}",
-                    self._left("trunk", record, record.epochs - record.epoch),
+                    self._time_left("trunk", record, record.epochs - record.epoch),
                     record.epoch == record.epochs)
 
     def features(self, done: int, total: int) -> None:
-        """A shard of features."""
+        """Shows the number of finished feature shards."""
         self._epoch(f"features  shard {done}/{total}", "", done == total)
 
     def features_done(self, manifests: Sequence[Manifest], decoded: int) -> None:
-        """All features are there."""
+        """Shows that all features are stored, and which images were left out."""
         size = sum(manifest.bytes for manifest in manifests) / 2**20
-        made = f"{decoded} images decoded" if decoded else "found, 0 images decoded"
-        self.line(f"features: {size:.1f} MiB ({made})")
+        source = f"{decoded} images decoded" if decoded else "found, 0 images decoded"
+        self.line(f"features: {size:.1f} MiB ({source})")
         for manifest in manifests:
             for name, reason in manifest.bad:
                 self.line(f"  left out {name}: {reason}")
 
     def record(self, strategy: str, record: EpochRecord | TaskRecord) -> None:
-        """An epoch or the end of a task."""
+        """Shows an epoch, or the end of a task."""
         label = "" if strategy == self._config.train.strategy else f"{strategy}  "
         if isinstance(record, TaskRecord):
             self._seen = {key for key in self._seen if key[:2] != (strategy, record.task_index)}
@@ -64,35 +64,35 @@ class Progress:
                       f"{record.train_seconds:.1f} s; accuracy on the tasks so far: {more}{row}")
             return
         key = strategy, record.task_index, record.epoch
-        if key in self._seen:  # told by the worker at once, and again when its task was done
+        if key in self._seen:  # the worker sent it at once, and again at the end of its task
             return
         self._seen.add(key)
-        held_out = record.validation_accuracy
-        checked = "" if held_out is None else f" (held out {held_out:.1%})"
+        validation = record.validation_accuracy
+        held_out = "" if validation is None else f" (held out {validation:.1%})"
         self._epoch(f"{label}task {record.task_index + 1} {record.task!r}  epoch {record.epoch}/"
                     f"{record.epochs}  loss {record.loss:.3f}  accuracy {record.accuracy:.1%}"
-                    f"{checked}",
-                    self._left(strategy, record, record.epochs - record.epoch), False)
+                    f"{held_out}",
+                    self._time_left(strategy, record, record.epochs - record.epoch), False)
 
     def registered(self, uri: str, record: TaskRecord, summary: StreamMetrics) -> None:
-        """A version in the registry."""
+        """Shows a newly registered version."""
         self.line(f"  registered {uri} (task {record.task!r}): ACC {summary.accuracy:.1%}, "
                   f"forgetting {summary.forgetting:.1%}")
 
-    def _left(self, key: str, record: EpochRecord, epochs: int) -> str:
-        """Time left of this task, from its own last epochs."""
+    def _time_left(self, key: str, record: EpochRecord, epochs: int) -> str:
+        """The time left of this task, estimated from its latest epochs."""
         seconds = self._seconds.setdefault(f"{key}/{record.task_index}", [])
         seconds.append(record.seconds)
         recent = seconds[-5:]
         return f"  about {epochs * sum(recent) / len(recent):.0f} s left of the task"
 
-    def _epoch(self, text: str, left: str, last: bool) -> None:
+    def _epoch(self, text: str, time_left: str, last: bool) -> None:
         if self._live:
-            sys.stdout.write(f"\r\x1b[K{text}{left}")
+            sys.stdout.write(f"\r\x1b[K{text}{time_left}")
             sys.stdout.flush()
             self._open = True
             if last:
                 self.line(text)
         elif last or time.monotonic() - self._last > QUIET_SECONDS:
             self._last = time.monotonic()
-            self._log(text + ("" if last else left))
+            self._log(text + ("" if last else time_left))

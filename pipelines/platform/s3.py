@@ -1,9 +1,9 @@
-"""S3 as this product uses it: one set of options, two clients, errors in the user's words.
+"""S3 as this project uses it: one set of options, two clients, and error messages for users.
 
-Arrow's client moves the data; boto3 does what Arrow cannot. Both ask again, after growing pauses,
-where an answer may pass (500, 503 SlowDown, timeouts, lost connections), and both take their keys
-from the AWS chain (environment, profile, role) of the process they run in, which renews them where
-it can. Keys are never given to another process: what travels to workers are the options.
+Arrow's client moves the data; boto3 does what Arrow cannot. Both repeat a request, after growing
+pauses, when the error may be temporary (500, 503 SlowDown, timeouts, lost connections). Both take
+their keys from the AWS chain (environment, profile, role) of their own process, which renews them
+if possible. Keys are never sent to another process: workers get only the options.
 """
 
 import dataclasses
@@ -21,13 +21,14 @@ import pyarrow
 import pyarrow.fs
 
 from partialhn.errors import InputError
-from pipelines.platform.local_files import Entry
+from pipelines.platform.local_files import StoredFile
 
 ATTEMPTS = 8
-"""Requests sent before giving up; the pauses between them grow to 20 s, half a minute in all."""
+"""Number of requests before giving up; the pauses grow up to 20 s, half a minute in all."""
 CONNECT_SECONDS = 5
+"""Seconds to wait for a connection."""
 SMALL = 1024 ** 2
-"""Bytes up to which an object is fetched by one request when it is opened."""
+"""An object of at most so many bytes is fetched with one request when it is opened."""
 _DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden"}
 _WRONG_KEY = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidSecurity"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken",
@@ -41,7 +42,7 @@ _REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "301",
 
 @dataclasses.dataclass(frozen=True)
 class S3Options:
-    """How to reach an S3 service. None: what the AWS environment or profile says."""
+    """How to reach an S3 service. None means the value of the AWS environment or profile."""
 
     endpoint: str | None = None
     region: str | None = None
@@ -54,10 +55,10 @@ class S3Options:
 
 
 class KeylessS3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
-    """Arrow's S3 filesystem, made anew from its options, and the keys there, in every process.
+    """Arrow's S3 filesystem, created in every process from its options and that process's keys.
 
-    Arrow's own would carry the keys of the process that made it in its pickle, and from there into
-    task arguments, trial files and dumps.
+    A pickle of Arrow's own class contains the keys of its process, and would carry them into task
+    arguments, trial files and dumps.
     """
 
     def __init__(self, options: S3Options) -> None:
@@ -66,7 +67,7 @@ class KeylessS3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
             os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         arguments: dict[str, Any] = {
             "force_virtual_addressing": not options.path_style,
-            "allow_delayed_open": True,  # one PUT for a small file instead of three requests
+            "allow_delayed_open": True,  # writes a small file with one request instead of three
             "connect_timeout": CONNECT_SECONDS, "request_timeout": options.timeout,
             "retry_strategy": pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)}
         if options.endpoint:
@@ -85,23 +86,23 @@ class KeylessS3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
         return KeylessS3, (self.options,)
 
     def open_input_file(self, path: str) -> pyarrow.NativeFile:
-        """As Arrow's, but reading is patient (`_again`). Small files are fetched here and now."""
+        """As Arrow's, but failed reads are repeated. A small file is fetched immediately."""
         file = super().open_input_file(path)
         if file.size() <= SMALL:
-            return pyarrow.BufferReader(_again(lambda: file.read_at(file.size(), 0)))
+            return pyarrow.BufferReader(_retried(lambda: file.read_at(file.size(), 0)))
         return pyarrow.PythonFile(_PatientFile(file), mode="r")
 
     def open_input_stream(self, path: str, compression: str | None = None,  # noqa: ARG002
                           buffer_size: int | None = None) -> pyarrow.NativeFile:  # noqa: ARG002
-        """As `open_input_file`: nothing is decompressed for its name."""
+        """As `open_input_file`: file names do not cause decompression."""
         return self.open_input_file(path)
 
 
-def _again(read: Callable[[], bytes]) -> bytes:
-    """Reads, again after a pause where a 500 or 503 met a read of few bytes.
+def _retried(read: Callable[[], bytes]) -> bytes:
+    """Reads; tries again after a pause if the service answered a small read with 500 or 503.
 
-    Arrow writes any answer's body, also an error's, to a buffer as large as the bytes asked for.
-    An error's text that does not fit fails there, and Arrow's own retries never see the error.
+    Arrow writes the body of any response, even of an error, to a buffer of the requested size. An
+    error text that does not fit fails there, so Arrow's own retries never see the error.
     """
     for attempt in range(ATTEMPTS):
         try:
@@ -114,27 +115,26 @@ def _again(read: Callable[[], bytes]) -> bytes:
 
 
 class _PatientFile:
-    """A large S3 object as a Python file whose reads are patient."""
+    """A large S3 object as a Python file that repeats failed reads."""
 
     def __init__(self, file: pyarrow.NativeFile) -> None:
-        self._file, self._place = file, 0
+        self._file, self._position = file, 0
         self.size = file.size()
 
     def read(self, count: int = -1) -> bytes:
-        left = self.size - self._place
-        count = left if count is None or count < 0 else min(count, left)
-        place = self._place
-        content = _again(lambda: self._file.read_at(count, place)) if count else b""
-        self._place += len(content)
+        position, remaining = self._position, self.size - self._position
+        count = remaining if count is None or count < 0 else min(count, remaining)
+        content = _retried(lambda: self._file.read_at(count, position)) if count else b""
+        self._position += len(content)
         return content
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
-        self._place = start + offset
-        return self._place
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        self._position = start + offset
+        return self._position
 
     def tell(self) -> int:
-        return self._place
+        return self._position
 
     def readable(self) -> bool:
         return True
@@ -152,9 +152,9 @@ class _PatientFile:
 
 @functools.cache
 def s3_client(options: S3Options, attempts: int = ATTEMPTS) -> Any:
-    """The boto3 client for what pyarrow cannot do; made once a process.
+    """The boto3 client for operations that pyarrow lacks; created once in each process.
 
-    Raises: InputError where the AWS chain of this process finds no keys.
+    Raises: InputError if the AWS chain of this process finds no keys.
     """
     import boto3
     from botocore.config import Config
@@ -165,7 +165,7 @@ def s3_client(options: S3Options, attempts: int = ATTEMPTS) -> Any:
                     retries={"mode": "standard", "total_max_attempts": attempts},
                     request_checksum_calculation="when_required",
                     response_checksum_validation="when_required")
-    session = boto3.session.Session()  # the default one is not made for several threads
+    session = boto3.session.Session()  # the default session is not safe for several threads
     if session.get_credentials() is None:
         raise InputError(_NO_KEYS)
     return session.client("s3", endpoint_url=options.endpoint, region_name=options.region,
@@ -173,7 +173,7 @@ def s3_client(options: S3Options, attempts: int = ATTEMPTS) -> Any:
 
 
 class S3Files:
-    """Objects of an S3 service as a place that several processes write to.
+    """Objects of an S3 service to which several processes write.
 
     Paths are bucket/key, as in Arrow's filesystem.
     """
@@ -182,15 +182,15 @@ class S3Files:
         self.options = options
 
     def write(self, path: str, content: bytes) -> None:
-        """Writes or replaces an object, which appears whole."""
+        """Writes or replaces an object; readers see the old content or the new, never a mixture."""
         bucket, _, key = path.partition("/")
         self._client.put_object(Bucket=bucket, Key=key, Body=content)
 
     def put_if_absent(self, path: str, content: bytes) -> bool:
-        """Writes an object unless one is there; of several writers exactly one gets True.
+        """Writes an object unless it exists; of several writers exactly one gets True.
 
-        Where an answer was lost and the request sent again, the object that is there may be ours:
-        its content tells.
+        After a lost response and a second request, the existing object may be ours: then its
+        content is the same.
         """
         bucket, _, key = path.partition("/")
         for attempt in range(ATTEMPTS):
@@ -199,7 +199,7 @@ class S3Files:
                 return True
             except self._client.exceptions.ClientError as error:
                 status = error.response["ResponseMetadata"]["HTTPStatusCode"]
-                if status == 409 and attempt + 1 < ATTEMPTS:  # undecided: another one is writing
+                if status == 409 and attempt + 1 < ATTEMPTS:  # another writer is not finished yet
                     time.sleep(0.05 * 2 ** attempt)
                     continue
                 if status != 412:
@@ -208,25 +208,25 @@ class S3Files:
                 return bool(retried) and self._read(bucket, key) == content
         raise AssertionError("unreachable")
 
-    def stat(self, path: str) -> Entry | None:
-        """One object, or None."""
+    def stat(self, path: str) -> StoredFile | None:
+        """Size, time and etag of an object; None if it does not exist."""
         bucket, _, key = path.partition("/")
         try:
-            found = self._client.head_object(Bucket=bucket, Key=key)
+            head = self._client.head_object(Bucket=bucket, Key=key)
         except self._client.exceptions.ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
                 return None
             raise
-        return Entry(path, found["ContentLength"], found["LastModified"].timestamp(),
-                     found["ETag"].strip('"'))
+        return StoredFile(path, head["ContentLength"], head["LastModified"].timestamp(),
+                     head["ETag"].strip('"'))
 
-    def list(self, path: str) -> Iterator[Entry]:
+    def list(self, path: str) -> Iterator[StoredFile]:
         """Every object below a folder."""
         bucket, _, folder = path.partition("/")
-        for found in self._pages(bucket, Prefix=f"{folder}/" if folder else ""):
-            for item in found.get("Contents", ()):
-                if not item["Key"].endswith("/"):  # Arrow's marks of folders
-                    yield Entry(f"{bucket}/{item['Key']}", item["Size"],
+        for page in self._pages(bucket, Prefix=f"{folder}/" if folder else ""):
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):  # Arrow marks folders with such objects
+                    yield StoredFile(f"{bucket}/{item['Key']}", item["Size"],
                                 item["LastModified"].timestamp(), item["ETag"].strip('"'))
 
     def folders(self, path: str) -> tuple[str, ...]:
@@ -234,38 +234,38 @@ class S3Files:
         bucket, _, folder = path.partition("/")
         prefix = f"{folder}/" if folder else ""
         return tuple(sorted(common["Prefix"][len(prefix):].strip("/")
-                            for found in self._pages(bucket, Prefix=prefix, Delimiter="/")
-                            for common in found.get("CommonPrefixes", ())))
+                            for page in self._pages(bucket, Prefix=prefix, Delimiter="/")
+                            for common in page.get("CommonPrefixes", ())))
 
     def delete(self, path: str) -> None:
-        """Deletes an object, and all objects below it as a folder; nothing there is no error."""
+        """Deletes an object, and all objects below a folder; does nothing if there is none."""
         bucket, _, folder = path.partition("/")
         self._client.delete_object(Bucket=bucket, Key=folder)
-        for found in self._pages(bucket, Prefix=f"{folder}/"):
-            keys = [{"Key": item["Key"]} for item in found.get("Contents", ())]
+        for page in self._pages(bucket, Prefix=f"{folder}/"):
+            keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
             if keys:
-                answer = self._client.delete_objects(Bucket=bucket, Delete={"Objects": keys,
-                                                                            "Quiet": True})
-                for failed in answer.get("Errors", ()):
+                response = self._client.delete_objects(Bucket=bucket, Delete={"Objects": keys,
+                                                                              "Quiet": True})
+                for failed in response.get("Errors", ()):
                     raise OSError(f"{bucket}/{failed['Key']} could not be deleted: "
                                   f"{failed['Code']} {failed.get('Message', '')}")
 
     def now(self, path: str) -> float:
-        """The clock of `Entry.modified`, in seconds since 1970; asks the service."""
+        """The service's clock, the clock of `StoredFile.modified`: seconds since 1970."""
         return server_time(self._client.head_bucket(Bucket=path.partition("/")[0]))
 
     def check(self, path: str, write: bool) -> None:
-        """Raises: InputError where the bucket cannot be used, saying why and what to do."""
+        """Raises InputError if the bucket cannot be used, with the reason and what to do."""
         bucket, _, folder = path.partition("/")
-        self._answer(bucket, "list_objects_v2", Prefix=folder, MaxKeys=1)
+        self._request(bucket, "list_objects_v2", Prefix=folder, MaxKeys=1)
         self._check_region(bucket)
         if write:
             key = f"{folder}/.check-{uuid.uuid4().hex}".lstrip("/")
-            self._answer(bucket, "put_object", Key=key, Body=b"")
-            self._answer(bucket, "delete_object", Key=key)
+            self._request(bucket, "put_object", Key=key, Body=b"")
+            self._request(bucket, "delete_object", Key=key)
 
-    def _answer(self, bucket: str, operation: str, **arguments: Any) -> Any:
-        """One request: at once an error where nobody answers, patient with a busy service."""
+    def _request(self, bucket: str, operation: str, **arguments: Any) -> Any:
+        """Sends a request; repeats it only for a busy service, not if nothing answers."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
@@ -279,27 +279,27 @@ class S3Files:
             raise InputError(explain(error, self.options, bucket)) from error
 
     def _check_region(self, bucket: str) -> None:
-        """boto3 follows a bucket to its region; Arrow does not."""
+        """Raises InputError for a wrong region: boto3 finds the bucket's region, Arrow does not."""
         if self.options.endpoint:
             return
-        found = self._answer(bucket, "head_bucket").get("BucketRegion")
+        region = self._request(bucket, "head_bucket").get("BucketRegion")
         ours = self.options.region or self._client.meta.region_name
-        if found and found != ours:
-            raise InputError(f"bucket {bucket!r} is in region {found}, not {ours}; give "
-                             f"?region={found} after the s3:// URI, or set AWS_REGION")
+        if region and region != ours:
+            raise InputError(f"bucket {bucket!r} is in region {region}, not {ours}; give "
+                             f"?region={region} after the s3:// URI, or set AWS_REGION")
 
     @property
     def _client(self) -> Any:
         return s3_client(self.options, ATTEMPTS)
 
     def _read(self, bucket: str, key: str) -> bytes:
-        """A small object, asked for again where its body broke off: no client retries that."""
+        """Content of a small object; read again if its body broke off, as boto3 does not do it."""
         from botocore.exceptions import ReadTimeoutError, ResponseStreamingError
 
         for attempt in range(ATTEMPTS):
             try:
-                answer = self._client.get_object(Bucket=bucket, Key=key)
-                return cast(bytes, answer["Body"].read())
+                response = self._client.get_object(Bucket=bucket, Key=key)
+                return cast(bytes, response["Body"].read())
             except (ResponseStreamingError, ReadTimeoutError):
                 if attempt + 1 == ATTEMPTS:
                     raise
@@ -310,14 +310,14 @@ class S3Files:
         return self._client.get_paginator("list_objects_v2").paginate(Bucket=bucket, **arguments)
 
 
-def server_time(answer: Any) -> float:
-    """When the service answered by its own clock, in seconds since 1970."""
-    date = answer["ResponseMetadata"]["HTTPHeaders"]["date"]
+def server_time(response: Any) -> float:
+    """Time of a response by the service's own clock, in seconds since 1970."""
+    date = response["ResponseMetadata"]["HTTPHeaders"]["date"]
     return email.utils.parsedate_to_datetime(date).timestamp()
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Whether the same request may succeed shortly afterwards."""
     from botocore.exceptions import ClientError, ConnectionClosedError, ReadTimeoutError
 
     if isinstance(error, ClientError):
@@ -327,7 +327,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def explain(error: Exception, options: S3Options, bucket: str) -> str:
-    """What an error of boto3 means to a user, and what to do about it; never shows a key."""
+    """A message for users about an error of boto3, with what to do; never shows a key."""
     from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError
 
     if not isinstance(error, ClientError):
@@ -338,10 +338,10 @@ def explain(error: Exception, options: S3Options, bucket: str) -> str:
         return (f"S3 service {options} does not answer ({error}); allowed: an endpoint that "
                 "listens, as ?endpoint=http://host:port after the s3:// URI")
     code = str(error.response.get("Error", {}).get("Code", ""))
-    says = f"{options} says {code} for bucket {bucket!r}"
+    says = f"{options} answers {code} for bucket {bucket!r}"
     if code in _MISSING:
         at = f" --endpoint-url {options.endpoint}" if options.endpoint else ""
-        return (f"bucket {bucket!r} does not exist at {options}; make it (aws s3 mb "
+        return (f"bucket {bucket!r} does not exist at {options}; create it (aws s3 mb "
                 f"s3://{bucket}{at}) or name one that does")
     if code in _EXPIRED:
         return f"AWS credentials have expired: {says}; renew them and run the same command"

@@ -1,8 +1,8 @@
-"""One URI -> the filesystem that Ray Data, Ray Train, the feature store and MLflow share.
+"""The storage behind a URI: one filesystem for Ray Data, Ray Train, the feature store and MLflow.
 
 `/path`, `file:///path` and `s3://bucket/prefix` become a pyarrow filesystem and a root path in
-it. What pyarrow cannot do (write only where nothing is yet, list with etags, say what is wrong) is
-in `pipelines/files.py` for disks and in `pipelines/s3.py` for S3.
+it. pyarrow cannot write conditionally, list with etags, or explain what is wrong; `local_files`
+does that for disks and `s3` for S3.
 """
 
 import contextlib
@@ -16,28 +16,28 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import pyarrow.fs
 
 from partialhn.errors import InputError, IntegrityError
-from pipelines.platform.local_files import Entry, LocalFiles
+from pipelines.platform.local_files import LocalFiles, StoredFile
 from pipelines.platform.s3 import KeylessS3, S3Files, S3Options
 
 _DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
                      r"|HTTP status 40\d|NoCredentialsError")
 _QUERY_KEYS = ("endpoint", "region", "path_style", "timeout")
 MAX_READ = 64 * 1024 ** 2
-"""Bytes that `read_bytes` and `read_text` take at most, unless told otherwise."""
+"""Largest size in bytes that `read_bytes` and `read_text` accept by default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """A place for everything a stream leaves behind. Pickles to workers, without any key.
+    """The storage of a stream's data, models and logs. Can be pickled to workers, without keys.
 
-    Paths given to the methods are paths in `filesystem`, as `path()` makes them.
+    The methods take paths in `filesystem`, as `path()` returns them.
     """
 
     uri: str
     """Absolute local path or s3://bucket/prefix, without the query."""
     filesystem: pyarrow.fs.FileSystem
     root: str
-    """The same place as a path in `filesystem`."""
+    """The same folder as a path in `filesystem`."""
     s3: S3Options | None = None
 
     @property
@@ -49,20 +49,20 @@ class Storage:
         return "/".join([self.root, *(part.strip("/") for part in parts)])
 
     def uri_of(self, *parts: str) -> str:
-        """The same as `path`, as a user writes it."""
+        """The same as `path`, but as a URI for users."""
         return "/".join([self.uri, *(part.strip("/") for part in parts)])
 
     def exists(self, path: str) -> bool:
-        """Whether a file or folder is there."""
-        found = self.filesystem.get_file_info([path])[0]
-        return bool(found.type != pyarrow.fs.FileType.NotFound)
+        """Whether a file or folder exists."""
+        info = self.filesystem.get_file_info([path])[0]
+        return bool(info.type != pyarrow.fs.FileType.NotFound)
 
-    def stat(self, path: str) -> Entry | None:
-        """Size, time of writing and etag of a file; None where there is none."""
+    def stat(self, path: str) -> StoredFile | None:
+        """Size, time of writing and etag of a file; None if it does not exist."""
         return self._files.stat(path)
 
-    def list(self, path: str) -> Iterator[Entry]:
-        """Every file below a folder, in no order; none where there is no folder."""
+    def list(self, path: str) -> Iterator[StoredFile]:
+        """Every file below a folder, in no particular order; nothing if there is no folder."""
         return self._files.list(path)
 
     def folders(self, path: str) -> tuple[str, ...]:
@@ -70,43 +70,43 @@ class Storage:
         return self._files.folders(path)
 
     def now(self) -> float:
-        """The storage's own clock, in seconds since 1970: what `Entry.modified` is told by."""
+        """The storage's own clock, the clock of `StoredFile.modified`: seconds since 1970."""
         return self._files.now(self.root)
 
     def read_bytes(self, path: str, limit: int = MAX_READ) -> bytes:
-        """A small file. Raises: FileNotFoundError; IntegrityError where it is larger than that."""
+        """Content of a small file. Raises: FileNotFoundError; IntegrityError if it is too large."""
         with self.filesystem.open_input_file(path) as source:
             if source.size() > limit:
                 raise IntegrityError(f"{path} has {source.size()} bytes; expected at most {limit}")
             return bytes(source.readall())
 
     def read_text(self, path: str) -> str:
-        """A small UTF-8 file. Raises: as `read_bytes`."""
+        """Content of a small UTF-8 file. Raises: as `read_bytes`."""
         return self.read_bytes(path).decode()
 
     def write_text(self, path: str, text: str) -> None:
-        """Writes or replaces a small UTF-8 file; readers see the old or the new, never a part."""
+        """Writes or replaces a small UTF-8 file; readers see the old content or the new one."""
         self._files.write(path, text.encode())
 
     def put_if_absent(self, path: str, content: bytes) -> bool:
-        """Writes a file unless one is there; of several writers exactly one gets True."""
+        """Writes a file unless it exists; of several writers exactly one gets True."""
         return self._files.put_if_absent(path, content)
 
     def delete(self, path: str) -> None:
-        """Deletes a file, or a folder with all that is in it; nothing there is no error."""
+        """Deletes a file, or a folder with everything in it; does nothing if there is none."""
         self._files.delete(path)
 
     def check(self, write: bool = True) -> None:
-        """Asks once whether the storage can be used, and leaves nothing behind.
+        """Checks whether the storage can be used, and leaves nothing behind.
 
-        Raises: InputError that says which of bucket, credentials, permissions, region or endpoint
-        is wrong and what to do; where nobody listens, within seconds.
+        Raises: InputError that names what is wrong (bucket, credentials, permissions, region or
+        endpoint) and what to do; within seconds if nothing listens at the endpoint.
         """
         self._files.check(self.root, write)
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Where something fails inside because of S3, says what is wrong as `check` does."""
+        """A context in which errors of S3 are explained to the user, as in `check`."""
         try:
             yield
         except InputError:
@@ -117,9 +117,9 @@ class Storage:
                 self.check()
                 if denied := _DENIED.search(text):
                     raise InputError(
-                        f"S3 denies a worker ({denied[0]}) what it allows here: the AWS "
-                        "credentials of the Ray nodes are missing or others; partialhn doctor "
-                        "shows which node") from error
+                        f"S3 denies access to a worker ({denied[0]}) but not to this process: the "
+                        "AWS credentials of a Ray node are missing or differ; run partialhn "
+                        "doctor, which shows the node") from error
             raise
 
     @property
@@ -129,7 +129,7 @@ class Storage:
 
 def open_storage(uri: str, endpoint: str | None = None, region: str | None = None,
                  path_style: bool | None = None) -> Storage:
-    """The filesystem behind a URI; nothing is read, made or contacted.
+    """The storage behind a URI; reads, creates and contacts nothing.
 
     An S3 endpoint, region and addressing style come from the arguments, else from the URI's
     query, else from AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_REGION, AWS_DEFAULT_REGION.
@@ -159,7 +159,7 @@ def _open_s3(uri: str, endpoint: str | None, region: str | None,
     parts = urlsplit(uri)
     query = dict(parse_qsl(parts.query, keep_blank_values=True))
     host = parts.netloc.rpartition("@")[2]
-    shown = f"s3://{host}{parts.path}"  # what stands before @ or in the query may be a key
+    shown = f"s3://{host}{parts.path}"  # the text before @ and the query may hold a key
     for key in query:
         if key not in _QUERY_KEYS:
             raise InputError(f"storage {shown!r} has the unknown option {key!r}; allowed: "

@@ -17,7 +17,7 @@ from typing import Any
 
 from partialhn.data.layout import SPLIT_NAMES
 from partialhn.naming import digest
-from pipelines.platform.local_files import Entry
+from pipelines.platform.local_files import StoredFile
 from pipelines.platform.storage import Storage
 
 READY, REJECTED, DECLARATION = "_READY", "_REJECTED.json", "task.yaml"
@@ -38,7 +38,7 @@ class Arrival:
     """Path in the storage's filesystem."""
     ready_at: float
     """When it became ready, in seconds since 1970 by the storage's clock."""
-    files: tuple[Entry, ...]
+    files: tuple[StoredFile, ...]
 
     @property
     def slot(self) -> str:
@@ -175,7 +175,7 @@ def _is_data(path: str, part: str) -> bool:
     return bool(part) or not slash or top.lower() in SPLIT_NAMES
 
 
-def _is_data_set(folder: str, files: Sequence[Entry]) -> bool:
+def _is_data_set(folder: str, files: Sequence[StoredFile]) -> bool:
     """Whether there is a part or a Parquet file: without a marker, what else would say so?"""
     tops = [entry.path[len(folder) + 1:].partition("/") for entry in files]
     return any((slash and top.lower() in SPLIT_NAMES) or top.lower().endswith(".parquet")

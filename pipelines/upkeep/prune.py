@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from partialhn.errors import InputError
 from pipelines.features.in_use import InUse, clear
-from pipelines.platform.local_files import Entry
+from pipelines.platform.local_files import StoredFile
 from pipelines.platform.storage import Storage
 from pipelines.upkeep.references import References, running
 
@@ -25,7 +25,7 @@ class Stored:
     """What lies under one key."""
 
     key: str
-    entries: tuple[Entry, ...]
+    entries: tuple[StoredFile, ...]
     age: float
     """Seconds since the manifest was written; of an unfinished set, since its newest file was."""
     finished: bool

@@ -159,7 +159,7 @@ def test_the_run_is_killed_and_started_again(start, uninterrupted, tmp_path, opt
     result = again.finish()
     check_result(result, uninterrupted[1], tmp_path)
     assert result["images_decoded"] == 0
-    assert "trunk: found, not trained again" in again.text
+    assert "trunk: already trained" in again.text
     assert "features: " in again.text
     for done in ("task 1 '0'  epoch", "task 2 '1'  epoch"):
         assert done not in again.text

@@ -23,7 +23,7 @@ from partialhn.training.result import Outcome
 from partialhn.training.slots import open_task_features, slots_of
 from pipelines.execution.choose import open_execution
 from pipelines.execution.open_data import open_data
-from pipelines.execution.task_share import Place
+from pipelines.execution.task_share import WorkerRank
 from pipelines.execution.worker import Assignment
 from pipelines.features.produce import open_store
 from pipelines.platform.progress import Progress
@@ -160,5 +160,5 @@ def test_what_stops_one_stops_the_other_with_the_same_words(ready):
 @pytest.mark.parametrize(("known", "shares"), [
     (0, [[0, 3], [1, 4], [2]]), (2, [[3], [4], [2]]), (5, [[], [], []])])
 def test_every_task_has_one_worker_whatever_is_known(known, shares):
-    found = [list(Place(None, "", "", "", rank, 3).own(known, 5)) for rank in range(3)]
+    found = [list(WorkerRank(None, "", "", "", rank, 3).own_tasks(known, 5)) for rank in range(3)]
     assert found == shares

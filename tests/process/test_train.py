@@ -119,12 +119,12 @@ def test_killed_in_the_middle_of_a_task_it_goes_on_from_there(place, oracle):
     assert again.returncode == -signal.SIGKILL, again.stderr
     assert sent(again)[:4] == ["partial_hn 0 end", "partial_hn 1 3", "partial_hn 1 end",
                                "naive 0 1"]
-    assert "trunk: found, not trained again" in again.stdout
+    assert "trunk: already trained" in again.stdout
     last = command(place, SHOW)
     assert last.returncode == 0, last.stderr
     assert sent(last) == ["partial_hn 0 end", "partial_hn 1 end", "naive 0 end", "naive 1 3",
                           "naive 1 end"]
-    assert "trunk: found, not trained again" in last.stdout
+    assert "trunk: already trained" in last.stdout
     result = check(place, oracle | {"images_decoded": 0})
     assert result["images_decoded"] == 0
 

@@ -160,7 +160,7 @@ def test_again_trains_nothing_and_decodes_nothing(learned, tmp_path, command):
     assert result["images_decoded"] == 0
     for key in ("accuracy_matrix", "epochs", "weights_hash", "versions", "feature_keys", "config"):
         assert result[key] == learned.result[key], key
-    assert "trunk: found, not trained again" in out
+    assert "trunk: already trained" in out
     assert not re.search(r"\bepoch \d", out)
     for part in ("ACC", "forgotten", "partialhn report --name digits", f"result: {path}"):
         assert part in out

@@ -213,6 +213,6 @@ def test_errors_of_a_run_are_explained(storage, service):
         write()
     with pytest.raises(ZeroDivisionError), storage.explained():
         raise ZeroDivisionError
-    with pytest.raises(InputError, match="S3 denies a worker"), storage.explained():
+    with pytest.raises(InputError, match="S3 denies access to a worker"), storage.explained():
         raise OSError("RayTaskError: When getting information for key: AWS Error ACCESS_DENIED")
     assert isinstance(storage.filesystem, pyarrow.fs.S3FileSystem)

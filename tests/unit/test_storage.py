@@ -179,5 +179,5 @@ def test_check_makes_nothing_and_names_what_is_wrong(tmp_path):
     storage.check()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "new").write_text("a file")
-    with pytest.raises(InputError, match="new is no folder; allowed: a folder"):
+    with pytest.raises(InputError, match="new is not a folder; allowed: a folder"):
         storage.check()
