@@ -1,7 +1,7 @@
-"""Moving aliases: the history is written first, then MLflow's alias is set to what it says.
+"""Moving aliases: first the history entry is written, then MLflow's alias is set to match it.
 
-A process that dies between the two leaves an alias behind its history; `reconcile` mends that and
-may run at any time, by several processes at once. Every move of this product goes through `move`.
+If a process dies between the two, the alias differs from the history; `reconcile` repairs that.
+It may run at any time, in several processes at once. This project moves aliases only by `move`.
 """
 
 import dataclasses
@@ -17,32 +17,35 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PLACE = "history"
-"""Tag of a registered model: where its history is."""
+"""Tag of a registered model that holds the URI of its history."""
 ATTEMPTS = 100
+"""How often an alias is set again because its history has changed meanwhile."""
 REFUSALS = 5
-"""How often a database may refuse the same write before it is an error."""
+"""How often a write is tried before the database's refusal is an error."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Repair:
-    """An alias that was not where the history said."""
+    """The repair of an alias that differed from the history."""
 
     alias: str
     found: int | None
+    """Version that the alias pointed to; None for none."""
     wanted: int | None
+    """Version that the alias should point to; None for none."""
     entry: Entry
-    """The entry that says so."""
+    """The history entry that determines it."""
 
     def __str__(self) -> str:
         move = self.entry.move
         if move.kind == "reconcile":
             return f"alias {self.alias}: {move.why} (history entry {self.entry.seq})"
-        return (f"alias {self.alias} pointed to {_version(self.found)}; history entry "
-                f"{self.entry.seq} ({move.kind}) says {_version(self.wanted)}: set")
+        return (f"alias {self.alias} pointed to {_version(self.found)}; it was set to "
+                f"{_version(self.wanted)} as in history entry {self.entry.seq} ({move.kind})")
 
 
 class Aliases:
-    """The aliases of a registry's streams, and their histories below one storage."""
+    """The aliases of all streams of a registry, with their histories in one storage."""
 
     def __init__(self, client: "MlflowClient", storage: Storage) -> None:
         self._client, self._storage = client, storage
@@ -51,59 +54,60 @@ class Aliases:
     def history(self, stream: str) -> History:
         """The history of a registered stream.
 
-        Raises: InputError where the stream keeps its history elsewhere, or the history found
-        belongs to another registry.
+        Raises: InputError if its history is in another storage, or if the history here belongs to
+        another registry.
         """
         return self._open(self._model(stream))
 
     def keeps_history(self, stream: str) -> bool:
-        """Whether the stream is registered and has its history below this storage."""
+        """Whether the stream is registered and has its history in this storage."""
         model = self._find(stream)
         return model is not None and model.tags.get(PLACE) == self._history(stream).uri
 
     def move(self, stream: str, move: Move) -> Entry | None:
-        """Moves an alias; None where it points there already.
+        """Moves an alias; returns its history entry, or None if it points there already.
 
-        Raises: StaleTokenError for a writer that lost its lease; InputError as `history` does.
+        Raises: StaleTokenError if the writer has lost its lease; InputError, as `history`.
         """
         model = self._model(stream)
         history = self._open(model)
         if PLACE not in model.tags:
             _contended(self._client.set_registered_model_tag, stream, PLACE, history.uri)
         entry = history.append(move, _identity(model))
-        if entry is not None or _place(model, move.alias) != move.to:
-            self._settle(stream, move.alias)
+        if entry is not None or _current(model, move.alias) != move.to:
+            self._set_from_history(stream, move.alias)
         return entry
 
     def reconcile(self, stream: str) -> list[Repair]:
-        """Sets MLflow's aliases to what the history says; returns what was not right.
+        """Sets MLflow's aliases to match the history; returns the repairs.
 
-        An alias older than the history is taken over into it. One whose version was deleted from
-        MLflow is taken away.
+        An alias that is older than the history is added to the history. An alias whose version was
+        deleted from MLflow is removed.
         """
         model = self._find(stream)
         if model is None:
             return []
-        found = {alias: int(version) for alias, version in model.aliases.items() if is_ours(alias)}
+        current = {alias: int(version) for alias, version in model.aliases.items()
+                   if is_ours(alias)}
         wanted = aliases(self._open(model).entries())
         repairs = []
-        for alias in sorted(found.keys() | wanted.keys()):
-            have, want = found.get(alias), wanted.get(alias)
+        for alias in sorted(current.keys() | wanted.keys()):
+            have, want = current.get(alias), wanted.get(alias)
             if alias not in wanted:
                 self.move(stream, Move(alias, have, "reconcile",
-                                       f"{_version(have)} was there before the history"))
+                                       f"{_version(have)} had the alias before the history began"))
             elif have == want:
                 continue
             elif want is not None and not self._exists(stream, want):
                 self.move(stream, Move(alias, None, "reconcile",
-                                       f"{_version(want)} is not in the registry any more"))
+                                       f"{_version(want)} is no longer in the registry"))
             else:
-                self._settle(stream, alias)
+                self._set_from_history(stream, alias)
             repairs.append(Repair(alias, have, want, self._newest(stream, alias)))
         return repairs
 
-    def _settle(self, stream: str, alias: str) -> None:
-        """Sets one alias to what the history says, again where that went on meanwhile.
+    def _set_from_history(self, stream: str, alias: str) -> None:
+        """Sets one alias to match the history; again if the history has changed meanwhile.
 
         Every writer sets the alias after its entry, so the last one to set it finds no newer entry.
         """
@@ -113,11 +117,12 @@ class Aliases:
                 _contended(self._client.delete_registered_model_alias, stream, alias)
             else:
                 _contended(self._client.set_registered_model_alias, stream, alias, str(want))
-            done, want = want, self._wanted(stream, alias)
-            if done == want:
+            was_set_to, want = want, self._wanted(stream, alias)
+            if was_set_to == want:
                 return
-        raise RuntimeError(f"alias {alias!r} of {stream!r} does not stay where it is set: its "
-                           f"history went on {ATTEMPTS} times; is a process writing without end?")
+        raise RuntimeError(f"alias {alias!r} of {stream!r} cannot be set: its history changed "
+                           f"{ATTEMPTS} times meanwhile; look for a process that keeps writing to "
+                           "it")
 
     def _wanted(self, stream: str, alias: str) -> int | None:
         return aliases(self._history(stream).entries()).get(alias)
@@ -135,7 +140,7 @@ class Aliases:
         history = self._history(model.name)
         place = model.tags.get(PLACE, history.uri)
         if place != history.uri:
-            raise InputError(f"stream {model.name!r} keeps its history in {place}, not in "
+            raise InputError(f"stream {model.name!r} has its history in {place}, not in "
                              f"{history.uri}; allowed: the --storage it was trained with")
         for entry in history.entries():
             if entry.registry != _identity(model):
@@ -158,7 +163,8 @@ class Aliases:
     def _model(self, stream: str) -> Any:
         model = self._find(stream)
         if model is None:
-            raise InputError(f"no stream {stream!r} in the registry")
+            raise InputError(f"stream {stream!r} is not in the registry; `partialhn train` or "
+                             "`partialhn retrain` registers it")
         return model
 
     def _exists(self, stream: str, version: int) -> bool:
@@ -174,29 +180,29 @@ class Aliases:
 
 
 def _contended(write: Callable[..., Any], *arguments: str) -> None:
-    """Writes a tag or an alias, again where the database refused it.
+    """Writes a tag or an alias; tries again if the database refuses it.
 
-    MLflow looks for a row and inserts it in two steps: of two clients that set one for the first
-    time, PostgreSQL refuses the second, which then finds the row there and updates it.
+    MLflow searches for a row and inserts it in two steps. If two clients set the same one for the
+    first time, PostgreSQL refuses the second; at its next try the row exists and is updated.
     """
     from mlflow.exceptions import MlflowException
 
-    for left in reversed(range(REFUSALS)):
+    for attempts_left in reversed(range(REFUSALS)):
         try:
             write(*arguments)
             return
         except MlflowException as error:
-            if error.error_code != "BAD_REQUEST" or not left:
+            if error.error_code != "BAD_REQUEST" or not attempts_left:
                 raise
 
 
-def _place(model: Any, alias: str) -> int | None:
-    """Where MLflow's alias points."""
+def _current(model: Any, alias: str) -> int | None:
+    """The version that MLflow's alias points to, or None."""
     return int(model.aliases[alias]) if alias in model.aliases else None
 
 
 def _identity(model: Any) -> str:
-    """Tells a registered model from one of the same name in another registry."""
+    """Distinguishes a registered model from one of the same name in another registry."""
     return str(model.creation_timestamp)
 
 

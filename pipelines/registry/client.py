@@ -1,11 +1,10 @@
 """The MLflow registry: one registered model version for each task of a stream.
 
-Together with `runs`, `aliases` and `package` the only files that talk to MLflow; only the driver
-uses them. One version for each task under the stream's name, with the aliases `champion` (in
-use), `challenger` (refused by the gate) and `task-<name>` (the version that introduced a task).
-Everything is found again by what it is (work, task, weights hash), so a run that was interrupted
-and started again makes nothing twice. MLflow is imported when first used: importing it takes
-seconds.
+The versions are registered under the stream's name, with the aliases `champion` (in use),
+`challenger` (refused by the gate) and `task-<name>` (the version that introduced a task). Runs and
+versions are found again by their tags (work, task, lineage id), so a run that is interrupted and
+started again creates nothing twice. Only the files of this folder use MLflow, and only in the
+driver process. It is imported when first used, because the import takes seconds.
 """
 
 import dataclasses
@@ -49,25 +48,26 @@ _MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<ver
 
 @dataclasses.dataclass(frozen=True)
 class Placing:
-    """Which aliases a new version takes, and what the history says about it."""
+    """The aliases that a new version gets, and the text of their history entries."""
 
     promote: bool = True
-    """It becomes champion; otherwise challenger, and nothing else moves."""
+    """True: the version becomes champion. False: it becomes challenger and no other alias
+    moves."""
     kind: Kind = "trained"
     why: str = "the newest task"
     token: int | None = None
-    """Fencing token of the lease it was made under."""
+    """Fencing token of the lease under which the version was created."""
     decision: Mapping[str, Any] | None = None
-    """The gate's decision, as `pipelines.retrain.gate.Decision.fields` gives it."""
+    """The gate's decision (`pipelines.retrain.gate.Decision.fields`); None without a gate."""
 
 
 def connect(storage: Storage, tracking_uri: str | None = None, create: bool = True) -> "Registry":
-    """Connects to MLflow, as `pipelines.registry.connection.open_client` says."""
+    """Connects to MLflow. Raises: InputError, as `pipelines.registry.connection.open_client`."""
     return Registry(*open_client(storage, tracking_uri, create), storage)
 
 
 class Registry(Runs):
-    """MLflow as this project uses it, through one explicit client: runs, versions, aliases."""
+    """This project's access to MLflow through one explicit client: runs, versions, aliases."""
 
     def __init__(self, client: "MlflowClient", tracking_uri: str, storage: Storage) -> None:
         super().__init__(client, tracking_uri, storage)
@@ -75,13 +75,13 @@ class Registry(Runs):
 
     def register_task(self, run_id: str, record: Registration, contents: Contents,
                       placing: Placing | None = None) -> Version:
-        """Registers the model after a task, once: a place in the chain of tasks is one version.
+        """Registers the model after a task; a model that is registered already is not added again.
 
-        As champion it also takes the task's alias. A later task of the same work keeps an alias,
-        and so does a version that a person chose when this one had been champion before. A
-        decision is kept in the version's tags and, as gate.json, with the run.
+        A champion also gets the task's alias. An alias does not move away from a later task of the
+        same work, nor from a version that a person chose in place of this one. A decision is stored
+        in the version's tags and, as gate.json, in the run.
 
-        Raises: StaleTokenError for a writer that lost its lease.
+        Raises: StaleTokenError if the writer has lost its lease.
         """
         placing = placing or Placing()
         self._create_model(record.stream)
@@ -92,7 +92,7 @@ class Registry(Runs):
             number = self._add_version(run_id, tags, contents, record)
         if placing.decision is not None:
             self._client.log_dict(run_id, dict(placing.decision), "gate.json")
-            for key in (GATE, DECISION):  # decided anew, perhaps by another policy
+            for key in (GATE, DECISION):  # this decision may be a new one, by another policy
                 self._client.set_model_version_tag(record.stream, str(number), key, tags[key])
         for alias in self._aliases_to_take(record, number, placing):
             self.aliases.move(record.stream, Move(alias, number, placing.kind, placing.why,
@@ -101,26 +101,29 @@ class Registry(Runs):
         return self._version(record.stream, number)
 
     def versions(self, name: str) -> list[Version]:
-        """All versions of a stream that this product registered, oldest first."""
-        named: dict[int, list[str]] = {}
+        """All versions of a stream that this project registered, oldest first.
+
+        Raises: InputError for an unknown stream.
+        """
+        aliases_of: dict[int, list[str]] = {}
         for alias, number in self._registered(name).aliases.items():
-            named.setdefault(int(number), []).append(alias)
-        return [_version_of(each, named.get(int(each.version), []))
-                for each in self._search(f"name = '{name}'")]
+            aliases_of.setdefault(int(number), []).append(alias)
+        return [_version_of(version, aliases_of.get(int(version.version), []))
+                for version in self._search(f"name = '{name}'")]
 
     def streams(self) -> list[str]:
         """Names of all registered models."""
         return [model.name for model in pages(self._client.search_registered_models)]
 
     def version_of(self, name: str, lineage_id: str) -> Version | None:
-        """The version of the model after a task, by its place in the chain; None: not there."""
+        """The version of the model with a lineage id, or None."""
         number = self._number_of(name, lineage_id)
         return None if number is None else self._version(name, number)
 
     def resolve(self, model_uri: str) -> Version:
-        """The version behind models:/<name>@<alias> or models:/<name>/<version>.
+        """The version that models:/<name>@<alias> or models:/<name>/<version> refers to.
 
-        Raises: InputError listing the streams, aliases or versions there are.
+        Raises: InputError listing the existing streams, aliases or versions.
         """
         match = _MODEL_URI.fullmatch(model_uri)
         if not match:
@@ -136,7 +139,7 @@ class Registry(Runs):
                          + "; versions: " + _listed(str(v.version) for v in versions))
 
     def load_predictor(self, model_uri: str) -> tuple["Predictor", Version]:
-        """Downloads a version's checkpoint and loads it, without MLflow's serving layer.
+        """Downloads a version's checkpoint and loads it without MLflow's model classes.
 
         Raises: InputError for an unknown model; IntegrityError for a damaged checkpoint.
         """
@@ -148,7 +151,7 @@ class Registry(Runs):
             return Predictor.load(package.artifact(model, "checkpoint")), version
 
     def download(self, version: Version, folder: str | Path) -> Path:
-        """Copies a version's folder, as `package` made it, below a local folder."""
+        """Downloads a version's folder (`pipelines.registry.package`) into a local folder."""
         from mlflow.artifacts import download_artifacts
 
         source = self._client.get_model_version_download_uri(version.stream, str(version.version))
@@ -156,17 +159,17 @@ class Registry(Runs):
                                        tracking_uri=self.tracking_uri))
 
     def result(self, name: str) -> dict[str, Any]:
-        """The result.json of the champion's run of a stream, and the `challenger` if there is one.
+        """The result.json of the champion's run, with a `challenger` key if there is a challenger.
 
-        Raises: InputError when the stream is unknown or its run has not ended.
+        Raises: InputError if the stream is unknown or its run has not ended.
         """
         from mlflow.artifacts import download_artifacts
 
         champion = self.resolve(f"models:/{name}@{CHAMPION}")
         parent = self._client.get_run(champion.run_id).data.tags["mlflow.parentRunId"]
         if not any(file.path == "result.json" for file in self._client.list_artifacts(parent)):
-            raise InputError(f"stream {name!r} has no result yet: its run has not ended; start "
-                             "the same `partialhn train` again to finish it")
+            raise InputError(f"stream {name!r} has no result yet, because its run has not ended; "
+                             "to finish it, start the same `partialhn train` again")
         with tempfile.TemporaryDirectory() as folder:
             path = download_artifacts(run_id=parent, artifact_path="result.json", dst_path=folder,
                                       tracking_uri=self.tracking_uri)
@@ -177,7 +180,6 @@ class Registry(Runs):
                                     "decision": refused.decision}
         return result
 
-    # Inside ----------------------------------------------------------------------------------
 
     def _create_model(self, stream: str) -> None:
         from mlflow.exceptions import MlflowException
@@ -189,32 +191,33 @@ class Registry(Runs):
                 raise
 
     def _search(self, where: str) -> list["ModelVersion"]:
-        """The versions that this product registered, oldest first, as MLflow gives them."""
-        found = pages(self._client.search_model_versions, where)
-        return sorted((each for each in found if "task_index" in each.tags),
-                      key=lambda each: int(each.version))
+        """MLflow's records of the versions that this project registered, oldest first."""
+        versions = pages(self._client.search_model_versions, where)
+        return sorted((version for version in versions if "task_index" in version.tags),
+                      key=lambda version: int(version.version))
 
     def _number_of(self, name: str, lineage_id: str) -> int | None:
-        found = self._search(f"name = '{name}' and tags.prefix = '{lineage_id}'")
-        return int(found[0].version) if found else None
+        versions = self._search(f"name = '{name}' and tags.prefix = '{lineage_id}'")
+        return int(versions[0].version) if versions else None
 
     def _version(self, name: str, number: int) -> Version:
-        found = self._client.get_model_version(name, str(number))
-        return _version_of(found, found.aliases)
+        version = self._client.get_model_version(name, str(number))
+        return _version_of(version, version.aliases)
 
     def _aliases_to_take(self, record: Registration, number: int, placing: Placing) -> list[str]:
         if not placing.promote:
             return [CHALLENGER]
         entries = self.aliases.history(record.stream).entries()
-        holders, taken = aliases(entries), []
+        current, to_take = aliases(entries), []
         for alias in (task_alias(task_of(record.task)), CHAMPION):
-            held = holders.get(alias)
-            holder = None if held is None else self._version(record.stream, held)
-            later = (holder is not None and holder.tags.get("work") == record.work
-                     and holder.task_index > record.task_index)
-            if not later and not _person_chose_another(entries, alias, number):
-                taken.append(alias)
-        return taken
+            holder_number = current.get(alias)
+            holder = (None if holder_number is None
+                      else self._version(record.stream, holder_number))
+            is_later = (holder is not None and holder.tags.get("work") == record.work
+                        and holder.task_index > record.task_index)
+            if not is_later and not _person_chose_another(entries, alias, number):
+                to_take.append(alias)
+        return to_take
 
     def _registered(self, name: str) -> Any:
         from mlflow.exceptions import MlflowException
@@ -222,13 +225,13 @@ class Registry(Runs):
         try:
             return self._client.get_registered_model(name)
         except MlflowException as error:
-            raise InputError(f"no stream {name!r} in the registry "
-                             f"{mask_password(self.tracking_uri)}; there: "
+            raise InputError(f"stream is {name!r}, which is not in the registry "
+                             f"{mask_password(self.tracking_uri)}; allowed: "
                              + _listed(self.streams())) from error
 
     def _add_version(self, run_id: str, tags: dict[str, str], contents: Contents,
                      record: Registration) -> int:
-        """Uploads the model and makes a version of it, tags and all, in one transaction."""
+        """Uploads the model and creates a version of it, with its tags, in one transaction."""
         from mlflow.models import Model
 
         run = self._client.get_run(run_id)
@@ -243,16 +246,16 @@ class Registry(Runs):
             tags = tags | {FILES: json.dumps(package.file_hashes(path))}
             self._client.log_model_artifacts(logged.model_id, str(path))
         self._client.finalize_logged_model(logged.model_id, "READY")
-        # a database is asked directly and would look for models:/... in the default one
+        # without a server, MLflow would resolve models:/... in its default database
         source = f"models:/{logged.model_id}" if self._is_server else logged.artifact_location
         version = self._client.create_model_version(record.stream, source=source, run_id=run_id,
                                                     tags=tags, model_id=logged.model_id)
         return int(version.version)
 
 
-def _version_of(found: "ModelVersion", aliases: Sequence[str]) -> Version:
-    return Version(found.name, int(found.version), found.run_id or "", tuple(sorted(aliases)),
-                   dict(found.tags))
+def _version_of(record: "ModelVersion", aliases: Sequence[str]) -> Version:
+    return Version(record.name, int(record.version), record.run_id or "", tuple(sorted(aliases)),
+                   dict(record.tags))
 
 
 def _decision_tags(decision: Mapping[str, Any] | None) -> dict[str, str]:
@@ -262,8 +265,9 @@ def _decision_tags(decision: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _person_chose_another(entries: Sequence[Entry], alias: str, number: int) -> bool:
-    """Whether the alias was taken from this version by hand: starting the same training again
-    must not undo a rollback.
+    """Whether a person moved the alias from this version to another one.
+
+    Starting the same training again must not undo a rollback.
     """
     moves = [entry.move for entry in entries if entry.move.alias == alias]
     return (bool(moves) and moves[-1].kind in ("rollback", "promoted")

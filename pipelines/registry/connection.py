@@ -1,4 +1,4 @@
-"""Reaching MLflow: which server or database, and a client that answers."""
+"""Connecting to MLflow: chooses the server or database, and checks that it answers."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def default_tracking_uri(storage: Storage) -> str:
-    """SQLite in the storage folder, or in the working folder when the storage is remote."""
+    """A SQLite file in the storage folder, or in the working folder if the storage is remote."""
     folder = Path(storage.root) if storage.is_local else Path.cwd()
     return f"sqlite:///{folder / 'mlflow.db'}"
 
@@ -31,28 +31,28 @@ def chosen_uri(storage: Storage, tracking_uri: str | None) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite registry; None for any other."""
+    """The file of a SQLite registry; None for any other registry."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
 
 
 def open_client(storage: Storage, tracking_uri: str | None,
                 create: bool) -> tuple["MlflowClient", str]:
-    """A client that was answered, and the URI, as `chosen_uri` gives it.
+    """A client whose server or database answers, and its URI (`chosen_uri`).
 
-    A new SQLite database is set up here, once, under a lock. With `create=False` a database that
-    does not exist is an InputError: nothing is registered there.
+    A new SQLite database is created here, once, under a lock. Raises: InputError if MLflow does not
+    answer; with `create=False` also if the database does not exist.
     """
     uri = chosen_uri(storage, tracking_uri)
     database = sqlite_file(uri)
     if database and not create and not database.exists():
-        raise InputError(f"no registry at {uri}; give the --storage or --tracking-uri that "
-                         "`partialhn train` was given")
-    if storage.s3 and storage.s3.endpoint:  # MLflow's own uploads know the endpoint by these only
+        raise InputError(f"there is no registry at {uri}; give the --storage or --tracking-uri of "
+                         "the `partialhn train` that registered the stream")
+    if storage.s3 and storage.s3.endpoint:  # MLflow's own uploads take the endpoint only from here
         os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", storage.s3.endpoint)
         if storage.s3.path_style:
             os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
     try:
-        _check_server(uri)  # before seconds are spent on imports
+        _check_server(uri)  # before the imports, which take seconds
     except OSError as error:
         raise _no_answer(uri, error) from None
     from mlflow import MlflowClient
@@ -72,55 +72,55 @@ def open_client(storage: Storage, tracking_uri: str | None,
 
 
 def _no_answer(uri: str, error: Exception) -> InputError:
-    """Without its cause, which may hold the password."""
+    """The error for a user; its cause is left out because it may contain the password."""
     shown = mask_password(f"{uri!r} does not answer: {error}")
     return InputError(f"MLflow at {shown}; allowed: an http(s):// server, sqlite:///file or "
                       "another database")
 
 
 def _quiet() -> None:
-    """MLflow's and its migrations' progress lines are no news to our users; warnings are."""
+    """Hides the progress lines of MLflow and its migrations; warnings are still shown."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        # it warns where pip is not installed, as in an environment made by uv
+        # it warns if pip is not installed, as in an environment that uv created
         logging.getLogger("mlflow.utils.environment").setLevel(logging.ERROR)
 
 
 def _check_server(uri: str) -> None:
-    """Fails within seconds where no server is; MLflow alone would try again for minutes."""
+    """Raises OSError within seconds if no server answers; MLflow itself would try for minutes."""
     if uri.startswith(("http://", "https://")):
-        # an HTTPError is an answer too, if only a request for credentials
+        # an HTTPError is also an answer, for example a request for credentials
         with contextlib.suppress(urllib.error.HTTPError):
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=15).close()
 
 
 def _create(database: Path) -> None:
-    """A new SQLite database, made beside its place and moved there when it is whole.
+    """Creates a SQLite database as a draft beside its path, and moves it there when complete.
 
-    MLflow brings one up to date in some seventy steps and waits for the disk after each; killed
-    between them, it leaves one that cannot be used. A draft need not wait.
+    MLflow creates a database in about seventy migrations and waits for the disk after each; if it
+    is killed between them, the database cannot be used. A draft does not have to wait.
     """
     from mlflow import MlflowClient
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
     draft = database.with_name(f".{database.name}.draft")
-    for left in (draft, draft.with_name(f"{draft.name}-journal")):
-        left.unlink(missing_ok=True)
+    for leftover in (draft, draft.with_name(f"{draft.name}-journal")):
+        leftover.unlink(missing_ok=True)
 
-    def hurry(connection: Any, _: object) -> None:
+    def do_not_wait_for_disk(connection: Any, _: object) -> None:
         if isinstance(connection, sqlite3.Connection):
             name = connection.execute("PRAGMA database_list").fetchone()[2]
             if Path(name).name == draft.name:
                 connection.execute("PRAGMA synchronous = OFF")
 
-    event.listen(Engine, "connect", hurry)
+    event.listen(Engine, "connect", do_not_wait_for_disk)
     try:
         MlflowClient(tracking_uri=f"sqlite:///{draft}").search_registered_models(max_results=1)
     finally:
-        event.remove(Engine, "connect", hurry)
+        event.remove(Engine, "connect", do_not_wait_for_disk)
     with draft.open("rb+") as file:
         os.fsync(file.fileno())
     draft.replace(database)
@@ -128,7 +128,7 @@ def _create(database: Path) -> None:
 
 @contextlib.contextmanager
 def _exclusive(database: Path) -> Iterator[None]:
-    """One process at a time sets up a database: MLflow's migrations race."""
+    """Holds a lock, so that only one process at a time runs MLflow's migrations."""
     database.parent.mkdir(parents=True, exist_ok=True)
     with database.with_name(database.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -1,6 +1,7 @@
-"""Registered versions for people: listed, shown, promoted, rolled back; as dicts for text and JSON.
+"""The operations of `partialhn models`: list, show, promote and roll back registered versions.
 
-Every function reconciles aliases and history first (`pipelines.registry.aliases`).
+They return dicts, for text and JSON. Each first reconciles the aliases with the history
+(`pipelines.registry.aliases`).
 """
 
 import dataclasses
@@ -16,27 +17,27 @@ from pipelines.registry.versions import CHAMPION, Version, task_alias
 
 
 class RefusedError(Exception):
-    """The gate's stored decision stands against what was asked for."""
+    """A promotion is refused because the gate refused the version."""
 
 
 def overview(registry: Registry, name: str) -> dict[str, Any]:
-    """All versions of a stream with their aliases, accuracies and the gate's word."""
+    """All versions of a stream with their aliases, accuracies and the gate's decisions."""
     return {"stream": name, "repaired": _reconcile(registry, name),
             "versions": [version_fields(version) for version in registry.versions(name)]}
 
 
 def details(registry: Registry, name: str, version: str) -> dict[str, Any]:
-    """One version with all that is known of it, its decision and its moves."""
+    """All stored facts about one version, with the gate's decision and its alias moves."""
     repaired = _reconcile(registry, name)
-    found = find(registry, name, version)
+    shown = find(registry, name, version)
     moves = [entry.fields() for entry in registry.aliases.history(name).entries()
-             if found.version in (entry.move.to, entry.origin)]
-    return version_fields(found) | {
-        "uri": found.uri, "run_id": found.run_id, "repaired": repaired,
-        "work": found.tags["work"], "weights_hash": found.tags["weights_hash"],
-        "classes": json.loads(found.tags["classes"]),
-        "trunk_fingerprint": found.tags["trunk_fingerprint"], "storage": found.tags["storage"],
-        "decision": found.decision, "history": moves}
+             if shown.version in (entry.move.to, entry.origin)]
+    return version_fields(shown) | {
+        "uri": shown.uri, "run_id": shown.run_id, "repaired": repaired,
+        "work": shown.tags["work"], "weights_hash": shown.tags["weights_hash"],
+        "classes": json.loads(shown.tags["classes"]),
+        "trunk_fingerprint": shown.tags["trunk_fingerprint"], "storage": shown.tags["storage"],
+        "decision": shown.decision, "history": moves}
 
 
 def moves(registry: Registry, name: str) -> dict[str, Any]:
@@ -48,24 +49,24 @@ def moves(registry: Registry, name: str) -> dict[str, Any]:
 
 
 def promote(registry: Registry, name: str, version: str, why: str, force: bool) -> dict[str, Any]:
-    """Makes a version champion; its task's alias goes with it where the task has none yet.
+    """Makes a version champion; it also gets its task's alias if no version has that alias yet.
 
-    Raises: RefusedError where the gate refused the version, unless forced; InputError where it is
-    forced without a reason.
+    Raises: RefusedError if the gate refused the version, unless `force`; InputError for `force`
+    without `why`.
     """
     if force and not why:
-        raise InputError("force is given without a reason; allowed: --force --why TEXT, which the "
-                         "history keeps")
+        raise InputError("force is given without a reason; allowed: --force --why TEXT (the "
+                         "history keeps the text)")
     repaired = _reconcile(registry, name)
-    found = find(registry, name, version)
-    decision = found.decision
+    candidate = find(registry, name, version)
+    decision = candidate.decision
     if decision is not None and not decision["passed"] and not force:
-        raise RefusedError(f"version {found.version} of {name!r} was refused by the gate:\n  "
+        raise RefusedError(f"version {candidate.version} of {name!r} was refused by the gate:\n  "
                            + "\n  ".join(decision["reasons"])
-                           + "\nTo promote it all the same: --force --why TEXT")
-    move = Move(CHAMPION, found.version, "promoted", why or "asked for by hand",
-                metrics=found.metrics, decision=decision)
-    alias = task_alias(task_of(found.task))
+                           + "\nTo promote it anyway, give --force --why TEXT")
+    move = Move(CHAMPION, candidate.version, "promoted", why or "promoted by hand",
+                metrics=candidate.metrics, decision=decision)
+    alias = task_alias(task_of(candidate.task))
     if not any(alias in other.aliases for other in registry.versions(name)):
         registry.aliases.move(name, dataclasses.replace(move, alias=alias))
     entry = registry.aliases.move(name, move)
@@ -73,44 +74,44 @@ def promote(registry: Registry, name: str, version: str, why: str, force: bool) 
 
 
 def roll_back(registry: Registry, name: str, to: str | None, why: str) -> dict[str, Any]:
-    """Takes champion back to a version, or to the one before the current: one history entry.
+    """Moves champion back to version `to`, or else to the champion before; one history entry.
 
-    A rollback without `to` that was interrupted is completed and not made a second time.
+    Without `to`, an interrupted rollback is completed and not repeated.
 
-    Raises: InputError where there is no earlier champion, or `to` was never champion.
+    Raises: InputError if there is no earlier champion, or `to` was never champion.
     """
-    mended = registry.aliases.reconcile(name)
-    repaired = [str(repair) for repair in mended]
-    if to is None and any(_is_rollback(repair) for repair in mended):
+    repairs = registry.aliases.reconcile(name)
+    repaired = [str(repair) for repair in repairs]
+    if to is None and any(_is_rollback(repair) for repair in repairs):
         return _moved(registry, name, None, repaired)
     entries = registry.aliases.history(name).entries()
-    were = {entry.move.to for entry in entries
-            if entry.move.alias == CHAMPION and entry.move.to is not None}
+    champions = {entry.move.to for entry in entries
+                 if entry.move.alias == CHAMPION and entry.move.to is not None}
     if to is None:
         target = previous(entries, CHAMPION)
         if target is None:
-            raise InputError(f"stream {name!r} has no earlier champion to go back to; partialhn "
-                             f"models history --name {name} shows its moves")
+            raise InputError(f"stream {name!r} has no earlier champion to go back to; to see all "
+                             f"moves: partialhn models history --name {name}")
     else:
         target = find(registry, name, to).version
-        if target not in were:
+        if target not in champions:
             raise InputError(f"version {target} of {name!r} was never champion; allowed: "
-                             + ", ".join(map(str, sorted(were)))
+                             + ", ".join(map(str, sorted(champions)))
                              + ", or partialhn models promote")
-    found = find(registry, name, str(target))
+    metrics = find(registry, name, str(target)).metrics
     entry = registry.aliases.move(name, Move(CHAMPION, target, "rollback",
-                                             why or "asked for by hand", metrics=found.metrics))
+                                             why or "rolled back by hand", metrics=metrics))
     return _moved(registry, name, entry, repaired)
 
 
 def find(registry: Registry, name: str, version: str) -> Version:
-    """A version by its number or an alias. Raises: InputError listing what there is."""
+    """A version by its number or an alias. Raises: InputError listing versions and aliases."""
     mark = "/" if version.isdecimal() else "@"
     return registry.resolve(f"models:/{name}{mark}{version}")
 
 
 def version_fields(version: Version) -> dict[str, Any]:
-    """One row of the list."""
+    """The fields of a version in the list of versions."""
     decision = version.decision
     return {"version": version.version, "task": version.task, "task_index": version.task_index,
             "aliases": list(version.aliases), **version.metrics,

@@ -1,9 +1,9 @@
-"""A registered version as a folder: MLflow's "models from code" around a checkpoint.
+"""The folder of a registered version: a checkpoint in MLflow's "models from code" format.
 
     MLmodel, conda.yaml, requirements.txt, input_example.json   MLflow's own
     pyfunc_model.py                                             the serving script
     artifacts/<checkpoint>/model.safetensors, model.json        the model
-    artifacts/sample.parquet                                    test images with known answers
+    artifacts/sample.parquet                                    test images with predictions
 
 Nothing in it is pickled.
 """
@@ -28,7 +28,7 @@ REQUIREMENTS = ("torch", "torchvision", "numpy", "pandas", "pillow", "pyarrow", 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a version's folder is made of."""
+    """The parts of a version's folder that come from this project."""
 
     checkpoint: Path
     """Local checkpoint folder of the model."""
@@ -36,11 +36,11 @@ class Contents:
     image: bytes
     """An encoded image of the task, for the input example."""
     sample: Path | None = None
-    """Test images with known answers, as `partialhn.evaluation.answer_sample` writes them."""
+    """Test images with the model's predictions (`partialhn.evaluation.answer_sample`)."""
 
 
 def write(path: Path, model: Any, contents: Contents) -> None:
-    """Writes the folder; `model` is the MLflow `Model` that it belongs to."""
+    """Writes the folder of the MLflow `Model` that is given as `model`."""
     import mlflow.pyfunc
     import pandas as pd
 
@@ -55,38 +55,39 @@ def write(path: Path, model: Any, contents: Contents) -> None:
 
 
 def artifact(folder: Path, name: str) -> Path:
-    """Where a downloaded version keeps `checkpoint` or `sample`, as its MLmodel file says.
+    """Path of a downloaded version's artifact (`checkpoint` or `sample`), from its MLmodel file.
 
-    Raises: IntegrityError where it says nothing, or leaves the folder.
+    Raises: IntegrityError if the file does not name it, or names a path outside of the folder.
     """
     from mlflow.models import Model
 
     try:
         saved = Model.load(str(folder)).flavors["python_function"]["artifacts"]
         path: Path = (folder / saved[name]["path"]).resolve()
-    except Exception as error:  # whatever a damaged YAML file makes of MLflow's reader
-        raise IntegrityError(f"version in {folder} names no {name}: {error!r}") from error
+    except Exception as error:  # with a damaged YAML file, MLflow's reader can raise anything
+        raise IntegrityError(f"the MLmodel file in {folder} names no {name}: {error!r}") from error
     if not path.is_relative_to(folder.resolve()):
-        raise IntegrityError(f"version in {folder} has its {name} outside, at {path}")
+        raise IntegrityError(f"the MLmodel file in {folder} places its {name} outside of that "
+                             f"folder, at {path}")
     return path
 
 
 def has_artifact(folder: Path, name: str) -> bool:
-    """Whether a downloaded version has this artifact at all."""
+    """Whether a downloaded version has an artifact of this name."""
     from mlflow.models import Model
 
     return name in Model.load(str(folder)).flavors.get("python_function", {}).get("artifacts", {})
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file by its path below the folder, but for what MLflow adds on download."""
+    """SHA-256 of every file, by its path in the folder; files that MLflow adds are left out."""
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != "registered_model_meta"}
 
 
 def signature() -> "ModelSignature":
-    """What a version takes and gives, by name and type."""
+    """Names and types of a version's input and output columns."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
     from mlflow.types.schema import Array
@@ -99,13 +100,13 @@ def signature() -> "ModelSignature":
 
 
 def _requirements() -> list[str]:
-    """This package and what it needs, at the installed versions (without +cu128 and the like)."""
+    """This package and its dependencies at the installed versions, without suffixes as +cu128."""
     return [f"partialhn=={__version__}",
             *(f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS)]
 
 
 def _small(image: bytes) -> bytes:
-    """The image, made small if it is large: an example is copied into every version."""
+    """The image, reduced if it is large, because every version contains a copy of the example."""
     if len(image) <= MAX_EXAMPLE_BYTES:
         return image
     from PIL import Image

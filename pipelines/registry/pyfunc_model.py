@@ -1,4 +1,4 @@
-"""What MLflow runs to serve a registered version: images and task names in, labels out.
+"""The script with which MLflow serves a registered version: from images and tasks to labels.
 
 MLflow copies this script into every version ("models from code") and runs it there, so it
 imports nothing of `pipelines`. The checkpoint beside it is safetensors and JSON: nothing is
@@ -7,9 +7,9 @@ unpickled.
 Input columns: `image` (bytes of an encoded image file; in JSON requests base64) and `task` (a
 task's name, its index "0".."T-1", or "auto" to have it inferred). Rows of different tasks may be
 mixed. Output columns, one row for each input row in the same order: `label` (name of the
-likeliest class; null where the task was inferred and the image seems to be of none), `probability`
-(its probability), `classes` (all class names of the row's task) and `probabilities` (theirs, in
-the same order, summing to 1).
+likeliest class; null if the task was inferred and the image seems to belong to none), `probability`
+(its probability), `classes` (all class names of the row's task) and `probabilities` (one for each
+class, in the same order, summing to 1).
 """
 
 from typing import Any
@@ -32,15 +32,15 @@ class TaskClassifier(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame,
                 params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Raises: MlflowException (bad request when served) for anything the user can mend."""
+        """Labels the rows. Raises: MlflowException (a bad request when served) for wrong input."""
         del context, params
         rows = model_input.reset_index(drop=True)
         try:
-            parts = [self._label(part, str(task))
-                     for task, part in rows.groupby("task", dropna=False)]
+            labelled = [self._label(rows_of_task, str(task))
+                        for task, rows_of_task in rows.groupby("task", dropna=False)]
         except InputError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-        return pd.concat(parts).sort_index()
+        return pd.concat(labelled).sort_index()
 
     def _label(self, rows: pd.DataFrame, task: str) -> pd.DataFrame:
         for image in rows["image"]:
@@ -56,12 +56,12 @@ class TaskClassifier(PythonModel):
                 "classes": [list(answer.classes) for answer in answers],
                 "probabilities": [list(answer.probabilities) for answer in answers],
             }, index=rows.index)
-        found = self.predictor.predict(images, task)
-        probabilities_BK = found.probabilities_BK.astype(float)
+        prediction = self.predictor.predict(images, task)
+        probabilities_BK = prediction.probabilities_BK.astype(float)
         return pd.DataFrame({
-            "label": found.labels,
+            "label": prediction.labels,
             "probability": probabilities_BK.max(axis=1),
-            "classes": [list(found.classes)] * len(rows),
+            "classes": [list(prediction.classes)] * len(rows),
             "probabilities": probabilities_BK.tolist(),
         }, index=rows.index)
 

@@ -1,7 +1,7 @@
-"""MLflow runs: one parent for each stream's work, one child for each task, with what they log.
+"""MLflow runs: a parent run for each stream's work and a child run for each task.
 
-Everything is found again by what it is (work, task), so a run that was interrupted and started
-again makes nothing twice. MLflow is imported when first used: importing it takes seconds.
+Runs are found again by their tags (work, task), so a run that is interrupted and started again
+creates nothing twice. MLflow is imported when first used, because the import takes seconds.
 """
 
 import csv
@@ -19,70 +19,72 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 MAX_PARAM = 6000
-"""Characters MLflow keeps of a parameter; a longer one ends in its hash."""
+"""Length limit of an MLflow parameter; a longer value is cut and ends in its hash."""
 Matrix = Sequence[Sequence[float | None]]
 """The accuracy matrix: R[i][j] is the accuracy on task j after learning task i."""
 _EPOCH_KEYS = ("loss", "cross_entropy", "regulariser", "accuracy", "validation_accuracy", "seconds")
 
 
 class Runs:
-    """The runs of MLflow as this project uses them, through one explicit client."""
+    """This project's access to the runs of MLflow, through one explicit client."""
 
     def __init__(self, client: "MlflowClient", tracking_uri: str, storage: Storage) -> None:
         self._client, self.tracking_uri, self._storage = client, tracking_uri, storage
         self._is_server = tracking_uri.startswith(("http://", "https://"))
 
     def stream_run(self, name: str, work: str, config: Mapping[str, Any]) -> str:
-        """The parent run of a stream's work, new or found again, with its configuration."""
+        """ID of the parent run of a stream's work, created if new; logs its configuration."""
         run_id = self._run(self._experiment(name), name,
                            {"kind": "stream", "stream": name, "work": work})
         self._log_parameters(run_id, config)
         return run_id
 
-    def task_run(self, parent_id: str, task: str, task_index: int, prefix: str) -> str:
-        """The child run of one experience, new or found again, with what it is in its tags.
+    def task_run(self, parent_id: str, task: str, task_index: int, lineage_id: str) -> str:
+        """ID of the child run of one experience, created if new, with its identity in tags.
 
-        prefix: names the model after it; another model at the same place has a run of its own.
+        lineage_id: names the model after the experience; another model at the same task index has
+        a run of its own.
         """
         parent = self._client.get_run(parent_id)
         tags = {key: parent.data.tags[key] for key in ("stream", "work")}
         return self._run(parent.info.experiment_id, f"{task_index} {task}", tags | {
-            "kind": "task", "task": task, "task_index": str(task_index), "prefix": prefix,
+            "kind": "task", "task": task, "task_index": str(task_index), "prefix": lineage_id,
             "mlflow.parentRunId": parent_id})
 
     def log_task(self, run_id: str, epochs: Sequence[Mapping[str, Any]],
                  metrics: Mapping[str, float]) -> None:
-        """Metrics of a task's epochs (dicts as in result.json) and single values after it, in one
-        batch; epochs logged before stay.
+        """Logs the metrics of a task's epochs (dicts as in result.json) and of its end (metrics).
+
+        Epochs that are logged already are not logged again.
         """
-        done = {point.step for point in self._client.get_metric_history(run_id, "loss")}
+        logged = {point.step for point in self._client.get_metric_history(run_id, "loss")}
         self._log_points(run_id, [
             *((key, record[key], record["epoch"]) for record in epochs
-              if record["epoch"] not in done
+              if record["epoch"] not in logged
               for key in _EPOCH_KEYS if record.get(key) is not None),
             *((key, value, 0) for key, value in metrics.items())])
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Single values, for example acc and forgetting after each task (step = task index)."""
+        """Logs single values, for example acc and forgetting after a task (step = task index)."""
         self._log_points(run_id, [(key, value, step) for key, value in metrics.items()])
 
     def log_matrix(self, run_id: str, accuracy_matrix: Matrix, tasks: Sequence[str]) -> None:
-        """The accuracy matrix as CSV and JSON, replacing earlier ones; the report draws it."""
+        """Logs the accuracy matrix as CSV and JSON, replacing earlier ones."""
         self._client.log_text(run_id, matrix_csv(accuracy_matrix, tasks), "accuracy_matrix.csv")
         self._client.log_dict(run_id, {"tasks": list(tasks), "accuracy_matrix":
                                        [list(row) for row in accuracy_matrix]},
                               "accuracy_matrix.json")
 
     def log_file(self, run_id: str, path: str | Path) -> None:
-        """A local file, for example report.html, as an artifact of the run."""
+        """Logs a local file, for example report.html, as an artifact of the run."""
         self._client.log_artifact(run_id, str(path))
 
     def log_result(self, run_id: str, result: Mapping[str, Any]) -> None:
-        """result.json as an artifact of the stream's run; `result()` reads it back."""
+        """Logs result.json as an artifact of the stream's run; `Registry.result` reads it."""
         self._client.log_dict(run_id, dict(result), "result.json")
 
     def end_run(self, run_id: str, failed: bool = False) -> None:
-        """Marks a run as done."""
+        """Marks a run as finished, or as failed."""
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
     def _experiment(self, name: str) -> str:
@@ -93,35 +95,39 @@ class Runs:
             location = None if self._is_server else self._storage.uri_of("mlartifacts", name)
             try:
                 return str(self._client.create_experiment(name, artifact_location=location))
-            except MlflowException as error:  # another client was faster
+            except MlflowException as error:  # another client has created it meanwhile
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
                 experiment = self._client.get_experiment_by_name(name)
                 assert experiment is not None
         if experiment.lifecycle_stage == "deleted":
-            raise InputError(f"MLflow experiment {name!r} was deleted; take another name or "
+            raise InputError(f"MLflow experiment {name!r} was deleted; give another --name, or "
+                             "restore it: "
                              f"`mlflow experiments restore -x {experiment.experiment_id}`")
         return str(experiment.experiment_id)
 
     def _run(self, experiment: str, run_name: str, tags: dict[str, str]) -> str:
-        """The run of an experiment with these tags, running."""
+        """ID of the run with these tags, created if new; its status is set to running."""
         where = " and ".join(f"tags.`{key}` = '{tags[key]}'"
                              for key in ("kind", "work", "prefix", "trial") if key in tags)
-        found = self._client.search_runs([experiment], where, max_results=1)
-        if found:
-            run_id = found[0].info.run_id
+        runs = self._client.search_runs([experiment], where, max_results=1)
+        if runs:
+            run_id = runs[0].info.run_id
             self._client.update_run(run_id, status="RUNNING")
         else:
             run_id = self._client.create_run(experiment, tags=tags, run_name=run_name).info.run_id
         return str(run_id)
 
     def _log_parameters(self, run_id: str, values: Mapping[str, Any]) -> None:
-        """Nested values as section.key parameters, whole in config.json; the first ones stay."""
+        """Logs nested values as section.key parameters, and unabridged in config.json.
+
+        Parameters that are logged already do not change.
+        """
         from mlflow.entities import Param
 
-        there = self._client.get_run(run_id).data.params
+        logged = self._client.get_run(run_id).data.params
         params = [Param(key, _parameter(value)) for key, value in _flat(values)]
-        new = [param for param in params if param.key not in there]
+        new = [param for param in params if param.key not in logged]
         for start in range(0, len(new), 100):
             self._client.log_batch(run_id, params=new[start:start + 100])
         if new:
@@ -138,7 +144,7 @@ class Runs:
 
 
 def pages(search: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-    """Everything that one of MLflow's searches finds, page after page."""
+    """All results of one of MLflow's search functions, page after page."""
     token = None
     while True:
         page = search(*arguments, page_token=token)
@@ -164,7 +170,7 @@ def _parameter(value: Any) -> str:
 
 
 def matrix_csv(accuracy_matrix: Matrix, tasks: Sequence[str]) -> str:
-    """A row for each moment, a column for each task; empty where nothing was measured."""
+    """The matrix as CSV: a row after each task, a column for each task, empty if not measured."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["after", *tasks])

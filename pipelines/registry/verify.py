@@ -1,10 +1,10 @@
-"""Is a registered version what it was when it was registered? Asked in a clean process.
+"""Verifies in a clean process that a registered version has not changed since its registration.
 
-The files are held against the hashes in the registry first, so nothing that was changed in the
-artifact store is ever loaded. Then a process of its own, without credentials and with unpickling
-forbidden, loads the version as MLflow serves it and answers the stored sample:
+First the files are compared with the hashes in the registry, so that a file that was changed in
+the artifact store is never loaded. Then a separate process, without credentials and with unpickling
+forbidden, loads the version as MLflow serves it and predicts the stored sample:
 
-    python -m pipelines.registry.verify FOLDER      prints what it found as JSON
+    python -m pipelines.registry.verify FOLDER      prints its results as JSON
 """
 
 import dataclasses
@@ -23,49 +23,52 @@ from pipelines.registry.versions import FILES, Version
 
 TIMEOUT_SECONDS = 900.0
 SECRET = ("AWS_", "MLFLOW_", "AZURE_", "GOOGLE_", "DATABRICKS_")
-"""First letters of variables that the clean process does not get."""
+"""Prefixes of environment variables that the clean process does not get."""
 MARK = "partialhn-verify: "
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
-    """One thing that was held against what the registry says."""
+class VersionCheck:
+    """The result of comparing one property of a version with the registry."""
 
     name: str
+    """The property: files, loads, weights, signature or sample."""
     passed: bool
     found: str
+    """The value found, in words."""
 
 
-def verify(registry: Registry, version: Version) -> list[Check]:
-    """Checks files, weights hash, signature and the answers on the stored sample, in this order.
+def verify(registry: Registry, version: Version) -> list[VersionCheck]:
+    """Checks files, weights hash, signature and predictions on the stored sample, in this order.
 
-    After a file that is not as registered nothing is loaded.
+    If a file differs from the registered one, nothing is loaded.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
             model = registry.download(version, folder)
-        except Exception as error:  # the artifact store's clients raise anything
-            return [Check("files", False, f"cannot be fetched: {error}")]
+        except Exception as error:  # the artifact store's clients can raise anything
+            return [VersionCheck("files", False, f"cannot be downloaded: {error}")]
         files = _check_files(version, package.file_hashes(model))
         return [files, *_check_loaded(version, model)] if files.passed else [files]
 
 
-def _check_files(version: Version, found: dict[str, str]) -> Check:
+def _check_files(version: Version, hashes: dict[str, str]) -> VersionCheck:
     if FILES not in version.tags:
-        return Check("files", True, "registered without hashes of its files, by an older release")
-    wanted = json.loads(version.tags[FILES])
-    for path in sorted(wanted.keys() | found.keys()):
-        if path not in found:
-            return Check("files", False, f"{path} is missing")
-        if path not in wanted:
-            return Check("files", False, f"{path} was added after the registration")
-        if found[path] != wanted[path]:
-            return Check("files", False, f"{path} was changed: sha256 {found[path][:12]}..., "
-                                         f"registered {wanted[path][:12]}...")
-    return Check("files", True, f"{len(found)} files as registered")
+        return VersionCheck("files", True, "an older release registered it without file hashes")
+    registered = json.loads(version.tags[FILES])
+    for path in sorted(registered.keys() | hashes.keys()):
+        if path not in hashes:
+            return VersionCheck("files", False, f"{path} is missing")
+        if path not in registered:
+            return VersionCheck("files", False, f"{path} was added after the registration")
+        if hashes[path] != registered[path]:
+            return VersionCheck("files", False,
+                                f"{path} was changed: sha256 {hashes[path][:12]}..., "
+                                f"registered {registered[path][:12]}...")
+    return VersionCheck("files", True, f"{len(hashes)} files as registered")
 
 
-def _check_loaded(version: Version, model: Path) -> list[Check]:
+def _check_loaded(version: Version, model: Path) -> list[VersionCheck]:
     environment = {name: value for name, value in os.environ.items()
                    if not name.startswith(SECRET)}
     done = subprocess.run(
@@ -74,28 +77,29 @@ def _check_loaded(version: Version, model: Path) -> list[Check]:
         env=environment | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
                            "MLFLOW_DISABLE_TELEMETRY": "true",
                            "MLFLOW_TRACKING_URI": f"sqlite:///{model.parent}/none.db"})
-    said = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not said:
+    results = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not results:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return [Check("loads", False, reason)]
-    found = json.loads(said[-1].removeprefix(MARK))
-    wanted = version.tags["weights_hash"]
-    checks = [Check("weights", found["weights_hash"] == wanted,
-                    f"hash {found['weights_hash'][:12]}..., registered {wanted[:12]}..."),
-              Check("signature", found["signature_ok"], found["signature"])]
+        return [VersionCheck("loads", False, reason)]
+    found = json.loads(results[-1].removeprefix(MARK))
+    registered = version.tags["weights_hash"]
+    checks = [VersionCheck("weights", found["weights_hash"] == registered,
+                    f"hash {found['weights_hash'][:12]}..., registered {registered[:12]}..."),
+              VersionCheck("signature", found["signature_ok"], found["signature"])]
     sample = found["sample"]
     if sample is None:
-        return [*checks, Check("sample", True, "registered without a sample of test images")]
-    return [*checks, Check(
+        return [*checks, VersionCheck("sample", True, "registered without a sample of test images")]
+    return [*checks, VersionCheck(
         "sample", sample["differing"] == 0,
         f"accuracy {sample['accuracy']:.3f} on {sample['images']} images, registered "
-        f"{sample['expected_accuracy']:.3f}; {sample['differing']} answered otherwise")]
+        f"{sample['expected_accuracy']:.3f}; {sample['differing']} predictions differ")]
 
 
 def inspect(folder: Path) -> dict[str, Any]:
-    """Loads a version's folder as MLflow serves it and says what it is. Runs in the clean process.
+    """Loads a version's folder as MLflow serves it; returns hash, signature and sample results.
 
-    Raises: IntegrityError for anything damaged, or anything that would be unpickled.
+    Runs in the clean process. Raises: IntegrityError for damaged files, or if anything would be
+    unpickled.
     """
     import mlflow.pyfunc
     import pandas as pd
@@ -112,11 +116,11 @@ def inspect(folder: Path) -> dict[str, Any]:
         rows = loaded.predict(pd.DataFrame({"image": images, "task": [task] * len(images)}))
         return rows["label"].tolist(), rows["probability"].tolist()
 
-    checked = None
+    sample = None
     if package.has_artifact(folder, "sample"):
-        checked = dataclasses.asdict(check_sample(
+        sample = dataclasses.asdict(check_sample(
             read_sample(package.artifact(folder, "sample")), answer))
-    return {"weights_hash": weights, "sample": checked,
+    return {"weights_hash": weights, "sample": sample,
             "signature": "none" if signature is None else
             f"{_names(signature.inputs)} -> {_names(signature.outputs)}",
             "signature_ok": signature is not None

@@ -1,4 +1,4 @@
-"""What a registered version says of itself, and the names it is found by. Knows no MLflow."""
+"""Registered versions: their tags and aliases. This file does not use MLflow."""
 
 import dataclasses
 import json
@@ -9,21 +9,21 @@ from typing import Any
 from partialhn.naming import digest_text
 
 CHAMPION = "champion"
-"""Alias of the version in use: the newest that passed, or one that a person chose."""
+"""Alias of the version in use: the newest that passed the gate, or one that a person chose."""
 CHALLENGER = "challenger"
 """Alias of the newest version that the gate refused."""
 GATE, DECISION, FILES = "gate", "gate_decision", "files_sha256"
-"""Tags of a version: passed or failed; the whole decision with its numbers; the SHA-256 of every
-file of the version by its path. The latter two are JSON."""
+"""Tags of a version: `passed` or `failed`; the whole decision with its numbers, as JSON; the
+SHA-256 of each file of the version by its path, as JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Registration:
-    """What a registered version is tagged with."""
+    """The tags of a registered version."""
 
     stream: str
     work: str
-    """Names what is learned: the stream's configuration and data."""
+    """Identifies the stream's configuration and data."""
     task: str
     task_index: int
     classes: tuple[str, ...]
@@ -31,23 +31,24 @@ class Registration:
     feature_keys: tuple[str, ...]
     weights_hash: str
     acc: float
-    """Mean accuracy over the tasks so far, after this one; 0 to 1, like the two below."""
+    """Mean accuracy over the tasks so far, after this one; 0 to 1, like the next two."""
     learning_accuracy: float
     forgetting: float
     storage: str
-    """Where the features lie: <storage>/features/<key>."""
+    """URI of the storage with the features, in <storage>/features/<key>."""
     prefix: str
-    """Names the model after this task (`partialhn.training.lineage`): one version for each."""
+    """Lineage id of the model after this task (`partialhn.training.lineage`); there is one version
+    for each."""
     parent: str
-    """The prefix that it was learned from; empty for a first task."""
+    """Lineage id of the model that it was learned from; empty for the first task."""
 
     def tags(self) -> dict[str, str]:
-        """Strings for MLflow; tuples become JSON lists."""
+        """The fields as strings for MLflow; tuples become JSON lists."""
         return {key: json.dumps(value) if isinstance(value, tuple) else str(value)
                 for key, value in dataclasses.asdict(self).items()}
 
     def metrics(self) -> dict[str, float]:
-        """The accuracies, for the history."""
+        """The accuracies that a history entry holds."""
         return {"acc": self.acc, "learning_accuracy": self.learning_accuracy,
                 "forgetting": self.forgetting}
 
@@ -67,7 +68,7 @@ class Version:
         return f"models:/{self.stream}/{self.version}"
 
     def fields(self) -> dict[str, Any]:
-        """The entry of `versions` in result.json."""
+        """This version's entry in `versions` of result.json."""
         return {"task": self.task, "version": self.version, "uri": self.uri,
                 "run_id": self.run_id, "aliases": list(self.aliases)}
 
@@ -86,18 +87,18 @@ class Version:
 
     @property
     def decision(self) -> dict[str, Any] | None:
-        """As `pipelines.retrain.gate.Decision.fields` gives it; None where no gate was asked."""
+        """The gate's decision (`pipelines.retrain.gate.Decision.fields`); None without a gate."""
         text = self.tags.get(DECISION)
         return json.loads(text) if text else None
 
 
 def is_ours(alias: str) -> bool:
-    """Whether this product moves the alias; a user's own aliases are left alone."""
+    """Whether this project moves the alias; a user's own aliases are never changed."""
     return alias in (CHAMPION, CHALLENGER) or alias.startswith("task-")
 
 
 def challenger_of(versions: Sequence[Version]) -> Version | None:
-    """The version the gate refused last, while it is newer than the champion."""
+    """The version that the gate refused last, if it is newer than the champion; otherwise None."""
     by_alias = {alias: version for version in versions for alias in version.aliases}
     refused, champion = by_alias.get(CHALLENGER), by_alias.get(CHAMPION)
     if refused is None or (champion is not None and champion.version >= refused.version):
@@ -106,10 +107,10 @@ def challenger_of(versions: Sequence[Version]) -> Version | None:
 
 
 def task_alias(task: str) -> str:
-    """The alias of the version that introduced a task: task-<name> in MLflow's alphabet.
+    """The alias of the version that introduced a task: task-<name>.
 
-    A name with other characters gets them replaced by - and a short hash, so that two names
-    never share an alias.
+    Characters that MLflow does not allow are replaced by -, and a short hash is added, so that two
+    names never get the same alias.
     """
     clean = re.sub(r"[^A-Za-z0-9_-]", "-", task)[:200]
     return f"task-{clean}" if clean == task else (

@@ -162,7 +162,7 @@ def test_a_crash_between_history_and_alias_is_mended_once(three, models):
     assert aliases_of(three)["champion"] == 2
     code, out, _ = models("history")
     assert code == 0
-    assert "alias champion pointed to version 2; history entry 6 (promoted) says version 1" in out
+    assert "alias champion pointed to version 2; it was set to version 1 as in history entry 6 (promoted)" in out
     assert aliases_of(three)["champion"] == 1
     before = kinds(three)
     assert "pointed to" not in models("history")[1]
@@ -206,7 +206,7 @@ def test_a_deleted_version_takes_its_alias_along(three):
     three._client.delete_model_version("digits", "3")
     repairs = three.aliases.reconcile("digits")
     assert [str(repair) for repair in repairs] == [
-        "alias challenger: version 3 is not in the registry any more (history entry 6)"]
+        "alias challenger: version 3 is no longer in the registry (history entry 6)"]
     assert three.aliases.reconcile("digits") == []
 
 
@@ -219,7 +219,7 @@ def test_a_lost_lease_cannot_move_an_alias(three):
 
 def test_history_and_registry_belong_together(three, digit_tasks, tmp_path):
     elsewhere = connect(open_storage(str(tmp_path / "other")), three.tracking_uri)
-    with pytest.raises(InputError, match=r"keeps its history in .*/store/history/digits, not in"):
+    with pytest.raises(InputError, match=r"has its history in .*/store/history/digits, not in"):
         elsewhere.aliases.move("digits", Move("champion", 1, "promoted", ""))
     assert not elsewhere.aliases.keeps_history("digits")
     fresh = connect(open_storage(str(tmp_path / "store")), f"sqlite:///{tmp_path}/fresh.db")

@@ -217,7 +217,7 @@ def test_matrix_report_and_result(stream, client, tmp_path):
 @pytest.mark.parametrize(("uri", "message"), [
     ("models:/demo-1@nope", r"no alias 'nope'; aliases: champion, task-animals, .* versions: 1, 2"),
     ("models:/demo-1/9", r"no version 9; .*versions: 1, 2"),
-    ("models:/other@champion", r"no stream 'other' .* there: .*demo-1"),
+    ("models:/other@champion", r"stream is 'other', which is not .* allowed: .*demo-1"),
     ("demo-1", "model is 'demo-1'; allowed: models:/NAME@champion")])
 def test_unknown_models(stream, uri, message):
     with pytest.raises(InputError, match=message):
@@ -457,7 +457,7 @@ def test_show(stream):
     assert [line for line in lines if "/features/" in line] == [
         "  /data/store/features/key0", "  /data/store/features/shared",
         "  /data/store/features/key1"]
-    with pytest.raises(InputError, match=r"no stream 'demo-2' .* there: .*demo-1"):
+    with pytest.raises(InputError, match=r"stream is 'demo-2', which is not .* allowed: .*demo-1"):
         show("demo-2", storage=stream.uri)
 
 

@@ -94,7 +94,7 @@ def test_checkpoints_are_whole_after_many_faults(shaky, proxy, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "message"), [
-    ("expired", "AWS credentials have expired: .* says ExpiredToken for bucket .*; renew them"),
+    ("expired", "AWS credentials have expired: .* answers ExpiredToken for bucket .*; renew them"),
     ("denied", r"access denied: .* says AccessDenied .*the credentials need\s+s3:ListBucket"),
 ])
 def test_what_does_not_pass_is_said(shaky, proxy, kind, message):
@@ -116,7 +116,7 @@ def test_a_bucket_that_may_be_read_only(shaky, proxy):
 def test_a_service_that_stays_broken_is_an_error_in_the_end(shaky, proxy, monkeypatch):
     monkeypatch.setattr(s3, "ATTEMPTS", 2)
     proxy.fault = lambda request, number: "503"
-    with pytest.raises(InputError, match=r"says SlowDown for bucket .*reduce your request rate"):
+    with pytest.raises(InputError, match=r"answers SlowDown for bucket .*reduce your request rate"):
         shaky.check()
     assert len(proxy.requests) == 3  # at once, then patiently
 

@@ -137,7 +137,7 @@ def test_check_leaves_nothing(storage):
 def test_a_bucket_that_is_not_there(service):
     storage = open_storage("s3://partialhn-never-made/a", service.endpoint, service.region)
     with pytest.raises(InputError, match=r"bucket 'partialhn-never-made' does not exist at http.*"
-                                         r"make it \(aws s3 mb s3://partialhn-never-made"):
+                                         r"create it \(aws s3 mb s3://partialhn-never-made"):
         storage.check()
 
 

@@ -104,13 +104,13 @@ def rewrite(folder, change_tensors=None, change_fields=None):
     (lambda f: f.update(kind="network"), "of kind 'network'"),
     (lambda f: f.pop("format"), "in format None"),
     (lambda f: f.pop("tensors_sha256"), "tensors_sha256"),
-    (lambda f: f.pop("weights_hash"), "other weights"),
+    (lambda f: f.pop("weights_hash"), "hash of its weights differs"),
     (lambda f: f.pop("config"), "does not fit"),
     (lambda f: f["config"]["train"].update(epoch=3), r"unknown configuration key train\.epoch"),
     (lambda f: f["config"]["hypernet"].update(fresh_columns=9), "size mismatch"),
     (lambda f: f["tasks"].pop(), "does not fit"),
     (lambda f: f["tasks"][0]["classes"].append("x"), "size mismatch"),
-    (lambda f: f.update(weights_hash="0"), "other weights"),
+    (lambda f: f.update(weights_hash="0"), "hash of its weights differs"),
 ])
 def test_fields_that_do_not_fit(saved, change, message):
     rewrite(saved, change_fields=change)
@@ -135,7 +135,7 @@ def swap(tensors):
     (lambda t: t.pop("trunk.mean_C"), "Missing .*mean_C"),
     (lambda t: t.update({"strategy.surplus": torch.zeros(1)}), "Unexpected .*surplus"),
     (lambda t: t.update({"strategy.tasks.1.code": torch.zeros(3)}), "size mismatch"),
-    (swap, "other weights"),
+    (swap, "hash of its weights differs"),
 ])
 def test_tensors_that_do_not_fit(saved, change, message):
     rewrite(saved, change_tensors=change)

@@ -229,7 +229,7 @@ def test_equal_jobs_are_computed_once(store, with_options, experience, trunk):
 
 def test_a_job_of_another_trunk_is_refused(store, with_options, experience, deepest, images):
     other = split(build_network("slim_resnet18", 2, seed=9), 3)[0]
-    with pytest.raises(ValueError, match="task 'a' is of trunk"):
+    with pytest.raises(ValueError, match="task 'a' needs trunk"):
         precompute(store, deepest, jobs_at(with_options, experience, other))
     with pytest.raises(ValueError, match="depth 2 holds none of depth 3"):
         deepest.upto(2).upto(3)

@@ -181,7 +181,7 @@ def test_a_saved_model_infers_the_same(cut, config, learner, tasks, tmp_path):
 def test_a_model_made_without_it_says_so(cut, config, learner, tmp_path):
     Model(config, cut.trunk, learner.strategy, INFOS).save(tmp_path / "model")
     predictor = Predictor.load(tmp_path / "model")
-    with pytest.raises(InputError, match="task is 'auto', but this model was made without"):
+    with pytest.raises(InputError, match="task is 'auto', but this model was trained without"):
         predictor.predict_auto([b"x"])
 
 
