@@ -35,7 +35,13 @@ from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.pretrain import fit_network, load_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Clock, Outcome, result_fields
-from partialhn.training.slots import Slot, featured_slots, open_task_features, slots_of, stored_slots
+from partialhn.training.slots import (
+    Slot,
+    featured_slots,
+    open_task_features,
+    slots_of,
+    stored_slots,
+)
 
 Report = Callable[[EpochRecord | TaskRecord], None]
 

@@ -162,7 +162,8 @@ def test_a_crash_between_history_and_alias_is_mended_once(three, models):
     assert aliases_of(three)["champion"] == 2
     code, out, _ = models("history")
     assert code == 0
-    assert "alias champion pointed to version 2; it was set to version 1 as in history entry 6 (promoted)" in out
+    assert ("alias champion pointed to version 2; it was set to version 1 as in history entry 6 "
+            "(promoted)") in out
     assert aliases_of(three)["champion"] == 1
     before = kinds(three)
     assert "pointed to" not in models("history")[1]

@@ -32,7 +32,7 @@ def test_one_has_it_and_the_other_hears_who(storage):
     with second:
         assert second.acquire() is None
         assert second.token == 2
-        with pytest.raises(LeaseLostError, match="taken over .* lease 2"):
+        with pytest.raises(LeaseLostError, match=r"taken over .* lease 2"):
             first.check()
     assert Lease(storage, "other").acquire() is None
 
