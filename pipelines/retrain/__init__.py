@@ -1,1 +1,1 @@
-"""Scheduled retraining: from what arrives to a champion."""
+"""Scheduled retraining: arriving tasks are validated, learned, gated and registered."""

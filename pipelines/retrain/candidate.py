@@ -1,4 +1,4 @@
-"""A learned task on its way to the registry: what the gate is told, and how a version is made."""
+"""A candidate: a learned task that the gate decides on and that is registered as a version."""
 
 import base64
 import dataclasses
@@ -28,24 +28,25 @@ from pipelines.retrain.gate import GateFacts, Policy
 from pipelines.retrain.journal import Decided, chain_to
 
 WORK = "retrain"
-"""The stream's own run in MLflow; every version has a run of its own below it."""
+"""Tag `work` of the stream's parent run in MLflow; every version has a child run of its own."""
 MAX_EXAMPLE = 32 * 1024
+"""Largest example image in bytes; a larger one is reduced."""
 
 
 def gate_facts(context: PassContext, slots: Sequence[Slot], learned: Sequence[lineage.Learned],
                policy: Policy) -> GateFacts:
-    """What was measured of the last of the slots, on every task's test images.
+    """The gate's facts about the last of the slots, measured on every task's test images.
 
-    An earlier task is held against the best it ever reached; one that is refreshed against its
-    old slot, on the test images of both.
+    An earlier task is compared with the best accuracy that it ever had. A refreshed task is
+    compared with its old slot, on the test images of both slots.
     """
     names = [slot.name for slot in slots]
-    rows = [each.record.accuracy_row for each in learned]
+    rows = [model.record.accuracy_row for model in learned]
     last, task = len(slots) - 1, task_of(names[-1])
-    answering = {task_of(name): index for index, name in enumerate(names)}
-    after = {each: rows[last][index] for each, index in answering.items()}
-    before = {each: max(row[index] for row in rows[index:last])
-              for each, index in answering.items() if each != task}
+    newest_slot = {task_of(name): index for index, name in enumerate(names)}
+    after = {name: rows[last][index] for name, index in newest_slot.items()}
+    before = {name: max(row[index] for row in rows[index:last])
+              for name, index in newest_slot.items() if name != task}
     with tempfile.TemporaryDirectory() as scratch:
         store = context.store
         old = refreshed(names, last)
@@ -68,12 +69,12 @@ def gate_facts(context: PassContext, slots: Sequence[Slot], learned: Sequence[li
 
 
 def feature_seconds(slot: Slot) -> float:
-    """Time that a slot's features took to decode, compute and write."""
+    """Seconds that a slot's features took to decode, compute and write."""
     return sum(shard.seconds for manifest in slot.manifests.values() for shard in manifest.shards)
 
 
 def example_of(experience: Experience, config: Config) -> str:
-    """A test image of the task, base64: small, because the log keeps it."""
+    """A test image of the task, base64; reduced if it is large, because the log stores it."""
     image = experience.test.take([0]).read()[0]
     if len(image) > MAX_EXAMPLE:
         from PIL import Image
@@ -87,7 +88,7 @@ def example_of(experience: Experience, config: Config) -> str:
 
 
 def keep_sample(context: PassContext, lineage_id: str, experience: Experience) -> None:
-    """Keeps test images of a task with the answers of its model, for whoever verifies it later."""
+    """Stores test images of a task with its model's predictions, for `models verify`."""
     with tempfile.TemporaryDirectory() as scratch:
         copy = lineage.fetch_model(context.storage.filesystem, context.folder, lineage_id,
                                  Path(scratch) / "model")
@@ -97,19 +98,23 @@ def keep_sample(context: PassContext, lineage_id: str, experience: Experience) -
 
 
 def summary_of(learned: Sequence[lineage.Learned]) -> StreamMetrics:
-    """The metrics of a chain of tasks."""
-    rows = [each.record.accuracy_row for each in learned]
+    """The metrics of a chain of learned tasks."""
+    rows = [model.record.accuracy_row for model in learned]
     return summarise([[*row, *[None] * (len(rows) - len(row))] for row in rows])
 
 
 def register(context: PassContext, decided: Sequence[Decided], new: Decided) -> Version:
-    """The version of a decided task, promoted where the gate let it pass; made once."""
+    """Registers the version of a decided task, and promotes it if it passed the gate.
+
+    A version that is registered already is not registered again. Raises: IntegrityError if a model
+    of the chain is missing.
+    """
     tasks = chain_to(decided, new.prefix)
     learned = lineage.find(context.storage.filesystem, context.folder,
                            [task.prefix for task in tasks])
     if len(learned) != len(tasks):
-        raise IntegrityError(f"the model of {new.slot} is decided and not at {context.folder}: of "
-                             f"{len(tasks)} tasks {len(learned)} are there")
+        raise IntegrityError(f"the log has a decision on {new.slot}, but only {len(learned)} of "
+                             f"the {len(tasks)} models up to it are stored in {context.folder}")
     summary, index, registry = summary_of(learned), len(tasks) - 1, context.registry
     metrics = {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
                "forgetting": summary.forgetting, "bwt": summary.backward_transfer}

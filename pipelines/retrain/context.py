@@ -1,4 +1,4 @@
-"""A stream whose lease this process holds: everything that a pass works with, and where it is."""
+"""The context of a retraining pass: a stream whose lease this process holds, and its folders."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from pipelines.retrain.journal import Journal
 
 @dataclasses.dataclass(frozen=True)
 class PassContext:
-    """One stream during one pass."""
+    """The settings, stores and connections of one pass over a stream."""
 
     storage: Storage
     stream: str
@@ -31,33 +31,36 @@ class PassContext:
 
     @property
     def folder(self) -> str:
-        """Where the models after each task are (`partialhn.training.lineage`)."""
+        """Folder of the models after each task (`partialhn.training.lineage`)."""
         return self.storage.path("runs", self.stream, "learned")
 
     @property
     def store(self) -> FeatureStore:
-        """The stored features."""
+        """The feature store."""
         return open_store(self.storage, self.config.compute)
 
     def hashes(self, fingerprint: str) -> str:
-        """Where the hashes of a task's images are kept."""
+        """Path of the hashes of a task's images."""
         return hashes_path(self.storage, self.stream, fingerprint)
 
     def sample(self, lineage_id: str) -> str:
-        """Where the sample of a model is kept, until it is registered and after."""
+        """Path of the sample of a model: test images with its predictions."""
         return self.storage.path("streams", self.stream, "samples", f"{lineage_id}.parquet")
 
     def network(self, key: str) -> Network:
-        """The network that the stream was founded with; no key: the supplied one."""
+        """The stream's network: the stored one with this key, or for an empty key the supplied one.
+
+        Raises: InputError if it cannot be found.
+        """
         backbone = self.config.backbone
         network = (stored_network(self.config, key, self.storage.filesystem, self.storage.root)
                    if key else supplied_network(backbone.trunk, backbone.backbone, 2))
         if network is None:
-            raise InputError(f"the stream's trunk {key} is not at {self.storage.uri}/trunks; "
-                             "allowed: the --storage that the stream was founded in")
+            raise InputError(f"the stream's trunk {key} is not in {self.storage.uri}/trunks; "
+                             "allowed: the --storage with which the stream was started")
         return network
 
 
 def hashes_path(storage: Storage, stream: str, fingerprint: str) -> str:
-    """Where the hashes of a task's images are kept."""
+    """Path of the hashes of a task's images."""
     return storage.path("streams", stream, "images", f"{fingerprint[:32]}.parquet")

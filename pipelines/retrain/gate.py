@@ -1,7 +1,7 @@
-"""The gate: may a new version become champion? A policy and facts in, a decision with numbers out.
+"""The gate: decides from a policy and measured facts whether a new version becomes champion.
 
-Nothing is measured or stored here. A limit that is set and whose fact was not measured fails: a
-version is never let through because nobody looked.
+Nothing is measured or stored here. If a limit is set but its fact was not measured, the version
+fails: missing measurements never let a version pass.
 """
 
 import dataclasses
@@ -18,29 +18,30 @@ from partialhn.config import build
 from partialhn.errors import InputError
 
 TOLERANCE = 1e-9
-"""For sums of decimal fractions, far below one image of any test set."""
+"""Tolerance for rounding of decimal fractions; far less than one image of any test set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What a new version must keep to; None does not ask. Accuracies are shares, 0 to 1."""
+    """The limits for a new version; None means no limit. Accuracies are shares, 0 to 1."""
 
     max_loss_on_earlier_task: float | None = 0.02
-    """Accuracy that any one earlier task may lose against its best."""
+    """Largest loss of accuracy of any earlier task, compared with its best."""
     min_accuracy_new: float | None = None
-    """Accuracy of the new task."""
+    """Smallest accuracy of the new task."""
     min_above_chance: float | None = 0.1
-    """Accuracy of the new task above guessing among its classes."""
+    """Smallest accuracy of the new task minus that of guessing among its classes."""
     max_p_value: float | None = 0.01
-    """Of the hypothesis that the new task's answers are guessed: how likely guessing would get as
-    many of its test images right. Asked with `min_above_chance`, which few images pass by luck."""
+    """Largest p-value of the hypothesis that the new task's predictions are guessed: the
+    probability that guessing gets as many test images right. Only used with `min_above_chance`,
+    which can be passed by luck if there are few test images."""
     min_against_linear_probe: float | None = None
-    """Accuracy of the new task minus that of a linear probe on the same features; -0.05 lets it
-    be 5 points behind."""
+    """Smallest accuracy of the new task minus that of a linear probe on the same features; -0.05
+    allows 5 points less."""
     max_seconds: float | None = None
-    """Wall seconds that the new task took, all stages together."""
+    """Largest number of wall seconds that the new task takes, all phases together."""
     max_bytes_per_task: int | None = None
-    """Bytes that the new task adds to the checkpoint."""
+    """Largest number of bytes that the new task adds to the checkpoint."""
 
     def __post_init__(self) -> None:
         for key, low, high in (("max_loss_on_earlier_task", 0, 1), ("min_accuracy_new", 0, 1),
@@ -50,23 +51,23 @@ class Policy:
             value = getattr(self, key)
             if value is not None and not low <= value <= high:
                 raise InputError(f"policy {key} is {value!r}; allowed: {low} to {high:g}, or null "
-                                 "not to ask")
+                                 "for no limit")
 
 
 @dataclasses.dataclass(frozen=True)
 class GateFacts:
-    """What was measured of a new version; None: not measured."""
+    """The measured facts about a new version; None means not measured."""
 
     task: str
-    """The new task, or the one that was refreshed."""
+    """Name of the new or refreshed task."""
     classes: int
-    """Classes of that task: guessing gets 1 / classes."""
+    """Number of classes of that task; guessing has an accuracy of 1 / classes."""
     after: Mapping[str, float]
-    """Accuracy on every task's test images with the new version."""
+    """Accuracy of the new version on every task's test images."""
     before: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """The best that was reached on the same test images before; tasks without it are new."""
+    """Best earlier accuracy on the same test images; a task without one is new."""
     images: int | None = None
-    """Test images of the new task."""
+    """Number of test images of the new task."""
     linear_probe: float | None = None
     seconds: float | None = None
     bytes_per_task: int | None = None
@@ -74,9 +75,9 @@ class GateFacts:
     @staticmethod
     def of_rows(tasks: Sequence[str], rows: Sequence[Sequence[float]], classes: int,
                 **measured: Any) -> "GateFacts":
-        """The facts of the last of T tasks, from R[i, 0..i] of each experience i.
+        """The facts about the last of T tasks, from the rows R[i, 0..i] of each experience i.
 
-        `before` is the best of the earlier rows, so that small losses cannot add up unseen.
+        `before` is the best of the earlier rows, so that small losses cannot add up unnoticed.
         """
         *earlier, last = [list(row) for row in rows]
         best = {name: max(row[j] for row in earlier[j:]) for j, name in enumerate(tasks[:-1])}
@@ -85,7 +86,7 @@ class GateFacts:
 
 @dataclasses.dataclass(frozen=True)
 class TaskVerdict:
-    """One row of the decision's table."""
+    """One row in the decision's table of tasks."""
 
     task: str
     before: float | None
@@ -97,25 +98,25 @@ class TaskVerdict:
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """Passed or not, and every number it rests on."""
+    """The gate's decision, with every number that it depends on."""
 
     passed: bool
     task: str
     reasons: tuple[str, ...]
-    """Why it did not pass; empty where it did."""
+    """The limits that were not kept; empty if the version passed."""
     checks: tuple[str, ...]
-    """Every limit that was asked for, with the value found."""
+    """Every limit of the policy, with the value found."""
     tasks: tuple[TaskVerdict, ...]
     policy: Policy
 
     @property
     def suffering(self) -> tuple[TaskVerdict, ...]:
-        """The earlier tasks that would have lost too much, the worst first."""
+        """The earlier tasks that would lose too much accuracy, the worst first."""
         rows = [row for row in self.tasks if not row.passed and row.loss is not None]
         return tuple(sorted(rows, key=lambda row: -(row.loss or 0)))
 
     def fields(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """The decision as plain values for JSON."""
         return {"passed": self.passed, "task": self.task, "reasons": list(self.reasons),
                 "checks": list(self.checks),
                 "tasks": [dataclasses.asdict(row) for row in self.tasks],
@@ -123,7 +124,7 @@ class Decision:
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "Decision":
-        """Takes back what `fields` and JSON made of a decision."""
+        """Rebuilds a decision from its `fields`."""
         return Decision(bool(fields["passed"]), str(fields["task"]), tuple(fields["reasons"]),
                         tuple(fields["checks"]),
                         tuple(TaskVerdict(**row) for row in fields["tasks"]),
@@ -133,15 +134,15 @@ class Decision:
 def load_policy(path: str | Path) -> Policy:
     """Reads a policy file: YAML with the keys of `Policy`, all optional.
 
-    Its section `inbox` is about what arrives (`pipelines.retrain.validate`). Raises: InputError for
-    a missing file, broken YAML, an unknown key or a wrong value.
+    Its section `inbox` is ignored here; `pipelines.retrain.validate` uses it. Raises: InputError
+    for a missing file, broken YAML, an unknown key or a wrong value.
     """
     values = {key: value for key, value in read_policy(path).items() if key != "inbox"}
     return typing.cast(Policy, build(Policy, values, "policy."))
 
 
 def read_policy(path: str | Path) -> Mapping[str, Any]:
-    """The plain values of a policy file. Raises: InputError."""
+    """The plain values of a policy file. Raises: InputError if it cannot be read."""
     try:
         values = yaml.safe_load(Path(path).read_bytes().decode())
     except OSError as error:
@@ -157,7 +158,10 @@ def read_policy(path: str | Path) -> Mapping[str, Any]:
 
 
 def decide(policy: Policy, facts: GateFacts) -> Decision:
-    """Holds the facts against the policy. Pure: the same arguments, the same decision."""
+    """Compares the facts with the policy; the decision depends on nothing but the arguments.
+
+    Raises: ValueError if the new task has no accuracy.
+    """
     if facts.task not in facts.after:
         raise ValueError(f"the new task {facts.task!r} has no accuracy")
     rows = tuple(_row(policy, task, facts.before.get(task), after)
@@ -176,19 +180,20 @@ def decide(policy: Policy, facts: GateFacts) -> Decision:
                   None if facts.linear_probe is None else new - facts.linear_probe),
         _at_most("seconds", policy.max_seconds, facts.seconds),
         _at_most("bytes of the task", policy.max_bytes_per_task, facts.bytes_per_task)]
-    asked = [(f"task {facts.task!r}: {text}", holds) for text, holds in filter(None, limits)]
+    checks = [(f"task {facts.task!r}: {text}", holds) for text, holds in filter(None, limits)]
     if policy.max_loss_on_earlier_task is not None:
-        asked += [(f"task {row.task!r}: {row.before:.3f} -> {row.after:.3f}, loss {row.loss:.3f}, "
-                   f"allowed at most {policy.max_loss_on_earlier_task:g}", row.passed)
-                  for row in rows if row.before is not None]
-        asked += [(f"task {task!r}: accuracy was not measured", False) for task in missing]
-    reasons = tuple(text for text, holds in asked if not holds)
-    return Decision(not reasons, facts.task, reasons, tuple(text for text, _ in asked), rows,
+        checks += [(f"task {row.task!r}: {row.before:.3f} -> {row.after:.3f}, loss "
+                    f"{row.loss:.3f}, allowed at most {policy.max_loss_on_earlier_task:g}",
+                    row.passed)
+                   for row in rows if row.before is not None]
+        checks += [(f"task {task!r}: accuracy was not measured", False) for task in missing]
+    reasons = tuple(text for text, holds in checks if not holds)
+    return Decision(not reasons, facts.task, reasons, tuple(text for text, _ in checks), rows,
                     policy)
 
 
 def _p_value(accuracy: float, chance: float, images: int | None) -> float | None:
-    """How likely guessing gets as many of the images right; None where nothing was measured."""
+    """The probability that guessing gets as many images right; None if nothing was measured."""
     if images is None or not math.isfinite(accuracy):
         return None
     return float(bdtrc(round(accuracy * images) - 1, images, chance))

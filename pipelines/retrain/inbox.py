@@ -1,9 +1,9 @@
-"""Where tasks arrive: <root>/inbox/<task>/, and more data of a task in <root>/inbox/<task>/<part>/.
+"""The inbox: new tasks in <root>/inbox/<task>/, more data of a task in <root>/inbox/<task>/<part>/.
 
-A folder holds a data set in the forms of the main job ({train,test}/<class>/<image>, or Parquet)
-and, written last, the marker `_READY`. Beside it may lie `task.yaml`, which declares the classes.
-An arrival that cannot be used stays where it is and gets a `_REJECTED.json` that says why; it is
-looked at again once its files change.
+A folder holds a data set in a format that `train` accepts ({train,test}/<class>/<image>, or
+Parquet), optionally a `task.yaml` that declares the classes, and the marker `_READY`, which is
+written last. An arrival that cannot be used stays in place and gets a `_REJECTED.json` with the
+reasons; it is checked again when its files change.
 """
 
 import dataclasses
@@ -29,27 +29,27 @@ MAX_FILES = 5_000_000
 
 @dataclasses.dataclass(frozen=True)
 class Arrival:
-    """A folder in the inbox that is ready to be looked at."""
+    """A folder in the inbox that is ready to be checked and learned."""
 
     task: str
     part: str
-    """Empty for a new task; the sub-folder for more data of one that is there."""
+    """Name of the sub-folder with more data of a known task; empty for a new task."""
     folder: str
     """Path in the storage's filesystem."""
     ready_at: float
-    """When it became ready, in seconds since 1970 by the storage's clock."""
+    """Time when it became ready, in seconds since 1970 by the storage's clock."""
     files: tuple[StoredFile, ...]
 
     @property
     def slot(self) -> str:
-        """The slot it is learned in."""
+        """Name of the slot in which it is learned."""
         return f"{self.task}/{self.part}" if self.part else self.task
 
     @property
     def signature(self) -> str:
-        """Changes whenever a file of the arrival does; its markers do not count."""
-        listed = sorted((entry.path[len(self.folder):], entry.size, entry.etag)
-                        for entry in self.files)
+        """A hash that changes with every file of the arrival; its markers do not count."""
+        listed = sorted((file.path[len(self.folder):], file.size, file.etag)
+                        for file in self.files)
         return digest(listed, 32)
 
 
@@ -58,12 +58,12 @@ class Problem:
     """One reason why an arrival is rejected."""
 
     code: str
-    """For machines: name, path, data, class, image, few, duplicate, label."""
+    """Code for programs: name, path, data, class, image, few, duplicate or label."""
     text: str
 
 
 class Inbox:
-    """The inbox of a storage; nothing in it is moved or deleted but our own `_REJECTED.json`."""
+    """The inbox of a storage; only our own `_REJECTED.json` files in it are written or deleted."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -71,10 +71,10 @@ class Inbox:
 
     def scan(self, learned: Callable[[str], bool],
              quiet_minutes: float | None = None) -> tuple[list[Arrival], list[str]]:
-        """The arrivals that are ready, by the time they became so and by name; and what waits.
+        """The arrivals that are ready, by time and name, and the folders that are not ready yet.
 
-        learned: whether a slot is learned: its folder is not listed any more. quiet_minutes:
-        without a marker, ready is what has not changed for so long.
+        learned: tells whether a slot is learned already; such folders are left out. quiet_minutes:
+        a folder without a marker is ready if it has not changed for so long.
         """
         now = self._storage.now()
         arrivals, waiting = [], []
@@ -82,67 +82,67 @@ class Inbox:
             folder = f"{self.folder}/{task}"
             parts = [name for name in self._storage.folders(folder)
                      if name.lower() not in SPLIT_NAMES and not name.startswith((".", "_"))]
-            places = [("", folder)] + [(part, f"{folder}/{part}") for part in parts]
-            for part, place in places:
+            candidates = [("", folder)] + [(part, f"{folder}/{part}") for part in parts]
+            for part, candidate in candidates:
                 if learned(f"{task}/{part}" if part else task):
                     continue
-                found = self._look(task, part, place, now, quiet_minutes)
-                if isinstance(found, Arrival):
-                    arrivals.append(found)
-                elif found:
-                    waiting.append(found)
+                arrival = self._look(task, part, candidate, now, quiet_minutes)
+                if isinstance(arrival, Arrival):
+                    arrivals.append(arrival)
+                elif arrival:
+                    waiting.append(arrival)
         return sorted(arrivals, key=_order), waiting
 
     def _look(self, task: str, part: str, folder: str, now: float,
               quiet_minutes: float | None) -> Arrival | str:
-        """An arrival, or what is missing for one; empty where the folder is none."""
+        """The arrival in a folder, or the reason why it is not ready; empty if it is no arrival."""
         marker = self._storage.stat(f"{folder}/{READY}")
         if marker is None and quiet_minutes is None:
-            # a sub-folder without a marker is a class, or data that belongs to its task
-            return "" if part else f"{task}: no {READY} marker"
-        files = [entry for entry in self._storage.list(folder)
-                 if _is_data(entry.path[len(folder) + 1:], part)]
+            # a sub-folder without a marker is a class, or belongs to the data of its task
+            return "" if part else f"{task}: has no {READY} marker yet"
+        files = [file for file in self._storage.list(folder)
+                 if _is_data(file.path[len(folder) + 1:], part)]
         if marker is None:
             assert quiet_minutes is not None
             if not files or not _is_data_set(folder, files):
                 return ""
-            newest = max(entry.modified for entry in files)
+            newest = max(file.modified for file in files)
             if now - newest < 60 * quiet_minutes:
                 return f"{f'{task}/{part}' if part else task}: changed {now - newest:.0f} s ago"
             return Arrival(task, part, folder, newest, tuple(files))
         if not part and not files and self._storage.folders(folder):
-            return ""  # only newer parts of the task are still there
+            return ""  # the folder only contains further parts of the task
         return Arrival(task, part, folder, marker.modified, tuple(files))
 
     def rejected(self, arrival: Arrival, policy: str) -> dict[str, Any] | None:
-        """What was written when these very files were rejected under this policy, or None."""
+        """The content of `_REJECTED.json` if it concerns these very files and this policy."""
         try:
-            found = json.loads(self._storage.read_text(f"{arrival.folder}/{REJECTED}"))
+            rejection = json.loads(self._storage.read_text(f"{arrival.folder}/{REJECTED}"))
         except (FileNotFoundError, ValueError):
             return None
-        same = (isinstance(found, dict) and found.get("signature") == arrival.signature
-                and found.get("policy") == policy)
-        return found if same else None
+        same = (isinstance(rejection, dict) and rejection.get("signature") == arrival.signature
+                and rejection.get("policy") == policy)
+        return rejection if same else None
 
     def reject(self, arrival: Arrival, policy: str, problems: Sequence[Problem]) -> None:
-        """Writes why an arrival is not learned, beside its data."""
+        """Writes the reasons for a rejection beside the arrival's data."""
         fields = {"task": arrival.slot, "rejected": True,
                   "reasons": [problem.text for problem in problems],
                   "codes": [problem.code for problem in problems],
-                  "what_to_do": "mend the data and write the folder's _READY anew; it is looked "
-                                "at again when a file changes",
+                  "what_to_do": "correct the data and write the folder's _READY again; the folder "
+                                "is checked again when a file changes",
                   "signature": arrival.signature, "policy": policy,
                   "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         self._storage.write_text(f"{arrival.folder}/{REJECTED}", json.dumps(fields, indent=1))
 
     def accept(self, arrival: Arrival) -> None:
-        """Takes an older rejection away."""
+        """Deletes an older rejection."""
         self._storage.delete(f"{arrival.folder}/{REJECTED}")
 
     def name_problems(self, arrival: Arrival, others: Sequence[str]) -> list[Problem]:
-        """What is wrong with names and paths, before anything of the data is read.
+        """Problems with names and paths, which are checked before any data is read.
 
-        others: tasks that are learned or came before it.
+        others: names of tasks that are learned or arrived earlier.
         """
         problems = [Problem("name", f"{what} name is {name!r}; allowed: {NAME_RULE}")
                     for what, name in (("task", arrival.task), ("part", arrival.part))
@@ -151,8 +151,9 @@ class Inbox:
             if other != arrival.task and other.casefold() == arrival.task.casefold():
                 problems.append(Problem("name", f"task {arrival.task!r} and task {other!r} differ "
                                                 "in case only; allowed: another name"))
-        problems += [Problem("path", f"{path!r} leaves its folder or is no plain name")
-                     for path in (entry.path[len(arrival.folder) + 1:] for entry in arrival.files)
+        problems += [Problem("path", f"path {path!r} leaves its folder or is no plain name; "
+                                     "allowed: plain names below the task's folder")
+                     for path in (file.path[len(arrival.folder) + 1:] for file in arrival.files)
                      if not _is_plain(path)][:5]
         if self._storage.is_local:
             problems += [Problem("path", f"{link!r} is a link to {target!r}, outside of the "
@@ -168,7 +169,7 @@ def _order(arrival: Arrival) -> tuple[Any, ...]:
 
 
 def _is_data(path: str, part: str) -> bool:
-    """Whether a file counts for an arrival: not our markers, nor other arrivals below it."""
+    """Whether a file belongs to an arrival: no marker of ours, no other arrival below it."""
     top, slash, _ = path.partition("/")
     if path in _MARKERS:
         return False
@@ -176,14 +177,14 @@ def _is_data(path: str, part: str) -> bool:
 
 
 def _is_data_set(folder: str, files: Sequence[StoredFile]) -> bool:
-    """Whether there is a part or a Parquet file: without a marker, what else would say so?"""
-    tops = [entry.path[len(folder) + 1:].partition("/") for entry in files]
+    """Whether a folder without a marker looks like a data set: has a split or a Parquet file."""
+    tops = [file.path[len(folder) + 1:].partition("/") for file in files]
     return any((slash and top.lower() in SPLIT_NAMES) or top.lower().endswith(".parquet")
                for top, slash, _ in tops)
 
 
 def _is_plain(path: str) -> bool:
-    """Whether a path stays below its folder, whatever reads it."""
+    """Whether a path stays below its folder, on every system that may read it."""
     return ("\\" not in path and all(ord(letter) >= 32 and ord(letter) != 127 for letter in path)
             and all(step not in ("", ".", "..") for step in path.split("/")))
 
@@ -193,7 +194,7 @@ def _links_out(folder: str) -> list[tuple[str, str]]:
     root = Path(folder)
     home = root.parent.resolve() / root.name
     links = [root] if root.is_symlink() else []
-    for place, folders, files in os.walk(folder):
-        links += [path for name in folders + files if (path := Path(place) / name).is_symlink()]
+    for below, folders, files in os.walk(folder):
+        links += [path for name in folders + files if (path := Path(below) / name).is_symlink()]
     return [(str(link), str(link.resolve())) for link in links
             if link == root or not link.resolve().is_relative_to(home)]

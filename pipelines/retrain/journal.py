@@ -1,10 +1,10 @@
-"""The append-only log of a stream: what was decided of every task that arrived, in order.
+"""The append-only log of a retrained stream: the gate's decision on every task, in order.
 
     <root>/streams/<stream>/log/00000001.json, 00000002.json, ...   one event each, never changed
 
-It is written before the registry is: what it says and the registry does not show was cut short,
-and is done at the next pass. An event is created conditionally at the next free number and carries
-the fencing token of the pass that wrote it.
+The log is written before the registry. If a pass is killed between the two, the next one registers
+what is only in the log. An event is created with a conditional write at the next free number and
+holds the fencing token of the pass that wrote it.
 """
 
 import dataclasses
@@ -29,42 +29,43 @@ _FILE = re.compile(r"(\d{8})\.json")
 
 @dataclasses.dataclass(frozen=True)
 class Decided:
-    """A task that was learned, and what the gate said."""
+    """A learned task with the gate's decision."""
 
     slot: str
     classes: tuple[str, ...]
     fingerprint: str
     transform: str
     recipes: Mapping[Split, Mapping[str, Any]]
-    """Recipes of the stored features by split: with them the images may go."""
+    """Recipes of the stored features by split; with them the images are no longer needed."""
     signature: str
-    """Of the arrival's files: an unchanged arrival is not tried again."""
+    """Signature of the arrival's files; an unchanged arrival is not learned again."""
     policy: str
-    """Of the policy that decided: a changed one decides anew."""
+    """Hash of the policy that decided; a changed policy decides again."""
     prefix: str
-    """Names the model after this task (`partialhn.training.lineage`)."""
+    """Lineage id of the model after this task (`partialhn.training.lineage`)."""
     parent: str
+    """Lineage id of the model before this task; empty for the first task."""
     network: str
-    """Name of the stored network that the trunk was cut from; empty for a supplied one."""
+    """Key of the stored network from which the trunk was cut; empty for a supplied one."""
     decision: Mapping[str, Any]
-    """As `pipelines.retrain.gate.Decision.fields` gives it."""
+    """The gate's decision (`pipelines.retrain.gate.Decision.fields`)."""
     seconds: Mapping[str, float]
-    """Wall seconds by stage."""
+    """Wall seconds by phase."""
     added_bytes: Mapping[str, int]
-    """Bytes stored for this task, by what they are."""
+    """Bytes stored for this task, by kind."""
     example: str
-    """An image of the task, base64: what a version's input example is made of."""
+    """An image of the task, base64, for the input example of its version."""
 
     @property
     def passed(self) -> bool:
         return bool(self.decision["passed"])
 
     def with_features(self, store: FeatureStore) -> Slot:
-        """The slot with what is stored of its features."""
-        found = {split: store.find(FeatureRecipe(**recipe))
-                 for split, recipe in self.recipes.items()}
+        """The task's slot, with those of its features that are stored."""
+        manifests = {split: store.find(FeatureRecipe(**recipe))
+                     for split, recipe in self.recipes.items()}
         return Slot(self.slot, self.classes, self.fingerprint, self.transform,
-                    {split: manifest for split, manifest in found.items() if manifest})
+                    {split: manifest for split, manifest in manifests.items() if manifest})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +77,13 @@ class Event:
     """UTC, ISO 8601."""
     token: int
     kind: str
-    """founded: the stream's configuration. pass: a pass begins to work. decided: a task."""
+    """One of founded (holds the stream's configuration), pass (a pass starts), decided (a task),
+    published (a new report)."""
     fields: Mapping[str, Any]
 
 
 class Journal:
-    """The log of one stream. Events never change, so each is read once."""
+    """The log of one stream. Events never change, so each is read only once."""
 
     def __init__(self, storage: Storage, stream: str) -> None:
         self._storage = storage
@@ -95,31 +97,31 @@ class Journal:
         return list(self._events)
 
     def append(self, lease: Lease, kind: str, fields: Mapping[str, Any]) -> Event:
-        """Writes an event. Raises: LeaseLostError for a holder that another one has overtaken."""
+        """Writes an event. Raises: LeaseLostError if another process has taken over the lease."""
         token = lease.check()
-        there = self.events()
-        newest = max((event.token for event in there), default=0)
-        event = Event(len(there) + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), token,
+        events = self.events()
+        newest = max((event.token for event in events), default=0)
+        event = Event(len(events) + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), token,
                       kind, fields)
         content = json.dumps({"format": FORMAT, **dataclasses.asdict(event)}, indent=1).encode()
         if newest > token or not self._storage.put_if_absent(self._path(event.number), content):
-            raise LeaseLostError(f"{self._folder} is written by another process, with a lease "
-                                 f"newer than {token}")
+            raise LeaseLostError(f"another process, with a lease newer than {token}, has written "
+                                 f"to {self._folder}")
         self._events.append(event)
         return event
 
     def decided(self) -> list[Decided]:
-        """Every task that was decided, in order; the newest decision of a model counts."""
-        found: dict[str, Decided] = {}
+        """Every decided task, in order; for a model decided several times, the newest decision."""
+        newest: dict[str, Decided] = {}
         for event in self.events():
             if event.kind == "decided":
                 decided = _parse_decided(event)
-                found.pop(decided.prefix, None)
-                found[decided.prefix] = decided
-        return list(found.values())
+                newest.pop(decided.prefix, None)
+                newest[decided.prefix] = decided
+        return list(newest.values())
 
     def config(self) -> dict[str, Any] | None:
-        """The configuration the stream was founded with; None before that."""
+        """The configuration with which the stream was started; None before its first pass."""
         return next((dict(event.fields["config"]) for event in self.events()
                      if event.kind == "founded"), None)
 
@@ -136,28 +138,28 @@ class Journal:
         try:
             values = json.loads(self._storage.read_text(path))
             if values.pop("format") != FORMAT or values["number"] != number:
-                raise IntegrityError(f"event {path} is of another format or number")
+                raise IntegrityError(f"event {path} has another format or number than expected")
             return Event(**values)
         except FileNotFoundError as error:
-            raise IntegrityError(f"event {path} is missing, but later ones are there") from error
+            raise IntegrityError(f"event {path} is missing, but later ones exist") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise IntegrityError(f"event {path} cannot be read: {error!r}") from error
 
 
 def chain_to(decided: Sequence[Decided], lineage_id: str) -> list[Decided]:
-    """The tasks of the model with this lineage_id, from the first on.
+    """The tasks of the model with this lineage id, from its first task to its last.
 
-    Raises: IntegrityError where one of them is not in the log.
+    Raises: IntegrityError if one of them is not in the log.
     """
-    by_lineage_id = {each.prefix: each for each in decided}
-    found: list[Decided] = []
+    by_lineage_id = {task.prefix: task for task in decided}
+    chain: list[Decided] = []
     while lineage_id:
         if lineage_id not in by_lineage_id:
-            raise IntegrityError(f"the log knows no model {lineage_id}, which the champion is or "
-                                 "was learned from")
-        found.append(by_lineage_id[lineage_id])
-        lineage_id = found[-1].parent
-    return found[::-1]
+            raise IntegrityError(f"the stream's log has no entry for model {lineage_id}, which the "
+                                 "champion is or was learned from")
+        chain.append(by_lineage_id[lineage_id])
+        lineage_id = chain[-1].parent
+    return chain[::-1]
 
 
 def _parse_decided(event: Event) -> Decided:

@@ -1,4 +1,4 @@
-"""Learns what waits, on top of the champion's tasks, and lets the gate decide, task by task."""
+"""Learns the waiting tasks on top of the champion's tasks; the gate decides on each of them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,23 +23,23 @@ from pipelines.retrain.context import PassContext
 from pipelines.retrain.gate import Policy, decide
 from pipelines.retrain.inbox import Inbox
 from pipelines.retrain.journal import Decided
-from pipelines.retrain.outcome import Pass
-from pipelines.retrain.validate import Checked, write_hashes
+from pipelines.retrain.outcome import PassOutcome
+from pipelines.retrain.validate import CheckedArrival, write_hashes
 
 
 class Learning:
-    """One pass's learning."""
+    """The learning phase of one pass."""
 
     def __init__(self, context: PassContext, base: Sequence[Decided], policy: Policy,
-                 policy_id: str, done: Pass) -> None:
-        """base: the champion's tasks, which new ones are learned on top of."""
+                 policy_id: str, done: PassOutcome) -> None:
+        """base: the champion's tasks, on top of which new tasks are learned."""
         self.context, self.base, self.done = context, list(base), done
         self.policy, self.policy_id = policy, policy_id
         self.execution = open_execution(context.config, context.storage, context.stream,
                                         context.progress)
 
-    def run(self, waiting: list[Checked]) -> list[Decided]:
-        """Returns the tasks of the champion afterwards."""
+    def run(self, waiting: list[CheckedArrival]) -> list[Decided]:
+        """Learns and registers the waiting tasks; returns the tasks of the champion afterwards."""
         context = self.context
         context.journal.append(context.lease, "pass",
                                {"arrivals": [task.arrival.slot for task in waiting]})
@@ -51,7 +51,7 @@ class Learning:
                 key, cut = self._parts(waiting[0])
                 slots = self._slots(waiting, cut)
                 lineage_ids = lineage_ids_of(context.config, cut.network, slots,
-                                       [each.prefix for each in self.base])
+                                       [task.prefix for task in self.base])
                 self.context.lease.check()
                 self.execution.learn(cut, slots, lineage_ids, lambda *_: None)
                 context.clock.lap("learn")
@@ -61,8 +61,8 @@ class Learning:
                 context.clock.lap("register")
         return self.base
 
-    def _parts(self, first: Checked) -> tuple[str, CutNetwork]:
-        """The stream's network, which the first task of all founds, and its name."""
+    def _parts(self, first: CheckedArrival) -> tuple[str, CutNetwork]:
+        """Key of the stream's network, and the network cut; a new stream trains it on `first`."""
         context, supplied = self.context, self.context.config.backbone.trunk != "train"
         assert first.experience is not None
         if self.base:
@@ -75,47 +75,53 @@ class Learning:
         context.clock.lap("trunk")
         return key, cut
 
-    def _slots(self, waiting: Sequence[Checked], cut: CutNetwork) -> list[Slot]:
-        """The champion's slots with their stored features, and the new ones with theirs made."""
-        experiences = [each.experience for each in waiting if each.experience is not None]
+    def _slots(self, waiting: Sequence[CheckedArrival], cut: CutNetwork) -> list[Slot]:
+        """The champion's slots and the new ones; computes the features of the new ones.
+
+        Raises: InputError if stored test features of a champion's task are missing.
+        """
+        experiences = [task.experience for task in waiting if task.experience is not None]
         jobs = feature_jobs(self.context.config, experiences, cut.trunk)
         manifests, _ = self.execution.features(jobs, cut)
         self.context.clock.lap("features")
-        slots = [each.with_features(self.context.store) for each in self.base]
+        slots = [task.with_features(self.context.store) for task in self.base]
         for slot in slots:
             if "test" not in slot.manifests:
-                raise InputError(f"the stored test features of task {slot.name!r} are gone from "
+                raise InputError(f"the stored test features of task {slot.name!r} are missing in "
                                  f"{self.context.storage.uri}/features; every pass measures every "
-                                 "task, so they must be kept")
+                                 "task, so restore them or start a new stream with another --name")
         return slots + slots_of(experiences, jobs, manifests)
 
-    def _decide_all(self, waiting: list[Checked], slots: Sequence[Slot],
-                    learned: Sequence[lineage.Learned], network: str) -> list[Checked]:
-        """Gates the learned tasks in order; returns those behind one that was stopped."""
+    def _decide_all(self, waiting: list[CheckedArrival], slots: Sequence[Slot],
+                    learned: Sequence[lineage.Learned], network: str) -> list[CheckedArrival]:
+        """Lets the gate decide on the learned tasks in order, and registers them.
+
+        If one is stopped, returns the tasks after it, which must be learned again without it.
+        """
         first = len(slots) - len(waiting)
-        for offset, each in enumerate(waiting):
+        for offset, checked in enumerate(waiting):
             index = first + offset
-            new = self._decide(each, slots[:index + 1], learned[:index + 1], network)
+            new = self._decide(checked, slots[:index + 1], learned[:index + 1], network)
             self.context.journal.append(self.context.lease, "decided", dataclasses.asdict(new))
             self.context.lease.check()
             version = register(self.context, self.context.journal.decided(), new)
-            Inbox(self.context.storage).accept(each.arrival)
+            Inbox(self.context.storage).accept(checked.arrival)
             self.done.learned.append({
                 "slot": new.slot, "stream": self.context.stream, "version": version.version,
                 "decision": dict(new.decision), "seconds": dict(new.seconds),
                 "added_bytes": dict(new.added_bytes), "prefix": new.prefix})
             if not new.passed:
-                there = {task_of(done.slot) for done in self.base}
-                behind = []
-                for other in waiting[offset + 1:]:  # a refresh of what was stopped must wait
-                    if not other.arrival.part or other.arrival.task in there:
-                        behind.append(other)
-                        there.add(other.arrival.task)
-                return behind
+                known_tasks = {task_of(task.slot) for task in self.base}
+                still_waiting = []
+                for other in waiting[offset + 1:]:  # a refresh of the stopped task must wait
+                    if not other.arrival.part or other.arrival.task in known_tasks:
+                        still_waiting.append(other)
+                        known_tasks.add(other.arrival.task)
+                return still_waiting
             self.base.append(new)
         return []
 
-    def _decide(self, checked: Checked, slots: Sequence[Slot],
+    def _decide(self, checked: CheckedArrival, slots: Sequence[Slot],
                 learned: Sequence[lineage.Learned], network: str) -> Decided:
         context, experience, slot = self.context, checked.experience, slots[-1]
         assert experience is not None
@@ -123,7 +129,8 @@ class Learning:
         record, done = learned[-1].record, learned[-1]
         keep_sample(context, done.prefix, experience)
         facts = gate_facts(context, slots, learned, self.policy)
-        model = sum(entry.size for entry in context.storage.list(f"{context.folder}/{done.prefix}"))
+        model_bytes = sum(file.size
+                          for file in context.storage.list(f"{context.folder}/{done.prefix}"))
         return Decided(
             slot.name, slot.classes, slot.fingerprint, slot.transform,
             {split: dataclasses.asdict(manifest.recipe)
@@ -133,5 +140,5 @@ class Learning:
             {"features": round(feature_seconds(slot), 3), "train": round(record.train_seconds, 3),
              "evaluate": round(record.evaluate_seconds, 3)},
             {"features": sum(manifest.bytes for manifest in slot.manifests.values()),
-             "model": model, "task": done.task_bytes},
+             "model": model_bytes, "task": done.task_bytes},
             example_of(experience, context.config))

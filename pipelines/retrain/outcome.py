@@ -1,39 +1,39 @@
-"""What one pass of `partialhn retrain` found and did, for people and for machines."""
+"""The outcome of one pass of `partialhn retrain`, as text for people and as JSON."""
 
 import dataclasses
 from typing import Any
 
 GATED = 3
-"""Exit code of a pass in which the gate stopped something."""
+"""Exit code of a pass in which the gate stopped a task."""
 
 
 @dataclasses.dataclass
-class Pass:
-    """One pass, as far as it has come."""
+class PassOutcome:
+    """The outcome of one pass so far."""
 
     stream: str
     dry_run: bool = False
     held_by: str = ""
-    """Who holds the stream's lease, where that is another process."""
+    """The other process that holds the stream's lease; empty if there is none."""
     repaired: list[str] = dataclasses.field(default_factory=list)
-    """What an earlier pass, cut short, had left to do."""
+    """Work that this pass completed for an earlier one that was interrupted."""
     rejected: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     waiting: list[str] = dataclasses.field(default_factory=list)
-    """Folders of the inbox that are not ready."""
+    """Folders of the inbox that are not ready yet."""
     skipped: list[str] = dataclasses.field(default_factory=list)
-    """Arrivals that were decided before and have not changed."""
+    """Arrivals on which an earlier pass decided, unchanged since then."""
     learned: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Every task that was learned, with the gate's decision."""
     would: list[str] = dataclasses.field(default_factory=list)
-    """What a dry run would have done."""
+    """In a dry run, the actions that a real pass would take."""
     champion: int | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Wall seconds by stage."""
+    """Wall seconds by phase."""
 
     @property
     def stopped(self) -> list[dict[str, Any]]:
-        """Tasks that the gate let not pass."""
-        return [each for each in self.learned if not each["decision"]["passed"]]
+        """The learned tasks that the gate stopped."""
+        return [task for task in self.learned if not task["decision"]["passed"]]
 
     @property
     def exit_code(self) -> int:
@@ -49,16 +49,17 @@ class Pass:
                                            "nothing_to_do": self.did_nothing}
 
     def lines(self) -> list[str]:
-        """What a person reads at the end of a pass."""
+        """The summary that is printed at the end of a pass."""
         if self.held_by:
-            return [f"{self.stream}: nothing done; the lease is held by {self.held_by}"]
+            return [f"{self.stream}: skipped, because another process is working on the stream: "
+                    f"{self.held_by}"]
         lines = [f"repaired: {text}" for text in self.repaired]
-        for each in self.rejected:
-            lines.append(f"rejected {each['task']}: " + "; ".join(each["reasons"]))
+        for rejection in self.rejected:
+            lines.append(f"rejected {rejection['task']}: " + "; ".join(rejection["reasons"]))
         lines += [f"waiting: {text}" for text in self.waiting]
-        lines += [f"decided before, not changed since: {text}" for text in self.skipped]
-        for each in self.learned:
-            lines += _learned_lines(each)
+        lines += [f"skipped, unchanged since the last decision: {text}" for text in self.skipped]
+        for task in self.learned:
+            lines += _learned_lines(task)
         lines += [f"would: {text}" for text in self.would]
         if self.did_nothing:
             lines.append(f"{self.stream}: nothing to do")
@@ -67,12 +68,14 @@ class Pass:
         return lines
 
 
-def _learned_lines(each: dict[str, Any]) -> list[str]:
-    decision = each["decision"]
+def _learned_lines(task: dict[str, Any]) -> list[str]:
+    decision = task["decision"]
+    uri = f"models:/{task['stream']}/{task['version']}"
     if decision["passed"]:
-        return [f"learned {each['slot']}: models:/{each['stream']}/{each['version']} is champion"]
-    lines = [f"stopped {each['slot']}: models:/{each['stream']}/{each['version']} stays challenger"]
+        return [f"learned {task['slot']}: {uri} is champion"]
+    lines = [f"stopped {task['slot']}: {uri} stays challenger"]
     lines += [f"  {reason}" for reason in decision["reasons"]]
     suffering = [row["task"] for row in decision["tasks"]
                  if not row["passed"] and row["loss"] is not None]
-    return lines + ([f"  would have suffered: {', '.join(suffering)}"] if suffering else [])
+    return lines + ([f"  tasks that would lose too much: {', '.join(suffering)}"]
+                    if suffering else [])

@@ -1,4 +1,4 @@
-"""The report of a retrained stream: matrix, result and page of what the champion knows."""
+"""Publishes the champion of a retrained stream: its accuracy matrix, result.json and report."""
 
 import tempfile
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ from pipelines.retrain.journal import Decided, Journal
 
 
 def published(journal: Journal) -> str:
-    """The model that the newest report is about; empty before the first."""
+    """Lineage id of the model in the newest report; empty before the first report."""
     return next((str(event.fields["prefix"]) for event in reversed(journal.events())
                  if event.kind == "published"), "")
 
 
 def publish(context: PassContext, base: Sequence[Decided]) -> None:
-    """Matrix, result and report of the champion go to the stream's run."""
+    """Logs the champion's matrix, result and report to the stream's run in MLflow."""
     registry, name, store = context.registry, context.stream, context.store
     cut = cut_network(context.config, context.network(base[0].network))
-    slots = [each.with_features(store) for each in base]
-    lineage_ids = [each.prefix for each in base]
+    slots = [task.with_features(store) for task in base]
+    lineage_ids = [task.prefix for task in base]
     learned = lineage.find(context.storage.filesystem, context.folder, lineage_ids)
     outcome = lineage.outcome_of(learned)
     with tempfile.TemporaryDirectory() as scratch:

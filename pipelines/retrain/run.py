@@ -1,11 +1,11 @@
-"""`partialhn retrain`: one pass over a stream's inbox, that may be started again at any time.
+"""`partialhn retrain`: one pass over a stream's inbox; it may be started again at any time.
 
-    lease -> repair what was cut short -> what has arrived and is sound -> features -> learn
+    lease -> repair an interrupted pass -> check arrivals -> features -> learn
     -> for each task in order: gate, log, version, aliases -> report
 
-The log is written before the registry, and everything is found again by what it is, so a pass
-that was killed anywhere is finished by the next. Several waiting tasks are learned in one run of
-Ray Train; behind one that the gate stops, the others are learned again without it.
+The log is written before the registry, and finished results are found again by their names, so the
+next pass completes one that was killed at any point. Several waiting tasks are learned in one run
+of Ray Train. If the gate stops one of them, those after it are learned again without it.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ from pipelines.retrain.gate import Policy, read_policy
 from pipelines.retrain.inbox import Inbox, Problem
 from pipelines.retrain.journal import Decided, Journal, chain_to
 from pipelines.retrain.learning import Learning
-from pipelines.retrain.outcome import Pass
+from pipelines.retrain.outcome import PassOutcome
 from pipelines.retrain.publish import publish, published
-from pipelines.retrain.validate import ArrivalPolicy, Checked, check_arrival, read_hashes
+from pipelines.retrain.validate import ArrivalPolicy, CheckedArrival, check_arrival, read_hashes
 from pipelines.settings import RetrainConfig
 
 Log = Callable[[str], None]
 
 
-def retrain(settings: RetrainConfig, log: Log = print) -> Pass:
-    """One pass. Raises: InputError for anything the user can set right."""
+def retrain(settings: RetrainConfig, log: Log = print) -> PassOutcome:
+    """Runs one pass. Raises: InputError for any error that the user can correct."""
     storage = open_storage(settings.storage)
     storage.check()
     values = dict(read_policy(settings.policy)) if settings.policy else {}
@@ -51,19 +51,22 @@ def retrain(settings: RetrainConfig, log: Log = print) -> Pass:
     config = _config(settings, journal)
     check(config)
     clock = Clock()
-    this = _Pass(settings, storage, config, policy, arrivals, journal,
-                 Pass(settings.name, settings.dry_run), Progress(config, log), clock)
+    outcome = PassOutcome(settings.name, settings.dry_run)
     with storage.explained():
         try:
-            this.run()
+            _Pass(settings, storage, config, policy, arrivals, journal, outcome,
+                  Progress(config, log), clock).run()
         except LeaseLostError as error:
-            this.done.held_by = f"another process ({error})"
-    this.done.seconds = {key: round(value, 3) for key, value in clock.laps.items()}
-    return this.done
+            outcome.held_by = f"another process ({error})"
+    outcome.seconds = {key: round(value, 3) for key, value in clock.laps.items()}
+    return outcome
 
 
 def _config(settings: RetrainConfig, journal: Journal) -> Config:
-    """The stream's configuration: what it was founded with, and how new tasks are learned."""
+    """The stream's configuration: the one it was started with, or a given one that fits it.
+
+    Raises: InputError for a given value that would change the stream.
+    """
     given = (load_config(settings.config) if settings.config
              else preset(settings.preset) if settings.preset else None)
     if given is not None and given.train.compare:
@@ -79,16 +82,16 @@ def _config(settings: RetrainConfig, journal: Journal) -> Config:
     fixed += [(section, field.name) for section in ("backbone", "features", "hypernet")
               for field in dataclasses.fields(getattr(first, section))]
     for section, key in fixed:
-        was, now = (getattr(getattr(each, section), key) for each in (first, given))
+        was, now = (getattr(getattr(config, section), key) for config in (first, given))
         if was != now:
             raise InputError(f"{section}.{key} is {now!r}, but stream {settings.name!r} was "
-                             f"founded with {was!r}; allowed: the same, or another --name")
+                             f"started with {was!r}; allowed: the same, or another --name")
     return given
 
 
 @dataclasses.dataclass
 class _Pass:
-    """One pass, step by step."""
+    """The steps of one pass."""
 
     settings: RetrainConfig
     storage: Storage
@@ -96,7 +99,7 @@ class _Pass:
     policy: Policy
     arrival_policy: ArrivalPolicy
     journal: Journal
-    done: Pass
+    done: PassOutcome
     progress: Progress
     clock: Clock
 
@@ -108,10 +111,10 @@ class _Pass:
     def run(self) -> None:
         if self.settings.dry_run:
             registry = self._registry(create=False) if self.journal.events() else None
-            for each in self._arrivals(self._base(registry)):
-                self.done.would.append(f"learn {each.arrival.slot} "
-                                       f"({len(each.experience.train)} training images)"
-                                       if each.experience else "")
+            for checked in self._arrivals(self._base(registry)):
+                self.done.would.append(f"learn {checked.arrival.slot} "
+                                       f"({len(checked.experience.train)} training images)"
+                                       if checked.experience else "")
             return
         lease = Lease(self.storage, self.settings.name)
         holder = lease.acquire()
@@ -123,7 +126,7 @@ class _Pass:
                             self.journal, lease, self.progress, self.clock))
 
     def _work(self, context: PassContext) -> None:
-        """What is done under the lease."""
+        """The steps that need the lease."""
         base = self._repair(context)
         self.clock.lap("startup")
         waiting = self._arrivals(base)
@@ -151,18 +154,18 @@ class _Pass:
                      if CHAMPION in version.aliases), None)
 
     def _base(self, registry: Registry | None) -> list[Decided]:
-        """The tasks of the champion: what new tasks are learned on top of."""
+        """The tasks of the champion, on top of which new tasks are learned."""
         champion = self._champion(registry)
         if champion is None:
             return []
         try:
             return chain_to(self.journal.decided(), champion.tags["prefix"])
         except IntegrityError as error:
-            raise InputError(f"stream {self.settings.name!r} was not learned by retrain ({error}); "
-                             "allowed: a --name of its own") from error
+            raise InputError(f"stream {self.settings.name!r} was not started by retrain ({error}); "
+                             "allowed: another --name") from error
 
     def _repair(self, context: PassContext) -> list[Decided]:
-        """Finishes what an earlier pass left: aliases, and versions that are only in the log."""
+        """Completes an interrupted pass: sets aliases, registers versions that only the log has."""
         name, aliases = self.settings.name, context.registry.aliases
         self.done.repaired += [str(repair) for repair in aliases.reconcile(name)]
         decided = self.journal.decided()
@@ -172,38 +175,38 @@ class _Pass:
                         if entry.move.alias == CHAMPION}
         versions = {version.tags.get("prefix", ""): version
                     for version in self._versions(context.registry)}
-        for each in decided:
-            version = versions.get(each.prefix)
-            if version is None or (each.passed and version.version not in promoted):
+        for task in decided:
+            version = versions.get(task.prefix)
+            if version is None or (task.passed and version.version not in promoted):
                 context.lease.check()
-                made = register(context, decided, each)
-                self.done.repaired.append(f"{each.slot} was learned, now {made.uri}")
+                registered = register(context, decided, task)
+                self.done.repaired.append(f"{task.slot} was learned, now {registered.uri}")
         return self._base(context.registry)
 
-    def _arrivals(self, base: Sequence[Decided]) -> list[Checked]:
-        """What has arrived, is ready, was not decided before and is sound, in order."""
-        slots = {each.slot for each in base}
-        found, self.done.waiting = self.inbox.scan(lambda slot: slot in slots,
-                                                   self.settings.quiet_minutes)
+    def _arrivals(self, base: Sequence[Decided]) -> list[CheckedArrival]:
+        """The arrivals to learn, in order: ready, not decided before, and without problems."""
+        slots = {task.slot for task in base}
+        arrivals, self.done.waiting = self.inbox.scan(lambda slot: slot in slots,
+                                                      self.settings.quiet_minutes)
         decided = self.journal.decided()
-        classes = {task_of(each.slot): each.classes for each in base}
+        classes = {task_of(task.slot): task.classes for task in base}
         hashes: dict[str, Any] = {}
-        ready: list[Checked] = []
-        for arrival in found:
-            if any(each.slot == arrival.slot and each.signature == arrival.signature
-                   and (each.passed or each.policy == self.policy_id) for each in decided):
+        ready: list[CheckedArrival] = []
+        for arrival in arrivals:
+            if any(task.slot == arrival.slot and task.signature == arrival.signature
+                   and (task.passed or task.policy == self.policy_id) for task in decided):
                 self.done.skipped.append(f"{arrival.slot} (decided)")
                 continue
             if self.inbox.rejected(arrival, self.policy_id):
                 self.done.skipped.append(f"{arrival.slot} (rejected)")
                 continue
             if arrival.part and arrival.task not in classes:
-                self.done.waiting.append(f"{arrival.slot}: its task is not learned")
+                self.done.waiting.append(f"{arrival.slot}: its task is not learned yet")
                 continue
             if not hashes:
-                hashes = {each.slot: read_hashes(self.storage, hashes_path(
-                    self.storage, self.settings.name, each.fingerprint))
-                          for each in base}
+                hashes = {task.slot: read_hashes(self.storage, hashes_path(
+                    self.storage, self.settings.name, task.fingerprint))
+                          for task in base}
             problems: Sequence[Problem] = self.inbox.name_problems(arrival, list(classes))
             if not problems:
                 checked = check_arrival(self.storage, arrival, self.config.data,
@@ -212,8 +215,8 @@ class _Pass:
                 problems = checked.problems
             if problems:
                 self.done.rejected.append({"task": arrival.slot,
-                                           "reasons": [each.text for each in problems],
-                                           "codes": [each.code for each in problems]})
+                                           "reasons": [problem.text for problem in problems],
+                                           "codes": [problem.code for problem in problems]})
                 if not self.settings.dry_run:
                     self.inbox.reject(arrival, self.policy_id, problems)
                 continue

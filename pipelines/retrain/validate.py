@@ -1,9 +1,9 @@
-"""Is what arrived fit to be learned? Everything is looked at before anything is trained.
+"""Validates an arrival completely before anything is trained.
 
-Each image is read, hashed and decoded once. The hashes of a task's images are kept, so that a
-later task that brings the same images again is noticed.
+Each image is read, hashed and decoded once. The hashes of a task's images are stored, to recognise
+a later task with the same images.
 
-Shape suffix: N images.
+Legend: N images, K classes.
 """
 
 import concurrent.futures
@@ -32,25 +32,27 @@ from pipelines.platform.storage import Storage
 from pipelines.retrain.inbox import DECLARATION, Arrival, Problem
 
 MAX_LISTED = 10
+"""Largest number of unreadable images that a rejection lists."""
 MAX_DECLARATION = 1 << 20
+"""Largest size of a `task.yaml` in bytes."""
 HASH_BYTES = 8
-"""Of the SHA-256 of an image: among 10^7 images a chance match has a probability of 10^-6."""
+"""Bytes kept of an image's SHA-256: among 10^7 images the chance of a false match is 10^-6."""
 
 HashArray = npt.NDArray[np.uint64]
 
 
 @dataclasses.dataclass(frozen=True)
 class ArrivalPolicy:
-    """What a task that arrives must keep to, before it is learned."""
+    """The limits for an arriving task; a task that does not keep them is rejected."""
 
     min_images_per_class: int = 4
-    """Training images of each class, after the held-out ones are taken away."""
+    """Smallest number of training images of each class, without the held-out ones."""
     min_test_images: int = 2
-    """Test images of the task."""
+    """Smallest number of test images of the task."""
     max_duplicate_share: float = 0.1
-    """Share of its images that one earlier task has too, byte for byte."""
+    """Largest share of its images that one earlier task has too, byte for byte."""
     max_test_in_train: float = 0.1
-    """Share of its test images that are training images as well."""
+    """Largest share of its test images that are training images as well."""
 
     def __post_init__(self) -> None:
         for key, low, high in (("min_images_per_class", 1, None), ("min_test_images", 1, None),
@@ -66,38 +68,41 @@ class Declaration:
     """The keys of `task.yaml`."""
 
     classes: tuple[str, ...] | None = None
-    """Every class of the task; none may be missing, no other may occur."""
+    """All classes of the task: each must have images, and no other class may occur."""
     transform: str = "none"
-    """Corruption that belongs to the task (as --task-transforms)."""
+    """Corruption of the task's images (as in --task-transforms)."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Checked:
-    """An arrival that was looked at."""
+class CheckedArrival:
+    """A validated arrival, with its problems if it has any."""
 
     arrival: Arrival
     experience: Experience | None
-    """None where the data could not be read at all."""
+    """None if the data could not be read at all."""
     hashes: HashArray
-    """Of its images, sorted."""
+    """Hashes of its images, sorted."""
     problems: tuple[Problem, ...]
 
 
 def check_arrival(storage: Storage, arrival: Arrival, config: DataConfig, policy: ArrivalPolicy,
-                  earlier: Mapping[str, HashArray], classes: Sequence[str] | None) -> Checked:
-    """Looks at all that an arrival holds.
+                  earlier: Mapping[str, HashArray],
+                  classes: Sequence[str] | None) -> CheckedArrival:
+    """Validates everything in an arrival.
 
-    earlier: hashes of the images of earlier slots. classes: of the task that it refreshes.
+    earlier: hashes of the images of earlier slots, by slot. classes: the classes of the task that
+    it refreshes; None for a new task.
     """
     nothing = np.array([], np.uint64)
     try:
         experience = _read(storage, arrival, config, classes)
         tables = {split: _look(getattr(experience, split), config) for split in SPLITS}
     except (InputError, pa.ArrowException) as error:
-        return Checked(arrival, None, nothing, (Problem("data", str(error)),))
+        return CheckedArrival(arrival, None, nothing, (Problem("data", str(error)),))
     except OSError as error:
         _reraise_unless_damaged(storage, arrival, error)
-        return Checked(arrival, None, nothing, (Problem("data", f"cannot be read: {error}"),))
+        problem = Problem("data", f"cannot be read: {error}")
+        return CheckedArrival(arrival, None, nothing, (problem,))
     problems = [Problem("image", text) for _, bad in tables.values() for text in bad]
     if config.on_bad_image == "skip":
         problems = []
@@ -105,24 +110,24 @@ def check_arrival(storage: Storage, arrival: Arrival, config: DataConfig, policy
         more = len(problems) - MAX_LISTED
         problems = [*problems[:MAX_LISTED], Problem("image", f"and {more} more such images")]
     problems += _few(experience, policy, whole=classes is None)
-    hashes = np.sort(np.concatenate([found for found, _ in tables.values()]))
+    hashes = np.sort(np.concatenate([hash_N for hash_N, _ in tables.values()]))
     problems += _duplicates(hashes, earlier, policy)
     leaked = np.isin(tables["test"][0], tables["train"][0]).mean()
     if leaked > policy.max_test_in_train:
         problems.append(Problem("duplicate", f"{leaked:.0%} of the test images are training "
                                 f"images too; allowed: {policy.max_test_in_train:.0%}"))
-    return Checked(arrival, experience, hashes, tuple(problems))
+    return CheckedArrival(arrival, experience, hashes, tuple(problems))
 
 
 def write_hashes(storage: Storage, path: str, hashes: HashArray) -> None:
-    """Keeps the hashes of a task's images; the same name is the same content."""
+    """Stores the hashes of a task's images, unless the file exists: its name fixes its content."""
     sink = io.BytesIO()
     pq.write_table(pa.table({"sha256_64": hashes}), sink)
     storage.put_if_absent(path, sink.getvalue())
 
 
 def read_hashes(storage: Storage, path: str) -> HashArray:
-    """Takes back `write_hashes`. Raises: IntegrityError where it cannot be read."""
+    """Reads the file of `write_hashes`. Raises: IntegrityError if it cannot be read."""
     try:
         table = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=["sha256_64"])
         hashes: HashArray = table.column(0).to_numpy().astype(np.uint64)
@@ -133,7 +138,7 @@ def read_hashes(storage: Storage, path: str) -> HashArray:
 
 def _read(storage: Storage, arrival: Arrival, config: DataConfig,
           classes: Sequence[str] | None) -> Experience:
-    """The arrival as an experience. Raises: InputError."""
+    """The arrival as an experience. Raises: InputError for classes or files that do not fit."""
     declared = _declaration(storage, arrival)
     images = read_sets(arrival.folder, None, storage.filesystem)
     if isinstance(images, dict):
@@ -146,7 +151,7 @@ def _read(storage: Storage, arrival: Arrival, config: DataConfig,
             raise InputError(f"label {unknown[0]!r} is not declared in {DECLARATION}; allowed: "
                              + ", ".join(declared.classes))
         if missing and classes is None:
-            raise InputError(f"class {missing[0]!r} is declared in {DECLARATION} and has no "
+            raise InputError(f"class {missing[0]!r} is declared in {DECLARATION} but has no "
                              "images; allowed: images of every class")
     if classes is None and len(images.classes) < 2:
         raise InputError(f"there is 1 class, {images.classes[0]!r}; allowed: 2 or more")
@@ -170,7 +175,7 @@ def _declaration(storage: Storage, arrival: Arrival) -> Declaration:
 
 
 def _look(table: ImageTable, config: DataConfig) -> tuple[HashArray, list[str]]:
-    """Hashes of the images in order, and what is wrong with those that cannot be decoded."""
+    """Hashes of the images in order, and a message for each image that cannot be decoded."""
     import hashlib
 
     ids = np.array(table.ids(), dtype=object)
@@ -178,17 +183,17 @@ def _look(table: ImageTable, config: DataConfig) -> tuple[HashArray, list[str]]:
     bad: list[str] = []
 
     def decode(images: Sequence[bytes], names: Sequence[str]) -> list[str]:
-        found = decode_images(images, names, config.input_size, on_bad="skip",
-                              max_pixels=config.max_image_pixels)
-        return [f"image {each.id} {each.reason}" for each in found.bad]
+        decoded = decode_images(images, names, config.input_size, on_bad="skip",
+                                max_pixels=config.max_image_pixels)
+        return [f"image {image.id} {image.reason}" for image in decoded.bad]
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for position_n, images in table.chunks():
             hash_N[position_n] = [int.from_bytes(hashlib.sha256(image).digest()[:HASH_BYTES])
                                   for image in images]
             slices = [slice(start, start + 64) for start in range(0, len(images), 64)]
-            for texts in pool.map(lambda part, position_n=position_n, images=images: decode(
-                    images[part], ids[position_n[part]].tolist()), slices):
+            for texts in pool.map(lambda rows, position_n=position_n, images=images: decode(
+                    images[rows], ids[position_n[rows]].tolist()), slices):
                 bad += texts
     return hash_N, bad
 
@@ -217,7 +222,7 @@ def _duplicates(hashes: HashArray, earlier: Mapping[str, HashArray],
 
 
 def _reraise_unless_damaged(storage: Storage, arrival: Arrival, error: Any) -> None:
-    """A storage that does not answer is no fault of the data: its bytes cannot be had at all."""
+    """Raises the error again if a file's bytes cannot be read, which is no fault of the data."""
     for entry in arrival.files:
         try:
             with storage.filesystem.open_input_file(entry.path) as source:

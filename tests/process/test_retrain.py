@@ -205,7 +205,7 @@ def test_a_stream_keeps_what_it_was_founded_with(life, tmp_path):
 
     other = CONFIG.to_dict() | {"backbone": CONFIG.to_dict()["backbone"] | {"freeze_depth": 2}}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
-    with pytest.raises(InputError, match=r"backbone.freeze_depth is 2.*founded with 3"):
+    with pytest.raises(InputError, match=r"backbone.freeze_depth is 2.*started with 3"):
         life[0].run(config=str(tmp_path / "other.yaml"))
 
 

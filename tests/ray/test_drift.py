@@ -67,7 +67,7 @@ def test_what_was_asked_drifts_or_not(learned, experiences, live, command, tmp_p
     assert (code, fields["drift"]) == (3, True)
     assert {task["task"]: task["drifts"] for task in fields["tasks"]} == {"1": False, "2": True}
     code, text, errors = command("drift", *where, "--retrain")  # the pass starts, and refuses
-    assert (code, "was not learned by retrain" in errors) == (2, True), text + errors
+    assert (code, "was not started by retrain" in errors) == (2, True), text + errors
     assert command("drift", *where, "--alpha", "2")[0] == 2
     assert command("drift", *where, "--hours", "0.0000001")[0] == 2
     assert not [path for path in live.rglob("*") if path.suffix in (".png", ".jpg")]
