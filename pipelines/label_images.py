@@ -26,7 +26,7 @@ from partialhn.task_inference import AUTO, NONE
 from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import connect
 from pipelines.registry.versions import Version
-from pipelines.serving.live import Recorder
+from pipelines.serving.live import FeatureRecorder
 
 BATCH = 256
 """Images labelled at once."""
@@ -90,7 +90,7 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
     predictor.check_task(task)
     name = AUTO if task == AUTO else task_of(
         predictor.model.tasks[predictor.task_index(task)].name)
-    recorder = Recorder(place, version.stream) if record else None
+    recorder = FeatureRecorder(place, version.stream) if record else None
     label = _Labeller(predictor, name, on_bad_image, recorder)
     counts, bad, done = Counter[str](), list[BadImage](), 0
     with tempfile.TemporaryDirectory(prefix=".partialhn-", dir=_folder_of(target)) as folder:
@@ -124,7 +124,7 @@ class _Labeller:
     predictor: Predictor
     task: str
     on_bad: Literal["error", "skip"]
-    recorder: Recorder | None = None
+    recorder: FeatureRecorder | None = None
 
     def __call__(self, images: list[bytes], ids: list[str]) -> tuple[pa.Table, list[BadImage]]:
         """A table of SCHEMA, and the images that have no row in it."""

@@ -1,1 +1,1 @@
-"""A model in use: served over HTTP, and watched for drift."""
+"""Serving a registered model over HTTP, and detecting drift in the images it gets."""

@@ -1,10 +1,10 @@
 """The server: a Ray Serve application around one model, for images of any of its tasks.
 
-    request -> checks (http) -> queue -> batch of mixed tasks -> trunk once, heads by task
-            -> answer; while a batch runs the next one gathers, so nobody waits for company
+    request -> checks (http) -> queue -> batch of mixed tasks -> trunk once, heads by task -> reply
 
-The walk: `pipelines.serving.http` is the HTTP side, `pipelines.serving.model` holds the model and
-exchanges it when its alias moves, `pipelines.serving.live` keeps a sample of features for `drift`.
+While one batch is computed, the next one collects requests, so no request waits for a batch to
+fill. `pipelines.serving.http` handles HTTP, `pipelines.serving.model` holds the model and replaces
+it when its alias moves, and `pipelines.serving.live` keeps a sample of features for `drift`.
 """
 
 import asyncio
@@ -31,40 +31,40 @@ from pipelines.platform.cluster import start_ray
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.serving.http import Limits, Metrics, Reply, build_app
-from pipelines.serving.live import Recorder
+from pipelines.serving.live import FeatureRecorder
 from pipelines.serving.model import ModelSource, RegistrySource, ServedModel
 
 MAX_BATCH = 64
-"""Images in one batch."""
+"""Largest number of images in one batch."""
 HARMLESS = "Task ServeController.graceful_shutdown failed"
-"""Said at every end: the controller ends before it can answer that it will."""
+"""Part of a warning at every shutdown; harmless: the controller ends before it can reply."""
 DRAIN_SECONDS = 20.0
-"""Requests in progress have so long to end when the server is stopped."""
+"""Seconds that requests in progress have to finish when the server is stopped."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
-    """How a model is served."""
+    """The options of the server."""
 
     host: str = "127.0.0.1"
     port: int = 8000
     reload_seconds: float = 10.0
-    """Between looks at the registry."""
+    """Seconds between two checks of the alias in the registry."""
     threads: int = 1
-    """Of a batch's computation."""
+    """CPU threads that compute a batch."""
     limits: Limits = dataclasses.field(default_factory=Limits)
     record: tuple[str, str] | None = None
-    """Storage and stream below which a sample of features is kept; None keeps nothing."""
+    """Storage and stream for the sample of features; None records nothing."""
 
 
 class Server:
-    """What runs in Serve's replica: the HTTP application, the batches, the model."""
+    """The replica of Ray Serve: the HTTP application, the batches, and the model."""
 
     def __init__(self, source: ModelSource, options: ServeOptions) -> None:
         configure_torch(options.threads)
         self.limits, self.metrics = options.limits, Metrics()
         self.model = ServedModel(source, options.reload_seconds)
-        self.recorder = (Recorder(open_storage(options.record[0]), options.record[1])
+        self.recorder = (FeatureRecorder(open_storage(options.record[0]), options.record[1])
                          if options.record else None)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "batch")
 
@@ -72,19 +72,19 @@ class Server:
         return build_app(self)
 
     async def ask(self, image: bytes, task: str) -> Reply:
-        """An answer, in a batch with whoever asks at the same time."""
+        """Predicts an image, in one batch with other requests of the same time."""
         reply: Reply = await self._gather((image, task))
         return reply
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0)
-    async def _gather(self, asked: list[tuple[bytes, str]]) -> list[Reply]:
+    async def _gather(self, requests: list[tuple[bytes, str]]) -> list[Reply]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._answer, asked)
+        return await loop.run_in_executor(self._pool, self._answer, requests)
 
-    def _answer(self, asked: list[tuple[bytes, str]]) -> list[Reply]:
-        images, tasks = zip(*asked, strict=True)
+    def _answer(self, requests: list[tuple[bytes, str]]) -> list[Reply]:
+        images, tasks = zip(*requests, strict=True)
         batch = self.model.answer(images, tasks, self.limits.pixels)
-        self.metrics.batch.observe(len(asked))
+        self.metrics.batch.observe(len(requests))
         for answer in batch.answers:
             self.metrics.images.labels(answer.task).inc()
         self.metrics.unknown.inc(sum(answer.label is None for answer in batch.answers))
@@ -93,7 +93,7 @@ class Server:
         return [(batch.loaded, reply) for reply in batch.replies]
 
     def check_task(self, task: str) -> None:
-        """Raises InputError for a task that the model in use cannot answer for."""
+        """Raises InputError for a task that the current model does not know or cannot infer."""
         self.model.current.predictor.check_task(task)
 
     def health(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Server:
                 "reload": self.model.reload, "recording": record}
 
     def __del__(self) -> None:
-        # Serve calls it once when the last request has been answered
+        # Serve calls this once, after the last reply
         if hasattr(self, "model"):
             self.model.stop()
             if self.recorder:
@@ -118,7 +118,7 @@ def bind(source: ModelSource, options: ServeOptions) -> serve.Application:
     """The Serve application of a source of models."""
     deployment: Any = serve.deployment(
         serve.ingress()(Server), name="partialhn", num_replicas=1,
-        # what waits is bounded by the server itself, which can still tell its health then
+        # the server limits the waiting requests itself, so that /healthz still works then
         max_ongoing_requests=options.limits.waiting + 64, max_queued_requests=256,
         backpressure_config={"retry_after_s": 1},
         graceful_shutdown_timeout_s=DRAIN_SECONDS, graceful_shutdown_wait_loop_s=0.5,
@@ -129,10 +129,10 @@ def bind(source: ModelSource, options: ServeOptions) -> serve.Application:
 
 
 def application(arguments: dict[str, str]) -> serve.Application:
-    """What a Serve configuration file or a RayService names: `pipelines.serving.app:application`.
+    """The application for a Serve configuration file: `pipelines.serving.app:application`.
 
-    Arguments: model (models:/NAME@ALIAS), storage, and tracking_uri unless MLFLOW_TRACKING_URI
-    says it. Host and port belong to the file.
+    Arguments: model (models:/NAME@ALIAS), storage, and tracking_uri unless MLFLOW_TRACKING_URI is
+    set. The file itself sets host and port. Raises: InputError for an unknown argument.
     """
     known = {"model", "storage", "tracking_uri"}
     if unknown := arguments.keys() - known:
@@ -145,9 +145,9 @@ def application(arguments: dict[str, str]) -> serve.Application:
 
 def serve_model(source: RegistrySource, options: ServeOptions, record: bool = True,
                 ray_address: str | None = None, log: Callable[[str], None] = print) -> None:
-    """Serves a registered model until the process is told to stop.
+    """Serves a registered model until the process gets SIGINT or SIGTERM.
 
-    Raises: InputError for an unknown model, or a port that is taken.
+    Raises: InputError for an unknown model, or a port that is in use.
     """
     registry = connect(open_storage(source.storage), source.tracking_uri, create=False)
     source = _absolute(source, registry.tracking_uri)
@@ -157,15 +157,15 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
         options = dataclasses.replace(options, record=_record(source))
     start_ray(ray_address)
     with running(bind(source, options), options):
-        log(f"{version.uri} of {source.uri} at http://{options.host}:{options.port}/predict "
-            "(also /healthz, /metrics); ends with Ctrl-C or SIGTERM")
-        _until_told()
-        log("stopping: requests in progress are answered first")
+        log(f"serving {version.uri} ({source.uri}) at http://{options.host}:{options.port}/predict "
+            "(also /healthz, /metrics); stop with Ctrl-C or SIGTERM")
+        _wait_for_signal()
+        log("stopping: requests in progress are completed first")
 
 
 @contextlib.contextmanager
 def running(app: serve.Application, options: ServeOptions) -> Any:
-    """Serve with the application, on a Ray that is there, until the block ends."""
+    """A context in which Ray Serve runs the application; Ray must be started already."""
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="HeadOnly", logging_config=quiet,
@@ -179,14 +179,14 @@ def running(app: serve.Application, options: ServeOptions) -> Any:
 
 
 def _absolute(source: RegistrySource, tracking_uri: str) -> RegistrySource:
-    """The same source for a process in another folder.
+    """The same source with absolute paths, for a process with another working folder.
 
-    A server's address stays as it was given: it may hold a password, which the environment of
-    the cluster has too.
+    The address of a tracking server is not replaced, because the registry's may contain a password
+    from this process's environment; the cluster has its own.
     """
-    place = open_storage(source.storage)
+    storage = open_storage(source.storage)
     return dataclasses.replace(
-        source, storage=place.root if place.is_local else source.storage,
+        source, storage=storage.root if storage.is_local else source.storage,
         tracking_uri=tracking_uri if tracking_uri.startswith("sqlite") else source.tracking_uri)
 
 
@@ -204,14 +204,14 @@ def _check_port(host: str, port: int) -> None:
                              "free port and an address of this machine") from error
 
 
-def _until_told() -> None:
-    told = threading.Event()
-    before = {number: signal.signal(number, lambda *_: told.set())
-              for number in (signal.SIGINT, signal.SIGTERM)}
+def _wait_for_signal() -> None:
+    stop = threading.Event()
+    earlier_handlers = {number: signal.signal(number, lambda *_: stop.set())
+                        for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        told.wait()
+        stop.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in earlier_handlers.items():
             signal.signal(number, handler)
 
 

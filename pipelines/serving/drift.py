@@ -1,15 +1,16 @@
-"""Has what a model is asked changed since it was trained? Live features against held-out ones.
+"""Drift detection: compares the features of images from live traffic with held-out ones.
 
-For each task: principal components of the held-out features (at most COMPONENTS of them, each
-scaled to unit variance), a Kolmogorov-Smirnov test of the live features on each
-(`scipy.stats.ks_2samp`), and Bonferroni's correction over components and tasks. Univariate tests
-on reduced dimensions found shifts at least as well as kernel tests did in Rabanser et al. 2019
-("Failing Loudly"), their p-values need no permutations, and they say along which direction.
+For each task it takes principal components of the held-out features (at most COMPONENTS), tests the
+live features on each of them with a Kolmogorov-Smirnov test (`scipy.stats.ks_2samp`), and applies
+Bonferroni's correction over components and tasks. In Rabanser et al. 2019 ("Failing Loudly")
+univariate tests on reduced dimensions detected shifts at least as well as kernel tests. Their
+p-values need no permutations, and they show the direction of the shift.
 
-Held-out features (validation and test), not those of training: the trunk was trained on images of
-the first task and sees them with other features than new ones.
+The reference is the held-out features (validation and test), not those of training: the trunk was
+trained on images of the first task, so their features differ from those of new images.
 
-Legend: N held-out images, M live ones, C channels of pooled features, D components.
+Legend: N held-out images, M live images, B images of a batch, C channels of pooled features,
+D components.
 """
 
 import dataclasses
@@ -33,52 +34,54 @@ from pipelines.registry.versions import Version
 from pipelines.serving.live import Live, read_live
 
 COMPONENTS = 16
+"""Largest number of principal components that are tested."""
 REFERENCE_ROWS = 2048
-"""Held-out images of a task that are compared with, at most."""
+"""Largest number of held-out images in each split of a task that are used as reference."""
 FEWEST = 30
-"""Live images that a test needs; a task with fewer is listed and not tested."""
+"""Smallest number of live images for a test; a task with fewer is listed but not tested."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskDrift:
-    """One task's live traffic against its held-out images."""
+    """The comparison of one task's live images with its held-out images."""
 
     task: str
     asked: int
-    """Images asked."""
+    """Number of images predicted."""
     compared: int
-    """Of these, the recorded sample that is compared."""
+    """Number of recorded images, which are a sample of those predicted."""
     reference: int
-    """Held-out images they are compared with."""
+    """Number of held-out images used as reference."""
     p_value: float | None
-    """Smallest of all components' p-values, corrected for components and tasks; None: too few."""
+    """Smallest p-value of all components, corrected for components and tasks; None if there were
+    too few images."""
     effect: float | None
-    """Largest Kolmogorov-Smirnov distance of a component: 0 (the same) to 1 (apart)."""
+    """Largest Kolmogorov-Smirnov distance of a component: 0 (the same) to 1 (no overlap)."""
     drifts: bool
 
     def fields(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as plain values for JSON."""
         return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class DriftReport:
-    """Every task of a version."""
+    """The comparison of every recorded task of a version."""
 
     model_uri: str
     hours: float
     alpha: float
     tasks: tuple[TaskDrift, ...]
     unknown: int
-    """Images asked with task auto that seemed to be of no task."""
+    """Number of images sent with task auto that seemed to belong to no known task."""
 
     @property
     def drifts(self) -> bool:
-        """Whether any task does."""
+        """Whether any task drifts."""
         return any(task.drifts for task in self.tasks)
 
     def fields(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as plain values for JSON."""
         return {"model_uri": self.model_uri, "hours": self.hours, "alpha": self.alpha,
                 "drift": self.drifts, "unknown_images": self.unknown,
                 "tasks": [task.fields() for task in self.tasks]}
@@ -86,34 +89,34 @@ class DriftReport:
 
 def find_drift(name: str, storage: str, tracking_uri: str | None = None, *,
                alpha: float = 0.01, hours: float = 168.0) -> DriftReport:
-    """Compares what the champion of a stream was asked in the last hours with its held-out images.
+    """Compares the champion's live images of the last hours with its held-out images.
 
-    alpha: chance of a false alarm of the whole report.
+    alpha: probability of a false alarm for the whole report.
 
-    Raises: InputError for an unknown stream, or where nothing was recorded.
+    Raises: InputError for an unknown stream, or if nothing was recorded.
     """
     if not 0 < alpha < 1:
         raise InputError(f"alpha is {alpha}; allowed: between 0 and 1")
     if hours <= 0:
         raise InputError(f"hours is {hours}; allowed: more than 0")
-    place = open_storage(storage)
-    registry = connect(place, tracking_uri, create=False)
+    store = open_storage(storage)
+    registry = connect(store, tracking_uri, create=False)
     champion = registry.resolve(f"models:/{name}@champion")
-    live = read_live(place, name, champion.tags["trunk_fingerprint"], hours)
+    live = read_live(store, name, champion.tags["trunk_fingerprint"], hours)
     unknown = live.pop(NONE, None)
     if not live:
-        raise InputError(f"nothing was recorded of {champion.uri} in the last {hours:g} hours "
-                         f"below {place.uri_of('live', name)}; allowed: a stream that "
-                         "`partialhn serve` or `partialhn predict --record` answered for")
-    found = [_compare(task, version, live[task], place)
-             for task, version in _task_versions(registry, champion).items() if task in live]
-    tested = max(1, sum(each.p_value is not None for each in found))
-    tasks = tuple(_corrected(each, tested, alpha) for each in found)
+        raise InputError(f"no images were recorded for {champion.uri} in the last {hours:g} hours "
+                         f"in {store.uri_of('live', name)}; allowed: a stream used with "
+                         "`partialhn serve` or `partialhn predict --record`")
+    comparisons = [_compare(task, version, live[task], store)
+                   for task, version in _task_versions(registry, champion).items() if task in live]
+    tested = max(1, sum(task.p_value is not None for task in comparisons))
+    tasks = tuple(_corrected(task, tested, alpha) for task in comparisons)
     return DriftReport(champion.uri, hours, alpha, tasks, unknown.seen if unknown else 0)
 
 
 def _task_versions(registry: Registry, champion: Version) -> dict[str, Version]:
-    """For each task of the champion the version that learned it last, in the tasks' order."""
+    """The version that learned each task of the champion last, in the order of the tasks."""
     newest = {}
     for version in registry.versions(champion.stream):
         if (version.tags["trunk_fingerprint"] == champion.tags["trunk_fingerprint"]
@@ -123,9 +126,9 @@ def _task_versions(registry: Registry, champion: Version) -> dict[str, Version]:
     return dict(sorted(newest.items(), key=lambda item: item[1].task_index))
 
 
-def _compare(task: str, version: Version, live: Live, place: Storage) -> TaskDrift:
-    """One task's p-value, corrected for its components only."""
-    reference_NC = _held_out(version, place)
+def _compare(task: str, version: Version, live: Live, storage: Storage) -> TaskDrift:
+    """Compares one task; its p-value is corrected for its components only."""
+    reference_NC = _held_out(version, storage)
     compared = len(live.z_BC)
     if compared < FEWEST:
         return TaskDrift(task, live.seen, compared, len(reference_NC), None, None, False)
@@ -141,7 +144,7 @@ def _corrected(task: TaskDrift, tested: int, alpha: float) -> TaskDrift:
 
 
 def shift(reference_NC: np.ndarray, live_MC: np.ndarray) -> tuple[float, float]:
-    """Smallest p-value of all components, times their number, and the largest KS distance."""
+    """The smallest p-value of all components, times their number, and the largest KS distance."""
     from scipy.stats import ks_2samp
 
     mean_C = reference_NC.mean(0)
@@ -149,37 +152,37 @@ def shift(reference_NC: np.ndarray, live_MC: np.ndarray) -> tuple[float, float]:
                                              full_matrices=False)
     usable = int((spread_D > 1e-6 * spread_D[0].clamp_min(1e-12)).sum())
     axes_DC = basis_DC[:max(1, min(COMPONENTS, usable))].numpy()
-    # asymptotic: the exact p-value takes fifty times as long and differs little from FEWEST on
+    # the exact p-value takes fifty times as long and differs little for FEWEST images or more
     tests = [ks_2samp((reference_NC - mean_C) @ axis_C, (live_MC - mean_C) @ axis_C,
                       method="asymp") for axis_C in axes_DC]
     return (min(1.0, len(tests) * min(float(test.pvalue) for test in tests)),
             max(float(test.statistic) for test in tests))
 
 
-def _held_out(version: Version, place: Storage) -> np.ndarray:
-    """Pooled features of a task's images that nothing was learned from, (N, C)."""
-    store = open_store(place, ComputeConfig())
+def _held_out(version: Version, storage: Storage) -> np.ndarray:
+    """Pooled features of a task's held-out images, (N, C)."""
+    store = open_store(storage, ComputeConfig())
     keys = json.loads(version.tags["feature_keys"])
-    # the first is the training split; of very small data nothing else may be there
+    # the first key is the training split; a very small task may have no other split
     return np.concatenate([_pooled(store, _manifest(store, key, version))
                            for key in keys[1:] or keys])
 
 
 def _manifest(store: FeatureStore, key: str, version: Version) -> Manifest:
-    found = store.manifest(key)
-    if found is None:
+    manifest = store.manifest(key)
+    if manifest is None:
         raise InputError(f"features {key} of {version.uri} are not in {store.root}; allowed: the "
-                         "storage that `partialhn train` was given, with its features")
-    return found
+                         "--storage that `partialhn train` was given, with its features")
+    return manifest
 
 
 def _pooled(store: FeatureStore, manifest: Manifest) -> np.ndarray:
     features = store.open(manifest)
     step = max(1, -(-len(features) // REFERENCE_ROWS))
     rows_N = torch.arange(0, len(features), step)
-    parts = [pooled(features.gather(rows_B, torch.zeros_like(rows_B)))
-             for rows_B in torch.split(rows_N, 256)]
-    return torch.cat(parts).numpy()
+    z_NC = torch.cat([pooled(features.gather(rows_B, torch.zeros_like(rows_B)))
+                      for rows_B in torch.split(rows_N, 256)])
+    return z_NC.numpy()
 
 
 def table(report: DriftReport) -> Sequence[str]:
@@ -194,5 +197,6 @@ def table(report: DriftReport) -> Sequence[str]:
         lines.append(f"{task.task[:23]:24}{task.asked:>9}{task.compared:>10}{task.reference:>7}"
                      + numbers)
     if report.unknown:
-        lines.append(f"{report.unknown} images asked with task auto seemed to be of no task")
+        lines.append(f"{report.unknown} images sent with task auto seemed to belong to no known "
+                     "task")
     return lines

@@ -1,13 +1,13 @@
-"""The server's HTTP side: what is asked, what is refused and how, health and metrics.
+"""The HTTP interface of the server: requests, refusals, health and metrics.
 
     POST /predict    an encoded image, task in ?task= or the header X-Task; or JSON
                      {"images": [base64, ...], "task": NAME} or {..., "tasks": [NAME, ...]}
     GET  /healthz    model version, its age, tasks, and how the last reload went
     GET  /metrics    for Prometheus
 
-A refusal says what was wrong, what was found and what is allowed: 400 for a malformed request or
-image, 404 for an unknown task, 413 for a body that is too large, 503 with Retry-After when the
-queue is full. Images are refused by their header before they are decoded.
+A refusal names the problem, the value found and the values allowed: 400 for a malformed request or
+image, 404 for an unknown task, 413 for a body that is too large, 503 with Retry-After if the
+queue is full. The size of an image is checked in its header, before it is decoded.
 """
 
 import asyncio
@@ -41,22 +41,22 @@ RETRY_AFTER_SECONDS = 1
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What the server takes at most."""
+    """The server's limits."""
 
     body_bytes: int = 8 << 20
-    """Bytes of a request's body."""
+    """Largest body of a request, in bytes."""
     images: int = 64
-    """Images of a JSON request."""
+    """Largest number of images in a JSON request."""
     pixels: int = 25_000_000
-    """Pixels of an image, refused by its header."""
+    """Largest number of pixels of an image, by its header."""
     waiting: int = 128
-    """Images that wait or are being answered; more are told to come again."""
+    """Largest number of images that wait or are in progress; others get 503."""
     waiting_bytes: int = 256 << 20
-    """Bytes of the bodies of requests in progress."""
+    """Largest total size of the bodies of all requests in progress, in bytes."""
 
 
 class RefusedError(Exception):
-    """A request that gets an error, with its HTTP status and its kind for the metrics."""
+    """The refusal of a request, with its HTTP status and its kind for the metrics."""
 
     def __init__(self, status: int, kind: str, message: str) -> None:
         super().__init__(message)
@@ -64,7 +64,7 @@ class RefusedError(Exception):
 
 
 class Metrics:
-    """What Prometheus reads, in a collection of the server's own."""
+    """The metrics that Prometheus reads, in a registry of the server's own."""
 
     def __init__(self) -> None:
         self.all = CollectorRegistry()
@@ -91,17 +91,17 @@ Reply = tuple[Loaded, Answer | InputError]
 
 
 class Service(Protocol):
-    """What the HTTP side needs of the server."""
+    """The functions of the server that the HTTP interface uses."""
 
     limits: Limits
     metrics: Metrics
 
     async def ask(self, image: bytes, task: str) -> Reply:
-        """An answer, in a batch with whoever asks at the same time."""
+        """Predicts an image, in one batch with other requests of the same time."""
         ...
 
     def check_task(self, task: str) -> None:
-        """Raises InputError for a task that the model in use cannot answer for."""
+        """Raises InputError for a task that the current model does not know or cannot infer."""
         ...
 
     def health(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def build_app(service: Service) -> Starlette:
 
 
 class _Front:
-    """The three routes."""
+    """The handlers of the three routes."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
@@ -154,20 +154,20 @@ class _Front:
 
     async def _predict(self, request: Request) -> Response:
         limits = self.service.limits
-        taken = 0
+        received = 0
         try:
             body = bytearray()
             _check_length(request.headers, limits)
             async for chunk in request.stream():
-                taken, self.bytes = taken + len(chunk), self.bytes + len(chunk)
-                if taken > limits.body_bytes:
+                received, self.bytes = received + len(chunk), self.bytes + len(chunk)
+                if received > limits.body_bytes:
                     raise _too_large(f"more than {limits.body_bytes}", limits)
                 if self.bytes > limits.waiting_bytes:
                     raise _busy()
                 body += chunk
             return await self._answer(request, bytes(body))
         finally:
-            self.bytes -= taken
+            self.bytes -= received
 
     async def _answer(self, request: Request, body: bytes) -> Response:
         as_json = request.headers.get("content-type", "").startswith("application/json")
@@ -188,7 +188,7 @@ class _Front:
         finally:
             self.images -= len(images)
         for number, (_, reply) in enumerate(replies):
-            if isinstance(reply, UnknownTaskError):  # the model was exchanged meanwhile
+            if isinstance(reply, UnknownTaskError):  # the model was replaced meanwhile
                 raise RefusedError(404, "unknown task", str(reply))
             if isinstance(reply, InputError):
                 name = f"image number {number}: " if as_json else ""
@@ -201,11 +201,11 @@ class _Front:
 
 
 def read_json(body: bytes, limits: Limits) -> tuple[list[bytes], list[str]]:
-    """Images and their tasks of a JSON request. Raises: RefusedError."""
+    """The images of a JSON request and their tasks. Raises: RefusedError if it is malformed."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RefusedError(400, "malformed", f"the body is no JSON ({error}); allowed: "
+        raise RefusedError(400, "malformed", f"the body is not JSON ({error}); allowed: "
                            + JSON_FORM) from error
     if not isinstance(fields, dict) or not isinstance(fields.get("images"), list):
         raise RefusedError(400, "malformed", "the body has no list of images; allowed: "
@@ -217,14 +217,14 @@ def read_json(body: bytes, limits: Limits) -> tuple[list[bytes], list[str]]:
     tasks = fields.get("tasks", [fields.get("task")] * len(encoded))
     if (not isinstance(tasks, list) or len(tasks) != len(encoded)
             or not all(isinstance(task, str) for task in tasks)):
-        raise RefusedError(400, "malformed", "the request names no task for every image; allowed: "
+        raise RefusedError(400, "malformed", "the request has no task for every image; allowed: "
                            + JSON_FORM)
     images = []
     for number, text in enumerate(encoded):
         try:
             images.append(base64.b64decode(text, validate=True))
         except (binascii.Error, TypeError, ValueError) as error:
-            raise RefusedError(400, "malformed", f"image number {number} is no base64 ({error}); "
+            raise RefusedError(400, "malformed", f"image number {number} is not base64 ({error}); "
                                f"allowed: {JSON_FORM}") from error
     return images, tasks
 
@@ -241,9 +241,9 @@ def _task_of(request: Request) -> str:
 
 
 def _check_length(headers: Mapping[str, str], limits: Limits) -> None:
-    said = headers.get("content-length", "")
-    if said.isdecimal() and int(said) > limits.body_bytes:
-        raise _too_large(said, limits)
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length) > limits.body_bytes:
+        raise _too_large(length, limits)
 
 
 def _too_large(found: str, limits: Limits) -> RefusedError:
@@ -252,5 +252,5 @@ def _too_large(found: str, limits: Limits) -> RefusedError:
 
 
 def _busy() -> RefusedError:
-    return RefusedError(503, "queue full", f"too many requests wait; come again in "
+    return RefusedError(503, "queue full", f"too many requests are waiting; try again in "
                         f"{RETRY_AFTER_SECONDS} s")

@@ -1,10 +1,10 @@
-"""What was asked lately, as features: a bounded sample of each task's pooled trunk features.
+"""Recording live traffic: a limited sample of each task's pooled trunk features.
 
     <root>/live/<stream>/<trunk>/<writer>.parquet     task, seen, z
 
-A reservoir of each task holds at most CAPACITY rows, each of everything asked so far with the
-same chance (Vitter 1985, algorithm R). No image is kept. A writer replaces its one file; of files
-that nobody writes any more the newest KEEP stay.
+For each task a reservoir holds at most CAPACITY rows; every image predicted so far is in it with
+the same probability (Vitter 1985, algorithm R). No image is stored. A writer replaces its own
+file; only the newest KEEP files of a trunk are kept.
 
 Legend: B images, C channels of pooled features.
 """
@@ -30,18 +30,18 @@ from partialhn.task_inference import NONE, pooled
 from pipelines.platform.storage import Storage
 
 CAPACITY = 512
-"""Rows of a task in one writer's file."""
+"""Largest number of rows of a task in one writer's file."""
 MAX_TASKS = 4096
-"""Tasks in one writer's file."""
+"""Largest number of tasks in one writer's file."""
 KEEP = 32
-"""Files of a trunk that stay."""
+"""Number of files of a trunk that are kept."""
 FLUSH_SECONDS = 60.0
 MAX_FILE_BYTES = 1 << 30
 
 
 @dataclasses.dataclass
 class _Reservoir:
-    """A sample of everything seen, each with the same chance."""
+    """A random sample of all rows seen, each with the same probability."""
 
     seen: int = 0
     rows: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -50,12 +50,12 @@ class _Reservoir:
         self.seen += 1
         if len(self.rows) < CAPACITY:
             self.rows.append(z_C)
-        elif (place := int(rng.integers(self.seen))) < CAPACITY:
-            self.rows[place] = z_C
+        elif (index := int(rng.integers(self.seen))) < CAPACITY:
+            self.rows[index] = z_C
 
 
-class Recorder:
-    """Samples batches of answers and writes the sample now and then. Safe between threads."""
+class FeatureRecorder:
+    """Samples the features of predicted batches and writes them regularly. Thread-safe."""
 
     def __init__(self, storage: Storage, stream: str, seed: int | None = None,
                  flush_seconds: float = FLUSH_SECONDS) -> None:
@@ -70,10 +70,10 @@ class Recorder:
         self._writing: threading.Thread | None = None
 
     def add(self, trunk: str, z_BCHW: torch.Tensor, answers: Sequence[Answer]) -> None:
-        """Takes in a batch; images that seemed to be of no task are kept apart as `none`."""
+        """Adds a batch; images that seemed to belong to no task are recorded as task `none`."""
         z_BC = pooled(z_BCHW).cpu().half().numpy()
         with self._lock:
-            if trunk != self._trunk:  # another trunk's features are other numbers
+            if trunk != self._trunk:  # features of different trunks cannot be compared
                 self._trunk, self._tasks = trunk, {}
                 self.writer = uuid.uuid4().hex[:16]
             for z_C, answer in zip(z_BC, answers, strict=True):
@@ -87,19 +87,19 @@ class Recorder:
             self._writing.start()
 
     def close(self) -> None:
-        """Writes what is not written yet."""
+        """Writes the sample for the last time."""
         if self._writing is not None:
             self._writing.join()
         self._try_flush()
 
     def state(self) -> dict[str, Any]:
-        """For /healthz: rows kept by task, and what went wrong when they were written."""
+        """The state for /healthz: number of rows by task, and the last error of writing."""
         with self._lock:
-            rows = {task: len(own.rows) for task, own in self._tasks.items()}
+            rows = {task: len(reservoir.rows) for task, reservoir in self._tasks.items()}
         return {"rows": rows, "error": self._error or None}
 
     def flush(self) -> str | None:
-        """Writes the sample; returns its path, or None where there is nothing."""
+        """Writes the sample; returns its path, or None if it is empty."""
         with self._lock:
             if not self._tasks:
                 return None
@@ -111,7 +111,7 @@ class Recorder:
         return path
 
     def _try_flush(self) -> None:
-        """A full disk must not stop the answers; health tells."""
+        """Writes the sample; an error (a full disk) only shows in `state`."""
         try:
             self.flush()
             self._error = ""
@@ -121,51 +121,53 @@ class Recorder:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Live:
-    """What was recorded of one task."""
+    """The recorded sample of one task."""
 
     z_BC: np.ndarray
-    """float32 pooled features."""
+    """Pooled features, float32."""
     seen: int
-    """Images asked, of which these are a sample."""
+    """Number of images predicted, from which the sample was drawn."""
 
 
 def read_live(storage: Storage, stream: str, trunk: str, hours: float) -> dict[str, Live]:
-    """Everything recorded of a trunk in the last hours, by task; several writers are joined.
+    """The recorded samples of a trunk in the last hours, by task; joins those of all writers.
 
     Raises: IntegrityError naming a file that cannot be read.
     """
-    found: dict[str, list[Live]] = {}
+    by_task: dict[str, list[Live]] = {}
     for info in _files(storage, storage.path("live", stream, trunk[:32])):
         if info.mtime_ns < (time.time() - 3600 * hours) * 1e9:
             continue
         for task, live in _read(storage, info).items():
-            found.setdefault(task, []).append(live)
-    return {task: _join(parts) for task, parts in found.items()}
+            by_task.setdefault(task, []).append(live)
+    return {task: _join(samples) for task, samples in by_task.items()}
 
 
-def _join(parts: Sequence[Live]) -> Live:
-    """One sample of all: of each writer's as many rows as its share of what was seen."""
-    total = sum(part.seen for part in parts)
-    size = min(min(len(part.z_BC) * total / part.seen for part in parts), len(parts) * CAPACITY)
+def _join(samples: Sequence[Live]) -> Live:
+    """One sample of all images: each writer gives rows in proportion to the images it has seen."""
+    total = sum(live.seen for live in samples)
+    size = min(min(len(live.z_BC) * total / live.seen for live in samples),
+               len(samples) * CAPACITY)
     rng = np.random.default_rng(0)
-    kept = [part.z_BC[rng.permutation(len(part.z_BC))[:max(1, round(size * part.seen / total))]]
-            for part in parts]
+    kept = [live.z_BC[rng.permutation(len(live.z_BC))[:max(1, round(size * live.seen / total))]]
+            for live in samples]
     return Live(np.concatenate(kept), total)
 
 
 def _table(tasks: dict[str, _Reservoir]) -> pa.Table:
-    rows = np.concatenate([np.stack(own.rows) for own in tasks.values()])
-    sizes = [len(own.rows) for own in tasks.values()]
+    rows = np.concatenate([np.stack(reservoir.rows) for reservoir in tasks.values()])
+    sizes = [len(reservoir.rows) for reservoir in tasks.values()]
     values = pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
     return pa.table({
         "task": pa.array(np.repeat(list(tasks), sizes)),
-        "seen": pa.array(np.repeat([own.seen for own in tasks.values()], sizes)), "z": values})
+        "seen": pa.array(np.repeat([reservoir.seen for reservoir in tasks.values()], sizes)),
+        "z": values})
 
 
 def _write(storage: Storage, path: str, table: pa.Table) -> None:
     sink = io.BytesIO()
     pq.write_table(table, sink)
-    if storage.is_local:  # readers see the old file or the new one
+    if storage.is_local:  # readers see either the old file or the new one
         draft = Path(path).with_name(f".{uuid.uuid4().hex}.tmp")
         draft.parent.mkdir(parents=True, exist_ok=True)
         draft.write_bytes(sink.getvalue())
@@ -176,8 +178,8 @@ def _write(storage: Storage, path: str, table: pa.Table) -> None:
 
 
 def _files(storage: Storage, folder: str) -> list[Any]:
-    found = storage.filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
-    return [info for info in found if info.extension == "parquet"]
+    infos = storage.filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+    return [info for info in infos if info.extension == "parquet"]
 
 
 def _drop_old(storage: Storage, folder: str) -> None:
@@ -187,7 +189,7 @@ def _drop_old(storage: Storage, folder: str) -> None:
 
 
 def _check_size(metadata: Any, path: str) -> None:
-    """Raises IntegrityError for a small file that would become a large table."""
+    """Raises IntegrityError for a file whose content would be too large in memory."""
     size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     if metadata.num_rows > CAPACITY * MAX_TASKS or size > MAX_FILE_BYTES:
         raise IntegrityError(f"recorded features {path} hold {metadata.num_rows} rows of {size} "

@@ -1,9 +1,9 @@
-"""The model a server answers with: loaded by alias, exchanged while it serves, never half.
+"""The model of a server: loaded by its alias and replaced as a whole while the server runs.
 
-A thread asks the registry at an interval which version the alias names. A new one is loaded and
-must answer a self-test before it takes the old one's place, which is one assignment: a batch in
-progress ends with the model it began with. Where anything fails the old one stays, and health
-says so.
+A thread regularly asks the registry which version the alias points to. A new version is loaded and
+must pass a self-test. Then it replaces the old one in a single assignment, so a batch in progress
+ends with the model it began with. If anything fails, the old model stays and /healthz shows the
+error.
 """
 
 import dataclasses
@@ -25,58 +25,58 @@ from pipelines.registry.client import Registry, connect
 
 log = logging.getLogger("partialhn.serving")
 LONGEST_WAIT = 300.0
-"""Seconds between tries to load a version that failed, at most; it doubles from the interval."""
+"""Longest pause in seconds after a failure; the pause starts with the interval and doubles."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A predictor with every task's head generated, and what it is."""
+    """A loaded model whose heads are all generated, with its version."""
 
     predictor: Predictor
     version: str
-    """Of the registered model, for example 7."""
+    """Version of the registered model, for example 7."""
     since: float
-    """When it began to serve, in seconds since 1970."""
+    """Time when it was loaded, in seconds since 1970."""
     trunk: str
     """Fingerprint of the trunk."""
 
 
 class UnknownTaskError(InputError):
-    """A task that the model in use does not know, or cannot infer."""
+    """A task that the current model does not know or cannot infer."""
 
 
-ASKED = InputError("not answered yet")
-"""Stands in a batch's replies until the answer is there."""
+PENDING = InputError("not predicted yet")
+"""Placeholder in a batch's replies until the prediction exists."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Replies to a batch, in order, and what was computed for them."""
+    """The replies to a batch, in order, with the features computed for them."""
 
     loaded: Loaded
-    """The model that answered."""
+    """The model that was used."""
     replies: list[Answer | InputError]
     z_BCHW: torch.Tensor
-    """Trunk features of the images that have an answer."""
+    """Trunk features of the images with a prediction."""
     answers: list[Answer]
-    """Theirs, in the same order."""
+    """Predictions for the rows of z_BCHW."""
 
 
 class ModelSource(Protocol):
-    """Where models come from. Pickles to the server."""
+    """A source of models, which can be pickled to the server."""
 
     def newest(self) -> str:
         """The version to serve now."""
         ...
 
     def load(self) -> tuple[Predictor, str]:
-        """That version's predictor, and which it is."""
+        """The predictor of the version to serve now, and that version."""
         ...
 
 
 @dataclasses.dataclass
 class RegistrySource:
-    """The version that an alias of the registry names."""
+    """A source that follows an alias, or takes a fixed version, of the registry."""
 
     uri: str
     """models:/NAME@ALIAS or models:/NAME/VERSION."""
@@ -85,11 +85,11 @@ class RegistrySource:
     _registry: Registry | None = dataclasses.field(default=None, repr=False)
 
     def newest(self) -> str:
-        """Asks the registry which version the alias names."""
+        """Asks the registry which version the alias points to."""
         return str(self._connected().resolve(self.uri).version)
 
     def load(self) -> tuple[Predictor, str]:
-        """Downloads and reads the version."""
+        """Downloads and loads the version."""
         predictor, version = self._connected().load_predictor(self.uri)
         return predictor, str(version.version)
 
@@ -103,35 +103,36 @@ class RegistrySource:
 
 
 class ServedModel:
-    """The model in use and the thread that keeps it the newest."""
+    """The current model, and the thread that replaces it when its alias moves."""
 
     def __init__(self, source: ModelSource, interval: float) -> None:
-        """Loads the first model. `interval`: seconds between looks at the registry."""
+        """Loads the first model. interval: seconds between two checks of the registry."""
         self.source, self.interval = source, interval
         self.current = self._load()
         self.reload: dict[str, Any] = {"state": "current"}
-        """What the last look at the registry brought, for /healthz."""
+        """Result of the last check of the registry, for /healthz."""
         self._failures, self._failed_version = 0, ""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="alias")
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._stop.set()
         self._thread.join(5)
 
     def answer(self, images: Sequence[bytes], tasks: Sequence[str], max_pixels: int) -> Batch:
-        """Answers for a batch of mixed tasks: one trunk pass for all, errors one by one."""
+        """Predicts a batch of mixed tasks with one run of the trunk; errors become replies."""
         loaded = self.current
         data = loaded.predictor.model.config.data
         replies: list[Answer | InputError] = [_check(loaded.predictor, task) for task in tasks]
         decoded = decode_images(images, ["sent"] * len(images), data.input_size, on_bad="skip",
                                 max_pixels=min(max_pixels, data.max_image_pixels))
         good = decoded.index_B.tolist()
-        for place, bad in zip(sorted({*range(len(images))} - {*good}), decoded.bad, strict=True):
-            replies[place] = InputError(f"the image {bad.reason}")
-        rows = [row for row, place in enumerate(good) if replies[place] is ASKED]
+        undecoded = sorted({*range(len(images))} - {*good})
+        for position, bad in zip(undecoded, decoded.bad, strict=True):
+            replies[position] = InputError(f"the image {bad.reason}")
+        rows = [row for row, position in enumerate(good) if replies[position] is PENDING]
         z_BCHW = loaded.predictor.features(decoded.images_BCHW[rows], exact=False)
         answers = loaded.predictor.answers(z_BCHW, [tasks[good[row]] for row in rows])
         for row, answer in zip(rows, answers, strict=True):
@@ -142,11 +143,12 @@ class ServedModel:
         while not self._stop.wait(self._pause()):
             try:
                 self._look()
-            except Exception as error:  # whatever the registry raises: the old model serves on
+            except Exception as error:  # whatever the registry raises, the old model stays
                 self._failures += 1
                 self.reload = {"state": "failed", "error": f"{type(error).__name__}: {error}",
                                "failures": self._failures, "at": time.time()}
-                log.warning("model %s stays: %s", self.current.version, error)
+                log.warning("still serving version %s, because checking for a new one failed: %s",
+                            self.current.version, error)
 
     def _pause(self) -> float:
         return float(min(self.interval * 2 ** min(self._failures, 10),
@@ -158,7 +160,7 @@ class ServedModel:
             self.reload = {"state": "loading", "version": wanted}
             new = self._load()
             old, self.current = self.current, new
-            log.info("model %s takes the place of %s", new.version, old.version)
+            log.info("now serving version %s instead of %s", new.version, old.version)
         self._failures, self.reload = 0, {"state": "current", "at": time.time()}
 
     def _load(self) -> Loaded:
@@ -168,9 +170,9 @@ class ServedModel:
 
 
 def self_test(predictor: Predictor) -> None:
-    """Generates every task's head and has it answer, in one batch of all tasks.
+    """Generates every task's head and runs it on a random image, all tasks in one batch.
 
-    Raises: InputError where an answer is no probability.
+    Raises: InputError if a task's probabilities do not sum to 1.
     """
     size = predictor.model.config.data.input_size
     tasks = predictor.tasks + [AUTO] * (predictor.model.inference is not None)
@@ -185,9 +187,9 @@ def self_test(predictor: Predictor) -> None:
 
 
 def _check(predictor: Predictor, task: str) -> InputError:
-    """ASKED, or what is wrong with the task."""
+    """PENDING for a known task, otherwise the error."""
     try:
         predictor.check_task(task)
     except InputError as error:
         return UnknownTaskError(str(error))
-    return ASKED
+    return PENDING

@@ -1,1 +1,1 @@
-"""What the feature store holds, who needs it, and what may go."""
+"""Maintaining the feature store: listing, verifying and pruning features."""

@@ -1,4 +1,4 @@
-"""What the feature store holds: lists it, describes it, and reads it again byte for byte."""
+"""Inspecting the feature store: lists, describes and verifies the stored features."""
 
 import contextlib
 import hashlib
@@ -17,14 +17,15 @@ _COLUMNS = ("key", "state", "rows", "shape VCHW", "dtype", "MiB", "age", "needed
 
 
 def listing(storage: Storage, needed: References) -> list[str]:
-    """A table of every key, finished or not; a damaged manifest is a row that says so."""
+    """A table of all keys, finished or not; a damaged manifest is shown as such."""
     store, rows, total = open_store(storage), [_COLUMNS], 0
-    for each in stored(storage):
-        total += each.bytes
-        rows.append((each.key, *_described(store, each.key), f"{each.bytes / 2**20:.1f}",
-                     age_text(each.age), _users(needed.get(each.key, []))))
+    for features in stored(storage):
+        total += features.bytes
+        rows.append((features.key, *_described(store, features.key),
+                     f"{features.bytes / 2**20:.1f}", age_text(features.age),
+                     _users(needed.get(features.key, []))))
     if len(rows) == 1:
-        return [f"no features in {storage.uri}"]
+        return [f"there are no features in {storage.uri}"]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in rows]
@@ -32,7 +33,7 @@ def listing(storage: Storage, needed: References) -> list[str]:
 
 
 def _described(store: FeatureStore, key: str) -> tuple[str, str, str, str]:
-    """State, rows, shape and number type."""
+    """State, rows, shape and number type of a key's features."""
     try:
         manifest = store.manifest(key)
     except IntegrityError:
@@ -56,15 +57,15 @@ def _shape(manifest: Manifest) -> str:
 
 
 def description(storage: Storage, prefix: str) -> list[str]:
-    """One set of features: recipe, cost, shards, and the images that were left out.
+    """Describes one set of features: recipe, cost, shards, and the images that were left out.
 
-    Raises: InputError for a key that is not there or not finished.
+    prefix: the first characters of its key. Raises: InputError for an unknown or unfinished key.
     """
     key = _one_key(storage, prefix)
     manifest = open_store(storage).manifest(key)
     if manifest is None:
-        raise InputError(f"features {key} are not finished: no manifest yet; the same "
-                         "`partialhn train` goes on with them")
+        raise InputError(f"features {key} are not finished and have no manifest yet; to finish "
+                         "them, start the same `partialhn train` again")
     seconds, recipe = sum(shard.seconds for shard in manifest.shards), manifest.recipe
     lines = [f"features  {storage.uri_of('features', key)}",
              f"trunk     {recipe.trunk}", f"data      {recipe.data}",
@@ -72,7 +73,7 @@ def description(storage: Storage, prefix: str) -> list[str]:
              f"{recipe.transform}, {recipe.views} views ({recipe.augment}, seed {recipe.seed})",
              f"features  {_shape(manifest)} (views, channels, height, width) {_type(recipe)}",
              f"bytes     {manifest.bytes} in {len(manifest.shards)} shards",
-             f"made      {manifest.created} in {seconds:.1f} s of work, by "
+             f"computed  {manifest.created} in {seconds:.1f} s of work, by "
              + ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())]
     lines += [f"  {shard.name}  {shard.rows} rows  {shard.bytes} bytes  {shard.seconds:.1f} s"
               for shard in manifest.shards]
@@ -80,10 +81,10 @@ def description(storage: Storage, prefix: str) -> list[str]:
 
 
 def verify(storage: Storage, prefix: str | None = None) -> Iterator[tuple[str, bool]]:
-    """A line for every key, and whether all of it is as its manifest says.
+    """Compares each key's shards with its manifest; yields a line and whether they are good.
 
-    Every shard is read and hashed, whatever was noted before. Raises: InputError for an unknown
-    key.
+    prefix: the first characters of a single key. Every shard is read and hashed again. Raises:
+    InputError for an unknown key.
     """
     store = open_store(storage)
     for key in _keys(storage) if prefix is None else [_one_key(storage, prefix)]:
@@ -93,7 +94,7 @@ def verify(storage: Storage, prefix: str | None = None) -> Iterator[tuple[str, b
             yield str(error), False
             continue
         if manifest is None:
-            yield f"{key}  partial: its finished shards are checked when they are used", True
+            yield f"{key}  unfinished: its shards are verified when they are used", True
             continue
         problems = [problem for shard in manifest.shards
                     if (problem := _problem(storage, manifest, shard))]
@@ -125,9 +126,9 @@ def _keys(storage: Storage) -> list[str]:
 
 
 def _one_key(storage: Storage, prefix: str) -> str:
-    found = [key for key in _keys(storage) if key.startswith(prefix)]
-    if len(found) != 1:
-        raise InputError(f"key is {prefix!r}, which {len(found)} keys in {storage.uri} start with; "
-                         "allowed: the first characters of one that `partialhn features list` "
-                         "prints")
-    return found[0]
+    keys = [key for key in _keys(storage) if key.startswith(prefix)]
+    if len(keys) != 1:
+        raise InputError(f"key is {prefix!r}, which {len(keys)} keys in {storage.uri} start with; "
+                         "allowed: the first characters of exactly one key, as `partialhn features "
+                         "list` prints them")
+    return keys[0]

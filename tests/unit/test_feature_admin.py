@@ -48,7 +48,7 @@ def test_list_tells_finished_from_unfinished(command):
 
 def test_an_empty_store_says_so(tmp_path, capsys):
     assert run(["features", "list", "--storage", str(tmp_path / "none")]) == 0
-    assert "no features in" in capsys.readouterr().out
+    assert "there are no features in" in capsys.readouterr().out
 
 
 def test_show_says_how_it_was_made(command):

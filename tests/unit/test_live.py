@@ -12,7 +12,7 @@ from partialhn.errors import IntegrityError
 from partialhn.predict import Answer
 from pipelines.platform.storage import open_storage
 from pipelines.serving import live
-from pipelines.serving.live import CAPACITY, KEEP, Recorder, read_live
+from pipelines.serving.live import CAPACITY, KEEP, FeatureRecorder, read_live
 
 TRUNK = "a" * 64
 
@@ -32,7 +32,7 @@ def storage(tmp_path):
 
 
 def test_what_is_written_is_read(storage):
-    recorder = Recorder(storage, "s")
+    recorder = FeatureRecorder(storage, "s")
     recorder.add(TRUNK, batch(range(5)), [*answers("a", 3), *answers("b/2", 1),
                                           *answers("a", 1, None)])
     path = recorder.flush()
@@ -47,7 +47,7 @@ def test_what_is_written_is_read(storage):
 def test_the_sample_is_bounded_and_every_image_has_the_same_chance(storage):
     kept = []
     for seed in range(12):
-        recorder = Recorder(storage, "s", seed)
+        recorder = FeatureRecorder(storage, "s", seed)
         for start in range(0, 2048, 64):
             recorder.add(TRUNK, batch(range(start, start + 64)), answers("a", 64))
         rows = recorder._tasks["a"].rows
@@ -60,7 +60,7 @@ def test_the_sample_is_bounded_and_every_image_has_the_same_chance(storage):
 
 def test_writers_are_joined_by_what_they_saw(storage):
     for seen, value in ((300, 0.0), (100, 1.0)):
-        recorder = Recorder(storage, "s")
+        recorder = FeatureRecorder(storage, "s")
         recorder.add(TRUNK, batch([value] * seen), answers("a", seen))
         recorder.flush()
     found = read_live(storage, "s", TRUNK, hours=1)["a"]
@@ -72,7 +72,7 @@ def test_a_writer_replaces_its_file_and_old_files_go(storage, monkeypatch):
     monkeypatch.setattr(live, "KEEP", 3)
     paths = []
     for _ in range(5):
-        recorder = Recorder(storage, "s")
+        recorder = FeatureRecorder(storage, "s")
         recorder.add(TRUNK, batch([1.0]), answers("a", 1))
         assert recorder.flush() == recorder.flush()
         paths.append(recorder.flush())
@@ -84,7 +84,7 @@ def test_a_writer_replaces_its_file_and_old_files_go(storage, monkeypatch):
 
 
 def test_only_this_trunk_and_these_hours(storage):
-    recorder = Recorder(storage, "s")
+    recorder = FeatureRecorder(storage, "s")
     recorder.add(TRUNK, batch([1.0]), answers("a", 1))
     path = recorder.flush()
     recorder.add("b" * 64, batch([2.0]), answers("a", 1))
@@ -98,7 +98,7 @@ def test_only_this_trunk_and_these_hours(storage):
 
 def test_a_disk_that_refuses_does_not_stop_the_answers(tmp_path):
     (tmp_path / "store").write_text("a file where the folder should be")
-    recorder = Recorder(open_storage(str(tmp_path / "store")), "s", flush_seconds=0)
+    recorder = FeatureRecorder(open_storage(str(tmp_path / "store")), "s", flush_seconds=0)
     recorder.add(TRUNK, batch([1.0]), answers("a", 1))
     recorder.close()
     assert recorder.state()["error"].startswith(("NotADirectoryError", "FileExistsError"))
@@ -107,7 +107,7 @@ def test_a_disk_that_refuses_does_not_stop_the_answers(tmp_path):
 @pytest.mark.parametrize("damage", ["truncated", "not Parquet", "other columns", "no numbers",
                                     "no list", "a bomb"])
 def test_damaged_files_are_named(storage, damage):
-    recorder = Recorder(storage, "s")
+    recorder = FeatureRecorder(storage, "s")
     recorder.add(TRUNK, batch(range(50)), answers("a", 50))
     path = recorder.flush()
     with open(path, "rb") as file:  # noqa: PTH123
