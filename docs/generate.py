@@ -92,7 +92,7 @@ def configuration_page() -> str:
              "A configuration file is YAML with these sections; every key is optional, and an "
              "unknown key is an error. On the command line a key is an option without its "
              "section: `train.learning_rate` is `--learning-rate`. Options win over the file.", "",
-             "```yaml", "# config.yaml", yaml.safe_dump(EXAMPLE, sort_keys=False).strip(), "```",
+             "```yaml", "# my-stream.yaml", yaml.safe_dump(EXAMPLE, sort_keys=False).strip(), "```",
              "", "This page is generated from the code.", ""]
     for name, section in SECTIONS.items():
         lines += [f"## {name}", "", inspect.getdoc(section) or "", "",

@@ -1,12 +1,14 @@
 """The Python of the documents runs as it stands there, and prints what the page says."""
 
 import re
+import shlex
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.docs.pages import PAGES, blocks
+from pipelines.cli.main import run
+from tests.docs.pages import PAGES, blocks, shell_lines
 
 PYTHON_PAGES = [page for page in PAGES if any(
     block.language == "python" and block.reason is None for block in blocks(page))]
@@ -14,11 +16,11 @@ PYTHON_PAGES = [page for page in PAGES if any(
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder IMAGES of real digits: four classes, of 20 images to learn from and 8 to test."""
+    """A folder IMAGES of real digits: six classes, of 20 images to learn from and 8 to test."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    for label, name in enumerate(("bird", "cat", "deer", "dog")):
+    for label, name in enumerate(("airplane", "bird", "car", "cat", "deer", "dog")):
         pixels_NHW = (digits.images[digits.target == label][:28] * 15.9).astype(np.uint8)
         for row, pixels_HW in enumerate(pixels_NHW):
             folder = tmp_path / "IMAGES" / ("train" if row < 20 else "test") / name
@@ -46,3 +48,16 @@ def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsy
         printed = capsys.readouterr().out
         if block.output is not None:
             assert shape(printed) == shape(block.output), printed
+
+
+@pytest.mark.slow
+def test_the_three_lines_of_shell_of_the_readme_run(tmp_path, monkeypatch, capsys, images):
+    block = next(block for block in blocks("README.md")
+                 if block.language == "console" and "predict" in block.body)
+    monkeypatch.chdir(tmp_path)
+    for line in shell_lines(block):
+        assert run(shlex.split(line)[1:]) == 0, capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Partial hypernetwork" in printed
+    assert "8 images of task '0' labelled by models:/my-stream/3" in printed
+    assert (tmp_path / "report.html").stat().st_size > 10_000
