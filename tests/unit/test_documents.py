@@ -23,6 +23,9 @@ MODULE = re.compile(r"`((?:partialhn|pipelines)(?:\.\w+)+)`")
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(?:#[^)]*)?\)")
 FRAGMENT = re.compile(r"[a-z0-9][a-z0-9-]*\.([a-z]+)(?:\.\d+)?\.md")
 PLACEHOLDER = "NAME"
+GROUPS = {group for path in (ROOT / "partialhn").rglob("*.py") for group in re.findall(
+    r"\"(partialhn\.[a-z_]+s)\"", path.read_text(encoding="utf-8"))}
+"""Groups of entry points that the library reads."""
 
 
 def text_of(document):
@@ -46,8 +49,10 @@ def exists(path):
 
 
 def module_exists(dotted):
-    """Whether a dotted name is a module, or what a module defines."""
+    """Whether a dotted name is a module, what a module defines, or a group of entry points."""
     parts = dotted.split(".")
+    if (parts[0] == "partialhn" and parts[1] in partialhn.__all__) or dotted in GROUPS:
+        return True
     for end in range(len(parts), 0, -1):
         path = ROOT.joinpath(*parts[:end])
         for file in (path.with_suffix(".py"), path / "__init__.py"):
