@@ -186,8 +186,9 @@ def hints(kind: Any) -> dict[str, Any]:
 def value_text(kind: Any) -> str:
     """A type in words: int, one of several words, a list."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return ", ".join(f"`{value}`" for value in arguments)
+    words = getattr(kind, "table", arguments if origin is Literal else ())
+    if words:
+        return ", ".join(f"`{value}`" for value in words)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(value_text(each) for each in arguments if each is not type(None))
     if origin is tuple:
