@@ -8,7 +8,7 @@
 #   and validated on.
 # Matters: classes arrive over time and are named by others. One new class whose name has such a
 #   word removes the earlier classes or lets validation images into training.
-# Another version: DATASETS_VERSION=5.3.0 findings/datasets_class_named_test.sh
+# Another version: DATASETS_VERSION=5.1.0 findings/datasets_class_named_test.sh
 set -euo pipefail
 packages=(
   "datasets==${DATASETS_VERSION:-5.2.0}"

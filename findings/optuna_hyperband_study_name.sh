@@ -7,7 +7,7 @@
 #   a random one: its pruning cannot be repeated with any seed.
 # Matters: a search is compared with another by its cost at a seed. Studies that are named after the
 #   date or the user differ by chance, and a paper's seed does not reproduce its search.
-# Another version: OPTUNA_VERSION=4.5.0 findings/optuna_hyperband_study_name.sh
+# Another version: OPTUNA_VERSION=4.9.0 findings/optuna_hyperband_study_name.sh
 set -euo pipefail
 packages=(
   "optuna==${OPTUNA_VERSION:-5.0.0}"

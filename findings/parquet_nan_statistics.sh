@@ -9,7 +9,7 @@
 #   all other rows are 0.1. pyarrow's own "not loss <= 0.6" loses the NaN row too.
 # Matters: a run that diverged has a loss of NaN. Whether a query over a table of runs finds it, or
 #   takes it for a good one, depends on how the file was written.
-# Another version: DUCKDB_VERSION=2.0.2 PYARROW_VERSION=26.0.1 findings/parquet_nan_statistics.sh
+# Another version: DUCKDB_VERSION=1.5.6 PYARROW_VERSION=26.0.1 findings/parquet_nan_statistics.sh
 set -euo pipefail
 packages=(
   "duckdb==${DUCKDB_VERSION:-2.0.1}"

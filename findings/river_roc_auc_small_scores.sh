@@ -7,7 +7,7 @@
 #   the same library gives 1.0 for both.
 # Matters: with many classes, or a rare one, all probabilities of a class are small, and a stream's
 #   curve then reads "no better than chance" for a perfect model.
-# Another version: RIVER_VERSION=0.27.0 findings/river_roc_auc_small_scores.sh
+# Another version: RIVER_VERSION=0.25.0 findings/river_roc_auc_small_scores.sh
 set -euo pipefail
 packages=(
   "river==${RIVER_VERSION:-0.26.1}"

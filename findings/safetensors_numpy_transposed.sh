@@ -6,7 +6,7 @@
 #   an error, names, shapes and dtypes are right, and the values are in another order.
 # Matters: kernels converted from frameworks with channels last are transposed on the way. The
 #   converted trunk passes every check of names and shapes, and its features are meaningless.
-# Another version: SAFETENSORS_VERSION=0.8.1 findings/safetensors_numpy_transposed.sh
+# Another version: SAFETENSORS_VERSION=0.7.0 findings/safetensors_numpy_transposed.sh
 set -euo pipefail
 packages=(
   "safetensors==${SAFETENSORS_VERSION:-0.8.0}"
