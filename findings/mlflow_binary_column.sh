@@ -6,7 +6,7 @@
 #   they are. A number and an absent column are refused.
 # Matters: image models are served with a binary column. A client that forgets the base64 step, or
 #   sends no image, is not stopped by the signature, so the model has to check by itself.
-# Another version: MLFLOW_VERSION=3.18.0 findings/mlflow_binary_column.sh
+# Another version: MLFLOW_VERSION=3.17.1 findings/mlflow_binary_column.sh
 set -euo pipefail
 packages=(
   "mlflow==${MLFLOW_VERSION:-3.17.2}"

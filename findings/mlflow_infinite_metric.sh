@@ -5,7 +5,7 @@
 #   warning, while NaN in the same run comes back as NaN.
 # Matters: "is this run's loss finite" is the usual test for divergence. Asked of what MLflow gives
 #   back it says yes for a loss that overflowed, and a mean over two such runs is infinite again.
-# Another version: MLFLOW_VERSION=3.18.0 findings/mlflow_infinite_metric.sh
+# Another version: MLFLOW_VERSION=3.17.1 findings/mlflow_infinite_metric.sh
 set -euo pipefail
 packages=(
   "mlflow==${MLFLOW_VERSION:-3.17.2}"

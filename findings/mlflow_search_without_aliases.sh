@@ -8,7 +8,7 @@
 # Matters: "which of these is the champion" answered from a search is "none": code that then deletes
 #   versions without an alias deletes the one in use. "versions[0] is the newest" holds in every test
 #   and ends with the first description that somebody edits.
-# Another version: MLFLOW_VERSION=3.18.0 findings/mlflow_search_without_aliases.sh
+# Another version: MLFLOW_VERSION=3.17.1 findings/mlflow_search_without_aliases.sh
 set -euo pipefail
 packages=(
   "mlflow==${MLFLOW_VERSION:-3.17.2}"
