@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import textwrap
 import types
 import typing
@@ -31,6 +32,8 @@ SECTIONS = {field.name: field.default_factory for field in dataclasses.fields(Co
 """The configuration's classes by the name of their section."""
 FOLDERS = {"Design decisions": "design", "Measurements": "measurements"}
 """Parts of the navigation whose pages are whatever lies in a folder."""
+NUMBER_GAPS = re.compile(r"(?<=\d) (?=%|±|[kMG]i?B|s\b|times\b|points?\b)|(?<=±) (?=\d)")
+"""Gaps between a number and its unit, or around its interval."""
 FIRST = ("Stream", "TaskResult", "StreamMetrics", "run_stream", "RunResult")
 """Python names that a reader wants first; the others follow in the order of `__all__`."""
 OPTIONAL = {"Guides": [{"Extend it": "how-to/extend.md"}],
@@ -60,6 +63,12 @@ def on_files(files: Any, config: Any) -> Any:
     for path, text in pages().items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Keeps a number with its unit on one line in the narrow columns of tables."""
+    return "\n".join(NUMBER_GAPS.sub("\N{NO-BREAK SPACE}", line) if line.startswith("|") else line
+                     for line in markdown.split("\n"))
 
 
 def pages() -> dict[str, str]:
