@@ -1,7 +1,7 @@
-"""Every option of the system: frozen dataclasses, one for each part, composed in `Config`.
+"""All options of the system: frozen dataclasses, one for each section, composed in `Config`.
 
-Command-line flags and YAML files fill the same classes. This file imports nothing heavy, so
-that `--help` answers at once; that is why the classes are here and not beside their owners.
+Command-line flags and YAML files fill the same classes. This file imports nothing heavy, so that
+`--help` answers at once; that is why the classes are here and not beside the code that uses them.
 """
 
 import dataclasses
@@ -11,12 +11,16 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import yaml
 
 from partialhn.errors import InputError
 from partialhn.naming import digest, named_sections
+from partialhn.networks.table import BACKBONES
+from partialhn.plugins import Table
+from partialhn.strategies.table import TABLE as STRATEGIES
+from partialhn.strategies.table import needs_every_task
 
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 ClassOrder = Literal["shuffled", "given"]
@@ -28,9 +32,33 @@ Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
 StreamKind = Literal["classes", "domains"]
 StartTask = Literal["first", "previous"]
-StrategyName = Literal["partial_hn", "separate_heads", "linear_probe", "joint", "latent_replay",
-                       "ewc", "lwf", "naive"]
+if TYPE_CHECKING:
+    StrategyName = str
+    BackboneName = str
+else:
+    class _NameType(type):
+        """Any str is an instance, so that nobody needs to wrap a name."""
 
+        def __instancecheck__(cls, value):
+            return isinstance(value, str)
+
+    class Name(str, metaclass=_NameType):
+        """The type of an option that names a line of a table.
+
+        The command line and `Config.from_dict` find the allowed names by the type.
+        """
+
+        table: ClassVar[Table[Any]]
+
+    class StrategyName(Name):
+        """The name of a strategy."""
+
+        table = STRATEGIES
+
+    class BackboneName(Name):
+        """The name of a backbone."""
+
+        table = BACKBONES
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
 
@@ -42,40 +70,42 @@ def _require(holds: bool, key: str, value: object, allowed: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where the images are and how they become tasks."""
+    """Which images are learned, and how they become tasks."""
 
     data: str = "digits"
-    """Images: a Parquet file or folder, an image folder (train/<class>/*), a directory of tasks
+    """The images: a Parquet file or folder, an image folder (train/<class>/*), a directory of tasks
     (<task>/{train,test}/...), torchvision:NAME, or digits (bundled with scikit-learn)."""
     stream: StreamKind = "classes"
-    """How one data set becomes tasks. classes: each task has classes of its own. domains: each has
-    all classes and its share of every class's images, changed by its task_transforms."""
+    """How one data set becomes tasks. classes: each task has classes of its own. domains: each task
+    has all classes, a share of every class's images, and a corruption from task_transforms."""
     tasks: int | None = None
-    """Number of tasks T to cut the classes into; leave out for a directory of tasks."""
+    """Number of tasks that the classes are divided into; leave it out for a directory of tasks."""
     task_sizes: tuple[int, ...] | None = None
-    """Classes of each task, for example 4 3 3; default: as even as possible."""
+    """Number of classes of each task, for example 4 3 3; default: as even as possible."""
     classes: int | None = None
     """Use only the classes labelled 0 to N-1; default: all."""
     images_per_class: int | None = None
-    """Use at most so many images of each class for training, and as many for testing."""
+    """Largest number of training images, and of test images, of each class; default: all."""
     input_size: int = 32
-    """Side of the square images the network sees, in pixels; others are resized."""
+    """Side of the square images that the network takes, in pixels; other images are resized."""
     validation: float = 0.1
-    """Share of every class's training images held out to watch training, 0 to 0.5."""
+    """Share of every class's training images that is held out to validate training, 0 to 0.5."""
     test: float = 0.2
-    """Share held out for testing where the data has no test part of its own, 0.01 to 0.5."""
+    """Share of every class's images that is held out for testing where the data has no test split
+    of its own, 0.01 to 0.5."""
     task_transforms: tuple[str, ...] | None = None
-    """One corruption a task for noisy streams: none, solarise, blur, grey, autocontrast, noise,
-    jpeg, or several joined by + (grey+blur+autocontrast)."""
+    """One corruption for each task of a noisy stream: none, solarise, blur, grey, autocontrast,
+    noise, jpeg, or several joined by + (grey+blur+autocontrast)."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """An unreadable image stops the run (error) or is counted, listed and left out (skip)."""
+    """What an unreadable image does. error: it stops the run. skip: it is counted, listed and left
+    out."""
     max_image_pixels: int = 50_000_000
-    """Larger images are refused before they are decoded, in pixels."""
+    """Largest image that is decoded, in pixels; a larger one counts as unreadable."""
     class_order: ClassOrder = "shuffled"
-    """Which classes a task gets: shuffled by stream_seed, or the next ones in the order of their
-    labels, as published splits of CIFAR-10 do (given)."""
+    """Order in which classes are divided among tasks. shuffled: drawn from stream_seed. given: the
+    order of their labels, as in published splits of CIFAR-10."""
     stream_seed: int = 0
-    """Seed of the split of classes into tasks and of the held-out shares."""
+    """Seed of the division of classes into tasks and of the held-out shares."""
 
     def __post_init__(self) -> None:
         _require(bool(self.data), "data", self.data, "a path, a URI, torchvision:NAME or digits")
@@ -98,28 +128,30 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """The network, where it is cut, and where its trunk comes from."""
+    """Which network is used, where it is cut, and where its trunk comes from."""
 
-    backbone: str = "slim_resnet18"
-    """slim_resnet18 (20 base filters, as in the paper) or a torchvision ResNet by name."""
+    backbone: BackboneName = "slim_resnet18"
+    """The network: slim_resnet18 (20 base filters, as in the paper), or a torchvision ResNet."""
     freeze_depth: int = 3
-    """Execution frozen in the trunk: 0 (nothing, the full hypernetwork) to all of them (only the
-    classifier is learned for each task)."""
+    """Number of stages that are frozen in the trunk: from 0 (nothing is frozen; the hypernetwork
+    generates all stages) to all of them (each task learns its classifier only)."""
     trunk: str = "train"
-    """train (on the first task), torchvision:NAME:WEIGHTS, or a .safetensors file."""
+    """Where the trunk's weights come from: train (trained on the first task),
+    torchvision:NAME:WEIGHTS, or a .safetensors file."""
     trunk_epochs: int = 15
-    """Passes over the first task's images when the trunk is trained."""
+    """Passes over the first task's images while the trunk is trained."""
     trunk_batch_size: int = 64
-    """Images a step when the trunk is trained."""
+    """Number of images in a step of the trunk's training."""
     trunk_learning_rate: float = 3e-3
     """Peak learning rate of the trunk's training (AdamW, warm-up, cosine)."""
     trunk_precision: Precision = "float32"
-    """Of its convolutions and norms while it is trained, as `precision` is of a head's; a trained
-    trunk calculates in float32."""
+    """Number type of convolutions and norms while the trunk is trained; a trained trunk computes in
+    float32."""
     trunk_seed: int = 0
     """Seed of the trunk's first weights and of its batches."""
 
     def __post_init__(self) -> None:
+        _require(self.backbone in BACKBONES, "backbone", self.backbone, ", ".join(BACKBONES))
         _require(self.freeze_depth >= 0, "freeze_depth", self.freeze_depth, "0 or more")
         _require(self.trunk_epochs >= 1, "trunk_epochs", self.trunk_epochs, "1 or more")
         _require(self.trunk_batch_size >= 2, "trunk_batch_size", self.trunk_batch_size,
@@ -131,19 +163,21 @@ class BackboneConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig:
-    """How the frozen trunk's features are computed and kept."""
+    """How the frozen trunk's features are computed and stored."""
 
     views: int = 2
-    """Augmented views V kept of each training image; the first is the plain image."""
+    """Number of augmented views of each training image whose features are stored; the first view is
+    the plain image."""
     augment: Augment = "crop-flip"
-    """What the views beyond the first do: crop (shift by up to an eighth), flip (left-right)."""
+    """How the views after the first differ from the image: crop (a shift by up to an eighth of the
+    side), flip (left-right), crop-flip (both), or none."""
     feature_dtype: FeatureDtype = "float16"
     """Number type of the stored features; int8 has a scale for each channel of each shard."""
     compression: Compression = "none"
-    """lz4 makes fewer bytes of some features; compressed ones are read into memory and not mapped.
-    Nothing that is learned depends on it."""
+    """Compression of the stored features. lz4 saves bytes where features have many zeros, but
+    compressed features are read into memory and not mapped. It does not change what is learned."""
     shard_rows: int = 1024
-    """Images in one Arrow shard."""
+    """Number of images whose features are in one Arrow shard."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.views <= 64, "views", self.views, "1 to 64")
@@ -155,20 +189,21 @@ class FeatureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HypernetConfig:
-    """The hypernetwork that generates the head's weights."""
+    """How the hypernetwork generates the head's weights."""
 
     generator: Generator = "columns"
-    """columns: a task opens binary columns of its own, which its code weighs, on top of another
-    task's weights; nothing is forgotten. bilinear: all tasks share one set of columns, and
-    each has a code. additive: one embedding a task through a small network, as published. The last
-    two move for every task, held by the regulariser."""
+    """Form of the hypernetwork. columns: each task adds binary columns of its own, weighed by its
+    code, to another task's weights; nothing is forgotten. bilinear: all tasks share one set of
+    columns, and each has a code. additive: one embedding for each task through a small network, as
+    published. With bilinear and additive the shared parameters change at every task, and the
+    regulariser limits how far."""
     starts_from: StartTask = "first"
-    """The task whose weights and norm a new task adds to: the first, so that tasks depend on no
-    other, or the previous one, which is better where nothing is frozen (columns only)."""
+    """Task whose weights and norm a new task starts from (columns only). first: tasks depend on no
+    other task. previous: better where nothing is frozen."""
     fresh_columns: int = 16
-    """Columns that each task after the first opens for itself (columns only)."""
+    """Number of columns that each task after the first adds (columns only)."""
     code_dim: int = 64
-    """Columns that all tasks share (bilinear only)."""
+    """Number of columns that all tasks share (bilinear only)."""
     embedding_dim: int = 32
     """Length of a task's embedding (additive only)."""
     hidden: tuple[int, ...] = (50, 32)
@@ -176,12 +211,14 @@ class HypernetConfig:
     channel_dim: int = 32
     """Length of the embedding of an output channel (additive only)."""
     residual: bool = True
-    """Generate the difference to a head that the first task trains; columns always do."""
+    """Whether the hypernetwork generates the difference to a head that the first task trains;
+    columns always do."""
     norm: Norm = "batch"
     """Normalisation inside the head. batch: by batch statistics while a task is learned, folded
-    into its scales and shifts when it is done. The others look at one image alone."""
+    into its scales and shifts afterwards. instance, group, layer: by the statistics of each image
+    alone."""
     norm_groups: int = 8
-    """Channel groups of norm group."""
+    """Number of channel groups (norm group only)."""
     beta: float = 0.05
     """Strength of the regulariser that keeps the earlier tasks' weights (bilinear, additive)."""
 
@@ -203,40 +240,43 @@ class TrainConfig:
     """How each task is learned."""
 
     strategy: StrategyName = "partial_hn"
-    """partial_hn (the product), or what it is held against: separate_heads, linear_probe, joint,
-    latent_replay, ewc, lwf, naive."""
+    """Strategy that learns the stream: partial_hn (the product), or one of the baselines."""
     compare: tuple[StrategyName, ...] = ()
-    """Other strategies to train as well on the same features, for the report, for example
+    """Other strategies that learn the same features for the report, for example
     separate_heads naive."""
     epochs: int = 10
     """Passes over a task's features."""
     batch_size: int = 64
-    """Images a step, over all workers."""
+    """Number of images in a step, over all workers."""
     learning_rate: float = 1e-3
     """Peak learning rate of Adam."""
     schedule: Schedule = "cosine"
-    """How the learning rate goes over a task's steps after a short rise: constant, or cosine to
+    """Course of the learning rate over a task's steps after a short rise: constant, or cosine to
     zero."""
     precision: Precision = "float32"
-    """Of the head's convolutions and norms while a task is learned. What is generated, the loss
-    and the weights stay float32, and so do answers."""
+    """Number type of the head's convolutions and norms while a task is learned. Generated weights,
+    losses and predictions are float32."""
     label_smoothing: float = 0.0
-    """Share of the target spread over all classes of the task, 0 to 0.5."""
+    """Share of the target that is spread over all classes of the task, 0 to 0.5."""
     seed: int = 0
     """Seed of first weights, batches and views."""
     buffer: int = 200
-    """Images of earlier tasks whose features are kept in all (latent_replay only)."""
+    """Number of images of earlier tasks whose features are kept, over all tasks (latent_replay
+    only)."""
     ewc_strength: float = 10_000.0
-    """Strength of the penalty on moving what earlier tasks need (ewc only)."""
+    """Strength of the penalty on changing weights that earlier tasks need (ewc only)."""
     lwf_strength: float = 1.0
-    """Strength of the distillation from the head before the task (lwf only)."""
+    """Strength of the distillation from the head as it was before the task (lwf only)."""
 
     @property
     def needs_every_task(self) -> bool:
         """Whether the training features of tasks that are learned already are needed again."""
-        return bool(self.compare) or self.strategy == "joint"
+        return bool(self.compare) or needs_every_task(self.strategy)
 
     def __post_init__(self) -> None:
+        for key, name in (("strategy", self.strategy), *(("compare", each) for each in
+                                                         self.compare)):
+            _require(name in STRATEGIES, key, name, ", ".join(STRATEGIES))
         _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
@@ -247,37 +287,37 @@ class TrainConfig:
         _require(self.ewc_strength >= 0, "ewc_strength", self.ewc_strength, "0 or more")
         _require(self.lwf_strength >= 0, "lwf_strength", self.lwf_strength, "0 or more")
         _require(self.strategy not in self.compare, "compare", self.compare,
-                 f"bounds other than the strategy {self.strategy!r} itself")
+                 f"strategies other than the strategy {self.strategy!r} itself")
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """What it runs on. Nothing here changes what is learned, but for rounding."""
+    """Which machines and processes are used; except for rounding, the result does not change."""
 
     workers: int = 1
-    """Workers that learn."""
+    """Number of workers that learn."""
     share: Literal["tasks", "batches"] = "tasks"
-    """What several workers divide. tasks: each learns whole tasks of its own, and whole strategies
-    of those to compare with, to the same bits as one worker would; where the strategy's tasks
-    depend on each other (another generator than `columns`, `starts_from` previous) it is batches.
-    batches: each takes a part of every batch, for few tasks that are too long for one."""
+    """How several workers share the work. tasks: each learns whole tasks, and whole strategies to
+    compare with, to the same bits as one worker would. Where tasks depend on each other (another
+    generator than columns, or starts_from previous) it is batches. batches: each takes a part of
+    every batch, for few tasks that take long."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """gpu: one for each worker; auto: gpu where there is one."""
+    """Device of each worker. gpu: one GPU for each worker. auto: gpu where there is one."""
     feature_workers: int = 1
-    """Workers that compute features, each with the trunk loaded once."""
+    """Number of workers that compute features, each with its own copy of the trunk."""
     threads: int | None = None
     """CPU threads of a worker; default: the machine's cores divided by the workers."""
     cuda_graphs: bool = True
-    """On a GPU: record a step once a task and replay it, where one worker learns and the task's
-    features fit on the device."""
+    """Whether a GPU records a step once for each task and replays it, where one worker learns and
+    the task's features fit on the device."""
     ray_address: str | None = None
-    """Cluster to join (auto, ray://host:10001), or local: a local Ray for this run. Default: no
-    Ray, all in this process, where workers and feature_workers are 1; otherwise local."""
+    """Ray cluster to join (auto, or ray://host:10001), or local for a Ray of this run's own.
+    Default: no Ray where workers and feature_workers are 1, otherwise local."""
     cache: str | None = None
-    """Folder on each machine for copies of remote features, shared by all that runs there;
-    default: ~/.cache/partialhn/features."""
+    """Folder on each machine for copies of remote features, shared by all runs there; default:
+    ~/.cache/partialhn/features."""
     cache_gib: float = 50.0
-    """Room for those copies in GiB; those used least recently make way."""
+    """Size limit of those copies in GiB; the least recently used are removed first."""
 
     def __post_init__(self) -> None:
         _require(self.workers >= 1, "workers", self.workers, "1 or more")
@@ -319,19 +359,19 @@ class Config(Sections):
                          for field in dataclasses.fields(Config) if field.name in own})
 
     def to_dict(self) -> dict[str, Any]:
-        """The plain nested dict that `from_dict` takes back (tuples become lists)."""
+        """A nested dict of plain values, which `from_dict` reads (tuples become lists)."""
         return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(self))))
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> "Config":
-        """Fills the classes from nested plain values.
+        """A configuration from nested plain values; keys that are left out have their defaults.
 
         Raises: InputError naming an unknown key or a value of the wrong type.
         """
         return typing.cast(Config, build(Config, values, ""))
 
     def work_hash(self) -> str:
-        """Names the work: equal for two configurations that learn the same thing.
+        """A name for the work: equal for two configurations that learn the same thing.
 
         `compute` and the features' compression are left out, and so is `data.data`, which the
         data's fingerprint replaces.
@@ -342,7 +382,7 @@ class Config(Sections):
 
 
 def load_config(path: str | Path) -> Config:
-    """Reads a configuration file: the sections of `Config` with their keys, all optional.
+    """Reads a YAML file with the sections of `Config` and their keys, all optional.
 
     Raises: InputError for a missing file, broken YAML, an unknown key or a wrong type.
     """
@@ -381,7 +421,11 @@ def build(kind: Any, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _convert(kind: Any, value: Any, key: str) -> Any:
-    """One plain value as the annotated type, or an InputError that names the key."""
+    """One plain value as the annotated type. Raises: InputError that names the key."""
+    if isinstance(kind, type) and hasattr(kind, "table"):  # StrategyName, BackboneName
+        if not isinstance(value, str) or value not in kind.table:
+            raise InputError(f"{key} is {value!r}; allowed: {', '.join(kind.table)}")
+        return value
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise InputError(f"{key} is {value!r}; allowed: a section with keys of "

@@ -22,10 +22,11 @@ from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
 from partialhn.naming import digest_text
 from partialhn.networks.backbone import Network, build_network
+from partialhn.networks.cut import CutNetwork
 from partialhn.networks.head import Head, HeadStart, check_feature_size, head_start
 from partialhn.networks.precision import configure_torch
 from partialhn.networks.tensors import hash_tensors
-from partialhn.networks.trunk import Trunk, check_depth, multiply_adds, split
+from partialhn.networks.trunk import Trunk, multiply_adds
 from partialhn.strategies import STRATEGIES, Strategy
 from partialhn.task_inference import TaskInference
 from partialhn.training import lineage
@@ -47,47 +48,49 @@ Report = Callable[[EpochRecord | TaskRecord], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class CutNetwork:
-    """What every strategy of a stream has in common."""
+class TrunkAndHead:
+    """The networks that all strategies of a stream share."""
 
     trunk: Trunk
     head: Head
     start: HeadStart
-    """What the first head starts from."""
+    """The weights that the first head starts from."""
     macs: dict[str, float]
     """Multiply-adds of one image through trunk and head, and the trunk's share."""
     network: str
-    """SHA-256 of the weights of the network that was cut, its own classifier aside."""
+    """SHA-256 of the weights of the network that was cut, except its classifier's."""
 
     def strategy(self, config: Config) -> Strategy:
         """A fresh strategy as configured, before its first task."""
         return STRATEGIES[config.train.strategy](self.head, self.start, config)
 
 
-def cut_network(config: Config, network: Network) -> CutNetwork:
-    """Cuts the network at the configured depth."""
-    depth = config.backbone.freeze_depth
-    trunk, stages = split(network, depth)
+def cut_network(config: Config, network: Network) -> TrunkAndHead:
+    """Cuts the network at the configured depth. Raises: InputError for one it does not have."""
+    cut = CutNetwork.of(network, config.backbone.freeze_depth)
     size = config.data.input_size
     images_BCHW = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-    z_BCHW = trunk(images_BCHW)
-    below = multiply_adds(trunk, images_BCHW)
-    above = multiply_adds(stages, z_BCHW) + network.width * 2
-    return CutNetwork(trunk, Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups,
-                             config.train.precision),
-                 head_start(network, depth, config.hypernet.norm, config.train.seed),
-                 {"trunk": below, "head": above, "frozen_share": below / (below + above)},
-                 hash_tensors({key: value for key, value in network.state_dict().items()
-                               if not key.startswith("body.fc.")}))
+    z_BCHW = cut.trunk(images_BCHW)
+    below = multiply_adds(cut.trunk, images_BCHW)
+    above = multiply_adds(cut.stages, z_BCHW) + cut.width * 2
+    hypernet = config.hypernet
+    return TrunkAndHead(
+        cut.trunk, Head(cut, hypernet.norm, hypernet.norm_groups, config.train.precision),
+        head_start(cut, hypernet.norm, config.train.seed),
+        {"trunk": below, "head": above, "frozen_share": below / (below + above)},
+        hash_tensors(network.without_classifier()))
 
 
 def check(config: Config) -> None:
-    """Refuses what cannot work before anything is read or trained. Raises: InputError."""
-    network = build_network(config.backbone.backbone, 2)
-    depth = config.backbone.freeze_depth
-    check_depth(config.backbone.backbone, depth)
-    check_feature_size(config.hypernet.norm, network, depth, config.data.input_size)
-    Head(network, depth, config.hypernet.norm, config.hypernet.norm_groups)
+    """Checks that the configured networks fit together, before anything is read or trained.
+
+    Raises: InputError naming the option that does not fit.
+    """
+    cut = CutNetwork.of(build_network(config.backbone.backbone, 2), config.backbone.freeze_depth)
+    check_feature_size(config.hypernet.norm, cut, config.data.input_size)
+    Head(cut, config.hypernet.norm, config.hypernet.norm_groups)
+    for name in (config.train.strategy, *config.train.compare):
+        STRATEGIES[name]  # imports and checks the class
 
 
 def collect(store: FeatureStore, jobs: Sequence[FeatureJob], manifests: Sequence[Manifest],
@@ -97,9 +100,9 @@ def collect(store: FeatureStore, jobs: Sequence[FeatureJob], manifests: Sequence
 
 
 def work_name(config: Config, experiences: Sequence[Experience]) -> str:
-    """Names the work: equal for runs that learn the same thing from the same images."""
-    parts = [config.work_hash(), *(each.name + each.fingerprint for each in experiences)]
-    return digest_text("\n".join(parts), 12)
+    """A name for the work: equal for runs that learn the same thing from the same images."""
+    lines = [config.work_hash(), *(task.name + task.fingerprint for task in experiences)]
+    return digest_text("\n".join(lines), 12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +155,7 @@ class StreamRun:
         """The tasks that are learned and stored, oldest first."""
         self.decoded = 0
         """Images that were decoded to compute features."""
-        self._cut: CutNetwork | None = None
+        self._cut: TrunkAndHead | None = None
         self._learner: Learner | None = None
         self._baselines: dict[str, Outcome] = {}
         self._open_network()
@@ -163,7 +166,7 @@ class StreamRun:
         return f"{self.root}/learned"
 
     @property
-    def cut(self) -> CutNetwork:
+    def cut(self) -> TrunkAndHead:
         """Trunk and head, once the network is trained."""
         assert self._cut is not None, "the network is not trained yet"
         return self._cut

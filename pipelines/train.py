@@ -22,7 +22,7 @@ from partialhn.evaluation.answer_sample import write_sample
 from partialhn.evaluation.metrics import summarise
 from partialhn.networks.backbone import Network
 from partialhn.predict import Predictor
-from partialhn.run import CutNetwork, check, cut_network, work_name
+from partialhn.run import TrunkAndHead, check, cut_network, work_name
 from partialhn.training import lineage
 from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.records import EpochRecord, TaskRecord
@@ -146,7 +146,7 @@ class _Job:
         execution.forget_run(lineage_ids)
         return fields
 
-    def _features(self, execution: Execution, cut: CutNetwork,
+    def _features(self, execution: Execution, cut: TrunkAndHead,
                   known: int) -> tuple[list[Slot], int]:
         """The features that are needed, and those of learned tasks where they are still there."""
         return featured_slots(self.config, self.experiences, known, cut.trunk,
@@ -169,7 +169,7 @@ class _Job:
 class _Registrar:
     """Registers the model of each finished task, in order and once."""
 
-    def __init__(self, job: _Job, cut: CutNetwork, folder: str, slots: Sequence[Slot],
+    def __init__(self, job: _Job, cut: TrunkAndHead, folder: str, slots: Sequence[Slot],
                  lineage_ids: Sequence[str]) -> None:
         self.job, self.folder = job, folder
         self.seconds: list[float] = []

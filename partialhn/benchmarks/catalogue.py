@@ -12,13 +12,11 @@ from typing import Literal
 from partialhn.config import Config, StrategyName
 from partialhn.errors import InputError
 from partialhn.presets import preset
+from partialhn.strategies.table import OWN
 
 SizeName = Literal["smoke", "cpu", "full"]
-EVERY: tuple[StrategyName, ...] = ("partial_hn", "separate_heads", "linear_probe", "joint",
-                                   "latent_replay", "ewc", "lwf", "naive")
-AT_DEPTHS: tuple[StrategyName, ...] = ("partial_hn", "separate_heads", "latent_replay",
-                                       "linear_probe")
-"""What is learned at every depth; the others at the preset's depth alone."""
+EVERY: tuple[StrategyName, ...] = tuple(name for name, line in OWN.items() if line.depths)
+"""The strategies that benchmarks compare."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +82,22 @@ class Benchmark:
     def cells(self, size: SizeName, seeds: int | None = None) -> list[Cell]:
         """In the order they are learned: seed by seed, so that an early stop leaves whole seeds.
 
-        A linear probe of the pixels (depth 0) is left out.
+        The table of strategies says at which depths each is learned: a linear probe of the pixels
+        (depth 0) is left out, for example.
         """
         made, own = self.sizes[size], preset(self.name).backbone.freeze_depth
         pairs = [(strategy, depth) for depth in made.depths for strategy in EVERY
-                 if (depth == own or strategy in AT_DEPTHS)
-                 and not (strategy == "linear_probe" and depth == 0)]
+                 if _learned_at(strategy, depth, own)]
         return [Cell(strategy, depth, seed) for seed in range(seeds or made.seeds)
                 for strategy, depth in pairs]
+
+
+def _learned_at(strategy: StrategyName, depth: int, own: int) -> bool:
+    """Whether a benchmark, whose preset has the depth `own`, learns a strategy at a depth."""
+    depths = OWN[strategy].depths
+    if depths == "frozen":
+        return depth > 0
+    return depths == "all" or depth == own
 
 
 CLASSES = {"split-cifar10": 10, "split-cifar100": 100, "split-tiny-imagenet": 200,

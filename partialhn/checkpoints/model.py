@@ -10,6 +10,7 @@ from partialhn.checkpoints.checkpoint import load, save
 from partialhn.config import Config
 from partialhn.errors import IntegrityError
 from partialhn.networks.backbone import build_network
+from partialhn.networks.cut import CutNetwork
 from partialhn.networks.head import Head, head_start
 from partialhn.networks.tensors import hash_tensors, tensors_below
 from partialhn.networks.trunk import Trunk
@@ -90,8 +91,8 @@ class Model:
 
 def empty_parts(config: Config) -> tuple[Trunk, Strategy]:
     """Trunk and strategy of the configured shapes, whose weights must still be loaded."""
-    network = build_network(config.backbone.backbone, classes=2)
-    depth, norm = config.backbone.freeze_depth, config.hypernet.norm
-    head = Head(network, depth, norm, config.hypernet.norm_groups)
-    start = head_start(network, depth, norm, 0)
-    return Trunk(network, depth), STRATEGIES[config.train.strategy](head, start, config)
+    cut = CutNetwork.of(build_network(config.backbone.backbone, classes=2),
+                        config.backbone.freeze_depth)
+    head = Head(cut, config.hypernet.norm, config.hypernet.norm_groups)
+    start = head_start(cut, config.hypernet.norm, 0)
+    return cut.trunk, STRATEGIES[config.train.strategy](head, start, config)

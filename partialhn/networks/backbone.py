@@ -1,78 +1,71 @@
-"""The backbones: a whole network as a list of stages.
+"""Backbones: a whole network as a list of stages and a linear classifier.
 
 Legend: B batch, C channels, H W spatial, F features before the classifier, K classes.
 """
 
-from typing import cast
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from partialhn.errors import InputError
+from partialhn.networks.table import BACKBONES
+from partialhn.plugins import load_object
 
-STAGE_NAMES = ("layer1", "layer2", "layer3", "layer4")
-SLIM = "slim_resnet18"
-TORCHVISION_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-BACKBONES = (SLIM, *TORCHVISION_RESNETS)
+RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a way past them (He et al. 2016).
+class Pretrained(NamedTuple):
+    """A body with trained weights, and the normalisation of pixels that it was trained with.
 
-    Its own class, with the names of torchvision's, because importing torchvision takes longer than
-    importing torch, in every process of a cluster.
+    mean_C and std_C are in units of a pixel scaled to 0..1.
     """
 
-    def __init__(self, width_in: int, width: int, stride: int = 1,
-                 downsample: nn.Module | None = None) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = downsample
-
-    def forward(self, z_BCHW: Tensor) -> Tensor:
-        past_BCHW = z_BCHW if self.downsample is None else self.downsample(z_BCHW)
-        out_BCHW = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(z_BCHW)))))
-        return cast(Tensor, self.relu(out_BCHW + past_BCHW))
+    body: nn.Module
+    mean_C: Tensor
+    std_C: Tensor
 
 
-class SlimResNet18(nn.Module):
-    """ResNet-18 with 20 base filters and a 3x3 stem of stride 1, for images of about 32 pixels.
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """How to build a network, and where it can be cut."""
 
-    The network of Lopez-Paz & Ranzato 2017, used by the partial-hypernetwork paper. Its parts have
-    the names that torchvision's ResNets use.
-    """
-
-    def __init__(self, classes: int, filters: int = 20) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, filters, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(filters)
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity()
-        self.layer1 = _two_blocks(filters, filters, 1)
-        self.layer2 = _two_blocks(filters, 2 * filters, 2)
-        self.layer3 = _two_blocks(2 * filters, 4 * filters, 2)
-        self.layer4 = _two_blocks(4 * filters, 8 * filters, 2)
-        self.fc = nn.Linear(8 * filters, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    build: Callable[[int], nn.Module]
+    """Builds a freshly initialised body whose classifier has the given number of classes."""
+    stage_names: tuple[str, ...]
+    """Names of the stages in order; the network can be cut after each of them."""
+    stages: Callable[[nn.Module], Sequence[nn.Sequential]]
+    """The stages of a body, as many as names. The first takes normalised float32 pixels
+    (B, 3, H, W), each other one takes what the stage before it gives, and the last gives
+    (B, F, H, W), whose mean over H and W goes to the classifier."""
+    classifier: str
+    """Attribute of the body that is the classifier, an nn.Linear."""
+    pretrained: Callable[[str], Pretrained] | None = None
+    """Loads the weights of a name, where somebody offers trained ones; None: nobody does."""
 
 
-def _two_blocks(width_in: int, width: int, stride: int) -> nn.Sequential:
-    downsample = None
-    if stride != 1 or width_in != width:
-        downsample = nn.Sequential(nn.Conv2d(width_in, width, 1, stride, bias=False),
-                                   nn.BatchNorm2d(width))
-    return nn.Sequential(BasicBlock(width_in, width, stride, downsample), BasicBlock(width, width))
+def resnet_stages(body: nn.Module) -> list[nn.Sequential]:
+    """The four stages of a ResNet; the stem belongs to the first."""
+    blocks = [cast(nn.Sequential, getattr(body, name)) for name in RESNET_STAGES]
+    stem = [cast(nn.Module, getattr(body, name)) for name in ("conv1", "bn1", "relu", "maxpool")]
+    return [nn.Sequential(*stem, *blocks[0]), *blocks[1:]]
+
+
+def find_backbone(name: str) -> Backbone:
+    """The backbone of a name. Raises: InputError for an unknown name or a line that is none."""
+    line = BACKBONES.find(name)
+    backbone = load_object(line, f"backbone {name!r}") if isinstance(line, str) else line
+    if not isinstance(backbone, Backbone):
+        raise InputError(f"backbone {name!r} is a {type(backbone).__name__}; allowed: a "
+                         "partialhn.networks.backbone.Backbone")
+    return backbone
 
 
 class Network(nn.Module):
-    """A whole backbone: normalisation of the pixels, four stages, pooling and a classifier.
+    """A whole backbone: normalisation of the pixels, the stages, pooling and a classifier.
 
     Takes uint8 images_BCHW (C = 3, any size) and gives logits_BK. `mean_C` and `std_C` are in
     units of a pixel scaled to 0..1.
@@ -83,7 +76,7 @@ class Network(nn.Module):
 
     def __init__(self, name: str, body: nn.Module) -> None:
         super().__init__()
-        self.name = name
+        self.name, self.backbone = name, find_backbone(name)
         self.body = body
         self.register_buffer("mean_C", torch.tensor([0.485, 0.456, 0.406]))
         self.register_buffer("std_C", torch.tensor([0.229, 0.224, 0.225]))
@@ -93,22 +86,38 @@ class Network(nn.Module):
         return (images_BCHW.float() / 255 - self.mean_C[:, None, None]) / self.std_C[:, None, None]
 
     def stages(self) -> list[nn.Sequential]:
-        """The four stages in order; the stem belongs to the first."""
-        body = self.body
-        blocks = [cast(nn.Sequential, getattr(body, name)) for name in STAGE_NAMES]
-        stem = (body.conv1, body.bn1, body.relu, body.maxpool)
-        return [nn.Sequential(*cast(tuple[nn.Module, ...], stem), *blocks[0]), *blocks[1:]]
+        """The stages in order."""
+        return list(self.backbone.stages(self.body))
+
+    @property
+    def classifier(self) -> nn.Linear:
+        return cast(nn.Linear, self.body.get_submodule(self.backbone.classifier))
 
     @property
     def width(self) -> int:
-        """Features F that the classifier sees."""
-        return cast(nn.Linear, self.body.fc).in_features
+        """Number of features F that the classifier takes."""
+        return self.classifier.in_features
+
+    def without_classifier(self) -> dict[str, Tensor]:
+        """All weights and statistics by name, except the classifier's."""
+        return without_classifier(self.name, self.state_dict())
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         z_BCHW = self.normalise(images_BCHW)
         for stage in self.stages():
             z_BCHW = stage(z_BCHW)
-        return cast(Tensor, cast(nn.Linear, self.body.fc)(z_BCHW.mean((2, 3))))
+        return cast(Tensor, self.classifier(z_BCHW.mean((2, 3))))
+
+
+def classifier_prefix(name: str) -> str:
+    """How the names of the classifier's tensors begin in a `Network` of this backbone."""
+    return f"body.{find_backbone(name).classifier}."
+
+
+def without_classifier(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a `Network` of this backbone, except the classifier's."""
+    prefix = classifier_prefix(name)
+    return {key: value for key, value in tensors.items() if not key.startswith(prefix)}
 
 
 def build_network(name: str, classes: int, seed: int = 0) -> Network:
@@ -116,42 +125,31 @@ def build_network(name: str, classes: int, seed: int = 0) -> Network:
 
     Raises: InputError for a name that is not in `BACKBONES`.
     """
-    if name not in BACKBONES:
-        raise InputError(f"backbone is {name!r}; allowed: {', '.join(BACKBONES)}")
+    backbone = find_backbone(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Network(name, SlimResNet18(classes) if name == SLIM
-                       else _torchvision_body(name, classes))
-
-
-def _torchvision_body(name: str, classes: int) -> nn.Module:
-    from torchvision import models  # here: seconds
-
-    body: nn.Module = models.get_model(name, num_classes=classes)
-    return body
+        return Network(name, backbone.build(classes))
 
 
 def supplied_network(source: str, name: str, classes: int) -> Network:
     """A backbone whose weights somebody else trained.
 
     `source` is torchvision:NAME:WEIGHTS (downloaded where there is a network) or the path of a
-    safetensors file with the tensors of a `Network`. The classifier is made anew.
+    safetensors file with the tensors of a `Network`. The classifier is initialised anew.
 
-    Raises: InputError for an unknown source, one that cannot be had, or one that does not fit.
+    Raises: InputError for an unknown source, or one that cannot be read or does not fit.
     """
     if source.startswith("torchvision:"):
-        return _torchvision_network(source, name, classes)
+        return _pretrained_network(source, name, classes)
     if not source.endswith(".safetensors"):
         raise InputError(f"trunk is {source!r}; allowed: train, torchvision:NAME:WEIGHTS or the "
                          "path of a .safetensors file")
     try:
-        found = load_file(source)
+        tensors = load_file(source)
     except Exception as error:  # safetensors raises its own bare exception type
         raise InputError(f"trunk file {source!r} cannot be read as safetensors: {error}") from error
     network = build_network(name, classes)
-    wanted = {key: value for key, value in network.state_dict().items()
-              if not key.startswith("body.fc.")}
-    given = {key: value for key, value in found.items() if not key.startswith("body.fc.")}
+    wanted, given = network.without_classifier(), without_classifier(name, tensors)
     missing, extra = wanted.keys() - given.keys(), given.keys() - wanted.keys()
     wrong = [key for key in wanted.keys() & given.keys() if wanted[key].shape != given[key].shape]
     if missing or extra or wrong:
@@ -162,30 +160,25 @@ def supplied_network(source: str, name: str, classes: int) -> Network:
     return network
 
 
-def _torchvision_network(source: str, name: str, classes: int) -> Network:
-    parts = source.split(":")
-    if len(parts) != 3 or parts[1] not in TORCHVISION_RESNETS:
+def _pretrained_network(source: str, name: str, classes: int) -> Network:
+    known = [each for each in BACKBONES if find_backbone(each).pretrained]
+    words = source.split(":")
+    if len(words) != 3 or words[1] not in known:
         raise InputError(f"trunk is {source!r}; allowed: torchvision:NAME:WEIGHTS with NAME one of "
-                         f"{', '.join(TORCHVISION_RESNETS)}, for example "
-                         "torchvision:resnet18:IMAGENET1K_V1")
-    if parts[1] != name:
+                         f"{', '.join(known)}, for example torchvision:resnet18:IMAGENET1K_V1")
+    if words[1] != name:
         raise InputError(f"trunk is {source!r} but backbone is {name!r}; allowed: the same network "
-                         f"in both, for example --backbone {parts[1]}")
-    from torchvision import models  # here: seconds
-
-    kinds = models.get_model_weights(name)
-    if parts[2] not in kinds.__members__:
-        raise InputError(f"trunk weights {parts[2]!r} of {name} are unknown; allowed: "
-                         f"{', '.join(kinds.__members__)}")
-    weights = kinds[parts[2]]
+                         f"in both, for example --backbone {words[1]}")
+    backbone = find_backbone(name)
+    assert backbone.pretrained is not None
     try:
-        body = models.get_model(name, weights=weights)
+        body, mean_C, std_C = backbone.pretrained(words[2])
     except OSError as error:
         raise InputError(f"trunk {source!r} cannot be downloaded ({error}); it needs a network, or "
                          "a .safetensors file in its place") from error
-    transform = weights.transforms()
     network = Network(name, body)
-    network.mean_C.copy_(torch.tensor(transform.mean))
-    network.std_C.copy_(torch.tensor(transform.std))
-    body.fc = nn.Linear(network.width, classes)
+    network.mean_C.copy_(mean_C)
+    network.std_C.copy_(std_C)
+    parent, _, attribute = backbone.classifier.rpartition(".")
+    setattr(body.get_submodule(parent), attribute, nn.Linear(network.width, classes))
     return network

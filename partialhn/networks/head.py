@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from partialhn.config import Norm, Precision
 from partialhn.errors import InputError
-from partialhn.networks.backbone import Network
+from partialhn.networks.cut import CutNetwork, skeleton
 from partialhn.networks.hypernet import GeneratedTensor
 from partialhn.networks.precision import autocast_to
-from partialhn.networks.trunk import head_stages
 
 
 class HeadWeights(NamedTuple):
-    """Everything a head needs for one task: omega_t.
+    """All weights of a head for one task: omega_t. N normalised channels.
 
     convolutions: by name, generated or owned. norm: all scales, then all shifts, in one vector of
     2 N. classifier_KF and bias_K: the task's own. statistics: running means, then variances, 2 N,
@@ -35,7 +34,7 @@ class HeadWeights(NamedTuple):
 
 
 class HeadStart(NamedTuple):
-    """Where a head starts from before its first step."""
+    """The weights of a head before its first step: convolutions in its order, and norm."""
 
     convolutions: list[Tensor]
     norm: Tensor
@@ -44,8 +43,8 @@ class HeadStart(NamedTuple):
 class TaskBatchNorm(nn.Module):
     """Batch norm whose statistics belong to a task, and an affine map once they are folded.
 
-    While learning: batch statistics, and running ones kept. Otherwise: the running ones, so an
-    image's answer depends on no other image.
+    While a task is learned it uses the batch's statistics and updates the running ones. Otherwise
+    it uses the running ones, so the logits of an image depend on no other image.
     """
 
     EPS, MOMENTUM = 1e-5, 0.1
@@ -66,22 +65,28 @@ class TaskBatchNorm(nn.Module):
 class Head(nn.Module):
     """Applies the later stages, pooling and a classifier to features, with the weights given.
 
-    A batch needs one set of weights, and once a task is learned an answer depends on no other
-    image. Holds no parameter: the skeleton lives on the meta device. Where every stage is frozen it
-    is linear: pooled features, standardised by a task's batch norm whatever `norm` says (the others
-    need more than one pixel), and a classifier.
+    One set of weights serves a whole batch, and once a task is learned the logits of an image
+    depend on no other image. A head holds no parameter: its skeleton lives on the meta device.
+    Where every stage is frozen the head is linear: pooled features, standardised by a task's batch
+    norm whatever `norm` says (the others need more than one pixel), and a classifier.
 
-    precision: bfloat16 is for convolutions and norms while training; answers are float32's.
+    Args:
+        cut: the network whose later stages give the head its shapes.
+        norm: normalisation that replaces the network's batch norms.
+        norm_groups: channel groups of norm group.
+        precision: number type of convolutions and norms while training; logits are float32.
+
+    Raises: InputError where `norm_groups` does not divide every width in the head.
     """
 
-    def __init__(self, network: Network, freeze_depth: int, norm: Norm, norm_groups: int,
+    def __init__(self, cut: CutNetwork, norm: Norm, norm_groups: int,
                  precision: Precision = "float32") -> None:
         super().__init__()
-        self.width, self.precision = network.width, precision
+        self.width, self.precision = cut.width, precision
         self.convolutions: tuple[GeneratedTensor, ...] = ()
-        stages = head_stages(network, freeze_depth)
-        if not len(stages):
-            self._become_linear(network.width)
+        stages = skeleton(cut.stages)
+        if not len(cut.stages):
+            self._become_linear(cut.width)
             return
         _replace_norms(stages, norm, norm_groups)
         named = dict(stages.named_parameters())
@@ -93,7 +98,7 @@ class Head(nn.Module):
         self._norm_names = _names(layers, "weight", "bias")
         self._statistic_names = _names(layers, "mean", "variance") if norm == "batch" else []
         # kept from nn.Module's registry: the skeleton's parameters are nobody's weights
-        self.__dict__["_skeleton"] = stages.to("meta")
+        self.__dict__["_skeleton"] = stages.to("meta")  # the new norms are on the CPU
 
     def train(self, mode: bool = True) -> "Head":
         """Batch norm uses the batch's own statistics while training."""
@@ -116,7 +121,7 @@ class Head(nn.Module):
 
     @property
     def norm_length(self) -> int:
-        """Numbers in a task's norm vector: a scale and a shift for every normalised channel."""
+        """Length of a task's norm vector: a scale and a shift for every normalised channel."""
         return 2 * sum(self.norm_widths)
 
     @property
@@ -134,7 +139,7 @@ class Head(nn.Module):
         return _halves(0.0, 1.0, self.norm_length) if self._statistic_names else None
 
     def fold(self, norm: Tensor, statistics: Tensor) -> Tensor:
-        """The scales and shifts that do alone what batch norm with these statistics does."""
+        """The scales and shifts whose affine map equals batch norm with these statistics."""
         scale, shift = norm.chunk(2)
         mean, variance = statistics.chunk(2)
         folded = scale / (variance + TaskBatchNorm.EPS).sqrt()
@@ -164,16 +169,16 @@ class Head(nn.Module):
                                     weights.bias_K)
 
 
-def head_start(network: Network, freeze_depth: int, norm: Norm, seed: int) -> HeadStart:
-    """What the first head starts from.
+def head_start(cut: CutNetwork, norm: Norm, seed: int) -> HeadStart:
+    """The weights that the first head starts from.
 
-    With batch norm the network's own later stages; they were trained with batch norm, and under
-    another normalisation a fresh start (Kaiming, fan out) does better. A linear head starts from
-    standardised features.
+    With batch norm these are the network's own later stages. They were trained with batch norm, and
+    under another normalisation a fresh start (Kaiming, fan out) does better. A linear head starts
+    with scales of one and shifts of zero.
     """
-    stages = head_stages(network, freeze_depth)
+    stages = cut.stages
     if not len(stages):
-        return HeadStart([], _halves(1.0, 0.0, 2 * network.width))
+        return HeadStart([], _halves(1.0, 0.0, 2 * cut.width))
     convolutions = [value.detach() for value in stages.parameters() if value.dim() == 4]
     norms = [layer for layer in stages.modules() if isinstance(layer, nn.BatchNorm2d)]
     scales = [layer.weight.detach() for layer in norms]
@@ -187,17 +192,20 @@ def head_start(network: Network, freeze_depth: int, norm: Norm, seed: int) -> He
     return HeadStart(convolutions, torch.cat([*scales, *shifts]))
 
 
-def check_feature_size(norm: Norm, network: Network, freeze_depth: int, input_size: int) -> None:
-    """Raises InputError where a norm inside the head would see a single pixel of one channel."""
-    if norm != "instance" or not len(head_stages(network, freeze_depth)):
+def check_feature_size(norm: Norm, cut: CutNetwork, input_size: int) -> None:
+    """Checks that a norm inside the head sees more than one pixel of a channel.
+
+    Raises: InputError where it does not.
+    """
+    if norm != "instance" or not len(cut.stages):
         return
     z_BCHW = torch.empty(1, 3, input_size, input_size, device="meta")
-    for stage in copy.deepcopy(nn.ModuleList(network.stages())).to("meta").eval():
-        z_BCHW = stage(z_BCHW)
+    for stage in (*cut.trunk.stages, *cut.stages):
+        z_BCHW = skeleton(stage).eval()(z_BCHW)
     if z_BCHW.shape[2] * z_BCHW.shape[3] == 1:
         raise InputError(f"norm is 'instance' but with input_size {input_size} the last stage of "
-                         f"{network.name} has a single pixel, which instance norm turns into zero; "
-                         "allowed: a larger input_size, or norm group or layer")
+                         f"{cut.trunk.name} has a single pixel, which instance norm turns into "
+                         "zero; allowed: a larger input_size, or norm group or layer")
 
 
 def _replace_norms(module: nn.Module, norm: Norm, norm_groups: int) -> None:

@@ -1,33 +1,52 @@
-"""Ways to learn a stream, all over the same features and the same head shapes."""
+"""Strategies: ways to learn a stream, all over the same features and the same head shapes.
 
-from collections.abc import Callable
+Importing this package imports no strategy and no PyTorch; `STRATEGIES` loads a class when it is
+asked for.
+"""
 
-from partialhn.config import Config
-from partialhn.networks.head import Head, HeadStart
-from partialhn.strategies.base import Strategy
-from partialhn.strategies.ewc import Ewc
-from partialhn.strategies.joint import Joint
-from partialhn.strategies.latent_replay import LatentReplay
-from partialhn.strategies.linear_probe import LinearProbe
-from partialhn.strategies.lwf import Lwf
-from partialhn.strategies.naive import Naive
-from partialhn.strategies.partial_hn import PartialHypernet
-from partialhn.strategies.separate_heads import SeparateHeads
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-STRATEGIES: dict[str, Callable[[Head, HeadStart, Config], Strategy]] = {
-    "partial_hn": lambda head, start, config: PartialHypernet(head, start, config.hypernet,
-                                                              config.train.seed),
-    "separate_heads": lambda head, start, config: SeparateHeads(head, start, config.train.seed),
-    "linear_probe": lambda head, start, config: LinearProbe(head, start, config.train.seed),
-    "joint": lambda head, start, config: Joint(head, start, config.train.seed),
-    "latent_replay": lambda head, start, config: LatentReplay(head, start, config.train.seed,
-                                                              config.train.buffer),
-    "ewc": lambda head, start, config: Ewc(head, start, config.train.seed,
-                                           config.train.ewc_strength),
-    "lwf": lambda head, start, config: Lwf(head, start, config.train.seed,
-                                           config.train.lwf_strength),
-    "naive": lambda head, start, config: Naive(head, start, config.train.seed),
-}
+from partialhn.errors import InputError
+from partialhn.strategies.table import TABLE, register_strategy
 
-__all__ = ["STRATEGIES", "Ewc", "Joint", "LatentReplay", "LinearProbe", "Lwf", "Naive",
-           "PartialHypernet", "SeparateHeads", "Strategy"]
+if TYPE_CHECKING:
+    from partialhn.strategies.base import Strategy
+
+__all__ = ["STRATEGIES", "Strategy", "register_strategy"]
+
+
+class _Classes(Mapping[str, "type[Strategy]"]):
+    """The class of each strategy in the table, imported and checked when it is asked for."""
+
+    def __getitem__(self, name: str) -> "type[Strategy]":
+        """Raises: KeyError for an unknown name, InputError for a class that is no strategy."""
+        from partialhn.strategies.base import Strategy
+
+        strategy = TABLE[name].load(name)
+        if not issubclass(strategy, Strategy):
+            raise InputError(f"strategy {name!r} is {strategy.__name__}; allowed: a subclass of "
+                             "partialhn.Strategy")
+        missing = [method for method in ("new_task", "weights")
+                   if getattr(strategy, method) is getattr(Strategy, method)]
+        if missing:
+            raise InputError(f"strategy {name!r} ({strategy.__name__}) does not define "
+                             f"{' and '.join(missing)}; every strategy must")
+        return strategy
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(TABLE)
+
+    def __len__(self) -> int:
+        return len(TABLE)
+
+
+STRATEGIES: Mapping[str, "type[Strategy]"] = _Classes()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Strategy":
+        from partialhn.strategies.base import Strategy
+
+        return Strategy
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

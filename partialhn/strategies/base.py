@@ -1,4 +1,4 @@
-"""What every strategy is: weights of the head for each task, learned one task after the other.
+"""The base of every strategy: weights of the head for each task, learned one task at a time.
 
 Legend: F features before the classifier, K classes of a task.
 """
@@ -10,37 +10,54 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.features.batches import FeatureBatch
 from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.head import Head, HeadStart, HeadWeights
 
 LINEAR_RATE = 10.0
-"""Times the learning rate where the head is one linear layer: at the rate that convolutions need it
-is far from done when the epochs are over (`docs/measurements/learning-rates.md`)."""
+"""Factor on the learning rate where the head is one linear layer: at the rate that suits
+convolutions it is far from trained when the epochs are over
+(`docs/measurements/learning-rates.md`)."""
 
 
 class Strategy(nn.Module):
-    """Owns what is learned over a stream; the trunk and the head's skeleton are beside it.
+    """Owns all parameters that are learned over a stream, for a head that holds none.
 
-    A task is added with `add_task` and trained after `begin`; everything that must not change any
-    more takes no gradient from then on. `weights` may be asked for any task at any time. Data other
-    than the running batch comes through `before_experience` and `after_experience`.
+    A subclass defines at least `new_task` and `weights`. A task is added with `add_task` and
+    trained after `begin`, which freezes whatever must not change any more. `weights` gives the head
+    weights of any task at any time. A strategy that needs other data than the running batch gets it
+    in `before_experience` and `after_experience`.
+
+    Args:
+        head: applies weights to features; all strategies of a run share it.
+        start: weights that the first head starts from.
+        config: the whole configuration; a strategy reads the keys that it needs.
     """
 
+    label = ""
+    """Name in reports, for strategies of other packages; default: the name they are registered
+    with."""
+    needs_every_task = False
+    """Whether each task needs the training features of all tasks before it, for strategies of
+    other packages."""
     recordable = True
-    """Whether every step of an experience is the same operations on the same memory."""
+    """Whether all steps of an experience run the same operations on the same memory, so that a
+    GPU may record a step and replay it."""
 
-    def __init__(self, head: Head, start: HeadStart, seed: int) -> None:
+    def __init__(self, head: Head, start: HeadStart, config: Config) -> None:
         super().__init__()
-        self.head, self.start, self.seed = head, start, seed
+        self.head, self.start, self.seed = head, start, config.train.seed
         self.classes: list[int] = []
         self.tasks = nn.ModuleList()
 
     def add_task(self, classes: int, refreshes: int | None = None) -> None:
-        """A new task with K = `classes`, initialised from the seed and the task's position.
+        """Adds a task with K = `classes`, initialised from the seed and the task's position.
 
-        refreshes: the earlier slot of the same task that it starts from.
+        refreshes: the earlier slot of the same task, from which the new one starts.
+
+        Raises: InputError for less than one class.
         """
         if classes < 1:
             raise InputError(f"a task has {classes} classes; allowed: 1 or more")
@@ -53,7 +70,7 @@ class Strategy(nn.Module):
         self.classes.append(classes)
 
     def new_task(self, classes: int, refreshes: int | None) -> "Classifier":
-        """The parameters that belong to one task alone."""
+        """The parameters that belong to the new task alone."""
         raise NotImplementedError
 
     def begin(self, task: int) -> None:
@@ -62,36 +79,36 @@ class Strategy(nn.Module):
             module.requires_grad_(index == task)
 
     def before_experience(self, earlier: Sequence[tuple[str, FeatureSet | None]]) -> None:
-        """Shows the names and training features of the earlier tasks, before an experience starts
-        or goes on; None where they are not there any more.
+        """Receives name and training features of each earlier task before an experience starts or
+        goes on. The features are None where they are no longer stored.
         """
 
     def after_experience(self, task: int, features: FeatureSet, seed: Sequence[int]) -> None:
-        """Takes out of a task's training features what later tasks need, once it is trained."""
+        """Keeps what later tasks need of the training features of a task that has been trained."""
 
     def finish(self, task: int) -> None:
-        """Ends the training of a task: what was measured over batches becomes part of it."""
+        """Ends the training of a task: running statistics become part of its weights."""
         own = self.tasks[task]
         if isinstance(own, OwnNorm):
             own.fold()
 
     @property
     def independent(self) -> bool:
-        """Whether a task's training changes nothing but what the task owns, and reads only that
-        and what the task it starts from was when it was learned.
+        """Whether training a task changes only parameters that the task owns, and reads only these
+        and the learned weights of the task that it starts from.
         """
         return False
 
     def task_state(self, task: int) -> dict[str, Tensor]:
-        """What a learned task left in `state_dict`, where tasks are `independent`."""
+        """The entries of `state_dict` that a learned task owns, where tasks are `independent`."""
         prefixes = self.task_state_prefixes(task)
         return {name: value for name, value in self.state_dict().items()
                 if name.startswith(prefixes)}
 
     def load_task_state(self, task: int, task_state: dict[str, Tensor]) -> None:
-        """Puts a task in as another instance has learned it: what `task_state` gave there.
+        """Loads a task that another instance has learned and given as `task_state`.
 
-        Raises: KeyError where something lacks or belongs to another task.
+        Raises: KeyError where an entry is missing or belongs to another task.
         """
         if task_state.keys() != self.task_state(task).keys():
             raise KeyError(f"task {task} owns {sorted(self.task_state(task))}, found "
@@ -99,7 +116,7 @@ class Strategy(nn.Module):
         self.load_state_dict(task_state, strict=False)
 
     def task_state_prefixes(self, task: int) -> tuple[str, ...]:
-        """How names of what a task owns begin; what all share is the first task's."""
+        """Prefixes of the names of a task's entries; shared entries belong to the first task."""
         return (f"tasks.{task}.",) if task else ("",)
 
     def weights(self, task: int) -> HeadWeights:
@@ -107,39 +124,39 @@ class Strategy(nn.Module):
         raise NotImplementedError
 
     def forward(self, z_BCHW: Tensor, task: int) -> Tensor:
-        """Features to logits_BK of one task."""
+        """Features z_BCHW to logits_BK of one task."""
         logits_BK: Tensor = self.head(z_BCHW, self.weights(task))
         return logits_BK
 
     def loss_terms(self, task: int, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
-        """logits_BK of a step's batch of `task`, and what is added to the step's loss."""
+        """logits_BK of a batch of `task`, and a term to add to its cross-entropy, or None."""
         return self(batch.z_BCHW, task), self.regulariser(task)
 
     def regulariser(self, task: int) -> Tensor | None:
-        """What the weights alone add to the loss while `task` is trained; None for nothing."""
+        """The loss term of the weights alone while `task` is trained, or None."""
         del task
         return None
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """What the running experience may change, with the peak learning rate of each group in a
-        short experience (`peak`) and in a long one (`long_peak`).
+        """The parameters that the running experience trains, in groups with the peak learning rate
+        of a short experience (`peak`) and of a long one (`long_peak`).
         """
         trainable = [value for value in self.parameters() if value.requires_grad]
         peak = (1.0 if self.head.convolutions else LINEAR_RATE) * learning_rate
         return [{"params": trainable, "peak": peak, "long_peak": peak}]
 
     def experience_state(self) -> dict[str, Tensor]:
-        """What a running experience needs beside the parameters, for its checkpoint."""
+        """Tensors that a running experience needs beside the parameters, for its checkpoint."""
         return {}
 
     def restore_experience(self, state: dict[str, Tensor]) -> None:
-        """Takes back `experience_state`."""
+        """Restores `experience_state`. Raises: InputError for tensors of another strategy."""
         if state:
             raise InputError(f"checkpoint holds {sorted(state)[:3]}, which "
                              f"{type(self).__name__} does not use")
 
     def task_bytes(self, task: int) -> int:
-        """Bytes that one task adds to the checkpoint."""
+        """Bytes that a task adds to the checkpoint."""
         return sum(value.numel() * value.element_size()
                    for value in self.tasks[task].parameters())
 
@@ -154,7 +171,7 @@ class Classifier(nn.Module):
         self.bias_K = nn.Parameter(torch.empty(classes).uniform_(-bound, bound))
 
     def take_classifier(self, other: "Classifier") -> None:
-        """Starts from another task's classifier of the same classes."""
+        """Copies the classifier of another task with the same classes."""
         with torch.no_grad():
             self.classifier_KF.copy_(other.classifier_KF)
             self.bias_K.copy_(other.bias_K)
@@ -172,13 +189,13 @@ class OwnNorm(Classifier):
         self._fold = head.fold
 
     def fold(self) -> None:
-        """Takes batch norm's running statistics into scales and shifts, where there are any."""
+        """Folds batch norm's running statistics, where there are any, into scales and shifts."""
         if self.statistics is not None:
             with torch.no_grad():
                 self.norm.copy_(self._fold(self.norm, self.statistics))
             self.statistics = None
 
     def weights(self, convolutions: dict[str, Tensor]) -> HeadWeights:
-        """omega_t with these convolutions."""
+        """The head weights omega_t with these convolutions."""
         return HeadWeights(convolutions, self.norm, self.classifier_KF, self.bias_K,
                            self.statistics)

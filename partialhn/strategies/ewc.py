@@ -1,7 +1,8 @@
 """Elastic weight consolidation (Kirkpatrick et al. 2017), online (Schwarz et al. 2018).
 
-What earlier tasks need is held back by how much each needs it: a diagonal Fisher information, the
-sum over tasks, around the weights after the last one. Two vectors, whatever the number of tasks.
+A penalty holds each shared weight near its value after the last task, in proportion to how much
+the earlier tasks need it: the diagonal of their Fisher information, summed over tasks. The method
+stores two vectors, whatever the number of tasks.
 
 Legend: P shared weights.
 """
@@ -12,23 +13,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partialhn.config import Config
 from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.head import Head, HeadStart
-from partialhn.strategies.naive import Naive
+from partialhn.strategies.shared_head import SharedHead
 
 FISHER_IMAGES = 128
-"""Images of a task that its Fisher information is estimated from."""
+"""Number of images from which a task's Fisher information is estimated."""
 
 
-class Ewc(Naive):
+class Ewc(SharedHead):
     """Cross-entropy + strength / 2 * sum of F_p (w_p - w*_p)^2 over the shared weights."""
 
     fisher_P: Tensor
     anchor_P: Tensor
 
-    def __init__(self, head: Head, start: HeadStart, seed: int, strength: float) -> None:
-        super().__init__(head, start, seed)
-        self.strength = strength
+    def __init__(self, head: Head, start: HeadStart, config: Config) -> None:
+        super().__init__(head, start, config)
+        self.strength = config.train.ewc_strength
         zeros_P = torch.zeros_like(self._flat())
         self.register_buffer("fisher_P", zeros_P)
         self.register_buffer("anchor_P", zeros_P.clone())

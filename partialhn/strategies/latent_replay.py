@@ -13,16 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from partialhn.config import Config
+from partialhn.features.batches import FeatureBatch
 from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.head import Head, HeadStart
-from partialhn.strategies.rehearsal import Drawn, Rehearsal
+from partialhn.strategies.rehearsal import Drawn, rehearsal_terms
+from partialhn.strategies.shared_head import SharedHead
 
 
 class Memory(nn.Module):
-    """At most `capacity` images' features, as evenly over all classes seen as they allow.
+    """Features of at most `capacity` images, spread as evenly over all classes as possible.
 
-    A class's images are a uniform sample of those it had, as a reservoir would keep; when classes
-    arrive, those that were there give up some of theirs.
+    The images of a class are a uniform sample of those it had, as a reservoir would keep them; new
+    classes take room from the older ones.
     """
 
     z_MCHW: Tensor
@@ -37,7 +40,7 @@ class Memory(nn.Module):
         self.register_buffer("task_M", torch.empty(0, dtype=torch.int64))
 
     def add(self, task: int, features: FeatureSet, seed: Sequence[int]) -> None:
-        """Takes in a task: the plain view of some images of each of its classes."""
+        """Adds a task: the plain view of some images of each of its classes."""
         rng = np.random.default_rng(list(seed))
         label_N = features.y_N.cpu().numpy()
         classes = torch.unique(torch.stack([self.task_M, self.y_M], 1), dim=0)
@@ -60,7 +63,7 @@ class Memory(nn.Module):
         self.task_M = torch.cat([self.task_M[kept_m], torch.full_like(rows_m, task).to(device)])
 
     def draw(self, count: int, seed: Sequence[int]) -> Drawn | None:
-        """Some of the images, the same for the same seed; None of none."""
+        """At most `count` images, equal for equal seeds; None where the memory is empty."""
         if not len(self.y_M):
             return None
         rows_M = np.random.default_rng(list(seed)).permutation(len(self.y_M))[:count]
@@ -68,13 +71,13 @@ class Memory(nn.Module):
         return Drawn(self.z_MCHW[index_M].float(), self.y_M[index_M], self.task_M[index_M])
 
     def task_bytes(self, task: int) -> int:
-        """Bytes of one task's images in it."""
+        """Bytes that the images of one task take in the memory."""
         mine = int((self.task_M == task).sum())
         return sum(value[:1].nbytes * mine for value in self.buffers())
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str,
                               *rest: Any) -> None:
-        """Takes a memory of any size."""
+        """Accepts a memory of any size, as its size changes while a stream is learned."""
         for name in dict(self.named_buffers()):
             if f"{prefix}{name}" in state_dict:
                 setattr(self, name, torch.empty_like(state_dict[f"{prefix}{name}"],
@@ -82,24 +85,34 @@ class Memory(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-class LatentReplay(Rehearsal):
-    """Rehearsal out of a class-balanced memory that does not grow with the stream."""
+class LatentReplay(SharedHead):
+    """Rehearsal from a class-balanced memory that does not grow with the stream."""
 
-    def __init__(self, head: Head, start: HeadStart, seed: int, capacity: int) -> None:
-        super().__init__(head, start, seed)
-        self.memory = Memory(capacity)
+    recordable = False
+    """The host draws the images, and their number per task differs from step to step."""
+
+    def __init__(self, head: Head, start: HeadStart, config: Config) -> None:
+        super().__init__(head, start, config)
+        self.memory = Memory(config.train.buffer)
+
+    def begin(self, task: int) -> None:
+        super().begin(task)
+        self.tasks.requires_grad_(True)
+
+    def loss_terms(self, task: int, batch: FeatureBatch) -> tuple[Tensor, Tensor | None]:
+        drawn = self.memory.draw(len(batch.y_B), batch.seed)
+        if drawn is None:
+            return super().loss_terms(task, batch)
+        return rehearsal_terms(self, task, batch, drawn, 1.0)
 
     def after_experience(self, task: int, features: FeatureSet, seed: Sequence[int]) -> None:
         self.memory.add(task, features, seed)
 
-    def draw(self, count: int, seed: Sequence[int]) -> Drawn | None:
-        return self.memory.draw(count, seed)
-
     def task_bytes(self, task: int) -> int:
-        """The task's classifier and its share of the memory, as it is now."""
+        """Bytes of the task's classifier and of its images in the memory at present."""
         return super().task_bytes(task) + self.memory.task_bytes(task)
 
 
 def _shares(total: int, parts: int) -> list[int]:
-    """`total` in parts as even as possible, the larger ones first."""
+    """`total` divided into counts as even as possible, the larger ones first."""
     return [total // parts + (part < total % parts) for part in range(parts)]

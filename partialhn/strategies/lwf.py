@@ -1,7 +1,7 @@
 """Learning without forgetting (Li & Hoiem 2016): the head before the task is the teacher.
 
-On the new task's features the earlier tasks' answers shall stay what they were. Nothing of
-earlier tasks is stored; their classifiers stay as they are.
+A distillation loss keeps the predictions of the earlier tasks' classifiers on the new task's
+features what they were. Nothing of earlier tasks is stored, and their classifiers do not change.
 
 Legend: B batch, F features before the classifier, K classes of a task.
 """
@@ -11,20 +11,21 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from partialhn.config import Config
 from partialhn.features.batches import FeatureBatch
 from partialhn.networks.head import Head, HeadStart
 from partialhn.strategies.base import Classifier
-from partialhn.strategies.naive import Naive
+from partialhn.strategies.shared_head import SharedHead
 
 TEMPERATURE = 2.0
 
 
-class Lwf(Naive):
+class Lwf(SharedHead):
     """Cross-entropy + strength * sum over earlier tasks of T^2 KL(teacher / T, now / T)."""
 
-    def __init__(self, head: Head, start: HeadStart, seed: int, strength: float) -> None:
-        super().__init__(head, start, seed)
-        self.strength = strength
+    def __init__(self, head: Head, start: HeadStart, config: Config) -> None:
+        super().__init__(head, start, config)
+        self.strength = config.train.lwf_strength
         self._teacher: dict[str, Tensor] = {}
 
     def begin(self, task: int) -> None:

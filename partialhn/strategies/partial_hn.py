@@ -1,10 +1,11 @@
 """The product: a hypernetwork H_psi generates the head's convolutions for each task.
 
-A task owns its code, its normalisation affine and its classifier; they are frozen when its
-experience ends. With the generator `columns` it owns columns too, which add to the weights of the
-first task, or of the one it refreshes: what a task becomes depends on no other task, unless it
-`starts_from` the previous one. With `bilinear` and `additive` it goes on from the task before it,
-all tasks share what generates them, and the regulariser holds it.
+A task owns its code, the scales and shifts of its normalisation, and its classifier. They are
+frozen when its experience ends. With the generator `columns` a task owns columns too, which add to
+the weights of the first task, or of the task that it refreshes. So a task depends on no other task,
+unless it `starts_from` the previous one. With the generators `bilinear` and `additive` a task goes
+on from the task before it, all tasks share the generator's parameters, and the regulariser limits
+how far they drift.
 
 Legend: T earlier tasks, L generated tensors, d columns.
 """
@@ -15,19 +16,19 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from partialhn.config import HypernetConfig
+from partialhn.config import Config, HypernetConfig
 from partialhn.networks.head import Head, HeadStart, HeadWeights
 from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
 from partialhn.networks.shared_generators import AdditiveGenerator, BilinearGenerator
 from partialhn.strategies.base import OwnNorm, Strategy
 
 LONG_RATE = 2.0
-"""Times the learning rate that columns learn with in long experiences: they start at zero, where a
-plain head starts from what is learned already (`docs/measurements/columns.md`)."""
+"""Factor on the learning rate of columns in long experiences: columns start at zero, where a plain
+head starts from weights that are learned already (`docs/measurements/columns.md`)."""
 
 
 class HypernetTask(OwnNorm):
-    """e_t and what else a task owns: code, norm (scales and shifts) and classifier."""
+    """What a task owns: its code e_t, its norm (scales and shifts) and its classifier."""
 
     def __init__(self, classes: int, head: Head, norm: Tensor, code: Tensor, start: int) -> None:
         super().__init__(classes, head, norm)
@@ -43,11 +44,11 @@ class HypernetTask(OwnNorm):
             setattr(self, name, nn.Parameter(value.detach().half(), value.requires_grad))
 
     def weights(self, convolutions: dict[str, Tensor]) -> HeadWeights:
-        made = super().weights(convolutions)
-        if made.norm.dtype != torch.half:
-            return made
-        return made._replace(norm=made.norm.float(), classifier_KF=made.classifier_KF.float(),
-                             bias_K=made.bias_K.float())
+        weights = super().weights(convolutions)
+        if weights.norm.dtype != torch.half:
+            return weights
+        return weights._replace(norm=weights.norm.float(), bias_K=weights.bias_K.float(),
+                                classifier_KF=weights.classifier_KF.float())
 
 
 class PartialHypernet(Strategy):
@@ -55,23 +56,26 @@ class PartialHypernet(Strategy):
     |H(e_j) - H*(e_j)|^2 (Hemati et al. 2023).
     """
 
-    def __init__(self, head: Head, start: HeadStart, config: HypernetConfig, seed: int) -> None:
-        super().__init__(head, start, seed)
-        self.beta = config.beta
+    def __init__(self, head: Head, start: HeadStart, config: Config) -> None:
+        super().__init__(head, start, config)
+        options = config.hypernet
+        self.beta = options.beta
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.hypernet = build_generator(config, head.convolutions)
-        if config.residual:
+            torch.manual_seed(self.seed)
+            self.hypernet = build_generator(options, head.convolutions)
+        if options.residual:
             self.hypernet.set_base(start.convolutions)
         self.register_buffer("next_norm", start.norm.clone())
         self._running = -1
+        """The task that is being learned; -1 between tasks."""
         self._inherited: Rows | None = None
+        """Weights that the running task starts from; they do not change while it is learned."""
         self._earlier: Tensor | None = None
-        """Of the running task: what it starts from, and the earlier codes; neither changes."""
+        """Codes of the tasks before the running one; they do not change while it is learned."""
 
     def new_task(self, classes: int, refreshes: int | None) -> HypernetTask:
-        """Starts where the generator says, and from the norm of the first task, or of the one
-        before it where the generator hands on.
+        """A task that starts where the generator says, and from the norm of the first task, or of
+        the task before it where the generator starts from the previous task.
 
         A refreshed task starts from the weights of its own old slot. Its old norm has been
         folded, so it starts from the same norm as any other.
@@ -122,20 +126,20 @@ class PartialHypernet(Strategy):
         """A task's generated weights as they stand."""
         if not self.hypernet.inherits(task):
             return cast(Rows, self.hypernet(task, self._own(task).code))
-        line = [task]
-        while self.hypernet.inherits(line[-1]):
-            line.append(self._start(line[-1]))
+        ancestors = [task]
+        while self.hypernet.inherits(ancestors[-1]):
+            ancestors.append(self._start(ancestors[-1]))
         rows = None
         with torch.no_grad():
-            for each in reversed(line):
-                rows = self.hypernet(each, self._own(each).code, rows)
+            for ancestor in reversed(ancestors):
+                rows = self.hypernet(ancestor, self._own(ancestor).code, rows)
         return cast(Rows, rows)
 
     def _start(self, task: int) -> int:
         return int(self._own(task).get_buffer("start"))
 
     def _forget(self) -> None:
-        """What is kept so as not to be generated again."""
+        """Drops the cached weights and codes, which are then generated again."""
         self._inherited, self._earlier = None, None
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
@@ -151,20 +155,20 @@ class PartialHypernet(Strategy):
         if not self.hypernet.shares_parameters or self.beta == 0 or not self.hypernet.tensors:
             return None
         if self._earlier is None:
-            self._earlier = torch.stack([self._own(each).code.detach() for each in range(task)])
+            self._earlier = torch.stack([self._own(index).code.detach() for index in range(task)])
         return self.beta * self.hypernet.regulariser(self._earlier)
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """A task's columns, and the code that weighs them, are a group of their own."""
-        (rest,) = super().parameter_groups(learning_rate)
+        (group,) = super().parameter_groups(learning_rate)
         if not self.hypernet.inherits(self._running):
-            return [rest]
+            return [group]
         own = [self._own(self._running).code, *self.hypernet.parameters()]
         columns = [value for value in own if value.requires_grad]
         apart = set(map(id, columns))
-        rest["params"] = [value for value in rest["params"] if id(value) not in apart]
-        return [rest, {"params": columns, "peak": rest["peak"],
-                       "long_peak": LONG_RATE * rest["long_peak"]}]
+        group["params"] = [value for value in group["params"] if id(value) not in apart]
+        return [group, {"params": columns, "peak": group["peak"],
+                        "long_peak": LONG_RATE * group["long_peak"]}]
 
     def task_bytes(self, task: int) -> int:
         return super().task_bytes(task) + self.hypernet.task_bytes(task)

@@ -1,6 +1,6 @@
-"""The user's honest alternative: one plain head for each task on the same frozen trunk.
+"""The plain alternative: a whole head for each task on the same frozen trunk.
 
-Forgets nothing and stores a whole head for every task.
+It forgets nothing and stores a whole head for every task.
 """
 
 from typing import cast
@@ -12,7 +12,7 @@ from partialhn.strategies.base import OwnNorm, Strategy
 
 
 class PlainHead(OwnNorm):
-    """All weights of one head."""
+    """The weights of one whole head."""
 
     def __init__(self, classes: int, head: Head, start: HeadStart) -> None:
         super().__init__(classes, head, start.norm)

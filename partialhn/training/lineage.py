@@ -23,13 +23,14 @@ from partialhn.config import Config
 from partialhn.data.experience import Experience
 from partialhn.errors import IntegrityError
 from partialhn.naming import digest, named_sections
+from partialhn.strategies.table import OWN
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
 
 FORMAT = 1
-BASELINE_OPTIONS = ("buffer", "ewc_strength", "lwf_strength")
-"""What the hypernetwork is not learned with."""
+BASELINE_OPTIONS = tuple(option for line in OWN.values() for option in line.options)
+"""Options of the baselines, which do not change what the hypernetwork learns."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,12 @@ from partialhn.data.augment import augment
 from partialhn.data.decode import decode
 from partialhn.data.experience import Experience
 from partialhn.naming import FIRST_OPTIONS, digest, named_values
-from partialhn.networks.backbone import Network, build_network, supplied_network
+from partialhn.networks.backbone import (
+    Network,
+    build_network,
+    classifier_prefix,
+    supplied_network,
+)
 from partialhn.networks.precision import autocast_to
 from partialhn.networks.tensors import tensors_below
 from partialhn.training.optimiser import (
@@ -114,7 +119,8 @@ def stored_network(config: Config, key: str, filesystem: pafs.FileSystem,
         if not checkpoint.fetch(filesystem, f"{root}/trunks/{key}", folder):
             return None
         tensors, _ = checkpoint.load(folder, "network")
-    network = build_network(config.backbone.backbone, len(tensors["body.fc.bias"]))
+    name = config.backbone.backbone
+    network = build_network(name, len(tensors[f"{classifier_prefix(name)}bias"]))
     network.load_state_dict(tensors)
     return network
 

@@ -146,13 +146,13 @@ class PlanFeatures(FeatureSections):
         from partialhn.features.cost import described, plan
         from partialhn.features.extract import feature_jobs
         from partialhn.networks.backbone import build_network
-        from partialhn.networks.trunk import Trunk
+        from partialhn.networks.cut import CutNetwork
         from pipelines.execution.open_data import open_data
 
         storage = _storage(self.storage)
         network = build_network(self.backbone.backbone, 2).eval()
         depths = range(len(network.stages()) + 1)
-        trunk = Trunk(network, depths[-1])
+        trunk = CutNetwork.of(network, depths[-1]).trunk
         with storage.explained():
             experiences = open_data(self.data, storage)
             plans = plan(feature_jobs(Config.of(self), experiences, trunk, depths), trunk)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from partialhn import __version__
 from partialhn.config import Config, Sections, load_config
@@ -217,6 +218,21 @@ def run(arguments: Sequence[str]) -> int:
     return int(code)
 
 
+CHOICES = ConstructorRegistry()
+
+
+@CHOICES.primitive_rule
+def _names_of_a_table(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
+    """An option that names a line of a table, as `strategy` does: its help lists the names."""
+    if not (isinstance(info.type, type) and hasattr(info.type, "table")):
+        return None
+    names = tuple(info.type.table)
+    return PrimitiveConstructorSpec(
+        nargs=1, metavar="{" + ",".join(names) + "}", choices=names,
+        instance_from_str=lambda words: words[0], is_instance=lambda value: value in names,
+        str_from_instance=lambda value: [value])
+
+
 def _parse(words: list[str]) -> Any:
     """The command with its options; tyro prints help and its own errors (exit code 2)."""
     words, default = _configured(words)
@@ -228,13 +244,14 @@ def _parse(words: list[str]) -> Any:
         words = words[1:]
         if not issubclass(kind, Group):
             return tyro.cli(kind, prog=" ".join(path), args=words, config=(OmitArgPrefixes,),
-                            **default)
+                            registry=CHOICES, **default)
         kinds, description = kind.COMMANDS, kind.__doc__ or ""
     if words and not words[0].startswith("-"):
         raise InputError(f"command is {' '.join([*path[1:], words[0]])!r}; allowed: "
                          + ", ".join(kinds))
     return tyro.extras.subcommand_cli_from_dict(kinds, prog=" ".join(path), args=words,
-                                                description=description)
+                                                description=description,
+                                                registry=CHOICES)
 
 
 def _configured(words: list[str]) -> tuple[list[str], dict[str, Any]]:

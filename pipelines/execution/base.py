@@ -18,7 +18,7 @@ from partialhn.features.extract import FeatureJob
 from partialhn.features.manifest import Manifest
 from partialhn.naming import digest_text
 from partialhn.networks.backbone import Network
-from partialhn.run import CutNetwork
+from partialhn.run import TrunkAndHead
 from partialhn.training import lineage
 from partialhn.training.pretrain import load_network
 from partialhn.training.records import EpochRecord, TaskRecord
@@ -67,7 +67,7 @@ class Execution(abc.ABC):
         assert network is not None
         return network
 
-    def features(self, jobs: Sequence[FeatureJob], cut: CutNetwork) -> tuple[list[Manifest], int]:
+    def features(self, jobs: Sequence[FeatureJob], cut: TrunkAndHead) -> tuple[list[Manifest], int]:
         """Computes the missing features; returns all manifests, and how many images it decoded."""
         manifests, decoded = compute_features(
             self.storage, cut.trunk, jobs, self._featurise(), progress=self.progress.features,
@@ -79,7 +79,7 @@ class Execution(abc.ABC):
         """The tasks that earlier runs have learned."""
         return lineage.find(self.storage.filesystem, self.folder, lineage_ids)
 
-    def learn(self, cut: CutNetwork, slots: Sequence[Slot], lineage_ids: Sequence[str],
+    def learn(self, cut: TrunkAndHead, slots: Sequence[Slot], lineage_ids: Sequence[str],
               on_record: OnRecord) -> dict[str, Any]:
         """Learns the tasks that are not learned yet.
 

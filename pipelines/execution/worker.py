@@ -25,7 +25,7 @@ from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import Config, StrategyName
 from partialhn.features.batches import Workers
 from partialhn.networks.precision import configure_torch
-from partialhn.run import CutNetwork, with_strategy
+from partialhn.run import TrunkAndHead, with_strategy
 from partialhn.task_inference import TaskInference
 from partialhn.training import lineage
 from partialhn.training.experience import TaskFeatures
@@ -48,7 +48,7 @@ class Assignment:
     """The work of a run, as all its workers get it."""
 
     config: Config
-    cut: CutNetwork
+    cut: TrunkAndHead
     slots: tuple[Slot, ...]
     lineage_ids: tuple[str, ...]
     """Names of the models after each slot (`partialhn.training.lineage`)."""

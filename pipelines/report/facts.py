@@ -14,20 +14,11 @@ import numpy.typing as npt
 
 from partialhn.errors import InputError
 from partialhn.evaluation import metrics
+from partialhn.strategies.table import label_of
 
 FORGETTING_LIMIT = 0.01
 GAP_LIMIT = 0.02
 NBSP = "\u00a0"
-LABELS = {
-    "partial_hn": "Partial hypernetwork",
-    "separate_heads": "Separate head per task",
-    "linear_probe": "Linear classifier per task",
-    "joint": "Joint training on all tasks",
-    "latent_replay": "Latent replay",
-    "ewc": "Elastic weight consolidation",
-    "lwf": "Learning without forgetting",
-    "naive": "Naive fine-tuning",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +111,7 @@ def read_facts(result: Mapping[str, Any]) -> Facts:
     details = given + [{}] * (len(table_TT) - len(given))
     summary = metrics.summarise(table_TT)
     strategy = str(result.get("strategy") or "partial_hn")
-    ours = Method(LABELS.get(strategy, strategy), summary.accuracy, summary.learning_accuracy,
+    ours = Method(label_of(strategy), summary.accuracy, summary.learning_accuracy,
                   summary.forgetting, summary.backward_transfer, result.get("bytes_per_task"),
                   _train_seconds(result))
     baselines = {key: _baseline(key, values) for key, values in (result.get("bounds") or {}).items()
@@ -141,7 +132,7 @@ def _train_seconds(result: Mapping[str, Any]) -> float | None:
 
 
 def _baseline(key: str, values: Mapping[str, Any]) -> Method:
-    return Method(LABELS.get(key, key), values.get("acc"), values.get("learning_accuracy"),
+    return Method(label_of(key), values.get("acc"), values.get("learning_accuracy"),
                   values.get("forgetting"), values.get("bwt"), values.get("bytes_per_task"),
                   values.get("seconds"))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from partialhn.data.experience import task_of
 from partialhn.errors import InputError
 from partialhn.features.extract import feature_jobs
-from partialhn.run import CutNetwork, cut_network
+from partialhn.run import TrunkAndHead, cut_network
 from partialhn.training import lineage
 from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.pretrain import network_key
@@ -61,7 +61,7 @@ class Learning:
                 context.clock.lap("register")
         return self.base
 
-    def _parts(self, first: CheckedArrival) -> tuple[str, CutNetwork]:
+    def _parts(self, first: CheckedArrival) -> tuple[str, TrunkAndHead]:
         """Key of the stream's network, and the network cut; a new stream trains it on `first`."""
         context, supplied = self.context, self.context.config.backbone.trunk != "train"
         assert first.experience is not None
@@ -75,7 +75,7 @@ class Learning:
         context.clock.lap("trunk")
         return key, cut
 
-    def _slots(self, waiting: Sequence[CheckedArrival], cut: CutNetwork) -> list[Slot]:
+    def _slots(self, waiting: Sequence[CheckedArrival], cut: TrunkAndHead) -> list[Slot]:
         """The champion's slots and the new ones; computes the features of the new ones.
 
         Raises: InputError if stored test features of a champion's task are missing.

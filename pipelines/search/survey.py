@@ -18,8 +18,8 @@ from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shif
 from partialhn.features.extract import SPLITS, feature_jobs
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network, build_network
+from partialhn.networks.cut import CutNetwork
 from partialhn.networks.precision import configure_torch
-from partialhn.networks.trunk import Trunk
 from partialhn.training.pretrain import network_optimiser, train_network
 from pipelines.features.in_use import InUse
 from pipelines.features.on_ray import on_ray
@@ -49,7 +49,7 @@ def depth_features(storage: Storage, network: Network, config: Config,
     """The stored features of every depth, and how many images were decoded for them: each goes
     through the trunk once for all depths.
     """
-    trunk = Trunk(network, max(depths))
+    trunk = CutNetwork.of(network, max(depths)).trunk
     jobs = feature_jobs(config, experiences, trunk, depths)
     found, decoded = compute_features(storage, trunk, jobs,
                                       on_ray(on.workers, on.gpu, on.threads),

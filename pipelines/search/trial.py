@@ -23,8 +23,9 @@ from partialhn.features.feature_set import FeatureSet
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network
 from partialhn.networks.precision import configure_torch
-from partialhn.run import CutNetwork, cut_network
-from partialhn.strategies import PartialHypernet, Strategy
+from partialhn.run import TrunkAndHead, cut_network
+from partialhn.strategies.base import Strategy
+from partialhn.strategies.partial_hn import PartialHypernet
 from partialhn.training.experience import TaskFeatures, evaluate
 from partialhn.training.learner import Learner
 from partialhn.training.records import TaskRecord
@@ -160,7 +161,7 @@ def _restore(bench: Bench, folder: str, learner: Learner, meter: _Meter) -> None
         meter.training, meter.evaluating = fields["training"], fields["evaluating"]
 
 
-def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: CutNetwork, learner: Learner,
+def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, learner: Learner,
               meter: _Meter) -> Measured:
     depth, views = config.backbone.freeze_depth, config.features.views
     done = len(learner.finished)

@@ -27,8 +27,8 @@ from partialhn.features.feature_set import FeatureSet
 from partialhn.features.manifest import FeatureRecipe
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
+from partialhn.networks.cut import CutNetwork
 from partialhn.networks.precision import configure_torch
-from partialhn.networks.trunk import split
 from partialhn.run import cut_network
 from partialhn.training.optimiser import learning_rates, make_optimiser
 from partialhn.training.steps import Objective, Steps, recorder_for
@@ -85,7 +85,8 @@ def speeds(device: torch.device, precision: str) -> tuple[float, float]:
 def stored(depth: int, folder: Path) -> FeatureSet:
     """A task's features: what is in them does not matter for time."""
     network = build_network("slim_resnet18", CLASSES, 0).eval()
-    shape_CHW = split(network, depth)[0](torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1:]
+    trunk = CutNetwork.of(network, depth).trunk
+    shape_CHW = trunk(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1:]
     store = FeatureStore(LocalFileSystem(), str(folder))
     recipe = FeatureRecipe("t", "d", "none", 32, VIEWS, "flip", depth, "float16", IMAGES)
     z_NVCHW = torch.rand(IMAGES, VIEWS, *shape_CHW)

@@ -37,8 +37,9 @@ from partialhn.features.cache import SETTLED_SECONDS
 from partialhn.features.extract import compute_shards, feature_jobs, precompute, shard_places
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
+from partialhn.networks.cut import CutNetwork
 from partialhn.networks.precision import configure_torch
-from partialhn.networks.trunk import MICRO_BATCH, split
+from partialhn.networks.trunk import MICRO_BATCH
 from partialhn.run import cut_network
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
@@ -55,7 +56,7 @@ def precomputing(folder: Path, experience, depth: int, rounds: int, device: torc
     views = 32 if device.type == "cuda" else 2
     config = dataclasses.replace(CONFIG, backbone=BackboneConfig(freeze_depth=depth),
                                  features=dataclasses.replace(CONFIG.features, views=views))
-    trunk = split(build_network("slim_resnet18", 2), depth)[0].to(device)
+    trunk = CutNetwork.of(build_network("slim_resnet18", 2), depth).trunk.to(device)
     few = dataclasses.replace(experience, train=experience.train.take(range(5 * 256)))
     job = feature_jobs(config, [few], trunk)[0]
     images_BCHW = decode(few.train, 32).images_BCHW
@@ -194,7 +195,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         experience = open_stream(CONFIG.data, folder / "datasets")[0]
-        trunk = split(build_network("slim_resnet18", 2), 3)[0]
+        trunk = CutNetwork.of(build_network("slim_resnet18", 2), 3).trunk
         store = FeatureStore(LocalFileSystem(), str(folder / "mapped"))
         manifests, _ = precompute(store, trunk, feature_jobs(CONFIG, [experience], trunk)[:1])
         for group in (*(precomputing(folder, experience, depth, rounds, device)

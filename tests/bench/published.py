@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from partialhn.networks.backbone import build_network
+from partialhn.networks.cut import CutNetwork
 from partialhn.networks.head import Head
-from partialhn.networks.trunk import split
 
 EMBEDDING, HIDDEN, CHANNEL = 32, (50, 32), 32
 BETA, RATE = 0.5, 1e-3
@@ -54,8 +54,9 @@ class PublishedStep(nn.Module):
     def __init__(self, depth: int, earlier: int, classes: int) -> None:
         super().__init__()
         network = build_network("slim_resnet18", classes)
-        self.trunk = split(network, depth)[0].eval()
-        self.skeleton = Skeleton(Head(network, depth, "instance", 8), network.width, classes)
+        cut = CutNetwork.of(network, depth)
+        self.trunk = cut.trunk.eval()
+        self.skeleton = Skeleton(Head(cut, "instance", 8), network.width, classes)
         shapes = {name: tuple(value.shape)
                   for name, value in self.skeleton.named_parameters()}
         self.hypernet = PublishedHypernet(shapes, earlier + 1)

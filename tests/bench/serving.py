@@ -26,7 +26,7 @@ from PIL import Image
 from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig
 from partialhn.networks.backbone import build_network
-from partialhn.networks.trunk import Trunk
+from partialhn.networks.cut import CutNetwork
 from partialhn.predict import Answer, Predictor
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
@@ -68,7 +68,8 @@ class Plain(Predictor):
         strategy = STRATEGIES["separate_heads"](*_parts(4), config(4))
         strategy.add_task(CLASSES)
         infos = (TaskInfo("0", tuple(map(str, range(CLASSES)))),)
-        super().__init__(Model(config(4), Trunk(self.network, 4), strategy.eval(), infos))
+        trunk = CutNetwork.of(self.network, 4).trunk
+        super().__init__(Model(config(4), trunk, strategy.eval(), infos))
 
     @torch.no_grad()
     def features(self, images_BCHW, exact=True):

@@ -18,12 +18,12 @@ from published import BETA, PublishedStep
 from rows import compare, log, row, write
 from torch import nn
 
-from partialhn.config import HypernetConfig, TrainConfig
+from partialhn.config import Config, HypernetConfig, TrainConfig
 from partialhn.networks.backbone import build_network
+from partialhn.networks.cut import CutNetwork
 from partialhn.networks.head import Head, head_start
 from partialhn.networks.precision import configure_torch
-from partialhn.networks.trunk import split
-from partialhn.strategies import PartialHypernet
+from partialhn.strategies.partial_hn import PartialHypernet
 from partialhn.training.optimiser import make_optimiser
 from partialhn.training.steps import Objective
 
@@ -42,7 +42,7 @@ class PlainHead(nn.Module):
     def __init__(self, depth: int) -> None:
         super().__init__()
         network = build_network("slim_resnet18", CLASSES)
-        self.stages = split(network, depth)[1]
+        self.stages = CutNetwork.of(network, depth).stages
         self.classifier = nn.Linear(network.width, CLASSES)
 
     def forward(self, z_BCHW, y_B):
@@ -79,14 +79,15 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
 def features(depth: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch of stored features."""
     images_BCHW, y_B = images()
-    return split(build_network("slim_resnet18", CLASSES), depth)[0](images_BCHW), y_B
+    return CutNetwork.of(build_network("slim_resnet18", CLASSES), depth).trunk(images_BCHW), y_B
 
 
 def strategy_at(depth: int, earlier: int, config: HypernetConfig) -> PartialHypernet:
     """Our strategy as it is while it learns a task after `earlier` others."""
     network = build_network("slim_resnet18", CLASSES)
-    head = Head(network, depth, config.norm, config.norm_groups)
-    strategy = PartialHypernet(head, head_start(network, depth, config.norm, 0), config, 0)
+    cut = CutNetwork.of(network, depth)
+    head = Head(cut, config.norm, config.norm_groups)
+    strategy = PartialHypernet(head, head_start(cut, config.norm, 0), Config(hypernet=config))
     for task in range(earlier + 1):
         strategy.add_task(CLASSES)
         if task < earlier:

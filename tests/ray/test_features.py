@@ -7,7 +7,7 @@ from partialhn.data.datasets import open_stream
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
-from partialhn.networks.trunk import split
+from partialhn.networks.cut import CutNetwork
 from pipelines.features.on_ray import on_ray
 from pipelines.features.produce import compute_features
 from pipelines.platform.storage import open_storage
@@ -15,7 +15,7 @@ from pipelines.platform.storage import open_storage
 
 @pytest.fixture(scope="module")
 def trunk():
-    return split(build_network("slim_resnet18", 5, seed=1).eval(), 4)[0]
+    return CutNetwork.of(build_network("slim_resnet18", 5, seed=1).eval(), 4).trunk
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def epoch_numbers(result, keys=("loss", "cross_entropy", "regulariser", "accurac
 
 
 def test_same_numbers_as_without_ray(learned, oracle):
-    model, fields = oracle
+    model, fields = oracle.model, oracle.fields
     assert learned.result["accuracy_matrix"] == fields["accuracy_matrix"]
     np.testing.assert_allclose(epoch_numbers(learned.result), epoch_numbers(fields), atol=1e-6,
                                rtol=0)
@@ -125,7 +125,7 @@ def test_an_early_task_asked_of_the_champion(learned, oracle, digit_folder, tmp_
     table = pq.read_table(done.output)
     assert done.images == table.num_rows == 15
     assert done.model_uri == "models:/digits/3"
-    wanted = Predictor(oracle[0]).predict(
+    wanted = Predictor(oracle.model).predict(
         [(folder / name).read_bytes() for name in table["id"].to_pylist()], "0")
     assert table["label"].to_pylist() == list(wanted.labels)
     assert set(wanted.labels) <= set(learned.result["tasks"][0]["classes"])

@@ -17,8 +17,8 @@ from partialhn.config import BackboneConfig
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
+from partialhn.networks.cut import CutNetwork
 from partialhn.networks.tensors import hash_tensors
-from partialhn.networks.trunk import Trunk
 from partialhn.predict import Predictor
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
@@ -135,7 +135,7 @@ def test_a_trunk_is_trained_there(images):
 def test_features_are_computed_there(digits, config, tmp_path):
     keys = {}
     for device in ("cpu", NAME):
-        trunk = Trunk(build_network("slim_resnet18", 2, 3).to(device), 3)
+        trunk = CutNetwork.of(build_network("slim_resnet18", 2, 3).to(device), 3).trunk
         store = FeatureStore(LocalFileSystem(), str(tmp_path / device))
         manifests, _ = precompute(store, trunk, feature_jobs(config, digits[:2], trunk, (2, 3)))
         keys[device] = [shard.sha256 for each in manifests for shard in each.shards]

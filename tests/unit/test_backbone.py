@@ -9,8 +9,13 @@ from torch import nn
 
 from partialhn.errors import InputError
 from partialhn.networks.backbone import build_network, supplied_network
+from partialhn.networks.cut import CutNetwork
 from partialhn.networks.tensors import hash_tensors
-from partialhn.networks.trunk import MICRO_BATCH, check_depth, multiply_adds, run_trunk, split
+from partialhn.networks.trunk import MICRO_BATCH, multiply_adds, run_trunk
+
+
+def trunk_of(network, depth):
+    return CutNetwork.of(network, depth).trunk
 
 
 @pytest.fixture(scope="module", params=["slim_resnet18", "resnet18", "resnet50"])
@@ -25,7 +30,8 @@ def any_network(request, images):
 @torch.no_grad()
 @pytest.mark.parametrize("depth", range(5))
 def test_trunk_then_stages_is_the_whole_network(any_network, images, depth):
-    trunk, stages = split(any_network, depth)
+    cut = CutNetwork.of(any_network, depth)
+    trunk, stages = cut.trunk, cut.stages
     z_BCHW = trunk(images[:4])
     found = any_network.body.fc(stages.eval()(z_BCHW).mean((2, 3)))
     torch.testing.assert_close(found, any_network(images[:4]), rtol=1e-5, atol=1e-5)
@@ -35,7 +41,7 @@ def test_trunk_then_stages_is_the_whole_network(any_network, images, depth):
 
 @pytest.mark.parametrize("depth", range(5))
 def test_features_are_the_same_bits_in_any_company(network, images, depth):
-    trunk = split(network, depth)[0]
+    trunk = trunk_of(network, depth)
     assert MICRO_BATCH == 64
     whole = run_trunk(trunk, images)
     assert torch.equal(run_trunk(trunk, images[:1]), whole[:1])
@@ -47,7 +53,7 @@ def test_features_are_the_same_bits_in_any_company(network, images, depth):
 
 
 def test_training_moves_nothing_of_a_trunk(network, images):
-    trunk = split(network, 2)[0]
+    trunk = trunk_of(network, 2)
     before = trunk.fingerprint()
     trunk.train()
     assert not any(module.training for module in trunk.modules())
@@ -58,7 +64,8 @@ def test_training_moves_nothing_of_a_trunk(network, images):
 
 def test_a_trunk_is_a_copy(network):
     whole = copy.deepcopy(network)
-    trunk, stages = split(whole, 2)
+    cut = CutNetwork.of(whole, 2)
+    trunk, stages = cut.trunk, cut.stages
     before = trunk.fingerprint(), stages[0][0].conv1.weight.clone()
     with torch.no_grad():
         for value in whole.parameters():
@@ -68,15 +75,15 @@ def test_a_trunk_is_a_copy(network):
 
 
 def test_full_depth_is_pooled_and_depth_zero_only_normalises(network, images):
-    assert split(network, 4)[0](images[:2]).shape == (2, 160, 1, 1)
-    assert torch.equal(split(network, 0)[0](images[:2]), network.normalise(images[:2]))
+    assert trunk_of(network, 4)(images[:2]).shape == (2, 160, 1, 1)
+    assert torch.equal(trunk_of(network, 0)(images[:2]), network.normalise(images[:2]))
 
 
 def test_fingerprint_names_weights_statistics_depth_and_architecture(network):
     def fingerprint(change, depth=2):
         other = copy.deepcopy(network)
         change(other)
-        return split(other, depth)[0].fingerprint()
+        return trunk_of(other, depth).fingerprint()
 
     def add(name):
         def change(other):
@@ -88,7 +95,7 @@ def test_fingerprint_names_weights_statistics_depth_and_architecture(network):
         other.name = "resnet18"
 
     same = fingerprint(lambda other: None)
-    assert same == split(network, 2)[0].fingerprint()
+    assert same == trunk_of(network, 2).fingerprint()
     assert fingerprint(add("body.layer3.0.conv1.weight")) == same
     assert fingerprint(lambda other: other.body.bn1.num_batches_tracked.add_(1)) == same
     different = [
@@ -129,9 +136,7 @@ def test_unknown_backbone_and_depth_are_bad_input(network):
         build_network("vgg16", 2)
     for depth in (-1, 5):
         with pytest.raises(InputError, match=rf"freeze_depth is {depth}; allowed: 0 .* to 4"):
-            split(network, depth)
-        with pytest.raises(InputError, match="freeze_depth"):
-            check_depth("slim_resnet18", depth)
+            CutNetwork.of(network, depth)
 
 
 @pytest.fixture
@@ -148,8 +153,8 @@ def test_supplied_weights_round_trip(network, weights_file, images):
     found = supplied_network(weights_file(), "slim_resnet18", 7)
     assert found.body.fc.out_features == 7
     for depth in range(5):
-        assert split(found, depth)[0].fingerprint() == split(network, depth)[0].fingerprint()
-    assert torch.equal(split(found, 3)[0](images), split(network, 3)[0](images))
+        assert trunk_of(found, depth).fingerprint() == trunk_of(network, depth).fingerprint()
+    assert torch.equal(trunk_of(found, 3)(images), trunk_of(network, 3)(images))
 
 
 def test_supplied_weights_need_no_classifier(network, weights_file):
@@ -157,7 +162,7 @@ def test_supplied_weights_need_no_classifier(network, weights_file):
         for key in ("body.fc.weight", "body.fc.bias"):
             del tensors[key]
     found = supplied_network(weights_file(without), "slim_resnet18", 2)
-    assert split(found, 4)[0].fingerprint() == split(network, 4)[0].fingerprint()
+    assert trunk_of(found, 4).fingerprint() == trunk_of(network, 4).fingerprint()
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -218,6 +223,7 @@ def test_multiply_adds_of_the_paper(network):
     whole = multiply_adds(network, images_BCHW)
     assert abs(whole / 1e6 - 54.6) < 0.1
     for depth in range(5):
-        trunk, stages = split(network, depth)
+        cut = CutNetwork.of(network, depth)
+        trunk, stages = cut.trunk, cut.stages
         below = multiply_adds(trunk, images_BCHW)
         assert below + multiply_adds(stages, trunk(images_BCHW)) + 160 * 2 == whole

@@ -23,14 +23,15 @@ from partialhn.features import extract
 from partialhn.features.extract import compute_shards, feature_jobs, group_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
-from partialhn.networks.trunk import run_trunk, split
+from partialhn.networks.cut import CutNetwork
+from partialhn.networks.trunk import run_trunk
 
 LOCAL = LocalFileSystem()
 
 
 @pytest.fixture(scope="module")
 def trunk(network):
-    return split(network, 3)[0]
+    return CutNetwork.of(network, 3).trunk
 
 
 @pytest.fixture
@@ -166,7 +167,7 @@ def test_recipes_follow_data_trunk_and_options(with_options, experience, trunk, 
         return feature_jobs(with_options(**sections), [change], cut)[0].recipe.key
 
     other = dataclasses.replace(experience, train=experience.train.take(range(11)))
-    keys = [key(), key(change=other), key(cut=split(network, 2)[0]),
+    keys = [key(), key(change=other), key(cut=CutNetwork.of(network, 2).trunk),
             key(change=dataclasses.replace(experience, transform="blur")),
             key(features={"views": 3}), key(features={"augment": "flip"}),
             key(features={"feature_dtype": "float16"}), key(features={"shard_rows": 3}),
@@ -182,7 +183,7 @@ def test_recipes_follow_data_trunk_and_options(with_options, experience, trunk, 
 
 @pytest.fixture(scope="module")
 def deepest(network):
-    return split(network, 4)[0]
+    return CutNetwork.of(network, 4).trunk
 
 
 def jobs_at(with_options, experience, trunk, depths=None, **sections):
@@ -198,7 +199,7 @@ def test_many_depths_in_one_pass_are_bit_for_bit_those_of_one(tmp_path, with_opt
     assert decoded == 25, "every image once, whatever the number of depths"
     assert len({manifest.key for manifest in manifests}) == 15
     for depth in range(5):
-        trunk = split(network, depth)[0]
+        trunk = CutNetwork.of(network, depth).trunk
         mine = [m for job, m in zip(jobs, manifests, strict=True) if job.depth == depth]
         theirs, _ = precompute(alone, trunk, jobs_at(with_options, experience, trunk))
         assert [m.key for m in mine] == [m.key for m in theirs]
@@ -228,10 +229,10 @@ def test_equal_jobs_are_computed_once(store, with_options, experience, trunk):
 
 
 def test_a_job_of_another_trunk_is_refused(store, with_options, experience, deepest, images):
-    other = split(build_network("slim_resnet18", 2, seed=9), 3)[0]
+    other = CutNetwork.of(build_network("slim_resnet18", 2, seed=9), 3).trunk
     with pytest.raises(ValueError, match="task 'a' needs trunk"):
         precompute(store, deepest, jobs_at(with_options, experience, other))
-    with pytest.raises(ValueError, match="depth 2 holds none of depth 3"):
+    with pytest.raises(ValueError, match="depth 2 does not contain one of depth 3"):
         deepest.upto(2).upto(3)
 
 

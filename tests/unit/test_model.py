@@ -7,19 +7,21 @@ import pytest
 import torch
 from torch import nn
 
-from partialhn.config import HypernetConfig
+from partialhn.config import Config, HypernetConfig
 from partialhn.errors import InputError
 from partialhn.networks.backbone import build_network
+from partialhn.networks.cut import CutNetwork
 from partialhn.networks.head import Head, HeadWeights, check_feature_size, head_start
-from partialhn.networks.trunk import head_stages, split
-from partialhn.strategies import PartialHypernet, SeparateHeads
+from partialhn.strategies.partial_hn import PartialHypernet
+from partialhn.strategies.separate_heads import SeparateHeads
 
 
 def hypernet(network, depth, **options):
     config = dataclasses.replace(HypernetConfig(code_dim=8, fresh_columns=4, hidden=(6, 5),
                                                 channel_dim=4), **options)
-    head = Head(network, depth, config.norm, config.norm_groups)
-    return PartialHypernet(head, head_start(network, depth, config.norm, 0), config, seed=0)
+    cut = CutNetwork.of(network, depth)
+    head = Head(cut, config.norm, config.norm_groups)
+    return PartialHypernet(head, head_start(cut, config.norm, 0), Config(hypernet=config))
 
 
 def published_forward(strategy, network, depth, z_BCHW, task):
@@ -28,7 +30,7 @@ def published_forward(strategy, network, depth, z_BCHW, task):
     Under vmap each sample has a network of its own, and so BatchNorm sees a batch of one.
     """
     own, generator = strategy.tasks[task], strategy.hypernet
-    stages = head_stages(network, depth).train()
+    stages = CutNetwork.of(network, depth).stages.train()
     torch.func.replace_all_batch_norm_modules_(stages)
     names = [name for name, value in stages.named_parameters() if value.dim() == 4]
     norms = [name for name, layer in stages.named_modules() if isinstance(layer, nn.BatchNorm2d)]
@@ -67,7 +69,7 @@ def test_forward_equals_the_published_formulation(network, images, depth):
             own.norm.copy_(1 + 0.3 * torch.randn(len(own.norm)))
             own.code.normal_()
     strategy.eval()
-    z_BCHW = split(network, depth)[0](images[:3])
+    z_BCHW = CutNetwork.of(network, depth).trunk(images[:3])
     for task in range(2):
         with torch.no_grad():
             wanted = published_forward(strategy, network, depth, z_BCHW, task)
@@ -94,8 +96,9 @@ def own_weights(network, head, stages):
 
 @pytest.mark.parametrize("depth", range(5))
 def test_trunk_and_head_with_the_networks_weights_are_the_network(network, images, depth):
-    trunk, stages = split(network, depth)
-    head = Head(network, depth, "batch", 8).eval()
+    cut = CutNetwork.of(network, depth)
+    trunk, stages = cut.trunk, cut.stages
+    head = Head(cut, "batch", 8).eval()
     weights = own_weights(network, head, stages)
     with torch.no_grad():
         wanted = network(images[:8])
@@ -109,9 +112,10 @@ def test_trunk_and_head_with_the_networks_weights_are_the_network(network, image
 @pytest.fixture(scope="module")
 def learned(network, images):
     """A batch-norm task after some forward passes: running statistics, not folded yet."""
-    strategy = SeparateHeads(Head(network, 3, "batch", 8), head_start(network, 3, "batch", 0), 0)
+    cut = CutNetwork.of(network, 3)
+    strategy = SeparateHeads(Head(cut, "batch", 8), head_start(cut, "batch", 0), Config())
     strategy.add_task(3)
-    z_BCHW = split(network, 3)[0](images)
+    z_BCHW = CutNetwork.of(network, 3).trunk(images)
     strategy.train()
     with torch.no_grad():
         for _ in range(10):
@@ -135,7 +139,7 @@ def test_folding_changes_no_answer(learned):
 def test_a_learned_task_keeps_eleven_bits_of_norm_and_classifier(network, images):
     strategy = hypernet(network, 3, norm="batch")
     strategy.add_task(3)
-    z_BCHW = split(network, 3)[0](images)
+    z_BCHW = CutNetwork.of(network, 3).trunk(images)
     for _ in range(10):
         strategy.train()(z_BCHW[:64], 0)
     before = strategy.eval()(z_BCHW, 0)
@@ -167,38 +171,39 @@ def test_while_learning_batch_norm_sees_the_batch(learned):
 def test_other_norms_see_one_image_even_while_learning(network, images, norm):
     strategy = hypernet(network, 3, norm=norm, norm_groups=8).train()
     strategy.add_task(3)
-    z_BCHW = split(network, 3)[0](images[:16])
+    z_BCHW = CutNetwork.of(network, 3).trunk(images[:16])
     alone = torch.cat([strategy(z_BCHW[i:i + 1], 0) for i in range(16)])
     torch.testing.assert_close(strategy(z_BCHW, 0), alone, rtol=1e-5, atol=1e-5)
     assert strategy.tasks[0].statistics is None
 
 
 def test_the_head_owns_no_weight(network):
-    head = Head(network, 2, "batch", 8)
+    head = Head(CutNetwork.of(network, 2), "batch", 8)
     assert not list(head.parameters())
     assert not head.state_dict()
-    wanted = sum(value.numel() for value in head_stages(network, 2).parameters()
+    wanted = sum(value.numel() for value in CutNetwork.of(network, 2).stages.parameters()
                  if value.dim() == 4)
     assert head.weight_count == wanted
 
 
 def test_a_head_starts_from_the_network_with_batch_norm_and_anew_with_others(network):
-    own = [v for v in head_stages(network, 3).parameters() if v.dim() == 4]
-    batch, group = head_start(network, 3, "batch", 0), head_start(network, 3, "group", 0)
+    own = [v for v in CutNetwork.of(network, 3).stages.parameters() if v.dim() == 4]
+    cut = CutNetwork.of(network, 3)
+    batch, group = head_start(cut, "batch", 0), head_start(cut, "group", 0)
     assert all(torch.equal(a, b) for a, b in zip(batch.convolutions, own, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(group.convolutions, own, strict=True))
     assert group.norm.unique().tolist() == [0, 1]
-    again, other = head_start(network, 3, "group", 0), head_start(network, 3, "group", 1)
+    again, other = head_start(cut, "group", 0), head_start(cut, "group", 1)
     assert torch.equal(again.convolutions[0], group.convolutions[0])
     assert not torch.equal(other.convolutions[0], group.convolutions[0])
 
 
 def test_missing_and_extra_weights_raise(network, images):
-    head = Head(network, 3, "instance", 8)
-    start = head_start(network, 3, "instance", 0)
+    cut = CutNetwork.of(network, 3)
+    head, start = Head(cut, "instance", 8), head_start(cut, "instance", 0)
     weights = HeadWeights(head.named(start.convolutions), start.norm, torch.zeros(2, 160),
                           torch.zeros(2))
-    z_BCHW = split(network, 3)[0](images[:2])
+    z_BCHW = CutNetwork.of(network, 3).trunk(images[:2])
     name = next(iter(weights.convolutions))
     less = {key: value for key, value in weights.convolutions.items() if key != name}
     with pytest.raises(RuntimeError, match=name):
@@ -210,13 +215,13 @@ def test_missing_and_extra_weights_raise(network, images):
 
 def test_groups_must_divide_every_width(network):
     with pytest.raises(InputError, match="norm_groups is 7; allowed: a divisor"):
-        Head(network, 3, "group", 7)
+        Head(CutNetwork.of(network, 3), "group", 7)
 
 
 def test_instance_norm_over_a_single_pixel_is_refused():
     network = build_network("resnet18", 2)
     with pytest.raises(InputError, match=r"input_size 32 .* single pixel, .* larger input_size"):
-        check_feature_size("instance", network, 3, 32)
-    check_feature_size("instance", network, 3, 64)
-    check_feature_size("group", network, 3, 32)
-    check_feature_size("instance", network, 4, 32)
+        check_feature_size("instance", CutNetwork.of(network, 3), 32)
+    check_feature_size("instance", CutNetwork.of(network, 3), 64)
+    check_feature_size("group", CutNetwork.of(network, 3), 32)
+    check_feature_size("instance", CutNetwork.of(network, 4), 32)

@@ -10,13 +10,13 @@ from pyarrow.fs import LocalFileSystem
 from partialhn.features.cost import DepthPlan, described, plan
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
-from partialhn.networks.trunk import split
+from partialhn.networks.cut import CutNetwork
 from pipelines.cli.main import run
 
 
 @pytest.fixture(scope="module")
 def trunk(network):
-    return split(network, 4)[0]
+    return CutNetwork.of(network, 4).trunk
 
 
 @pytest.mark.parametrize(("dtype", "compression"), [

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from partialhn.config import HypernetConfig
+from partialhn.config import Config, HypernetConfig
 from partialhn.errors import InputError
 from partialhn.networks.columns import CODE
-from partialhn.networks.trunk import split
+from partialhn.networks.cut import CutNetwork
 from partialhn.run import cut_network
-from partialhn.strategies import STRATEGIES, PartialHypernet
+from partialhn.strategies import STRATEGIES
+from partialhn.strategies.partial_hn import PartialHypernet
 
 STEPS = 4
 
@@ -253,7 +254,7 @@ def test_restoring_what_a_strategy_does_not_use(build):
 
 def test_the_beginning_of_a_stream_has_no_regulariser(cut):
     config = HypernetConfig(generator="bilinear", residual=False, code_dim=8)
-    strategy = PartialHypernet(cut.head, cut.start, config, 0)
+    strategy = PartialHypernet(cut.head, cut.start, Config(hypernet=config))
     strategy.add_task(2)
     strategy.begin(0)
     assert strategy.regulariser(0) is None
@@ -316,7 +317,7 @@ def test_with_everything_frozen_the_head_is_a_linear_probe(network, with_options
     assert not strategy.head.convolutions
     assert strategy.head.norm_widths == [network.width]
     assert [group["peak"] for group in strategy.parameter_groups(1e-3)] == [0.01]
-    z_BCHW = split(network, 4)[0](images[:32])
+    z_BCHW = CutNetwork.of(network, 4).trunk(images[:32])
     strategy.train()
     embedded_BF = strategy.head.embed(z_BCHW, strategy.weights(0))
     torch.testing.assert_close(embedded_BF.mean(0), torch.zeros(network.width), atol=1e-5, rtol=0)

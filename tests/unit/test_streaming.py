@@ -21,7 +21,7 @@ from partialhn.features.batches import FeatureBatch, Workers, epoch_batches, pre
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.manifest import FeatureRecipe
 from partialhn.features.store import FeatureStore
-from partialhn.networks.trunk import split
+from partialhn.networks.cut import CutNetwork
 from partialhn.run import cut_network
 from partialhn.training import experience as train_module
 from partialhn.training.experience import TaskFeatures
@@ -86,7 +86,7 @@ def test_a_task_larger_than_memory_is_computed(tmp_path, network, with_options):
                           features={"shard_rows": 64})
     whole = open_stream(DataConfig(data="digits", tasks=1, input_size=96, validation=0.0,
                                    test=0.01), tmp_path / "datasets")[0]
-    trunk = split(network, 0)[0]
+    trunk = CutNetwork.of(network, 0).trunk
     jobs = feature_jobs(config, [dataclasses.replace(whole, test=whole.test.take([0]),
                                                      validation=whole.train.take([]))], trunk)
     store = FeatureStore(LocalFileSystem(), str(tmp_path / "store"))

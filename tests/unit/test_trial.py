@@ -7,7 +7,7 @@ import torch
 
 from partialhn.checkpoints.checkpoint import fetch
 from partialhn.features.extract import feature_jobs, precompute
-from partialhn.networks.trunk import Trunk
+from partialhn.networks.cut import CutNetwork
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
 from partialhn.training.experience import TaskFeatures, evaluate
@@ -23,8 +23,8 @@ DEPTHS = (3, 4)
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, config, digits, network):
     storage = open_storage(str(tmp_path_factory.mktemp("bench")))
-    jobs = feature_jobs(config, digits[:3], Trunk(network, 4), DEPTHS)
-    manifests, _ = precompute(open_store(storage), Trunk(network, 4), jobs)
+    jobs = feature_jobs(config, digits[:3], CutNetwork.of(network, 4).trunk, DEPTHS)
+    manifests, _ = precompute(open_store(storage), CutNetwork.of(network, 4).trunk, jobs)
     return Bench(storage, network, tuple((each.name, len(each.classes)) for each in digits[:3]),
                  {(job.depth, job.task, job.split): manifest
                   for job, manifest in zip(jobs, manifests, strict=True)},

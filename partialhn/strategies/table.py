@@ -1,0 +1,112 @@
+"""The table of strategies: all that can be said of a strategy without importing it.
+
+Options, the command line, benchmarks and reports take names and labels from here. Other packages
+add lines with `register_strategy` or with an entry point of the group `partialhn.strategies`.
+"""
+
+import dataclasses
+from typing import Literal
+
+from partialhn.errors import InputError
+from partialhn.plugins import Table, load_object
+
+Depths = Literal["all", "frozen", "own"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StrategyLine:
+    """One strategy."""
+
+    source: str | type
+    """The class, or where it is, as module:Class. It is imported when it is used."""
+    label: str | None = None
+    """Name in reports; None: the attribute `label` of the class, or the name in the table."""
+    paper: str = ""
+    """Authors and year of its description, where there is one."""
+    options: tuple[str, ...] = ()
+    """Keys of the section `train` that this strategy reads and that others may not."""
+    depths: Depths | None = None
+    """Freeze depths at which a benchmark learns it: all, all where something is frozen, or the
+    benchmark's own depth alone. None: benchmarks leave it out."""
+    needs_every_task: bool | None = False
+    """Whether each task needs the training features of all tasks before it; None: the attribute
+    `needs_every_task` of the class."""
+
+    def load(self, name: str) -> type:
+        """The class. Raises: InputError where it cannot be imported, or is no class."""
+        if isinstance(self.source, type):
+            return self.source
+        loaded = load_object(self.source, f"strategy {name!r}")
+        if not isinstance(loaded, type):
+            raise InputError(f"strategy {name!r} at {self.source!r} is a "
+                             f"{type(loaded).__name__}; allowed: a subclass of partialhn.Strategy")
+        return loaded
+
+
+_HERE = "partialhn.strategies"
+OWN: dict[str, StrategyLine] = {
+    "partial_hn": StrategyLine(
+        f"{_HERE}.partial_hn:PartialHypernet", "Partial hypernetwork", "Hemati et al. 2023",
+        depths="all"),
+    "separate_heads": StrategyLine(
+        f"{_HERE}.separate_heads:SeparateHeads", "Separate head per task", depths="all"),
+    "linear_probe": StrategyLine(
+        f"{_HERE}.linear_probe:LinearProbe", "Linear classifier per task", depths="frozen"),
+    "joint": StrategyLine(
+        f"{_HERE}.joint:Joint", "Joint training on all tasks", depths="own",
+        needs_every_task=True),
+    "latent_replay": StrategyLine(
+        f"{_HERE}.latent_replay:LatentReplay", "Latent replay", "Pellegrini et al. 2020",
+        ("buffer",), depths="all"),
+    "ewc": StrategyLine(
+        f"{_HERE}.ewc:Ewc", "Elastic weight consolidation", "Kirkpatrick et al. 2017",
+        ("ewc_strength",), depths="own"),
+    "lwf": StrategyLine(
+        f"{_HERE}.lwf:Lwf", "Learning without forgetting", "Li & Hoiem 2016",
+        ("lwf_strength",), depths="own"),
+    "naive": StrategyLine(
+        f"{_HERE}.naive:Naive", "Naive fine-tuning", depths="own"),
+}
+"""The strategies of this package, in the order in which reports and benchmarks show them."""
+
+
+def _outside(source: str | type) -> StrategyLine:
+    return StrategyLine(source, needs_every_task=None)
+
+
+TABLE: Table[StrategyLine] = Table("strategy", "partialhn.strategies", OWN,
+                                   lambda _name, value: _outside(value))
+"""All strategies: those of this package, and those that other packages add."""
+
+
+def register_strategy(name: str, source: str | type) -> None:
+    """Makes a strategy known in this process under a name.
+
+    Args:
+        name: the name that `strategy` and `compare` take.
+        source: a subclass of `partialhn.Strategy`, or where it is, as module:Class. Its attributes
+            `label` and `needs_every_task` say what reports call it, and whether each task needs the
+            training features of all tasks before it.
+
+    Other processes, as the workers of a cluster, do not see it: there the package must declare an
+    entry point of the group `partialhn.strategies`.
+
+    Raises: InputError for a name that is taken.
+    """
+    TABLE.register(name, _outside(source))
+
+
+def label_of(name: str) -> str:
+    """The name of a strategy in reports; `name` itself where the table does not have it."""
+    if name not in TABLE:
+        return name
+    line = TABLE[name]
+    return line.label or getattr(line.load(name), "label", "") or name
+
+
+def needs_every_task(name: str) -> bool:
+    """Whether each task needs the training features of all tasks before it."""
+    line = TABLE.find(name)
+    if line.needs_every_task is None:
+        return bool(getattr(line.load(name), "needs_every_task", False))
+    return line.needs_every_task
