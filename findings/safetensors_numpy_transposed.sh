@@ -3,7 +3,8 @@
 # Expected: safetensors.numpy saves a transposed array by value (as numpy.save does), or refuses an
 #   array that is not contiguous.
 # Seen: it writes the bytes as they lie in memory under the shape of the view. The file loads without
-#   an error, names, shapes and dtypes are right, and the values are in another order.
+#   an error, names, shapes and dtypes are right, and the values are in another order. Version 0.7.0
+#   saved the values as given.
 # Matters: kernels converted from frameworks with channels last are transposed on the way. The
 #   converted trunk passes every check of names and shapes, and its features are meaningless.
 # Another version: SAFETENSORS_VERSION=0.7.0 findings/safetensors_numpy_transposed.sh
