@@ -1,4 +1,4 @@
-"""The main job on images that need no download: scikit-learn's digits as 5 tasks of 2 classes."""
+"""The demo: trains on scikit-learn's digits, 5 tasks of 2 classes, which need no download."""
 
 import dataclasses
 import shutil
@@ -11,11 +11,11 @@ from pipelines.settings import OutputConfig
 
 NAME = "digits"
 KEPT = ("features", "trunks", "datasets")
-"""What a second run finds again; everything else starts over."""
+"""Folders that a second run reuses; everything else is deleted first."""
 
 
 def demo_config(size: str = "full") -> Config:
-    """The demo's configuration; `small` learns with fewer passes and without the baselines."""
+    """The demo's configuration; `small` has fewer epochs and no baselines."""
     config = PRESETS["digits"]
     if size == "full":
         return config
@@ -25,7 +25,7 @@ def demo_config(size: str = "full") -> Config:
 
 
 def demo(folder: Path, size: str = "full") -> None:
-    """Runs the main job, predictions for an early task and the report below `folder`."""
+    """Trains, predicts images of an early task and writes the report, all in `folder`."""
     from pipelines.label_images import predict_to_parquet
     from pipelines.report.page import text_summary, write_report
     from pipelines.train import train
@@ -41,11 +41,11 @@ def demo(folder: Path, size: str = "full") -> None:
                               str(folder / "preds.parquet"), output.storage, output.tracking_uri)
     page = write_report(result, folder / "report.html")
     print(f"\n{text_summary(result)}\n")
-    print(f"task {early!r}, learned first, asked of the newest model: {done.images} images, "
+    print(f"task {early!r}, learned first, predicted by the newest model: {done.images} images, "
           + ", ".join(f"{label!r} {count}" for label, count in done.labels.items()))
-    for what, path in (("report", page), ("result", output.result), ("predictions", done.output),
+    for name, path in (("report", page), ("result", output.result), ("predictions", done.output),
                        ("features", folder / "features"), ("registry", folder / "mlflow.db")):
-        print(f"{what + ':':<13}{path}")
+        print(f"{name + ':':<13}{path}")
     tool = ".venv/bin/partialhn" if Path(".venv/bin/partialhn").exists() else "partialhn"
     print(f"done in {time.perf_counter() - start:.0f} s; next:\n"
           f"  {tool} show --name {NAME} --storage {folder}\n"
@@ -67,11 +67,11 @@ def _start_over(folder: Path) -> None:
 
 
 def _write_images(folder: Path, task: str, size: str) -> Path:
-    """The test images of a task as files, as a user would have them."""
+    """Writes the test images of a task as image files; returns their folder."""
     from partialhn.data.datasets import open_stream
 
     stream = open_stream(demo_config(size).data, folder / "datasets")
-    experience = next(each for each in stream if each.name == task)
+    experience = next(experience for experience in stream if experience.name == task)
     target = folder / "images" / f"task-{task}"
     target.mkdir(parents=True)
     table = experience.test

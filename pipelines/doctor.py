@@ -1,6 +1,6 @@
-"""Is everything there that a run needs? Asked from the driver, and from every node of Ray.
+"""Checks of everything that a run needs, on the driver and on every node of Ray.
 
-A check never raises: what goes wrong in it is its finding, with what to do about it.
+A check never raises an error: the error is its result, together with what to do about it.
 """
 
 import concurrent.futures
@@ -23,53 +23,58 @@ from pipelines.registry.client import connect
 from pipelines.registry.connection import chosen_uri, sqlite_file
 
 MAX_SKEW = 60.0
-"""Seconds between a machine's clock and the storage's; leases and S3's signatures need it."""
+"""Largest allowed difference in seconds between a machine's clock and the storage's; leases and
+S3's signatures depend on it."""
 MIN_CACHE, MIN_SHM = 2 * 2**30, 2**30
+"""Smallest free space in bytes for the feature cache and for shared memory."""
 PACKAGES = ("partialhn", "ray", "torch", "torchvision", "pyarrow", "mlflow", "numpy")
 NODE_SECONDS = 120.0
-"""Within which a node must answer."""
+"""Seconds within which a node must reply."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
-    """One thing that was looked at."""
+class DoctorCheck:
+    """The result of one check."""
 
     place: str
-    """driver, or the address of a node."""
+    """The driver, or the address of a node."""
     what: str
+    """Name of the check."""
     passed: bool
     found: str
+    """The value found, in words."""
     remedy: str = ""
-    """What to do where it did not pass."""
+    """Advice for a check that failed."""
 
 
-def examine(storage: Storage, tracking_uri: str | None, compute: ComputeConfig) -> list[Check]:
-    """Every check of the driver and of every node that is alive.
+def examine(storage: Storage, tracking_uri: str | None,
+            compute: ComputeConfig) -> list[DoctorCheck]:
+    """Runs every check on the driver and on every node that is alive.
 
-    Raises: InputError where no cluster answers at the address given.
+    Raises: InputError if no cluster answers at the given address.
     """
     checks = [*check_machine("driver", storage, compute), check_registry(storage, tracking_uri)]
     start_ray(compute.ray_address)
     nodes = _ask_nodes(storage, compute)
-    return checks + nodes + check_versions([each for each in checks + nodes
-                                            if each.what == "packages"])
+    return checks + nodes + check_versions([check for check in checks + nodes
+                                            if check.what == "packages"])
 
 
-def lines(checks: Sequence[Check]) -> list[str]:
-    """The checks as a table, and below it what to do about each failure."""
+def lines(checks: Sequence[DoctorCheck]) -> list[str]:
+    """The checks as a table, and below it the advice for each failure."""
     rows = [("where", "what", "", "found")]
-    rows += [(each.place, each.what, "ok" if each.passed else "FAILED", each.found)
-             for each in checks]
-    failed = [each for each in checks if not each.passed]
-    advice = [f"{each.place}, {each.what}: {each.remedy}" for each in failed]
+    rows += [(check.place, check.what, "ok" if check.passed else "FAILED", check.found)
+             for check in checks]
+    failed = [check for check in checks if not check.passed]
+    advice = [f"{check.place}, {check.what}: {check.remedy}" for check in failed]
     return [*table(rows), "", *advice,
             f"{len(failed)} of {len(checks)} checks failed" if failed
             else f"all {len(checks)} checks passed"]
 
 
-def check_machine(place: str, storage: Storage, compute: ComputeConfig) -> list[Check]:
-    """What this machine can do: storage, clock, packages, GPUs and room."""
-    asked: list[tuple[str, Callable[[], str], str]] = [
+def check_machine(place: str, storage: Storage, compute: ComputeConfig) -> list[DoctorCheck]:
+    """Checks this machine: storage, clock, packages, GPUs and free space."""
+    checks: list[tuple[str, Callable[[], str], str]] = [
         ("storage", lambda: _storage(storage), "see the message; every machine needs the same "
          "access, with keys from its own AWS environment, profile or role"),
         ("clock", lambda: _clock(storage), "set the clock (chrony, ntpd)"),
@@ -80,62 +85,62 @@ def check_machine(place: str, storage: Storage, compute: ComputeConfig) -> list[
          "another folder with --cache"),
         ("/dev/shm", lambda: _room(Path("/dev/shm"), MIN_SHM), "give the machine or container more "
          "shared memory (docker: --shm-size): Ray keeps its objects there")]
-    return [_look(place, *each) for each in asked]
+    return [_run_check(place, *check) for check in checks]
 
 
-def check_registry(storage: Storage, tracking_uri: str | None) -> Check:
-    """Whether MLflow answers, with a schema that this client knows."""
-    def ask() -> str:
+def check_registry(storage: Storage, tracking_uri: str | None) -> DoctorCheck:
+    """Checks that MLflow answers with a database schema that this client supports."""
+    def connect_to_mlflow() -> str:
         uri = chosen_uri(storage, tracking_uri)
         if (file := sqlite_file(uri)) and not file.exists():
-            return f"none yet; the first run makes {uri}"
+            return f"none yet; the first run creates {uri}"
         connect(storage, tracking_uri)
         return f"MLflow {metadata.version('mlflow')} answers"
 
-    return _look("driver", "MLflow", ask, "start the server or give the right --tracking-uri; for "
-                 "an old schema: mlflow db upgrade URI")
+    return _run_check("driver", "MLflow", connect_to_mlflow, "start the server or give the right "
+                      "--tracking-uri; for an old schema: mlflow db upgrade URI")
 
 
-def check_versions(packages: Sequence[Check]) -> list[Check]:
-    """Whether every node has the driver's packages."""
+def check_versions(packages: Sequence[DoctorCheck]) -> list[DoctorCheck]:
+    """Checks that every node has the driver's versions of the packages."""
     expected = packages[0].found
-    return [Check(each.place, "same packages as the driver", each.found == expected,
-                  "yes" if each.found == expected else _difference(expected, each.found),
+    return [DoctorCheck(node.place, "same packages as the driver", node.found == expected,
+                  "yes" if node.found == expected else _difference(expected, node.found),
                   "install the driver's versions there: make setup, or the same image")
-            for each in packages[1:]]
+            for node in packages[1:]]
 
 
-def _ask_nodes(storage: Storage, compute: ComputeConfig) -> list[Check]:
+def _ask_nodes(storage: Storage, compute: ComputeConfig) -> list[DoctorCheck]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     remote: Any = ray.remote(num_cpus=0, max_retries=0)(check_machine)
-    asked = [(node["NodeManagerAddress"],
-              remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(
-                  node["NodeID"], soft=False)).remote(
-                      f"node {node['NodeManagerAddress']}", storage, compute))
-             for node in ray.nodes() if node["Alive"]]
-    checks: list[Check] = []
-    for address, reference in asked:
+    requests = [(node["NodeManagerAddress"],
+                 remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(
+                     node["NodeID"], soft=False)).remote(
+                         f"node {node['NodeManagerAddress']}", storage, compute))
+                for node in ray.nodes() if node["Alive"]]
+    checks: list[DoctorCheck] = []
+    for address, reference in requests:
         try:
             checks += ray.get(reference, timeout=NODE_SECONDS)
-        except Exception as error:  # whatever ails the node is what is asked
-            checks.append(Check(f"node {address}", "answers", False, _short(error),
-                                "look at the node's raylet, and whether partialhn is installed "
-                                "there"))
+        except Exception as error:  # any error of the node is the result of the check
+            checks.append(DoctorCheck(f"node {address}", "answers", False, _short(error),
+                                "check that the node's raylet runs and that partialhn is "
+                                "installed there"))
     return checks
 
 
-def _look(place: str, what: str, ask: Callable[[], str], remedy: str) -> Check:
+def _run_check(place: str, what: str, check: Callable[[], str], remedy: str) -> DoctorCheck:
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
-            return Check(place, what, True, pool.submit(ask).result())
-        except Exception as error:  # a check reports, whatever happens in it
-            return Check(place, what, False, _short(error), remedy)
+            return DoctorCheck(place, what, True, pool.submit(check).result())
+        except Exception as error:  # any error is the result of the check
+            return DoctorCheck(place, what, False, _short(error), remedy)
 
 
 def _storage(storage: Storage) -> str:
-    """Put, get, list, conditional put and delete, in a folder of its own."""
+    """Tries put, get, list, conditional put and delete in a temporary folder of the storage."""
     storage.check()
     folder = storage.path(".doctor", uuid.uuid4().hex)
     path, content = f"{folder}/probe", uuid.uuid4().hex
@@ -143,23 +148,23 @@ def _storage(storage: Storage) -> str:
         if not storage.put_if_absent(path, content.encode()):
             raise RuntimeError(f"a conditional write of the new file {path} was refused")
         if storage.put_if_absent(path, b"another"):
-            raise RuntimeError("a conditional write replaced a file that was there: this service "
-                               "does not honour If-None-Match, and two writers would mix")
+            raise RuntimeError("a conditional write replaced an existing file: this service does "
+                               "not honour If-None-Match, so two writers would overwrite each "
+                               "other")
         if storage.read_text(path) != content:
             raise RuntimeError(f"{path} reads differently from what was written")
-        if [entry.path for entry in storage.list(folder)] != [path]:
+        if [file.path for file in storage.list(folder)] != [path]:
             raise RuntimeError(f"{folder} does not list the file that was written")
     finally:
         storage.delete(folder)
     if storage.stat(path) is not None:
-        raise RuntimeError(f"{path} is there after it was deleted")
+        raise RuntimeError(f"{path} still exists after it was deleted")
     return f"{storage.uri}: put, get, list, conditional put, delete"
 
 
 def _clock(storage: Storage) -> str:
     before = time.time()
-    there = storage.now()
-    skew = there - (before + time.time()) / 2
+    skew = storage.now() - (before + time.time()) / 2
     if abs(skew) > MAX_SKEW:
         raise RuntimeError(f"{abs(skew):.0f} s {'behind' if skew > 0 else 'ahead of'} the "
                            f"storage's; allowed: {MAX_SKEW:.0f} s")
@@ -176,7 +181,7 @@ def _gpus(compute: ComputeConfig) -> str:
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if not names and compute.device == "gpu":
-        raise RuntimeError("none, and device is gpu")
+        raise RuntimeError("none, but device is gpu")
     return ", ".join(names) or "none"
 
 
@@ -209,7 +214,7 @@ def _short(error: BaseException) -> str:
     return (text[-1] if text else type(error).__name__)[:400]
 
 
-def fields(checks: Sequence[Check]) -> dict[str, Any]:
-    """Plain values for machines."""
-    return {"passed": all(each.passed for each in checks),
-            "checks": [dataclasses.asdict(each) for each in checks]}
+def fields(checks: Sequence[DoctorCheck]) -> dict[str, Any]:
+    """The checks as plain values for JSON."""
+    return {"passed": all(check.passed for check in checks),
+            "checks": [dataclasses.asdict(check) for check in checks]}

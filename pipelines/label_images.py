@@ -1,7 +1,7 @@
-"""Labels for images: a registered version's answers for one task, written as Parquet.
+"""`partialhn predict`: labels images with a registered version and writes a Parquet file.
 
-The walk: `partialhn.data.layout.open_images` finds the images, `Registry.load_predictor` fetches
-the model, `partialhn.predict.Predictor` answers, one row an image is written.
+`partialhn.data.layout.open_images` lists the images, `Registry.load_predictor` downloads the model,
+and `partialhn.predict.Predictor` predicts; the file gets one row for each image.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ from pipelines.registry.versions import Version
 from pipelines.serving.live import FeatureRecorder
 
 BATCH = 256
-"""Images labelled at once."""
+"""Number of images labelled at a time."""
 READ_BYTES = 256_000_000
-"""Encoded images read at once; a Parquet row group is read once for all of its batches."""
+"""Bytes of encoded images read at a time, so that a Parquet row group is read only once."""
 SCHEMA = pa.schema([
     ("id", pa.string()), ("task", pa.string()), ("label", pa.string()),
     ("probability", pa.float64()), ("classes", pa.list_(pa.string())),
@@ -40,16 +40,17 @@ SCHEMA = pa.schema([
 
 @dataclasses.dataclass(frozen=True)
 class Predicted:
-    """What was done, for a line to the user."""
+    """The summary of a prediction, for the user."""
 
     images: int
-    """Rows written."""
+    """Number of rows written."""
     bad: tuple[BadImage, ...]
     """Images left out (on_bad_image skip)."""
     task: str
-    """The task's name, also where its index was given; or auto."""
+    """The task's name, even if its index was given; or auto."""
     labels: dict[str, int]
-    """How often each label was given, most frequent first; none: images of no known task."""
+    """How often each label was predicted, most frequent first; `none` counts images of no known
+    task."""
     model_uri: str
     """The version behind the alias: models:/name/version."""
     output: str
@@ -64,24 +65,24 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
     Args:
         model: models:/NAME@champion, models:/NAME@task-TASK or models:/NAME/VERSION.
         task: a task's name, its index from 0, or auto to have each image's task inferred.
-        images: image folder (searched deeply), image file, or Parquet with an image column; a
+        images: image folder (with sub-folders), image file, or Parquet with an image column; a
             local path or s3://.
-        output: Parquet file to write, local or s3://; complete or not there at all. Columns:
+        output: Parquet file to write, local or s3://; it appears only when complete. Columns:
             id (the image's path below `images`, with #row for Parquet), task, label,
             probability, and classes and probabilities (lists in the same order). With task
-            auto, task is each image's likeliest and label is null where it seems to be of none.
-        storage: the storage that `partialhn train` was given; finds the default registry.
+            auto, task is each image's likeliest, and label is null for an image of no known task.
+        storage: the storage that `partialhn train` was given, with the default registry.
         tracking_uri: MLflow server or database, as for `partialhn train`.
-        on_bad_image: an unreadable image stops everything, or is listed and has no row.
+        on_bad_image: an unreadable image is an error, or is skipped and listed.
         record: keep a bounded sample of trunk features (no images) in the storage, for drift.
-        progress: called with the images done and the images in all.
+        progress: called with the number of images done and of all images.
 
-    Raises: InputError for an unknown model, task or path, or an unreadable image, by name.
+    Raises: InputError for an unknown model, task or path, or naming an unreadable image.
     """
     source = open_storage(images)
     table = open_images(source.root, source.filesystem)
-    place = open_storage(storage)
-    registry = connect(place, tracking_uri, create=False)
+    store = open_storage(storage)
+    registry = connect(store, tracking_uri, create=False)
     predictor, version = registry.load_predictor(model)
     target = open_storage(output)
     if target.is_local and Path(target.root).is_dir():
@@ -90,7 +91,7 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
     predictor.check_task(task)
     name = AUTO if task == AUTO else task_of(
         predictor.model.tasks[predictor.task_index(task)].name)
-    recorder = FeatureRecorder(place, version.stream) if record else None
+    recorder = FeatureRecorder(store, version.stream) if record else None
     label = _Labeller(predictor, name, on_bad_image, recorder)
     counts, bad, done = Counter[str](), list[BadImage](), 0
     with tempfile.TemporaryDirectory(prefix=".partialhn-", dir=_folder_of(target)) as folder:
@@ -112,14 +113,14 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
 
 
 def _origin(version: Version) -> dict[str, str]:
-    """What the file says of its making, in its schema's metadata."""
+    """The origin of the predictions, for the metadata of the file's schema."""
     return {"model_uri": version.uri, "run_id": version.run_id,
             "weights_hash": version.tags["weights_hash"]}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Labeller:
-    """Answers for batches of images of one task, good images at least."""
+    """Predicts batches of images with one task or `auto`."""
 
     predictor: Predictor
     task: str
@@ -127,7 +128,7 @@ class _Labeller:
     recorder: FeatureRecorder | None = None
 
     def __call__(self, images: list[bytes], ids: list[str]) -> tuple[pa.Table, list[BadImage]]:
-        """A table of SCHEMA, and the images that have no row in it."""
+        """A table with SCHEMA, and the unreadable images, which have no row in it."""
         data = self.predictor.model.config.data
         decoded = decode_images(images, ids, data.input_size, on_bad=self.on_bad,
                                 max_pixels=data.max_image_pixels)
@@ -145,15 +146,15 @@ def _batches(table: ImageTable, base: str) -> Iterator[tuple[list[bytes], list[s
     """Encoded images and their ids, at most BATCH at a time, in the table's order."""
     chunk = _chunk_size(table)
     for start in range(0, len(table), chunk):
-        part = table.take(np.arange(start, min(start + chunk, len(table))))
-        images = part.read()
-        ids = [name.removeprefix(base) for name in part.ids()]
-        for first in range(0, len(part), BATCH):
+        rows = table.take(np.arange(start, min(start + chunk, len(table))))
+        images = rows.read()
+        ids = [name.removeprefix(base) for name in rows.ids()]
+        for first in range(0, len(rows), BATCH):
             yield images[first:first + BATCH], ids[first:first + BATCH]
 
 
 def _chunk_size(table: ImageTable) -> int:
-    """Images to read at once: image files a batch, Parquet rows about READ_BYTES."""
+    """Images to read at a time: one batch of files, or about READ_BYTES of Parquet rows."""
     if (table.row_N < 0).any():
         return BATCH
     size = sum(info.size or 0 for info in table.filesystem.get_file_info(list(table.files)))
@@ -161,12 +162,12 @@ def _chunk_size(table: ImageTable) -> int:
 
 
 def _base(table: ImageTable, root: str) -> str:
-    """What all ids start with and need not say: the folder that was given."""
+    """The common start of all ids, which is left out of the output: the given folder."""
     return (root.rpartition("/")[0] if root in table.files else root) + "/"
 
 
 def _folder_of(target: Storage) -> str | None:
-    """Where a draft can lie so that moving it to the target is one step; None: anywhere."""
+    """A folder for the draft from which it can be moved atomically; None if any folder will do."""
     if not target.is_local:
         return None
     folder = Path(target.root).parent

@@ -1,7 +1,7 @@
-"""Where a stream's results go: its name, its storage, its MLflow server, its result file.
+"""Settings that do not change the learned model: a stream's name, storage, MLflow server and files.
 
-What is learned is in `partialhn.config.Config`; nothing here changes it. Nothing heavy is
-imported, so that `--help` answers at once.
+`partialhn.config.Config` holds the settings that do. This file imports nothing heavy, so that
+`--help` is fast.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 @dataclasses.dataclass(frozen=True)
 class OutputConfig:
-    """Where everything a run makes is put."""
+    """The names and places of a run's results."""
 
     name: str = "stream"
-    """Name of the stream and of its registered model: letters, digits, _ and - only. The same
-    name and configuration go on where an earlier run stopped."""
+    """Name of the stream and of its registered model: letters, digits, _ and - only. A run with
+    the same name and configuration resumes where an earlier one stopped."""
     storage: str = "partialhn-store"
     """Folder or s3://bucket/prefix for features, checkpoints and models. S3 takes
     ?endpoint=URL&region=NAME&path_style=true after it."""
     tracking_uri: str | None = None
     """MLflow tracking server or database; default: MLFLOW_TRACKING_URI, or else mlflow.db
-    (SQLite) in the storage folder (in the working folder when the storage is S3)."""
+    (SQLite) in the storage folder (in the working folder if the storage is S3)."""
     result: str = "result.json"
-    """File for the machine-readable result."""
+    """File for the result as JSON."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -40,39 +40,39 @@ class OutputConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RetrainConfig:
-    """One pass over a stream's inbox."""
+    """The settings of one pass over a stream's inbox."""
 
     name: str = "stream"
-    """Name of the stream and of its registered model. The first pass founds the stream: its
-    network, hypernetwork and features stay as they are from then on."""
+    """Name of the stream and of its registered model. The first pass starts the stream; its
+    network, hypernetwork and features cannot be changed later."""
     storage: str = "partialhn-store"
     """Folder or s3://bucket/prefix; tasks arrive in <storage>/inbox/<task>/, as train/ and test/
     image folders or Parquet files with the marker _READY written last."""
     tracking_uri: str | None = None
     """MLflow server or database, as for train."""
     policy: str | None = None
-    """YAML file of limits that a new version, and (section inbox) what arrives, must keep to."""
+    """YAML file with the limits for new versions and, in its section inbox, for arriving tasks."""
     config: str | None = None
     """YAML file of the stream's configuration, as for train; default: that of the first pass."""
     preset: str | None = None
-    """A known configuration by name, in place of --config."""
+    """Name of a known configuration, instead of --config."""
     quiet_minutes: float | None = None
-    """Without a _READY marker a folder is ready when nothing in it changed for so long."""
+    """A folder without a _READY marker is ready if nothing in it has changed for so long."""
     dry_run: bool = False
-    """Say what would be done; change nothing."""
+    """Print the actions of a pass without taking them."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
         if self.config and self.preset:
-            raise InputError("--config and --preset are given; allowed: one of them")
+            raise InputError("--config and --preset are both given; allowed: one of them")
         if self.quiet_minutes is not None and self.quiet_minutes < 0:
             raise InputError(f"quiet_minutes is {self.quiet_minutes}; allowed: 0 or more")
 
 
 def check_name(name: str) -> str:
-    """Returns the stream name when MLflow's model names and aliases take it.
+    """Returns the stream name if MLflow allows it for models and aliases.
 
-    Raises: InputError naming what is allowed.
+    Raises: InputError with the allowed characters.
     """
     if not _NAME.fullmatch(name) or len(name) > MAX_NAME:
         raise InputError(f"name is {name!r}; allowed: letters, digits, _ and -, a letter or digit "
@@ -86,8 +86,9 @@ def mask_password(text: str) -> str:
 
 
 class Group:
-    """Commands that belong together, such as `partialhn features list | verify`: a command class
-    whose docstring is the group's help and whose COMMANDS are the classes behind the words.
+    """A group of commands, such as `partialhn features list | verify`.
+
+    The docstring of a subclass is the group's help; its COMMANDS are the commands' classes.
     """
 
     COMMANDS: ClassVar[dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What a stream has left behind, as text: tasks, versions, aliases, metrics, features."""
+"""A stream as text: its tasks, versions, aliases, metrics and features."""
 
 import json
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ _COLUMNS = ("task", "name", "classes", "version", "acc", "learned", "forgotten",
 
 
 def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None = None) -> str:
-    """A table of a stream's tasks as the champion has learned them.
+    """A table of the champion's tasks, one row for each.
 
-    Accuracies are shares of the test images, of the model as it was after each task: `acc` is
-    the mean over the tasks so far, `learned` the mean right after each was learned, `forgotten`
-    the mean loss since.
+    Accuracies are shares of the test images, for the model after each task: `acc` is the mean over
+    the tasks so far, `learned` the mean directly after each task was learned, `forgotten` the mean
+    loss since then.
 
     Raises: InputError for an unknown stream, listing the known ones.
     """
@@ -33,14 +33,14 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
              f"({champion.task_index + 1} tasks)",
              f"mlflow   {mask_password(registry.tracking_uri)}",
              f"work     {champion.tags['work']}"
-             + (f" ({older} versions of other work or weights are not shown)" if older else ""),
+             + (f" ({older} versions from other work or weights are not shown)" if older else ""),
              *_refused(versions), "", *table([_COLUMNS, *map(_row, current)]), "",
              f"trunk {champion.tags['trunk_fingerprint']}", "features in"]
-    return "\n".join(lines + [f"  {place}" for place in _feature_folders(current)])
+    return "\n".join(lines + [f"  {folder}" for folder in _feature_folders(current)])
 
 
 def _refused(versions: Sequence[Version]) -> list[str]:
-    """The challenger, and what the gate holds against it."""
+    """The challenger, with the reasons for which the gate refused it."""
     version = challenger_of(versions)
     if version is None:
         return []
@@ -50,12 +50,12 @@ def _refused(versions: Sequence[Version]) -> list[str]:
 
 
 def chain_of(versions: Sequence[Version], newest: Version) -> list[Version]:
-    """The versions that one was learned from, task after task, and itself."""
+    """The version `newest` and those that it was learned from, in the order of the tasks."""
     by_lineage_id = {version.tags.get("prefix", ""): version for version in versions}
-    found = [newest]
-    while parent := by_lineage_id.get(found[-1].tags.get("parent") or "none"):
-        found.append(parent)
-    return found[::-1]
+    chain = [newest]
+    while parent := by_lineage_id.get(chain[-1].tags.get("parent") or "none"):
+        chain.append(parent)
+    return chain[::-1]
 
 
 def _row(version: Version) -> tuple[str, ...]:
@@ -69,6 +69,6 @@ def _row(version: Version) -> tuple[str, ...]:
 
 
 def _feature_folders(versions: Sequence[Version]) -> list[str]:
-    """Each place once, in the order of the tasks."""
+    """The folders of the versions' features, each once, in the order of the tasks."""
     return list(dict.fromkeys(f"{v.tags['storage']}/features/{key}" for v in versions
                               for key in json.loads(v.tags["feature_keys"])))

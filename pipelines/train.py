@@ -1,9 +1,9 @@
-"""The main job: a stream of tasks becomes a registered model, a report and a result.
+"""`partialhn train`: learns a stream of tasks, registers its models, writes report and result.
 
     data -> trunk -> features -> experiences (`pipelines.execution.choose`) -> versions (MLflow)
 
-Every stage finds what an earlier run finished, so the same command goes on where it stopped, and
-a directory of tasks that has grown costs its new tasks only.
+Every phase finds the finished results of earlier runs. So the same command resumes where it
+stopped, and when a directory of tasks has grown, only the new tasks are learned.
 """
 
 import concurrent.futures
@@ -44,9 +44,9 @@ Log = Callable[[str], None]
 
 
 def train(config: Config, output: OutputConfig, log: Log = print) -> dict[str, Any]:
-    """Learns a stream and registers a version for each task; returns what `result.json` holds.
+    """Learns a stream and registers a version for each task; returns the content of `result.json`.
 
-    Writes `output.result`. Raises: InputError for anything the user can set right.
+    Writes `output.result`. Raises: InputError for any error that the user can correct.
     """
     check(config)
     storage = open_storage(output.storage)
@@ -59,9 +59,10 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
     clock = Clock()
     experiences = open_data(config.data, storage)
     work = work_name(config, experiences)
-    classes = sum(len(each.classes) for each in experiences)
-    log(f"{output.name}: {len(experiences)} tasks, {classes} classes, "
-        f"{sum(len(each.train) for each in experiences)} training images (work {work})")
+    classes = sum(len(experience.classes) for experience in experiences)
+    images = sum(len(experience.train) for experience in experiences)
+    log(f"{output.name}: {len(experiences)} tasks, {classes} classes, {images} training images "
+        f"(work {work})")
     clock.lap("data")
     progress = Progress(config, log)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -88,29 +89,31 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
 
 def _begin(config: Config, output: OutputConfig, storage: Storage,
            work: str) -> tuple[Registry, str]:
-    """The registry and the stream's run in it. MLflow takes seconds to import and to set up its
-    database, so a thread does it while the trunk is trained.
+    """The registry, and the ID of the stream's run in it.
+
+    MLflow takes seconds to import and to create its database, so a thread does this while the
+    trunk is trained.
     """
     registry = connect(storage, output.tracking_uri)
     return registry, registry.stream_run(output.name, work, config.to_dict())
 
 
 def _check(beginning: "concurrent.futures.Future[tuple[Registry, str]]") -> None:
-    """Raises where it is known already that nothing can be registered."""
+    """Raises the error of `_begin` as soon as there is one: nothing can be registered then."""
     if beginning.done():
         beginning.result()
 
 
 @dataclasses.dataclass
 class _Job:
-    """One run of the main job, stage by stage."""
+    """One run of `train`, phase by phase."""
 
     config: Config
     output: OutputConfig
     storage: Storage
     registry: Registry
     parent: str
-    """The stream's run in the registry."""
+    """ID of the stream's run in the registry."""
     experiences: list[Experience]
     work: str
     progress: Progress
@@ -123,11 +126,11 @@ class _Job:
         slots, decoded = self._features(execution, cut, len(known))
         self.clock.lap("features")
         registrar = _Registrar(self, cut, execution.folder, slots, lineage_ids)
-        for done in known:
-            registrar.follow(self.config.train.strategy, *done.epochs, done.record)
-        returned = execution.learn(cut, slots, lineage_ids, registrar.follow)
-        ours = our_outcome(returned, self.config)
-        registrar.follow(self.config.train.strategy, *ours.epochs, *ours.finished)
+        for task in known:
+            registrar.add(self.config.train.strategy, *task.epochs, task.record)
+        returned = execution.learn(cut, slots, lineage_ids, registrar.add)
+        outcome = our_outcome(returned, self.config)
+        registrar.add(self.config.train.strategy, *outcome.epochs, *outcome.finished)
         self.clock.lap("train")
         model = registrar.newest_model()
         fields = result_fields(self.config, slots, cut.macs, decoded, returned["outcomes"],
@@ -154,7 +157,7 @@ class _Job:
                               lambda jobs: execution.features(jobs, cut)[1])
 
     def _publish(self, fields: dict[str, Any]) -> None:
-        """Matrix, result and report go to the stream's run."""
+        """Logs matrix, result and report to the stream's run."""
         names = [each.name for each in self.experiences]
         self.registry.log_matrix(self.parent, fields["accuracy_matrix"], names)
         self.clock.lap("register")
@@ -167,7 +170,7 @@ class _Job:
 
 
 class _Registrar:
-    """Registers the model of each finished task, in order and once."""
+    """Registers the model of each finished task, in order and only once."""
 
     def __init__(self, job: _Job, cut: TrunkAndHead, folder: str, slots: Sequence[Slot],
                  lineage_ids: Sequence[str]) -> None:
@@ -175,14 +178,14 @@ class _Registrar:
         self.seconds: list[float] = []
         self.checkpoint_bytes = 0
         self._epochs: dict[tuple[int, int], EpochRecord] = {}
-        """By task and epoch: a worker that was started again may send one twice."""
+        """By task and epoch, because a worker that was started again may send a record twice."""
         self._trunk = cut.trunk.fingerprint()
         self._slots, self._lineage_ids = slots, lineage_ids
         self._rows: list[tuple[float, ...]] = []
         self._scratch = tempfile.TemporaryDirectory()
 
-    def follow(self, strategy: str, *records: EpochRecord | TaskRecord) -> None:
-        """Takes records as they come; a task that is finished is registered."""
+    def add(self, strategy: str, *records: EpochRecord | TaskRecord) -> None:
+        """Adds records in their order; registers a task when its record comes."""
         for record in records:
             if strategy != self.job.config.train.strategy:
                 continue
@@ -208,7 +211,7 @@ class _Registrar:
         job.progress.registered(version.uri, record, summary)
 
     def _version(self, record: TaskRecord, metrics: Mapping[str, float]) -> Version:
-        """The version of a task's model, with a run of its own below the stream's."""
+        """Registers a task's model, with a child run of its own under the stream's run."""
         job, index = self.job, record.task_index
         slot, experience = self._slots[index], job.experiences[index]
         folder = self._fetch(index)
@@ -228,7 +231,7 @@ class _Registrar:
         return version
 
     def _sample(self, index: int) -> Path:
-        """Test images of the tasks so far with the model's answers; `models verify` asks again."""
+        """Writes test images of the tasks so far with predictions, for `models verify`."""
         path = Path(self._scratch.name) / "sample.parquet"
         predictor = Predictor.load(self._fetch(index))
         write_sample(path, predictor, self.job.experiences[:index + 1])
@@ -239,7 +242,7 @@ class _Registrar:
         return Model.load(self._fetch(len(self._rows) - 1))
 
     def version_fields(self) -> list[dict[str, Any]]:
-        """The versions of the chain for `result.json`."""
+        """The versions of the stream's models, for `result.json`."""
         versions = self.job.registry.versions(self.job.output.name)
         return [version.fields() for version in versions
                 if version.tags.get("prefix") in self._lineage_ids]

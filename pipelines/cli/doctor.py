@@ -1,4 +1,4 @@
-"""`partialhn doctor`: light, so that `--help` answers at once."""
+"""The command `partialhn doctor`. Imports nothing heavy, so that `--help` is fast."""
 
 import dataclasses
 from typing import Any
@@ -9,9 +9,9 @@ from pipelines.settings import OutputConfig
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-    """Check storage, registry, clocks, packages, GPUs and room, here and on every node of Ray.
+    """Check storage, registry, clocks, packages, GPUs and free space, here and on every Ray node.
 
-    Exit code 1 where something failed; the lines below the table say what to do about it.
+    Exit code 1 if a check failed; the lines below the table say what to do about it.
     """
 
     storage: str = OutputConfig.storage
@@ -30,7 +30,7 @@ class Doctor:
 
         checks = examine(open_storage(self.storage), self.tracking_uri, self.compute)
         print(json.dumps(fields(checks), indent=1) if self.json else "\n".join(lines(checks)))
-        return 0 if all(each.passed for each in checks) else 1
+        return 0 if all(check.passed for check in checks) else 1
 
 
 COMMANDS: dict[str, Any] = {"doctor": Doctor}

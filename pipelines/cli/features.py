@@ -1,4 +1,4 @@
-"""`partialhn features`: light, so that `--help` answers at once."""
+"""The commands `partialhn features ...`. Imports nothing heavy, so that `--help` is fast."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def _storage(uri: str) -> "Storage":
-    """The storage, asked once whether it can be read. Raises: InputError saying why not."""
+    """Opens a storage. Raises: InputError with the reason, if it cannot be read."""
     from pipelines.platform.storage import open_storage
 
     storage = open_storage(uri)
@@ -24,12 +24,12 @@ def _storage(uri: str) -> "Storage":
 
 @dataclasses.dataclass(frozen=True)
 class ListFeatures:
-    """List what the feature store holds: how old it is, what it takes and what needs it."""
+    """List the stored features: their state, size and age, and what needs them."""
 
     storage: str = OutputConfig.storage
     """The storage that train was given."""
     tracking_uri: str | None = OutputConfig.tracking_uri
-    """MLflow server or database, as for train: its versions need features."""
+    """MLflow server or database, as for train; its versions need features."""
 
     def run(self) -> int:
         from pipelines.registry.client import connect
@@ -41,7 +41,7 @@ class ListFeatures:
         try:
             registry = connect(storage, self.tracking_uri, create=False)
         except InputError as error:
-            print(f"not known which features registered versions need: {error}")
+            print(f"which features registered versions need is unknown: {error}")
         with storage.explained():
             print("\n".join(listing(storage, references(storage, registry))))
         return 0
@@ -49,10 +49,10 @@ class ListFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class ShowFeatures:
-    """Show how one set of features was made, and each of its shards."""
+    """Show how one set of features was computed, and each of its shards."""
 
     key: Positional[str]
-    """Key as `features list` prints it; its first characters will do."""
+    """Key as `features list` prints it, or its first characters."""
     storage: str = OutputConfig.storage
     """The storage that train was given."""
 
@@ -67,10 +67,10 @@ class ShowFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyFeatures:
-    """Read every byte of the stored features again; exit code 1 where something is damaged."""
+    """Read every byte of the stored features again; exit code 1 if anything is damaged."""
 
     key: str | None = None
-    """Only this key; its first characters will do."""
+    """Only this key; its first characters are enough."""
     storage: str = OutputConfig.storage
     """The storage that train was given."""
 
@@ -89,8 +89,8 @@ class VerifyFeatures:
 class PruneFeatures:
     """Delete features that no registered version, no stream's log and no running job needs.
 
-    Says what it would delete; --delete deletes. What is deleted is computed again when a command
-    needs it. Sets that were never finished go once they are a day old.
+    Without --delete it only lists them. Deleted features are computed again when a command needs
+    them. Unfinished sets are deleted only if they are more than a day old.
     """
 
     storage: str = OutputConfig.storage
@@ -98,13 +98,13 @@ class PruneFeatures:
     tracking_uri: str | None = OutputConfig.tracking_uri
     """MLflow server or database with every version that was learned from this storage."""
     older_than: str | None = None
-    """Only what was made so long ago: 30d, 12h, 2w, 90min."""
+    """Only features older than this: 30d, 12h, 2w, 90min."""
     unreferenced: bool = False
-    """Whatever nothing needs, however young."""
+    """All features that nothing needs, of any age."""
     no_registry: bool = False
-    """No model was ever registered from this storage; without it a registry must answer."""
+    """Do not ask a registry, because no model was ever registered from this storage."""
     delete: bool = False
-    """Delete, instead of saying what would be deleted."""
+    """Delete the features instead of listing them."""
 
     def run(self) -> int:
         from pipelines.registry.client import connect
@@ -119,28 +119,29 @@ class PruneFeatures:
         registry = None if self.no_registry else connect(storage, self.tracking_uri, create=False)
         check_registry(storage, registry)
         with storage.explained():
-            found = prunable(stored(storage), references(storage, registry), age)
-            done = delete(storage, found) if self.delete else ((each, []) for each in found)
+            unused = prunable(stored(storage), references(storage, registry), age)
+            results = delete(storage, unused) if self.delete else ((each, []) for each in unused)
             size = count = 0
-            for each, users in done:
+            for features, users in results:
                 what = (f"kept, in use by {users[0]}" if users else
                         "deleted" if self.delete else "would be deleted")
-                print(f"{each.key}  {each.bytes / 2**20:.1f} MiB  {age_text(each.age)} old  {what}")
-                size, count = size + each.bytes * (not users), count + (not users)
+                print(f"{features.key}  {features.bytes / 2**20:.1f} MiB  "
+                      f"{age_text(features.age)} old  {what}")
+                size, count = size + features.bytes * (not users), count + (not users)
         print(f"{count} keys, {size / 2**20:.1f} MiB "
-              + ("deleted" if self.delete else "would be deleted; --delete deletes"))
+              + ("deleted" if self.delete else "would be deleted; to delete them, give --delete"))
         return 0
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanFeatures(FeatureSections):
-    """Say what stored features of every freeze depth would take and when they pay; store none.
+    """Estimate the size of stored features at every freeze depth, and when they pay; store none.
 
     --config FILE and --preset NAME as for train.
     """
 
     storage: str = OutputConfig.storage
-    """Where data sets that come from a library are kept."""
+    """Storage for data sets that come from a library."""
 
     def run(self) -> int:
         from partialhn.features.cost import described, plan
@@ -157,14 +158,14 @@ class PlanFeatures(FeatureSections):
             experiences = open_data(self.data, storage)
             plans = plan(feature_jobs(Config.of(self), experiences, trunk, depths), trunk)
         if not plans:
-            raise InputError(f"data is {self.data.data!r}, and none of the images looked at can be "
-                             "read; allowed: PNG, JPEG and other images")
+            raise InputError(f"data is {self.data.data!r}, but none of the images tried can be "
+                             "read; allowed: PNG, JPEG and other image files")
         print("\n".join(described(plans)))
         return 0
 
 
 class Features(Group):
-    """Look at the stored features, check them, plan them, and delete what nothing needs."""
+    """List, show, verify, plan and prune the stored features."""
 
     COMMANDS: ClassVar[dict[str, Any]] = {"list": ListFeatures, "show": ShowFeatures,
                                           "verify": VerifyFeatures, "plan": PlanFeatures,

@@ -1,7 +1,7 @@
 """The command line: `partialhn COMMAND`.
 
-Imports nothing heavy until a command runs, so that `--help` answers at once. Exit codes: 0 done,
-1 failed, 2 bad input.
+Imports nothing heavy before a command runs, so that `--help` is fast. Exit codes: 0 done, 1 failed,
+2 bad input.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from pipelines.settings import Group, OutputConfig, mask_password
 class Train(Sections):
     """Learn a stream of tasks and register a model version for each.
 
-    The same command goes on where an interrupted one stopped. --preset NAME starts from a known
+    The same command resumes where an interrupted one stopped. --preset NAME starts from a known
     configuration (digits, split-cifar10, split-cifar100, split-tiny-imagenet,
     split-tiny-imagenet-5x10, noisy-cifar, domain-cifar10), --config FILE from a YAML file (sections
     data, backbone, features, hypernet, train, compute); options given here win.
@@ -51,22 +51,22 @@ class Train(Sections):
 
 @dataclasses.dataclass(frozen=True)
 class Predict:
-    """Label images with the classes of their task, given or inferred, by a registered model."""
+    """Label images with a registered model, each with the classes of a given or inferred task."""
 
     model: str
     """Model: models:/NAME@champion, models:/NAME@task-TASK or models:/NAME/VERSION."""
     task: str
     """Name of the task, its index from 0, or auto to have each image's task inferred."""
     input: str
-    """Images: a folder (searched deeply), an image file or a Parquet file; local or s3://."""
+    """Images: a folder (with its sub-folders), an image file or a Parquet file; local or s3://."""
     output: str = "preds.parquet"
     """Parquet file to write: id, task, label, probability, classes, probabilities."""
     storage: str = "partialhn-store"
-    """The storage that train was given; finds the default registry."""
+    """The storage that train was given, with the default registry."""
     tracking_uri: str | None = None
     """MLflow server or database, as for train."""
     on_bad_image: Literal["error", "skip"] = "error"
-    """An unreadable image stops the run (error) or is counted and left out (skip)."""
+    """An unreadable image stops the run (error) or is reported and left out (skip)."""
     record: bool = False
     """Keep a bounded sample of trunk features (no images) in the storage, for drift."""
 
@@ -84,25 +84,25 @@ class Predict:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Write the report of a stream: one HTML page that opens without a network."""
+    """Write the report of a stream as one HTML page, which needs no network."""
 
     name: str = "stream"
     """Name of the stream."""
     output: str = "report.html"
     """File to write."""
     result: str | None = None
-    """Take this result.json instead of asking the registry."""
+    """Use this result.json instead of the one in the registry."""
     pack: str | None = None
-    """Write the page of a comparison instead: the folder, or the result.json, that reproduce
+    """Write the page of a benchmark instead, from the folder or the result.json that reproduce
     wrote."""
     storage: str = "partialhn-store"
-    """The storage that train was given; finds the default registry."""
+    """The storage that train was given, with the default registry."""
     tracking_uri: str | None = None
     """MLflow server or database, as for train."""
 
     def __post_init__(self) -> None:
         if self.result and self.pack:
-            raise InputError("--result and --pack are given; allowed: one of them")
+            raise InputError("--result and --pack are both given; allowed: one of them")
 
     def run(self) -> None:
         from pipelines.report.page import render, write_page
@@ -136,12 +136,12 @@ def _read_result(path: Path, writer: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Show:
-    """Show a stream: its tasks, versions, aliases, metrics, and where its features lie."""
+    """Show a stream: its tasks, versions, aliases, metrics, and the folders of its features."""
 
     name: str = "stream"
     """Name of the stream."""
     storage: str = "partialhn-store"
-    """The storage that train was given; finds the default registry."""
+    """The storage that train was given, with the default registry."""
     tracking_uri: str | None = None
     """MLflow server or database, as for train."""
 
@@ -153,12 +153,12 @@ class Show:
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Run the main job on scikit-learn's handwritten digits: 5 tasks of 2 classes."""
+    """Learn scikit-learn's handwritten digits, 5 tasks of 2 classes, as `train` does."""
 
     folder: str = "demo"
-    """Where everything it makes lies; run again it starts over and finds its features."""
+    """Folder for all results; a second run starts over but reuses the stored features."""
     size: Literal["full", "small"] = "full"
-    """small: fewer passes, for a quick check that everything works."""
+    """small: fewer epochs, for a quick check that everything works."""
 
     def run(self) -> None:
         from pipelines.demo import demo
@@ -170,11 +170,11 @@ COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report
                             "demo": Demo, **models.COMMANDS, **retrain.COMMANDS,
                             **serve.COMMANDS, **tune.COMMANDS, **features.COMMANDS,
                             **reproduce.COMMANDS, **doctor.COMMANDS}
-"""Every command by name: a class whose `run` does it, or a `Group` of such classes."""
+"""Every command by name: a class with a `run` method, or a `Group` of such classes."""
 
 
 def next_commands(output: OutputConfig, result: dict[str, Any]) -> list[str]:
-    """What a user may want to do after training."""
+    """Commands that a user may want to run after training."""
     where = ("" if output.storage == OutputConfig.storage
              else f" --storage {shlex.quote(output.storage)}")
     if output.tracking_uri:
@@ -190,12 +190,12 @@ def next_commands(output: OutputConfig, result: dict[str, Any]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and exits with its code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # progress shows in a pipe or a log file too
+        sys.stdout.reconfigure(line_buffering=True)  # shows progress in a pipe or a log file, too
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs a command; returns 0 (done), 1 (failed), 2 (bad input), or what the command says."""
+    """Runs a command; returns 0 (done), 1 (failed), 2 (bad input), or the command's own code."""
     words = list(arguments)
     if words in (["--version"], ["-V"]):
         print(f"partialhn {__version__}")
@@ -205,15 +205,15 @@ def run(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the process that reads our output has ended
         sys.stderr.close()
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command goes on from here", file=sys.stderr)
+        print("\ninterrupted: the same command resumes from here", file=sys.stderr)
         return 1
     except Exception:
         traceback.print_exc()
-        print("failed: the same command goes on from what was finished", file=sys.stderr)
+        print("failed: the same command resumes after the last finished step", file=sys.stderr)
         return 1
     return int(code)
 
@@ -255,7 +255,7 @@ def _parse(words: list[str]) -> Any:
 
 
 def _configured(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Takes a configuration out of the words of a command that has one, as its default."""
+    """Removes --config or --preset from a command's words; returns it as tyro's default values."""
     kinds = {"train": Train, "tune": COMMANDS["tune"], "features plan": features.PlanFeatures}
     kind = kinds.get(" ".join(words[:1])) or kinds.get(" ".join(words[:2]))
     words, config = _take_config(words) if kind else (words, None)
@@ -267,17 +267,21 @@ def _configured(words: list[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _take_config(words: list[str]) -> tuple[list[str], Config | None]:
-    """Takes --config FILE or --preset NAME out of the words: where the defaults come from."""
+    """Removes --config FILE or --preset NAME from the words; returns their configuration, too.
+
+    Raises: InputError if both are given, or one of them twice.
+    """
     for index, word in enumerate(words):
-        option, given, value = word.partition("=")
+        option, equals, value = word.partition("=")
         if option not in ("--config", "--preset"):
             continue
-        if not given and index + 1 == len(words):
-            raise InputError(f"{option} names nothing; allowed: --config FILE.yaml, --preset NAME")
-        value = value if given else words[index + 1]
-        rest = words[:index] + words[index + (1 if given else 2):]
-        again, more = _take_config(rest)
-        if more:
-            raise InputError("--config and --preset are given twice; allowed: one of them, once")
-        return again, load_config(value) if option == "--config" else preset(value)
+        if not equals and index + 1 == len(words):
+            raise InputError(f"{option} has no value; allowed: --config FILE.yaml, --preset NAME")
+        value = value if equals else words[index + 1]
+        other_words = words[:index] + words[index + (1 if equals else 2):]
+        other_words, second = _take_config(other_words)
+        if second:
+            raise InputError("--config or --preset is given more than once; allowed: one of them, "
+                             "once")
+        return other_words, load_config(value) if option == "--config" else preset(value)
     return words, None

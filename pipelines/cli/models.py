@@ -1,4 +1,4 @@
-"""`partialhn models`: registered versions, who moved their aliases, and moving them."""
+"""The commands `partialhn models ...`: registered versions, their aliases and their history."""
 
 import dataclasses
 import json
@@ -8,24 +8,24 @@ from typing import Any, ClassVar
 from pipelines.settings import Group, check_name
 
 REFUSED = 3
-"""Exit code where the gate's decision stands against what was asked for."""
+"""Exit code of a promotion that the gate's decision forbids."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Which registry."""
+    """The options that choose a stream and its registry."""
 
     name: str = "stream"
     """Name of the stream."""
     storage: str = "partialhn-store"
-    """The storage that train was given; it holds the history, and finds the default registry."""
+    """The storage that train was given, with the history and the default registry."""
     tracking_uri: str | None = None
     """MLflow server or database, as for train."""
     json: bool = False
     """Print JSON for machines."""
 
     def registry(self) -> Any:
-        """Connects; the stream's name is checked first."""
+        """Checks the stream's name and connects to the registry."""
         from pipelines.platform.storage import open_storage
         from pipelines.registry.client import connect
 
@@ -33,13 +33,13 @@ class Where:
         return connect(open_storage(self.storage), self.tracking_uri, create=False)
 
     def show(self, found: Any, text: Any) -> None:
-        """Prints JSON, or what `text` makes of it."""
+        """Prints a result as JSON, or as the text that the function `text` gives for it."""
         print(json.dumps(found, indent=1) if self.json else text(found))
 
 
 @dataclasses.dataclass(frozen=True)
 class List(Where):
-    """List all versions of a stream with aliases, accuracies and the gate's word."""
+    """List all versions of a stream with aliases, accuracies and the gate's decisions."""
 
     def run(self) -> None:
         from pipelines.cli.models_text import versions_text
@@ -50,7 +50,7 @@ class List(Where):
 
 @dataclasses.dataclass(frozen=True)
 class ShowVersion(Where):
-    """Show one version: what it is, what the gate decided, which aliases it had."""
+    """Show one version: its facts, the gate's decision, and the aliases that it has had."""
 
     version: str = "champion"
     """Version number, or an alias: champion, challenger, task-TASK."""
@@ -64,7 +64,7 @@ class ShowVersion(Where):
 
 @dataclasses.dataclass(frozen=True)
 class ShowHistory(Where):
-    """Show who moved which alias when, from where to where, and why."""
+    """Show every move of an alias: who moved it, when, from where to where, and why."""
 
     def run(self) -> None:
         from pipelines.cli.models_text import history_text
@@ -75,14 +75,17 @@ class ShowHistory(Where):
 
 @dataclasses.dataclass(frozen=True)
 class Promote(Where):
-    """Make a version champion. One that the gate refused needs --force and --why (exit code 3)."""
+    """Make a version champion.
+
+    Exit code 3 if the gate refused it; then --force and --why promote it anyway.
+    """
 
     version: str = "challenger"
     """Version number, or an alias."""
     why: str = ""
     """Reason, for the history."""
     force: bool = False
-    """Promote although the gate refused it."""
+    """Promote the version although the gate refused it."""
 
     def run(self) -> int:
         from pipelines.cli.models_text import moved_text
@@ -99,7 +102,7 @@ class Promote(Where):
 
 @dataclasses.dataclass(frozen=True)
 class Rollback(Where):
-    """Take champion back to the version before, or to --to; one step, and itself in the history."""
+    """Move champion back to the version before, or to --to; the history records it as one move."""
 
     to: str | None = None
     """Version number of an earlier champion; default: the one before the current."""
@@ -115,7 +118,7 @@ class Rollback(Where):
 
 @dataclasses.dataclass(frozen=True)
 class Verify(Where):
-    """Check a version in a clean process: files, weights hash, signature, answers on its sample."""
+    """Verify a version in a clean process: files, weights, signature, predictions of its sample."""
 
     version: str = "champion"
     """Version number, or an alias."""
@@ -142,7 +145,7 @@ def _checks_text(found: dict[str, Any]) -> str:
 
 
 class Models(Group):
-    """Look at registered versions, move their aliases, and see who did."""
+    """List, show, promote, roll back and verify registered versions."""
 
     COMMANDS: ClassVar[dict[str, Any]] = {
         "list": List, "show": ShowVersion, "history": ShowHistory, "promote": Promote,

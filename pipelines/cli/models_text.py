@@ -1,4 +1,4 @@
-"""What `partialhn models` prints for people, from the dicts of `pipelines.registry.models`."""
+"""The text that `partialhn models` prints for the dicts of `pipelines.registry.models`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,19 +7,19 @@ from pipelines.platform.text import table
 
 
 def versions_text(found: Mapping[str, Any]) -> str:
-    """A table of versions, and why the gate refused some."""
+    """A table of versions, and below it the reasons for which the gate refused some."""
     rows = [("version", "task", "acc", "learned", "forgotten", "gate", "aliases")]
     for row in found["versions"]:
         rows.append((str(row["version"]), row["task"], f"{row['acc']:.3f}",
                      f"{row['learning_accuracy']:.3f}", f"{row['forgetting']:.3f}",
-                     row["gate"] or "not asked", ", ".join(row["aliases"])))
+                     row["gate"] or "no gate", ", ".join(row["aliases"])))
     refused = [f"version {row['version']} was refused: {reason}"
                for row in found["versions"] for reason in row["reasons"]]
     return "\n".join([*found["repaired"], *table(rows), *refused])
 
 
 def version_text(found: Mapping[str, Any]) -> str:
-    """One version, its decision and the moves it was part of."""
+    """The facts about one version, the gate's decision, and its alias moves."""
     lines = [*found["repaired"]]
     for key in ("uri", "task", "task_index", "aliases", "acc", "learning_accuracy", "forgetting",
                 "classes", "work", "weights_hash", "trunk_fingerprint", "storage", "run_id"):
@@ -32,30 +32,31 @@ def version_text(found: Mapping[str, Any]) -> str:
 
 
 def history_text(found: Mapping[str, Any]) -> str:
-    """Every move on a line, and the reason below it."""
+    """A table with one alias move in each row."""
     return "\n".join([*found["repaired"], f"history {found['where']}",
                       *_move_lines(found["entries"])])
 
 
 def moved_text(found: Mapping[str, Any]) -> str:
-    """What a promotion or a rollback did."""
-    where = f"{found['stream']}: champion is version {found['champion']} (task {found['task']!r})"
+    """The result of a promotion or a rollback."""
+    champion = (f"{found['stream']}: champion is version {found['champion']} "
+                f"(task {found['task']!r})")
     entry = found["entry"]
-    done = "nothing to move" if entry is None else (
+    move = "the alias already pointed there; nothing was moved" if entry is None else (
         f"history entry {entry['seq']}: {entry['kind']} {_arrow(entry)}")
-    return "\n".join([*found["repaired"], where, done])
+    return "\n".join([*found["repaired"], champion, move])
 
 
 def decision_lines(decision: Mapping[str, Any] | None) -> list[str]:
-    """The gate's word: every limit with the value found, and every task's accuracy."""
+    """The gate's decision: every limit with the value found, and every task's accuracy."""
     if decision is None:
-        return ["gate: not asked"]
+        return ["gate: none (the version was registered without a gate)"]
     rows = [("task", "before", "after", "loss", "")]
     for row in decision["tasks"]:
         new = row["before"] is None
         rows.append((row["task"], "new" if new else f"{row['before']:.3f}", f"{row['after']:.3f}",
                      "" if new else f"{row['loss']:.3f}",
-                     "" if row["passed"] else "would have lost too much"))
+                     "" if row["passed"] else "loses too much"))
     refused = set(decision["reasons"])
     return [f"gate: {'passed' if decision['passed'] else 'failed'}",
             *(f"  {'failed' if check in refused else 'ok    '} {check}"

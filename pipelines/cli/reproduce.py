@@ -1,4 +1,4 @@
-"""`partialhn reproduce`: the comparisons, by one command."""
+"""The command `partialhn reproduce`, which runs a benchmark."""
 
 import dataclasses
 import json
@@ -15,26 +15,26 @@ from partialhn.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Learn a pack by every strategy, at several depths, under several seeds, and compare.
+    """Run a benchmark: learn it with every strategy, at several depths and seeds, and compare.
 
-    Packs: noisy-cifar, split-cifar10, split-cifar100, split-tiny-imagenet. Runs in one process;
-    what is finished is kept, so the same command goes on where it stopped. Writes report.html,
-    table.csv, table.md, plots.svg, result.json and the cells. Exit code 3: a row lies outside of
-    its recorded range.
+    Benchmarks: noisy-cifar, split-cifar10, split-cifar100, split-tiny-imagenet. Runs in one
+    process; finished results are kept, so the same command resumes where it stopped. Writes
+    report.html, table.csv, table.md, plots.svg, result.json and the cells. Exit code 3: a row lies
+    outside of its recorded range.
     """
 
     pack: Positional[str]
-    """Which comparison."""
+    """Name of the benchmark."""
     data: str
-    """The pack's images: a folder of Parquet files, or whatever train takes."""
+    """The benchmark's images: a folder of Parquet files, or any data that train accepts."""
     size: SizeName = "smoke"
-    """smoke: minutes, says little. cpu: up to two hours on two cores. full: a GPU, or patience."""
+    """smoke: minutes, proves little. cpu: up to two hours on two cores. full: for a GPU."""
     seeds: int | None = None
-    """How many seeds; default: what the size says."""
+    """Number of seeds; default: that of the size."""
     out: str | None = None
-    """Folder for everything it makes; default: reproduce/PACK-SIZE."""
+    """Folder for all results; default: reproduce/BENCHMARK-SIZE."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: a GPU where there is one."""
+    """auto: a GPU if there is one."""
     threads: int = 1
     """CPU threads."""
 
@@ -53,27 +53,27 @@ class Reproduce:
         from pipelines.benchmarks.plots import plots_svg
         from pipelines.benchmarks.table import table_csv, table_markdown, verdict
 
-        pack = find_benchmark(self.pack)
+        benchmark = find_benchmark(self.pack)
         out = Path(self.out or f"reproduce/{self.pack}-{self.size}")
-        config = dataclasses.replace(pack.config(self.size, self.data),
+        config = dataclasses.replace(benchmark.config(self.size, self.data),
                                      compute=ComputeConfig(device=self.device,
                                                            threads=self.threads))
-        cells = run_cells(config, pack.cells(self.size, self.seeds), out,
+        cells = run_cells(config, benchmark.cells(self.size, self.seeds), out,
                           lambda line: print(line, flush=True))
-        found = rows(cells, expected(self.pack, self.size))
+        table = rows(cells, expected(self.pack, self.size))
         result = {"pack": self.pack, "size": self.size, "config": config.to_dict(),
                   "partialhn_version": __version__,
-                  "rows": [dataclasses.asdict(row) for row in found],
+                  "rows": [dataclasses.asdict(row) for row in table],
                   "cells": [{key: cell[key] for key in KEPT} for cell in cells]}
-        drawn = plots_svg(found, cells, config.backbone.freeze_depth)
-        texts = {"result.json": json.dumps(result, indent=1), "table.csv": table_csv(found),
-                 "table.md": table_markdown(found),
-                 "plots.svg": drawn, "report.html": benchmark_page(result, drawn)}
+        plots = plots_svg(table, cells, config.backbone.freeze_depth)
+        texts = {"result.json": json.dumps(result, indent=1), "table.csv": table_csv(table),
+                 "table.md": table_markdown(table),
+                 "plots.svg": plots, "report.html": benchmark_page(result, plots)}
         for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")
-        print(f"\n{texts['table.md']}\n{verdict(found)}")
+        print(f"\n{texts['table.md']}\n{verdict(table)}")
         print("written: " + ", ".join(str(out / name) for name in texts))
-        return 3 if any(row.as_expected is False for row in found) else 0
+        return 3 if any(row.as_expected is False for row in table) else 0
 
 
 COMMANDS: dict[str, Any] = {"reproduce": Reproduce}

@@ -1,4 +1,4 @@
-"""`partialhn retrain`: light, so that `--help` answers at once."""
+"""The command `partialhn retrain`. Imports nothing heavy, so that `--help` is fast."""
 
 import dataclasses
 import json
@@ -13,19 +13,19 @@ from pipelines.settings import RetrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Retrain:
-    """Learn what has arrived in the inbox, and let the gate decide whether it becomes champion.
+    """Learn the tasks in the inbox; the gate decides which of the new versions become champion.
 
-    One pass that may be started again at any time: two at once do no harm. Exit codes: 0 done or
-    nothing to do, 1 failed, 2 bad input, 3 the gate stopped a version.
+    Runs one pass. It may be started again at any time, also while another pass runs. Exit codes:
+    0 done or nothing to do, 1 failed, 2 bad input, 3 the gate stopped a version.
     """
 
     retrain: RetrainConfig = dataclasses.field(default_factory=RetrainConfig)
     watch: bool = False
-    """Go on for ever, a pass every --interval; without a scheduler."""
+    """Run a pass every --interval, until the process is stopped."""
     interval: str = "10m"
     """Time between two passes with --watch: 30s, 10m, 2h."""
     json: bool = False
-    """Print one line of JSON a pass, and progress on stderr."""
+    """Print one line of JSON for each pass, and progress on stderr."""
 
     def run(self) -> int:
         seconds = parse_interval(self.interval)
@@ -47,7 +47,7 @@ class Retrain:
 
 
 def parse_interval(text: str) -> float:
-    """Seconds of 30s, 10m or 2h. Raises: InputError."""
+    """Seconds of an interval such as 30s, 10m or 2h. Raises: InputError for another form."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if not match or float(match[1]) <= 0:
         raise InputError(f"interval is {text!r}; allowed: a number with s, m or h, such as 10m")

@@ -1,4 +1,4 @@
-"""Commands of a model in use: serve it, and see whether what it is asked has changed."""
+"""The commands `partialhn serve` and `partialhn drift`."""
 
 import dataclasses
 from typing import Any
@@ -7,15 +7,15 @@ from partialhn.errors import InputError
 from pipelines.settings import RetrainConfig
 
 DRIFTS = 3
-"""Exit code of drift where a task does."""
+"""Exit code of `drift` if a task drifts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
-    """Answer over HTTP with a registered model, and follow its alias without losing a request.
+    """Serve a registered model over HTTP; when its alias moves, switch without losing a request.
 
     POST /predict takes an image (task in ?task= or the header X-Task; auto infers it) or JSON with
-    base64 images; GET /healthz and /metrics tell how it is. Ends with Ctrl-C or SIGTERM.
+    base64 images; GET /healthz and /metrics report the state. Stop it with Ctrl-C or SIGTERM.
     """
 
     model: str
@@ -23,22 +23,22 @@ class Serve:
     port: int = 8000
     """Port to listen on."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of this machine's. There is no authentication: put a
-    gateway in front of any other than the default."""
+    """Address to listen on; 0.0.0.0 for all addresses of this machine. There is no authentication,
+    so put a gateway in front of any address other than the default."""
     storage: str = "partialhn-store"
-    """The storage that train was given; finds the default registry."""
+    """The storage that train was given, with the default registry."""
     tracking_uri: str | None = None
     """MLflow server or database, as for train."""
     reload_seconds: float = 10.0
-    """Seconds between looks at where the alias points."""
+    """Seconds between two checks of the version that the alias points to."""
     threads: int = 1
-    """CPU threads of a batch's computation."""
+    """CPU threads that compute a batch."""
     max_body_bytes: int = 8 << 20
-    """Larger requests are refused (413)."""
+    """Largest body of a request, in bytes; larger ones are refused (413)."""
     max_image_pixels: int = 25_000_000
-    """Larger images are refused by their header, before they are decoded (400)."""
+    """Largest image in pixels; larger ones are refused before they are decoded (400)."""
     max_waiting: int = 128
-    """Images that wait or are being answered; more are told to come again (503)."""
+    """Largest number of images that wait or are in progress; others are refused (503)."""
     record: bool = True
     """Keep a bounded sample of trunk features (no images) in the storage, for drift."""
     ray_address: str | None = None
@@ -65,38 +65,38 @@ class Serve:
 
 @dataclasses.dataclass(frozen=True)
 class Drift:
-    """See whether the images asked of a stream's champion differ from those it was tested on.
+    """Test whether the images that a stream's champion gets differ from its held-out images.
 
-    What is compared was recorded by serve, or by predict --record. Exit codes: 0 no drift, 3 a
-    task drifts.
+    Uses the features that serve, or predict --record, recorded. Exit codes: 0 no drift, 3 a task
+    drifts.
     """
 
     name: str
     """Name of the stream."""
     storage: str = "partialhn-store"
-    """The storage that train was given; finds features, records and the default registry."""
+    """The storage that train was given, with features, records and the default registry."""
     tracking_uri: str | None = None
     """MLflow server or database, as for train."""
     alpha: float = 0.01
-    """Chance of a false alarm, over all tasks together."""
+    """Probability of a false alarm, for all tasks together."""
     hours: float = 168.0
-    """How far back to look, in hours."""
+    """Use images of the last so many hours."""
     json: bool = False
     """Print JSON instead of a table."""
     retrain: bool = False
-    """Where a task drifts, start one pass of retrain: it learns what has arrived in the inbox."""
+    """If a task drifts, start one pass of retrain, which learns the tasks in the inbox."""
 
     def run(self) -> int:
         import json
 
         from pipelines.serving.drift import find_drift, table
 
-        found = find_drift(self.name, self.storage, self.tracking_uri, alpha=self.alpha,
-                           hours=self.hours)
-        print(json.dumps(found.fields(), indent=1) if self.json else "\n".join(table(found)))
-        if found.drifts and self.retrain:
+        report = find_drift(self.name, self.storage, self.tracking_uri, alpha=self.alpha,
+                            hours=self.hours)
+        print(json.dumps(report.fields(), indent=1) if self.json else "\n".join(table(report)))
+        if report.drifts and self.retrain:
             self._retrain()
-        return DRIFTS if found.drifts else 0
+        return DRIFTS if report.drifts else 0
 
     def _retrain(self) -> None:
         import sys

@@ -1,4 +1,4 @@
-"""`partialhn tune`: how deep may I freeze, and what do I lose?"""
+"""The command `partialhn tune`, which searches for the best freeze depth."""
 
 import dataclasses
 from typing import Any
@@ -11,14 +11,13 @@ from pipelines.search.settings import SearchConfig
 class Tune(Sections):
     """Search freeze depths and hyperparameters on your stream, and get a recommendation.
 
-    Stored features make a trial cheap: no image is decoded, several run at once, clearly worse
-    ones stop early. The search decides on held-out images and ends in advice.json, an interactive
-    advice.html, and a configuration for each depth that `partialhn train --config` takes.
+    Stored features make a trial cheap: no image is decoded, several trials run at once, and clearly
+    worse ones stop early. The search compares trials on held-out images. It writes advice.json, an
+    interactive advice.html, and a configuration for each depth for `partialhn train --config`.
 
-    --config FILE and --preset NAME say where the search starts, as for train; the options of
-    data, network and training below are what trials have in common. The same command goes on
-    where a search stopped, and so does its name alone (resume): trials that ended are never run
-    again.
+    --config FILE and --preset NAME give the first values, as for train; the options of data,
+    network and training below apply to all trials. The same command, or the name of the search
+    alone (resume), resumes a search that was stopped; finished trials are not run again.
     """
 
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
@@ -35,22 +34,22 @@ class Tune(Sections):
 
 
 def summary(advice: dict[str, Any], output: str) -> list[str]:
-    """The advice as lines for a terminal."""
+    """The recommendation and the table of depths as lines for a terminal."""
     chosen = advice["recommendation"]
     lines = [f"freeze depth {chosen['depth']} ({chosen['freeze']})", "", chosen["reason"],
              *([chosen["preferred"]] if chosen["preferred"] else []), chosen["confidence"],
              chosen["separate_heads"], advice["more_search"]["words"], "",
              "depth  trials  accuracy            test     seconds   features  behind heads"]
-    for each in advice["depths"]:
-        accuracy, test = each["accuracy"], each["test_accuracy"]
+    for row in advice["depths"]:
+        accuracy, test = row["accuracy"], row["test_accuracy"]
         half = ("" if accuracy["low"] is None else
                 f" ± {100 * (accuracy['mean'] - accuracy['low']):.1f}")
         tested = f"{100 * test['mean']:5.1f} %" if test else "-"
-        behind = each["behind_separate_heads"]
+        behind = row["behind_separate_heads"]
         lines.append(
-            f"{each['depth']:>5}  {sum(each['counts'].values()):>6}  "
-            f"{100 * accuracy['mean']:5.1f} %{half:<8}  {tested:>10}  {each['seconds']:>8.1f}  "
-            f"{each['feature_bytes'] / 2**20:>5.0f} MiB  "
+            f"{row['depth']:>5}  {sum(row['counts'].values()):>6}  "
+            f"{100 * accuracy['mean']:5.1f} %{half:<8}  {tested:>10}  {row['seconds']:>8.1f}  "
+            f"{row['feature_bytes'] / 2**20:>5.0f} MiB  "
             + (f"{100 * behind['mean']:.1f} points" if behind else "-"))
     if advice["money"]:
         lines += ["", "a year" + " " * 46 + "a retraining    a year"]

@@ -1,1 +1,1 @@
-"""The phases of a run, in this process or on Ray."""
+"""Executing the phases of a run, in this process or on Ray."""

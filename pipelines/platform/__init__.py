@@ -1,1 +1,1 @@
-"""What the pipeline stands on: storage, leases, the Ray cluster, progress, text tables."""
+"""The platform under the pipelines: storage, leases, the Ray cluster, progress, text tables."""

@@ -1,1 +1,1 @@
-"""MLflow: runs, versions, aliases and their history."""
+"""The MLflow registry: runs, versions, aliases and their history."""

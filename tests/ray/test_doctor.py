@@ -4,7 +4,7 @@ import json
 import os
 import time
 
-from pipelines.doctor import Check, check_versions, lines
+from pipelines.doctor import DoctorCheck, check_versions, lines
 from pipelines.platform.storage import Storage
 
 
@@ -47,9 +47,9 @@ def test_a_storage_that_cannot_be_written(ray_cluster, command, tmp_path):
 
 
 def test_a_node_with_other_packages_is_told_apart():
-    driver = Check("driver", "packages", True, "ray 2.0, torch 2.1")
-    nodes = [Check("node a", "packages", True, "ray 2.0, torch 2.1"),
-             Check("node b", "packages", True, "ray 2.0, torch 2.2")]
+    driver = DoctorCheck("driver", "packages", True, "ray 2.0, torch 2.1")
+    nodes = [DoctorCheck("node a", "packages", True, "ray 2.0, torch 2.1"),
+             DoctorCheck("node b", "packages", True, "ray 2.0, torch 2.2")]
     same, other = check_versions([driver, *nodes])
     assert same.passed
     assert not other.passed

@@ -108,7 +108,7 @@ def test_list_show_and_history(models):
     assert [(row["version"], row["gate"]) for row in rows] == [(1, None), (2, None), (3, "failed")]
     code, out, _ = models("show", "--version", "challenger")
     assert code == 0
-    for part in ("gate: failed", "zero-one", "would have lost too much", "gate-rejected"):
+    for part in ("gate: failed", "zero-one", "loses too much", "gate-rejected"):
         assert part in out
     code, out, _ = models("history", "--json")
     assert [row["seq"] for row in json.loads(out)["entries"]] == [1, 2, 3, 4, 5]
