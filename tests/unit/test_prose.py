@@ -10,10 +10,11 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for package in ("partialhn", "pipelines")
                  for path in (ROOT / package).rglob("*.py"))
 
-VERBS = ("is was are were be been do does did done has had have can could may might must shall "
-         "should will would came come made kept said took went left held").split()
+VERBS = {"is", "was", "are", "were", "be", "been", "do", "does", "did", "done", "has", "had", "have",
+         "can", "could", "may", "might", "must", "shall", "should", "will", "would", "came", "come",
+         "made", "kept", "said", "took", "went", "left", "held"}
 """Verb forms that a third person s or an -ed does not show."""
-NO_VERBS = "this its images classes features tasks less stored learned".split()
+NO_VERBS = {"this", "its", "images", "classes", "features", "tasks", "less", "stored", "learned"}
 """Words with such an ending that are no verb after "What"."""
 NAMES = {"there", "made", "told"}
 
@@ -24,16 +25,16 @@ def begins_badly(text):
     if words[:1] == ["Of"]:
         return True
     return len(words) == 2 and words[0] == "What" and not text.split("\n\n")[0].endswith("?") and (
-        words[1] in VERBS or bool(re.fullmatch(r"[a-z]+(s|ed)", words[1]))
-        and words[1] not in NO_VERBS)
+        words[1] in VERBS or (bool(re.fullmatch(r"[a-z]+(s|ed)", words[1]))
+                              and words[1] not in NO_VERBS))
 
 
 def docstrings(tree):
     """Every string that stands alone as a statement: docstrings, and those under fields."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            if isinstance(node.value.value, str):
-                yield node.lineno, node.value.value
+        if (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)):
+            yield node.lineno, node.value.value
 
 
 def names(tree):
