@@ -53,7 +53,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of the cell's file."""
         return f"{self.label}-depth{self.depth}-seed{self.seed}"
 
 
@@ -66,18 +66,18 @@ class Benchmark:
 
     def config(self, size: SizeName, data: str) -> Config:
         """What its cells have in common; strategy, depth and seed are each cell's own."""
-        config, made = preset(self.name), self.sizes[size]
+        config, chosen = preset(self.name), self.sizes[size]
         tasks, classes = config.data.tasks, config.data.classes
-        if made.tasks is not None and tasks is not None:
-            classes = made.tasks * (CLASSES[self.name] // tasks)
-            tasks = made.tasks
+        if chosen.tasks is not None and tasks is not None:
+            classes = chosen.tasks * (CLASSES[self.name] // tasks)
+            tasks = chosen.tasks
         return dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, data=data, tasks=tasks, classes=classes,
-                                     images_per_class=made.images_per_class),
-            backbone=dataclasses.replace(config.backbone, trunk_epochs=made.trunk_epochs),
-            features=dataclasses.replace(config.features, views=made.views),
-            train=dataclasses.replace(config.train, epochs=made.epochs, compare=()))
+                                     images_per_class=chosen.images_per_class),
+            backbone=dataclasses.replace(config.backbone, trunk_epochs=chosen.trunk_epochs),
+            features=dataclasses.replace(config.features, views=chosen.views),
+            train=dataclasses.replace(config.train, epochs=chosen.epochs, compare=()))
 
     def cells(self, size: SizeName, seeds: int | None = None) -> list[Cell]:
         """In the order they are learned: seed by seed, so that an early stop leaves whole seeds.
@@ -85,10 +85,10 @@ class Benchmark:
         The table of strategies says at which depths each is learned: a linear probe of the pixels
         (depth 0) is left out, for example.
         """
-        made, own = self.sizes[size], preset(self.name).backbone.freeze_depth
-        pairs = [(strategy, depth) for depth in made.depths for strategy in EVERY
+        chosen, own = self.sizes[size], preset(self.name).backbone.freeze_depth
+        pairs = [(strategy, depth) for depth in chosen.depths for strategy in EVERY
                  if _learned_at(strategy, depth, own)]
-        return [Cell(strategy, depth, seed) for seed in range(seeds or made.seeds)
+        return [Cell(strategy, depth, seed) for seed in range(seeds or chosen.seeds)
                 for strategy, depth in pairs]
 
 

@@ -27,7 +27,7 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Of its expected range."""
+        """Key of its expected range."""
         return f"{self.label}@{self.depth}"
 
     @property
@@ -46,18 +46,18 @@ def rows(cells: Sequence[Mapping[str, Any]],
         groups.setdefault((cell["depth"], cell["label"]), []).append(cell)
     ours = {group[0]["depth"]: _by_seed(group) for group in groups.values()
             if group[0]["strategy"] == "partial_hn"}
-    made = []
+    table = []
     for (depth, label), group in groups.items():
         theirs = _by_seed(group)
         is_ours = group[0]["strategy"] == "partial_hn"
         acc, learned, lost = (Interval.of([cell[key] for cell in group])
                               for key in ("acc", "learning_accuracy", "forgetting"))
-        made.append(Row(
+        table.append(Row(
             label, depth, acc, learned, lost,
             ahead=None if is_ours or depth not in ours else paired(ours[depth], theirs),
             bytes_per_task=_mean(group, "bytes_per_task"), cpu_seconds=_mean(group, "cpu_seconds"),
             feature_bytes=group[0]["feature_bytes"], expected=expected.get(f"{label}@{depth}")))
-    return sorted(made, key=lambda row: (row.depth, -row.acc.mean))
+    return sorted(table, key=lambda row: (row.depth, -row.acc.mean))
 
 
 def _by_seed(group: Sequence[Mapping[str, Any]]) -> dict[int, float]:

@@ -144,10 +144,10 @@ class _Bench:
 
 def _device(config: Config) -> torch.device:
     """Raises: InputError where a GPU is asked for and there is none."""
-    there = torch.cuda.is_available()
-    if config.compute.device == "gpu" and not there:
+    has_gpu = torch.cuda.is_available()
+    if config.compute.device == "gpu" and not has_gpu:
         raise InputError("device is 'gpu' but no CUDA device was found; allowed here: cpu, auto")
-    return torch.device("cuda" if there and config.compute.device != "cpu" else "cpu")
+    return torch.device("cuda" if has_gpu and config.compute.device != "cpu" else "cpu")
 
 
 def config_of(config: Config, cell: Cell) -> Config:

@@ -1,1 +1,1 @@
-"""What was learned and forgotten, measured; and what may be expected before training."""
+"""Evaluation: metrics of learning and forgetting, and forecasts before training."""

@@ -35,7 +35,7 @@ BASELINE_OPTIONS = tuple(option for line in OWN.values() for option in line.opti
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """What is known of a finished task beside its model."""
+    """The stored facts about a finished task, beside its model."""
 
     prefix: str
     parent: str

@@ -27,7 +27,7 @@ class DepthResult:
 
     depth: int
     best: TrialRecord
-    """Of the search."""
+    """The best trial of the search."""
     finals: tuple[TrialRecord, ...]
     """The best one again, in order of seeds."""
     baselines: tuple[TrialRecord, ...]

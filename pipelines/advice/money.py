@@ -17,7 +17,7 @@ TASK_MONTHS = 78
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-    """Of what is rented, in one currency."""
+    """Prices of rented machines and storage, all in one currency."""
 
     gpu_hour: float
     """An hour of the machine that trains."""
@@ -33,7 +33,7 @@ class Way:
     task_seconds: float
     """Machine time of one new task."""
     task_bytes: float
-    """What is stored for each task."""
+    """Bytes stored for each task."""
     everything: bool
     """Whether every retraining trains all tasks again."""
     accuracy: float | None

@@ -29,7 +29,8 @@ class TaskRow:
     shift: float
     """`partialhn.evaluation.forecast.task_shift` in the features of the deepest depth, 0 to 1."""
     accuracy: tuple[float, ...]
-    """Of the hypernetwork right after the task, by depth, the shallowest first; mean over seeds."""
+    """The hypernetwork's accuracy right after the task, by depth from the shallowest, mean over
+    seeds."""
 
     @property
     def lost(self) -> float:
@@ -109,7 +110,7 @@ def forecast_said(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def noise(cells: Sequence[Mapping[str, Any]], depth: int) -> str:
-    """What changed images do to the hypernetwork and to latent replay; empty for clean streams."""
+    """The effect of changed images on hypernetwork and latent replay; empty for clean streams."""
     tasks = cells[0]["tasks"]
     noisy = [index for index, task in enumerate(tasks) if task["transform"] != "none"]
     if not noisy:

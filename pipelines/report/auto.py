@@ -38,7 +38,7 @@ def without_id_line(facts: Facts) -> list[str]:
     measured = facts.result.get("without_task_id") or {}
     if "acc" not in measured:
         return []
-    told = measured.get("rejection_auroc")
+    auroc = measured.get("rejection_auroc")
     return [f"Without a task id: {percent(measured['acc'])} right, task found for "
             f"{percent(measured['task_accuracy'])}"
-            + ("" if told is None else f"; unknown tasks told with AUROC {told:.2f}")]
+            + ("" if auroc is None else f"; unknown tasks told with AUROC {auroc:.2f}")]

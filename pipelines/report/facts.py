@@ -45,7 +45,7 @@ class Facts:
     ours: Method
     baselines: Mapping[str, Method]
     details: tuple[Mapping[str, Any], ...]
-    """What is known of each task: classes, train_images, test_images, bad_images, transform."""
+    """Facts about each task: classes, train_images, test_images, bad_images, transform."""
     result: Mapping[str, Any]
 
     @property

@@ -19,7 +19,7 @@ Algorithm = Literal["tpe", "multi", "random"]
 DEFAULTS: dict[str, Any] = {
     "budget": "30min", "objective": "balanced", "max_loss": 0.01, "algorithm": "tpe",
     "sampler_seed": 0, "early_stopping": "asha", "seeds": 3}
-"""Of the options that a resumed search remembers."""
+"""Default values of the options that a resumed search remembers."""
 _BUDGET = re.compile(r"(?P<count>\d+(?:\.\d+)?) ?(?P<unit>s|min|h)|(?P<trials>\d+)-trials?")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 

@@ -220,7 +220,7 @@ def parse_record(where: str, fields: Mapping[str, Any]) -> TrialRecord:
 
 
 def parse_measured(fields: Mapping[str, Any]) -> Measured:
-    """What was measured, from plain values."""
+    """Rebuilds a trial's measurements from plain values."""
     values = dict(fields)
     test_row = values.pop("test_row")
     return Measured(tasks=tuple(values.pop("tasks")),

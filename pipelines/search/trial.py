@@ -1,4 +1,4 @@
-"""What runs in a trial's actor: a whole stream, learned from stored features in this process.
+"""A trial: learns a whole stream from stored features, in the process of its actor.
 
 No image is decoded, no worker group is started. After each task the trial reports, so that a
 clearly worse one can be stopped, and every few seconds it keeps its state, so that a killed one

@@ -132,9 +132,9 @@ class Results:
         for sent in self._sending:
             if (error := sent.exception()) is not None:
                 self._log(f"note: MLflow did not take a trial ({error}); sending it again")
-        there = self._registry.trials_of(self._parent)
+        registered = self._registry.trials_of(self._parent)
         for record in self.records:
-            if record.plan.id not in there:
+            if record.plan.id not in registered:
                 self._send(record)
         for path in files:
             self._registry.log_file(self._parent, path)

@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for package in ("partialhn", "pipelines")
                  for path in (ROOT / package).rglob("*.py"))
 
-VERBS = {"is", "was", "are", "were", "be", "been", "do", "does", "did", "done", "has", "had", "have",
-         "can", "could", "may", "might", "must", "shall", "should", "will", "would", "came", "come",
-         "made", "kept", "said", "took", "went", "left", "held"}
+VERBS = {"is", "was", "are", "were", "be", "been", "do", "does", "did", "done", "has", "had",
+         "have", "can", "could", "may", "might", "must", "shall", "should", "will", "would",
+         "came", "come", "made", "kept", "said", "took", "went", "left", "held"}
 """Verb forms that a third person s or an -ed does not show."""
 NO_VERBS = {"this", "its", "images", "classes", "features", "tasks", "less", "stored", "learned"}
 """Words with such an ending that are no verb after "What"."""
