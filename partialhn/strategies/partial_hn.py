@@ -71,11 +71,7 @@ class PartialHypernet(Strategy):
         self._inherited: Rows | None = None
         """Weights that the running task starts from; they do not change while it is learned."""
         self._earlier: Tensor | None = None
-<<<<<<< HEAD
         """Codes of the tasks before the running one; they do not change while it is learned."""
-=======
-        """The earlier tasks' codes; like `_inherited`, they are fixed while a task is learned."""
->>>>>>> b2e30dd (Docstrings and names that test_prose asks for, in the other files)
 
     def new_task(self, classes: int, refreshes: int | None) -> HypernetTask:
         """A task that starts where the generator says, and from the norm of the first task, or of
@@ -143,11 +139,7 @@ class PartialHypernet(Strategy):
         return int(self._own(task).get_buffer("start"))
 
     def _forget(self) -> None:
-<<<<<<< HEAD
         """Drops the cached weights and codes, which are then generated again."""
-=======
-        """Drops the weights and codes that are cached for the running task."""
->>>>>>> b2e30dd (Docstrings and names that test_prose asks for, in the other files)
         self._inherited, self._earlier = None, None
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:

@@ -93,7 +93,8 @@ def test_nothing_is_deleted_unless_it_is_said(storage, add, prune):
     assert (code, keys(storage)) == (0, {old, new})
     assert f"{old}  0.0 MiB  40d old  would be deleted" in out
     assert new not in out
-    assert out.splitlines()[-1].startswith("1 keys, 0.0 MiB would be deleted; to delete them, give --delete")
+    assert out.splitlines()[-1].startswith(
+        "1 keys, 0.0 MiB would be deleted; to delete them, give --delete")
     code, out, _ = prune("--older-than", "30d", "--delete")
     assert (code, keys(storage)) == (0, {new})
     assert "40d old  deleted" in out
