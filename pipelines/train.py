@@ -26,7 +26,13 @@ from partialhn.run import TrunkAndHead, check, cut_network, work_name
 from partialhn.training import lineage
 from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.records import EpochRecord, TaskRecord
-from partialhn.training.result import Clock, model_sizes, peak_rss_bytes, result_fields
+from partialhn.training.result import (
+    Clock,
+    Outcome,
+    model_sizes,
+    peak_rss_bytes,
+    result_fields,
+)
 from partialhn.training.slots import Slot, featured_slots
 from pipelines.execution.base import Execution, our_outcome
 from pipelines.execution.choose import open_execution
@@ -75,7 +81,7 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
                 clock.lap("trunk")
                 registry, parent = beginning.result()
                 clock.lap("startup")
-                result = _Job(config, output, storage, registry, parent, experiences, work,
+                result = Job(config, output, storage, registry, parent, experiences, work,
                               progress, clock).run(execution, network)
         except BaseException:
             if beginning.exception() is None:
@@ -105,7 +111,7 @@ def _check(beginning: "concurrent.futures.Future[tuple[Registry, str]]") -> None
 
 
 @dataclasses.dataclass
-class _Job:
+class Job:
     """One run of `train`, phase by phase."""
 
     config: Config
@@ -125,20 +131,32 @@ class _Job:
         known = execution.learned(lineage_ids)
         slots, decoded = self._features(execution, cut, len(known))
         self.clock.lap("features")
-        registrar = _Registrar(self, cut, execution.folder, slots, lineage_ids)
+        registrar = Registrar(self, cut, execution.folder, slots, lineage_ids)
         for task in known:
             registrar.add(self.config.train.strategy, *task.epochs, task.record)
         returned = execution.learn(cut, slots, lineage_ids, registrar.add)
         outcome = our_outcome(returned, self.config)
         registrar.add(self.config.train.strategy, *outcome.epochs, *outcome.finished)
         self.clock.lap("train")
+        fields = self.finish(registrar, cut, returned["outcomes"], decoded, returned["device"],
+                             returned["peak_rss_bytes"])
+        execution.forget_run(lineage_ids)
+        return fields
+
+    def finish(self, registrar: "Registrar", cut: TrunkAndHead, outcomes: Mapping[str, Outcome],
+               decoded: int, device: str, peak_bytes: int = 0) -> dict[str, Any]:
+        """Publishes result, matrix and report of what is registered; returns the result.
+
+        decoded: images decoded for features in this run. device: what learned, in words.
+        peak_bytes: memory of other processes that took part.
+        """
         model = registrar.newest_model()
-        fields = result_fields(self.config, slots, cut.macs, decoded, returned["outcomes"],
+        fields = result_fields(self.config, registrar.slots, cut.macs, decoded, outcomes,
                                self.clock.laps)
         fields |= model_sizes(model) | {
             "name": self.output.name, "work": self.work, "weights_hash": model.weights_hash(),
-            "checkpoint_bytes": registrar.checkpoint_bytes, "device": returned["device"],
-            "peak_rss_bytes": max(returned["peak_rss_bytes"], peak_rss_bytes()),
+            "checkpoint_bytes": registrar.checkpoint_bytes, "device": device,
+            "peak_rss_bytes": max(peak_bytes, peak_rss_bytes()),
             "storage": self.storage.uri,
             "tracking_uri": mask_password(self.registry.tracking_uri),
             "model_uri": f"models:/{self.output.name}@{CHAMPION}",
@@ -146,7 +164,6 @@ class _Job:
         for row, seconds in zip(fields["seconds"]["per_task"], registrar.seconds, strict=True):
             row["register"] = round(seconds, 3)
         self._publish(fields)
-        execution.forget_run(lineage_ids)
         return fields
 
     def _features(self, execution: Execution, cut: TrunkAndHead,
@@ -158,7 +175,7 @@ class _Job:
 
     def _publish(self, fields: dict[str, Any]) -> None:
         """Logs matrix, result and report to the stream's run."""
-        names = [each.name for each in self.experiences]
+        names = [task["name"] for task in fields["tasks"]]
         self.registry.log_matrix(self.parent, fields["accuracy_matrix"], names)
         self.clock.lap("register")
         phases = {key: round(value, 3) for key, value in self.clock.laps.items()}
@@ -169,10 +186,10 @@ class _Job:
         self.registry.end_run(self.parent)
 
 
-class _Registrar:
+class Registrar:
     """Registers the model of each finished task, in order and only once."""
 
-    def __init__(self, job: _Job, cut: TrunkAndHead, folder: str, slots: Sequence[Slot],
+    def __init__(self, job: Job, cut: TrunkAndHead, folder: str, slots: Sequence[Slot],
                  lineage_ids: Sequence[str]) -> None:
         self.job, self.folder = job, folder
         self.seconds: list[float] = []
@@ -180,7 +197,7 @@ class _Registrar:
         self._epochs: dict[tuple[int, int], EpochRecord] = {}
         """By task and epoch, because a worker that was started again may send a record twice."""
         self._trunk = cut.trunk.fingerprint()
-        self._slots, self._lineage_ids = slots, lineage_ids
+        self.slots, self._lineage_ids = slots, lineage_ids
         self._rows: list[tuple[float, ...]] = []
         self._scratch = tempfile.TemporaryDirectory()
 
@@ -213,7 +230,7 @@ class _Registrar:
     def _version(self, record: TaskRecord, metrics: Mapping[str, float]) -> Version:
         """Registers a task's model, with a child run of its own under the stream's run."""
         job, index = self.job, record.task_index
-        slot, experience = self._slots[index], job.experiences[index]
+        slot, experience = self.slots[index], job.experiences[index]
         folder = self._fetch(index)
         run = job.registry.task_run(job.parent, record.task, index, self._lineage_ids[index])
         job.registry.log_task(run, [dataclasses.asdict(epoch) for epoch in self._epochs.values()

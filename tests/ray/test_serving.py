@@ -137,6 +137,21 @@ def test_answers_are_the_predictors(server, predictor, images):
             assert found["version"] == "3"
 
 
+def test_the_example_client(server, predictor, images, tmp_path):
+    (tmp_path / "image.png").write_bytes(images["1"][0])
+    client = Path(__file__).parents[2] / "examples" / "serve_client.py"
+
+    def ask(task):
+        return subprocess.run([sys.executable, client, tmp_path / "image.png", task,
+                               f"http://127.0.0.1:{server.port}"], capture_output=True, text=True,
+                              check=False)
+    label = predictor.predict(images["1"][:1], "1").labels[0]
+    assert ask("1").stdout.startswith(f"{label}  (probability ")
+    refused = ask("zebra")
+    assert refused.returncode == 1
+    assert "task is 'zebra'; allowed: 0, 1, 2, auto" in refused.stderr
+
+
 def test_one_request_may_mix_tasks_and_leave_them_open(server, predictor, images):
     pairs = [(image, task) for task in images for image in images[task][:5]]
     encoded = [base64.b64encode(image).decode() for image, _ in pairs]

@@ -17,7 +17,7 @@ LAYERS = {
                   "run", "benchmarks notebook"),
     "pipelines": ("settings", "platform report", "features registry benchmarks",
                   "search execution doctor show serving", "label_images advice train retrain",
-                  "tune upkeep demo", "cli"),
+                  "tune upkeep demo register_stream", "cli"),
 }
 """The folders (and the files beside them) of each package, lowest row first. A file imports from
 its own folder and from lower rows only. `tables` are the files table.py of all library folders:
