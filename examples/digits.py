@@ -1,6 +1,6 @@
 """Learn five tasks of handwritten digits, one after the other, and see that nothing is forgotten.
 
-    python examples/digits.py [FOLDER]
+Use: python examples/digits.py [FOLDER]
 """
 
 import sys

@@ -1,8 +1,7 @@
 """Learn from your own folder of images, train/<class>/*, two classes at a time.
 
-    python examples/own_images.py [IMAGES [FOLDER]]
-
-Without IMAGES a small folder of scikit-learn's digits is made.
+Use: python examples/own_images.py [IMAGES [FOLDER]]. Without IMAGES a small folder of
+scikit-learn's digits is made.
 """
 
 import sys

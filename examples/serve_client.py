@@ -1,7 +1,6 @@
-"""Ask a running `partialhn serve` for the label of an image.
+"""Ask a running `partialhn serve --model models:/NAME@champion` for the label of an image.
 
-    partialhn serve --model models:/digits@champion
-    python examples/serve_client.py IMAGE [TASK [URL]]
+Use: python examples/serve_client.py IMAGE [TASK [URL]]
 """
 
 import json

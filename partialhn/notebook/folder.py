@@ -11,6 +11,7 @@ from typing import Any
 from partialhn.config import Config
 from partialhn.data.experience import Experience
 from partialhn.errors import InputError, IntegrityError
+from partialhn.json_files import read_object
 from partialhn.notebook.options import differences
 
 FIELDS = "stream.json"
@@ -24,13 +25,13 @@ def stored_fields(folder: Path) -> dict[str, Any] | None:
     path = folder / FIELDS
     if not path.exists():
         return None
+    fields = read_object(path, str(path))
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
         if fields["format"] != FORMAT:
             raise IntegrityError(f"{path} has format {fields['format']!r}; allowed: {FORMAT}")
         return {"config": dict(fields["config"]),
                 "tasks": [tuple(map(str, task)) for task in fields["tasks"]]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{path} cannot be read: {error!r}") from error
 
 
