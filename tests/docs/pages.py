@@ -23,6 +23,12 @@ class Block:
     reason: str | None = None
     output: str | None = None
 
+    @property
+    def example(self) -> str | None:
+        """The file of examples/ that the block is a part of, named in its first line."""
+        named = re.match(r"# (examples/\w+\.py)\n", self.body)
+        return named[1] if named else None
+
 
 def blocks(page: str) -> list[Block]:
     """The blocks of a page in order; a text block that follows another is its output."""

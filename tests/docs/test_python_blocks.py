@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from pipelines.cli.main import run
-from tests.docs.pages import PAGES, blocks, shell_lines
+from tests.docs.pages import PAGES, ROOT, blocks, blocks_of, shell_lines
 
 PYTHON_PAGES = [page for page in PAGES if any(
-    block.language == "python" and block.reason is None for block in blocks(page))]
+    block.language == "python" and not (block.reason or block.example) for block in blocks(page))]
+EXAMPLES = [block for block in blocks_of("python") if block.example]
 
 
 @pytest.fixture
@@ -41,13 +42,19 @@ def test_python_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsy
     monkeypatch.setattr("sys.argv", ["page"])
     scope = {"__name__": "page"}
     for block in blocks(page):
-        if block.language != "python" or block.reason:
+        if block.language != "python" or block.reason or block.example:
             continue
         capsys.readouterr()
         exec(compile(block.body, page, "exec"), scope)
         printed = capsys.readouterr().out
         if block.output is not None:
             assert shape(printed) == shape(block.output), printed
+
+
+@pytest.mark.parametrize("block", EXAMPLES, ids=lambda block: block.example)
+def test_a_part_of_an_example_is_what_the_example_runs(block):
+    """The examples themselves are run by tests/examples."""
+    assert block.body.partition("\n")[2] in (ROOT / block.example).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
