@@ -17,7 +17,7 @@ from typing import Any
 from partialhn.checkpoints import checkpoint
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
-from partialhn.data.experience import Experience
+from partialhn.data.experience import Experience, all_not_used
 from partialhn.evaluation.answer_sample import write_sample
 from partialhn.evaluation.metrics import summarise
 from partialhn.networks.backbone import Network
@@ -69,6 +69,9 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
     images = sum(len(experience.train) for experience in experiences)
     log(f"{output.name}: {len(experiences)} tasks, {classes} classes, {images} training images "
         f"(work {work})")
+    for note in all_not_used(experiences):
+        for line in note.lines():
+            log(line)
     clock.lap("data")
     progress = Progress(config, log)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -179,6 +182,8 @@ class Job:
         self.registry.log_matrix(self.parent, fields["accuracy_matrix"], names)
         self.clock.lap("register")
         phases = {key: round(value, 3) for key, value in self.clock.laps.items()}
+        fields["not_used"] = [dataclasses.asdict(note)
+                              for note in all_not_used(self.experiences)]
         fields["seconds"] |= {"stages": phases, "total": round(sum(phases.values()), 3)}
         self.registry.log_result(self.parent, fields)
         with tempfile.TemporaryDirectory() as scratch:

@@ -97,8 +97,8 @@ def given_experience(name: str, images: ImageSet, config: DataConfig, transform:
     train = numbered(images.train)
     assert train is not None
     return _experience(name, ImageSet(images.where, tuple(classes), train,
-                                      numbered(images.validation), numbered(images.test)),
-                       transform)
+                                      numbered(images.validation), numbered(images.test),
+                                      images.not_used), transform)
 
 
 def _with_held_out(images: ImageSet, config: DataConfig) -> ImageSet:
@@ -115,7 +115,7 @@ def _with_held_out(images: ImageSet, config: DataConfig) -> ImageSet:
         drawn_N = held_out(train.label_N, config.validation, "validation", images.classes,
                            config.stream_seed)
         train, validation = train.take(~drawn_N), train.take(drawn_N)
-    return ImageSet(images.where, images.classes, train, validation, test)
+    return ImageSet(images.where, images.classes, train, validation, test, images.not_used)
 
 
 def _experience(name: str, images: ImageSet, transform: str) -> Experience:
@@ -127,4 +127,4 @@ def _experience(name: str, images: ImageSet, transform: str) -> Experience:
         raise InputError(f"task {name!r} of {images.where} (classes {', '.join(images.classes)}) "
                          "has no test images; every task needs some")
     return Experience(name, images.classes, images.train, images.validation, images.test,
-                      transform)
+                      transform, images.not_used)

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Sequence
 
 from partialhn.data.image_table import ImageTable
+from partialhn.data.listing import NotUsed
 from partialhn.naming import digest
 
 
@@ -21,6 +22,8 @@ class Experience:
     test: ImageTable
     transform: str = "none"
     """Corruption that belongs to the task's images (`partialhn.data.corruptions`)."""
+    not_used: NotUsed | None = None
+    """What else lies where the task's data set lies; it does not count in the fingerprint."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -42,3 +45,9 @@ def refreshed(slots: Sequence[str], index: int) -> int | None:
     """The newest earlier slot of the same task, which a slot starts from; None for a new task."""
     task = task_of(slots[index])
     return next((j for j in reversed(range(index)) if task_of(slots[j]) == task), None)
+
+
+def all_not_used(experiences: Sequence[Experience]) -> list[NotUsed]:
+    """What is not used, once for each data set that the experiences come from."""
+    notes = {task.not_used.where: task.not_used for task in experiences if task.not_used}
+    return list(notes.values())

@@ -17,12 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from partialhn.data.image_table import ImageTable, image_field, sound
+from partialhn.data.listing import SUFFIXES, image_paths, is_image_content, kind_of, split_top
 from partialhn.errors import InputError
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 """Names a Parquet column of labels may have, the first one found counts."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-"""Files taken for images."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,42 +32,41 @@ class LabelledSplit:
     label_N: npt.NDArray[Any]
     names: tuple[str, ...] | None
     """Class names by label, where the data says them."""
-
-
-def image_paths(paths: Sequence[str]) -> list[str]:
-    return [path for path in paths if path.lower().endswith(SUFFIXES)]
-
-
-def parquet_paths(paths: Sequence[str]) -> list[str]:
-    return [path for path in paths if path.lower().endswith(".parquet")]
-
-
-def split_top(listing: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The sub-folders with what is inside them, and the files of a listing's top level."""
-    folders: dict[str, list[str]] = {}
-    files = []
-    for path in listing:
-        top, slash, inside = path.partition("/")
-        if not slash:
-            files.append(top)
-        else:
-            folders.setdefault(top, [])
-            folders[top] += [inside] if inside else []
-    return folders, files
+    paths: tuple[str, ...] = ()
+    """The files that were used, relative to the split's folder; empty for Parquet files."""
 
 
 def folder_split(filesystem: Any, folder: str, inside: Sequence[str]) -> LabelledSplit:
-    """`<class>/.../<image>`: the classes are the top folders in sorted order."""
+    """`<class>/.../<image>`: the classes are the top folders in sorted order.
+
+    A file without a suffix is looked into. Raises: InputError for an image in no class folder, or
+    where there is no image.
+    """
     folders, files = split_top(inside)
     if image_paths(files):
         raise InputError(f"image {folder}/{image_paths(files)[0]} lies in no class folder; "
                          f"allowed: {folder}/<class>/<image>")
-    images = [(name, path) for name in sorted(folders) for path in image_paths(folders[name])]
+    images = [(name, path) for name in sorted(folders)
+              for path in _images_in(filesystem, f"{folder}/{name}", folders[name])]
     if not images:
         raise InputError(f"no images found in {folder}; allowed: {folder}/<class>/<image>, with "
                          f"images ending in {' '.join(SUFFIXES)}, or Parquet files")
-    table = file_table(filesystem, [f"{folder}/{name}/{path}" for name, path in images])
-    return LabelledSplit(table, np.array([name for name, _ in images]), tuple(sorted(folders)))
+    paths = tuple(f"{name}/{path}" for name, path in images)
+    table = file_table(filesystem, [f"{folder}/{path}" for path in paths])
+    return LabelledSplit(table, np.array([name for name, _ in images]), tuple(sorted(folders)),
+                         paths)
+
+
+def _images_in(filesystem: Any, folder: str, inside: Sequence[str]) -> list[str]:
+    """Images by name, and files without a suffix that begin as an image does."""
+    return [path for path in inside if not path.endswith("/") and (
+        image_paths([path]) or (kind_of(path) == "no suffix"
+                                and _begins_as_image(filesystem, f"{folder}/{path}")))]
+
+
+def _begins_as_image(filesystem: Any, path: str) -> bool:
+    with filesystem.open_input_file(path) as source:
+        return is_image_content(source.read(8))
 
 
 def file_table(filesystem: Any, paths: Sequence[str]) -> ImageTable:
@@ -111,7 +109,7 @@ def parquet_split(filesystem: Any, paths: Sequence[str]) -> LabelledSplit:
                 raise InputError(f"{path} has columns {', '.join(schema.names)}; it needs a "
                                  f"column of labels named {' or '.join(LABEL_COLUMNS)}")
             columns.append(_labels(parquet.read(columns=[column]).column(0), path))
-            names.append(_class_names(schema.metadata, column))
+            names.append(_class_names(schema.metadata, column, path))
         if names[-1] != names[0] or columns[-1].dtype.kind != columns[0].dtype.kind:
             raise InputError(f"{path} names other classes than {paths[0]}; allowed: the same "
                              "class names in every file of a split")
@@ -138,8 +136,28 @@ def _labels(column: Any, path: str) -> npt.NDArray[Any]:
     return label_N
 
 
-def _class_names(metadata: Mapping[bytes, bytes] | None, column: str) -> tuple[str, ...] | None:
-    """Class names from the schema metadata that the Hugging Face libraries write."""
-    written = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-    names = written.get("info", {}).get("features", {}).get(column, {}).get("names")
-    return None if names is None else tuple(map(str, names))
+def _class_names(metadata: Mapping[bytes, bytes] | None, column: str,
+                 path: str) -> tuple[str, ...] | None:
+    """Class names from the schema metadata that the Hugging Face libraries write, a list or a
+    mapping of indices; None where it says none.
+
+    Raises: InputError for names of another shape.
+    """
+    try:
+        names: Any = json.loads((metadata or {}).get(b"huggingface", b"{}"))
+    except ValueError as error:
+        raise InputError(f"the schema metadata 'huggingface' of {path} is not JSON: {error}"
+                         ) from error
+    for key in ("info", "features", column, "names"):
+        names = names.get(key) if isinstance(names, dict) else None
+    if isinstance(names, dict):
+        indices = {str(number) for number in range(len(names))}
+        if names.keys() != indices:
+            raise InputError(f"class names of {path} are numbered {', '.join(sorted(names)[:5])}; "
+                             f"allowed: 0 to {len(names) - 1}")
+        names = [names[str(number)] for number in range(len(names))]
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+        raise InputError(f"class names of {path} are {names!r:.100}; allowed: a list of names")
+    return tuple(map(str, names))

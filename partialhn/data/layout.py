@@ -19,22 +19,26 @@ import numpy.typing as npt
 import pyarrow.fs
 
 from partialhn.data.files import (
-    SUFFIXES,
     LabelledSplit,
     file_table,
     folder_split,
-    image_paths,
-    parquet_paths,
     parquet_split,
     parquet_table,
-    split_top,
 )
 from partialhn.data.image_table import ImageTable
+from partialhn.data.listing import (
+    SUFFIXES,
+    NotUsed,
+    described,
+    image_paths,
+    is_junk,
+    parquet_paths,
+    split_of_folder,
+    split_top,
+    splits_of_files,
+    unused,
+)
 from partialhn.errors import InputError
-
-SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test",
-         "val": "validation", "valid": "validation", "validation": "validation"}
-"""Names of folders, and first words of Parquet files' names, that say which split it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +50,8 @@ class ImageSet:
     train: ImageTable
     validation: ImageTable | None
     test: ImageTable | None
+    not_used: NotUsed | None = None
+    """What else lies in the data set's folder."""
 
 
 def locate(data: str, filesystem: Any = None) -> tuple[Any, str]:
@@ -64,34 +70,48 @@ def locate(data: str, filesystem: Any = None) -> tuple[Any, str]:
     return filesystem, path.rstrip("/") or "/"
 
 
-def read_sets(data: str, limit: int | None = None,
-              filesystem: Any = None) -> ImageSet | dict[str, ImageSet]:
+def read_sets(data: str, limit: int | None = None, filesystem: Any = None, *,
+              arrivals_beside: bool = False) -> ImageSet | dict[str, ImageSet]:
     """The data set at a path, or the data sets of a directory of tasks by name.
 
     Args:
         data: path or URI of a Parquet file, of a data set's folder, or of a directory of tasks.
         limit: use only the classes labelled 0 to limit-1.
         filesystem: where the path is; default: local.
+        arrivals_beside: folders beside the splits are other data, as in the inbox; elsewhere
+            they are refused, because their images would be left out without a word.
 
     Raises: InputError for anything that cannot be used, naming it.
     """
     filesystem, root = locate(data, filesystem)
-    listing = _list_paths(filesystem, root, data)
-    if listing is None:
-        return _assemble(data, {"train": parquet_split(filesystem, [root])}, limit)
-    splits = _read_splits(filesystem, root, listing)
+    paths = _list_paths(filesystem, root, data)
+    if paths is None:
+        return _assemble(data, _Splits({"train": parquet_split(filesystem, [root])}), limit)
+    root, listing = (root, paths) if arrivals_beside else _inner(root, paths)
+    splits = _read_splits(filesystem, root, listing, arrivals_beside)
     if splits is not None:
         return _assemble(data, splits, limit)
     folders, _ = split_top(listing)
-    tasks = {name: _read_splits(filesystem, f"{root}/{name}", inside)
+    tasks = {name: _read_splits(filesystem, f"{root}/{name}", inside, arrivals_beside)
              for name, inside in folders.items()}
     if any(tasks.values()):
         return _assemble_tasks(data, tasks, limit)
     if any(image_paths(inside) for inside in folders.values()):
-        return _assemble(data, {"train": folder_split(filesystem, root, listing)}, limit)
-    raise InputError(f"no images found in {data!r} ({sum(p[-1] != '/' for p in listing)} other "
-                     "files); allowed: Parquet files with images and labels, "
+        train = folder_split(filesystem, root, listing)
+        return _assemble(data, _Splits({"train": train}, unused(listing, train.paths)), limit)
+    raise InputError(f"no images found in {data!r} ({described(unused(listing, ())) or 'empty'}); "
+                     "allowed: Parquet files with images and labels, "
                      "train/<class>/<image>, or a directory of tasks of either form")
+
+
+def _inner(root: str, listing: list[str]) -> tuple[str, list[str]]:
+    """The folder that holds the data set: `data/` of a data set's repository, where that is the
+    only folder, beside its README and licence.
+    """
+    folders, files = split_top(listing)
+    if list(folders) != ["data"] or parquet_paths(files) or image_paths(files):
+        return root, listing
+    return f"{root}/data", folders["data"]
 
 
 def open_images(data: str, filesystem: Any = None) -> ImageTable:
@@ -131,40 +151,58 @@ def _list_paths(filesystem: Any, root: str, data: str,
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
     paths = (entry.path[len(root):].lstrip("/")
              + "/" * (entry.type == pyarrow.fs.FileType.Directory) for entry in found)
-    return sorted(path for path in paths if not re.search(r"(^|/)(\.|__MACOSX/)", path))
+    return sorted(path for path in paths if not is_junk(path))
 
 
-def _read_splits(filesystem: Any, root: str,
-                 listing: Sequence[str]) -> dict[str, LabelledSplit] | None:
+@dataclasses.dataclass(frozen=True)
+class _Splits:
+    """The splits of one data set by name, and the files that none of them uses."""
+
+    splits: Mapping[str, LabelledSplit]
+    unused: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+def _read_splits(filesystem: Any, root: str, listing: Sequence[str],
+                 arrivals_beside: bool) -> _Splits | None:
     """The splits of the data set in a folder; None where the folder is not a data set."""
     folders, files = split_top(listing)
-    named = [name for name in folders if name.lower() in SPLIT_NAMES]
+    named = {name: split for name in folders if (split := split_of_folder(name))}
     if parquet_paths(files) and named:
-        raise InputError(f"{root} has both {parquet_paths(files)[0]} and the folder {named[0]}/; "
-                         "allowed: splits as Parquet files or as folders, not both")
+        raise InputError(f"{root} has both {parquet_paths(files)[0]} and the folder "
+                         f"{next(iter(named))}/; allowed: splits as Parquet files or as folders, "
+                         "not both")
+    if not named and not parquet_paths(files):
+        return None
+    if not arrivals_beside:
+        _refuse_beside(root, folders, named)
+        mine = list(listing)
+    else:
+        mine = [path for path in listing if "/" not in path or path.partition("/")[0] in named]
     if parquet_paths(files):
-        return {split: parquet_split(filesystem, [f"{root}/{name}" for name in names])
-                for split, names in _by_split(root, parquet_paths(files)).items()}
+        return _Splits({split: parquet_split(filesystem, [f"{root}/{name}" for name in names])
+                        for split, names in splits_of_files(root, parquet_paths(files)).items()},
+                       unused(mine, parquet_paths(files)))
     splits: dict[str, LabelledSplit] = {}
-    for name in named:
-        split = SPLIT_NAMES[name.lower()]
+    used: list[str] = []
+    for name, split in named.items():
         if split in splits:
             raise InputError(f"{root} has more than one {split} folder, one of them {name!r}; "
                              "allowed: one")
         splits[split] = _read_folder(filesystem, f"{root}/{name}", folders[name])
-    return splits or None
+        used += [f"{name}/{path}" for path in
+                 splits[split].paths or parquet_paths(folders[name])]
+    return _Splits(splits, unused(mine, used))
 
 
-def _by_split(root: str, files: Sequence[str]) -> dict[str, list[str]]:
-    """Parquet files by the split their names begin with; all are for training where none says."""
-    named: dict[str, list[str]] = {}
-    for name in files:
-        word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
-        named.setdefault(SPLIT_NAMES.get(word, ""), []).append(name)
-    if "" in named and len(named) > 1:
-        raise InputError(f"{root}/{named[''][0]} stands beside files named after splits; allowed: "
-                         f"names that start with {', '.join(SPLIT_NAMES)}")
-    return {split or "train": names for split, names in named.items()}
+def _refuse_beside(root: str, folders: Mapping[str, Sequence[str]],
+                   named: Mapping[str, str]) -> None:
+    """Raises InputError where a folder beside the splits holds images."""
+    for name, inside in folders.items():
+        images = image_paths(inside) + parquet_paths(inside)
+        if name not in named and images:
+            raise InputError(f"{root}/{name} holds {len(images):,} images or Parquet files and "
+                             "does not say which split it is; allowed: a name such as train, "
+                             "test_set or validation, or another place for it")
 
 
 def _read_folder(filesystem: Any, folder: str, inside: Sequence[str]) -> LabelledSplit:
@@ -173,8 +211,9 @@ def _read_folder(filesystem: Any, folder: str, inside: Sequence[str]) -> Labelle
     return folder_split(filesystem, folder, inside)
 
 
-def _assemble(where: str, splits: Mapping[str, LabelledSplit], limit: int | None) -> ImageSet:
-    """Numbers the classes, and keeps the first `limit` of them."""
+def _assemble(where: str, given: _Splits, limit: int | None) -> ImageSet:
+    """Numbers the classes, keeps the first `limit` of them, and leaves out those without images."""
+    splits = given.splits
     if "train" not in splits:
         raise InputError(f"{where} has only a {' and a '.join(splits)} split; it needs images to "
                          "train on, in train/ or train*.parquet")
@@ -187,14 +226,31 @@ def _assemble(where: str, splits: Mapping[str, LabelledSplit], limit: int | None
     keep = limit or len(classes)
     tables = {name: _number(split, name, splits["train"], keys_K, keep)
               for name, split in splits.items()}
-    count_K = np.bincount(tables["train"].label_N, minlength=keep)
-    empty = [classes[label] for label in np.flatnonzero(count_K == 0)]
-    if empty:
-        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
-        raise InputError(f"class {empty[0]!r}{more} has no training images in {where}; every "
-                         f"class needs one, or use fewer classes (classes is {limit or 'all'})")
-    return ImageSet(where, tuple(classes[:keep]), tables["train"], tables.get("validation"),
-                    tables.get("test"))
+    names, tables, absent = _present(where, classes[:keep], tables)
+    return ImageSet(where, names, tables["train"], tables.get("validation"), tables.get("test"),
+                    NotUsed(where, given.unused, absent))
+
+
+def _present(where: str, classes: Sequence[str], tables: dict[str, ImageTable],
+             ) -> tuple[tuple[str, ...], dict[str, ImageTable], tuple[str, ...]]:
+    """The classes that have images, the tables numbered by them, and the classes left out.
+
+    Raises: InputError for a class whose only images are in other splits than train.
+    """
+    counts_K = {name: np.bincount(table.label_N, minlength=len(classes))
+                for name, table in tables.items()}
+    total_K = np.sum(list(counts_K.values()), axis=0)
+    for label in np.flatnonzero((counts_K["train"] == 0) & (total_K > 0)).tolist():
+        raise InputError(f"class {classes[label]!r} has no training images in {where}, but "
+                         f"{total_K[label]} in its other splits; allowed: training images of "
+                         "every class")
+    if not total_K.any() or total_K.all():
+        return tuple(classes), tables, ()
+    number_K = np.cumsum(total_K > 0) - 1
+    tables = {name: dataclasses.replace(table, label_N=number_K[table.label_N])
+              for name, table in tables.items()}
+    return (tuple(name for name, count in zip(classes, total_K, strict=True) if count), tables,
+            tuple(name for name, count in zip(classes, total_K, strict=True) if not count))
 
 
 def _keys(train: LabelledSplit, limit: int | None) -> tuple[npt.NDArray[Any], list[str]]:
@@ -230,14 +286,14 @@ def _number(split: LabelledSplit, name: str, train: LabelledSplit, keys_K: npt.N
     return dataclasses.replace(split.images, label_N=place_N).take(kept)
 
 
-def _assemble_tasks(data: str, tasks: Mapping[str, dict[str, LabelledSplit] | None],
+def _assemble_tasks(data: str, tasks: Mapping[str, _Splits | None],
                     limit: int | None) -> dict[str, ImageSet]:
     if limit is not None:
         raise InputError(f"classes is {limit} but {data!r} is a directory of tasks, each with its "
                          "own classes; allowed: leave classes out")
     seen: dict[str, str] = {}
     for name, splits in tasks.items():
-        if splits is None:
+        if splits is None or "train" not in splits.splits:
             raise InputError(f"{data!r} is a directory of tasks but {name!r} has no train split; "
                              f"allowed: {name}/train/<class>/<image> or {name}/train*.parquet")
         if name.casefold() in seen:
@@ -246,4 +302,5 @@ def _assemble_tasks(data: str, tasks: Mapping[str, dict[str, LabelledSplit] | No
         seen[name.casefold()] = name
     ordered = sorted(tasks, key=lambda name: [(int(word), word) if word.isdigit() else (0, word)
                                               for word in re.split(r"(\d+)", name)])
-    return {name: _assemble(f"{data}/{name}", tasks[name] or {}, None) for name in ordered}
+    return {name: _assemble(f"{data}/{name}", tasks[name] or _Splits({}), None)
+            for name in ordered}

@@ -110,7 +110,8 @@ def cut_domains(images: ImageSet, config: DataConfig) -> dict[str, ImageSet]:
         if missing:
             raise InputError(f"class {images.classes[min(missing)]!r} of {images.where} has too "
                              f"few images for {count} tasks; allowed: one a task at least")
-        dealt[str(task)] = ImageSet(images.where, images.classes, train, validation, test)
+        dealt[str(task)] = dataclasses.replace(images, train=train, validation=validation,
+                                              test=test)
     return dealt
 
 
@@ -121,7 +122,7 @@ def first_of_each_class(images: ImageSet, count: int) -> ImageSet:
 
     train = first(images.train)
     assert train is not None
-    return ImageSet(images.where, images.classes, train, images.validation, first(images.test))
+    return dataclasses.replace(images, train=train, test=first(images.test))
 
 
 def _place_in_class(label_N: IntArray, order_N: IntArray) -> IntArray:
@@ -146,5 +147,6 @@ def _subset(images: ImageSet, labels: Sequence[int]) -> ImageSet:
 
     train = of_classes(images.train)
     assert train is not None
-    return ImageSet(images.where, tuple(images.classes[label] for label in labels), train,
-                    of_classes(images.validation), of_classes(images.test))
+    return dataclasses.replace(images, classes=tuple(images.classes[label] for label in labels),
+                               train=train, validation=of_classes(images.validation),
+                               test=of_classes(images.test))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from partialhn.data.layout import SPLIT_NAMES
+from partialhn.data.listing import is_junk, is_left_by_file_system, split_of_folder
 from partialhn.naming import digest
 from pipelines.platform.local_files import StoredFile
 from pipelines.platform.storage import Storage
@@ -79,9 +79,12 @@ class Inbox:
         now = self._storage.now()
         arrivals, waiting = [], []
         for task in self._storage.folders(self.folder):
+            if is_left_by_file_system(task):
+                continue
             folder = f"{self.folder}/{task}"
             parts = [name for name in self._storage.folders(folder)
-                     if name.lower() not in SPLIT_NAMES and not name.startswith((".", "_"))]
+                     if split_of_folder(name) is None and not is_junk(name)
+                     and not name.startswith("_")]
             candidates = [("", folder)] + [(part, f"{folder}/{part}") for part in parts]
             for part, candidate in candidates:
                 if learned(f"{task}/{part}" if part else task):
@@ -171,15 +174,15 @@ def _order(arrival: Arrival) -> tuple[Any, ...]:
 def _is_data(path: str, part: str) -> bool:
     """Whether a file belongs to an arrival: no marker of ours, no other arrival below it."""
     top, slash, _ = path.partition("/")
-    if path in _MARKERS:
+    if path in _MARKERS or is_junk(path):
         return False
-    return bool(part) or not slash or top.lower() in SPLIT_NAMES
+    return bool(part) or not slash or split_of_folder(top) is not None
 
 
-def _is_data_set(folder: str, files: Sequence[StoredFile]) -> bool:
-    """Whether a folder without a marker looks like a data set: has a split or a Parquet file."""
-    tops = [file.path[len(folder) + 1:].partition("/") for file in files]
-    return any((slash and top.lower() in SPLIT_NAMES) or top.lower().endswith(".parquet")
+def _is_data_set(folder: str, files: Sequence[Entry]) -> bool:
+    """Whether there is a part or a Parquet file: without a marker, what else would say so?"""
+    tops = [entry.path[len(folder) + 1:].partition("/") for entry in files]
+    return any((slash and split_of_folder(top)) or top.lower().endswith(".parquet")
                for top, slash, _ in tops)
 
 

@@ -140,7 +140,7 @@ def _read(storage: Storage, arrival: Arrival, config: DataConfig,
           classes: Sequence[str] | None) -> Experience:
     """The arrival as an experience. Raises: InputError for classes or files that do not fit."""
     declared = _declaration(storage, arrival)
-    images = read_sets(arrival.folder, None, storage.filesystem)
+    images = read_sets(arrival.folder, None, storage.filesystem, arrivals_beside=True)
     if isinstance(images, dict):
         raise InputError(f"{arrival.folder} holds several data sets; allowed: one task, with "
                          "train/ and test/ or Parquet files of these names")
