@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +64,7 @@ def locate(data: str, filesystem: Any = None) -> tuple[Any, str]:
     if filesystem is None and colon and scheme != "file":
         raise InputError(f"{data!r} has the scheme {scheme!r}; without a filesystem of its own "
                          "allowed: a local path or file://")
-    path = rest if colon else data
+    path = unquote(rest) if colon and scheme == "file" else rest if colon else data
     filesystem = filesystem or pyarrow.fs.LocalFileSystem()
     if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
         path = Path(path).expanduser().absolute().as_posix()

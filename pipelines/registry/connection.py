@@ -31,8 +31,24 @@ def chosen_uri(storage: Storage, tracking_uri: str | None) -> str:
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite registry; None for any other registry."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    """The file of a SQLite registry, whatever driver and options its URI names; None for others.
+
+    Raises: InputError for a SQLite URI that names no file.
+    """
+    if not uri.startswith(("sqlite:", "sqlite+")):
+        return None
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        name = make_url(uri).database
+    except ArgumentError as error:
+        raise InputError(f"tracking_uri {uri!r} is no database URI ({error}); allowed: "
+                         "sqlite:///file") from None
+    if not name or name == ":memory:":
+        raise InputError(f"tracking_uri {uri!r} names no file, so nothing would be kept; allowed: "
+                         "sqlite:///file")
+    return Path(name)
 
 
 def open_client(storage: Storage, tracking_uri: str | None,
@@ -64,7 +80,8 @@ def open_client(storage: Storage, tracking_uri: str | None,
         with _exclusive(database) if database else contextlib.nullcontext():
             if database and not database.exists():
                 _create(database)
-            client = MlflowClient(tracking_uri=uri)
+            # named for both: MLFLOW_REGISTRY_URI would send the versions elsewhere
+            client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_registered_models(max_results=1)
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         raise _no_answer(uri, error) from None
@@ -118,7 +135,8 @@ def _create(database: Path) -> None:
 
     event.listen(Engine, "connect", do_not_wait_for_disk)
     try:
-        MlflowClient(tracking_uri=f"sqlite:///{draft}").search_registered_models(max_results=1)
+        new = f"sqlite:///{draft}"
+        MlflowClient(tracking_uri=new, registry_uri=new).search_registered_models(max_results=1)
     finally:
         event.remove(Engine, "connect", do_not_wait_for_disk)
     with draft.open("rb+") as file:

@@ -179,9 +179,9 @@ def _is_data(path: str, part: str) -> bool:
     return bool(part) or not slash or split_of_folder(top) is not None
 
 
-def _is_data_set(folder: str, files: Sequence[Entry]) -> bool:
-    """Whether there is a part or a Parquet file: without a marker, what else would say so?"""
-    tops = [entry.path[len(folder) + 1:].partition("/") for entry in files]
+def _is_data_set(folder: str, files: Sequence[StoredFile]) -> bool:
+    """Whether a folder without a marker looks like a data set: has a split or a Parquet file."""
+    tops = [file.path[len(folder) + 1:].partition("/") for file in files]
     return any((slash and split_of_folder(top)) or top.lower().endswith(".parquet")
                for top, slash, _ in tops)
 

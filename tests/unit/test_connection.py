@@ -1,9 +1,13 @@
 """A new registry in a SQLite file: whole or not there."""
 
 import sqlite3
+from pathlib import Path
 
+import pytest
+
+from partialhn.errors import InputError
 from pipelines.platform.storage import open_storage
-from pipelines.registry.connection import open_client
+from pipelines.registry.connection import open_client, sqlite_file
 
 
 def test_a_killed_beginning_is_begun_anew(tmp_path):
@@ -24,3 +28,34 @@ def test_only_the_draft_does_not_wait_for_the_disk(tmp_path):
     open_client(open_storage(str(tmp_path)), None, create=True)
     with create_engine(f"sqlite:///{tmp_path / 'mlflow.db'}").connect() as connection:
         assert connection.execute(text("PRAGMA synchronous")).scalar() == 2  # FULL
+
+
+@pytest.mark.parametrize(("uri", "file"), [
+    ("sqlite:///mlflow.db", Path("mlflow.db")),
+    ("sqlite:////data/mlflow.db?timeout=60", Path("/data/mlflow.db")),
+    ("sqlite+pysqlite:////data/a b.db", Path("/data/a b.db")),
+    ("postgresql://user@host/mlflow", None), ("https://host", None),
+])
+def test_the_file_of_a_registry(uri, file):
+    assert sqlite_file(uri) == file
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:", "sqlite:mlflow.db"])
+def test_a_database_that_keeps_nothing_is_refused(uri):
+    with pytest.raises(InputError, match=r"allowed: sqlite:///file"):
+        sqlite_file(uri)
+
+
+@pytest.mark.parametrize("option", ["", "?timeout=60"])
+def test_versions_go_to_the_registry_that_is_named(tmp_path, monkeypatch, option):
+    """A library's environment does not overrule an explicit option."""
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", other)
+    named = tmp_path / "named.db"
+    storage = open_storage(str(tmp_path))
+    for _ in range(2):  # a new database, and one that exists
+        client, _ = open_client(storage, f"sqlite:///{named}{option}", create=True)
+    client.create_registered_model("s")
+    with sqlite3.connect(named) as database:
+        assert database.execute("SELECT name FROM registered_models").fetchall() == [("s",)]
+    assert not (tmp_path / "other.db").exists()
