@@ -53,8 +53,9 @@ def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
     for name in (TENSORS, FIELDS):
         path = f"{target}/{name}"
         draft = f"{path}.draft" if local else path  # S3 shows only complete objects
+        content = (folder / name).read_bytes()  # an error inside the stream would publish a part
         with filesystem.open_output_stream(draft) as sink:
-            sink.write((folder / name).read_bytes())
+            sink.write(content)
         if local:
             filesystem.move(draft, path)
 
