@@ -69,7 +69,7 @@ def test_train_finds_everything_learned(registered, tmp_path):
     assert result["device"] == "none: everything was learned before"
     assert result["weights_hash"] == stream.weights_hash
     assert [version["version"] for version in result["versions"]] == [1, 2, 3]
-    assert "trunk: found, not trained again" in lines
+    assert "trunk: already trained" in lines
 
 
 def test_a_name_that_cannot_be_used(registered):
