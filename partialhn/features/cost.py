@@ -93,8 +93,8 @@ def described(plans: Sequence[DepthPlan]) -> list[str]:
     """The plans as lines of a table, with a note on the measurement."""
     if not plans:
         return []
-    rows = [("depth", "a view", "GiB", "times the images", "pay after")]
-    rows += [(str(row.depth), "x".join(map(str, row.shape_CHW)), f"{row.bytes / 2**30:.3f}",
+    rows = [("depth", "a view", "GB", "times the images", "cheaper after")]
+    rows += [(str(row.depth), "x".join(map(str, row.shape_CHW)), f"{row.bytes / 1e9:.3f}",
               f"{row.bytes / row.image_bytes:.1f}",
               f"{row.epochs:.1f} epochs" if math.isfinite(row.epochs) else "never")
              for row in plans]

@@ -1,1 +1,1 @@
-"""From a search's records to a decision that a person can defend."""
+"""The advice: from the records of a search to a recommended freeze depth, with its reasons."""

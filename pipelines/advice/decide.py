@@ -1,7 +1,7 @@
-"""From a search's records to a decision: front, depths, recommendation, and how sure it is.
+"""From the records of a search to a decision: Pareto front, depths, recommendation, confidence.
 
 Decisions use held-out images alone: for each depth the mean of its best trial run again under
-seeds that the search did not see. Test images are reported beside them and decide nothing.
+seeds that the search did not use. Accuracy on test images is only reported.
 """
 
 import dataclasses
@@ -18,26 +18,26 @@ from pipelines.search.settings import Objective
 from pipelines.search.state import Measured, TrialRecord
 
 FRONT = ("seconds", "feature_bytes", "serving_macs")
-"""Costs of the front, each the smaller the better, against accuracy."""
+"""Costs of the Pareto front; smaller is better."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DepthResult:
-    """What the search knows of one depth."""
+    """The results of the search at one depth."""
 
     depth: int
     best: TrialRecord
     """The best trial of the search."""
     finals: tuple[TrialRecord, ...]
-    """The best one again, in order of seeds."""
+    """The best trial under other seeds, in order of seeds."""
     baselines: tuple[TrialRecord, ...]
-    """One separate head a task under the same seeds."""
+    """Separate heads under the same seeds."""
     counts: Mapping[str, int]
-    """Trials of the search by status."""
+    """Number of trials of the search by status."""
 
     @property
     def runs(self) -> list[Measured]:
-        """What the decision looks at: the final runs, or the search's own where there are none."""
+        """The runs that the decision uses: the final runs, or the best trial without them."""
         return [_measured(each) for each in self.finals or (self.best,)]
 
     @property
@@ -57,7 +57,7 @@ class DepthResult:
         return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
     def lost(self) -> Interval | None:
-        """How far it stays behind separate heads, seed by seed; None without them."""
+        """Accuracy behind separate heads, paired by seed; None where these were not trained."""
         pairs, own = _by_seed(self.baselines), _by_seed(self.finals)
         gaps = [pairs[seed] - accuracy for seed, accuracy in own.items() if seed in pairs]
         return Interval.of(gaps) if gaps else None
@@ -69,7 +69,7 @@ def _measured(record: TrialRecord) -> Measured:
 
 
 def stage_name(depth: int) -> str:
-    """How a depth is called in a sentence: freezing ..."""
+    """The words for a depth that complete the phrase "freezing ..."."""
     if depth == 0:
         return "nothing"
     return f"through {RESNET_STAGES[depth - 1]}" if depth < len(RESNET_STAGES) else (
@@ -79,7 +79,7 @@ def stage_name(depth: int) -> str:
 def results_by_depth(records: Sequence[TrialRecord],
                      score: Callable[[Measured], float]) -> list[DepthResult]:
     """The best finished trial of each depth, with its final runs; a depth may have none."""
-    found = []
+    results = []
     for depth in sorted({each.plan.depth for each in records}):
         here = [each for each in records if each.plan.depth == depth]
         trials = [each for each in here if each.plan.kind == "search"]
@@ -93,8 +93,8 @@ def results_by_depth(records: Sequence[TrialRecord],
                  for kind in ("final", "bound")}
         counts = {status: sum(each.status == status for each in trials)
                   for status in ("finished", "pruned", "failed")}
-        found.append(DepthResult(depth, best, again["final"], again["bound"], counts))
-    return found
+        results.append(DepthResult(depth, best, again["final"], again["bound"], counts))
+    return results
 
 
 def _origin(record: TrialRecord) -> str:
@@ -115,12 +115,13 @@ def front(records: Sequence[TrialRecord]) -> list[str]:
 
 
 def noise(results: Sequence[DepthResult]) -> float:
-    """The difference of two depths' accuracies that chance alone may make (95 %, two-sided t).
+    """The largest difference of two depths' accuracies that is explained by chance (95 %,
+    two-sided t).
 
-    All final runs and baselines have the same seeds, so what a seed does to all of them alike is no
-    difference. What is left of accuracy = run + seed is pooled over all of them, since a few seeds
-    of one depth say little: t * s * sqrt(2 / n), n seeds, (runs - 1)(n - 1) degrees of freedom. 0
-    where two depths or two seeds are not there.
+    All final runs and baselines have the same seeds, so an effect that a seed has on all of them is
+    no difference between depths. The residuals of the model accuracy = run + seed are pooled over
+    all runs, since a few seeds of one depth say little: t * s * sqrt(2 / n), with n seeds and
+    (runs - 1)(n - 1) degrees of freedom. 0 with fewer than two depths or two seeds.
     """
     finals = [_by_seed(each.finals) for each in results if each.finals]
     seeds = sorted(set.intersection(*map(set, finals))) if finals else []
@@ -146,8 +147,8 @@ def choose(accuracy: Mapping[int, float], cost: Mapping[int, float], objective: 
 
     accuracy: the most accurate. cost: the cheapest of those within max_loss of the most accurate.
     balanced: the largest accuracy - max_loss * log2(cost), so that each doubling of the cost must
-    buy max_loss. Of depths whose value is within `margin` of the best one's, the cheapest, then
-    the deepest: what the seeds cannot tell apart is not worth paying for.
+    gain max_loss. Among depths whose value is within `margin` of the best value, the cheapest is
+    chosen, then the deepest: the seeds do not show that a more expensive depth is better.
     """
     best = max(accuracy.values())
     depths = [depth for depth in accuracy
@@ -163,7 +164,7 @@ def choose(accuracy: Mapping[int, float], cost: Mapping[int, float], objective: 
 
 def agreement(results: Sequence[DepthResult], cost: Mapping[int, float], objective: Objective,
               max_loss: float) -> dict[int, int]:
-    """How many seeds, each taken alone, would recommend each depth."""
+    """Number of seeds that, taken alone, recommend each depth."""
     votes: dict[int, int] = {}
     seeds = min(len(each.finals) for each in results)
     for index in range(seeds):
@@ -174,11 +175,11 @@ def agreement(results: Sequence[DepthResult], cost: Mapping[int, float], objecti
 
 
 def more_search(scores: Sequence[float]) -> dict[str, float] | None:
-    """What more trials would bring, from those that were run; None for fewer than four.
+    """The accuracy that more trials would gain, estimated from those that ran; None below four.
 
-    With E(k) the expected best of k of the n trials drawn at random, the last doubling brought
-    E(n) - E(n/2) and the one before E(n/2) - E(n/4). The next is expected to bring the last one
-    shrunk by their ratio, or by nothing where they do not shrink.
+    With E(k) the expected best of k of the n trials drawn at random, the last doubling gained
+    E(n) - E(n/2) and the one before E(n/2) - E(n/4). The next doubling is expected to gain the last
+    gain times the ratio of these two, and at most the last gain.
     """
     count = len(scores)
     if count < 4:
@@ -190,7 +191,7 @@ def more_search(scores: Sequence[float]) -> dict[str, float] | None:
 
 
 def expected_best(scores: Sequence[float], count: int) -> float:
-    """E(k): mean over all ways to draw k of the scores of the largest drawn."""
+    """E(k): the largest of k scores drawn without replacement, averaged over all draws."""
     ordered = sorted(scores)
     ways = math.comb(len(ordered), count)
     return sum(score * math.comb(index, count - 1) / ways for index, score in enumerate(ordered))

@@ -1,4 +1,4 @@
-"""What `advice.json` holds, from the records of a search."""
+"""The fields of `advice.json`, from the records of a search."""
 
 import dataclasses
 import warnings
@@ -34,7 +34,7 @@ MIN_FOR_IMPORTANCE = 8
 def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[TrialRecord],
                   results: Sequence[DepthResult], goal: Goal, survey: Mapping[str, Any],
                   seconds: float) -> dict[str, Any]:
-    """Everything the page and other machines need."""
+    """All fields of `advice.json`; the page is made from them alone."""
     options = settings["options"]
     ways = _ways(settings, results, options)
     cost = ({each.depth: ways[each.depth]["a_year"] for each in results}
@@ -115,13 +115,13 @@ def _trial_fields(record: TrialRecord) -> dict[str, Any]:
 
 
 def _more(records: Sequence[TrialRecord], chosen: DepthResult) -> dict[str, Any]:
-    """What more trials at the recommended depth would bring."""
+    """The accuracy that more trials at the recommended depth would gain."""
     trials = [each for each in records if each.plan.kind == "search"
               and each.plan.depth == chosen.depth and each.measured]
     finished = [each.measured.accuracy for each in trials if each.finished and each.measured]
-    # one that was stopped early was no better than the worst that was not
+    # a trial that was stopped early was no better than the worst finished one
     scores = finished + [min(finished)] * sum(each.status == "pruned" for each in trials)
-    found = more_search(scores)
+    estimate = more_search(scores)
     values = chosen.accuracy.values
     noise = None
     if len(values) > 1:
@@ -132,13 +132,13 @@ def _more(records: Sequence[TrialRecord], chosen: DepthResult) -> dict[str, Any]
         if record.plan.kind == "search" and record.finished and record.measured:
             best = max(best, record.measured.accuracy)
             curve.append([round(record.search_seconds, 1), best])
-    return {"estimate": found, "seed_noise": noise, "best_so_far": curve,
-            "words": words.search_value(found, noise)}
+    return {"estimate": estimate, "seed_noise": noise, "best_so_far": curve,
+            "words": words.search_value(estimate, noise)}
 
 
 def _importance(space: Space, settings: Mapping[str, Any], records: Sequence[TrialRecord],
                 goal: Goal) -> dict[str, float]:
-    """Share of the variation in accuracy that each key explains (fANOVA), most first."""
+    """Share of the variance of accuracy that each key explains (fANOVA), largest first."""
     finished = [each for each in records if each.plan.kind == "search" and each.finished]
     if len(finished) < MIN_FOR_IMPORTANCE:
         return {}
@@ -148,9 +148,9 @@ def _importance(space: Space, settings: Mapping[str, Any], records: Sequence[Tri
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = optuna.importance.get_param_importances(
+        importance = optuna.importance.get_param_importances(
             study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0))
-    return {key: round(float(value), 4) for key, value in found.items()}
+    return {key: round(float(value), 4) for key, value in importance.items()}
 
 
 # Money -----------------------------------------------------------------------------------------

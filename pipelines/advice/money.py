@@ -1,4 +1,4 @@
-"""What a stream costs in money: a retraining, and a year of new tasks. Plain arithmetic.
+"""The costs of a stream in money: a retraining, and a year of new tasks.
 
 A year begins with no task and brings N a month, evenly; every task stays. With 12 N = n tasks:
 
@@ -11,13 +11,14 @@ import dataclasses
 from typing import Any
 
 GIB = 1 << 30
+"""Bytes of the unit that storage is priced in (`--price-gib-month`)."""
 TASK_MONTHS = 78
 """1 + 2 + ... + 12."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prices:
-    """Prices of rented machines and storage, all in one currency."""
+    """Prices of rented resources, in one currency."""
 
     gpu_hour: float
     """An hour of the machine that trains."""
@@ -40,7 +41,7 @@ class Way:
 
 
 def yearly(way: Way, prices: Prices) -> dict[str, Any]:
-    """Costs of one way: the last retraining of the year, a year's computing and storage."""
+    """The costs of one way: the last retraining of the year, and a year's computing and storage."""
     tasks = 12 * prices.tasks_a_month
     task_price = way.task_seconds / 3600 * prices.gpu_hour
     computing = task_price * (tasks * (tasks + 1) / 2 if way.everything else tasks)

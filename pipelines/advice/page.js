@@ -5,7 +5,7 @@
   const search = advice.trials.filter(t => t.kind === "search" && t.status === "finished");
   const costs = {
     seconds: ["Training the stream, seconds", v => v],
-    feature_bytes: ["Stored features, MiB", v => v / 2 ** 20],
+    feature_bytes: ["Stored features, MB", v => v / 1e6],
     serving_macs: ["Serving, million multiply-adds an answer", v => v / 1e6]};
   let cost = "seconds";
   const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -156,11 +156,11 @@
       ["Held-out accuracy", `${share(trial.accuracy)} after ${trial.tasks_done} of ${advice.tasks.length} tasks`],
       ["Each task", trial.per_task.map(share).join(", ")],
       ["Training", `${trial.seconds.toFixed(1)} s (${trial.epochs} passes)`],
-      ["Stored features", `${(trial.feature_bytes / 2 ** 20).toFixed(1)} MiB`],
-      ["Serving", `${(trial.serving_macs / 1e6).toFixed(1)} million multiply-adds an answer, `
-        + `${(trial.head_bytes / 2 ** 20).toFixed(2)} MiB of weights a task in memory`],
-      ["Checkpoint", `${(trial.checkpoint_bytes / 2 ** 20).toFixed(2)} MiB, `
-        + `${(trial.bytes_per_task / 1024).toFixed(1)} KiB a task`]);
+      ["Stored features", `${(trial.feature_bytes / 1e6).toFixed(1)} MB`],
+      ["Serving", `${(trial.serving_macs / 1e6).toFixed(1)} million multiply-adds for each prediction, `
+        + `${(trial.head_bytes / 1e6).toFixed(2)} MB of weights for each task in memory`],
+      ["Checkpoint", `${(trial.checkpoint_bytes / 1e6).toFixed(2)} MB, `
+        + `${(trial.bytes_per_task / 1e3).toFixed(1)} kB for each task`]);
     if (trial.test_accuracy !== null && trial.test_accuracy !== undefined)
       rows.push(["Test accuracy", share(trial.test_accuracy)]);
     for (const [key, value] of Object.entries(trial.params)) rows.push([key, JSON.stringify(value)]);

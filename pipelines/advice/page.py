@@ -1,4 +1,4 @@
-"""The advice as one HTML page that opens without a network: charts to click on, tables, words.
+"""The advice as one HTML page that opens without a network: charts, tables, sentences.
 
 Text that came from outside (names of searches, tasks and keys) is escaped where it is printed; the
 page's own script writes it as text, never as HTML.
@@ -12,9 +12,16 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from pipelines.advice.words import percent, points, size
+from pipelines.platform.numbers import (
+    duration,
+    in_points,
+    percent,
+    percent_with_margin,
+    points,
+    size,
+)
 from pipelines.report.charts import escape
-from pipelines.report.html import data_table
+from pipelines.report.html import base_css, data_table
 
 WORDS = {"accuracy": "the most accurate depth",
          "cost": "the cheapest depth within {loss} of the most accurate",
@@ -30,6 +37,7 @@ def render(advice: Mapping[str, Any]) -> str:
     supporting = [chosen["preferred"], chosen["confidence"], chosen["separate_heads"]]
     data = json.dumps(advice).replace("<", "\\u003c")  # no </script> inside the data
     return template.substitute(
+        base_css=base_css(),
         title=escape(f"{advice['name']} – how deep may I freeze?"), name=escape(advice["name"]),
         meta=escape(_meta(advice)), headline=escape(_headline(chosen)),
         reason=escape(chosen["reason"]), supporting="".join(
@@ -52,14 +60,14 @@ def _meta(advice: Mapping[str, Any]) -> str:
     stopped = sum(each["status"] == "pruned" for each in advice["trials"])
     return (f"{len(advice['tasks'])} tasks · {kinds.count('search')} trials, {stopped} stopped "
             f"early · {kinds.count('final')} final runs, {kinds.count('bound')} with separate "
-            f"heads · {advice['search_seconds'] / 60:.0f} minutes of search")
+            f"heads · {duration(advice['search_seconds'])} of search")
 
 
 def _depths_lead(advice: Mapping[str, Any]) -> str:
     seeds = len(advice["recommendation"]["accuracy"]["values"])
     return ("For each depth, its best trial run again under "
-            f"{seeds} seed{'s' * (seeds > 1)} that the search did not see, on held-out images. "
-            "The distance to separate heads is what sharing one generator costs.")
+            f"{seeds} seed{'s' * (seeds > 1)} that the search did not use, on held-out images. "
+            "“Behind heads” is the accuracy that sharing one generator costs.")
 
 
 def _depths_label(advice: Mapping[str, Any]) -> str:
@@ -72,10 +80,10 @@ def _depths_table(advice: Mapping[str, Any]) -> str:
     for each in advice["depths"]:
         test, behind = each["test_accuracy"], each["behind_separate_heads"]
         counts = each["counts"]
-        rows.append([f"{each['depth']} · {escape(each['freeze'])}", _with_half(each["accuracy"]),
-                     _with_half(test) if test else "–",
-                     f"{100 * behind['mean']:+.1f}" if behind else "–",
-                     f"{each['seconds']:.1f} s", size(each["feature_bytes"]),
+        rows.append([f"{each['depth']} · {escape(each['freeze'])}", _with_margin(each["accuracy"]),
+                     _with_margin(test) if test else "–",
+                     points(behind["mean"], signed=True) if behind else "–",
+                     duration(each["seconds"]), size(each["feature_bytes"]),
                      f"{each['serving_macs'] / 1e6:.0f} M", size(each["bytes_per_task"]),
                      f"{counts['finished']} + {counts['pruned']}"])
     table = data_table(["Freeze", "Held-out accuracy", "Test accuracy", "Behind heads, points",
@@ -85,10 +93,8 @@ def _depths_table(advice: Mapping[str, Any]) -> str:
     return table.replace(marker, marker.replace("<tr>", '<tr class="chosen">'))
 
 
-def _with_half(interval: Mapping[str, Any]) -> str:
-    if interval["low"] is None:
-        return percent(interval["mean"])
-    return f"{percent(interval['mean'])} ± {100 * (interval['mean'] - interval['low']):.1f}"
+def _with_margin(interval: Mapping[str, Any]) -> str:
+    return percent_with_margin(interval["mean"], interval["low"])
 
 
 def _parallel_width(advice: Mapping[str, Any]) -> str:
@@ -97,16 +103,16 @@ def _parallel_width(advice: Mapping[str, Any]) -> str:
 
 def _importance_note(advice: Mapping[str, Any]) -> str:
     if not advice["importance"]:
-        return "Too few trials to say."
-    return ("Share of the differences in accuracy that each key explains (fANOVA over finished "
-            "trials), of the keys that every one of them has.")
+        return "There are too few trials to estimate this."
+    return ("Share of the variance of accuracy that each key explains (fANOVA over finished "
+            "trials), for the keys that every trial has.")
 
 
 def _money(advice: Mapping[str, Any]) -> str:
     money = advice["money"]
     if not money:
         return ""
-    rows = [[escape(row["way"]), _accuracy(row["accuracy"]), _duration(row["retraining_seconds"]),
+    rows = [[escape(row["way"]), percent(row["accuracy"]), duration(row["retraining_seconds"]),
              _price(row["retraining"]), _price(row["computing_a_year"]),
              _price(row["storage_a_year"]), _price(row["a_year"])] for row in money["rows"]]
     table = data_table(["Way", "Accuracy", "A retraining takes", "A retraining costs",
@@ -114,7 +120,7 @@ def _money(advice: Mapping[str, Any]) -> str:
     prices = money["prices"]
     lead = (f"At {prices['gpu_hour']:g} an hour of the machine, {prices['gib_month']:g} a GiB and "
             f"month, and {prices['tasks_a_month']:g} new tasks a month.")
-    return ('<section aria-labelledby="money-title"><h2 id="money-title">What it costs</h2>'
+    return ('<section aria-labelledby="money-title"><h2 id="money-title">Costs</h2>'
             f"<p>{escape(lead)}</p>"
             '<div class="scroll" tabindex="0" role="region" aria-label="Table of costs">'
             f'{table}</div><p class="note">{escape(money["assumes"])} For retraining everything '
@@ -125,46 +131,33 @@ def _forecast(advice: Mapping[str, Any]) -> str:
     measured = {each["depth"]: each["accuracy"]["mean"] for each in advice["depths"]}
     rows = [[str(stage["depth"]), percent(stage["probe_first"]), percent(stage["probe_second"]),
              f"{stage['cka_first']:.2f}", f"{stage['cka_second']:.2f}", percent(stage["kept"]),
-             "yes" if stage["worth_trying"] else "doubtful", _accuracy(measured.get(
-                 stage["depth"]))] for stage in advice["forecast"]["stages"]]
+             "yes" if stage["worth_trying"] else "doubtful",
+             percent(measured.get(stage["depth"]))] for stage in advice["forecast"]["stages"]]
     table = data_table(["Depth", "Probe, first task", "Probe, second", "CKA, first",
                         "CKA, second", "Kept", "Worth trying", "Measured"], rows)
     correlation = advice["forecast"]["rank_correlation"]
     judged = ("" if correlation is None else " Its ranks and those of the measured accuracy "
               f"correlate by {correlation:+.2f} (Spearman; 1 is the same order).")
-    lead = ("Before any trial, from the first two tasks alone: how well a linear probe on each "
-            "stage's features does, and how much of that carries over to a task that the trunk "
-            "was not trained on." + judged)
-    return ('<section aria-labelledby="forecast-title"><h2 id="forecast-title">The forecast</h2>'
+    lead = ("The forecast uses the first two tasks alone, before any trial: the accuracy of a "
+            "linear probe on each stage's features, and how much of it remains on a task that "
+            "the trunk was not trained on." + judged)
+    return ('<section aria-labelledby="forecast-title"><h2 id="forecast-title">Forecast</h2>'
             f"<p>{escape(lead)}</p>"
             '<div class="scroll" tabindex="0" role="region" aria-label="Table of the forecast">'
             f"{table}</div></section>")
 
 
 def _method(advice: Mapping[str, Any]) -> str:
-    words = WORDS[advice["objective"]].format(loss=points(advice["max_loss"]))
+    words = WORDS[advice["objective"]].format(loss=in_points(advice["max_loss"]))
     cost = advice["recommendation"]["cost"]
-    return (f"Objective {advice['objective']}: {words}. The cost is {cost}"
+    return (f"Objective {advice['objective']}: {words}. The cost is measured in {cost}"
             + (" of training the stream: processor time on a CPU, where trials share the machine, "
                "and wall-clock time on a GPU" if cost == "seconds" else "")
-            + ". Where the seeds cannot tell two depths apart (95 %), the cheaper one is taken. "
-            "Choices were made on held-out images; test images were looked at after them and "
-            "decided nothing. Serving cost is one answer for a task whose head is not in memory, "
-            "so generating it is included.")
-
-
-def _accuracy(value: float | None) -> str:
-    return "–" if value is None else percent(value)
+            + ". Where the difference of two depths is not significant over the seeds (95 %), the "
+            "cheaper one is recommended. All choices use held-out images; accuracy on test images "
+            "was measured afterwards and is only reported. Serving cost is one prediction for a "
+            "task whose head is not in memory, so it includes generating the head.")
 
 
 def _price(value: float) -> str:
     return f"{value:,.2f}" if value >= 0.01 or value == 0 else f"{value:.2g}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, name in ((3600, "h"), (60, "min")):
-        if seconds >= unit:
-            return f"{seconds / unit:.1f} {name}"
-    return f"{seconds:.1f} s"
-
-

@@ -1,17 +1,17 @@
-"""The recommendation in plain words: every number in a sentence comes from a record."""
+"""The recommendation in plain sentences; every number in them comes from a record."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.advice.decide import DepthResult, stage_name
-
-GIB = 1 << 30
-MIB = 1 << 20
+from pipelines.platform.numbers import in_points, percent, size
 
 
 def reason(results: Sequence[DepthResult], chosen: DepthResult,
            shifts: Mapping[str, float]) -> str:
-    """Why this depth: what it keeps, saves and needs, and what one stage deeper would cost."""
+    """The reason for this depth: the accuracy it keeps, the time it saves, the bytes it needs, and
+    the cost of one stage deeper.
+    """
     best = max(results, key=lambda each: each.accuracy.mean)
     run = chosen.runs[0]
     subject = f"Freezing {stage_name(chosen.depth)}"
@@ -29,7 +29,7 @@ def reason(results: Sequence[DepthResult], chosen: DepthResult,
 
 
 def _shallower(results: Sequence[DepthResult], chosen: DepthResult) -> str:
-    """What freezing one stage less would cost, where nothing is more accurate."""
+    """The cost of freezing one stage less, for the most accurate depth."""
     above = [each for each in results if each.depth < chosen.depth]
     if not above:
         return ""
@@ -42,47 +42,50 @@ def _shallower(results: Sequence[DepthResult], chosen: DepthResult) -> str:
 
 def _deeper(results: Sequence[DepthResult], chosen: DepthResult,
             shifts: Mapping[str, float]) -> str:
-    """What one stage deeper costs, and on which task most."""
+    """The accuracy that one stage deeper costs, and the task that loses most."""
     below = [each for each in results if each.depth > chosen.depth]
     if not below:
         return "No deeper depth was compared." if chosen.depth < 4 else ""
     nearest = min(below, key=lambda each: each.depth)
     loss = chosen.accuracy.mean - nearest.accuracy.mean
     if loss <= 0.0005:
-        return (f"Going deeper (freezing {stage_name(nearest.depth)}) would lose nothing that "
-                "shows, but does not serve the objective better.")
+        return (f"Going deeper (freezing {stage_name(nearest.depth)}) would lose no measurable "
+                "accuracy, but does not serve the objective better.")
     tasks = chosen.runs[0].tasks
     losses = [a - b for a, b in zip(chosen.per_task, nearest.per_task, strict=True)]
     worst = max(range(len(tasks)), key=lambda index: losses[index])
-    text = (f"Going deeper (freezing {stage_name(nearest.depth)}) costs {points(loss)}, most on "
-            f"task {tasks[worst]!r} ({points(losses[worst])})")
+    text = (f"Going deeper (freezing {stage_name(nearest.depth)}) costs {in_points(loss)}, most on "
+            f"task {tasks[worst]!r} ({in_points(losses[worst])})")
     if not shifts or tasks[worst] not in shifts:
         return text + "."
     if max(shifts, key=lambda task: shifts[task]) == tasks[worst]:
-        return text + (f", which differs most from the first: {shifts[tasks[worst]]:.0%} of its "
-                       "features' spread lies outside that of the first task.")
+        return text + (", which differs most from the first: "
+                       f"{percent(shifts[tasks[worst]], 0)} of the variance of its features lies "
+                       "outside that of the first task.")
     return text + "."
 
 
 def preferred(chosen: DepthResult, first: int, margin: float) -> str:
-    """Why a cheaper depth was taken than the one with the best value; empty for the same one."""
+    """The reason for a cheaper depth than the one with the best value; empty for the same one."""
     if chosen.depth == first:
         return ""
-    return (f"Freezing {stage_name(first)} is ahead by less than the seeds can tell apart "
-            f"({points(margin)}, 95 %), so the cheaper depth is recommended.")
+    return (f"Freezing {stage_name(first)} is ahead by less than the 95 % margin of the seeds "
+            f"({in_points(margin)}), so the cheaper depth is recommended.")
 
 
 def sure(chosen: DepthResult, votes: Mapping[int, int]) -> str:
-    """How sure the recommendation is."""
+    """How certain the recommendation is."""
     seeds = sum(votes.values())
     if not seeds:
-        return "No final runs yet, so nothing is known about how much chance there is in it."
+        return ("There are no final runs yet, so it is not known how much the result depends on "
+                "the seed.")
     agree = votes.get(chosen.depth, 0)
     others = ", ".join(f"{count} {stage_name(depth)}" for depth, count in sorted(votes.items())
                        if depth != chosen.depth)
-    text = (f"Each seed alone would say the same ({agree} of {seeds})." if agree == seeds else
-            f"{agree or 'None'} of the {seeds} seeds alone would say the same (the others: freeze "
-            f"{others}).")
+    text = (f"Each seed alone recommends the same depth ({agree} of {seeds})."
+            if agree == seeds else
+            f"{agree or 'None'} of the {seeds} seeds alone recommend{'s' * (agree == 1)} the same "
+            f"depth (the others: freeze {others}).")
     interval = chosen.accuracy
     if interval.low is not None and interval.high is not None:
         text += (f" Over {len(interval.values)} seeds its held-out accuracy is "
@@ -92,47 +95,29 @@ def sure(chosen: DepthResult, votes: Mapping[int, int]) -> str:
 
 
 def beside_separate_heads(chosen: DepthResult) -> str:
-    """What sharing one generator costs against one head a task."""
+    """The accuracy that sharing one generator costs against a separate head for each task."""
     lost = chosen.lost()
     if lost is None:
         return ""
     own, baseline = chosen.runs[0], chosen.baselines[0].measured
     assert baseline is not None
-    where = (f"is {points(lost.mean)} behind" if lost.mean > 0.0005 else
-             f"is {points(-lost.mean)} ahead" if lost.mean < -0.0005 else "is level")
+    where = (f"is {in_points(lost.mean)} behind" if lost.mean > 0.0005 else
+             f"is {in_points(-lost.mean)} ahead" if lost.mean < -0.0005 else "is level")
     if lost.low is not None and lost.high is not None and lost.low <= 0 <= lost.high:
-        where += " (within the noise of the seeds)"
+        where += " (not significant over the seeds)"
     return (f"Against one separate head a task, which stores {size(baseline.bytes_per_task)} "
             f"a task instead of {size(own.bytes_per_task)}, it {where}.")
 
 
-def search_value(found: Mapping[str, Any] | None, noise: float | None) -> str:
-    """Whether more trials are worth their time."""
-    if found is None:
-        return "Too few trials at this depth to say what more would bring."
-    text = (f"At this depth {found['trials']:.0f} trials were tried. The last doubling of their "
-            f"number brought {points(found['last_doubling'])} on average; doubling it again can "
-            f"be expected to bring {points(found['next_doubling'])}")
+def search_value(estimate: Mapping[str, Any] | None, noise: float | None) -> str:
+    """Whether more trials are likely to improve the accuracy."""
+    if estimate is None:
+        return "There are too few trials at this depth to estimate what more would gain."
+    text = (f"The search ran {estimate['trials']:.0f} trials at this depth. The last doubling of "
+            f"their number gained {in_points(estimate['last_doubling'])} on average; another "
+            f"doubling is expected to gain {in_points(estimate['next_doubling'])}")
     if noise is None:
         return text + "."
-    worth = found["next_doubling"] > noise
-    return text + (f", {'more' if worth else 'no more'} than what the seed alone changes "
-                   f"({points(noise)}): {'more search may pay' if worth else 'stop here'}.")
-
-
-def percent(share: float) -> str:
-    """0.512 -> 51.2 %."""
-    return f"{100 * share:.1f} %"
-
-
-def points(share: float) -> str:
-    """0.061 -> 6.1 points."""
-    return f"{100 * share:.1f} points"
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that a person would use."""
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (1 << 10, "KiB")):
-        if count >= 0.95 * unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count:.0f} bytes"
+    worth = estimate["next_doubling"] > noise
+    return text + (f", {'more' if worth else 'no more'} than the standard deviation over seeds "
+                   f"({in_points(noise)}): {'more search may help' if worth else 'stop here'}.")

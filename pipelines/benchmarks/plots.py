@@ -1,4 +1,4 @@
-"""A pack's drawings in one SVG: accuracy against depth, against cost, forgetting, and over time."""
+"""Charts of a benchmark in one SVG: accuracy by depth, by cost and over time, and forgetting."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -10,12 +10,12 @@ from partialhn.benchmarks.catalogue import EVERY
 from partialhn.benchmarks.comparison import Row
 
 ORDER = (*EVERY, "full_hn", "er")
-"""A strategy keeps its colour in every pack."""
+"""A strategy has the same colour in every benchmark."""
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def plots_svg(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], depth: int) -> str:
-    """Four panels; those over tasks are of the rows at `depth`, the pack's own."""
+    """Four panels; those over tasks show the rows at `depth`, the depth of the preset."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""A pack's rows as CSV, as Markdown and as lines for a terminal."""
+"""The rows of a benchmark as CSV and as Markdown."""
 
 import csv
 import io
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from partialhn.benchmarks.comparison import Row
 from partialhn.evaluation.intervals import Interval
-from pipelines.benchmarks.findings import half, percent
+from pipelines.platform.numbers import margin, percent_with_margin, points
 
 HEADS = ("strategy", "depth", "seeds", "acc", "acc_low", "acc_high", "learning_accuracy",
          "forgetting", "ahead", "ahead_low", "ahead_high", "bytes_per_task", "cpu_seconds",
@@ -14,7 +14,7 @@ HEADS = ("strategy", "depth", "seeds", "acc", "acc_low", "acc_high", "learning_a
 
 
 def table_csv(rows: Sequence[Row]) -> str:
-    """A line for each row: shares of 1, bytes, seconds; empty where there is no number."""
+    """A line for each row: shares of 1, bytes, seconds; a missing number is empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(HEADS)
@@ -41,18 +41,18 @@ def table_columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     heads = ["strategy", "frozen stages", "ACC", "learned", "forgotten, points",
              "partial hypernetwork ahead by, points", "a task adds", "processor time", "recorded"]
     return heads, [
-        [row.label, str(row.depth), percent(row.acc), percent(row.learning_accuracy),
-         _points(row.forgetting), _points(row.ahead, sign="+") if row.ahead else "",
+        [row.label, str(row.depth), _percent(row.acc), _percent(row.learning_accuracy),
+         _points(row.forgetting), _points(row.ahead, signed=True) if row.ahead else "",
          f"{row.bytes_per_task / 1000:,.1f} kB", f"{row.cpu_seconds:.1f} s", _recorded(row)]
         for row in rows]
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """One line: which rows are outside of what was recorded."""
+    """One line that names the rows outside of their recorded range."""
     known = [row for row in rows if row.expected is not None]
     outside = [row.key for row in known if not row.as_expected]
     if not known:
-        return "no run of this size is recorded, so nothing is expected"
+        return "no run of this size is recorded, so there is no expected range"
     if not outside:
         return f"all {len(known)} rows with a recorded range lie in it"
     return f"{len(outside)} of {len(known)} rows lie outside of the recorded range: " + ", ".join(
@@ -66,8 +66,12 @@ def _recorded(row: Row) -> str:
     return f"{low:.1f} to {high:.1f} %" + ("" if row.as_expected else ": outside")
 
 
-def _points(value: Interval, sign: str = "") -> str:
-    return f"{100 * value.mean:{sign}.1f}{half(value)}"
+def _percent(value: Interval) -> str:
+    return percent_with_margin(value.mean, value.low)
+
+
+def _points(value: Interval, signed: bool = False) -> str:
+    return points(value.mean, signed) + margin(value.mean, value.low)
 
 
 def _short(value: float | None) -> str:

@@ -107,6 +107,7 @@ class PruneFeatures:
     """Delete the features instead of listing them."""
 
     def run(self) -> int:
+        from pipelines.platform.numbers import size
         from pipelines.registry.client import connect
         from pipelines.upkeep.prune import age_text, delete, parse_age, prunable, stored
         from pipelines.upkeep.references import check_registry, references
@@ -121,14 +122,14 @@ class PruneFeatures:
         with storage.explained():
             unused = prunable(stored(storage), references(storage, registry), age)
             results = delete(storage, unused) if self.delete else ((each, []) for each in unused)
-            size = count = 0
+            total = count = 0
             for features, users in results:
                 what = (f"kept, in use by {users[0]}" if users else
                         "deleted" if self.delete else "would be deleted")
-                print(f"{features.key}  {features.bytes / 2**20:.1f} MiB  "
+                print(f"{features.key}  {size(features.bytes)}  "
                       f"{age_text(features.age)} old  {what}")
-                size, count = size + features.bytes * (not users), count + (not users)
-        print(f"{count} keys, {size / 2**20:.1f} MiB "
+                total, count = total + features.bytes * (not users), count + (not users)
+        print(f"{count} keys, {size(total)} "
               + ("deleted" if self.delete else "would be deleted; to delete them, give --delete"))
         return 0
 

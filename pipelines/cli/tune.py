@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from partialhn.config import Config, Sections
+from pipelines.platform.numbers import in_points, percent, percent_with_margin, size
 from pipelines.search.settings import SearchConfig
 
 
@@ -42,15 +43,13 @@ def summary(advice: dict[str, Any], output: str) -> list[str]:
              "depth  trials  accuracy            test     seconds   features  behind heads"]
     for row in advice["depths"]:
         accuracy, test = row["accuracy"], row["test_accuracy"]
-        half = ("" if accuracy["low"] is None else
-                f" ± {100 * (accuracy['mean'] - accuracy['low']):.1f}")
-        tested = f"{100 * test['mean']:5.1f} %" if test else "-"
+        tested = percent(test["mean"] if test else None)
         behind = row["behind_separate_heads"]
         lines.append(
             f"{row['depth']:>5}  {sum(row['counts'].values()):>6}  "
-            f"{100 * accuracy['mean']:5.1f} %{half:<8}  {tested:>10}  {row['seconds']:>8.1f}  "
-            f"{row['feature_bytes'] / 2**20:>5.0f} MiB  "
-            + (f"{100 * behind['mean']:.1f} points" if behind else "-"))
+            f"{percent_with_margin(accuracy['mean'], accuracy['low']):<15}  {tested:>10}  "
+            f"{row['seconds']:>8.1f}  {size(row['feature_bytes']):>9}  "
+            + (in_points(behind["mean"]) if behind else "–"))
     if advice["money"]:
         lines += ["", "a year" + " " * 46 + "a retraining    a year"]
         lines += [f"  {row['way']:<50}{row['retraining']:>12.2f}{row['a_year']:>10.2f}"

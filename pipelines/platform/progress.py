@@ -8,6 +8,7 @@ from partialhn.config import Config
 from partialhn.evaluation.metrics import StreamMetrics
 from partialhn.features.manifest import Manifest
 from partialhn.training.records import EpochRecord, TaskRecord
+from pipelines.platform.numbers import size
 
 QUIET_SECONDS = 5.0
 """Seconds between two lines about epochs when the output is not a terminal."""
@@ -46,9 +47,9 @@ class Progress:
 
     def features_done(self, manifests: Sequence[Manifest], decoded: int) -> None:
         """Shows that all features are stored, and which images were left out."""
-        size = sum(manifest.bytes for manifest in manifests) / 2**20
+        stored = size(sum(manifest.bytes for manifest in manifests))
         source = f"{decoded} images decoded" if decoded else "found, 0 images decoded"
-        self.line(f"features: {size:.1f} MiB ({source})")
+        self.line(f"features: {stored} ({source})")
         for manifest in manifests:
             for name, reason in manifest.bad:
                 self.line(f"  left out {name}: {reason}")

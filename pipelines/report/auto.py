@@ -1,7 +1,8 @@
-"""The report's section on images whose task nobody says."""
+"""The report's section on images that come without a task id."""
 
+from pipelines.platform.numbers import percent
 from pipelines.report.charts import escape
-from pipelines.report.facts import Facts, percent
+from pipelines.report.facts import Facts
 from pipelines.report.html import data_table, section
 
 METHODS = (("acc_detector", "Trunk features alone", "distance to class means"),
@@ -10,27 +11,28 @@ METHODS = (("acc_detector", "Trunk features alone", "distance to class means"),
 
 
 def without_id(facts: Facts) -> str:
-    """Accuracy where the task must be inferred; empty for a run that did not measure it."""
+    """Accuracy with the task inferred; empty for a run that did not measure it."""
     measured = facts.result.get("without_task_id") or {}
     if "acc" not in measured:
         return ""
-    lead = (f"Where the caller does not say the task, {percent(measured['task_accuracy'])} of "
-            f"images find it, and {percent(measured['acc'])} get the right class; "
-            f"{percent(measured['acc_given'])} of the same images do when the task is given.")
+    lead = (f"When the caller does not give the task, the model infers the right task for "
+            f"{percent(measured['task_accuracy'])} of images and the right class for "
+            f"{percent(measured['acc'])}. When the task is given, "
+            f"{percent(measured['acc_given'])} of the same images get the right class.")
     rows = [[f"{escape(name)}<small>{escape(note)}</small>", percent(measured[key])]
             for key, name, note in METHODS if key in measured]
     return section("Without a task id", lead, data_table(["Task inferred by", "Right class"], rows),
-                   f'<p class="meta after">{escape(_strangers(measured))}</p>')
+                   f'<p class="meta after">{escape(_detection(measured))}</p>')
 
 
-def _strangers(measured: dict[str, float]) -> str:
-    rejected = (f"{percent(measured['known_rejected'])} of known tasks' images are taken for "
-                "images of no known task.")
+def _detection(measured: dict[str, float]) -> str:
+    rejected = (f"The model rejects {percent(measured['known_rejected'])} of the images of known "
+                "tasks as images of no known task.")
     if "rejection_auroc" not in measured:
         return rejected
-    return (f"Images of a task that was not learned yet are told from those of learned tasks with "
-            f"an AUROC of {measured['rejection_auroc']:.2f} (0.50 is guessing, 1 is perfect; mean "
-            f"over the tasks, each before it was learned). {rejected}")
+    return ("Detection of images from a task that the model has not learned yet has an AUROC of "
+            f"{measured['rejection_auroc']:.2f} (0.50 is guessing, 1 is perfect; mean over the "
+            f"tasks, each before it was learned). {rejected}")
 
 
 def without_id_line(facts: Facts) -> list[str]:
@@ -39,6 +41,6 @@ def without_id_line(facts: Facts) -> list[str]:
     if "acc" not in measured:
         return []
     auroc = measured.get("rejection_auroc")
-    return [f"Without a task id: {percent(measured['acc'])} right, task found for "
+    return [f"Without a task id: accuracy {percent(measured['acc'])}, task inferred correctly for "
             f"{percent(measured['task_accuracy'])}"
-            + ("" if auroc is None else f"; unknown tasks told with AUROC {auroc:.2f}")]
+            + ("" if auroc is None else f"; unknown tasks: AUROC {auroc:.2f}")]

@@ -1,13 +1,14 @@
-"""The report's sections on training and its price: curves, seconds, bytes, frozen computation."""
+"""The report's sections on training and its cost: curves, seconds, bytes, frozen computation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from pipelines.platform.numbers import duration, percent, size
 from pipelines.report import charts
 from pipelines.report.charts import Bar, Line
-from pipelines.report.facts import Facts, dig, duration, size
+from pipelines.report.facts import Facts, dig
 from pipelines.report.html import data_table, figure, key, pair, section
 
 STAGES = ("startup", "data", "trunk", "features", "train", "evaluate", "register")
@@ -42,9 +43,10 @@ def training(facts: Facts) -> str:
         ticks = charts.accuracy_ticks([y for line in learned + held_out for _, y in line.points])
         figures.append(figure("Accuracy while training, epoch by epoch", legend + _epoch_chart(
             "accuracy", "Accuracy while training", learned + held_out, ticks, "{:.0%}", tasks),
-            "A gap between the two is over-fitting: what helps on the training images alone."))
+            "A gap between the two is over-fitting: the model fits the training images better "
+            "than others."))
     lead = f"{total:,} epochs in all, {total / len(tasks):.3g} a task; {how}."
-    return section("How it trained", lead, pair(*figures))
+    return section("Training", lead, pair(*figures))
 
 
 def _epochs_by_task(facts: Facts) -> dict[int, Records]:
@@ -56,7 +58,7 @@ def _epochs_by_task(facts: Facts) -> dict[int, Records]:
 
 
 def _starts(tasks: Mapping[int, Records]) -> dict[int, int]:
-    """How many epochs came before each task."""
+    """Number of epochs before each task."""
     starts, at = {}, 0
     for task, records in tasks.items():
         starts[task], at = at, at + len(records)
@@ -114,11 +116,13 @@ def cost(facts: Facts) -> str:
     if not figures:
         return ""
     total, peak = dig(facts.result, "seconds", "total"), facts.result.get("peak_rss_bytes")
-    lead = f"The whole run took {duration(total)}" if total is not None else "What the run took"
-    lead += f" and at most {size(peak)} of memory." if peak else "."
+    lead = "Time, memory and computation of the run."
+    if total is not None:
+        lead = (f"The whole run took {duration(total)}"
+                + (f" and at most {size(peak)} of memory." if peak else "."))
     if facts.result.get("images_decoded") == 0:
-        lead += " The features were found from an earlier run, so no image was decoded."
-    return section("What it cost", lead, *[pair(*figures[k:k + 2])
+        lead += " The features were stored by an earlier run, so no image was decoded."
+    return section("Cost", lead, *[pair(*figures[k:k + 2])
                                            for k in range(0, len(figures), 2)])
 
 
@@ -130,7 +134,7 @@ def _stage_figure(facts: Facts) -> str:
     if not known:
         return ""
     whole = max(sum(value for _, value in known), 1e-9)
-    bars = [Bar(name, ((value, "b-main"),), f"{duration(value)} · {value / whole:.0%}",
+    bars = [Bar(name, ((value, "b-main"),), f"{duration(value)} · {percent(value / whole, 0)}",
                 f"{name}: {value:.2f} s") for name, value in known]
     drawing = charts.bar_chart("stages", "Seconds per stage", ", ".join(
         f"{name} {duration(value)}" for name, value in known), bars,
@@ -139,8 +143,8 @@ def _stage_figure(facts: Facts) -> str:
     beside = facts.baselines and own is not None and train > 1.05 * own
     return figure("Time per stage", drawing, "Start-up, data, trunk and features are paid once "
                   "for the stream; train, evaluate and register with every task."
-                  + (f" Of the training, {duration(own)} were ours, the rest the baselines and the "
-                     "workers' start."
+                  + (f" {duration(own)} of the training were ours; the rest were the baselines and "
+                     "the start of the workers."
                      if beside else ""))
 
 
@@ -172,16 +176,17 @@ def _frozen_figure(facts: Facts) -> str:
         return ""
     share = dig(facts.result, "macs", "frozen_share")
     share = trunk / (trunk + head) if share is None else share
-    bars = [Bar("trunk, frozen", ((trunk, "b-mute"),), f"{trunk / 1e6:.3g} M · {share:.0%}",
+    frozen, rest = percent(share, 0), percent(1 - share, 0)
+    bars = [Bar("trunk, frozen", ((trunk, "b-mute"),), f"{trunk / 1e6:.3g} M · {frozen}",
                 f"{trunk:,.0f} multiply-adds an image, once"),
-            Bar("head, generated", ((head, "b-main"),), f"{head / 1e6:.3g} M · {1 - share:.0%}",
+            Bar("head, generated", ((head, "b-main"),), f"{head / 1e6:.3g} M · {rest}",
                 f"{head:,.0f} multiply-adds an image, every epoch")]
-    drawing = charts.bar_chart("frozen", "Share of frozen computation", f"{share:.0%} of an "
+    drawing = charts.bar_chart("frozen", "Share of frozen computation", f"{frozen} of an "
                                "image's multiply-adds are in the frozen trunk.", bars,
                                max(trunk, head), right=104)
     return figure("Computation per image, in millions of multiply-adds", drawing,
-                  f"The frozen {share:.0%} of the network runs once per image and view, and its "
-                  "result is stored; every epoch pays for the rest alone.")
+                  f"The frozen {frozen} of the network runs once per image and view, and its "
+                  "result is stored; an epoch computes the rest alone.")
 
 
 def _bytes_table(facts: Facts) -> str:
@@ -190,7 +195,7 @@ def _bytes_table(facts: Facts) -> str:
         ("Stored features", "can be deleted and computed again", "feature_bytes"),
         ("Checkpoint", "everything prediction needs, all tasks", "checkpoint_bytes"),
         ("Trunk", "frozen; part of the checkpoint", "trunk_bytes"),
-        ("Shared base", "of all tasks; part of the checkpoint", "shared_bytes"),
+        ("Shared by all tasks", "part of the checkpoint", "shared_bytes"),
         ("Each new task", "what the checkpoint grows by", "bytes_per_task"),
     ) if result.get(field) is not None]
     if not rows:

@@ -1,11 +1,10 @@
-"""What a result says: the numbers a report needs, checked once, and how they are written.
+"""The numbers of a result that a report needs, checked once.
 
-`result.json` holds many optional parts (no baselines run, nothing registered, one task only);
-`Facts` is where "missing" is decided, so that the drawing code need not ask.
+Many parts of `result.json` are optional (no baselines run, nothing registered, one task only).
+`Facts` decides what counts as missing, so that the drawing code need not ask.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +16,9 @@ from partialhn.evaluation import metrics
 from partialhn.strategies.table import label_of
 
 FORGETTING_LIMIT = 0.01
+"""Mean forgetting that the verdict accepts: 1 point."""
 GAP_LIMIT = 0.02
-NBSP = "\u00a0"
+"""Accuracy behind separate heads that the verdict accepts: 2 points."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """A result with its holes filled: every field is there, None only where said."""
+    """A result with every field present; a field is None only where its type says so."""
 
     name: str
     tasks: tuple[str, ...]
@@ -45,7 +45,7 @@ class Facts:
     ours: Method
     baselines: Mapping[str, Method]
     details: tuple[Mapping[str, Any], ...]
-    """Facts about each task: classes, train_images, test_images, bad_images, transform."""
+    """For each task: classes, train_images, test_images, bad_images, transform, as far as known."""
     result: Mapping[str, Any]
 
     @property
@@ -80,7 +80,7 @@ class Facts:
 
     @property
     def task_seconds(self) -> float | None:
-        """Mean seconds a task took, all of its stages together."""
+        """Mean seconds of a task: training, evaluation and registration together."""
         rows = dig(self.result, "seconds", "per_task") or []
         if not rows:
             return None
@@ -98,7 +98,7 @@ def dig(values: Any, *keys: str) -> Any:
 
 
 def read_facts(result: Mapping[str, Any]) -> Facts:
-    """Checks a result and fills its holes.
+    """Checks a result and fills in what is missing.
 
     The metrics are computed from the accuracy matrix, never copied from the result's summary.
     Raises: InputError without a usable `accuracy_matrix`.
@@ -123,7 +123,7 @@ def read_facts(result: Mapping[str, Any]) -> Facts:
 
 
 def _train_seconds(result: Mapping[str, Any]) -> float | None:
-    """Seconds that training our own tasks took: the stage may hold the baselines as well."""
+    """Seconds of training our own tasks; the stage's total may include the baselines."""
     rows = [row.get("train") for row in dig(result, "seconds", "per_task") or []]
     if rows and None not in rows:
         return float(sum(rows))
@@ -137,52 +137,11 @@ def _baseline(key: str, values: Mapping[str, Any]) -> Method:
                   values.get("seconds"))
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    return "–" if share is None or math.isnan(share) else f"{100 * share:.{digits}f}{NBSP}%"
-
-
-def points(share: float | None, signed: bool = False) -> str:
-    """A difference of two accuracies in percentage points, with a real minus sign."""
-    if share is None:
-        return "–"
-    number = f"{100 * share:+.1f}" if signed else f"{100 * share:.1f}"
-    if float(number) == 0:
-        number = "0.0"
-    return number.replace("-", "−")
-
-
-def in_points(share: float) -> str:
-    number = points(share)
-    return f"{number}{NBSP}point" if number == "1.0" else f"{number}{NBSP}points"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 9.95:
-        return f"{seconds:.1f}{NBSP}s"
-    if seconds < 119.5:
-        return f"{seconds:.0f}{NBSP}s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 120:
-        return f"{minutes}{NBSP}min {rest}{NBSP}s"
-    return f"{minutes // 60}{NBSP}h {minutes % 60}{NBSP}min"
-
-
-def size(n_bytes: float | None) -> str:
-    if n_bytes is None:
-        return "–"
-    if n_bytes < 1000:
-        return f"{n_bytes:.0f}{NBSP}B"
-    power = next((p for p in (1, 2, 3) if n_bytes < 999.5 * 1000 ** p), 4)
-    value, unit = n_bytes / 1000 ** power, ("kB", "MB", "GB", "TB")[power - 1]
-    return f"{value:.1f}{NBSP}{unit}" if value < 99.5 else f"{value:.0f}{NBSP}{unit}"
-
-
 def break_even(facts: Facts) -> int | None:
-    """Tasks from which the shared part pays: shared + n * ours < n * separate.
+    """The smallest number of tasks n for which the model with its shared part is smaller than
+    separate heads: shared + n * ours < n * separate.
 
-    None where that is unknown, or where it never pays.
+    None where that is unknown, or where the model never becomes smaller.
     """
     separate, ours = facts.baselines.get("separate_heads"), facts.ours.bytes_per_task
     shared = facts.result.get("shared_bytes")

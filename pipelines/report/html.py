@@ -1,8 +1,33 @@
-"""The report's HTML pieces: sections, figures, tables. Arguments named html are already escaped."""
+"""HTML pieces of pages: sections, figures, tables, and the page itself.
+
+Arguments named html are already escaped.
+"""
 
 from collections.abc import Sequence
+from pathlib import Path
+from string import Template
 
-from pipelines.report.charts import escape
+from pipelines.report.charts import HEAT_BINS, escape
+
+NAMED_LINES = 8
+"""Up to this many tasks every line of a chart has its own colour and label."""
+
+
+def page(title: str, html: Sequence[str]) -> str:
+    """A whole page of these parts, one below the other."""
+    template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        title=escape(title), body="\n".join(html), base_css=base_css(),
+        categorical="\n".join(f".l-{i} {{ stroke: var(--c{i}); }} .l-{i}-f, .l-{i}-t "
+                              f"{{ fill: var(--c{i}); }}" for i in range(NAMED_LINES)),
+        heat_classes="\n".join(f".h{i} {{ fill: var(--h{i}); }} .t{i} "
+                               f"{{ fill: var(--{'lo' if i <= 5 else 'hi'}); }}"
+                               for i in range(HEAT_BINS)))
+
+
+def base_css() -> str:
+    """The style that every page has: palette of light and dark mode, body, headings, tables."""
+    return Path(__file__).with_name("base.css").read_text(encoding="utf-8")
 
 
 def section(title: str, lead: str, *html: str) -> str:

@@ -8,34 +8,25 @@ Every text that came from outside (stream, task and class names) is escaped wher
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from partialhn.errors import InputError
-from pipelines.report import charts, provenance
+from pipelines.platform.numbers import duration, percent, points, size
+from pipelines.report import provenance
 from pipelines.report.auto import without_id
 from pipelines.report.charts import escape
 from pipelines.report.cost import cost, training
-from pipelines.report.facts import (
-    FORGETTING_LIMIT,
-    GAP_LIMIT,
-    NBSP,
-    Facts,
-    duration,
-    percent,
-    points,
-    read_facts,
-    size,
-)
-from pipelines.report.tasks import NAMED_LINES, baselines, task_by_task
+from pipelines.report.facts import FORGETTING_LIMIT, GAP_LIMIT, Facts, read_facts
+from pipelines.report.html import page
+from pipelines.report.tasks import baselines, task_by_task
 from pipelines.report.text import text_summary
 from pipelines.report.verdict import verdict
 
-__all__ = ["page", "render", "text_summary", "write_page", "write_report"]
+__all__ = ["render", "text_summary", "write_page", "write_report"]
 
-MARKS = {"good": "✓ Holds", "fair": "△ Costs accuracy", "bad": "✕ Not good enough"}
+MARKS = {"good": "✓ Good", "fair": "△ Costs accuracy", "bad": "✕ Not good enough"}
 
 
 def render(result: Mapping[str, Any]) -> str:
@@ -48,18 +39,6 @@ def render(result: Mapping[str, Any]) -> str:
              baselines(facts), without_id(facts), training(facts), cost(facts),
              provenance.usage(facts), provenance.configuration(facts), provenance.terms()]
     return page(f"{facts.name} – continual-learning report", parts)
-
-
-def page(title: str, html: Sequence[str]) -> str:
-    """A whole page of these parts, one below the other."""
-    template = Path(__file__).with_name("template.html").read_text(encoding="utf-8")
-    return Template(template).substitute(
-        title=escape(title), body="\n".join(html),
-        categorical="\n".join(f".l-{i} {{ stroke: var(--c{i}); }} .l-{i}-f, .l-{i}-t "
-                              f"{{ fill: var(--c{i}); }}" for i in range(NAMED_LINES)),
-        heat_classes="\n".join(f".h{i} {{ fill: var(--h{i}); }} .t{i} "
-                               f"{{ fill: var(--{'lo' if i <= 5 else 'hi'}); }}"
-                               for i in range(charts.HEAT_BINS)))
 
 
 def write_report(result: Mapping[str, Any], path: str | Path) -> Path:
@@ -99,27 +78,27 @@ def _header(facts: Facts) -> str:
 
 
 def _verdict(facts: Facts) -> str:
-    said = verdict(facts)
-    cautions = "".join(f"<li>{escape(caution)}</li>" for caution in said.cautions)
-    return (f'<div class="verdict {said.status}"><p class="mark">{MARKS[said.status]}</p>'
-            f"<h2>{escape(said.headline)}</h2><p>{escape(said.paragraph)}</p>"
+    judged = verdict(facts)
+    cautions = "".join(f"<li>{escape(caution)}</li>" for caution in judged.cautions)
+    return (f'<div class="verdict {judged.status}"><p class="mark">{MARKS[judged.status]}</p>'
+            f"<h2>{escape(judged.headline)}</h2><p>{escape(judged.paragraph)}</p>"
             + (f"<ul>{cautions}</ul>" if cautions else "") + "</div>")
 
 
 def _headline(facts: Facts) -> str:
     error, gap, summary = facts.standard_error, facts.gap, facts.metrics
-    limit, gap_limit = (f"{points(most)}{NBSP}pt" for most in (FORGETTING_LIMIT, GAP_LIMIT))
+    limit, gap_limit = (f"{points(most)} pt" for most in (FORGETTING_LIMIT, GAP_LIMIT))
     rows = [
         ("Accuracy at the end", percent(summary.accuracy),
          f"± {points(error)} from the finite test sets" if error is not None else
          "mean over all tasks", False),
         ("Accuracy when learned", percent(summary.learning_accuracy),
          "mean, each task right after its training", False),
-        ("Forgotten", f"{points(summary.forgetting)} pt", f"mean of earlier tasks; limit {limit}"
+        ("Forgetting", f"{points(summary.forgetting)} pt", f"mean of earlier tasks; limit {limit}"
          if len(facts.tasks) > 1 else "one task: nothing to forget",
          summary.forgetting > FORGETTING_LIMIT + 1e-9),
         ("Behind separate heads", "–" if gap is None else f"{points(gap)} pt",
-         "not trained beside it" if gap is None else
+         "not trained" if gap is None else
          f"minus: ahead; limit {gap_limit}" if gap < 0 else
          f"limit {gap_limit}", gap is not None and gap > GAP_LIMIT + 1e-9),
         ("Time per new task", duration(facts.task_seconds), "train, evaluate, register", False),

@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipelines.platform.numbers import size
 from pipelines.report.charts import escape
-from pipelines.report.facts import Facts, size
+from pipelines.report.facts import Facts
 from pipelines.report.html import data_table, facts_list, pair, section
 from pipelines.settings import mask_password
 
@@ -31,8 +32,8 @@ def usage(facts: Facts) -> str:
     left = ("<div><h3>Label images of a task</h3>" + _code(command)
             + "<h3>Load it in Python</h3>" + _code(python) + "</div>")
     versions = list(facts.result.get("versions") or [])
-    return section("How to use it", f"The current model is {uri}. Every task left a version "
-                   "behind that knows the tasks up to it; any of them can be loaded again.",
+    return section("How to use it", f"The current model is {uri}. Every task registered a "
+                   "version that knows the tasks up to it; any of them can be loaded.",
                    pair(left, _going_back(uri, tracking, versions)), _versions(versions))
 
 
@@ -83,8 +84,8 @@ def configuration(facts: Facts) -> str:
     ]
     known = [(name, mask_password(str(value))) for name, value in rows
              if value is not None and value != ""]
-    return section("Configuration and provenance", "What is needed to repeat the run and to check "
-                   "that it is the same one.", facts_list(known), _options(result),
+    return section("Configuration and provenance", "Settings that repeat the run, and hashes that "
+                   "show whether it is the same.", facts_list(known), _options(result),
                    _feature_keys(result))
 
 
@@ -114,9 +115,9 @@ def _feature_keys(result: Mapping[str, Any]) -> str:
 
 
 def terms() -> str:
-    """The few words of the field that the page uses, for a reader from outside."""
+    """The terms that the page uses, for a reader from another field."""
     rows = [
-        ("Task", "A set of classes that arrives at once and is learned in one go. Tasks are "
+        ("Task", "A set of classes that arrives together and is learned together. Tasks are "
                  "numbered from 0, as in “--task 0”."),
         ("Accuracy", "Share of test images, never used in training, that get the right class."),
         ("Forgetting", "How much accuracy on an earlier task is lost while later ones are "

@@ -1,35 +1,26 @@
-"""The report's sections on accuracy: every task through time, what was lost, and the baselines."""
+"""The report's sections on accuracy: every task over time, forgetting, and the baselines."""
 
 import numpy as np
 
+from pipelines.platform.numbers import duration, percent, points, size
 from pipelines.report import charts
 from pipelines.report.charts import Bar, Line, escape, shorten
-from pipelines.report.facts import (
-    FORGETTING_LIMIT,
-    Facts,
-    break_even,
-    duration,
-    percent,
-    points,
-    size,
-)
-from pipelines.report.html import data_table, figure, pair, section
+from pipelines.report.facts import FORGETTING_LIMIT, Facts, break_even
+from pipelines.report.html import NAMED_LINES, data_table, figure, pair, section
 
-NAMED_LINES = 8
-"""Up to this many tasks every line of a chart has its own colour and label."""
 LISTED_BARS = 25
 LISTED_IMAGES = 100
 
 
 def task_by_task(facts: Facts) -> str:
-    """The accuracy matrix, its columns as lines, what was forgotten, and the list of tasks."""
+    """The accuracy matrix, its columns as lines, the forgetting, and the list of tasks."""
     n_tasks, summary = len(facts.tasks), facts.metrics
     if n_tasks == 1:
         return section("Task by task", "With one task there is no order of learning to show and "
                        "nothing to forget; both appear with the second task.", _task_table(facts),
                        _bad_images(facts))
-    lead = (f"Right after its own training a task is at {percent(summary.learning_accuracy)} on "
-            f"average; once all {n_tasks} are learned, at {percent(summary.accuracy)}.")
+    lead = (f"The mean accuracy of a task is {percent(summary.learning_accuracy)} right after its "
+            f"own training, and {percent(summary.accuracy)} once all {n_tasks} are learned.")
     heat = _heat_figure(facts)
     lines, lost, listing = _line_figure(facts), _forgotten_figure(facts), _task_table(facts)
     if n_tasks <= 10:
@@ -143,9 +134,9 @@ def _task_table(facts: Facts) -> str:
 
 
 def baselines(facts: Facts) -> str:
-    """Ours beside the baselines that were trained with it."""
+    """Our strategy beside the baselines that were trained with it."""
     if not facts.baselines:
-        return section("Against the baselines", "No baselines were trained beside this run. Train "
+        return section("Baselines", "No baselines were trained beside this run. Train "
                        "again with “--compare separate_heads naive” to see what sharing one "
                        "model costs in accuracy and what protecting earlier tasks gains; the "
                        "stored features are used again.")
@@ -156,18 +147,18 @@ def baselines(facts: Facts) -> str:
             for label, note, field, show in (
         ("Accuracy at the end", "ACC: mean over all tasks", "acc", percent),
         ("Accuracy when learned", "LA: right after each task", "learning_accuracy", percent),
-        ("Forgotten, points", "mean drop since the best", "forgetting", points),
-        ("Change since learned, points", "BWT; plus is a gain", "bwt",
+        ("Forgetting, points", "mean drop from the best accuracy", "forgetting", points),
+        ("Backward transfer, points", "BWT; positive is a gain", "bwt",
          lambda value: points(value, signed=True)),
         ("Size per new task", "added to the model", "bytes_per_task", size),
         ("Training time", "all tasks together", "seconds", duration))]
-    lead = ("Two yardsticks on the same frozen trunk and features. Separate heads cannot forget, "
+    lead = ("The baselines use the same frozen trunk and features. Separate heads cannot forget, "
             "but every task adds a whole network head; naive fine-tuning keeps one head and "
             "protects nothing.")
     pays, shared = break_even(facts), facts.result.get("shared_bytes")
     after = ""
     if pays is not None:
         after = (f'<p class="meta after">The part that all tasks share takes '
-                 f"{size(shared)} once; with it, the whole is smaller than separate heads from "
+                 f"{size(shared)} once; with it, the model is smaller than separate heads from "
                  f"{pays} task{'s' * (pays > 1)} on (this stream: {len(facts.tasks)}).</p>")
-    return section("Against the baselines", lead, data_table(heads, rows, "bounds"), after)
+    return section("Baselines", lead, data_table(heads, rows, "bounds"), after)

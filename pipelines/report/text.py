@@ -4,19 +4,21 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipelines.platform.numbers import duration, points, size
 from pipelines.report.auto import without_id_line
 from pipelines.report.charts import row_label, shorten
-from pipelines.report.facts import NBSP, Facts, dig, duration, points, read_facts, size
+from pipelines.report.facts import Facts, dig, read_facts
 
 COLUMNS = 100
+NBSP = "\u00a0"
 PLAIN = str.maketrans({NBSP: " ", "−": "-", "–": "-", "…": "~"})
-"""A terminal without UTF-8 can print our own signs as well."""
+"""Our own signs in ASCII, for terminals without UTF-8."""
 WHOLE_MATRIX = 12
 """Up to this many tasks the whole accuracy matrix fits."""
 
 
 def text_summary(result: Mapping[str, Any]) -> str:
-    """Accuracy, forgetting, baselines, seconds and bytes of a stream as plain text.
+    """The accuracy, forgetting, baselines, seconds and bytes of a stream as plain text.
 
     Beyond 12 tasks the matrix is compressed to its diagonal and its last row.
     Raises: InputError when the result holds no usable accuracy matrix.

@@ -4,25 +4,16 @@ import dataclasses
 
 import numpy as np
 
-from pipelines.report.facts import (
-    FORGETTING_LIMIT,
-    GAP_LIMIT,
-    Facts,
-    break_even,
-    duration,
-    in_points,
-    percent,
-    points,
-    size,
-)
+from pipelines.platform.numbers import duration, in_points, percent, points, size
+from pipelines.report.facts import FORGETTING_LIMIT, GAP_LIMIT, Facts, break_even
 
 NOTICEABLE = 0.05
-"""A single task's loss that a verdict names even where the mean is fine."""
+"""Accuracy lost on a single task that the verdict names even when the mean is good."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """`status` is good, fair or bad; `cautions` are what a careful reader must know."""
+    """The verdict; `status` is good, fair or bad, and `cautions` limit what the numbers show."""
 
     status: str
     headline: str
@@ -31,29 +22,29 @@ class Verdict:
 
 
 def verdict(facts: Facts) -> Verdict:
-    """The plain-language verdict, computed from the numbers alone and honest when they are bad."""
+    """The verdict in plain language, computed from the numbers alone."""
     forgets = facts.metrics.forgetting > FORGETTING_LIMIT + 1e-9
     behind = facts.gap is not None and facts.gap > GAP_LIMIT + 1e-9
     chance = facts.chance
     useless = chance is not None and facts.metrics.accuracy < chance + 0.1 * (1 - chance)
     count = _tasks(len(facts.tasks))
     if useless:
-        status, headline = "bad", "It did not learn: hardly better than guessing."
+        status, headline = "bad", "It did not learn: its accuracy is close to guessing."
     elif forgets and behind:
-        status, headline = "bad", "It forgets, and it learns less than separate heads do."
+        status, headline = "bad", "It forgets, and it is less accurate than separate heads."
     elif forgets:
         status, headline = "bad", f"It learned {count}, but forgets the earlier ones."
     elif behind:
         status = "fair"
-        headline = "It keeps what it learned, but learns less than separate heads do."
+        headline = "It remembers its tasks, but is less accurate than separate heads."
     elif facts.metrics.forgetting_per_task[_worst(facts)] > NOTICEABLE:
         status = "fair"
         headline = f"It learned {count}, but task “{facts.tasks[_worst(facts)]}” lost noticeably."
     elif len(facts.tasks) == 1:
         status, headline = "good", "It learned its first task; nothing could be forgotten yet."
     else:
-        status, headline = "good", f"It learned {count} and still knows them all."
-    sentences = [_learned(facts), _kept(facts, forgets), _against_bounds(facts, behind),
+        status, headline = "good", f"It learned {count} and still remembers all of them."
+    sentences = [_learned(facts), _kept(facts, forgets), _against_baselines(facts, behind),
                  _cost(facts)]
     return Verdict(status, headline, " ".join(s for s in sentences if s), _cautions(facts))
 
@@ -72,8 +63,8 @@ def _learned(facts: Facts) -> str:
     what += f" ({classes:,} classes in all)" if classes else ""
     again = " without going back to the images of earlier ones" if len(facts.tasks) > 1 else ""
     guess = f"; guessing would get {percent(facts.chance)}" if facts.chance is not None else ""
-    return (f"The model was taught {what}{again}. Told which task an image belongs to, it now "
-            f"names the right class for {percent(facts.metrics.accuracy)} of test images{guess}.")
+    return (f"The model learned {what}{again}. When the task of an image is given, it predicts "
+            f"the right class for {percent(facts.metrics.accuracy)} of test images{guess}.")
 
 
 def _kept(facts: Facts, forgets: bool) -> str:
@@ -95,7 +86,7 @@ def _kept(facts: Facts, forgets: bool) -> str:
     return f"Earlier tasks still work: they {lost}, {most}."
 
 
-def _against_bounds(facts: Facts, behind: bool) -> str:
+def _against_baselines(facts: Facts, behind: bool) -> str:
     sentences = []
     gap, naive = facts.gap, facts.baselines.get("naive")
     if gap is not None:
@@ -113,17 +104,17 @@ def _against_bounds(facts: Facts, behind: bool) -> str:
             sentences.append(f"{reach}, {in_points(-gap)} less.")
     if naive is not None and naive.acc is not None and len(facts.tasks) > 1:
         worth = facts.metrics.accuracy - naive.acc
-        ends = f"Simply training on (naive fine-tuning) ends at {percent(naive.acc)}"
+        ends = f"Naive fine-tuning, which protects nothing, ends at {percent(naive.acc)}"
         if worth >= 5e-4:
-            sentences.append(f"{ends}: protecting the earlier tasks is worth {in_points(worth)}.")
+            sentences.append(f"{ends}: protecting the earlier tasks gains {in_points(worth)}.")
         elif worth > -5e-4:
             sentences.append(f"{ends}: on this stream the protection gained nothing.")
         else:
             sentences.append(f"{ends}, {in_points(-worth)} better: on this stream the protection "
                              "cost more than it gained.")
     if not sentences:
-        return ("Nothing else was trained beside it, so this report cannot say how much accuracy "
-                "sharing one model costs.")
+        return ("No baseline was trained, so this report cannot say how much accuracy sharing one "
+                "model costs.")
     return " ".join(sentences)
 
 
@@ -142,25 +133,25 @@ def _cost(facts: Facts) -> str:
     cost = f"A new task {' and '.join(parts)}."
     pays = break_even(facts)
     if pays is not None:
-        cost += (f" Counting the part that all tasks share, the whole is smaller than separate "
+        cost += (f" With the part that all tasks share, the model is smaller than separate "
                  f"heads from {_tasks(pays)} on.")
     return cost
 
 
 def _cautions(facts: Facts) -> tuple[str, ...]:
-    found = []
+    cautions = []
     if refused := facts.result.get("challenger"):
-        reasons = (refused.get("decision") or {}).get("reasons") or ["no reason is kept"]
-        found.append(f"A newer version, {refused['version']} (task “{refused['task']}”), was "
+        reasons = (refused.get("decision") or {}).get("reasons") or ["no reason was recorded"]
+        cautions.append(f"A newer version, {refused['version']} (task “{refused['task']}”), was "
                      f"refused by the gate and is not in use: {'; '.join(reasons)}.")
     bad = len(facts.bad_images)
     if bad:
-        found.append(f"{bad} unreadable {'image was' if bad == 1 else 'images were'} left out.")
+        cautions.append(f"{bad} unreadable {'image was' if bad == 1 else 'images were'} left out.")
     tested = [task.get("test_images") or 0 for task in facts.details]
     if all(tested) and min(tested) < 500:
-        found.append(f"The smallest test set has {min(tested)} images, so one image is "
-                     f"{in_points(1 / min(tested))} there; read small differences with care.")
+        cautions.append(f"The smallest test set has {min(tested)} images, so one image is "
+                     f"{in_points(1 / min(tested))}; small differences may be chance.")
     if facts.result.get("seed") is not None:
-        found.append(f"One run with one seed ({facts.result['seed']}); another seed would give "
+        cautions.append(f"One run with one seed ({facts.result['seed']}); another seed would give "
                      "slightly different numbers.")
-    return tuple(found)
+    return tuple(cautions)

@@ -5,8 +5,7 @@ import math
 from collections.abc import Sequence
 
 from partialhn.errors import InputError
-
-GIB = 1 << 30
+from pipelines.platform.numbers import size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Room:
 
     def __str__(self) -> str:
         parts = [f"{self.cpus:g} CPU", f"{self.gpus:g} GPU" if self.gpus else "",
-                 f"{self.memory / GIB:.2f} GiB"]
+                 size(self.memory)]
         return ", ".join(part for part in parts if part)
 
 

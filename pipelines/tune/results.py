@@ -14,7 +14,7 @@ from partialhn.errors import InputError
 from pipelines.advice.decide import DepthResult, results_by_depth, stage_name
 from pipelines.advice.facts import advice_fields
 from pipelines.advice.page import render
-from pipelines.advice.words import percent
+from pipelines.platform.numbers import percent
 from pipelines.search.sampling import Goal
 from pipelines.search.space import Space
 from pipelines.search.state import Measured, SearchState, TrialPlan, TrialRecord

@@ -9,11 +9,12 @@ from partialhn.features.cache import CHUNK, check_content
 from partialhn.features.manifest import FeatureRecipe, Manifest, Shard
 from partialhn.features.store import FeatureStore
 from pipelines.features.produce import open_store
+from pipelines.platform.numbers import size
 from pipelines.platform.storage import Storage
 from pipelines.upkeep.prune import age_text, stored
 from pipelines.upkeep.references import References
 
-_COLUMNS = ("key", "state", "rows", "shape VCHW", "dtype", "MiB", "age", "needed by")
+_COLUMNS = ("key", "state", "rows", "shape VCHW", "dtype", "size", "age", "needed by")
 
 
 def listing(storage: Storage, needed: References) -> list[str]:
@@ -22,14 +23,14 @@ def listing(storage: Storage, needed: References) -> list[str]:
     for features in stored(storage):
         total += features.bytes
         rows.append((features.key, *_described(store, features.key),
-                     f"{features.bytes / 2**20:.1f}", age_text(features.age),
+                     size(features.bytes), age_text(features.age),
                      _users(needed.get(features.key, []))))
     if len(rows) == 1:
         return [f"there are no features in {storage.uri}"]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in rows]
-    return [*lines, f"{len(rows) - 1} keys, {total / 2**20:.1f} MiB"]
+    return [*lines, f"{len(rows) - 1} keys, {size(total)}"]
 
 
 def _described(store: FeatureStore, key: str) -> tuple[str, str, str, str]:
@@ -106,13 +107,13 @@ def verify(storage: Storage, prefix: str | None = None) -> Iterator[tuple[str, b
 
 def _problem(storage: Storage, manifest: Manifest, shard: Shard) -> str | None:
     path = storage.path("features", manifest.key, shard.name)
-    digest, size = hashlib.sha256(), 0
+    digest, length = hashlib.sha256(), 0
     try:
         with contextlib.closing(storage.filesystem.open_input_stream(path)) as source:
             while chunk := source.read(CHUNK):
                 digest.update(chunk)
-                size += len(chunk)
-        check_content(path, size, digest.hexdigest(), shard.bytes, shard.sha256)
+                length += len(chunk)
+        check_content(path, length, digest.hexdigest(), shard.bytes, shard.sha256)
     except FileNotFoundError:
         return (f"shard {path} is missing; the manifest of {manifest.key} lists it with "
                 f"{shard.rows} rows")

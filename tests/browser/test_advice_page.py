@@ -164,7 +164,7 @@ def test_buttons_and_the_list_of_trials_work(browser, page, advice):
     axis = "document.querySelector('#front .xtitle').textContent"
     assert "seconds" in browser.value(axis)
     click(browser, "button[data-cost]", 1)
-    wait_until(browser, f"{axis}.includes('MiB')")
+    wait_until(browser, f"{axis}.includes('MB')")
     assert browser.value("document.querySelector('[data-cost=feature_bytes]')"
                          ".getAttribute('aria-pressed')") == "true"
     other = advice["trials"][-1]["id"]

@@ -186,10 +186,10 @@ def test_the_reason_says_what_is_kept_saved_needed_and_lost_further_down():
     text = words.reason(found, found[1], {"b": 0.3})
     assert text == (
         "Freezing through layer3 keeps 99.4 % of the accuracy of the best model (freezing through "
-        "layer1), trains 4.0 times faster and needs 1.0 GiB of stored features. Going deeper "
+        "layer1), trains 4.0 times faster and needs 1.1 GB of stored features. Going deeper "
         "(freezing everything but the classifier) costs 10.0 points, most on task 'b' (20.0 "
-        "points), which differs most from the first: 30% of its features' spread lies outside "
-        "that of the first task.")
+        "points), which differs most from the first: 30 % of the variance of its features lies "
+        "outside that of the first task.")
 
 
 def test_a_task_that_does_not_differ_most_is_not_blamed():
@@ -208,23 +208,23 @@ def test_how_sure_it_is():
     found = by_depth()
     assert words.preferred(found[1], 3, 0.01) == ""
     assert words.preferred(found[1], 1, 0.012) == (
-        "Freezing through layer1 is ahead by less than the seeds can tell apart (1.2 points, 95 "
-        "%), so the cheaper depth is recommended.")
-    assert "Each seed alone would say the same (2 of 2)" in words.sure(found[1], {3: 2})
+        "Freezing through layer1 is ahead by less than the 95 % margin of the seeds (1.2 points), "
+        "so the cheaper depth is recommended.")
+    assert "Each seed alone recommends the same depth (2 of 2)" in words.sure(found[1], {3: 2})
     assert "1 of the 2 seeds alone" in words.sure(found[1], {3: 1, 1: 1})
-    assert "None of the 2 seeds alone would say the same (the others: freeze 2 through layer1)" in (
-        words.sure(found[1], {1: 2}))
-    assert "nothing is known" in words.sure(found[1], {})
+    assert ("None of the 2 seeds alone recommend the same depth (the others: freeze 2 through "
+            "layer1)") in words.sure(found[1], {1: 2})
+    assert "not known" in words.sure(found[1], {})
     assert words.beside_separate_heads(found[1]) == (
-        "Against one separate head a task, which stores 1.0 MiB a task instead of 1.0 KiB, it is "
+        "Against one separate head a task, which stores 1.0 MB a task instead of 1.0 kB, it is "
         "0.5 points behind.")
 
 
 def test_whether_to_search_on():
     estimate = {"trials": 8, "last_doubling": 0.004, "next_doubling": 0.002}
     assert "stop here" in words.search_value(estimate, 0.006)
-    assert "more search may pay" in words.search_value(estimate, 0.001)
-    assert "Too few" in words.search_value(None, None)
+    assert "more search may help" in words.search_value(estimate, 0.001)
+    assert "too few" in words.search_value(None, None)
 
 
 # Money ---------------------------------------------------------------------------------------

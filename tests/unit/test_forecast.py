@@ -9,11 +9,11 @@ from partialhn.evaluation.forecast import (
     ProbeTask,
     forecast,
     linear_cka,
-    one_hot,
     pooled,
     probe_accuracy,
     task_shift,
 )
+from partialhn.evaluation.linear_probe import one_hot
 
 
 def gaussians(count, classes, distance, seed=0):

@@ -49,7 +49,7 @@ def test_what_depth_costs_and_why():
     tasks = findings.task_rows(made)
     assert [round(row.lost, 6) for row in tasks] == list(SHIFT)
     said = findings.why(tasks, [2, 4])
-    assert "costs task 't<4>' most (40.0 points; 40 % of its features' spread" in said
+    assert "costs task 't<4>' most (40.0 points; 40 % of the variance of its features" in said
     assert "differ more from the first lose more: rank correlation +1.00 over 4 tasks." in said
 
 
@@ -61,30 +61,30 @@ def test_no_relation_is_said_where_there_is_none():
 
 
 def test_the_forecast_is_held_against_what_came():
-    assert "in the order that was measured: 2, 4" in findings.forecast_said(cells())
-    wrong = findings.forecast_said(cells(sign=-1))
+    assert "in the order that was measured: 2, 4" in findings.forecast_order(cells())
+    wrong = findings.forecast_order(cells(sign=-1))
     assert "in another order than was measured (4, 2): 2, 4" in wrong
-    assert findings.forecast_said([each | {"forecast_kept": None} for each in cells()]) == ""
+    assert findings.forecast_order([each | {"forecast_kept": None} for each in cells()]) == ""
 
 
 def test_noise_is_told_for_both():
     said = findings.noise(cells(replay=0.05), 2)
-    assert "The hypernetwork learns the changed tasks to 80.1 %" in said
-    assert "latent replay learns the changed tasks to 93.2 %" in said
-    assert "answers the clean ones to 83.2 % (before: 93.2 %)" in said
+    assert "The hypernetwork has an accuracy of 80.1 % on the corrupted tasks" in said
+    assert "latent replay has an accuracy of 93.2 % on the corrupted tasks" in said
+    assert "at the end 83.2 % on the clean ones (when learned: 93.2 %)" in said
     clean = [each | {"tasks": [task | {"transform": "none"} for task in each["tasks"]]}
              for each in cells()]
     assert findings.noise(clean, 2) == ""
 
 
 @pytest.mark.parametrize(("replay", "words"), [
-    (0.2, "latent_replay: ahead at depth 2 by 20."), (-0.2, "latent_replay: behind at depth 2"),
-    (0.0, "latent_replay: cannot be told apart at depth 2")])
+    (0.2, "latent_replay: better at depth 2 by 20."), (-0.2, "latent_replay: worse at depth 2"),
+    (0.0, "latent_replay: no significant difference at depth 2")])
 def test_who_is_better_as_far_as_seeds_can_tell(replay, words):
     said = findings.against(rows(cells(replay), {}))
     assert any(each.startswith(words) for each in said), said
     one = findings.against(rows([each for each in cells(replay) if each["seed"] == 0], {}))
-    assert one == ["One seed cannot tell; see the table for what it gave."]
+    assert one == ["One seed does not show which is better; the table has its numbers."]
 
 
 def result():
@@ -112,8 +112,9 @@ def test_the_page_says_it_and_escapes_names(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"cells": []}, "cannot be shown as a pack"), ({"config": {}}, "cannot be shown as a pack"),
-    ({"cells": [{"label": "naive"}]}, "cannot be shown as a pack")])
+    ({"cells": []}, "cannot be shown as a benchmark"),
+    ({"config": {}}, "cannot be shown as a benchmark"),
+    ({"cells": [{"label": "naive"}]}, "cannot be shown as a benchmark")])
 def test_another_file_is_refused(change, words, tmp_path, capsys):
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result() | change))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import RidgeClassifier
 
-from partialhn.evaluation.linear_probe import _pooled, linear_probe
+from partialhn.evaluation.linear_probe import linear_probe, pooled
 
 
 def features_of(tasks, z_NVCHW, y_N):
@@ -36,7 +36,7 @@ def test_separable_classes_are_told_apart_and_noise_is_not(tasks):
 def test_close_to_scikit_learn_on_real_digits(tasks):
     for task in tasks:
         model = RidgeClassifier(alpha=10.0)
-        train_NF, test_NF = _pooled(task.train).numpy(), _pooled(task.test).numpy()
+        train_NF, test_NF = pooled(task.train).numpy(), pooled(task.test).numpy()
         mean, scale = train_NF.mean(0), train_NF.std(0).clip(1e-6)
         model.fit((train_NF - mean) / scale, task.train.y_N)
         wanted = model.score((test_NF - mean) / scale, task.test.y_N)
