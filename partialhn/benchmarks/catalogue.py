@@ -1,7 +1,7 @@
-"""Packs: comparisons that one command reproduces, each in sizes for a check, a CPU and a GPU.
+"""Benchmarks that one command reproduces, each in sizes for a check, a CPU and a GPU.
 
-A pack is a preset learned by every strategy, at several depths, under several seeds. What is
-expected of a size comes from recorded runs (`expected.json`); where there is none, nothing is.
+A benchmark is a preset learned by every strategy, at several depths, under several seeds. Recorded
+runs give the expected accuracy of a size (`expected.json`); a size without a recorded run has none.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Size:
     views: int
     trunk_epochs: int
     tasks: int | None = None
-    """The first tasks only; default: all."""
+    """Use only so many first tasks; default: all."""
 
 
 FULL = Size((0, 1, 2, 3, 4), 5, None, 100, 8, 60)
@@ -47,13 +47,13 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """What the literature calls it: at depth 0 two strategies have names of their own."""
+        """Its name in the literature: at depth 0 two strategies have other names."""
         return {("partial_hn", 0): "full_hn", ("latent_replay", 0): "er"}.get(
             (self.strategy, self.depth), self.strategy)
 
     @property
     def name(self) -> str:
-        """Name of the cell's file."""
+        """The name of its file, without the ending."""
         return f"{self.label}-depth{self.depth}-seed{self.seed}"
 
 
@@ -65,30 +65,30 @@ class Benchmark:
     sizes: dict[SizeName, Size]
 
     def config(self, size: SizeName, data: str) -> Config:
-        """What its cells have in common; strategy, depth and seed are each cell's own."""
-        config, chosen = preset(self.name), self.sizes[size]
+        """The options that all cells share; strategy, depth and seed belong to a cell."""
+        config, scale = preset(self.name), self.sizes[size]
         tasks, classes = config.data.tasks, config.data.classes
-        if chosen.tasks is not None and tasks is not None:
-            classes = chosen.tasks * (CLASSES[self.name] // tasks)
-            tasks = chosen.tasks
+        if scale.tasks is not None and tasks is not None:
+            classes = scale.tasks * (CLASSES[self.name] // tasks)
+            tasks = scale.tasks
         return dataclasses.replace(
             config,
             data=dataclasses.replace(config.data, data=data, tasks=tasks, classes=classes,
-                                     images_per_class=chosen.images_per_class),
-            backbone=dataclasses.replace(config.backbone, trunk_epochs=chosen.trunk_epochs),
-            features=dataclasses.replace(config.features, views=chosen.views),
-            train=dataclasses.replace(config.train, epochs=chosen.epochs, compare=()))
+                                     images_per_class=scale.images_per_class),
+            backbone=dataclasses.replace(config.backbone, trunk_epochs=scale.trunk_epochs),
+            features=dataclasses.replace(config.features, views=scale.views),
+            train=dataclasses.replace(config.train, epochs=scale.epochs, compare=()))
 
     def cells(self, size: SizeName, seeds: int | None = None) -> list[Cell]:
-        """In the order they are learned: seed by seed, so that an early stop leaves whole seeds.
+        """The cells in the order of learning: seed by seed, so an early stop leaves whole seeds.
 
         The table of strategies says at which depths each is learned: a linear probe of the pixels
         (depth 0) is left out, for example.
         """
-        chosen, own = self.sizes[size], preset(self.name).backbone.freeze_depth
-        pairs = [(strategy, depth) for depth in chosen.depths for strategy in EVERY
+        scale, own = self.sizes[size], preset(self.name).backbone.freeze_depth
+        pairs = [(strategy, depth) for depth in scale.depths for strategy in EVERY
                  if _learned_at(strategy, depth, own)]
-        return [Cell(strategy, depth, seed) for seed in range(seeds or chosen.seeds)
+        return [Cell(strategy, depth, seed) for seed in range(seeds or scale.seeds)
                 for strategy, depth in pairs]
 
 
@@ -102,7 +102,7 @@ def _learned_at(strategy: StrategyName, depth: int, own: int) -> bool:
 
 CLASSES = {"split-cifar10": 10, "split-cifar100": 100, "split-tiny-imagenet": 200,
            "noisy-cifar": 20}
-BENCHMARKS = {pack.name: pack for pack in (
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (
     Benchmark("split-cifar10", {"smoke": Size((3, 4), 1, 20, 2, 2, 2),
                            "cpu": Size((0, 2, 3, 4), 3, 400, 8, 2, 15), "full": FULL}),
     Benchmark("split-cifar100", {"smoke": Size((3, 4), 1, 20, 2, 2, 2, 2),
@@ -114,13 +114,14 @@ BENCHMARKS = {pack.name: pack for pack in (
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """A pack by name. Raises: InputError listing those there are."""
+    """A benchmark by name. Raises: InputError listing the known names."""
     if name not in BENCHMARKS:
-        raise InputError(f"pack is {name!r}; allowed: {', '.join(BENCHMARKS)}")
+        raise InputError(f"benchmark is {name!r}; allowed: {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
-def expected(pack: str, size: str) -> dict[str, tuple[float, float]]:
-    """ACC that a recorded run lets expect, lowest and highest, by `label@depth`."""
-    found = json.loads(Path(__file__).with_name("expected.json").read_text(encoding="utf-8"))
-    return {key: (low, high) for key, (low, high) in found.get(f"{pack}/{size}", {}).items()}
+def expected(benchmark: str, size: str) -> dict[str, tuple[float, float]]:
+    """The lowest and highest expected ACC by `label@depth`, from a recorded run."""
+    recorded = json.loads(Path(__file__).with_name("expected.json").read_text(encoding="utf-8"))
+    ranges = recorded.get(f"{benchmark}/{size}", {})
+    return {key: (low, high) for key, (low, high) in ranges.items()}

@@ -1,4 +1,4 @@
-"""A pack's cells summed up: one row for each strategy and depth, over its seeds."""
+"""The summary of a benchmark: one row for each strategy and depth, over its seeds."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,16 +23,16 @@ class Row:
     """Processor time to learn and test the stream."""
     feature_bytes: int
     expected: tuple[float, float] | None
-    """ACC that a recorded run lets expect."""
+    """Lowest and highest ACC expected from a recorded run; None without one."""
 
     @property
     def key(self) -> str:
-        """Key of its expected range."""
+        """The key of the row in `expected.json`."""
         return f"{self.label}@{self.depth}"
 
     @property
     def as_expected(self) -> bool | None:
-        """Whether ACC lies in the expected range; None where there is none."""
+        """Whether ACC lies in the expected range; None without a range."""
         if self.expected is None:
             return None
         return self.expected[0] <= self.acc.mean <= self.expected[1]

@@ -1,10 +1,10 @@
-"""A pack from data to numbers: every cell in one process, one trunk, features once for each depth.
+"""Runs a benchmark: every cell in one process, with one trunk and one feature set for each depth.
 
 network = trained on the first task | features of every depth, one pass over the images |
 for each cell: a Learner over stored features | a file for each finished cell
 
 <out>/store/                     trunk and features
-<out>/cells/<work>/<cell>.json   what was measured; a cell that has its file is not run again
+<out>/cells/<work>/<cell>.json   measurements; a cell that has its file is not run again
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ Log = Callable[[str], None]
 
 
 def run_cells(config: Config, cells: Sequence[Cell], out: Path, log: Log) -> list[dict[str, Any]]:
-    """What every cell measured, in order; only those without a file are learned.
+    """The measurements of every cell, in order; only cells without a file are learned.
 
-    `say` gets a line when something ends. Raises: InputError for anything the user can set right.
+    `log` gets a line when a step ends. Raises: InputError for anything the user can set right.
     """
     device = _device(config)
     for depth in {cell.depth for cell in cells}:
@@ -64,7 +64,7 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, log: Log) -> lis
 
 
 class _Bench:
-    """What all cells share: the network, and the features of each depth."""
+    """The network and the features of each depth, which all cells share."""
 
     def __init__(self, config: Config, experiences: Sequence[Experience], depths: set[int],
                  root: Path, device: torch.device, log: Log) -> None:
@@ -79,14 +79,14 @@ class _Bench:
                      for depth in sorted(depths)}
         _, decoded = precompute(self.store, deepest, [job for depth in sorted(depths)
                                                       for job in self.jobs[depth]])
-        log(f"trunk {trained - start:.1f} s, features {time.process_time() - trained:.1f} s of "
-            f"the processor, {decoded} images decoded for depths "
+        log(f"processor time: trunk {trained - start:.1f} s, features "
+            f"{time.process_time() - trained:.1f} s; {decoded} images decoded for depths "
             + ", ".join(map(str, sorted(depths))))
         self._opened: dict[int, list[TaskFeatures]] = {}
-        self._alike: dict[int, dict[str, Any]] = {}
+        self._measured_similarity: dict[int, dict[str, Any]] = {}
 
     def learn(self, cell: Cell) -> dict[str, Any]:
-        """Learns one cell from its beginning."""
+        """Learns one cell; returns the fields of its file."""
         config = config_of(self.config, cell)
         cut = cut_network(config, self.network)
         learner = Learner(cut.strategy(config), config.train, self.device,
@@ -103,13 +103,13 @@ class _Bench:
         return {"label": cell.label, "strategy": cell.strategy, "depth": cell.depth,
                 "seed": cell.seed, **fields, "cpu_seconds": round(seconds, 3),
                 "feature_bytes": bytes_, "macs": cut.macs, "config": config.to_dict(),
-                **self._likeness(cell.depth),
+                **self._similarity(cell.depth),
                 "tasks": [{"name": each.name, "classes": list(each.classes),
                            "transform": each.transform} for each in self.experiences]}
 
-    def _likeness(self, depth: int) -> dict[str, Any]:
-        """How each task differs from the first in this depth's features, and the forecast."""
-        if depth not in self._alike:
+    def _similarity(self, depth: int) -> dict[str, Any]:
+        """The shift of each task from the first in this depth's features, and the forecast."""
+        if depth not in self._measured_similarity:
             tasks = self._tasks(depth)
             views = [pooled(task.train) for task in tasks if task.train is not None]
             kept = None
@@ -117,10 +117,10 @@ class _Bench:
                          if task.train is not None and task.validation is not None]
             if depth and len(first_two) == 2 and all(len(each.held_out) for each in first_two):
                 kept = forecast({depth: (first_two[0], first_two[1])})[0].kept
-            self._alike[depth] = {"task_shift": [0.0, *(task_shift(views[0], each)
+            self._measured_similarity[depth] = {"task_shift": [0.0, *(task_shift(views[0], each)
                                                         for each in views[1:])],
                                   "forecast_kept": kept}
-        return self._alike[depth]
+        return self._measured_similarity[depth]
 
     def _network(self, root: Path) -> Network:
         filesystem = pafs.LocalFileSystem()
@@ -134,7 +134,7 @@ class _Bench:
         return network
 
     def _tasks(self, depth: int) -> list[TaskFeatures]:
-        """Opened once: the next cells find the pages in memory."""
+        """The features of a depth, opened once, so that later cells find the pages in memory."""
         if depth not in self._opened:
             manifests = [self.store.find(job.recipe) for job in self.jobs[depth]]
             slots = slots_of(self.experiences, self.jobs[depth], manifests)
@@ -144,15 +144,17 @@ class _Bench:
 
 def _device(config: Config) -> torch.device:
     """Raises: InputError where a GPU is asked for and there is none."""
-    has_gpu = torch.cuda.is_available()
-    if config.compute.device == "gpu" and not has_gpu:
+    available = torch.cuda.is_available()
+    if config.compute.device == "gpu" and not available:
         raise InputError("device is 'gpu' but no CUDA device was found; allowed here: cpu, auto")
-    return torch.device("cuda" if has_gpu and config.compute.device != "cpu" else "cpu")
+    return torch.device("cuda" if available and config.compute.device != "cpu" else "cpu")
 
 
 def config_of(config: Config, cell: Cell) -> Config:
-    """What a cell learns with: the full hypernetwork (depth 0) starts each task from the previous
-    one, which is the better of the two there.
+    """The configuration of a cell.
+
+    The full hypernetwork (depth 0) starts each task from the previous one, which is the better of
+    the two options at that depth.
     """
     start = config.hypernet.starts_from if cell.depth else "previous"
     return dataclasses.replace(

@@ -1,1 +1,1 @@
-"""Evaluation: metrics of learning and forgetting, and forecasts before training."""
+"""Measurements of what a model learned and forgot, and forecasts before training."""

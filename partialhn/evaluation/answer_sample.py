@@ -1,7 +1,7 @@
-"""A few test images of every task with the answers a model gave: a proof to carry along with it.
+"""A sample of test images of every task with the model's predictions, stored beside the model.
 
-One Parquet file: image (encoded), task, label (true), expected (answered) and probability (of
-that answer). Whoever loads the model later asks it again and compares.
+One Parquet file: image (encoded), task, label (true), expected (predicted label) and probability
+(of the predicted label). Whoever loads the model later predicts again and compares.
 """
 
 import dataclasses
@@ -21,29 +21,29 @@ from partialhn.errors import IntegrityError
 from partialhn.predict import Predictor
 
 IMAGES = 128
-"""Images of all tasks together, as evenly as possible; one a task at least."""
+"""Images of all tasks together, spread evenly over the tasks; at least one for each task."""
 MAX_BYTES = 2 * 1024 ** 2
 """Encoded images of all tasks together; larger images are left out."""
 TOLERANCE = 0.01
-"""Difference of a probability that another processor may make."""
+"""Largest difference of a probability that rounding on another processor explains."""
 SCHEMA = pa.schema([("image", pa.binary()), ("task", pa.string()), ("label", pa.string()),
                     ("expected", pa.string()), ("probability", pa.float64())])
 
 Answer = Callable[[list[bytes], str], tuple[Sequence[str], Sequence[float]]]
-"""Images and a task -> labels and their probabilities."""
+"""A function that takes images and a task and returns labels and their probabilities."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleCheck:
-    """What asking again showed."""
+    """The result of predicting again."""
 
     images: int
     accuracy: float
-    """Share of right labels now."""
+    """Accuracy now."""
     expected_accuracy: float
-    """The same when the sample was taken."""
+    """Accuracy when the sample was taken."""
     differing: int
-    """Images answered otherwise, beyond rounding."""
+    """Images whose probability differs by more than rounding."""
 
     @property
     def passed(self) -> bool:
@@ -51,10 +51,10 @@ class SampleCheck:
 
 
 def write_sample(path: Path, predictor: Predictor, experiences: Sequence[Experience]) -> None:
-    """Takes test images of every task of the model, spread over its classes, and asks it.
+    """Writes a sample: test images of every task, spread over its classes, with the predictions.
 
-    Of a task that was refreshed the newest data counts. Images that cannot be read have no part.
-    The trunk runs once over the images of all tasks: a few of each would fill a batch of their own.
+    A task that was refreshed is sampled from its newest data. Unreadable images are left out. The
+    trunk runs once over the images of all tasks, since a run for each task has a small batch.
     """
     newest = {task_of(each.name): each for each in experiences}
     count = max(1, IMAGES // len(newest))
@@ -76,7 +76,7 @@ def write_sample(path: Path, predictor: Predictor, experiences: Sequence[Experie
 
 def _pick(experience: Experience, count: int, budget: int,
           data: DataConfig) -> tuple[list[bytes], list[str], Tensor]:
-    """Test images that fit in the budget of bytes, their classes, and what they decode to."""
+    """Test images within the budget of bytes, their class names, and the decoded images."""
     order_N = np.argsort(experience.test.label_N, kind="stable")
     spread = np.linspace(0, len(order_N) - 1, min(count, len(order_N))).round().astype(int)
     part = experience.test.take(order_N[spread])
@@ -106,14 +106,14 @@ def read_sample(path: Path) -> pa.Table:
                            for g in range(file.metadata.num_row_groups))
             if not file.schema_arrow.equals(SCHEMA) or rows > limit or unpacked > 4 * MAX_BYTES:
                 raise IntegrityError(f"sample {path} holds {rows} rows of {file.schema_arrow.names}"
-                                     f", {unpacked} bytes; expected a sample as it is written")
+                                     f", {unpacked} bytes; expected the format of `write_sample`")
             return file.read()
     except (OSError, pa.ArrowException, ValueError) as error:
         raise IntegrityError(f"sample {path} cannot be read: {error}") from error
 
 
 def check_sample(sample: pa.Table, answer: Answer) -> SampleCheck:
-    """Asks a model again for all images of a sample."""
+    """Predicts all images of a sample again and compares with the stored predictions."""
     right = expected_right = differing = 0
     for task in sample["task"].unique().to_pylist():
         rows = sample.filter(pa.compute.equal(sample["task"], task)).to_pylist()
@@ -122,6 +122,6 @@ def check_sample(sample: pa.Table, answer: Answer) -> SampleCheck:
             right += label == row["label"]
             expected_right += row["expected"] == row["label"]
             differing += not abs(probability - row["probability"]) <= TOLERANCE
-            # a near tie may fall the other way elsewhere; then both have the same probability
+            # on another processor a near tie may give the other label, with the same probability
     total = max(sample.num_rows, 1)
     return SampleCheck(sample.num_rows, right / total, expected_right / total, differing)

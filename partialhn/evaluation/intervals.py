@@ -1,4 +1,4 @@
-"""Numbers over seeds: mean, 95 % interval, and the difference of two strategies seed by seed."""
+"""Statistics over seeds: mean, 95 % interval, and the paired difference of two strategies."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its 95 % interval (Student's t); none for a single value."""
+    """A mean over seeds with its 95 % interval (Student's t); a single value has no interval."""
 
     mean: float
     low: float | None
@@ -37,9 +37,9 @@ class Interval:
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval:
-    """Ours minus theirs, by seed: what both share by the seed is no part of the interval.
+    """The interval of ours minus theirs, paired by seed, so that the variance both share cancels.
 
-    Raises: InputError where the seeds are not the same.
+    Raises: InputError when the seeds are not the same.
     """
     if ours.keys() != theirs.keys() or not ours:
         raise InputError(f"seeds are {sorted(ours)} and {sorted(theirs)}; allowed: the same seeds, "

@@ -1,4 +1,4 @@
-"""What a stream of tasks cost in accuracy: learned, kept, forgotten, carried forward.
+"""Metrics of a stream of tasks: accuracy, forgetting, backward and forward transfer.
 
 All metrics read one table, `accuracy_TT` (the R of the literature): R[i, j] is the accuracy, 0 to
 1, on task j's test images after training task i. Rows are moments, columns are tasks. What was

@@ -1,4 +1,4 @@
-"""What not knowing the task costs: accuracy without an id, and how well strangers are told.
+"""Metrics of task inference: accuracy without a task id, and detection of unknown tasks.
 
 Legend: N images, T tasks, C channels of pooled features.
 """
@@ -19,10 +19,10 @@ from partialhn.task_inference import (
 )
 
 IMAGES = 2048
-"""Test images of all tasks together that are measured: the cost of a task stays bounded."""
+"""Most test images that are measured, of all tasks together; this bounds the cost."""
 HEAD_RUNS = 4 * IMAGES
-"""Answers of all heads together that the entropy alone is measured with: it asks every head of
-every image, so the more tasks, the fewer images."""
+"""Most head evaluations of the entropy method. It evaluates every head on every image, so more tasks
+mean fewer images."""
 
 
 @torch.no_grad()
@@ -30,10 +30,9 @@ def without_task_id(strategy: Strategy, inference: TaskInference, tests: Sequenc
                     slots: Sequence[int]) -> dict[str, float]:
     """Accuracy with the task given and inferred, on test images of every task, mean over tasks.
 
-    `slots`: those that answer, one for each task; a refreshed task has older ones that do not.
-    Keys: acc_given, acc (the default method), task_accuracy (share of images whose task was
-    found), acc_detector, acc_entropy, acc_combined, and known_rejected (share of these images,
-    all of known tasks, that were taken for strangers).
+    slots: the newest slot of each task. Keys: acc_given, acc (the default method), task_accuracy
+    (share of images whose task was inferred correctly), acc_detector, acc_entropy, acc_combined,
+    and known_rejected (share of the images, all of known tasks, rejected as unknown).
     """
     strategy.eval()
     weights = [strategy.weights(slot) for slot in slots]
@@ -58,22 +57,21 @@ def without_task_id(strategy: Strategy, inference: TaskInference, tests: Sequenc
 
 
 def rejection_auroc(inference: TaskInference, known: Sequence[FeatureSet],
-                    stranger: FeatureSet) -> float:
-    """AUROC of telling a task that was not learned from those that were, by distance.
+                    unknown: FeatureSet) -> float:
+    """AUROC of detecting images of an unknown task by their distance to the learned tasks.
 
     0.5 is guessing, 1 is perfect.
     """
     share = max(1, IMAGES // 2 // len(known))
     inside_N = torch.cat([_nearest(inference, features, share) for features in known])
-    outside_N = _nearest(inference, stranger, IMAGES // 2)
+    outside_N = _nearest(inference, unknown, IMAGES // 2)
     return auroc(inside_N, outside_N)
 
 
 def auroc(low_N: Tensor, high_N: Tensor) -> float:
-    """Share of pairs in which the second is the larger, equal ones counting half.
+    """Share of pairs in which the second value is larger; equal pairs count half.
 
-    Every pair is compared: there are a million at most, and a library that sorts takes seconds to
-    import in every run.
+    All pairs are compared, a million at most: a library that sorts takes seconds to import.
     """
     above, equal = high_N[:, None] > low_N, high_N[:, None] == low_N
     return float(above.double().mean() + 0.5 * equal.double().mean())
@@ -90,7 +88,7 @@ def _some(features: FeatureSet, images: int) -> tuple[Tensor, Tensor]:
 
 
 def _spread(length: int, images: int) -> Tensor:
-    """At most so many places of a sequence, one at least, evenly over it."""
+    """Evenly spaced positions of a sequence, about `images` of them and at least one."""
     return torch.arange(0, length, max(1, -(-length // max(1, images))))
 
 

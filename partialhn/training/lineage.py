@@ -1,11 +1,11 @@
-"""The chain of learned tasks: a model is determined by its configuration and the tasks so far.
+"""The lineage of a model: its configuration and the tasks so far determine it.
 
     <folder>/<lineage_id>/model.safetensors, model.json     the model after a task
 
 A lineage id is a hash of the lineage id before it, the options that the task is learned with, and
 the task's data. It is stored as `prefix` in model files, registry tags and logs.
-So a run finds what an earlier one learned, however many tasks have arrived since, and learns only
-what follows; the images and features that earlier tasks were learned from may be gone.
+So a run reuses the tasks that an earlier run learned, however many tasks have arrived since, and
+learns only the new ones. The images and features of the earlier tasks may be deleted.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ BASELINE_OPTIONS = tuple(option for line in OWN.values() for option in line.opti
 
 @dataclasses.dataclass(frozen=True)
 class Learned:
-    """The stored facts about a finished task, beside its model."""
+    """The records of a finished task."""
 
     prefix: str
     parent: str
@@ -47,7 +47,7 @@ class Learned:
 
     @staticmethod
     def of(outcome: Outcome, lineage_ids: Sequence[str], index: int) -> "Learned":
-        """One task of an outcome."""
+        """The records of one task of an outcome."""
         return Learned(lineage_ids[index], lineage_ids[index - 1] if index else "",
                        outcome.finished[index],
                        tuple(each for each in outcome.epochs if each.task_index == index),
@@ -55,12 +55,12 @@ class Learned:
 
 
 def lineage_ids_of(config: Config, network: str, slots: Sequence[Slot | Experience],
-                known: Sequence[str] = ()) -> tuple[str, ...]:
-    """The lineage id after each slot; the first ones may be `known`, learned with other settings.
+                   known: Sequence[str] = ()) -> tuple[str, ...]:
+    """The lineage id after each slot. The first ids may be `known`: learned with other settings.
 
-    network: fingerprint of the network that the trunk is cut from. What a run is compared with,
-    what it runs on, how features are compressed, and how data was cut into tasks do not count;
-    the data itself does.
+    network: fingerprint of the network that the trunk is cut from. The id does not depend on the
+    baselines, on the hardware, on the compression of features, or on how the data was split into
+    tasks; it depends on the data itself.
     """
     values = named_sections(config)
     del values["train"]["compare"], values["features"]["compression"]
@@ -80,7 +80,7 @@ def lineage_ids_of(config: Config, network: str, slots: Sequence[Slot | Experien
 
 
 def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: str) -> None:
-    """Stores a model as the one after a task; its records go into the model's facts."""
+    """Stores the model after a task, with the task's records in the model's facts."""
     fields = dataclasses.asdict(learned)
     model.facts |= {"chain": fields}
     with tempfile.TemporaryDirectory() as scratch:
@@ -89,14 +89,14 @@ def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: st
 
 
 def find(filesystem: pafs.FileSystem, folder: str, lineage_ids: Sequence[str]) -> list[Learned]:
-    """The tasks that are learned already, from the first to the first that is not."""
-    found: list[Learned] = []
+    """The learned tasks, from the first up to the first that is not stored."""
+    learned: list[Learned] = []
     for lineage_id in lineage_ids:
         fields = checkpoint.read_fields(filesystem, f"{folder}/{lineage_id}")
         if fields is None:
             break
-        found.append(_parse(fields, lineage_id))
-    return found
+        learned.append(_parse(fields, lineage_id))
+    return learned
 
 
 def outcome_of(learned: Sequence[Learned]) -> Outcome:
@@ -107,7 +107,7 @@ def outcome_of(learned: Sequence[Learned]) -> Outcome:
 
 
 def fetch_model(filesystem: pafs.FileSystem, folder: str, lineage_id: str, target: Path) -> Path:
-    """A local copy of the model after a task. Raises: IntegrityError where there is none."""
+    """A local copy of the model after a task. Raises: IntegrityError if it is not stored."""
     if not checkpoint.fetch(filesystem, f"{folder}/{lineage_id}", target):
         raise IntegrityError(f"the learned model {lineage_id} is not at {folder}/{lineage_id}")
     return target
@@ -115,7 +115,7 @@ def fetch_model(filesystem: pafs.FileSystem, folder: str, lineage_id: str, targe
 
 def state(filesystem: pafs.FileSystem, folder: str,
           learned: Sequence[Learned]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `Learner.restore` takes to go on after the learned tasks."""
+    """The state from which `Learner.restore` goes on after the learned tasks."""
     with tempfile.TemporaryDirectory() as scratch:
         copy = fetch_model(filesystem, folder, learned[-1].prefix, Path(scratch) / "model")
         tensors, fields = checkpoint.load(copy, "model")

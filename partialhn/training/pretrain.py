@@ -90,7 +90,7 @@ def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: Ba
 
 
 def network_key(config: Config, first: Experience) -> str:
-    """Names the network that `config` trains on the first task: 32 hexadecimal digits."""
+    """The key of the network that `config` trains on the first task: 32 hexadecimal digits."""
     fields = named_values(config.backbone, FIRST_OPTIONS["backbone"]) | {
         "data": first.train.fingerprint(), "transform": first.transform,
         "classes": len(first.classes), "input_size": config.data.input_size,

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes
@@ -92,8 +92,8 @@ class Report:
     """File to write."""
     result: str | None = None
     """Use this result.json instead of the one in the registry."""
-    pack: str | None = None
-    """Write the page of a benchmark instead, from the folder or the result.json that reproduce
+    benchmark: Annotated[str | None, tyro.conf.arg(aliases=["--pack"])] = None
+    """Write the page of a benchmark instead: the folder, or the result.json, that reproduce
     wrote."""
     storage: str = "partialhn-store"
     """The storage that train was given, with the default registry."""
@@ -101,16 +101,16 @@ class Report:
     """MLflow server or database, as for train."""
 
     def __post_init__(self) -> None:
-        if self.result and self.pack:
-            raise InputError("--result and --pack are both given; allowed: one of them")
+        if self.result and self.benchmark:
+            raise InputError("--result and --benchmark are both given; allowed: one of them")
 
     def run(self) -> None:
         from pipelines.report.page import render, write_page
 
-        if self.pack:
+        if self.benchmark:
             from pipelines.benchmarks.page import benchmark_page
 
-            path = Path(self.pack)
+            path = Path(self.benchmark)
             html = benchmark_page(_read_result(path / "result.json" if path.is_dir() else path,
                                           "reproduce"))
         else:

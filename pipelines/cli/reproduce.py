@@ -15,20 +15,21 @@ from partialhn.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Reproduce:
-    """Run a benchmark: learn it with every strategy, at several depths and seeds, and compare.
+    """Learn a benchmark by every strategy, at several depths, under several seeds, and compare.
 
     Benchmarks: noisy-cifar, split-cifar10, split-cifar100, split-tiny-imagenet. Runs in one
-    process; finished results are kept, so the same command resumes where it stopped. Writes
+    process; finished cells are kept, so the same command goes on where it stopped. Writes
     report.html, table.csv, table.md, plots.svg, result.json and the cells. Exit code 3: a row lies
     outside of its recorded range.
     """
 
-    pack: Positional[str]
+    benchmark: Positional[str]
     """Name of the benchmark."""
     data: str
-    """The benchmark's images: a folder of Parquet files, or any data that train accepts."""
+    """Images of the benchmark: a folder of Parquet files, or another source that train takes."""
     size: SizeName = "smoke"
-    """smoke: minutes, proves little. cpu: up to two hours on two cores. full: for a GPU."""
+    """smoke: minutes, too small to compare strategies. cpu: up to two hours on two cores. full:
+    needs a GPU."""
     seeds: int | None = None
     """Number of seeds; default: that of the size."""
     out: str | None = None
@@ -43,7 +44,7 @@ class Reproduce:
             raise InputError(f"seeds is {self.seeds}; allowed: 1 or more")
         if self.threads < 1:
             raise InputError(f"threads is {self.threads}; allowed: 1 or more")
-        find_benchmark(self.pack)
+        find_benchmark(self.benchmark)
 
     def run(self) -> int:
         from partialhn.benchmarks.catalogue import expected
@@ -53,22 +54,22 @@ class Reproduce:
         from pipelines.benchmarks.plots import plots_svg
         from pipelines.benchmarks.table import table_csv, table_markdown, verdict
 
-        benchmark = find_benchmark(self.pack)
-        out = Path(self.out or f"reproduce/{self.pack}-{self.size}")
+        benchmark = find_benchmark(self.benchmark)
+        out = Path(self.out or f"reproduce/{self.benchmark}-{self.size}")
         config = dataclasses.replace(benchmark.config(self.size, self.data),
                                      compute=ComputeConfig(device=self.device,
                                                            threads=self.threads))
         cells = run_cells(config, benchmark.cells(self.size, self.seeds), out,
                           lambda line: print(line, flush=True))
-        table = rows(cells, expected(self.pack, self.size))
-        result = {"pack": self.pack, "size": self.size, "config": config.to_dict(),
+        table = rows(cells, expected(self.benchmark, self.size))
+        result = {"pack": self.benchmark, "size": self.size, "config": config.to_dict(),
                   "partialhn_version": __version__,
                   "rows": [dataclasses.asdict(row) for row in table],
                   "cells": [{key: cell[key] for key in KEPT} for cell in cells]}
-        plots = plots_svg(table, cells, config.backbone.freeze_depth)
+        drawn = plots_svg(table, cells, config.backbone.freeze_depth)
         texts = {"result.json": json.dumps(result, indent=1), "table.csv": table_csv(table),
                  "table.md": table_markdown(table),
-                 "plots.svg": plots, "report.html": benchmark_page(result, plots)}
+                 "plots.svg": drawn, "report.html": benchmark_page(result, drawn)}
         for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")
         print(f"\n{texts['table.md']}\n{verdict(table)}")

@@ -1,4 +1,4 @@
-"""What a search refuses before anything is spent, and whether a resumed one is the same search."""
+"""Checks before a search starts, and whether a resumed search is the same one."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from pipelines.search.space import Space
 
 
 def on_this_machine(saved: Config, given: Config) -> Config:
-    """A resumed search learns what it was started with, on what it is given now."""
+    """The configuration that a search was started with, with the compute options given now."""
     return dataclasses.replace(saved, compute=given.compute)
 
 
 def check_search(config: Config, space: Space, budget: str) -> None:
-    """Refuses what cannot work before anything is spent."""
+    """Checks configuration, space and budget. Raises: InputError for what cannot work."""
     if config.compute.workers > 1:
         raise InputError(f"workers is {config.compute.workers}; allowed: 1, since a trial of a "
                          "search trains in one process (several trials run at once instead)")
@@ -38,28 +38,29 @@ def check_search(config: Config, space: Space, budget: str) -> None:
 
 
 def check_stream(experiences: Sequence[Experience]) -> None:
+    """Checks the tasks. Raises: InputError for one task alone, or no held-out images."""
     if len(experiences) < 2:
-        raise InputError("the stream has 1 task; allowed: 2 or more, since what a depth costs "
-                         "shows on the tasks that the trunk was not trained on")
+        raise InputError("the stream has 1 task; allowed: 2 or more, since the cost of a depth is "
+                         "measured on the tasks that the trunk was not trained on")
     for each in experiences:
         if not len(each.validation):
             raise InputError(f"task {each.name!r} has no held-out images; allowed: at least one a "
                              "task, so raise validation")
 
 
-def settled(found: dict[str, Any], asked: dict[str, Any],
-             options: SearchConfig) -> dict[str, Any]:
-    """What the search was started with, but for the options that may change.
+def settled(saved: dict[str, Any], asked: dict[str, Any],
+            options: SearchConfig) -> dict[str, Any]:
+    """The settings that the search was started with, with the options that may change.
 
     Raises: InputError where another search has the name, or its images are no longer the same.
     """
-    prints = [[task["fingerprint"] for task in each["tasks"]] for each in (found, asked)]
+    prints = [[task["fingerprint"] for task in each["tasks"]] for each in (saved, asked)]
     same = {key: Config.from_dict(each["config"]).work_hash() + str(each["space"])
-            for key, each in (("found", found), ("asked", asked))}
+            for key, each in (("saved", saved), ("asked", asked))}
     if prints[0] != prints[1]:
-        raise InputError(f"search {found['name']!r} was begun on other images (the tasks' "
+        raise InputError(f"search {saved['name']!r} was started on other images (the tasks' "
                          "fingerprints differ); allowed: the same images, or another --name")
-    if same["found"] != same["asked"]:
-        raise InputError(f"search {found['name']!r} exists with another configuration or space; "
-                         f"allowed: --resume {found['name']} to go on with it, or another --name")
-    return found | {"options": options.changed(found["options"])}
+    if same["saved"] != same["asked"]:
+        raise InputError(f"search {saved['name']!r} exists with another configuration or space; "
+                         f"allowed: --resume {saved['name']} to go on with it, or another --name")
+    return saved | {"options": options.changed(saved["options"])}

@@ -1,4 +1,4 @@
-"""How many trials run at once, and where: arithmetic on CPUs, GPUs and memory of each node."""
+"""The number of trials that run at once on each node, from its CPUs, GPUs and memory."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from pipelines.platform.numbers import size
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """What one node has, or what one trial needs."""
+    """The resources of a node, or the needs of a trial."""
 
     cpus: float
     gpus: float
@@ -29,9 +29,9 @@ class Packing:
 
     need: Room
     per_node: tuple[int, ...]
-    """For each node."""
+    """Trials that fit on each node."""
     limit: int | None
-    """What the user allows."""
+    """Most trials that the user allows; None: no limit."""
 
     @property
     def at_once(self) -> int:
@@ -47,7 +47,7 @@ class Packing:
 
 
 def pack(need: Room, nodes: Sequence[Room], limit: int | None = None) -> Packing:
-    """How many trials of this need the nodes hold at once.
+    """The number of trials with these needs that the nodes hold at once.
 
     Raises: InputError with the arithmetic where not even one fits on any node.
     """
@@ -62,5 +62,5 @@ def pack(need: Room, nodes: Sequence[Room], limit: int | None = None) -> Packing
 
 
 def _times(have: float, need: float) -> int:
-    """How often a need fits; what is not needed fits any number of times."""
+    """How often a need fits; a need of 0 fits any number of times."""
     return math.floor(have / need + 1e-9) if need > 0 else 1_000_000

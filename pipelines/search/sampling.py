@@ -1,9 +1,9 @@
-"""Which trial comes next: Ray Tune's search algorithm over Optuna and the records of a search.
+"""The choice of the next trial: a search algorithm for Ray Tune over Optuna and stored records.
 
-Optuna chooses what a trial tries. Ray Tune's own `OptunaSearch` is not used, because it tells
-Optuna the last score of a stopped trial as if it had learned every task, and because what it knows
-lives in a pickle. Here every trial that ended is a JSON record (`state`); a resumed search
-tells a fresh study of all of them, and the sampler's seed depends on the trial's number, so trial
+Optuna chooses the values of a trial. Ray Tune's own `OptunaSearch` is not used, because it tells
+Optuna the last score of a stopped trial as if it had learned every task, and because it keeps its
+state in a pickle. Here every trial that ended is a JSON record (`state`); a resumed search
+adds all of them to a fresh study, and the sampler's seed depends on the trial's number, so trial
 17 of a random search is the same trial however often the search was killed.
 """
 
@@ -33,12 +33,12 @@ from pipelines.search.space import DECIDING, Choice, Range, Space, applies, valu
 from pipelines.search.state import Measured, SearchState, TrialPlan, TrialRecord, parse_measured
 
 ATTEMPTS = 100
-"""Draws of values that do not go together before the space is refused."""
+"""Draws of invalid combinations of values before the space is refused."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What the sampler is after."""
+    """The objective of the sampler."""
 
     algorithm: Algorithm
     seed: int
@@ -53,7 +53,7 @@ class Goal:
 
 
 class Proposals:
-    """What to try next, learning from every trial that ended."""
+    """Proposes trials, learning from every trial that ended."""
 
     def __init__(self, space: Space, base: Config, goal: Goal,
                  records: Iterable[TrialRecord]) -> None:
@@ -67,7 +67,7 @@ class Proposals:
             self.learn(record)
 
     def learn(self, record: TrialRecord) -> None:
-        """Tells the study of a trial that ended."""
+        """Adds a trial that ended to the study."""
         if record.plan.kind != "search":
             return
         params = {key: _encode(self._space, key, value) for key, value
@@ -84,14 +84,14 @@ class Proposals:
             steps = {index + 1: sum(row) / len(row) for index, row in enumerate(measured.rows)}
             ended = optuna.trial.create_trial(state=TrialState.PRUNED, intermediate_values=steps,
                                               **common)
-        else:  # several objectives know no half-finished trials
+        else:  # Optuna has no pruned trials with several objectives
             ended = optuna.trial.create_trial(state=TrialState.FAIL, **common)
         self.study.add_trial(ended)
 
     def propose(self, number: int) -> TrialPlan:
         """The trial with this number: the first of each grid point is the user's configuration.
 
-        Raises: InputError where no values that go together were found.
+        Raises: InputError when no draw gave a valid configuration.
         """
         grid = self._space.grid_points()
         wanted = grid[number % len(grid)]
@@ -112,7 +112,7 @@ class Proposals:
                          f"last: {problem}")
 
     def _usual(self) -> dict[str, Any]:
-        """The user's own configuration, as far as the space holds it."""
+        """The values of the user's own configuration that lie in the space."""
         usual = {key: value_of(self._base, key) for key in self._dimensions}
         return {key: value for key, value in usual.items() if self._holds(key, value)}
 
@@ -121,7 +121,7 @@ class Proposals:
         return value in each.values if isinstance(each, Choice) else each.low <= value <= each.high
 
     def _ask(self, seed: str, wanted: dict[str, Any]) -> dict[str, Any]:
-        """One draw; `wanted` says what some keys must be."""
+        """One draw; `wanted` fixes the values of some keys."""
         number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4])
         self.study.sampler = _sampler(self._goal.algorithm, number)
         self.study.enqueue_trial({key: _encode(self._space, key, value)
@@ -133,7 +133,7 @@ class Proposals:
             for key in sorted(self._dimensions, key=lambda key: key not in DECIDING):
                 if applies(key, self._space.fixed | params, self._base):
                     params[key] = self._suggest(trial, key)
-        self.study.tell(trial, state=TrialState.FAIL)  # what it gave is told by `learn`
+        self.study.tell(trial, state=TrialState.FAIL)  # the result is added by `learn`
         return params
 
     def _suggest(self, trial: optuna.Trial, key: str) -> Any:
@@ -158,7 +158,7 @@ def _distribution(each: Choice | Range) -> BaseDistribution:
 
 
 def _encode(space: Space, key: str, value: Any) -> Any:
-    """A value as the study knows it: choices are their JSON, since Optuna takes no lists."""
+    """A value as the study stores it: choices as JSON, since Optuna takes no lists."""
     return json.dumps(value) if isinstance(space.dimensions[key], Choice) else value
 
 
@@ -171,9 +171,9 @@ def _sampler(algorithm: Algorithm, seed: int) -> optuna.samplers.BaseSampler:
 class TrialSource(Searcher):
     """Hands trials to Ray Tune and keeps a record of each that ends.
 
-    First those that are `planned`, then what `more` gives until it gives None. `ended` is told of
-    every record. What goes wrong here is kept in `error`, for the driver to raise: Ray Tune would
-    log it and go on.
+    The `planned` trials come first, then those that `more` returns until it returns None. `ended`
+    is called with every record. An exception is kept in `error` for the driver to raise, since Ray
+    Tune would log it and go on.
     """
 
     def __init__(self, state: SearchState, planned: Sequence[TrialPlan],
@@ -214,11 +214,11 @@ class TrialSource(Searcher):
             self.error = problem
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Ray Tune pickles its search algorithm into its scratch folder."""
+        """No state: Ray Tune pickles its search algorithm into its scratch folder."""
         return {}
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: what is known is in the search's own records."""
+        """Saves nothing: the search has its own records."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing is ever read back from Ray Tune's files."""
@@ -227,7 +227,7 @@ class TrialSource(Searcher):
 
 def _record(plan: TrialPlan, result: dict[str, Any] | None, error: bool,
             seconds: float) -> TrialRecord | None:
-    """None where the search was interrupted before the trial said anything."""
+    """The record of a trial; None when the search was interrupted before its first report."""
     text = (result or {}).get("measured")
     measured = parse_measured(json.loads(text)) if text else None
     if error:

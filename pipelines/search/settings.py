@@ -1,4 +1,4 @@
-"""What `partialhn tune` is asked for: budget, objective, prices, and where its results go.
+"""The options of `partialhn tune`: budget, objective, prices, and the place of its results.
 
 The stream itself is `partialhn.config.Config`. Nothing heavy is imported, so that `--help`
 answers at once. An option that is left out (None) takes its default in a new search, and what the
@@ -19,14 +19,14 @@ Algorithm = Literal["tpe", "multi", "random"]
 DEFAULTS: dict[str, Any] = {
     "budget": "30min", "objective": "balanced", "max_loss": 0.01, "algorithm": "tpe",
     "sampler_seed": 0, "early_stopping": "asha", "seeds": 3}
-"""Default values of the options that a resumed search remembers."""
+"""Defaults of the options that a resumed search remembers."""
 _BUDGET = re.compile(r"(?P<count>\d+(?:\.\d+)?) ?(?P<unit>s|min|h)|(?P<trials>\d+)-trials?")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig:
-    """What to search for, how long, and where everything is put."""
+    """The objective and budget of a search, and the place of its results."""
 
     name: str = "search"
     """Name of a new search: letters, digits, _ and - only. The same name and options go on where
@@ -39,7 +39,7 @@ class SearchConfig:
     default: 30min."""
     objective: Objective | None = None
     """accuracy: the most accurate depth. cost: the cheapest within max-loss of it. balanced
-    (default): each doubling of the cost must buy max-loss of accuracy."""
+    (default): each doubling of the cost must gain max-loss of accuracy."""
     max_loss: float | None = None
     """Accuracy that may be given up for cost, 0 to 1; default: 0.01, one point."""
     depths: tuple[int, ...] | None = None
@@ -109,12 +109,12 @@ class SearchConfig:
                 for key, default in DEFAULTS.items()} | self.prices()
 
     def prices(self) -> dict[str, Any]:
-        """What the table of costs needs."""
+        """The options for the table of costs."""
         return {"price_gpu_hour": self.price_gpu_hour, "price_gib_month": self.price_gib_month,
                 "tasks_a_month": self.tasks_a_month}
 
     def changed(self, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """A resumed search's options: as saved, but for what may change and is given here.
+        """A resumed search's options: those given here where they may change, otherwise as saved.
 
         Raises: InputError for an option that would make another search of it.
         """

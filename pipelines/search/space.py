@@ -1,13 +1,13 @@
-"""What a search tries: configuration keys with the values they may take.
+"""The search space: configuration keys with the values they may take.
 
     hypernet.beta: {loguniform: [0.001, 1]}     a number, drawn on a logarithmic scale
     train.learning_rate: {uniform: [0.001, 0.01]}
-    hypernet.norm: {choice: [batch, instance]}  one of these, as the search sees fit
+    hypernet.norm: {choice: [batch, instance]}  one of these, chosen by the sampler
     backbone.freeze_depth: {grid: [2, 3, 4]}    one of these, each equally often
     train.epochs: 10                            not searched: always this
-    defaults: false                             only what this file says
+    defaults: false                             search no key that this file does not name
 
-Keys that are not named keep the default space. A range over a whole number gives whole numbers.
+Other keys keep their default range. A range of a whole-number key gives whole numbers.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ SEARCHABLE = (DEPTH, "features.views",
               *(f"hypernet.{field.name}" for field in dataclasses.fields(HypernetConfig)),
               "train.epochs", "train.batch_size", "train.learning_rate", "train.schedule",
               "train.label_smoothing")
-"""Everything else is the same for all trials, which share images, trunk and features."""
+"""All other keys are the same for all trials, which share images, trunk and features."""
 ONLY_WITH = {"hypernet.hidden": ("hypernet.generator", ("additive",)),
              "hypernet.channel_dim": ("hypernet.generator", ("additive",)),
              "hypernet.embedding_dim": ("hypernet.generator", ("additive",)),
@@ -37,9 +37,9 @@ ONLY_WITH = {"hypernet.hidden": ("hypernet.generator", ("additive",)),
              "hypernet.residual": ("hypernet.generator", ("bilinear", "additive")),
              "hypernet.beta": ("hypernet.generator", ("bilinear", "additive")),
              "hypernet.norm_groups": ("hypernet.norm", ("group",))}
-"""Keys that mean nothing unless another one has one of some values."""
+"""Keys that have an effect only when another key has one of some values."""
 DECIDING = {other for other, _ in ONLY_WITH.values()}
-"""The keys whose value decides whether others mean anything."""
+"""The keys whose value decides whether others have an effect."""
 MAX_COMBINATIONS = 200
 
 
@@ -73,7 +73,7 @@ class Space:
     fixed: dict[str, Any]
 
     def grid_points(self) -> list[dict[str, Any]]:
-        """Every combination of the grid dimensions' values; one empty one where there is none."""
+        """Every combination of the grid dimensions' values; one empty one without a grid."""
         grids = {key: each.values for key, each in self.dimensions.items()
                  if isinstance(each, Choice) and each.grid}
         return [dict(zip(grids, values, strict=True))
@@ -96,11 +96,14 @@ class Space:
         return int(found.high if isinstance(found, Range) else max(found.values))
 
     def config(self, base: Config, params: Mapping[str, Any]) -> Config:
-        """The configuration of a trial. Raises: InputError where values do not go together."""
+        """The configuration of a trial.
+
+        Raises: InputError for values that are not valid together.
+        """
         return _with(base, self.fixed | dict(params))
 
     def to_dict(self) -> dict[str, Any]:
-        """What `parse_space` takes back, complete."""
+        """The complete space as plain values that `parse_space` reads."""
         written: dict[str, Any] = {"defaults": False} | dict(self.fixed)
         for key, each in self.dimensions.items():
             if isinstance(each, Choice):
@@ -111,7 +114,7 @@ class Space:
 
 
 def applies(key: str, params: Mapping[str, Any], base: Config) -> bool:
-    """Whether a key means anything beside the other values of a trial."""
+    """Whether a key has an effect, given the other values of a trial."""
     if key not in ONLY_WITH:
         return True
     other, wanted = ONLY_WITH[key]
@@ -150,9 +153,9 @@ def _choice(*values: Any) -> Choice:
 
 
 def load_space(path: str | None, base: Config, depths: Sequence[int] | None) -> Space:
-    """The default space, changed by a YAML file; `depths` decides on the depths.
+    """The default space, changed by a YAML file; `depths` replaces its depths.
 
-    Raises: InputError naming the key, what was found and what is allowed.
+    Raises: InputError with the key, its value and the allowed values.
     """
     if path is None:
         return parse_space({}, base, depths)
@@ -173,7 +176,7 @@ def parse_space(values: Mapping[str, Any], base: Config,
                 depths: Sequence[int] | None = None) -> Space:
     """A space from plain values, as a YAML file or `Space.to_dict` gives them.
 
-    Raises: InputError naming the key, what was found and what is allowed.
+    Raises: InputError with the key, its value and the allowed values.
     """
     given = dict(values)
     keep = given.pop("defaults", True)
@@ -243,7 +246,7 @@ def _dimension(key: str, value: Mapping[str, Any], base: Config) -> Dimension:
 
 
 def _number(value: Any) -> float:
-    """A number, also one that YAML 1.1 takes for text (1e-3)."""
+    """The value as a number, also where YAML 1.1 reads it as text (1e-3); NaN for others."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
@@ -251,7 +254,7 @@ def _number(value: Any) -> float:
 
 
 def _check_values(key: str, space: Space, base: Config) -> None:
-    """Every value must be possible beside some values of the other keys."""
+    """Checks that every value is valid with some values of the other keys. Raises: InputError."""
     each = space.dimensions[key]
     values = each.values if isinstance(each, Choice) else (_end(each, each.low),
                                                            _end(each, each.high))
@@ -273,7 +276,7 @@ def _end(each: Range, value: float) -> float | int:
 
 
 def _combinations(key: str, space: Space) -> Iterator[dict[str, Any]]:
-    """The base alone, then combinations of what the other keys of the same section may be."""
+    """The base alone, then combinations of the values of the other keys of the same section."""
     yield {}
     section = key.partition(".")[0]
     others = {name: (each.values if isinstance(each, Choice) else

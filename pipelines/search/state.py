@@ -1,12 +1,12 @@
-"""What a search leaves behind: plain JSON, each file written once, nothing ever unpickled.
+"""The stored state of a search: plain JSON, each file written once; nothing is ever unpickled.
 
-    <root>/searches/<name>/search.json          what is searched for; written first
-    <root>/searches/<name>/started/<id>.json    a trial that was begun, with its configuration
+    <root>/searches/<name>/search.json          the settings of the search; written first
+    <root>/searches/<name>/started/<id>.json    a trial that was started, with its configuration
     <root>/searches/<name>/running/<id>/        its state after the last kept epoch (a checkpoint)
     <root>/searches/<name>/trials/<id>.json     its record; from then on it is never run again
 
-A trial that was begun and has no record was interrupted: it is run again under the same name, from
-the state it left.
+A trial that was started and has no record was interrupted: it runs again under the same name, from
+its last state.
 """
 
 import concurrent.futures
@@ -38,7 +38,7 @@ class TrialPlan:
     config: dict[str, Any]
     """The whole configuration."""
     params: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What the sampler chose, by dotted key."""
+    """The values chosen by the sampler, by dotted key."""
 
     @property
     def depth(self) -> int:
@@ -53,7 +53,7 @@ class TrialPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a trial measured. Accuracies are shares, seconds and bytes as they are."""
+    """The measurements of a trial; accuracies are shares of 1."""
 
     tasks: tuple[str, ...]
     rows: tuple[tuple[float, ...], ...]
@@ -77,7 +77,7 @@ class Measured:
     """Weights of one task's head, as a server holds them."""
     checkpoint_bytes: int
     bytes_per_task: int
-    """What each task adds to the checkpoint."""
+    """Bytes that each task adds to the checkpoint."""
     device: str
 
     @property
@@ -87,20 +87,20 @@ class Measured:
 
     @property
     def test_accuracy(self) -> float | None:
-        """Mean accuracy on test images, where they were looked at."""
+        """Mean accuracy on test images; None where it was not measured."""
         return None if self.test_row is None else sum(self.test_row) / len(self.test_row)
 
     @property
     def seconds(self) -> float:
-        """What training cost: processor time on a CPU, where trials disturb each other's
-        wall-clock time, and wall-clock time on a GPU.
+        """Training time: processor time on a CPU, where trials disturb each other's wall-clock
+        time, and wall-clock time on a GPU.
         """
         return self.processor_seconds if self.device == "cpu" else self.train_seconds
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialRecord:
-    """A trial that ended, for good."""
+    """The record of a trial that ended."""
 
     plan: TrialPlan
     status: Status
@@ -109,7 +109,7 @@ class TrialRecord:
     measured: Measured | None
     """None where it failed before its first task."""
     search_seconds: float
-    """When it ended, in seconds of searching."""
+    """Seconds of search time when it ended."""
 
     @property
     def finished(self) -> bool:
@@ -130,15 +130,15 @@ class SearchState:
         self.folder = storage.path("searches", name)
 
     def create(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes search.json unless it is there; returns what is there."""
+        """Writes search.json unless it exists; returns its content."""
         self._storage.put_if_absent(f"{self.folder}/search.json",
                                     json.dumps(dict(settings), indent=1).encode())
-        found = self.settings()
-        assert found is not None
-        return found
+        stored = self.settings()
+        assert stored is not None
+        return stored
 
     def settings(self) -> dict[str, Any] | None:
-        """search.json, or None where there is no such search.
+        """The content of search.json; None when the search does not exist.
 
         Raises: IntegrityError where it cannot be read.
         """
@@ -164,7 +164,7 @@ class SearchState:
                                     json.dumps(dataclasses.asdict(plan), indent=1).encode())
 
     def finish(self, record: TrialRecord) -> bool:
-        """Keeps a trial's record, once; False where it had one. Its running state goes."""
+        """Stores a trial's record once and deletes its running state; False if it had a record."""
         first = self._storage.put_if_absent(f"{self.folder}/trials/{record.plan.id}.json",
                                             record.to_json())
         if self._storage.exists(self.running(record.plan.id)):
@@ -177,11 +177,11 @@ class SearchState:
 
     def records(self) -> list[TrialRecord]:
         """Every trial that ended, in order of ending. Raises: IntegrityError."""
-        found = [parse_record(path, fields) for path, fields in self._read_all("trials")]
-        return sorted(found, key=lambda record: (record.search_seconds, record.plan.id))
+        records = [parse_record(path, fields) for path, fields in self._read_all("trials")]
+        return sorted(records, key=lambda record: (record.search_seconds, record.plan.id))
 
     def interrupted(self) -> list[TrialPlan]:
-        """Trials that were begun and have no record, in order. Raises: IntegrityError."""
+        """Trials that were started and have no record, in order. Raises: IntegrityError."""
         done = {record.plan.id for record in self.records()}
         plans = [parse_plan(path, fields) for path, fields in self._read_all("started")]
         return [plan for plan in sorted(plans, key=lambda plan: plan.id) if plan.id not in done]
@@ -198,7 +198,7 @@ class SearchState:
 
 
 def parse_plan(where: str, fields: Mapping[str, Any]) -> TrialPlan:
-    """The plan that `dataclasses.asdict` and JSON made these fields of. Raises: IntegrityError."""
+    """The plan from the fields that `dataclasses.asdict` gives. Raises: IntegrityError."""
     try:
         return TrialPlan(**fields)
     except TypeError as error:
@@ -220,7 +220,7 @@ def parse_record(where: str, fields: Mapping[str, Any]) -> TrialRecord:
 
 
 def parse_measured(fields: Mapping[str, Any]) -> Measured:
-    """Rebuilds a trial's measurements from plain values."""
+    """The measurements from plain values."""
     values = dict(fields)
     test_row = values.pop("test_row")
     return Measured(tasks=tuple(values.pop("tasks")),

@@ -1,4 +1,4 @@
-"""Which trial is stopped early: ASHA of Ray Tune, one for each freeze depth."""
+"""Early stopping: Ray Tune's ASHA, one scheduler for each freeze depth."""
 
 import collections
 import dataclasses
@@ -10,15 +10,15 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from pipelines.search.state import TrialRecord
 
 GRACE_TASKS = 2
-"""A trial is not stopped before as many tasks: the trunk was trained on the first one."""
+"""Tasks that a trial learns before it may stop: the trunk was trained on the first one."""
 REDUCTION = 2
 UNDISTURBED = 3
-"""Trials of a depth that are never stopped: one worse than a single other is not clearly worse."""
+"""The first trials of a depth are never stopped: to be worse than one other trial says little."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Past:
-    """A trial of an earlier session, as far as ASHA asks."""
+    """A trial of an earlier session, with the attributes that ASHA reads."""
 
     trial_id: str
 
@@ -26,16 +26,15 @@ class _Past:
 class AshaByDepth(FIFOScheduler):
     """ASHA over tasks, one for each depth.
 
-    A depth is compared with other depths in the advice; a trial is stopped when others of its own
-    depth were better after as many tasks, or every deep trial would be stopped and the price of
-    going deeper would never be known.
+    A trial competes with trials of its own depth only. In competition with all depths every deep
+    trial would stop early, and the advice could not compare the depths.
     """
 
     def __init__(self, tasks: int, records: Iterable[TrialRecord]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._tasks = tasks
         self._of: dict[int, Any] = {}
-        """ASHA of each depth; its types ask for a controller that past trials have none of."""
+        """The ASHA scheduler of each depth; Any, since past trials have no controller to pass."""
         self._seen: dict[int, set[str]] = collections.defaultdict(set)
         for record in records:
             if record.plan.kind != "search" or record.measured is None:

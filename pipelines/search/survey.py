@@ -1,7 +1,7 @@
-"""What a search looks at before its trials: features of every depth, a forecast, and what training
-the whole network would cost.
+"""Measurements before the trials of a search: features of every depth, the forecast, and the cost
+of training the whole network.
 
-Runs as Ray tasks, so that features are read where they are cheap to read; the answers are small.
+They run as Ray tasks, so that features are read where they are stored; the results are small.
 """
 
 import dataclasses
@@ -28,11 +28,12 @@ from pipelines.platform.storage import Storage
 from pipelines.search.trial import Bench, Place, open_features
 
 TIMED_IMAGES = 512
+"""Images of the first task that the training of the whole network is timed on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Computing:
-    """What features are computed on."""
+    """The resources that compute features."""
 
     workers: int
     gpu: bool
@@ -46,20 +47,21 @@ class Computing:
 def depth_features(storage: Storage, network: Network, config: Config,
                    experiences: Sequence[Experience], depths: Sequence[int],
                    on: Computing) -> tuple[dict[Place, Manifest], int]:
-    """The stored features of every depth, and how many images were decoded for them: each goes
-    through the trunk once for all depths.
+    """The stored features of every depth, and the number of images decoded for them.
+
+    An image passes through the trunk once for all depths.
     """
     trunk = CutNetwork.of(network, max(depths)).trunk
     jobs = feature_jobs(config, experiences, trunk, depths)
-    found, decoded = compute_features(storage, trunk, jobs,
-                                      on_ray(on.workers, on.gpu, on.threads),
-                                      progress=on.progress, log=on.log, in_use=on.in_use)
+    manifests, decoded = compute_features(storage, trunk, jobs,
+                                          on_ray(on.workers, on.gpu, on.threads),
+                                          progress=on.progress, log=on.log, in_use=on.in_use)
     return {(job.depth, job.task, job.split): manifest
-            for job, manifest in zip(jobs, found, strict=True)}, decoded
+            for job, manifest in zip(jobs, manifests, strict=True)}, decoded
 
 
 def forecast_depths(bench: Bench) -> list[dict[str, Any]]:
-    """`partialhn.evaluation.forecast` on the first two tasks of the bench, as plain values."""
+    """The forecast from the first two tasks, as plain values."""
     configure_torch(bench.threads)
     depths = sorted({depth for depth, _, _ in bench.manifests})
     stages = forecast({depth: (_probe_task(bench, depth, 0), _probe_task(bench, depth, 1))
@@ -74,7 +76,7 @@ def _probe_task(bench: Bench, depth: int, index: int) -> ProbeTask:
 
 
 def task_shifts(bench: Bench) -> dict[str, float]:
-    """How each later task differs from the first, in the features of the deepest depth."""
+    """The shift of each later task from the first, in the features of the deepest depth."""
     configure_torch(bench.threads)
     depth = max(depth for depth, _, _ in bench.manifests)
     features = {name: pooled(open_features(bench, (depth, name, "train")))
@@ -85,7 +87,7 @@ def task_shifts(bench: Bench) -> dict[str, float]:
 
 def whole_network_seconds(config: Config, first: Experience, device: str,
                           threads: int) -> dict[str, float]:
-    """What an image costs in an epoch of training the whole network, and to keep.
+    """Seconds of an image in an epoch of training the whole network, and its stored bytes.
 
     Two epochs over some images of the first task; the second is timed. Processor time on a CPU,
     as for trials, and wall-clock time on a GPU.

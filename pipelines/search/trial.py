@@ -1,8 +1,8 @@
-"""A trial: learns a whole stream from stored features, in the process of its actor.
+"""A trial: a whole stream, learned from stored features in the process of its Ray actor.
 
-No image is decoded, no worker group is started. After each task the trial reports, so that a
-clearly worse one can be stopped, and every few seconds it keeps its state, so that a killed one
-goes on. It is judged on held-out images; test images are looked at by final runs alone.
+No image is decoded, no worker group is started. The trial reports after each task, so that a bad
+trial can be stopped early, and it stores its state every few seconds, so that a killed trial goes
+on. Its accuracy is measured on held-out images; only final runs use test images.
 """
 
 import dataclasses
@@ -35,14 +35,14 @@ from pipelines.platform.storage import Storage
 from pipelines.search.state import Measured, TrialPlan
 
 STATE_SECONDS = 10.0
-"""A killed trial loses at most the epochs of this time, or the running one."""
+"""Seconds between two stored states; a killed trial loses at most this time or one epoch."""
 Place = tuple[int, str, str]
 """Freeze depth, task, split."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What all trials of a search share."""
+    """The data that all trials of a search share."""
 
     storage: Storage
     network: Network
@@ -59,7 +59,7 @@ class Bench:
 
 
 def run_trial(choice: dict[str, Any], bench: Bench) -> None:
-    """The Ray Tune trainable. Reports after each task; a trial that cannot work says why."""
+    """The Ray Tune trainable: reports after each task, or the reason of a failure."""
     from ray import tune
 
     plan = TrialPlan(**choice["plan"])
@@ -69,13 +69,13 @@ def run_trial(choice: dict[str, Any], bench: Bench) -> None:
             tasks_done = len(measured.rows)
             tune.report({"tasks_done": tasks_done, "accuracy": measured.accuracy, "failed": "",
                          "measured": json.dumps(dataclasses.asdict(measured))})
-    except Exception as error:  # ours or PyTorch's: trying again would fail again
+    except Exception as error:  # a second attempt would fail in the same way
         reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         tune.report({"tasks_done": tasks_done, "accuracy": 0.0, "measured": "", "failed": reason})
 
 
 def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
-    """Learns the stream as planned, yielding what was measured after each task."""
+    """Learns the stream as planned; yields the measurements after each task."""
     configure_torch(bench.threads)
     config = Config.from_dict(plan.config)
     cut = cut_network(config, bench.network)
@@ -99,18 +99,18 @@ def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
 
 
 class _Meter:
-    """Processor time of this process, by what it did."""
+    """Processor time of this process, split into training and evaluation."""
 
     def __init__(self) -> None:
         self.training, self.evaluating = 0.0, 0.0
         self.start()
 
     def start(self) -> None:
-        """From here."""
+        """Starts the clock."""
         self._at = time.process_time()
 
     def lap(self, evaluating: bool) -> None:
-        """Books the time since `start`."""
+        """Adds the time since `start` to evaluation or to training."""
         spent = time.process_time() - self._at
         if evaluating:
             self.evaluating += spent
@@ -119,7 +119,7 @@ class _Meter:
 
 
 def _task(bench: Bench, config: Config, name: str, classes: int) -> TaskFeatures:
-    """A task's features, with the held-out images in the place of the test images."""
+    """A task's features, with the held-out images instead of the test images."""
     depth = config.backbone.freeze_depth
     train = open_features(bench, (depth, name, "train"))
     held_out = open_features(bench, (depth, name, "validation"))
@@ -127,7 +127,7 @@ def _task(bench: Bench, config: Config, name: str, classes: int) -> TaskFeatures
 
 
 def open_features(bench: Bench, place: Place) -> FeatureSet:
-    """One set of features, verified once in the life of this process."""
+    """One set of features, verified once in this process."""
     manifest = bench.manifests[place]
     opened = _opened()
     if manifest.key not in opened:
@@ -151,7 +151,7 @@ def _keep(bench: Bench, folder: str, learner: Learner, meter: _Meter) -> None:
 
 
 def _restore(bench: Bench, folder: str, learner: Learner, meter: _Meter) -> None:
-    """Goes on from the state that an interrupted run of this trial left, where there is one."""
+    """Restores the state of an interrupted run of this trial, if there is one."""
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch) / "state"
         if not checkpoint.fetch(bench.storage.filesystem, folder, local):
@@ -191,13 +191,13 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, 
 
 
 def _share(place: Place, manifest: Manifest, views: int) -> int:
-    """Bytes of a set of features if it held `views` views alone."""
+    """Bytes of a set of features if it held only `views` views."""
     return round(manifest.bytes * views / manifest.shape_VCHW[0]) if place[2] == "train" else (
         manifest.bytes)
 
 
 def _generating(strategy: Strategy) -> int:
-    """Multiply-adds of generating the last task's head; an own head is there already."""
+    """Multiply-adds to generate the last task's head; 0 for strategies that store their heads."""
     if not isinstance(strategy, PartialHypernet):
         return 0
     return strategy.hypernet.generating_macs(len(strategy.classes) - 1)

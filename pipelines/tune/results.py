@@ -1,4 +1,4 @@
-"""What the trials of a search gave: kept, told as they come, sent to MLflow, turned into advice."""
+"""The results of a search: records of trials are logged, sent to MLflow and turned into advice."""
 
 import concurrent.futures
 import json
@@ -14,7 +14,7 @@ from partialhn.errors import InputError
 from pipelines.advice.decide import DepthResult, results_by_depth, stage_name
 from pipelines.advice.facts import advice_fields
 from pipelines.advice.page import render
-from pipelines.platform.numbers import percent
+from pipelines.platform.numbers import duration, percent
 from pipelines.search.sampling import Goal
 from pipelines.search.space import Space
 from pipelines.search.state import Measured, SearchState, TrialPlan, TrialRecord
@@ -24,7 +24,7 @@ Log = Callable[[str], None]
 
 
 class Results:
-    """Every record of a search, of this session and of earlier ones."""
+    """All records of a search, from this session and from earlier ones."""
 
     def __init__(self, state: SearchState, settings: Mapping[str, Any], space: Space,
                  registry: SearchRuns, survey: Mapping[str, Any], log: Log) -> None:
@@ -51,7 +51,7 @@ class Results:
         return self._earlier + time.monotonic() - self._start
 
     def add(self, record: TrialRecord) -> None:
-        """A trial that ended: told to the user at once, and to MLflow beside the next trial."""
+        """Adds a trial that ended: logs it, and sends it to MLflow while the next trial runs."""
         self.records.append(record)
         self._log(self._line(record))
         self._sending.append(self._pool.submit(self._send, record))
@@ -61,7 +61,7 @@ class Results:
         return results_by_depth(self.records, self._goal.score)
 
     def final_plans(self, seeds: int) -> list[TrialPlan]:
-        """The best trial of each depth under seeds of its own, and separate heads beside it."""
+        """Final runs: the best trial of each depth, and separate heads, under other seeds."""
         plans = []
         for each in self.by_depth():
             for index in range(1, seeds + 1):
@@ -75,7 +75,7 @@ class Results:
         return plans
 
     def final_seconds(self, seeds: int) -> float:
-        """About how long the final runs that are still to come will take, one after the other."""
+        """Expected seconds of the remaining final runs, one after the other."""
         done = {record.plan.id for record in self.records}
         seconds = {each.best.plan.id: _measured(each.best).train_seconds
                    + _measured(each.best).evaluate_seconds for each in self.by_depth()}
@@ -87,8 +87,8 @@ class Results:
         results = self.by_depth()
         if not results:
             raise InputError(f"no trial of search {self._state.name!r} finished; the first of "
-                             f"{len(self.records)} says: {self.records[0].reason}; allowed: a "
-                             "space that works")
+                             f"{len(self.records)} failed with: {self.records[0].reason}; allowed: "
+                             "a space with valid configurations")
         advice = advice_fields(self._settings, self._space, self.records, results, self._goal,
                                self._survey, self.seconds())
         folder = Path(output)
@@ -112,12 +112,12 @@ class Results:
             return f"{text}failed: {record.reason}"
         assert measured is not None
         text += (f"accuracy {percent(measured.accuracy)} after {len(measured.rows)} tasks  "
-                 f"{measured.seconds:.1f} s")
+                 f"{duration(measured.seconds)}")
         if record.status == "pruned":
             return f"{text}  stopped early"
         best = max((each for each in self.records if each.finished), key=_accuracy)
         return (f"{text}  (best {percent(_accuracy(best))} at depth {best.plan.depth}; "
-                f"{len(self.records)} done in {self.seconds():.0f} s)")
+                f"{len(self.records)} done in {duration(self.seconds())})")
 
     # MLflow ----------------------------------------------------------------------------------
 
@@ -127,14 +127,14 @@ class Results:
                                                     "reason": record.reason})
 
     def _finish_registry(self, advice: Mapping[str, Any], files: Sequence[Path]) -> None:
-        """Every record gets its run, whatever happened to earlier attempts."""
+        """Makes sure that every record has its run, also after failed attempts."""
         self._pool.shutdown()
         for sent in self._sending:
             if (error := sent.exception()) is not None:
                 self._log(f"note: MLflow did not take a trial ({error}); sending it again")
-        registered = self._registry.trials_of(self._parent)
+        complete = self._registry.trials_of(self._parent)
         for record in self.records:
-            if record.plan.id not in registered:
+            if record.plan.id not in complete:
                 self._send(record)
         for path in files:
             self._registry.log_file(self._parent, path)
@@ -145,18 +145,18 @@ class Results:
         self._registry.end_run(self._parent)
 
 
-def say_forecast(log: Log, forecast: Sequence[Mapping[str, Any]]) -> None:
-    """The forecast as lines."""
+def log_forecast(log: Log, forecast: Sequence[Mapping[str, Any]]) -> None:
+    """Logs the forecast, one line for each depth."""
     log("forecast from the first two tasks (linear probe on each stage's features):")
     for stage in forecast:
         mark = "worth trying" if stage["worth_trying"] else "doubtful"
         log(f"  depth {stage['depth']} (freezing {stage_name(stage['depth'])}): first task "
-            f"{percent(stage['probe_first'])}, second {percent(stage['probe_second'])}; keeps "
-            f"{percent(stage['kept'])} above chance: {mark}")
+            f"{percent(stage['probe_first'])}, second {percent(stage['probe_second'])}; "
+            f"{percent(stage['kept'])} of the accuracy above chance remains: {mark}")
 
 
 def _config_file(result: DepthResult) -> str:
-    """A depth's best configuration, as `partialhn train --config` takes it."""
+    """A depth's best configuration, for `partialhn train --config`."""
     config = Config.from_dict(result.best.plan.config)
     return (f"# Best trial of depth {result.depth}: {result.best.plan.id}\n"
             + yaml.safe_dump(config.to_dict(), sort_keys=False))

@@ -1,10 +1,10 @@
-"""The search over freeze depths: from a stream to advice that a person can defend.
+"""The search over freeze depths: from a stream to a recommended depth with its reasons.
 
-    trunk -> features of every depth -> forecast -> trials (Ray Tune) -> the best of each depth
-    again under other seeds, beside one separate head a task -> advice (JSON, HTML) and MLflow
+    trunk -> features of every depth -> forecast -> trials (Ray Tune) -> final runs: the best trial
+    of each depth, and separate heads, under other seeds -> advice (JSON, HTML) and MLflow
 
-Every step finds what an earlier session finished (`state`); Ray Tune's own files are scratch
-that nothing reads.
+Every step uses the results of earlier sessions (`pipelines.search.state`). Ray Tune's own files are
+temporary, and nothing reads them.
 """
 
 import concurrent.futures
@@ -41,7 +41,7 @@ from pipelines.search.survey import (
     whole_network_seconds,
 )
 from pipelines.search.trial import Bench, run_trial
-from pipelines.tune.results import Results, say_forecast
+from pipelines.tune.results import Results, log_forecast
 from pipelines.tune.runs import connect_search
 
 Log = Callable[[str], None]
@@ -69,7 +69,7 @@ def _tune(config: Config, options: SearchConfig, storage: Storage, log: Log) -> 
     saved = state.settings()
     if options.resume and saved is None:
         raise InputError(f"no search {options.resume!r} at {storage.uri}; allowed: the name of a "
-                         "search that was begun there")
+                         "search that was started there")
     if options.resume and saved:
         config = on_this_machine(Config.from_dict(saved["config"]), config)
         space = parse_space(saved["space"], config)
@@ -118,7 +118,7 @@ class _Search:
         self.network = RayExecution(self.config, self.storage, self.state.name, Progress(
             self.config, self.log)).network(self.experiences[0])
         forecast = self._remote(forecast_depths, self._bench(self.experiences[:2]))
-        say_forecast(self.log, forecast)
+        log_forecast(self.log, forecast)
         if self.options.forecast_only:
             return {"forecast": forecast}
         self.bench = self._bench(self.experiences)

@@ -107,7 +107,8 @@ def test_the_page_says_it_and_escapes_names(tmp_path, capsys):
     assert page.count("<svg") == 1
     assert "http:" not in page.replace("http://www.w3.org", "")
     assert set(KEPT) <= set(cells()[0])
-    assert run(["report", "--pack", str(tmp_path / "result.json"), "--output", str(target)]) == 0
+    file = str(tmp_path / "result.json")
+    assert run(["report", "--benchmark", file, "--output", str(target)]) == 0
     assert target.read_text() == page
 
 

@@ -53,7 +53,7 @@ def test_a_cell_has_its_strategy_depth_and_seed():
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["split-cifar11"], "pack is 'split-cifar11'; allowed: split-cifar10"),
+    (["split-cifar11"], "benchmark is 'split-cifar11'; allowed: split-cifar10"),
     (["split-cifar10", "--seeds", "0"], "seeds is 0; allowed: 1 or more"),
     (["split-cifar10", "--threads", "0"], "threads is 0; allowed: 1 or more"),
 ])
