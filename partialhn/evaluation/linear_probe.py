@@ -33,6 +33,8 @@ class Ridge:
         """x_NF: float64, with mean 0 over the images. y_N: class indices."""
         target_NK = one_hot(y_N, classes).double()
         self.bias_K = target_NK.mean(0)
+        self.values_F: Tensor
+        self.vectors_FF: Tensor
         self.values_F, self.vectors_FF = torch.linalg.eigh(x_NF.T @ x_NF)
         self._x_NF, self._centred_NK = x_NF, target_NK - self.bias_K
         self._right_FK = self.vectors_FF.T @ (x_NF.T @ self._centred_NK)
@@ -49,7 +51,8 @@ class Ridge:
         rotated_NF = self._x_NF @ self.vectors_FF
         leverage_N = 1 / len(self._x_NF) + (rotated_NF**2 * shrink_F).sum(1)
         residual_NK = self._centred_NK - rotated_NF @ (shrink_F[:, None] * self._right_FK)
-        return ((residual_NK / (1 - leverage_N[:, None]).clamp_min(1e-6))**2).mean().item()
+        error_NK = residual_NK / (1 - leverage_N[:, None]).clamp_min(1e-6)
+        return float((error_NK**2).mean())
 
 
 def linear_probe(train: FeatureSet, test: FeatureSet, classes: int) -> float:

@@ -21,8 +21,8 @@ from partialhn.task_inference import (
 IMAGES = 2048
 """Most test images that are measured, of all tasks together; this bounds the cost."""
 HEAD_RUNS = 4 * IMAGES
-"""Most head evaluations of the entropy method. It evaluates every head on every image, so more tasks
-mean fewer images."""
+"""Most head evaluations of the entropy method, which evaluates every head on every image: more
+tasks mean fewer images."""
 
 
 @torch.no_grad()
