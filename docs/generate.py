@@ -179,7 +179,15 @@ def option(field: Any, owner: Any) -> str:
     words = field.name.replace("_", "-")
     if is_positional(field.name, owner):
         return words.upper()
-    return f"--{words}" if hints(owner)[field.name] is not bool else f"--{words}, --no-{words}"
+    names = [f"--{words}", *aliases(field.name, owner)]
+    return ", ".join(names + [f"--no-{words}"] * (hints(owner)[field.name] is bool))
+
+
+def aliases(name: str, owner: Any) -> Iterator[str]:
+    """Other names of an option, from its annotation."""
+    annotated = typing.get_type_hints(owner, include_extras=True)[name]
+    for extra in getattr(annotated, "__metadata__", ()):
+        yield from getattr(extra, "aliases", None) or ()
 
 
 def is_positional(name: str, owner: Any) -> bool:
