@@ -102,7 +102,7 @@ class Report:
 
     def __post_init__(self) -> None:
         if self.result and self.benchmark:
-            raise InputError("--result and --benchmark are both given; allowed: one of them")
+            raise InputError("--result and --benchmark are given; allowed: one of them")
 
     def run(self) -> None:
         from pipelines.report.page import render, write_page
