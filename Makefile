@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Files are dealt to JOBS processes; all tests that share a Ray or a server go to the same one.
 JOBS ?= 2
 PYTEST = $(BIN)/python -m pytest -rs --durations=10
-PARALLEL = -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+PARALLEL = -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
 # Nothing that a test or the demo starts needs the network.
 export RAY_USAGE_STATS_ENABLED ?= 0

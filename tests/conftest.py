@@ -1,17 +1,20 @@
 """For every test: nothing asks the network, and Ray is started at most once.
 
 Under pytest-xdist a worker process takes whole groups of tests: a file is a group, but all tests
-that use the session's Ray are one, and so are all that use the session's servers. So no second
-worker starts them again. `tests/README.md` describes tiers and fixtures.
+that may use the session's Ray are one, and so are all that use the session's servers. So no
+second worker starts them again. `tests/README.md` describes tiers and fixtures.
 """
 
 import dataclasses
 import os
 import shutil
+from pathlib import Path
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true",
                "DO_NOT_TRACK": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-               "RAY_worker_niceness": "0"}  # Ray's 15 starves its workers beside other work
+               "RAY_worker_niceness": "0",  # Ray's 15 starves its workers beside other work
+               # seven processes for jobs that nobody gives a test's MLflow server
+               "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 # one thread a process, before torch is imported: two test processes share two cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -24,28 +27,45 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOI
              "AWS_REGION", "AWS_DEFAULT_REGION"):
     os.environ.pop(name, None)
 
-SHARED = {"ray_cluster": "ray", "database": "servers", "service": "s3"}
-"""Session fixtures that are expensive to start, and the group of all tests that use them."""
+TOGETHER = {"ray": "ray", "golden": "ray", "servers": "servers"}
+"""Folders whose tests share what a session starts once, and the group that one worker takes."""
+SHARED = {"ray_cluster": "ray", "database": "servers"}
+"""What is started once, and the group of the tests that may use it."""
 LONG_FIRST = ("ray", "tests/faults/test_retrain_chaos.py", "servers",
               "tests/unit/test_streaming.py", "tests/process/test_train.py",
               "tests/process/test_task_share.py", "tests/security/test_security.py")
 """Groups that take longest: begun first, so that no worker is left alone with one at the end."""
-CI_SKIPS = ("no CUDA device",)
+CI_SKIPS = ("no CUDA device", "PARTIALHN_TEST_DATA is not set")
 """What the reasons of tests that may skip in continuous integration begin with."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Puts each test into the group that one worker process takes, and long groups first."""
-    def group(item):
-        shared = [name for fixture, name in SHARED.items() if fixture in item.fixturenames]
-        return shared[0] if shared else item.nodeid.partition("::")[0]
+def group_of(nodeid):
+    """The tests that one worker process takes: those of a file, or of folders that share much."""
+    path = nodeid.partition("::")[0]
+    return TOGETHER.get(Path(path).parent.name, path)
 
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        """pytest-xdist's own marks of groups (3.8) are lost with pytest 9.2."""
+
+        def _split_scope(self, nodeid):
+            return group_of(nodeid)
+    return Groups(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """Long groups first. Refuses a test that would start Ray or a server in a second worker."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
+        for fixture, group in SHARED.items():
+            if fixture in item.fixturenames and group_of(item.nodeid) != group:
+                folders = ", ".join(f"tests/{each}" for each in TOGETHER if TOGETHER[each] == group)
+                raise pytest.UsageError(f"{item.nodeid} uses {fixture}; allowed in: {folders}")
     order = {name: place for place, name in enumerate(LONG_FIRST)}
-    items.sort(key=lambda item: order.get(item.get_closest_marker("xdist_group").args[0],
-                                          len(order)))
+    items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -58,6 +78,14 @@ def pytest_runtest_makereport(item, call):
             report.outcome = "failed"
             report.longrepr = f"{item.nodeid} skips, which it may not in CI: {reason}"
     return report
+
+
+@pytest.fixture(scope="session")
+def image_sets():
+    """The folder of real image sets that PARTIALHN_TEST_DATA names."""
+    if not os.environ.get("PARTIALHN_TEST_DATA"):
+        pytest.skip("PARTIALHN_TEST_DATA is not set: the folder of real image sets")
+    return Path(os.environ["PARTIALHN_TEST_DATA"])
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
+import runpy
 import sys
 import tempfile
 import traceback
@@ -72,8 +73,19 @@ def _command(words: list[str], change: str) -> int:
 
     exec(compile(change, "change", "exec"), {"__name__": "change"})
     code = run(words)
-    print("RAY", sorted(name for name in sys.modules if name.partition(".")[0] == "ray"))
+    ray = sorted(name for name in sys.modules if name.partition(".")[0] == "ray")
+    print("RAY", ray, file=sys.stderr)
     return code
+
+
+def script(path: Path, *words: object, cwd: Path) -> Forked:
+    """`python path words...` in a process of its own that has the heavy packages already."""
+    return Forked(_script, str(path), list(map(str, words)), cwd=cwd)
+
+
+def _script(path: str, words: list[str]) -> None:
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name="__main__")
 
 
 def _run(work, arguments, cwd, environment, texts) -> None:

@@ -80,6 +80,7 @@ def open_client(storage: Storage, tracking_uri: str | None,
         with _exclusive(database) if database else contextlib.nullcontext():
             if database and not database.exists():
                 _create(database)
+            _check_database(uri)
             # named for both: MLFLOW_REGISTRY_URI would send the versions elsewhere
             client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             client.search_registered_models(max_results=1)
@@ -111,6 +112,18 @@ def _check_server(uri: str) -> None:
         # an HTTPError is also an answer, for example a request for credentials
         with contextlib.suppress(urllib.error.HTTPError):
             urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=15).close()
+
+
+def _check_database(uri: str) -> None:
+    """Fails at once where a database refuses; MLflow alone would try again for 100 seconds."""
+    if uri.partition("://")[0].partition("+")[0] in ("postgresql", "mysql", "mssql"):
+        from sqlalchemy import create_engine
+
+        engine = create_engine(uri)
+        try:
+            engine.connect().close()
+        finally:
+            engine.dispose()
 
 
 def _create(database: Path) -> None:

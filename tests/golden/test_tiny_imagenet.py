@@ -1,7 +1,6 @@
 """The documented preset on real photographs, against the result it gave when it was recorded."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,11 @@ def test_the_recorded_result_keeps_what_the_preset_promises():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3 * 3600)
-def test_the_preset_gives_the_recorded_result(tmp_path, ray_cluster):
-    if "PARTIALHN_TEST_DATA" not in os.environ:
-        pytest.skip("PARTIALHN_TEST_DATA names no folder with tiny-imagenet-32")
+def test_the_preset_gives_the_recorded_result(tmp_path, ray_cluster, image_sets):
     from pipelines.train import train
 
     values = PRESETS[NAME].to_dict()
-    values["data"]["data"] = str(Path(os.environ["PARTIALHN_TEST_DATA"]) / "tiny-imagenet-32")
+    values["data"]["data"] = str(image_sets / "tiny-imagenet-32")
     result = train(Config.from_dict(values), OutputConfig(
         name="tiny", storage=str(tmp_path), result=str(tmp_path / "result.json")))
     assert result["forgetting"] <= 0.01

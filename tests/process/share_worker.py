@@ -1,23 +1,15 @@
-"""One of several workers that share a run's tasks, without Ray: what a worker group starts.
-
-    python share_worker.py ASSIGNMENT.pickle RANK WORLD [TASK EPOCH [STRATEGY]]
-
-Prints what it sends, and last the accuracies that it returns. With a task and an epoch it kills
-itself, SIGKILL, after that record.
-"""
+"""One of several workers that share a run's tasks, without Ray: what a worker group starts."""
 
 import json
 import os
-import pickle
 import signal
 import sys
-from pathlib import Path
 
 import torch
 
 from partialhn.errors import InputError
 from partialhn.features.batches import Workers
-from pipelines.execution.worker import Worker
+from pipelines.execution.worker import Assignment, Worker
 
 
 class Host:
@@ -40,12 +32,13 @@ class Host:
         raise AssertionError("what workers left that shared batches is not gone on from")
 
 
-if __name__ == "__main__":
-    assignment = pickle.loads(Path(sys.argv[1]).read_bytes())
-    rank, world = map(int, sys.argv[2:4])
-    task, epoch, strategy = [*(sys.argv[4:] or ["-1", "-1"]), "partial_hn"][:3]
+def share(assignment: Assignment, rank: int, world: int, task: int = -1, epoch: int = -1,
+          strategy: str = "partial_hn") -> None:
+    """Prints what it sends, and last the accuracies that it returns. With a task and an epoch it
+    kills itself, SIGKILL, after that record.
+    """
     try:
-        made = Worker(assignment, Host(rank, world, (strategy, int(task), int(epoch)))).run()
+        done = Worker(assignment, Host(rank, world, (strategy, task, epoch))).run()
     except InputError as error:
         sys.exit(f"error: {error}")
-    print(json.dumps({name: outcome.accuracy_TT for name, outcome in made["outcomes"].items()}))
+    print(json.dumps({name: outcome.accuracy_TT for name, outcome in done["outcomes"].items()}))

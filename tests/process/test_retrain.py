@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from pipelines.retrain import learning
 from pipelines.retrain.journal import Journal
 from pipelines.retrain.run import retrain
 from pipelines.settings import RetrainConfig
+from tests.processes import Forked, partialhn
 
 CONFIG = Config.from_dict({
     "data": {"data": "inbox", "input_size": 16},
@@ -212,12 +211,10 @@ def test_a_stream_keeps_what_it_was_founded_with(life, tmp_path):
 # Two at the same second -----------------------------------------------------------------------
 
 
-def start(stream: Stream) -> subprocess.Popen:
-    return subprocess.Popen(
-        [Path(sys.executable).with_name("partialhn"), "retrain", "--name", "digits", "--storage",
-         stream.root / "store", "--config", stream.root / "config.yaml", "--policy",
-         stream.root / "lenient.yaml", "--json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(stream: Stream) -> Forked:
+    return partialhn("retrain", "--name", "digits", "--storage", stream.root / "store", "--config",
+                     stream.root / "config.yaml", "--policy", stream.root / "lenient.yaml",
+                     "--json", cwd=stream.root)
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(20, marks=pytest.mark.slow)])
@@ -228,9 +225,9 @@ def test_two_passes_at_the_same_second(tmp_path, rounds):
     for number in range(rounds):
         put_task(stream.inbox, f"t{number}", labels[number], range(8 * number, 8 * number + 8))
         processes = [start(stream) for _ in range(2)]
-        outputs = [process.communicate(timeout=900) for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], outputs
-        found = [json.loads(out) for out, _ in outputs]
+        ends = [process.wait(900) for process in processes]
+        assert [ended.returncode for ended in ends] == [0, 0], ends
+        found = [json.loads(ended.stdout) for ended in ends]
         learned = [each["slot"] for one in found for each in one["learned"]]
         assert learned == [f"t{number}"], found
         assert sum(bool(one["held_by"]) or one["nothing_to_do"] for one in found) == 1

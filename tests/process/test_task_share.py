@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
-import pickle
 import signal
-import subprocess
-import sys
 import uuid
 from pathlib import Path
 
@@ -28,6 +24,8 @@ from pipelines.execution.worker import Assignment
 from pipelines.features.produce import open_store
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import open_storage
+from tests.process.share_worker import share
+from tests.processes import Ended, Forked
 
 CONFIG = Config.from_dict({
     "data": {"data": "digits", "tasks": 5, "input_size": 16},
@@ -44,20 +42,17 @@ class Ready:
     root: Path
     weights: str
 
-    def run(self, assignment: Assignment, *ends: tuple) -> list:
+    def run(self, assignment: Assignment, *ends: tuple) -> list[Ended]:
         """Two workers; `ends` says after which record which of them is killed."""
-        path = self.root / f"{uuid.uuid4().hex}.pickle"
-        path.write_bytes(pickle.dumps(assignment))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-        started = [subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("share_worker.py"), path, str(rank), "2",
-             *map(str, ends[rank] if ends else ())], env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(2)]
-        if ends:  # what a worker group does: one is dead, and so all are
-            started[1 if ends[1] else 0].wait(200)
-            for process in started:
-                process.kill()
-        return [(process.wait(200), *process.communicate()) for process in started]
+        started = [Forked(share, assignment, rank, 2, *(ends[rank] if ends else ()), cwd=self.root)
+                   for rank in range(2)]
+        if not ends:
+            return [process.wait(200) for process in started]
+        first = 1 if ends[1] else 0
+        killed = started[first].wait(200)
+        started[1 - first].kill()  # what a worker group does: one is dead, and so all are
+        other = started[1 - first].wait()
+        return [other, killed] if first else [killed, other]
 
     def hash_of(self, assignment: Assignment) -> str:
         return learned_hash(assignment, self.root / uuid.uuid4().hex)
@@ -105,12 +100,12 @@ def test_two_workers_make_the_model_of_one(ready):
     """The fifth task has more data of the second, and starts from it."""
     assignment = ready.anew()
     assignment.storage.write_text(f"{assignment.run}/tasks/failed-before", "an earlier attempt's")
-    (first, told, _), (second, also_told, _) = ready.run(assignment)
-    assert (first, second) == (0, 0)
+    first, second = ready.run(assignment)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert ready.hash_of(assignment) == ready.weights
-    mine = {line for line in also_told.splitlines() if line.startswith("partial_hn ")}
+    mine = {line for line in second.stdout.splitlines() if line.startswith("partial_hn ")}
     assert mine == {f"partial_hn {task} {epoch}" for task in (1, 3) for epoch in (1, 2, 3)}
-    ends = [line for line in told.splitlines() if line.endswith("end")]
+    ends = [line for line in first.stdout.splitlines() if line.endswith("end")]
     assert ends == [f"partial_hn {task} end" for task in range(5)]
     assert left(assignment) == ["failed-before"]
 
@@ -121,17 +116,17 @@ def test_bounds_have_one_worker_each_killed_or_not(ready):
     train = dataclasses.replace(CONFIG.train, compare=names)
     assignment = ready.anew(config=dataclasses.replace(ready.assignment.config, train=train))
     killed = ready.run(assignment, (), (2, 1, "naive"))
-    assert killed[1][0] == -signal.SIGKILL
-    (first, told, _), (second, also_told, _) = ready.run(assignment)
-    assert (first, second) == (0, 0)
+    assert killed[1].returncode == -signal.SIGKILL
+    first, second = ready.run(assignment)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     tasks = open_task_features(open_store(assignment.storage), assignment.slots)
-    found = json.loads(told.splitlines()[-1])
+    found = json.loads(first.stdout.splitlines()[-1])
     for name in names:
         alone = Learner(assignment.cut.strategy(with_strategy(CONFIG, name)), CONFIG.train)
         list(alone.learn(tasks))
         assert found[name] == Outcome.of(alone).accuracy_TT
     assert found["partial_hn"][4] != found["naive"][4]
-    lines = also_told.splitlines()
+    lines = second.stdout.splitlines()
     assert not any(line.startswith("joint") for line in lines)
     assert "naive 1 1" not in lines, "the second task was learned before"
     assert {"naive 1 end", "naive 2 1", "naive 4 end"} <= set(lines)
@@ -142,19 +137,20 @@ def test_bounds_have_one_worker_each_killed_or_not(ready):
 def test_one_is_killed_in_a_task_and_started_again(ready, ends):
     assignment = ready.anew()
     killed = ready.run(assignment, *ends)
-    assert killed[1 if ends[1] else 0][0] == -signal.SIGKILL
+    assert killed[1 if ends[1] else 0].returncode == -signal.SIGKILL
     done = ready.run(assignment)
-    assert [code for code, *_ in done] == [0, 0]
+    assert [ended.returncode for ended in done] == [0, 0]
     assert ready.hash_of(assignment) == ready.weights
-    assert "partial_hn 0 1\n" not in done[0][1], "the first task was learned before"
+    assert "partial_hn 0 1\n" not in done[0].stdout, "the first task was learned before"
 
 
 def test_what_stops_one_stops_the_other_with_the_same_words(ready):
     train = dataclasses.replace(CONFIG.train, learning_rate=1e30)
     assignment = ready.anew(config=dataclasses.replace(ready.assignment.config, train=train))
-    for code, _, text in ready.run(assignment):
-        assert code == 1
-        assert text.startswith("error: the loss of task '0' became nan in epoch 1; allowed:")
+    for ended in ready.run(assignment):
+        assert ended.returncode == 1
+        assert ended.stderr.startswith(
+            "error: the loss of task '0' became nan in epoch 1; allowed:")
 
 
 @pytest.mark.parametrize(("known", "shares"), [

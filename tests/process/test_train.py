@@ -103,7 +103,7 @@ def test_the_numbers_of_the_oracle_without_ray(place, oracle):
     done = command(place)
     assert done.returncode == 0, done.stderr
     check(place, oracle)
-    assert done.stdout.splitlines()[-1] == "RAY []"
+    assert done.stderr.splitlines()[-1] == "RAY []"
     for part in ("trunk  epoch 2/2", "times the images   pay after", "features  shard ",
                  "task 2 '1' learned", "registered models:/digits/2"):
         assert part in done.stdout, part

@@ -25,6 +25,7 @@ from pipelines.platform.storage import open_storage
 from pipelines.registry.versions import task_alias
 from pipelines.search.state import SearchState
 from pipelines.settings import check_name
+from tests.processes import script
 
 HERE = Path(__file__).parent
 AUDIT = runpy.run_path(str(HERE / "audit.py"))
@@ -117,8 +118,8 @@ def test_a_pickle_as_the_state_of_a_search_does_not_run(evil, tmp_path, file):
 @pytest.mark.parametrize(("first", "count"), [
     (0, 80), pytest.param(1000, 4000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_mutated_files_are_refused_within_memory(target, first, count, tmp_path):
-    done = subprocess.run([sys.executable, HERE / "fuzz.py", tmp_path / "work", target, str(first),
-                           str(count)], capture_output=True, text=True, check=False)
+    done = script(HERE / "fuzz.py", tmp_path / "work", target, first, count,
+                  cwd=tmp_path).wait(3500)
     last = tmp_path / "work" / "last"
     at = last.read_text() if last.exists() else "none"
     assert done.returncode == 0, f"last seed {at}\n{done.stdout[-6000:]}\n{done.stderr[-3000:]}"

@@ -2,11 +2,8 @@
 
 import json
 import multiprocessing
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psycopg2
 import pytest
@@ -16,12 +13,12 @@ from pipelines.platform.storage import open_storage
 from pipelines.registry.client import Placing, connect
 from pipelines.registry.history import Move
 from pipelines.retrain.gate import GateFacts, Policy, decide
+from tests.processes import partialhn
 
 
 def command(*words, cwd):
-    """`partialhn ...` as a user runs it."""
-    return subprocess.run([Path(sys.executable).with_name("partialhn"), *map(str, words)],
-                          capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+    """`partialhn ...` in a process of its own, as a user runs it."""
+    return partialhn(*words, cwd=cwd).wait(300)
 
 
 def test_a_stream_from_registration_to_rollback(server, digit_tasks, tmp_path):

@@ -1,6 +1,7 @@
-"""One thread, and a small stream of real digits with the features of an untrained trunk."""
+"""One thread a test, and a small stream of real digits with the features of an untrained trunk."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -20,11 +21,14 @@ from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
 from partialhn.run import collect, cut_network
 
+THREADS = int(os.environ.get("PARTIALHN_TEST_THREADS", "1"))
+"""`make test-isa` sets it: what holds with one thread must hold with two."""
+
 
 @pytest.fixture(autouse=True)
 def same_arithmetic():
     """Whatever a test before it has set for the whole process."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     torch.set_flush_denormal(False)
 
 

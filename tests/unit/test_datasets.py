@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -77,11 +76,8 @@ def class_of_ids(experience, part="train"):
 
 
 @pytest.fixture(scope="module")
-def tiny_imagenet():
-    root = os.environ.get("PARTIALHN_TEST_DATA")
-    if root is None or not Path(root, "tiny-imagenet-32").is_dir():
-        pytest.skip("PARTIALHN_TEST_DATA names no folder with tiny-imagenet-32")
-    return Path(root, "tiny-imagenet-32")
+def tiny_imagenet(image_sets):
+    return image_sets / "tiny-imagenet-32"
 
 
 def test_parquet_of_many_files_with_names_of_parts(tiny_imagenet):

@@ -1,7 +1,6 @@
 """The test for drift on real images: quiet on the same ones, loud on changed ones."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,9 +32,8 @@ def pool(request, cut, tmp_path_factory):
         folder = tmp_path_factory.mktemp("digits")
         table_N, size = open_stream(DataConfig(tasks=1), folder)[0].train, 16
     else:
-        if DATA is None:
-            pytest.skip("PARTIALHN_TEST_DATA names no folder of real images")
-        table_N, size = read_sets(str(Path(DATA) / "cifar10")).test, 32
+        image_sets = request.getfixturevalue("image_sets")
+        table_N, size = read_sets(str(image_sets / "cifar10")).test, 32
     images = table_N.take(np.arange(900))
     return lambda transform="none": features(cut, images, size, transform)
 
