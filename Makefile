@@ -18,7 +18,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 export DO_NOT_TRACK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-gpu bench docs lint audit clean
+.PHONY: help setup demo test test-all test-isa test-gpu bench docs lint audit clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test: setup  ## run the tests that take seconds; no network, no GPU
 
 test-all: setup  ## run the slow tests too
 	$(PYTEST) $(PARALLEL) -m "not gpu"
+
+test-isa: setup  ## run the tests that train once for each kind of processor this one can act as
+	$(BIN)/python tests/isa.py $(JOBS)
 
 test-gpu: setup  ## run the tests that need CUDA
 	$(PYTEST) -m gpu

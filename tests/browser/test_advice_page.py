@@ -18,9 +18,8 @@ from pipelines.search.settings import SearchConfig
 from pipelines.search.space import parse_space
 
 SAMPLES = runpy.run_path(str(Path(__file__).parents[1] / "unit" / "search_samples.py"))
-pytestmark = [pytest.mark.slow,
-              pytest.mark.skipif(shutil.which("chromium") is None,
-                                 reason="Debian's chromium is not installed")]
+pytestmark = pytest.mark.skipif(shutil.which("chromium") is None,
+                                reason="Debian's chromium is not installed")
 
 
 def sample():

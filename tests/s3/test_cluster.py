@@ -4,7 +4,6 @@ One node is killed while features are computed, the one that learns in the middl
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +36,9 @@ SCRIPT = Path(__file__).with_name("cluster_job.py")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
-def images(folder: Path) -> Path:
+def images(folder: Path, image_sets: Path) -> Path:
     """20 classes of Tiny-ImageNet, 100 training and 20 test images each, as Parquet."""
-    there = os.environ.get("PARTIALHN_TEST_DATA")
-    if not there:
-        pytest.skip("PARTIALHN_TEST_DATA is not set: no real images")
-    source = Path(there) / "tiny-imagenet-32"
+    source = image_sets / "tiny-imagenet-32"
     (folder / "images").mkdir()
     for split, each in (("train", 100), ("test", 20)):
         table = pq.read_table(min(source.glob(f"{split}*.parquet")))
@@ -52,8 +48,8 @@ def images(folder: Path) -> Path:
     return folder / "images"
 
 
-def test_two_nodes_over_s3_each_killed_once(service, prefix, tmp_path, monkeypatch):
-    images(tmp_path)
+def test_two_nodes_over_s3_each_killed_once(service, prefix, image_sets, tmp_path, monkeypatch):
+    images(tmp_path, image_sets)
     monkeypatch.chdir(tmp_path)
     quiet = run_stream(CONFIG, tmp_path / "quiet").fields
     Path("run.yaml").write_text(yaml.safe_dump(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,16 @@ from partialhn.run import collect, cut_network
 
 THREADS = int(os.environ.get("PARTIALHN_TEST_THREADS", "1"))
 """`make test-isa` sets it: what holds with one thread must hold with two."""
+
+HERE = str(Path(__file__).parent)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Whatever uses this network's numbers `trains`; files that train others say so themselves."""
+    for item in items:
+        if "network" in item.fixturenames and str(item.path).startswith(HERE):
+            item.add_marker("trains")
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +63,16 @@ def config():
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory):
-    """The five experiences of `config`, cut to 40 images for training, 8 and 32 held out."""
-    experiences = open_stream(TINY.data, tmp_path_factory.mktemp("datasets"))
+def all_digits(tmp_path_factory):
+    """The five experiences of `config`, with every image."""
+    return open_stream(TINY.data, tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="session")
+def digits(all_digits):
+    """The same, cut to 40 images for training, 8 and 32 held out."""
     return [dataclasses.replace(e, train=part(e.train, 40), validation=part(e.validation, 8),
-                                test=part(e.test, 32)) for e in experiences]
+                                test=part(e.test, 32)) for e in all_digits]
 
 
 @pytest.fixture(scope="session")
@@ -95,6 +111,17 @@ def tasks(tmp_path_factory, digits, cut):
     yield made
     for features, y_N in shared:
         assert torch.equal(features.y_N, y_N), "a test has changed the labels that all tests share"
+
+
+@pytest.fixture(scope="session")
+def well_tested(tmp_path_factory, tasks, digits, all_digits, cut):
+    """`tasks` with the features of every test image, 71 to 73 a task: for measured accuracies."""
+    store = FeatureStore(LocalFileSystem(), str(tmp_path_factory.mktemp("well-tested")))
+    experiences = [dataclasses.replace(e, test=whole.test)
+                   for e, whole in zip(digits, all_digits, strict=True)]
+    jobs = feature_jobs(TINY, experiences, cut.trunk)
+    manifests, _ = precompute(store, cut.trunk, jobs)
+    return collect(store, jobs, manifests, experiences)
 
 
 @pytest.fixture(scope="session")

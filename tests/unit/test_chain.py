@@ -25,6 +25,7 @@ from partialhn.training.records import EpochRecord
 from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
 
+pytestmark = pytest.mark.trains
 CONFIG = Config.from_dict({
     "data": {"input_size": 16}, "backbone": {"freeze_depth": 3, "trunk_epochs": 1},
     "features": {"views": 1, "augment": "none"}, "hypernet": {"fresh_columns": 4},

@@ -14,8 +14,8 @@ from partialhn.predict import Predictor
 from partialhn.run import run_stream
 
 DATA = os.environ.get("PARTIALHN_TEST_DATA")
-pytestmark = pytest.mark.skipif(
-    not DATA, reason="PARTIALHN_TEST_DATA is not set: the folder of real image sets")
+pytestmark = [pytest.mark.trains, pytest.mark.skipif(
+    not DATA, reason="PARTIALHN_TEST_DATA is not set: the folder of real image sets")]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from partialhn.networks.tensors import hash_tensors
 from partialhn.run import run_stream
 from partialhn.training.records import EpochRecord, TaskRecord
 
+pytestmark = pytest.mark.trains
 CONFIG = Config.from_dict({
     "data": {"data": "digits", "tasks": 5, "input_size": 16},
     "backbone": {"freeze_depth": 3, "trunk_epochs": 2, "trunk_batch_size": 32},

@@ -317,14 +317,17 @@ def test_finished_tasks_do_not_move(learner, tasks, kind):
         assert hash_tensors(learned.strategy.tasks[index].state_dict()) == digest
 
 
-def test_naive_forgets_and_the_others_do_not(learner, tasks):
+def test_naive_forgets_and_the_others_do_not(learner, well_tested):
+    """Limits are three standard deviations and more from the means over five seeds: naive forgets
+    0.18 (0.04) and learns 0.93 (0.01), the hypernetwork's accuracy is 0.93 (0.01).
+    """
     summaries = {}
     for kind in ("naive", "separate_heads", "columns"):
         options = {section: dict(values) for section, values in KINDS[kind].items()}
         options.setdefault("train", {}).update(epochs=24, learning_rate=2e-3)
         options.setdefault("hypernet", {}).update(fresh_columns=16)
         learned = learner(**options)
-        list(learned.learn(tasks))
+        list(learned.learn(well_tested))
         rows = [[*record.accuracy_row, *[None] * (5 - len(record.accuracy_row))]
                 for record in learned.finished]
         summaries[kind] = summarise(rows)
