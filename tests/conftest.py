@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true",
                "DO_NOT_TRACK": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
                "RAY_worker_niceness": "0",  # Ray's 15 starves its workers beside other work
+               "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # as `start_ray` does for a local Ray
                # seven processes for jobs that nobody gives a test's MLflow server
                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 # one thread a process, before torch is imported: two test processes share two cores
@@ -27,8 +28,9 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOI
              "AWS_REGION", "AWS_DEFAULT_REGION"):
     os.environ.pop(name, None)
 
-TOGETHER = {"ray": "ray", "golden": "ray", "servers": "servers"}
-"""Folders whose tests share what a session starts once, and the group that one worker takes."""
+TOGETHER = {"tests/ray": "ray", "tests/golden": "ray", "tests/s3/test_features_found.py": "ray",
+            "tests/servers": "servers"}
+"""Folders and files that share what a session starts once, and the group that one worker takes."""
 SHARED = {"ray_cluster": "ray", "database": "servers"}
 """What is started once, and the group of the tests that may use it."""
 LONG_FIRST = ("ray", "tests/faults/test_retrain_chaos.py", "servers",
@@ -42,7 +44,7 @@ CI_SKIPS = ("no CUDA device", "PARTIALHN_TEST_DATA is not set")
 def group_of(nodeid):
     """The tests that one worker process takes: those of a file, or of folders that share much."""
     path = nodeid.partition("::")[0]
-    return TOGETHER.get(Path(path).parent.name, path)
+    return TOGETHER.get(path, TOGETHER.get(path.rpartition("/")[0], path))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -62,8 +64,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for fixture, group in SHARED.items():
             if fixture in item.fixturenames and group_of(item.nodeid) != group:
-                folders = ", ".join(f"tests/{each}" for each in TOGETHER if TOGETHER[each] == group)
-                raise pytest.UsageError(f"{item.nodeid} uses {fixture}; allowed in: {folders}")
+                allowed = ", ".join(path for path in TOGETHER if TOGETHER[path] == group)
+                raise pytest.UsageError(f"{item.nodeid} uses {fixture}; allowed in: {allowed}")
     order = {name: place for place, name in enumerate(LONG_FIRST)}
     items.sort(key=lambda item: order.get(group_of(item.nodeid), len(order)))
 

@@ -38,7 +38,8 @@ def run(aten: str, onednn: str, threads: int, jobs: int) -> tuple[bool, str]:
 
 
 def main(jobs: int) -> int:
-    print(f"{'ATEN_CPU_CAPABILITY':20} {'ONEDNN_MAX_CPU_ISA':19} threads  seconds  tests", flush=True)
+    print(f"{'ATEN_CPU_CAPABILITY':20} {'ONEDNN_MAX_CPU_ISA':19} threads  seconds  tests",
+          flush=True)
     failed = 0
     for aten, onednn, threads in SETTINGS:
         start = time.monotonic()

@@ -16,6 +16,7 @@ from pipelines.advice.page import render
 from pipelines.search.sampling import Goal, Proposals
 from pipelines.search.settings import SearchConfig
 from pipelines.search.space import parse_space
+from tests.browser.pages import check_shown, weak_texts
 
 SAMPLES = runpy.run_path(str(Path(__file__).parents[1] / "unit" / "search_samples.py"))
 pytestmark = pytest.mark.skipif(shutil.which("chromium") is None,
@@ -93,14 +94,7 @@ def wait_until(browser, expression):
 def test_the_page_shows_well(browser, page, width, scheme):
     events = browser.show(page, width, scheme)
     wait_until(browser, "document.querySelectorAll('#progress .scatterlayer path').length > 0")
-    wide = browser.value("[document.documentElement.scrollWidth, window.innerWidth]")
-    assert wide[0] <= wide[1] == width
-    trouble = [event for event in events if event.get("method") in (
-        "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")]
-    assert trouble == []
-    asked = {event["params"]["request"]["url"] for event in events
-             if event.get("method") == "Network.requestWillBeSent"}
-    assert {url for url in asked if not url.startswith(("data:", "blob:"))} == {page.as_uri()}
+    check_shown(browser, page, events, width)
     for chart in ("depths", "front", "parallel", "importance", "progress"):
         size = browser.value(f"(b => [b.width, b.height])(document.querySelector('#{chart} "
                              ".main-svg').getBoundingClientRect())")
@@ -112,29 +106,8 @@ def test_the_page_shows_well(browser, page, width, scheme):
 def test_every_text_has_contrast(browser, page, scheme):
     browser.show(page, 1280, scheme)
     wait_until(browser, "document.querySelectorAll('#progress .scatterlayer path').length > 0")
-    weak = browser.value("""
-(() => {
-  const channels = css => css.match(/[\\d.]+/g).map(Number);
-  const light = css => channels(css).slice(0, 3).map(v => v / 255)
-    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, k) => sum + v * [0.2126, 0.7152, 0.0722][k], 0);
-  const ground = node => {
-    for (; node; node = node.parentElement) {
-      const css = getComputedStyle(node).backgroundColor;
-      if (channels(css)[3] !== 0) return css;
-    }
-    return 'rgb(255, 255, 255)';
-  };
-  return [...document.querySelectorAll('p, h1, h2, h3, dt, dd, td, th, figcaption, summary, '
-      + 'button, select, label, svg text')].filter(node => node.textContent.trim()).map(node => {
-    const style = getComputedStyle(node);
-    const a = light(node.closest('svg') ? style.fill : style.color);
-    const b = light(ground(node.closest('.plot') ?? node));
-    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.textContent];
-  }).filter(([contrast]) => contrast < 4.5);
-})()
-""")
-    assert weak == []
+    assert weak_texts(browser, "p, h1, h2, h3, dt, dd, td, th, figcaption, summary, button, "
+                               "select, label, svg text") == []
 
 
 @pytest.mark.parametrize("width", [390, 1280])

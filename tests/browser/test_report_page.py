@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.report.page import render
+from tests.browser.pages import check_shown, weak_texts
 
 SAMPLES = runpy.run_path(str(Path(__file__).parents[1] / "unit" / "report_samples.py"))
 CHROMIUM = shutil.which("chromium")
@@ -57,16 +58,7 @@ def test_page_shows_well(browser, pages, name, width, scheme):
     browser.call("Runtime.evaluate",
                  expression="document.querySelectorAll('details').forEach(d => d.open = true)")
 
-    wide = browser.value("[document.documentElement.scrollWidth, window.innerWidth]")
-    assert wide[0] <= wide[1] == width
-
-    trouble = [event for event in events if event.get("method") in (
-        "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded",
-        "Page.javascriptDialogOpening")]
-    assert trouble == []
-    asked = {event["params"]["request"]["url"] for event in events
-             if event.get("method") == "Network.requestWillBeSent"}
-    assert {url for url in asked if not url.startswith("data:")} == {page.as_uri()}
+    check_shown(browser, page, events, width)
 
     cells = browser.value(CELLS)
     n_tasks = len(PAGES[name]["accuracy_matrix"])
@@ -80,25 +72,5 @@ def test_page_shows_well(browser, pages, name, width, scheme):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_of_the_page_has_contrast(browser, pages, scheme):
     browser.show(pages / "forgetful.html", 1280, scheme)
-    weak = browser.value("""
-(() => {
-  const channels = css => css.match(/[\\d.]+/g).map(Number);
-  const light = css => channels(css).slice(0, 3).map(v => v / 255)
-    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, v, k) => sum + v * [0.2126, 0.7152, 0.0722][k], 0);
-  const ground = node => {
-    for (; node; node = node.parentElement) {
-      const css = getComputedStyle(node).backgroundColor;
-      if (channels(css)[3] !== 0) return css;
-    }
-    return 'rgb(255, 255, 255)';
-  };
-  return [...document.querySelectorAll('p, h1, h2, h3, li, dt, dd, td, th, figcaption, '
-      + 'summary, small, code, svg text:not(.cell)')].map(node => {
-    const style = getComputedStyle(node);
-    const a = light(node.closest('svg') ? style.fill : style.color), b = light(ground(node));
-    return [(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), node.textContent];
-  }).filter(([contrast]) => contrast < 4.5);
-})()
-""")
-    assert weak == []
+    assert weak_texts(browser, "p, h1, h2, h3, li, dt, dd, td, th, figcaption, summary, small, "
+                               "code, svg text:not(.cell)") == []

@@ -18,25 +18,11 @@ import psutil
 import pytest
 import yaml
 
-from partialhn.config import (
-    BackboneConfig,
-    ComputeConfig,
-    Config,
-    DataConfig,
-    FeatureConfig,
-    HypernetConfig,
-    TrainConfig,
-)
 from partialhn.run import run_stream
+from tests.support import small_config
 
-CONFIG = Config(
-    data=DataConfig(data="digits", tasks=4, input_size=16),
-    backbone=BackboneConfig(freeze_depth=3, trunk_epochs=2, trunk_batch_size=32),
-    features=FeatureConfig(views=2, augment="crop", shard_rows=500),
-    hypernet=HypernetConfig(fresh_columns=4),
-    train=TrainConfig(epochs=40, batch_size=32),
-    compute=ComputeConfig(threads=1),
-)
+CONFIG = small_config(data={"tasks": 4}, train={"epochs": 40, "batch_size": 32},
+                      features={"views": 2, "augment": "crop", "shard_rows": 500})
 """A task takes seconds, so that there is a middle to be killed in."""
 
 ON_RAY = ("--ray-address", "local")

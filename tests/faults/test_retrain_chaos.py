@@ -39,13 +39,10 @@ from pipelines.platform.s3 import s3_client
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.retrain.journal import Journal
+from tests.support import small_config
 
 TASKS = {"a": (0, 1), "b": (2, 3), "c": (4, 5)}
-CONFIG = {
-    "data": {"data": "inbox", "input_size": 16},
-    "backbone": {"freeze_depth": 3, "trunk_epochs": 2, "trunk_batch_size": 32},
-    "features": {"views": 1, "augment": "none"}, "hypernet": {"fresh_columns": 4},
-    "train": {"epochs": 3, "batch_size": 16}, "compute": {"threads": 1, "ray_address": "local"}}
+CONFIG = small_config(data={"data": "inbox"}, compute={"ray_address": "local"}).to_dict()
 PARTIALHN = Path(sys.executable).with_name("partialhn")
 WHOM = ("driver", "RayTrainWorker", "_train_trunk", "MapWorker", "raylet")
 PASS = 50.0

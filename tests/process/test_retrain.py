@@ -10,7 +10,6 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from partialhn.config import Config
 from partialhn.run import run_stream
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
@@ -19,12 +18,9 @@ from pipelines.retrain.journal import Journal
 from pipelines.retrain.run import retrain
 from pipelines.settings import RetrainConfig
 from tests.processes import Forked, partialhn
+from tests.support import small_config
 
-CONFIG = Config.from_dict({
-    "data": {"data": "inbox", "input_size": 16},
-    "backbone": {"freeze_depth": 3, "trunk_epochs": 2, "trunk_batch_size": 32},
-    "features": {"views": 1, "augment": "none"}, "hypernet": {"fresh_columns": 4},
-    "train": {"epochs": 3, "batch_size": 16}, "compute": {"threads": 1}})
+CONFIG = small_config(data={"data": "inbox"})
 
 
 def put_task(inbox: Path, task: str, labels: tuple[int, int], rows=range(60), seed=None) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from partialhn.checkpoints.model import Model
-from partialhn.config import Config
 from partialhn.features.extract import feature_jobs
 from partialhn.run import cut_network, with_strategy
 from partialhn.training import lineage
@@ -26,12 +25,9 @@ from pipelines.platform.progress import Progress
 from pipelines.platform.storage import open_storage
 from tests.process.share_worker import share
 from tests.processes import Ended, Forked
+from tests.support import small_config
 
-CONFIG = Config.from_dict({
-    "data": {"data": "digits", "tasks": 5, "input_size": 16},
-    "backbone": {"freeze_depth": 3, "trunk_epochs": 1},
-    "features": {"views": 1, "augment": "none"}, "hypernet": {"fresh_columns": 4},
-    "train": {"epochs": 3, "batch_size": 16}, "compute": {"threads": 1}})
+CONFIG = small_config(data={"tasks": 5}, backbone={"trunk_epochs": 1}, train={"batch_size": 32})
 
 
 @dataclasses.dataclass

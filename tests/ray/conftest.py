@@ -7,25 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from partialhn.config import (
-    BackboneConfig,
-    ComputeConfig,
-    Config,
-    DataConfig,
-    FeatureConfig,
-    HypernetConfig,
-    TrainConfig,
-)
+from partialhn.config import Config
 from pipelines.settings import OutputConfig
+from tests.support import small_config
 
-SMALL = Config(
-    data=DataConfig(data="digits", tasks=3, input_size=16),
-    backbone=BackboneConfig(freeze_depth=3, trunk_epochs=2, trunk_batch_size=32),
-    features=FeatureConfig(views=2, augment="crop", shard_rows=500),
-    hypernet=HypernetConfig(fresh_columns=4),
-    train=TrainConfig(epochs=3, batch_size=32),
-    compute=ComputeConfig(threads=1),
-)
+SMALL = small_config(data={"tasks": 3}, train={"batch_size": 32},
+                     features={"views": 2, "augment": "crop", "shard_rows": 500})
+
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 
 MIB = 1 << 20
-LARGE, LITTLE, VIEWS = 384 * MIB, 240 * MIB, 12
+LARGE, LITTLE, VIEWS = 256 * MIB, 160 * MIB, 12
 """Features of the large task, less memory than that, and the large task's views of an image."""
 CPU = torch.device("cpu")
 
