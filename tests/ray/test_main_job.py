@@ -23,8 +23,7 @@ from tests.processes import script
 @pytest.fixture(scope="module")
 def oracle(small, tmp_path_factory):
     """Model and result of the same stream without Ray."""
-    result = run_stream(small, tmp_path_factory.mktemp("oracle"))
-    return result.model, result.fields
+    return run_stream(small, tmp_path_factory.mktemp("oracle"))
 
 
 @pytest.fixture(scope="module")

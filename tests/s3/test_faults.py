@@ -95,7 +95,7 @@ def test_checkpoints_are_whole_after_many_faults(shaky, proxy, tmp_path):
 
 @pytest.mark.parametrize(("kind", "message"), [
     ("expired", "AWS credentials have expired: .* answers ExpiredToken for bucket .*; renew them"),
-    ("denied", r"access denied: .* says AccessDenied .*the credentials need\s+s3:ListBucket"),
+    ("denied", r"access denied: .* answers AccessDenied .*the credentials need\s+s3:ListBucket"),
 ])
 def test_what_does_not_pass_is_said(shaky, proxy, kind, message):
     proxy.fault = lambda request, number: kind

@@ -86,7 +86,7 @@ def test_ready_by_marker_then_by_natural_name(world):
     world.put("unfinished", ready=None)
     arrivals, waiting = world.scan()
     assert [each.slot for each in arrivals] == ["early", "task-9", "task-10", "late"]
-    assert waiting == ["unfinished: no _READY marker"]
+    assert waiting == ["unfinished: has no _READY marker yet"]
     assert [each.slot for each in world.scan(learned={"early", "late"})[0]] == ["task-9", "task-10"]
 
 

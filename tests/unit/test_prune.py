@@ -172,7 +172,7 @@ def test_features_of_a_registered_version_stay(tmp_path, empty_registry, digit_t
     another = f"sqlite:///{tmp_path / 'another' / 'mlflow.db'}"
     code, _, err = command("prune", "--unreferenced", "--delete", "--tracking-uri", another)
     assert (code, keys(storage)) == (2, {"key", "other"})
-    assert "history of digits, which the registry" in err
+    assert "history of digits, which is not in the registry" in err
     code, out, _ = command("prune", "--unreferenced", "--delete")
     assert (code, keys(storage)) == (0, {"key"})
 
