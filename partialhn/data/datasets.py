@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from partialhn.config import DataConfig
-from partialhn.data import corruptions, library
+from partialhn.data import corruptions
 from partialhn.data.experience import RESERVED, Experience, task_of
 from partialhn.data.image_table import ImageTable
 from partialhn.data.layout import ImageSet, read_sets
@@ -23,6 +23,7 @@ from partialhn.data.splits import (
     first_of_each_class,
     held_out,
 )
+from partialhn.data.table import converted_folder
 from partialhn.errors import InputError
 
 
@@ -44,13 +45,9 @@ def open_stream(config: DataConfig, cache_dir: Path, filesystem: Any = None) -> 
     """
     if config.stream_seed < 0:
         raise InputError(f"stream_seed is {config.stream_seed}; allowed: 0 or more")
-    if config.data == "digits":
-        sets = read_sets(str(library.convert_digits(cache_dir)), config.classes)
-    elif config.data.startswith("torchvision:"):
-        name = config.data.removeprefix("torchvision:")
-        sets = read_sets(str(library.convert_torchvision(name, cache_dir)), config.classes)
-    else:
-        sets = read_sets(config.data, config.classes, filesystem)
+    folder = converted_folder(config.data, cache_dir)
+    sets = (read_sets(config.data, config.classes, filesystem) if folder is None
+            else read_sets(str(folder), config.classes))
     sets = (_with_held_out(sets, config) if isinstance(sets, ImageSet)
             else {name: _with_held_out(images, config) for name, images in sets.items()})
     if isinstance(sets, ImageSet):

@@ -59,6 +59,13 @@ def convert_digits(cache_dir: Path) -> Path:
     return folder
 
 
+def digits_form(argument: str, cache_dir: Path) -> Path:
+    """The form `digits`, which takes no argument. Raises: InputError for one."""
+    if argument:
+        raise InputError(f"data is {'digits:' + argument!r}; allowed: digits")
+    return convert_digits(cache_dir)
+
+
 def convert_torchvision(name: str, cache_dir: Path) -> Path:
     """A torchvision data set as PNG in `train.parquet` and `test.parquet`.
 

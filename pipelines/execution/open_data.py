@@ -1,7 +1,8 @@
 """Opens a configuration's stream so that every node of a cluster can read its images.
 
-Images stay where they are: in a bucket, or in a folder that all nodes see. Data sets from a library
-are converted on the driver and copied to the storage, where all workers can read them.
+Images stay where they are: in a bucket, or in a folder that all nodes see. Data sets that a form
+converts, as those of a library, are converted on the driver and copied to the storage, where all
+workers can read them.
 """
 
 import dataclasses
@@ -10,9 +11,9 @@ from pathlib import Path
 import pyarrow.fs
 
 from partialhn.config import DataConfig
-from partialhn.data import library
 from partialhn.data.datasets import open_stream
 from partialhn.data.experience import Experience
+from partialhn.data.table import converted_folder
 from pipelines.platform.storage import Storage, open_storage
 
 
@@ -32,11 +33,8 @@ def open_data(config: DataConfig, storage: Storage) -> list[Experience]:
     if storage.is_local:
         return open_stream(config, Path(storage.root) / "datasets")
     cache = Path.home() / ".cache" / "partialhn" / "datasets"
-    if config.data == "digits":
-        folder = library.convert_digits(cache)
-    elif config.data.startswith("torchvision:"):
-        folder = library.convert_torchvision(config.data.removeprefix("torchvision:"), cache)
-    else:
+    folder = converted_folder(config.data, cache)
+    if folder is None:
         return open_stream(config, cache)
     uploaded = _upload(storage, folder)
     return open_stream(dataclasses.replace(config, data=uploaded), cache, storage.filesystem)

@@ -1,0 +1,39 @@
+"""A strategy of your own: a shared head whose weights are averaged with those of the task before.
+
+python examples/add_a_strategy.py
+"""
+
+from typing import cast
+
+import torch
+from torch import nn
+
+import partialhn as phn
+from partialhn.strategies.shared_head import SharedHead
+
+
+class Averaged(SharedHead):
+    """Fine-tunes a shared head, then averages its weights over the tasks."""
+
+    label = "Averaged head"
+
+    def begin(self, task: int) -> None:
+        super().begin(task)
+        self._before = [value.detach().clone() for value in self._shared()]
+
+    @torch.no_grad()
+    def finish(self, task: int) -> None:
+        for value, before in zip(self._shared(), self._before if task else (), strict=False):
+            value.lerp_(before, 0.5)
+        super().finish(task)
+
+    def _shared(self) -> list[nn.Parameter]:
+        return [*cast(list[nn.Parameter], list(self.convolutions)), self.norm]
+
+
+if __name__ == "__main__":
+    phn.register_strategy("averaged", Averaged)
+    stream = phn.Stream("digits", tasks=5, input_size=16, epochs=4, strategy="averaged",
+                        folder="averaged-stream")
+    stream.learn()
+    print(stream.accuracy_matrix)
