@@ -23,7 +23,7 @@ class Experience:
     transform: str = "none"
     """Corruption that belongs to the task's images (`partialhn.data.corruptions`)."""
     not_used: NotUsed | None = None
-    """What else lies where the task's data set lies; it does not count in the fingerprint."""
+    """Other files and empty classes of the task's data set; the fingerprint leaves them out."""
 
     @functools.cached_property
     def fingerprint(self) -> str:

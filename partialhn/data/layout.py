@@ -52,7 +52,7 @@ class ImageSet:
     validation: ImageTable | None
     test: ImageTable | None
     not_used: NotUsed | None = None
-    """What else lies in the data set's folder."""
+    """Other files of the data set's folder, and classes without an image."""
 
 
 def locate(data: str, filesystem: Any = None) -> tuple[Any, str]:

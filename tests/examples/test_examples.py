@@ -41,7 +41,7 @@ def test_digits(tmp_path):
 
 def test_own_images(tmp_path):
     printed = run("own_images.py", tmp_path)
-    assert len(list((tmp_path / "own-images" / "train").glob("digit-*/*.png"))) == 240
+    assert len(list((tmp_path / "own-images" / "train").glob("digit-*/*.png"))) == 720
     assert "probability" in printed
     assert "000.png" in printed
 
@@ -80,3 +80,8 @@ def test_the_notebook_is_kept_with_what_it_showed():
     assert "image/png" in kept
     assert len(kept) < 300_000
     assert str(ROOT) not in kept
+
+
+def test_add_a_strategy(tmp_path):
+    printed = run("add_a_strategy.py", tmp_path)
+    assert "after task" in printed
