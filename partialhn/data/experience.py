@@ -48,6 +48,6 @@ def refreshed(slots: Sequence[str], index: int) -> int | None:
 
 
 def all_not_used(experiences: Sequence[Experience]) -> list[NotUsed]:
-    """What is not used, once for each data set that the experiences come from."""
+    """Files and classes that are not used, once for each data set of the experiences."""
     notes = {task.not_used.where: task.not_used for task in experiences if task.not_used}
     return list(notes.values())

@@ -8,7 +8,7 @@ The only binary unit is the GiB of options that carry it in their names (`--cach
 import math
 
 UNKNOWN = "–"
-"""What stands for a number that was not measured."""
+"""The sign in place of a number that was not measured."""
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -34,13 +34,13 @@ def test_a_second_run_and_a_search_decode_no_image(storage, service, tmp_path, c
     decoded, out = train("first", "--freeze-depth", "3", "--epochs", "1")
     assert decoded > 500
     assert f"({decoded} images decoded)" in out
-    assert "pay after" in out, "what features will cost is said before they are computed"
+    assert "cheaper after" in out, "what features will cost is said before they are computed"
     assert train("deeper", "--freeze-depth", "4", "--epochs", "1")[0] == decoded
     before = stored()
     again, out = train("second", "--freeze-depth", "3", "--epochs", "2")
     assert again == 0
     assert "(found, 0 images decoded)" in out
-    assert "pay after" not in out
+    assert "cheaper after" not in out
     assert run(["tune", *STREAM, *common, "--name", "search", "--depths", "3", "4", "--budget",
                 "2-trials", "--seeds", "1", "--algorithm", "random", "--epochs", "1", "--output",
                 str(tmp_path / "advice")]) == 0
