@@ -53,14 +53,18 @@ def encode(z_NVCHW: Tensor, y_N: np.ndarray, ids: Sequence[str], dtype: str, com
            described: str) -> memoryview:
     """The bytes of a shard; `described` goes into its schema.
 
-    Raises: InputError for features that are not finite where they are to be int8.
+    Raises: InputError for features that are not finite in their number type, naming the image.
     """
     kind, seen_as, stored_as = DTYPES[dtype]
     metadata = {"partialhn": described}
     if kind is torch.int8:
-        z_NVCHW, scale_C = _quantised(z_NVCHW.float())
+        z_NVCHW = z_NVCHW.float()
+        _check_finite(z_NVCHW, ids, dtype)
+        z_NVCHW, scale_C = _quantised(z_NVCHW)
         metadata["scale"] = json.dumps(scale_C.tolist())
     bits = z_NVCHW.to(kind).cpu().contiguous()
+    if kind is not torch.int8:
+        _check_finite(bits, ids, dtype)
     values = (bits.view(torch.int16) if kind is torch.bfloat16 else bits).numpy()
     assert values.dtype == seen_as
     flat = pa.Array.from_buffers(stored_as, values.size, [None, pa.py_buffer(values)])
@@ -114,12 +118,21 @@ def _quantised(z_NVCHW: Tensor) -> tuple[Tensor, Tensor]:
     """Whole numbers from -127 to 127, and the scale of each channel; an empty one has scale 1."""
     top_C = z_NVCHW.abs().transpose(1, 2).transpose(0, 1).flatten(1)
     top_C = top_C.amax(1) if top_C.numel() else torch.zeros(len(top_C))
-    if not torch.isfinite(top_C).all():
-        raise InputError("feature_dtype is 'int8' and the trunk gives features that are not "
-                         "finite; allowed: a trunk whose features are, or another feature_dtype")
     scale_C = torch.where(top_C > 0, top_C / _LEVELS, torch.ones_like(top_C))
     shape = (1, 1, -1, *[1] * (z_NVCHW.dim() - 3))
     return (z_NVCHW / scale_C.view(shape)).round_().clamp_(-_LEVELS, _LEVELS), scale_C
+
+
+def _check_finite(z_NVCHW: Tensor, ids: Sequence[str], dtype: str) -> None:
+    """Raises InputError naming the first image whose features are not finite."""
+    least_N, most_N = z_NVCHW.flatten(1).aminmax(dim=1)  # NaN wins; no copy as isfinite makes
+    finite_N = torch.isfinite(least_N) & torch.isfinite(most_N)
+    if not finite_N.all():
+        first = int((~finite_N).nonzero()[0])
+        raise InputError(f"the features of image {ids[first]} are not finite as {dtype}, and "
+                         f"those of {int((~finite_N).sum()) - 1} more images of its shard; "
+                         "allowed: a trunk whose features are finite, or --feature-dtype "
+                         "float32 or bfloat16 where they are only too large for float16")
 
 
 def _scale(schema: pa.Schema, channels: int) -> Tensor:

@@ -4,7 +4,7 @@ Legend: B batch, C channels, H W spatial, F features before the classifier, K cl
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -156,8 +156,20 @@ def supplied_network(source: str, name: str, classes: int) -> Network:
         raise InputError(f"trunk file {source!r} is not a {name}: "
                          f"missing {sorted(missing)[:3]}, extra {sorted(extra)[:3]}, "
                          f"of another shape {sorted(wrong)[:3]}")
+    _check_numbers(source, given)
     network.load_state_dict(given, strict=False)
     return network
+
+
+def _check_numbers(source: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises InputError for numbers that no trained network has, naming the tensor."""
+    for key, value in sorted(tensors.items()):
+        if not torch.isfinite(value.float()).all():
+            raise InputError(f"tensor {key!r} of trunk file {source!r} holds NaN or infinity; "
+                             "allowed: finite numbers")
+        if key.endswith("running_var") and (value < 0).any():
+            raise InputError(f"tensor {key!r} of trunk file {source!r} is {value.min():g} at its "
+                             "least; allowed: a variance of 0 or more")
 
 
 def _pretrained_network(source: str, name: str, classes: int) -> Network:

@@ -171,6 +171,11 @@ def test_supplied_weights_need_no_classifier(network, weights_file):
     (lambda tensors: tensors.update(surplus=torch.zeros(1)), "extra .*surplus"),
     (lambda tensors: tensors.update({"body.conv1.weight": torch.zeros(64, 3, 3, 3)}),
      "another shape .*body.conv1.weight"),
+    (lambda tensors: tensors["body.layer1.0.conv1.weight"].fill_(float("nan")),
+     "'body.layer1.0.conv1.weight' .* holds NaN or infinity"),
+    (lambda tensors: tensors["body.bn1.bias"][:1].fill_(float("inf")), "'body.bn1.bias' .* holds"),
+    (lambda tensors: tensors["body.bn1.running_var"][:1].fill_(-0.5),
+     "'body.bn1.running_var' .* is -0.5 at its least; allowed: a variance of 0 or more"),
 ])
 def test_supplied_weights_that_do_not_fit(weights_file, change, message):
     with pytest.raises(InputError, match=message):

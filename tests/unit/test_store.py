@@ -12,6 +12,7 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from partialhn.errors import InputError, IntegrityError
 from partialhn.features.cache import ShardCache
+from partialhn.features.codec import encode
 from partialhn.features.feature_set import join
 from partialhn.features.manifest import FeatureRecipe
 from partialhn.features.store import FeatureStore
@@ -167,11 +168,23 @@ def test_int8_is_a_function_of_the_shard_alone(store, tmp_path):
     assert mine.shards[0].sha256 != theirs.shards[0].sha256
 
 
-def test_int8_refuses_what_is_not_finite(store):
+@pytest.mark.parametrize(("dtype", "value"), [
+    ("int8", float("inf")), ("int8", float("nan")), ("float16", 70_000.0),
+    ("float16", float("-inf")), ("bfloat16", float("nan")), ("float32", float("nan"))])
+def test_features_that_are_not_finite_are_refused_by_the_images_name(dtype, value):
     z_NVCHW = features(4)
-    z_NVCHW[2, 0, 1, 1, 1] = float("inf")
-    with pytest.raises(InputError, match=r"feature_dtype is 'int8'.*not finite"):
-        int8(store, z_NVCHW)
+    z_NVCHW[2, 0, 1, 1, 1] = value
+    ids = ["a.png", "b.png", "c.png", "d.png"]
+    with pytest.raises(InputError, match=f"features of image c.png are not finite as {dtype}, "
+                                         "and those of 0 more"):
+        encode(z_NVCHW, np.zeros(4, np.int64), ids, dtype, "none", "")
+
+
+def test_large_features_that_a_number_type_holds_are_kept():
+    z_NVCHW = features(4)
+    z_NVCHW[2, 0, 1, 1, 1] = 70_000.0
+    for dtype in ("bfloat16", "float32", "int8"):
+        assert encode(z_NVCHW, np.zeros(4, np.int64), list("abcd"), dtype, "none", "")
 
 
 @pytest.mark.parametrize("scale", [None, "[1.0]", "[1.0, 0.0, 1.0]", "[1.0, NaN, 1.0]", "{}", "x"])
