@@ -21,13 +21,13 @@ from partialhn.benchmarks.catalogue import Cell
 from partialhn.config import Config
 from partialhn.data.datasets import open_stream
 from partialhn.data.experience import Experience
-from partialhn.errors import InputError, IntegrityError
+from partialhn.errors import IntegrityError
 from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shift
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.json_files import read_object
 from partialhn.networks.backbone import Network
-from partialhn.networks.precision import configure_torch
+from partialhn.networks.precision import choose_device, configure_torch
 from partialhn.run import check, cut_network, work_name
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
@@ -44,7 +44,7 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, log: Log) -> lis
 
     `log` gets a line when a step ends. Raises: InputError for anything the user can set right.
     """
-    device = _device(config)
+    device = choose_device(config.compute.device)
     for depth in {cell.depth for cell in cells}:
         check(config_of(config, Cell("partial_hn", depth, 0)))
     configure_torch(config.compute.threads)
@@ -140,14 +140,6 @@ class _Bench:
             slots = slots_of(self.experiences, self.jobs[depth], manifests)
             self._opened[depth] = open_task_features(self.store, slots)
         return self._opened[depth]
-
-
-def _device(config: Config) -> torch.device:
-    """Raises: InputError where a GPU is asked for and there is none."""
-    available = torch.cuda.is_available()
-    if config.compute.device == "gpu" and not available:
-        raise InputError("device is 'gpu' but no CUDA device was found; allowed here: cpu, auto")
-    return torch.device("cuda" if available and config.compute.device != "cpu" else "cpu")
 
 
 def config_of(config: Config, cell: Cell) -> Config:

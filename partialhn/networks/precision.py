@@ -1,10 +1,11 @@
-"""Numerical settings of PyTorch: CPU threads, denormal numbers, TF32, and bfloat16."""
+"""Settings of PyTorch: the device, CPU threads, denormal numbers, TF32, and bfloat16."""
 
 import contextlib
 
 import torch
 
 from partialhn.config import Precision
+from partialhn.errors import InputError
 
 
 def configure_torch(threads: int | None = None) -> None:
@@ -17,6 +18,18 @@ def configure_torch(threads: int | None = None) -> None:
     torch.set_flush_denormal(True)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for `auto`, `cpu` or `gpu`.
+
+    Raises: InputError if a GPU is required and CUDA finds none.
+    """
+    use_gpu = wanted != "cpu" and torch.cuda.is_available()
+    if wanted == "gpu" and not use_gpu:
+        raise InputError("device is 'gpu', but CUDA finds no GPU on this machine; allowed: "
+                         "auto, cpu, or gpu on a machine with one")
+    return torch.device("cuda" if use_gpu else "cpu")
 
 
 def autocast_to(precision: Precision,

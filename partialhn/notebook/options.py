@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from partialhn.config import ComputeConfig, Config, load_config
 from partialhn.errors import InputError
 from partialhn.presets import preset as preset_of
@@ -78,12 +76,3 @@ def differences(config: Config, stored: Mapping[str, Any]) -> list[str]:
             if value != kept and f"{section}.{name}" not in FREE:
                 found.append(f"{name} is {value!r}, in the folder it is {kept!r}")
     return found
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device to learn on. Raises: InputError for a GPU that is not here."""
-    available = wanted != "cpu" and torch.cuda.is_available()
-    if wanted == "gpu" and not available:
-        raise InputError("device is 'gpu' and this machine has none that CUDA can use; allowed: "
-                         "auto, cpu, or a machine with one")
-    return torch.device("cuda" if available else "cpu")

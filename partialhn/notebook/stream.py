@@ -14,10 +14,11 @@ from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.evaluation.metrics import StreamMetrics, summarise
+from partialhn.networks.precision import choose_device
 from partialhn.notebook import display
 from partialhn.notebook.folder import check_config, claim, stored_fields
 from partialhn.notebook.labels import label
-from partialhn.notebook.options import absolute, base_config, choose_device, configure
+from partialhn.notebook.options import absolute, base_config, configure
 from partialhn.notebook.progress import Bars, open_bars
 from partialhn.notebook.registries import installed_registry
 from partialhn.predict import Predictor

@@ -12,9 +12,8 @@ import torch
 
 from partialhn.config import Config
 from partialhn.data.experience import Experience
-from partialhn.errors import InputError
 from partialhn.features.batches import Workers
-from partialhn.networks.precision import configure_torch
+from partialhn.networks.precision import choose_device, configure_torch
 from partialhn.training.pretrain import fit_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from pipelines.execution.base import Execution
@@ -31,12 +30,7 @@ class LocalExecution(Execution):
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
         """Chooses device and threads. Raises: InputError if a GPU is required but not available."""
         super().__init__(config, storage, stream, progress)
-        wanted = config.compute.device
-        use_gpu = wanted != "cpu" and torch.cuda.is_available()
-        if wanted == "gpu" and not use_gpu:
-            raise InputError("device is 'gpu', but CUDA finds no GPU on this machine; allowed: "
-                             "auto, cpu, or gpu on a machine with one")
-        self.device = torch.device("cuda" if use_gpu else "cpu")
+        self.device = choose_device(config.compute.device)
         configure_torch(self._threads(1))
 
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:

@@ -67,7 +67,7 @@ def test_bad_input_is_named(words, message, capsys):
 def test_a_gpu_that_is_not_there(capsys):
     words = ["reproduce", "split-cifar10", "--data", "digits", "--device", "gpu"]
     assert run([*words, "--out", "unused"]) == 2
-    assert "no CUDA device was found" in capsys.readouterr().err
+    assert "CUDA finds no GPU on this machine" in capsys.readouterr().err
 
 
 def test_an_unknown_pack():
