@@ -53,7 +53,8 @@ class NotUsed:
                          f"read from {' '.join(SUFFIXES)} and .parquet")
         if self.classes:
             shown = ", ".join(self.classes[:5]) + ", ..." * (len(self.classes) > 5)
-            lines.append(f"left out of {self.where}: {len(self.classes)} classes without an image "
+            lines.append(f"left out of {self.where}: {len(self.classes)} named "
+                         f"{'class' if len(self.classes) == 1 else 'classes'} without an image "
                          f"in any split ({shown})")
         return lines
 

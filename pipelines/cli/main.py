@@ -179,12 +179,14 @@ def next_commands(output: OutputConfig, result: dict[str, Any]) -> list[str]:
              else f" --storage {shlex.quote(output.storage)}")
     if output.tracking_uri:
         where += f" --tracking-uri {shlex.quote(mask_password(output.tracking_uri))}"
-    first = result["tasks"][0]["name"]
+    first = result["tasks"][0]
+    classes = ", ".join(first["classes"][:8]) + ", ..." * (len(first["classes"]) > 8)
     return ["next:",
             f"  partialhn report --name {output.name}{where}",
             f"  partialhn show --name {output.name}{where}",
-            f"  partialhn predict --model {result['model_uri']} --task {first} "
-            f"--input IMAGES{where}"]
+            f"  partialhn predict --model {result['model_uri']} --task {first['name']} "
+            f"--input NEW_IMAGES{where}",
+            f"  (task {first['name']} has the classes {classes}; show lists those of every task)"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,12 +7,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from partialhn.data.table import FORMS
+from partialhn.networks.table import BACKBONES
+from partialhn.strategies import table as strategies
 from pipelines.cli.main import run
 from tests.docs.pages import PAGES, ROOT, blocks, blocks_of, shell_lines
 
 PYTHON_PAGES = [page for page in PAGES if any(
     block.language == "python" and not (block.reason or block.example) for block in blocks(page))]
 EXAMPLES = [block for block in blocks_of("python") if block.example]
+
+
+@pytest.fixture(autouse=True)
+def tables_as_they_were():
+    """A page may register lines of its own; no other test of this process shall see them."""
+    tables = (strategies.TABLE, BACKBONES, FORMS)
+    before = [set(table) for table in tables]
+    yield
+    for table, names in zip(tables, before, strict=True):
+        for name in set(table) - names:
+            table.unregister(name)
 
 
 @pytest.fixture

@@ -233,7 +233,7 @@ def test_a_class_without_training_images(tmp_path):
     (tmp_path / "train" / "bb").mkdir()
     first = stream(tmp_path, tasks=2)[0]
     assert first.not_used.classes == ("bb",)
-    assert "1 classes without an image in any split (bb)" in first.not_used.lines()[0]
+    assert "1 named class without an image in any split (bb)" in first.not_used.lines()[0]
     write_rows(tmp_path / "rows" / "train.parquet", [0, 2] * 9, ["x", "y", "z"])
     assert sum((task.classes for task in stream(tmp_path / "rows", tasks=2)), ()) == ("x", "z")
     write_rows(tmp_path / "rows" / "test.parquet", [1], ["x", "y", "z"])
