@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from partialhn.errors import InputError
-from partialhn.networks.backbone import RESNET_STAGES, Backbone, Pretrained, resnet_stages
+from partialhn.networks.backbone import RESNET_STAGES, Backbone, resnet_stages
+from partialhn.networks.pixels import Pretrained
 
 
 def _build(name: str, classes: int) -> nn.Module:

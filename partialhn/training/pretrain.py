@@ -29,9 +29,9 @@ from partialhn.networks.backbone import (
     Network,
     build_network,
     classifier_prefix,
-    supplied_network,
 )
 from partialhn.networks.precision import autocast_to
+from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import tensors_below
 from partialhn.training.optimiser import (
     load_optimiser,

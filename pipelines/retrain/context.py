@@ -5,7 +5,8 @@ import dataclasses
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.features.store import FeatureStore
-from partialhn.networks.backbone import Network, supplied_network
+from partialhn.networks.backbone import Network
+from partialhn.networks.supplied import supplied_network
 from partialhn.training.pretrain import stored_network
 from partialhn.training.result import Clock
 from pipelines.features.produce import open_store

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from partialhn.errors import InputError
-from partialhn.networks.backbone import build_network, supplied_network
+from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
+from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import hash_tensors
 from partialhn.networks.trunk import MICRO_BATCH, multiply_adds, run_trunk
 
