@@ -42,6 +42,8 @@ class Strategy(nn.Module):
     needs_every_task = False
     """Whether each task needs the training features of all tasks before it, for strategies of
     other packages."""
+    closed_form = False
+    """Whether `solve` learns a task at once; it then takes no gradient steps."""
     recordable = True
     """Whether all steps of an experience run the same operations on the same memory, so that a
     GPU may record a step and replay it."""
@@ -85,6 +87,10 @@ class Strategy(nn.Module):
 
     def after_experience(self, task: int, features: FeatureSet, seed: Sequence[int]) -> None:
         """Keeps what later tasks need of the training features of a task that has been trained."""
+
+    def solve(self, task: int, features: FeatureSet) -> None:
+        """Learns a task from its training features, for strategies with `closed_form`."""
+        raise NotImplementedError
 
     def finish(self, task: int) -> None:
         """Ends the training of a task: running statistics become part of its weights."""

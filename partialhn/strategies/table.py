@@ -52,6 +52,11 @@ OWN: dict[str, StrategyLine] = {
         f"{_HERE}.separate_heads:SeparateHeads", "Separate head per task", depths="all"),
     "linear_probe": StrategyLine(
         f"{_HERE}.linear_probe:LinearProbe", "Linear classifier per task", depths="frozen"),
+    "ridge": StrategyLine(
+        f"{_HERE}.closed_form:RidgeHeads", "Ridge regression per task", depths="frozen"),
+    "ncm": StrategyLine(
+        f"{_HERE}.closed_form:NearestClassMean", "Nearest class mean", "Mensink et al. 2013",
+        depths="frozen"),
     "joint": StrategyLine(
         f"{_HERE}.joint:Joint", "Joint training on all tasks", depths="own",
         needs_every_task=True),

@@ -54,8 +54,13 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
     recorder: records one step and replays it. It is used only if a single worker has the task's
     features on its device and all steps of the strategy run the same operations.
 
+    A strategy in closed form takes no step: all of it is one epoch.
+
     Raises: InputError if the loss is no longer finite.
     """
+    if strategy.closed_form:
+        yield from [] if epochs_done else [solve_experience(strategy, task_index, task)]
+        return
     workers = workers or Workers()
     objective = workers.data_parallel(Objective(strategy, task_index, config.label_smoothing))
     device = strategy.weights(task_index).bias_K.device
@@ -85,27 +90,52 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
             raise InputError(f"the loss of task {task.name!r} became {cross_entropy + regulariser} "
                              f"in epoch {epoch}; allowed: a finite loss, so try a smaller "
                              f"learning_rate than {config.learning_rate}")
-        validation = (None if task.validation is None or not len(task.validation)
-                      else evaluate(strategy, task_index, task.validation))
         yield EpochRecord(task.name, task_index, epoch, config.epochs, cross_entropy + regulariser,
                           cross_entropy, regulariser, (correct[0] / correct[1]).item(),
-                          validation, seconds)
+                          _validated(strategy, task_index, task), seconds)
+
+
+def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) -> EpochRecord:
+    """Learns a task in closed form; the record has the loss and accuracy of its solution."""
+    start = time.perf_counter()
+    assert task.train is not None, f"task {task.name} has no training features"
+    strategy.solve(task_index, task.train)
+    seconds = time.perf_counter() - start
+    loss, accuracy = measure(strategy, task_index, task.train)
+    return EpochRecord(task.name, task_index, 1, 1, loss, loss, 0.0, accuracy,
+                       _validated(strategy, task_index, task), seconds)
+
+
+def _validated(strategy: Strategy, task_index: int, task: TaskFeatures) -> float | None:
+    """Accuracy on the held-out images; None where there are none."""
+    if task.validation is None or not len(task.validation):
+        return None
+    return evaluate(strategy, task_index, task.validation)
+
+
+def evaluate(strategy: Strategy, task_index: int, features: FeatureSet) -> float:
+    """Accuracy on a split, 0 to 1, on the plain view."""
+    return measure(strategy, task_index, features)[1]
 
 
 @torch.no_grad()
-def evaluate(strategy: Strategy, task_index: int, features: FeatureSet,
-             batch_size: int = 256) -> float:
-    """Accuracy on a split, 0 to 1, on the plain view; the weights are generated only once."""
+def measure(strategy: Strategy, task_index: int, features: FeatureSet,
+            batch_size: int = 256) -> tuple[float, float]:
+    """Cross-entropy and accuracy on the plain view of a split; the weights are generated once."""
     strategy.eval()
     weights = strategy.weights(task_index)
     device = weights.bias_K.device
     features = features if device.type == "cpu" else _resident(features, device)
-    correct = torch.zeros((), device=device)
+    totals_2 = torch.zeros(2, device=device)
     for rows_B in torch.split(torch.arange(len(features), device=features.y_N.device), batch_size):
         z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B)).to(device)
         y_B = features.y_N[rows_B].to(device)
-        correct += (strategy.head(z_BCHW, weights).argmax(1) == y_B).sum()
-    return correct.item() / len(features)
+        logits_BK = strategy.head(z_BCHW, weights)
+        totals_2 += torch.stack([
+            torch.nn.functional.cross_entropy(logits_BK, y_B, reduction="sum"),
+            (logits_BK.argmax(1) == y_B).sum().float()])
+    loss, correct = totals_2.tolist()
+    return loss / len(features), correct / len(features)
 
 
 def _resident(features: FeatureSet, device: torch.device) -> FeatureSet:

@@ -53,7 +53,8 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
         "search_seconds": round(seconds, 1),
         "recommendation": _recommendation(results, chosen, survey, votes, bool(ways)) | {
             "preferred": words.preferred(chosen, first, margin), "noise": margin},
-        "depths": [_depth_fields(each, results) for each in results],
+        "depths": [_depth_fields(each, results) | {"ridge": survey["ridge"].get(str(each.depth))}
+                   for each in results],
         "front": {"costs": list(FRONT), "trials": front(records)},
         "trials": [_trial_fields(each) for each in records], "fixed": dict(space.fixed),
         "more_search": _more(records, chosen),
@@ -73,6 +74,7 @@ def _recommendation(results: Sequence[DepthResult], chosen: DepthResult,
             "reason": words.reason(results, chosen, survey["shifts"]),
             "confidence": words.sure(chosen, votes),
             "separate_heads": words.beside_separate_heads(chosen),
+            "ridge": words.beside_ridge(results, survey["ridge"]),
             "votes": {str(depth): count for depth, count in votes.items()},
             "accuracy": dataclasses.asdict(chosen.accuracy)}
 

@@ -34,7 +34,8 @@ def render(advice: Mapping[str, Any]) -> str:
     here = Path(__file__).parent
     template = Template((here / "template.html").read_text(encoding="utf-8"))
     chosen = advice["recommendation"]
-    supporting = [chosen["preferred"], chosen["confidence"], chosen["separate_heads"]]
+    supporting = [chosen["preferred"], chosen["confidence"], chosen["separate_heads"],
+                  chosen["ridge"]]
     data = json.dumps(advice).replace("<", "\\u003c")  # no </script> inside the data
     return template.substitute(
         base_css=base_css(),
@@ -67,7 +68,8 @@ def _depths_lead(advice: Mapping[str, Any]) -> str:
     seeds = len(advice["recommendation"]["accuracy"]["values"])
     return ("For each depth, its best trial run again under "
             f"{seeds} seed{'s' * (seeds > 1)} that the search did not use, on held-out images. "
-            "“Behind heads” is the accuracy that sharing one generator costs.")
+            "“Behind heads” is the accuracy that sharing one generator costs. “Ridge” is the "
+            "held-out accuracy of plain ridge regression on the pooled features of that depth.")
 
 
 def _depths_label(advice: Mapping[str, Any]) -> str:
@@ -83,11 +85,12 @@ def _depths_table(advice: Mapping[str, Any]) -> str:
         rows.append([f"{each['depth']} · {escape(each['freeze'])}", _with_margin(each["accuracy"]),
                      _with_margin(test) if test else "–",
                      points(behind["mean"], signed=True) if behind else "–",
+                     percent(each["ridge"]),
                      duration(each["seconds"]), size(each["feature_bytes"]),
                      f"{each['serving_macs'] / 1e6:.0f} M", size(each["bytes_per_task"]),
                      f"{counts['finished']} + {counts['pruned']}"])
     table = data_table(["Freeze", "Held-out accuracy", "Test accuracy", "Behind heads, points",
-                        "Training", "Features", "Serving, multiply-adds", "Stored a task",
+                        "Ridge", "Training", "Features", "Serving, multiply-adds", "Stored a task",
                         "Trials + stopped"], rows)
     marker = f'<tr><th scope="row">{advice["recommendation"]["depth"]} ·'
     return table.replace(marker, marker.replace("<tr>", '<tr class="chosen">'))

@@ -109,6 +109,25 @@ def beside_separate_heads(chosen: DepthResult) -> str:
             f"a task instead of {size(own.bytes_per_task)}, it {where}.")
 
 
+def beside_ridge(results: Sequence[DepthResult], ridge: Mapping[str, float]) -> str:
+    """The depths at which ridge regression, which needs no training, is the better choice.
+
+    ridge: its held-out accuracy by depth.
+    """
+    gaps = {each.depth: ridge[str(each.depth)] - each.accuracy.mean for each in results
+            if str(each.depth) in ridge}
+    if not gaps:
+        return ""
+    wins = {depth: gap for depth, gap in gaps.items() if gap > 0.0005}
+    if not wins:
+        nearest = max(gaps, key=lambda depth: gaps[depth])
+        return ("Plain ridge regression on pooled features is nowhere better; it is nearest at "
+                f"depth {nearest}, {in_points(-gaps[nearest])} behind.")
+    where = " and ".join(f"at depth {depth} by {in_points(gap)}" for depth, gap in wins.items())
+    return (f"Plain ridge regression on pooled features (--strategy ridge), which needs no "
+            f"training, is better {where}.")
+
+
 def search_value(estimate: Mapping[str, Any] | None, noise: float | None) -> str:
     """Whether more trials are likely to improve the accuracy."""
     if estimate is None:

@@ -39,8 +39,8 @@ def summary(advice: dict[str, Any], output: str) -> list[str]:
     chosen = advice["recommendation"]
     lines = [f"freeze depth {chosen['depth']} ({chosen['freeze']})", "", chosen["reason"],
              *([chosen["preferred"]] if chosen["preferred"] else []), chosen["confidence"],
-             chosen["separate_heads"], advice["more_search"]["words"], "",
-             "depth  trials  accuracy            test     seconds   features  behind heads"]
+             chosen["separate_heads"], chosen["ridge"], advice["more_search"]["words"], "",
+             "depth  trials  accuracy            test     seconds   features  behind heads   ridge"]
     for row in advice["depths"]:
         accuracy, test = row["accuracy"], row["test_accuracy"]
         tested = percent(test["mean"] if test else None)
@@ -49,7 +49,7 @@ def summary(advice: dict[str, Any], output: str) -> list[str]:
             f"{row['depth']:>5}  {sum(row['counts'].values()):>6}  "
             f"{percent_with_margin(accuracy['mean'], accuracy['low']):<15}  {tested:>10}  "
             f"{row['seconds']:>8.1f}  {size(row['feature_bytes']):>9}  "
-            + (in_points(behind["mean"]) if behind else "–"))
+            f"{in_points(behind['mean']) if behind else '–':>12}  {percent(row['ridge']):>6}")
     if advice["money"]:
         lines += ["", "a year" + " " * 46 + "a retraining    a year"]
         lines += [f"  {row['way']:<50}{row['retraining']:>12.2f}{row['a_year']:>10.2f}"

@@ -1,5 +1,5 @@
-"""Measurements before the trials of a search: features of every depth, the forecast, and the cost
-of training the whole network.
+"""Measurements before the trials of a search: features of every depth, the forecast, plain ridge
+regression at every depth, and the cost of training the whole network.
 
 They run as Ray tasks, so that features are read where they are stored; the results are small.
 """
@@ -15,6 +15,7 @@ from partialhn.config import Config
 from partialhn.data.decode import decode
 from partialhn.data.experience import Experience
 from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shift
+from partialhn.evaluation.linear_probe import ridge_accuracy
 from partialhn.features.extract import SPLITS, feature_jobs
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network, build_network
@@ -83,6 +84,24 @@ def task_shifts(bench: Bench) -> dict[str, float]:
                 for name, _ in bench.tasks}
     first, *later = [name for name, _ in bench.tasks]
     return {name: task_shift(features[first], features[name]) for name in later}
+
+
+def ridge_accuracies(bench: Bench) -> dict[str, float]:
+    """Mean held-out accuracy over all tasks of ridge regression, by depth (as text, for JSON).
+
+    It is the strategy `ridge`: closed form, so no trial and no seed is needed. Depth 0, whose
+    features are pixels, is left out.
+    """
+    configure_torch(bench.threads)
+    depths = sorted({depth for depth, _, _ in bench.manifests if depth})
+    return {str(depth): sum(_ridge_accuracy(bench, depth, name, classes)
+                            for name, classes in bench.tasks) / len(bench.tasks)
+            for depth in depths}
+
+
+def _ridge_accuracy(bench: Bench, depth: int, name: str, classes: int) -> float:
+    return ridge_accuracy(open_features(bench, (depth, name, "train")),
+                          open_features(bench, (depth, name, "validation")), classes)
 
 
 def whole_network_seconds(config: Config, first: Experience, device: str,

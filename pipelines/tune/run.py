@@ -37,6 +37,7 @@ from pipelines.search.survey import (
     Computing,
     depth_features,
     forecast_depths,
+    ridge_accuracies,
     task_shifts,
     whole_network_seconds,
 )
@@ -126,7 +127,8 @@ class _Search:
             "shifts", lambda: self._remote(task_shifts, self.bench)),
             "whole_network": self.state.keep("whole_network", lambda: self._remote(
                 whole_network_seconds, self.config, self.experiences[0], self.bench.device,
-                self.threads))}
+                self.threads)),
+            "ridge": self.state.keep("ridge", lambda: self._remote(ridge_accuracies, self.bench))}
         self.packing = self._pack()
         results = Results(self.state, self.settings, self.space, registry, survey, self.log)
         self._trials(results)

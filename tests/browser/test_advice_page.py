@@ -51,7 +51,7 @@ def sample():
                 "options": SearchConfig(price_gpu_hour=2.5, price_gib_month=0.02).remembered(),
                 "tasks": [{"name": name, "classes": ["x", "y"], "fingerprint": name,
                            "train_images": 100} for name in "ab"]}
-    survey = {"forecast": stages, "shifts": {"b": 0.3},
+    survey = {"forecast": stages, "shifts": {"b": 0.3}, "ridge": {"2": 0.5, "3": 0.63, "4": 0.4},
               "whole_network": {"seconds_per_image": 0.01, "bytes_per_image": 1000.0}}
     return advice_fields(settings, space, records, results_by_depth(records, goal.score), goal,
                          survey, 600.0)

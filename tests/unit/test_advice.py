@@ -220,6 +220,17 @@ def test_how_sure_it_is():
         "0.5 points behind.")
 
 
+def test_plain_ridge_is_named_where_it_wins():
+    found = by_depth()  # 0.8, 0.795 and 0.695 are the accuracies of depths 1, 3 and 4
+    assert words.beside_ridge(found, {"1": 0.7, "3": 0.815, "4": 0.715}) == (
+        "Plain ridge regression on pooled features (--strategy ridge), which needs no training, is "
+        "better at depth 3 by 2.0 points and at depth 4 by 2.0 points.")
+    assert words.beside_ridge(found, {"1": 0.7, "3": 0.785, "4": 0.6}) == (
+        "Plain ridge regression on pooled features is nowhere better; it is nearest at depth 3, "
+        "1.0 point behind.")
+    assert words.beside_ridge(found, {}) == ""
+
+
 def test_whether_to_search_on():
     estimate = {"trials": 8, "last_doubling": 0.004, "next_doubling": 0.002}
     assert "stop here" in words.search_value(estimate, 0.006)
@@ -259,7 +270,7 @@ def settings(**options):
 SURVEY = {"forecast": [{"depth": depth, "probe_first": 0.6, "probe_second": 0.5, "cka_first": 0.3,
                         "cka_second": 0.2, "kept": kept, "worth_trying": kept > 0.6}
                        for depth, kept in ((1, 0.9), (3, 0.8), (4, 0.5))],
-          "shifts": {"b": 0.3},
+          "shifts": {"b": 0.3}, "ridge": {"1": 0.7, "3": 0.812, "4": 0.7},
           "whole_network": {"seconds_per_image": 0.01, "bytes_per_image": 1000.0}}
 
 
@@ -277,6 +288,8 @@ def test_the_advice_recommends_and_explains():
     assert (chosen["depth"], chosen["trial"], chosen["config_file"]) == (3, "0001", "depth-3.yaml")
     assert chosen["votes"] == {"3": 2}
     assert advice["money"] is None
+    assert [each["ridge"] for each in advice["depths"]] == [0.7, 0.812, 0.7]
+    assert "better at depth 3 by" in chosen["ridge"]
     assert [each["share_of_best"] for each in advice["depths"]] == pytest.approx(
         [1, 0.79375 / 0.8 + 0.0015625, 0.86875], abs=0.002)
     assert advice["depths"][1]["test_accuracy"]["mean"] == pytest.approx(0.75)

@@ -25,7 +25,8 @@ def models(cut, tasks, with_options):
     made = {}
     for name, options in {"partial_hn": {}, "additive": {"hypernet": {"generator": "additive"}},
                           "separate_heads": {"train": {"strategy": "separate_heads"}},
-                          "naive": {"train": {"strategy": "naive"}}}.items():
+                          "naive": {"train": {"strategy": "naive"}},
+                          "ridge": {"train": {"strategy": "ridge"}}}.items():
         config = with_options(**options)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1))
         strategy = STRATEGIES[config.train.strategy](cut.head, cut.start, config)
@@ -46,7 +47,7 @@ def answers(model, images):
     return [model.strategy(model.trunk(images), task) for task in range(len(model.tasks))]
 
 
-@pytest.mark.parametrize("name", ["partial_hn", "additive", "separate_heads", "naive"])
+@pytest.mark.parametrize("name", ["partial_hn", "additive", "separate_heads", "naive", "ridge"])
 def test_a_model_comes_back_and_answers_alike(models, tmp_path, images, name):
     model = models[name]
     model.save(tmp_path / "model")

@@ -13,7 +13,7 @@ from partialhn.evaluation.forecast import (
     probe_accuracy,
     task_shift,
 )
-from partialhn.evaluation.linear_probe import one_hot
+from partialhn.features.closed_form import one_hot
 
 
 def gaussians(count, classes, distance, seed=0):
