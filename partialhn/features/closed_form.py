@@ -8,6 +8,7 @@ Legend: N images, B images at once, C channels, H W spatial, F pooled features, 
 which the features vary, K classes.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,8 @@ class Ridge:
     def weight(self, strength: float | Tensor) -> Tensor:
         """The weights (F, K) of penalty `strength` * |weights|^2; predictions add `bias_K`."""
         shrink_R = self._values_R.sqrt() / (self._values_R + strength)
-        return self._right_FR @ (shrink_R[:, None] * self._target_RK)
+        weight_FK: Tensor = self._right_FR @ (shrink_R[:, None] * self._target_RK)
+        return weight_FK
 
     def left_out(self, strength: float) -> Tensor:
         """(N, K) predictions of every image from all the others."""
@@ -78,7 +80,8 @@ class Ridge:
         leverage_N = 1 / len(self._left_NR) + (self._left_NR**2 * shrink_R).sum(1)
         residual_NK = self._centred_NK - self._left_NR @ (shrink_R[:, None] * self._target_RK)
         error_NK = residual_NK / (1 - leverage_N[:, None]).clamp_min(1e-6)
-        return self._centred_NK + self.bias_K - error_NK
+        left_out_NK: Tensor = self._centred_NK + self.bias_K - error_NK
+        return left_out_NK
 
     def leave_one_out(self, strength: float) -> float:
         """Mean squared error of every image predicted from all the others."""
@@ -133,9 +136,9 @@ def sharpness(logits_NK: Tensor, y_N: Tensor) -> float:
 
     low, high = 1e-3 / spread, SHARPEST / spread
     for _ in range(50):
-        middle = (low * high)**0.5
+        middle = math.sqrt(low * high)
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-    return (low * high)**0.5
+    return math.sqrt(low * high)
 
 
 def pooled_cells(features: FeatureSet, side: int, images: int | None = None) -> Tensor:

@@ -53,7 +53,7 @@ OWN: dict[str, StrategyLine] = {
     "linear_probe": StrategyLine(
         f"{_HERE}.linear_probe:LinearProbe", "Linear classifier per task", depths="frozen"),
     "ridge": StrategyLine(
-        f"{_HERE}.closed_form:RidgeHeads", "Ridge regression per task", depths="frozen"),
+        f"{_HERE}.closed_form:RidgeHeads", "Ridge regression", depths="frozen"),
     "ncm": StrategyLine(
         f"{_HERE}.closed_form:NearestClassMean", "Nearest class mean", "Mensink et al. 2013",
         depths="frozen"),
