@@ -11,6 +11,7 @@ K classes of the task.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from partialhn.checkpoints.model import Model
-from partialhn.data.decode import decode_images
+from partialhn.data.decode import Decoded, decode_images
 from partialhn.data.experience import task_of
 from partialhn.errors import InputError
 from partialhn.networks.head import HeadWeights
@@ -101,6 +102,19 @@ class Predictor:
             self._weights[index] = self.model.strategy.weights(index)
         return self._weights[index]
 
+    def decode(self, images: Sequence[bytes], ids: Sequence[str],
+               on_bad: Literal["error", "skip"] = "error",
+               max_pixels: int | None = None) -> Decoded:
+        """Encoded images as the model's trunk takes them; `ids` name them in messages.
+
+        max_pixels: a stricter limit than the model's own. Raises: InputError for an image that
+        cannot be decoded, unless on_bad is skip.
+        """
+        data = self.model.config.data
+        limit = min(data.max_image_pixels, max_pixels or data.max_image_pixels)
+        return decode_images(images, ids, data.input_size, on_bad=on_bad, max_pixels=limit,
+                             pixels=self.model.trunk.pixels)
+
     @torch.no_grad()
     def predict(self, images: Sequence[bytes], task: str) -> Prediction:
         """Labels encoded images with the classes of one task.
@@ -109,9 +123,7 @@ class Predictor:
         unknown task, or naming the position of an image that cannot be decoded.
         """
         index = self.task_index(task)
-        data = self.model.config.data
-        decoded = decode_images(images, [f"number {i}" for i in range(len(images))],
-                                data.input_size, max_pixels=data.max_image_pixels)
+        decoded = self.decode(images, [f"number {i}" for i in range(len(images))])
         classes = self.model.tasks[index].classes
         probabilities_BK = np.empty((len(images), len(classes)), np.float32)
         if len(images):
@@ -127,9 +139,7 @@ class Predictor:
         Raises: InputError for an image that cannot be decoded, or if this model cannot infer tasks.
         """
         self.check_task(AUTO)
-        data = self.model.config.data
-        decoded = decode_images(images, [f"number {i}" for i in range(len(images))],
-                                data.input_size, max_pixels=data.max_image_pixels)
+        decoded = self.decode(images, [f"number {i}" for i in range(len(images))])
         return self.answers(self.features(decoded.images_BCHW), [AUTO] * len(images))
 
     @torch.no_grad()

@@ -58,7 +58,8 @@ class TrunkAndHead:
     macs: dict[str, float]
     """Multiply-adds of one image through trunk and head, and the trunk's share."""
     network: str
-    """SHA-256 of the weights of the network that was cut, except its classifier's."""
+    """SHA-256 of the weights of the network that was cut, except its classifier's, and of the way
+    an image becomes its input."""
 
     def strategy(self, config: Config) -> Strategy:
         """A fresh strategy as configured, before its first task."""
@@ -78,7 +79,7 @@ def cut_network(config: Config, network: Network) -> TrunkAndHead:
         cut.trunk, Head(cut, hypernet.norm, hypernet.norm_groups, config.train.precision),
         head_start(cut, hypernet.norm, config.train.seed),
         {"trunk": below, "head": above, "frozen_share": below / (below + above)},
-        hash_tensors(network.without_classifier()))
+        hash_tensors(network.without_classifier(), network.pixels.geometry))
 
 
 def check(config: Config) -> None:

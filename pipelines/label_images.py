@@ -8,15 +8,14 @@ import dataclasses
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from partialhn.data.decode import BadImage, decode_images
+from partialhn.data.decode import BadImage
 from partialhn.data.experience import task_of
 from partialhn.data.image_table import ImageTable
 from partialhn.data.layout import open_images
@@ -30,8 +29,6 @@ from pipelines.serving.live import FeatureRecorder
 
 BATCH = 256
 """Number of images labelled at a time."""
-READ_BYTES = 256_000_000
-"""Bytes of encoded images read at a time, so that a Parquet row group is read only once."""
 SCHEMA = pa.schema([
     ("id", pa.string()), ("task", pa.string()), ("label", pa.string()),
     ("probability", pa.float64()), ("classes", pa.list_(pa.string())),
@@ -97,10 +94,12 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
     with tempfile.TemporaryDirectory(prefix=".partialhn-", dir=_folder_of(target)) as folder:
         draft = Path(folder) / "predictions.parquet"
         with pq.ParquetWriter(draft, SCHEMA.with_metadata(_origin(version))) as writer:
-            for images_B, ids_B in _batches(table, _base(table, source.root)):
-                rows, skipped = label(images_B, ids_B)
-                writer.write_table(rows)
-                counts.update(label or NONE for label in rows.column("label").to_pylist())
+            base = _base(table, source.root)
+            ids = [name.removeprefix(base) for name in table.ids()]
+            for rows, images_B in table.batches(BATCH):
+                answers, skipped = label(images_B, ids[rows.start:rows.stop])
+                writer.write_table(answers)
+                counts.update(label or NONE for label in answers.column("label").to_pylist())
                 bad += skipped
                 done += len(images_B)
                 if progress:
@@ -129,9 +128,7 @@ class _Labeller:
 
     def __call__(self, images: list[bytes], ids: list[str]) -> tuple[pa.Table, list[BadImage]]:
         """A table with SCHEMA, and the unreadable images, which have no row in it."""
-        data = self.predictor.model.config.data
-        decoded = decode_images(images, ids, data.input_size, on_bad=self.on_bad,
-                                max_pixels=data.max_image_pixels)
+        decoded = self.predictor.decode(images, ids, self.on_bad)
         z_BCHW = self.predictor.features(decoded.images_BCHW)
         answers = self.predictor.answers(z_BCHW, [self.task] * len(z_BCHW))
         if self.recorder and answers:
@@ -140,25 +137,6 @@ class _Labeller:
                         for a in answers), strict=True) if answers else [[]] * 5
         return pa.table([[ids[i] for i in decoded.index_B], *map(list, columns)],
                         schema=SCHEMA), decoded.bad
-
-
-def _batches(table: ImageTable, base: str) -> Iterator[tuple[list[bytes], list[str]]]:
-    """Encoded images and their ids, at most BATCH at a time, in the table's order."""
-    chunk = _chunk_size(table)
-    for start in range(0, len(table), chunk):
-        rows = table.take(np.arange(start, min(start + chunk, len(table))))
-        images = rows.read()
-        ids = [name.removeprefix(base) for name in rows.ids()]
-        for first in range(0, len(rows), BATCH):
-            yield images[first:first + BATCH], ids[first:first + BATCH]
-
-
-def _chunk_size(table: ImageTable) -> int:
-    """Images to read at a time: one batch of files, or about READ_BYTES of Parquet rows."""
-    if (table.row_N < 0).any():
-        return BATCH
-    size = sum(info.size or 0 for info in table.filesystem.get_file_info(list(table.files)))
-    return BATCH * int(np.clip(READ_BYTES * len(table) / max(size, 1) / BATCH, 1, 256))
 
 
 def _base(table: ImageTable, root: str) -> str:

@@ -14,6 +14,7 @@ from partialhn.networks.cut import CutNetwork
 from partialhn.networks.head import Head, head_start
 from partialhn.networks.tensors import hash_tensors, tensors_below
 from partialhn.networks.trunk import Trunk
+from partialhn.pixels import Pixels
 from partialhn.strategies import STRATEGIES, Strategy
 from partialhn.task_inference import TaskInference
 
@@ -48,7 +49,7 @@ class Model:
 
     def weights_hash(self) -> str:
         """SHA-256 over all tensors: models with equal hashes give equal predictions."""
-        return hash_tensors(self.tensors())
+        return hash_tensors(self.tensors(), self.trunk.pixels.geometry)
 
     def save(self, folder: Path) -> None:
         """Writes the model as a checkpoint folder."""
@@ -56,7 +57,8 @@ class Model:
             "config": self.config.to_dict(),
             "tasks": [{"name": task.name, "classes": list(task.classes)} for task in self.tasks],
             "weights_hash": self.weights_hash(),
-            "facts": self.facts})
+            "facts": self.facts,
+            **({"pixels": self.trunk.pixels.fields()} if self.trunk.pixels.geometry else {})})
 
     @staticmethod
     def load(folder: Path) -> "Model":
@@ -74,6 +76,7 @@ class Model:
                 strategy.add_task(len(task.classes))
                 strategy.finish(index)
             trunk.load_state_dict(tensors_below(tensors, "trunk."), strict=True)
+            trunk.pixels = Pixels.from_fields(fields.get("pixels", {}))
             strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
             known = tensors_below(tensors, "inference.")
             inference = TaskInference.from_tensors(known, len(tasks)) if known else None

@@ -22,13 +22,27 @@ def augment(images_BCHW: Tensor, rows_B: np.ndarray, rows_total: int, view: int,
     """
     if view == 0 or kind == "none":
         return images_BCHW
-    draws_B3 = np.random.default_rng([seed, view]).random((rows_total, 3))[rows_B]
+    draws_B3 = _draws(rows_B, rows_total, view, seed)
     if "flip" in kind:
         flip_B = torch.from_numpy(draws_B3[:, 0] < 0.5).to(images_BCHW.device)
         images_BCHW = torch.where(flip_B[:, None, None, None], images_BCHW.flip(3), images_BCHW)
     if "crop" in kind:
         images_BCHW = _shift(images_BCHW, draws_B3[:, 1:])
     return images_BCHW
+
+
+def _draws(rows_B: np.ndarray, rows_total: int, view: int, seed: int) -> np.ndarray:
+    """Three numbers from 0 to 1 for each row: those of a table with `rows_total` rows of three,
+    of which only the part that holds the rows is drawn.
+    """
+    if not len(rows_B):
+        return np.empty((0, 3))
+    first, last = int(rows_B.min()), int(rows_B.max())
+    assert last < rows_total
+    bits = np.random.PCG64(np.random.SeedSequence([seed, view]))
+    bits.advance(3 * first)
+    drawn_n3 = np.random.Generator(bits).random((last - first + 1, 3))
+    return np.asarray(drawn_n3[rows_B - first])
 
 
 def _shift(images_BCHW: Tensor, draws_B2: np.ndarray) -> Tensor:

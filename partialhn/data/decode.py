@@ -5,6 +5,10 @@ Shape suffixes: B images, C = 3 channels, H W = size.
 
 import dataclasses
 import io
+import math
+import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Sequence
 from typing import Literal
@@ -16,9 +20,18 @@ from PIL import Image, UnidentifiedImageError
 from partialhn.data import corruptions
 from partialhn.data.image_table import ImageTable
 from partialhn.errors import InputError
+from partialhn.pixels import Pixels
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 """Encodings that are decoded (PPM stands for PGM and PBM too); Pillow knows riskier ones."""
+
+
+PLAIN = Pixels()
+"""The whole central square of an image."""
+PIECE = 256
+"""Images that `decode_to_file` decodes at a time."""
+_FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR,
+            "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Decoded:
 
 def decode(table: ImageTable, size: int, transform: str = "none",
            on_bad: Literal["error", "skip"] = "error", max_pixels: int = 50_000_000,
-           seed: int = 0) -> Decoded:
+           seed: int = 0, pixels: Pixels = PLAIN) -> Decoded:
     """Reads and decodes a table's images; give it as many as fit in memory at once.
 
     Args:
@@ -53,15 +66,55 @@ def decode(table: ImageTable, size: int, transform: str = "none",
         on_bad: raise at the first image that cannot be decoded, or leave it out and list it.
         max_pixels: larger images count as bad; found from the header, before decoding.
         seed: of random corruptions. They depend on the seed and the image's bytes alone.
+        pixels: which part of an image becomes the square, and how it is resized.
 
     Raises: InputError naming the image.
     """
-    return decode_images(table.read(), table.ids(), size, transform, on_bad, max_pixels, seed)
+    return decode_images(table.read(), table.ids(), size, transform, on_bad, max_pixels, seed,
+                         pixels)
+
+
+def decode_to_file(table: ImageTable, size: int, transform: str = "none",
+                   on_bad: Literal["error", "skip"] = "error", max_pixels: int = 50_000_000,
+                   seed: int = 0, pixels: Pixels = PLAIN) -> Decoded:
+    """The same for more images than fit in memory: their pixels lie in a temporary file, which is
+    mapped into memory and vanishes with the tensor.
+
+    Raises: InputError naming the image, or if the temporary folder has too little space.
+    """
+    shape, index, bad = (len(table), 3, size, size), [torch.empty(0, dtype=torch.int64)], []
+    pixels_NCHW, ids, used = _temporary_array(shape), table.ids(), 0
+    for rows, encoded in table.batches(PIECE):
+        part = decode_images(encoded, ids[rows.start:rows.stop], size, transform, on_bad,
+                             max_pixels, seed, pixels)
+        pixels_NCHW[used:used + len(part.index_B)] = part.images_BCHW.numpy()
+        used += len(part.index_B)
+        index.append(part.index_B + rows.start)
+        bad += part.bad
+    return Decoded(torch.from_numpy(pixels_NCHW)[:used], torch.cat(index), bad)
+
+
+def _temporary_array(shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 values in a file that nobody else sees. Raises: InputError for too little space."""
+    total = math.prod(shape)
+    with tempfile.TemporaryFile() as file:
+        try:
+            # a mapped file must not run out of space later: that would end the process
+            os.posix_fallocate(file.fileno(), 0, max(total, 1))
+        except OSError as error:
+            free = shutil.disk_usage(tempfile.gettempdir()).free / 1024 ** 3
+            raise InputError(
+                f"the images to train on take {total / 1024 ** 3:.1f} GiB once they are decoded, "
+                f"but the temporary folder {tempfile.gettempdir()} cannot hold them "
+                f"({error.strerror}; {free:.1f} GiB free); allowed: a folder with more space in "
+                "TMPDIR, a smaller input_size, or fewer images_per_class") from error
+        return np.memmap(file, np.uint8, "r+", shape=shape)
 
 
 def decode_images(images: Sequence[bytes], ids: Sequence[str], size: int,
                   transform: str = "none", on_bad: Literal["error", "skip"] = "error",
-                  max_pixels: int = 50_000_000, seed: int = 0) -> Decoded:
+                  max_pixels: int = 50_000_000, seed: int = 0,
+                  pixels: Pixels = PLAIN) -> Decoded:
     """Decodes encoded images, as `decode` does; `ids` name them in messages.
 
     Any mode becomes RGB; transparency is dropped and orientation tags are not applied, as usual
@@ -74,7 +127,7 @@ def decode_images(images: Sequence[bytes], ids: Sequence[str], size: int,
     for place, (encoded, image_id) in enumerate(zip(images, ids, strict=True)):
         try:
             with warnings.catch_warnings(action="ignore"):  # odd metadata is no news
-                image = _decode_one(encoded, size, max_pixels)
+                image = _decode_one(encoded, size, max_pixels, pixels)
         except _BadImageError as error:
             if on_bad == "error":
                 raise InputError(f"image {image_id} {error}; mend it or take it away, or leave "
@@ -91,8 +144,8 @@ class _BadImageError(Exception):
     """Says what is wrong with an image, to follow its name."""
 
 
-def _decode_one(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
-    """RGB of size x size: the central square of the image, resized with antialiasing.
+def _decode_one(encoded: bytes, size: int, max_pixels: int, pixels: Pixels) -> Image.Image:
+    """RGB of size x size: a central square of the image, or all of it, resized with antialiasing.
 
     Raises: _BadImageError.
     """
@@ -105,7 +158,8 @@ def _decode_one(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
                 raise _BadImageError(
                     f"is too large: {width} x {height} = {width * height} pixels; allowed: up to "
                     f"{max_pixels} (max_image_pixels)")
-            image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
+            wanted = math.ceil(2 * size / pixels.crop)
+            image.draft(None, (wanted, wanted))  # a large JPEG is decoded at 1/2, 1/4 or 1/8
             rgb = _to_rgb(image)
     except _BadImageError:
         raise
@@ -116,12 +170,18 @@ def _decode_one(encoded: bytes, size: int, max_pixels: int) -> Image.Image:
         raise _BadImageError(f"is too large: {error} (max_image_pixels is {max_pixels})") from error
     except Exception as error:  # decoders raise anything on damaged bytes
         raise _BadImageError(f"is truncated or damaged: {error}") from error
-    side = min(rgb.size)
-    left, top = (rgb.width - side) / 2, (rgb.height - side) / 2
-    if rgb.size == (size, size):
-        return rgb
-    return rgb.resize((size, size), Image.Resampling.BILINEAR,
-                      box=(left, top, left + side, top + side))
+    box = _box(rgb.width, rgb.height, pixels)
+    whole = rgb.size == (size, size) and box == (0, 0, size, size)
+    return rgb if whole else rgb.resize((size, size), _FILTERS[pixels.interpolation], box=box)
+
+
+def _box(width: int, height: int, pixels: Pixels) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the part that becomes the square."""
+    if pixels.squash:
+        return 0, 0, width, height
+    side = min(width, height) * pixels.crop
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

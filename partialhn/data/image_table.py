@@ -21,6 +21,8 @@ import pyarrow.fs
 from partialhn.errors import InputError, IntegrityError
 
 IntArray = npt.NDArray[np.integer[Any]]
+READ_BYTES = 256_000_000
+"""Bytes of encoded images that are read at a time from Parquet files."""
 IMAGE_COLUMNS = ("image", "img")
 """Names a Parquet column of encoded images may have, the first one found counts."""
 
@@ -54,6 +56,28 @@ class ImageTable:
         used, file_n = np.unique(self.file_N[picked_n], return_inverse=True)
         return ImageTable(self.filesystem, tuple(self.files[i] for i in used), file_n,
                           self.row_N[picked_n], self.label_N[picked_n])
+
+    @property
+    def one_file_each(self) -> bool:
+        """Whether every image is a file of its own, so that reading a few costs only those."""
+        return bool((self.row_N < 0).all())
+
+    def batches(self, size: int) -> Iterator[tuple[range, list[bytes]]]:
+        """Encoded images in order, at most `size` at a time, with their positions.
+
+        Of Parquet files about READ_BYTES are read at a time, so that a row group is seldom read
+        twice.
+        """
+        step = size
+        if not self.one_file_each:
+            info = self.filesystem.get_file_info(list(self.files))
+            share = READ_BYTES * len(self) / max(sum(file.size or 0 for file in info), 1)
+            step = size * int(np.clip(share / size, 1, 256))
+        for start in range(0, len(self), step):
+            images = self.take(range(start, min(start + step, len(self)))).read()
+            for first in range(0, len(images), size):
+                part = images[first:first + size]
+                yield range(start + first, start + first + len(part)), part
 
     def read(self) -> list[bytes]:
         """The encoded images, in the table's order. An absent (null) image is empty bytes.

@@ -14,8 +14,6 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from partialhn.config import DataConfig
-from partialhn.data.decode import decode_images
 from partialhn.data.experience import Experience, task_of
 from partialhn.errors import IntegrityError
 from partialhn.predict import Predictor
@@ -64,7 +62,7 @@ def write_sample(path: Path, predictor: Predictor, experiences: Sequence[Experie
     decoded: list[Tensor] = []
     for task, experience in newest.items():
         encoded, classes, images_BCHW = _pick(experience, count, MAX_BYTES // len(newest),
-                                              predictor.model.config.data)
+                                              predictor)
         images += encoded
         labels += classes
         tasks += [task] * len(encoded)
@@ -75,14 +73,13 @@ def write_sample(path: Path, predictor: Predictor, experiences: Sequence[Experie
 
 
 def _pick(experience: Experience, count: int, budget: int,
-          data: DataConfig) -> tuple[list[bytes], list[str], Tensor]:
+          predictor: Predictor) -> tuple[list[bytes], list[str], Tensor]:
     """Test images within the budget of bytes, their class names, and the decoded images."""
     order_N = np.argsort(experience.test.label_N, kind="stable")
     spread = np.linspace(0, len(order_N) - 1, min(count, len(order_N))).round().astype(int)
     part = experience.test.take(order_N[spread])
     encoded = part.read()
-    readable = decode_images(encoded, part.ids(), data.input_size, on_bad="skip",
-                             max_pixels=data.max_image_pixels)
+    readable = predictor.decode(encoded, part.ids(), "skip")
     images, labels, rows = [], [], []
     for row, place in enumerate(readable.index_B.tolist()):
         if len(encoded[place]) <= budget:

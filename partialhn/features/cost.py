@@ -69,7 +69,7 @@ def plan(jobs: Sequence[FeatureJob], trunk: Trunk) -> list[DepthPlan]:
                              if len(first.table) > PROBED else np.arange(len(first.table)))
     start = time.perf_counter()
     images = decode(table, first.recipe.input_size, first.recipe.transform, "skip",
-                    first.max_image_pixels, first.recipe.seed).images_BCHW
+                    first.max_image_pixels, first.recipe.seed, first.recipe.pixels).images_BCHW
     decoding = (time.perf_counter() - start) / len(table)
     if not len(images):
         return []

@@ -3,8 +3,8 @@
 Jobs on the same images that differ in the depth or in the stored number type form a group: images
 are decoded once, the network's stages run once, and features are stored at each depth required.
 
-While one shard goes through the trunk, other threads read and decode the next shards and write
-the ones before.
+While one piece of a shard goes through the trunk, other threads read and decode the next pieces
+and write the shards before.
 
 Legend: N images, V views, B batch, C channels, H W spatial.
 """
@@ -12,30 +12,38 @@ Legend: N images, V views, B batch, C channels, H W spatial.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from partialhn.config import Augment, Config
 from partialhn.data.augment import augment
-from partialhn.data.decode import Decoded, decode
+from partialhn.data.decode import BadImage, Decoded, decode_images
 from partialhn.data.experience import Experience
 from partialhn.data.image_table import ImageTable
 from partialhn.errors import InputError
+from partialhn.features.codec import DTYPES
 from partialhn.features.manifest import FeatureRecipe, Manifest, Shard
 from partialhn.features.store import FeatureStore
-from partialhn.networks.trunk import Trunk, feature_shape, run_trunk_at
+from partialhn.networks.trunk import MICRO_BATCH, Trunk, feature_shape, run_trunk_at
+from partialhn.pixels import Pixels
 
-AHEAD = 4
-"""Largest number of shards that are read ahead of the trunk."""
+READERS = 4
+"""Threads that read and decode ahead of the trunk."""
+MOST_AHEAD, BYTES_AHEAD = 16, 256 * 1024 ** 2
+"""Largest number of pieces that are decoded ahead of the trunk, and bytes of their pixels."""
 BEHIND, BEHIND_A_GPU = 1, 4
 """Largest number of shards that wait to be written while another goes through the trunk: on a CPU
 one thread writes faster than the trunk computes, but a GPU computes faster than one thread
 hashes."""
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -84,20 +92,22 @@ def feature_jobs(config: Config, experiences: Sequence[Experience], trunk: Trunk
         cut = trunk.upto(depth)
         fingerprint, shape_CHW = cut.fingerprint(), feature_shape(cut, images_BCHW)
         jobs += [FeatureJob(experience.name, split, depth, shape_CHW,
-                            _recipe(config, experience, split, fingerprint), table,
+                            _recipe(config, experience, split, fingerprint, trunk.pixels), table,
                             config.data.on_bad_image, config.data.max_image_pixels)
                  for experience in experiences for split in SPLITS
                  if len(table := getattr(experience, split))]
     return jobs
 
 
-def _recipe(config: Config, experience: Experience, split: Split, trunk: str) -> FeatureRecipe:
+def _recipe(config: Config, experience: Experience, split: Split, trunk: str,
+            pixels: Pixels) -> FeatureRecipe:
     views = config.features.views if split == "train" else 1
     table: ImageTable = getattr(experience, split)
     return FeatureRecipe(trunk, table.fingerprint(), experience.transform, config.data.input_size,
                          views, config.features.augment if views > 1 else "none",
                          config.data.stream_seed, config.features.feature_dtype,
-                         config.features.shard_rows, config.features.compression)
+                         config.features.shard_rows, config.features.compression,
+                         pixels.interpolation, pixels.crop, pixels.squash)
 
 
 def group_jobs(jobs: Sequence[FeatureJob]) -> list[JobGroup]:
@@ -117,23 +127,22 @@ def compute_shards(store: FeatureStore, trunk: Trunk, groups: Sequence[JobGroup]
 
     Raises: InputError naming an image that cannot be read, if on_bad_image is error.
     """
-    pending = iter(places)
     behind = BEHIND if trunk.mean_C.device.type == "cpu" else BEHIND_A_GPU
-    reading: collections.deque[concurrent.futures.Future[_ShardInput]] = collections.deque()
     writing: collections.deque[concurrent.futures.Future[ShardResult]] = collections.deque()
-    readers = concurrent.futures.ThreadPoolExecutor(AHEAD, "shard")
+    readers = concurrent.futures.ThreadPoolExecutor(READERS, "shard")
     writers = concurrent.futures.ThreadPoolExecutor(behind, "shard")
     try:
-        while True:
-            for place in itertools.islice(pending, AHEAD - len(reading)):
-                reading.append(readers.submit(_read_shard, store, groups[place[0]], place))
-            if not reading:
-                break
-            source = reading.popleft().result()
-            features = _compute_features(trunk, source) if source.missing else None
-            if len(writing) == behind:
-                yield writing.popleft().result()
-            writing.append(writers.submit(_write_shard, store, source, features))
+        shards = ahead(readers, lambda place: _Shard(store, groups[place[0]], place), places,
+                       READERS)
+        pieces = ((shard, piece) for _, shard in shards for piece in shard.pieces())
+        for (shard, piece), images in ahead(readers, lambda at: at[0].decode(at[1]), pieces,
+                                            _pieces_ahead(groups)):
+            if images is not None:
+                shard.compute(trunk, piece, images)
+            if piece.stop >= len(shard.table):
+                if len(writing) == behind:
+                    yield writing.popleft().result()
+                writing.append(writers.submit(shard.write, store))
         while writing:
             yield writing.popleft().result()
     finally:  # shards that were computed are still written, whatever else went wrong
@@ -141,81 +150,139 @@ def compute_shards(store: FeatureStore, trunk: Trunk, groups: Sequence[JobGroup]
         writers.shutdown()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _ShardInput:
-    """One shard of a group of jobs, before its images go through the trunk."""
-
-    jobs: JobGroup
-    place: ShardPlace
-    finished: dict[str, Shard]
-    """Shards that some writer has finished, by key."""
-    missing: tuple[FeatureJob, ...]
-    """Jobs whose shard is still to be computed."""
-    table: ImageTable
-    """The shard's images."""
-    images: Decoded | None
-    """The decoded images; None if no job is missing its shard."""
-    seconds: float
-    """Processor seconds for reading and decoding (not wall time: the trunk runs meanwhile)."""
+def ahead(pool: concurrent.futures.Executor, work: Callable[[Item], Done], items: Iterable[Item],
+          count: int) -> Iterator[tuple[Item, Done]]:
+    """Yields each item with its result, in order, while the pool works on the next `count`."""
+    pending: collections.deque[tuple[Item, concurrent.futures.Future[Done]]] = collections.deque()
+    rest = iter(items)
+    while True:
+        for item in itertools.islice(rest, count - len(pending)):
+            pending.append((item, pool.submit(work, item)))
+        if not pending:
+            return
+        item, future = pending.popleft()
+        yield item, future.result()
 
 
-def _read_shard(store: FeatureStore, jobs: JobGroup, place: ShardPlace) -> _ShardInput:
-    _, index = place
-    shards = {job.recipe.key: store.find_shard(job.recipe.key, index) for job in jobs}
-    finished = {key: shard for key, shard in shards.items() if shard is not None}
-    missing = tuple(job for job in jobs if job.recipe.key not in finished)
-    first, rows = jobs[0], jobs[0].recipe.shard_rows
-    start = time.thread_time()
-    table = first.table.take(range(index * rows, min((index + 1) * rows, len(first.table))))
-    images = decode(table, first.recipe.input_size, first.recipe.transform, first.on_bad_image,
-                    first.max_image_pixels, first.recipe.seed) if missing else None
-    return _ShardInput(jobs, place, finished, missing, table, images, time.thread_time() - start)
+def _pieces_ahead(groups: Sequence[JobGroup]) -> int:
+    """Number of pieces to decode ahead of the trunk, by the bytes of their pixels."""
+    side = max((group[0].recipe.input_size for group in groups), default=1)
+    return max(READERS, min(MOST_AHEAD, BYTES_AHEAD // (MICRO_BATCH * 3 * side * side)))
 
 
-def _write_shard(store: FeatureStore, source: _ShardInput,
-                 features: "_ShardFeatures | None") -> ShardResult:
-    shards, decoded = dict(source.finished), 0
-    if features is not None and source.images is not None:
-        kept, ids, decoded = source.images.index_B.numpy(), source.table.ids(), len(source.table)
-        for depth in list(features.views):
+class _Shard:
+    """One shard of a group of jobs on its way: it is decoded, computed and written in pieces.
+
+    A piece is the rows that go through the trunk at once. So neither the pixels of a shard nor its
+    features as float32 are in memory as a whole, unless int8 needs them for its scales.
+    """
+
+    def __init__(self, store: FeatureStore, jobs: JobGroup, place: ShardPlace) -> None:
+        self.jobs, self.place = jobs, place
+        shards = {job.recipe.key: store.find_shard(job.recipe.key, place[1]) for job in jobs}
+        self.finished = {key: shard for key, shard in shards.items() if shard is not None}
+        """Shards that some writer has finished, by key."""
+        self.missing = tuple(job for job in jobs if job.recipe.key not in self.finished)
+        """Jobs whose shard is still to be computed."""
+        recipe = jobs[0].recipe
+        self.first = place[1] * recipe.shard_rows
+        """Row of the shard's first image in the table of the split."""
+        rows = range(self.first, min(self.first + recipe.shard_rows, len(jobs[0].table)))
+        self.table = jobs[0].table.take(rows)
+        self.seconds = 0.0
+        """Processor seconds for reading and decoding (not wall time: the trunk runs meanwhile)."""
+        self._features = {job.depth: _Features(self.missing, job.depth) for job in self.missing}
+        self._kept: list[int] = []
+        self._bad: list[BadImage] = []
+        self._reading = threading.Lock()
+
+    def pieces(self) -> Iterator[range]:
+        """The rows of each piece; a single piece where nothing is missing."""
+        step = MICRO_BATCH if self.missing else len(self.table)
+        for start in range(0, len(self.table), step):
+            yield range(start, min(start + step, len(self.table)))
+
+    def decode(self, rows: range) -> Decoded | None:
+        """The images of a piece; None if no job is missing the shard."""
+        if not self.missing:
+            return None
+        job, start = self.missing[0], time.thread_time()
+        part = self.table.take(rows)
+        images = decode_images(self._encoded(rows, part), part.ids(), job.recipe.input_size,
+                               job.recipe.transform, job.on_bad_image, job.max_image_pixels,
+                               job.recipe.seed, job.recipe.pixels)
+        with self._reading:
+            self.seconds += time.thread_time() - start
+        return images
+
+    def _encoded(self, rows: range, part: ImageTable) -> Sequence[bytes]:
+        """Encoded images of a piece. Files are read piece by piece; Parquet, where a row group is
+        read as a whole anyway, once for the shard.
+        """
+        if part.one_file_each:
+            return part.read()
+        with self._reading:
+            return self._shard_bytes[rows.start:rows.stop]
+
+    @functools.cached_property
+    def _shard_bytes(self) -> list[bytes]:
+        return self.table.read()
+
+    def compute(self, trunk: Trunk, rows: range, images: Decoded) -> None:
+        """Sends a piece through the trunk; pieces come in order."""
+        job = self.missing[0]
+        kept = images.index_B.numpy() + rows.start
+        self._kept += kept.tolist()
+        self._bad += images.bad
+        plain_BCHW = images.images_BCHW.to(trunk.mean_C.device)
+        for view in range(job.recipe.views):
             start = time.perf_counter()
-            z_NVCHW = torch.stack(features.views.pop(depth), 1)
-            seconds = source.seconds + features.seconds[depth] + time.perf_counter() - start
-            for job in source.missing:
+            images_BCHW = augment(plain_BCHW, self.first + kept, len(job.table), view,
+                                  cast(Augment, job.recipe.augment), job.recipe.seed)
+            augmenting = time.perf_counter() - start
+            z_BCHW, seconds = run_trunk_at(trunk, self._features, images_BCHW)
+            for depth, features in self._features.items():
+                features.add(view, z_BCHW[depth], augmenting + seconds[depth])
+
+    def write(self, store: FeatureStore) -> ShardResult:
+        """Writes the missing shards, and forgets their features."""
+        shards, ids, decoded = dict(self.finished), self.table.ids(), 0
+        for depth in list(self._features):
+            features = self._features.pop(depth)
+            start = time.perf_counter()
+            z_NVCHW = features.whole()
+            seconds = self.seconds + features.seconds + time.perf_counter() - start
+            decoded = len(self.table)
+            for job in self.missing:
                 if job.depth == depth:
                     shards[job.recipe.key] = store.write_shard(
-                        job.recipe, source.place[1], z_NVCHW, source.table.label_N[kept],
-                        [ids[row] for row in kept], seconds=seconds,
-                        bad=[(bad.id, bad.reason) for bad in source.images.bad])
-    return source.place, [shards[job.recipe.key] for job in source.jobs], decoded
+                        job.recipe, self.place[1], z_NVCHW, self.table.label_N[self._kept],
+                        [ids[row] for row in self._kept], seconds=seconds,
+                        bad=[(bad.id, bad.reason) for bad in self._bad])
+        return self.place, [shards[job.recipe.key] for job in self.jobs], decoded
 
 
-class _ShardFeatures(NamedTuple):
-    """The trunk's output for one shard, at each depth required."""
+class _Features:
+    """The features of a shard at one depth, as its pieces come."""
 
-    views: dict[int, list[Tensor]]
-    """For each depth, z_NCHW of each view; the writer removes them to free their memory."""
-    seconds: dict[int, float]
-    """For each depth, seconds from decoded images to its features."""
+    def __init__(self, jobs: Iterable[FeatureJob], depth: int) -> None:
+        ours = [job for job in jobs if job.depth == depth]
+        kinds = {DTYPES[job.recipe.dtype][0] for job in ours}
+        self.kind = (kinds.pop() if len(kinds) == 1 and torch.int8 not in kinds
+                     else torch.float32)
+        """The stored number type, where no job needs another one or a scale over the shard."""
+        self.seconds = 0.0
+        self._views: dict[int, list[Tensor]] = {}
 
+    def add(self, view: int, z_BCHW: Tensor, seconds: float) -> None:
+        """Takes one view of the next piece; seconds are those from its images on."""
+        self._views.setdefault(view, []).append(z_BCHW.to(self.kind))
+        self.seconds += seconds
 
-def _compute_features(trunk: Trunk, source: _ShardInput) -> _ShardFeatures:
-    recipe, images = source.missing[0].recipe, source.images
-    assert images is not None, "the images of missing shards are decoded"
-    rows_N = source.place[1] * recipe.shard_rows + images.index_B.numpy()
-    features = _ShardFeatures({job.depth: [] for job in source.missing}, {})
-    plain_BCHW = images.images_BCHW.to(trunk.mean_C.device)
-    for view in range(recipe.views):
-        start = time.perf_counter()
-        images_BCHW = augment(plain_BCHW, rows_N, len(source.missing[0].table), view,
-                              cast(Augment, recipe.augment), recipe.seed)
-        augmenting = time.perf_counter() - start
-        z_BCHW, seconds = run_trunk_at(trunk, features.views, images_BCHW)
-        for depth, views in features.views.items():
-            views.append(z_BCHW[depth])
-            features.seconds[depth] = (features.seconds.get(depth, 0.0) + augmenting
-                                       + seconds[depth])
-    return features
+    def whole(self) -> Tensor:
+        """z_NVCHW of all pieces; the pieces are forgotten."""
+        pieces = zip(*(self._views.pop(view) for view in sorted(self._views)), strict=True)
+        return torch.cat([torch.stack(views, 1) for views in pieces])
 
 
 def shard_places(groups: Sequence[JobGroup]) -> list[ShardPlace]:

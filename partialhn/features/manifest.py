@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import re
-from typing import Any
+from typing import Any, cast
 
 from partialhn.errors import IntegrityError
 from partialhn.features.codec import COMPRESSIONS, DTYPES
 from partialhn.naming import digest, named_values
+from partialhn.pixels import Interpolation, Pixels
 
 FORMAT = 1
 FIRST_FIELDS = frozenset(("trunk", "data", "transform", "input_size", "views", "augment", "seed",
@@ -43,6 +44,19 @@ class FeatureRecipe:
     """Images in one shard."""
     compression: str = "none"
     """none or lz4."""
+    interpolation: str = "bilinear"
+    """Filter that resizes an image to the trunk's input."""
+    crop: float = 1.0
+    """Share of an image's shorter side that the central square keeps."""
+    squash: bool = False
+    """Whether the whole image becomes the square. The mean and the spread of the pixels are part of
+    the trunk's fingerprint."""
+
+    @property
+    def pixels(self) -> Pixels:
+        """The way an image becomes the trunk's input."""
+        return Pixels(interpolation=cast(Interpolation, self.interpolation), crop=self.crop,
+                      squash=self.squash)
 
     @property
     def key(self) -> str:
@@ -52,8 +66,8 @@ class FeatureRecipe:
     def fields(self) -> dict[str, Any]:
         """Plain values from which the recipe can be rebuilt.
 
-        A compression of none is left out, so that features stored before compression existed keep
-        their key.
+        Fields that are newer than the first features are left out at their defaults, so that
+        features stored before them keep their key.
         """
         return named_values(self, FIRST_FIELDS)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from partialhn.errors import InputError
-from partialhn.networks.pixels import Pretrained
 from partialhn.networks.table import BACKBONES
+from partialhn.pixels import Pixels
 from partialhn.plugins import load_object
 
 RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -32,8 +32,6 @@ class Backbone:
     (B, F, H, W), whose mean over H and W goes to the classifier."""
     classifier: str
     """Attribute of the body that is the classifier, an nn.Linear."""
-    pretrained: Callable[[str], Pretrained] | None = None
-    """Loads the weights of a name, where somebody offers trained ones; None: nobody does."""
 
 
 def resnet_stages(body: nn.Module) -> list[nn.Sequential]:
@@ -63,12 +61,24 @@ class Network(nn.Module):
     mean_C: Tensor
     std_C: Tensor
 
-    def __init__(self, name: str, body: nn.Module) -> None:
+    def __init__(self, name: str, body: nn.Module, input_size: int = 32) -> None:
         super().__init__()
-        self.name, self.backbone = name, find_backbone(name)
-        self.body = body
-        self.register_buffer("mean_C", torch.tensor([0.485, 0.456, 0.406]))
-        self.register_buffer("std_C", torch.tensor([0.229, 0.224, 0.225]))
+        self.name, self.backbone, self.input_size = name, find_backbone(name), input_size
+        self.body, self.pixels = body, Pixels()
+        self.notes: tuple[str, ...] = ()
+        """What a user should know about weights that somebody else trained."""
+        self.register_buffer("mean_C", torch.tensor(self.pixels.mean))
+        self.register_buffer("std_C", torch.tensor(self.pixels.std))
+
+    def set_pixels(self, pixels: Pixels) -> None:
+        """Sets which pixels the weights expect, their normalisation included."""
+        self.pixels = pixels
+        self.set_normalisation(torch.tensor(pixels.mean), torch.tensor(pixels.std))
+
+    def set_normalisation(self, mean_C: Tensor, std_C: Tensor) -> None:
+        """Sets mean and spread of a pixel scaled to 0..1."""
+        self.mean_C.copy_(mean_C)
+        self.std_C.copy_(std_C)
 
     def normalise(self, images_BCHW: Tensor) -> Tensor:
         """uint8 pixels to float32 of about zero mean and unit variance."""
@@ -109,7 +119,7 @@ def without_classifier(name: str, tensors: dict[str, Tensor]) -> dict[str, Tenso
     return {key: value for key, value in tensors.items() if not key.startswith(prefix)}
 
 
-def build_network(name: str, classes: int, seed: int = 0) -> Network:
+def build_network(name: str, classes: int, seed: int = 0, input_size: int = 32) -> Network:
     """A freshly initialised backbone with a classifier of K = `classes` outputs.
 
     Raises: InputError for a name that is not in `BACKBONES`.
@@ -117,4 +127,4 @@ def build_network(name: str, classes: int, seed: int = 0) -> Network:
     backbone = find_backbone(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Network(name, backbone.build(classes))
+        return Network(name, backbone.build(classes), input_size)

@@ -1,81 +1,174 @@
-"""Networks whose weights somebody else trained: downloaded, or from a file."""
+"""Networks whose weights somebody else trained: downloaded, from a package, or from a file."""
 
+
+import functools
+import json
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from partialhn.errors import InputError
-from partialhn.networks.backbone import (
-    Network,
-    build_network,
-    find_backbone,
-    without_classifier,
+from partialhn.networks.backbone import Network, build_network, classifier_prefix
+from partialhn.networks.packaged_weights import packaged_file
+from partialhn.networks.timm_weights import timm_adapt, timm_pixels, timm_supply
+from partialhn.networks.torchvision_weights import (
+    torchvision_adapt,
+    torchvision_pixels,
+    torchvision_supply,
 )
-from partialhn.networks.table import BACKBONES
+from partialhn.networks.weights import (
+    NORMALISATION,
+    Adapt,
+    Matched,
+    Supply,
+    Wanted,
+    match_weights,
+)
+from partialhn.networks.weights_file import read_tensors, weights_path
+from partialhn.pixels import Pixels, from_config
+
+ALLOWED = ("train, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME:WEIGHTS, "
+           "package:efficientnet-lite0, or the path of a file of weights (safetensors, or a "
+           "PyTorch checkpoint)")
+FIRST_BACKBONES = frozenset(("slim_resnet18", "resnet18", "resnet34", "resnet50", "resnet101",
+                             "resnet152"))
+"""Backbones of version 0.1.0. Whatever their weights were trained with, they see the whole central
+square of an image, so that stored features and registered models keep their meaning."""
 
 
-def supplied_network(source: str, name: str, classes: int) -> Network:
-    """A backbone whose weights somebody else trained.
+def supplied_network(source: str, name: str, classes: int, input_size: int = 32) -> Network:
+    """A backbone whose weights somebody else trained; its classifier is initialised anew.
 
-    `source` is torchvision:NAME:WEIGHTS (downloaded where there is a network) or the path of a
-    safetensors file with the tensors of a `Network`. The classifier is initialised anew.
+    Args:
+        source: timm:NAME or hf-hub:OWNER/NAME, torchvision:NAME:WEIGHTS, package:NAME, or the path
+            of a file of weights or of a folder with one; FILE#PART chooses among several networks
+            in a file.
+        name: the backbone.
+        classes: outputs K of the new classifier.
+        input_size: side of the images that the network will be given, in pixels.
+
+    The network's `notes` say what its user should know about the weights.
 
     Raises: InputError for an unknown source, or one that cannot be read or does not fit.
     """
+    supply = _find(source, name)
+    network = build_network(name, classes, input_size=input_size)
+    matched = match_weights(supply, _wanted(network))
+    network.body.load_state_dict(matched.tensors, strict=False)
+    pixels, notes = _pixels_of(supply, matched, network)
+    network.set_pixels(pixels)
+    network.notes = (*matched.notes, *notes)
+    return network
+
+
+def _find(source: str, name: str) -> Supply:
+    """The tensors that a source names, where they are for this backbone."""
+    family, _, model = name.rpartition(":")
+    if source.startswith(("timm:", "hf-hub:")):
+        if family != "timm":
+            raise InputError(f"trunk is {source!r} but backbone is {name!r}; allowed: a backbone "
+                             "of timm, --backbone timm:NAME")
+        return timm_supply(source, model)
     if source.startswith("torchvision:"):
-        return _pretrained_network(source, name, classes)
-    if not source.endswith(".safetensors"):
-        raise InputError(f"trunk is {source!r}; allowed: train, torchvision:NAME:WEIGHTS or the "
-                         "path of a .safetensors file")
+        return torchvision_supply(source, name.removeprefix("torchvision:"))
+    if source.startswith("package:"):
+        path = packaged_file(source, name.removeprefix("timm:"))
+        return Supply(source, read_tensors(path))
+    return _from_file(source)
+
+
+def _from_file(source: str) -> Supply:
+    path, part = weights_path(source), ""
+    if path is None and "#" in source:
+        text, _, part = source.rpartition("#")
+        path = weights_path(text)
+    if path is None:
+        missing = Path(source.rpartition("#")[0] or source)
+        why = ("is a folder without model.safetensors or pytorch_model.bin" if missing.is_dir()
+               else "is no file")
+        raise InputError(f"trunk is {source!r}, which {why}; allowed: {ALLOWED}")
+    return Supply(source, read_tensors(path), _pixels_beside(path), part)
+
+
+def _pixels_beside(path: Path) -> Pixels | None:
+    """The data configuration in the config.json beside a file of weights, as model hubs have it.
+
+    Raises: InputError for one that cannot be used.
+    """
+    file = path.parent / "config.json"
     try:
-        tensors = load_file(source)
-    except Exception as error:  # safetensors raises its own bare exception type
-        raise InputError(f"trunk file {source!r} cannot be read as safetensors: {error}") from error
-    network = build_network(name, classes)
-    wanted, given = network.without_classifier(), without_classifier(name, tensors)
-    missing, extra = wanted.keys() - given.keys(), given.keys() - wanted.keys()
-    wrong = [key for key in wanted.keys() & given.keys() if wanted[key].shape != given[key].shape]
-    if missing or extra or wrong:
-        raise InputError(f"trunk file {source!r} is not a {name}: "
-                         f"missing {sorted(missing)[:3]}, extra {sorted(extra)[:3]}, "
-                         f"of another shape {sorted(wrong)[:3]}")
-    _check_numbers(source, given)
-    network.load_state_dict(given, strict=False)
-    return network
+        values: Any = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None  # there is none, or it is another program's
+    settings = values.get("pretrained_cfg") if isinstance(values, Mapping) else None
+    return from_config(settings, str(file)) if isinstance(settings, Mapping) else None
 
 
-def _check_numbers(source: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raises InputError for numbers that no trained network has, naming the tensor."""
-    for key, value in sorted(tensors.items()):
-        if not torch.isfinite(value.float()).all():
-            raise InputError(f"tensor {key!r} of trunk file {source!r} holds NaN or infinity; "
-                             "allowed: finite numbers")
-        if key.endswith("running_var") and (value < 0).any():
-            raise InputError(f"tensor {key!r} of trunk file {source!r} is {value.min():g} at its "
-                             "least; allowed: a variance of 0 or more")
+def _wanted(network: Network) -> Wanted:
+    prefix = classifier_prefix(network.name).removeprefix("body.")
+    return Wanted(network.name, network.body.state_dict(), (prefix,), _adapt(network))
 
 
-def _pretrained_network(source: str, name: str, classes: int) -> Network:
-    known = [each for each in BACKBONES if find_backbone(each).pretrained]
-    words = source.split(":")
-    if len(words) != 3 or words[1] not in known:
-        raise InputError(f"trunk is {source!r}; allowed: torchvision:NAME:WEIGHTS with NAME one of "
-                         f"{', '.join(known)}, for example torchvision:resnet18:IMAGENET1K_V1")
-    if words[1] != name:
-        raise InputError(f"trunk is {source!r} but backbone is {name!r}; allowed: the same network "
-                         f"in both, for example --backbone {words[1]}")
-    backbone = find_backbone(name)
-    assert backbone.pretrained is not None
+def _adapt(network: Network) -> Adapt:
+    """How the network's library renames and resamples tensors."""
+    module = type(network.body).__module__
+    if module.startswith("timm."):
+        return functools.partial(timm_adapt, network.body)
+    if module.startswith("torchvision."):
+        return functools.partial(torchvision_adapt, network.body)
+    return dict
+
+
+def _pixels_of(supply: Supply, matched: Matched,
+               network: Network) -> tuple[Pixels, tuple[str, ...]]:
+    """The pixels that the weights expect, and what should be said about them."""
+    own = _own_normalisation(supply, matched)
+    if own is not None:  # a network that was trained here saw plain squares
+        return own, ()
+    pixels = supply.pixels
+    notes: tuple[str, ...] = ()
+    if pixels is None:
+        pixels = _family_pixels(network)
+        if not supply.source.startswith("package:"):
+            notes = (f"trunk {supply.source!r} does not say which pixels it was trained with; "
+                     f"taken: {pixels.described()}",)
+    if network.name in FIRST_BACKBONES:
+        return Pixels(mean=pixels.mean, std=pixels.std), notes
+    if pixels.size not in (None, network.input_size):
+        notes = (*notes, f"input_size is {network.input_size}, but the weights of trunk "
+                         f"{supply.source!r} expect {pixels.size} pixels; smaller images are "
+                         "cheaper and usually less accurate")
+    return pixels, notes
+
+
+def _own_normalisation(supply: Supply, matched: Matched) -> Pixels | None:
+    """The normalisation in a file that this package wrote; None for a file of others.
+
+    Raises: InputError for a file of this package without it, or with numbers that are none.
+    """
+    if not f".{matched.prefix}".endswith(".body."):
+        return None
+    outer = matched.prefix.removesuffix("body.")
+    missing = [f"{outer}{key}" for key in NORMALISATION if f"{outer}{key}" not in supply.tensors]
+    if missing:
+        raise InputError(f"trunk {supply.source!r} is missing {missing}: the mean and the spread "
+                         "of its pixels")
+    mean, std = (_three(supply.tensors[f"{outer}{key}"]) for key in NORMALISATION)
     try:
-        body, mean_C, std_C = backbone.pretrained(words[2])
-    except OSError as error:
-        raise InputError(f"trunk {source!r} cannot be downloaded ({error}); it needs a network, or "
-                         "a .safetensors file in its place") from error
-    network = Network(name, body)
-    network.mean_C.copy_(mean_C)
-    network.std_C.copy_(std_C)
-    parent, _, attribute = backbone.classifier.rpartition(".")
-    setattr(body.get_submodule(parent), attribute, nn.Linear(network.width, classes))
-    return network
+        return Pixels(mean=mean, std=std)
+    except InputError as error:
+        raise InputError(f"trunk {supply.source!r}: {error}") from error
+
+
+def _three(value_C: Tensor) -> Any:
+    return tuple(value_C.float().flatten().tolist())
+
+
+def _family_pixels(network: Network) -> Pixels:
+    """The pixels of the weights that a network's library recommends."""
+    module, model = type(network.body).__module__, network.name.rpartition(":")[2]
+    if module.startswith("timm."):
+        return timm_pixels(network.body)
+    return torchvision_pixels(model) if module.startswith("torchvision.") else Pixels()

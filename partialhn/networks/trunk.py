@@ -32,6 +32,8 @@ class Trunk(nn.Module):
         self.name, self.freeze_depth = network.name, len(stages)
         self.whole_depth = len(network.backbone.stage_names)
         """Number of stages of the whole network."""
+        self.pixels = network.pixels
+        """How an image becomes the square that the trunk takes; mean and std are the buffers."""
         self.register_buffer("mean_C", network.mean_C.clone())
         self.register_buffer("std_C", network.std_C.clone())
         self.stages = nn.ModuleList(stages)

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from partialhn.data.decode import decode_images
 from partialhn.notebook.images import batches
 from partialhn.predict import Answer, Predictor
 from partialhn.task_inference import AUTO
@@ -20,11 +19,10 @@ def label(predictor: Predictor, images: "Images", task: str) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    data = predictor.model.config.data
     ids: list[str] = []
     answers: list[Answer] = []
     for encoded, names in batches(images):
-        decoded = decode_images(encoded, names, data.input_size, max_pixels=data.max_image_pixels)
+        decoded = predictor.decode(encoded, names)
         answers += predictor.answers(predictor.features(decoded.images_BCHW), [task] * len(names))
         ids += names
     table = pd.DataFrame({"id": pd.Series(ids, dtype=object),

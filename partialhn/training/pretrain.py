@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from partialhn.checkpoints import checkpoint
 from partialhn.config import Augment, BackboneConfig, Config
 from partialhn.data.augment import augment
-from partialhn.data.decode import decode
+from partialhn.data.decode import decode, decode_to_file
 from partialhn.data.experience import Experience
 from partialhn.naming import FIRST_OPTIONS, digest, named_values
 from partialhn.networks.backbone import (
@@ -40,6 +40,8 @@ from partialhn.training.optimiser import (
 )
 from partialhn.training.records import EpochRecord
 
+SMALL = 64
+"""Largest input size, in pixels, at which the first task's images are held in memory."""
 TRUNK_WEIGHT_DECAY, TRUNK_LABEL_SMOOTHING = 0.05, 0.1
 """Strong regularisation, because the trunk is trained once, on few classes, and must then serve
 tasks it has not seen."""
@@ -133,13 +135,15 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
     """
     backbone = config.backbone
     target = f"{root}/trunks/{network_key(config, first)}"
-    decoded = decode(first.train, config.data.input_size, first.transform,
-                     config.data.on_bad_image, config.data.max_image_pixels,
-                     config.data.stream_seed)
+    data = config.data
+    decoding = decode if data.input_size <= SMALL else decode_to_file
+    decoded = decoding(first.train, data.input_size, first.transform, data.on_bad_image,
+                       data.max_image_pixels, data.stream_seed)
     images_NCHW = decoded.images_BCHW
     y_N = torch.from_numpy(first.train.label_N[decoded.index_B.numpy()])
     network = build_network(backbone.backbone, len(first.classes), backbone.trunk_seed)
-    _measure_pixels(network, images_NCHW)
+    network.set_normalisation(*(pixel_statistics if data.input_size <= SMALL
+                                else counted_statistics)(images_NCHW))
     network.to(device)
     optimiser = network_optimiser(network, backbone)
     epochs_done = 0
@@ -162,8 +166,21 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
     filesystem.delete_dir(f"{target}.partial")
 
 
-def _measure_pixels(network: Network, images_NCHW: torch.Tensor) -> None:
-    """Sets the network's normalisation to its training images' mean and standard deviation."""
+def pixel_statistics(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """mean_C and std_C of uint8 images in memory, in units of a pixel scaled to 0..1."""
     pixels_NCHW = images_NCHW.float() / 255
-    network.mean_C.copy_(pixels_NCHW.mean((0, 2, 3)))
-    network.std_C.copy_(pixels_NCHW.std((0, 2, 3)).clamp_min(1e-3))
+    return pixels_NCHW.mean((0, 2, 3)), pixels_NCHW.std((0, 2, 3)).clamp_min(1e-3)
+
+
+def counted_statistics(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from the count of each of the 256 values, image by image, so that no images are in
+    memory as float32; rounding may differ.
+    """
+    count_CV = torch.zeros(images_NCHW.shape[1], 256, dtype=torch.int64)
+    for image_CHW in images_NCHW:
+        for channel, pixels_HW in enumerate(image_CHW):
+            count_CV[channel] += torch.bincount(pixels_HW.flatten().int(), minlength=256)
+    value_V, total = torch.arange(256, dtype=torch.float64) / 255, count_CV.sum(1)
+    mean_C = (count_CV * value_V).sum(1) / total
+    square_C = (count_CV * (value_V - mean_C[:, None]) ** 2).sum(1)
+    return mean_C.float(), (square_C / (total - 1)).sqrt().float().clamp_min(1e-3)

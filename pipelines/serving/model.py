@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 
-from partialhn.data.decode import decode_images
 from partialhn.errors import InputError
 from partialhn.predict import Answer, Predictor
 from partialhn.task_inference import AUTO
@@ -124,10 +123,8 @@ class ServedModel:
     def answer(self, images: Sequence[bytes], tasks: Sequence[str], max_pixels: int) -> Batch:
         """Predicts a batch of mixed tasks with one run of the trunk; errors become replies."""
         loaded = self.current
-        data = loaded.predictor.model.config.data
         replies: list[Answer | InputError] = [_check(loaded.predictor, task) for task in tasks]
-        decoded = decode_images(images, ["sent"] * len(images), data.input_size, on_bad="skip",
-                                max_pixels=min(max_pixels, data.max_image_pixels))
+        decoded = loaded.predictor.decode(images, ["sent"] * len(images), "skip", max_pixels)
         good = decoded.index_B.tolist()
         undecoded = sorted({*range(len(images))} - {*good})
         for position, bad in zip(undecoded, decoded.bad, strict=True):

@@ -4,13 +4,11 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from partialhn.errors import InputError
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
-from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import hash_tensors
 from partialhn.networks.trunk import MICRO_BATCH, multiply_adds, run_trunk
 
@@ -138,78 +136,6 @@ def test_unknown_backbone_and_depth_are_bad_input(network):
     for depth in (-1, 5):
         with pytest.raises(InputError, match=rf"freeze_depth is {depth}; allowed: 0 .* to 4"):
             CutNetwork.of(network, depth)
-
-
-@pytest.fixture
-def weights_file(network, tmp_path):
-    def write(change=lambda tensors: None, name="trunk.safetensors"):
-        tensors = {key: value.clone() for key, value in network.state_dict().items()}
-        change(tensors)
-        save_file(tensors, tmp_path / name)
-        return str(tmp_path / name)
-    return write
-
-
-def test_supplied_weights_round_trip(network, weights_file, images):
-    found = supplied_network(weights_file(), "slim_resnet18", 7)
-    assert found.body.fc.out_features == 7
-    for depth in range(5):
-        assert trunk_of(found, depth).fingerprint() == trunk_of(network, depth).fingerprint()
-    assert torch.equal(trunk_of(found, 3)(images), trunk_of(network, 3)(images))
-
-
-def test_supplied_weights_need_no_classifier(network, weights_file):
-    def without(tensors):
-        for key in ("body.fc.weight", "body.fc.bias"):
-            del tensors[key]
-    found = supplied_network(weights_file(without), "slim_resnet18", 2)
-    assert trunk_of(found, 4).fingerprint() == trunk_of(network, 4).fingerprint()
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda tensors: tensors.pop("body.layer2.0.conv1.weight"), "missing .*layer2.0.conv1"),
-    (lambda tensors: tensors.pop("mean_C"), "missing .*mean_C"),
-    (lambda tensors: tensors.update(surplus=torch.zeros(1)), "extra .*surplus"),
-    (lambda tensors: tensors.update({"body.conv1.weight": torch.zeros(64, 3, 3, 3)}),
-     "another shape .*body.conv1.weight"),
-    (lambda tensors: tensors["body.layer1.0.conv1.weight"].fill_(float("nan")),
-     "'body.layer1.0.conv1.weight' .* holds NaN or infinity"),
-    (lambda tensors: tensors["body.bn1.bias"][:1].fill_(float("inf")), "'body.bn1.bias' .* holds"),
-    (lambda tensors: tensors["body.bn1.running_var"][:1].fill_(-0.5),
-     "'body.bn1.running_var' .* is -0.5 at its least; allowed: a variance of 0 or more"),
-])
-def test_supplied_weights_that_do_not_fit(weights_file, change, message):
-    with pytest.raises(InputError, match=message):
-        supplied_network(weights_file(change), "slim_resnet18", 2)
-
-
-def test_supplied_weights_of_another_backbone(weights_file):
-    with pytest.raises(InputError, match="is not a resnet50"):
-        supplied_network(weights_file(), "resnet50", 2)
-
-
-@pytest.mark.parametrize(("source", "message"), [
-    ("trunk.pt", r"allowed: train, torchvision:NAME:WEIGHTS or the path of a .safetensors"),
-    ("none.safetensors", r"'none.safetensors' cannot be read"),
-    ("torchvision:resnet18", "NAME one of resnet18"),
-    ("torchvision:vgg16:IMAGENET1K_V1", "NAME one of resnet18"),
-    ("torchvision:resnet50:IMAGENET1K_V1", "backbone is 'resnet18'; allowed: the same network"),
-    ("torchvision:resnet18:IMAGENET9", "'IMAGENET9' of resnet18 are unknown; allowed: IMAGENET1K"),
-])
-def test_supplied_trunks_that_cannot_be(source, message):
-    with pytest.raises(InputError, match=message):
-        supplied_network(source, "resnet18", 2)
-
-
-def test_a_pickle_under_the_name_of_safetensors_does_not_run(tmp_path):
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
-
-    torch.save({"a": Trap()}, tmp_path / "trunk.safetensors")
-    with pytest.raises(InputError, match="cannot be read as safetensors"):
-        supplied_network(str(tmp_path / "trunk.safetensors"), "slim_resnet18", 2)
-    assert not (tmp_path / "sprung").exists()
 
 
 def test_multiply_adds_by_hand():

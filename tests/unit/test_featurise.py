@@ -9,6 +9,8 @@ import threading
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -19,7 +21,7 @@ from partialhn.data.decode import decode
 from partialhn.data.experience import Experience
 from partialhn.data.image_table import ImageTable
 from partialhn.errors import InputError
-from partialhn.features import extract
+from partialhn.features import codec, extract
 from partialhn.features.extract import compute_shards, feature_jobs, group_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
@@ -345,7 +347,7 @@ def test_shards_are_read_ahead_of_the_trunk_and_written_behind_it(store, trunk, 
     thread that asks.
     """
     meeting, users = Meeting(3), set()
-    run, read, written = extract.run_trunk_at, extract.decode, FeatureStore.write_shard
+    run, read, written = extract.run_trunk_at, extract.decode_images, FeatureStore.write_shard
     reads, runs = itertools.count(), itertools.count()
 
     def decode_and_meet(*arguments):
@@ -364,10 +366,10 @@ def test_shards_are_read_ahead_of_the_trunk_and_written_behind_it(store, trunk, 
             meeting.wait()
         return written(self, recipe, index, *arguments, **options)
 
-    monkeypatch.setattr(extract, "decode", decode_and_meet)
+    monkeypatch.setattr(extract, "decode_images", decode_and_meet)
     monkeypatch.setattr(extract, "run_trunk_at", run_and_meet)
     monkeypatch.setattr(FeatureStore, "write_shard", write_and_meet)
-    monkeypatch.setattr(extract, "AHEAD", 2)
+    monkeypatch.setattr(extract, "READERS", 2)
     job = jobs()[0]
     made = list(compute_shards(store, trunk, [(job,)], [(0, 0), (0, 1), (0, 2)]))
     assert meeting.met
@@ -382,23 +384,81 @@ def test_shards_are_read_ahead_of_the_trunk_and_written_behind_it(store, trunk, 
 def test_no_more_shards_are_held_than_it_says(store, trunk, jobs, monkeypatch):
     """However slow writing is: features of those that are written and of the one in the trunk."""
     held, most = set(), []
-    written, run = FeatureStore.write_shard, extract._compute_features
+    written, run = FeatureStore.write_shard, extract._Shard.compute
 
     def write(self, recipe, index, *arguments, **options):
         time.sleep(0.05)
         held.discard(index)
         return written(self, recipe, index, *arguments, **options)
 
-    def features(trunk, read):
-        held.add(read.place[1])
+    def features(self, trunk, rows, decoded):
+        held.add(self.place[1])
         most.append(len(held))
-        return run(trunk, read)
+        return run(self, trunk, rows, decoded)
 
     monkeypatch.setattr(FeatureStore, "write_shard", write)
-    monkeypatch.setattr(extract, "_compute_features", features)
+    monkeypatch.setattr(extract._Shard, "compute", features)
     (job, *_) = jobs(shard_rows=1)
     assert len(list(compute_shards(store, trunk, [(job,)], extract.shard_places([(job,)])))) == 12
     assert 1 < max(most) <= extract.BEHIND + 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_pieces_give_the_bits_of_the_whole(tmp_path, store, trunk, images, with_options, packed,
+                                           dtype):
+    """150 images in shards of 130: two whole pieces and a part of one; image 3 is damaged."""
+    rows = [row % len(images) for row in range(150)]
+    encoded_N = [encoded(Image.fromarray(images[row].permute(1, 2, 0).numpy())) for row in rows]
+    encoded_N[3] = b""
+    if packed:
+        pq.write_table(pa.table({"image": encoded_N}), tmp_path / "d.parquet", row_group_size=40)
+        table = ImageTable(LOCAL, (str(tmp_path / "d.parquet"),), [0] * 150, range(150), [0] * 150)
+    else:
+        for row, image in enumerate(encoded_N):
+            (tmp_path / f"{row:03d}.png").write_bytes(image)
+        files = tuple(str(path) for path in sorted(tmp_path.glob("*.png")))
+        table = ImageTable(LOCAL, files, range(150), [-1] * 150, [0] * 150)
+    config = with_options(features={"views": 2, "shard_rows": 130, "feature_dtype": dtype},
+                          data={"on_bad_image": "skip"})
+    experience = Experience("a", ("x",), table, table.take([]), table.take([]))
+    (job,) = feature_jobs(config, [experience], trunk)
+    opened = finish(store, trunk, job)
+    kept = np.array([row for row in range(150) if row != 3])
+    seen_BCHW = images[[rows[row] for row in kept]]
+    whole = torch.stack([run_trunk(trunk, augment(seen_BCHW, kept, 150, view, "crop-flip", 0))
+                         for view in range(2)], 1)
+    for shard, part in ((0, whole[:129]), (1, whole[129:])):
+        content = codec.encode(part, np.zeros(len(part), int), ["x"] * len(part), dtype, "none", "")
+        wanted = codec.decode(pa.py_buffer(content), dtype, len(part), part.shape[1:])
+        assert torch.equal(opened.shards[shard], wanted.z_NVCHW)
+
+
+def test_pixels_and_features_are_never_held_whole(store, trunk, jobs, monkeypatch):
+    """The trunk gets one piece at a time, and no more pieces are decoded ahead than it says."""
+    monkeypatch.setattr(extract, "MICRO_BATCH", 2)
+    monkeypatch.setattr(extract, "MOST_AHEAD", 4)
+    decoded, sizes, most = [], [], []
+    read, run = extract.decode_images, extract.run_trunk_at
+
+    def decode(*arguments):
+        decoded.append(len(arguments[0]))
+        return read(*arguments)
+
+    def through(trunk, depths, images_BCHW):
+        sizes.append(len(images_BCHW))
+        time.sleep(0.02)  # whatever may be read ahead is read meanwhile
+        most.append(len(decoded) - len(sizes))
+        return run(trunk, depths, images_BCHW)
+
+    monkeypatch.setattr(extract, "decode_images", decode)
+    monkeypatch.setattr(extract, "run_trunk_at", through)
+    job = jobs(shard_rows=12)[1]
+    train = dataclasses.replace(jobs(shard_rows=12)[0], recipe=dataclasses.replace(
+        jobs(shard_rows=12)[0].recipe, views=1, augment="none"))
+    list(compute_shards(store, trunk, [(train,), (job,)], extract.shard_places([(train,), (job,)])))
+    assert set(sizes) == set(decoded) == {2, 1}
+    assert max(most) <= 4
 
 
 def test_the_first_bad_image_is_told_and_finished_shards_stay(store, trunk, jobs, folder):

@@ -114,12 +114,13 @@ def test_a_single_shard_gathers_the_same(store):
 @pytest.mark.parametrize(("field", "value"), [
     ("trunk", "u"), ("data", "e"), ("transform", "blur"), ("input_size", 32), ("views", 3),
     ("augment", "crop"), ("seed", 1), ("dtype", "float16"), ("dtype", "bfloat16"),
-    ("dtype", "int8"), ("shard_rows", 5), ("compression", "lz4")])
+    ("dtype", "int8"), ("shard_rows", 5), ("compression", "lz4"), ("interpolation", "bicubic"),
+    ("crop", 0.875), ("squash", True)])
 def test_every_field_of_the_recipe_changes_the_key(field, value):
     assert dataclasses.replace(RECIPE, **{field: value}).key != RECIPE.key
     assert {f.name for f in dataclasses.fields(RECIPE)} == {
         "trunk", "data", "transform", "input_size", "views", "augment", "seed", "dtype",
-        "shard_rows", "compression"}
+        "shard_rows", "compression", "interpolation", "crop", "squash"}
     assert dataclasses.replace(RECIPE).key == RECIPE.key
 
 
@@ -127,7 +128,7 @@ def test_features_stored_before_there_was_compression_are_found():
     old = FeatureRecipe("t", "d", "none", 16, 2, "flip", 0, "float16", 4)
     assert old.key == "5c7a2872108c1cdc66808a8dfaa11509"
     assert FeatureRecipe(**old.fields()) == old
-    assert "compression" not in old.fields()
+    assert not old.fields().keys() & {"compression", "interpolation", "crop", "squash"}
 
 
 # int8 --------------------------------------------------------------------------------------------
