@@ -111,7 +111,7 @@ def test_predictions_agree_with_the_matrix(run, tmp_path):
     ("backbone", {"freeze_depth": 5}, "freeze_depth is 5"),
     ("backbone", {"backbone": "vgg16"}, "backbone is 'vgg16'"),
     ("hypernet", {"norm": "group", "norm_groups": 7}, "norm_groups is 7"),
-    ("backbone", {"trunk": "none.safetensors"}, "cannot be read"),
+    ("backbone", {"trunk": "none.safetensors"}, "which is no file"),
     ("data", {"tasks": 11}, "tasks is 11"),
     ("data", {"data": "/nowhere"}, "/nowhere"),
 ])
