@@ -13,6 +13,7 @@ from partialhn.run import StreamRun, work_name
 from partialhn.training.lineage import Learned
 from partialhn.training.pretrain import network_key
 from partialhn.training.slots import Slot
+from pipelines.continuation import compare, learned_before
 from pipelines.features.in_use import InUse
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage, open_storage
@@ -24,13 +25,15 @@ MANIFEST = "manifest.json"
 """The file of a feature set that is written last: without it the features do not exist."""
 
 
-def register(run: StreamRun, name: str, storage: str, tracking_uri: str | None) -> str:
+def register(run: StreamRun, name: str, storage: str, tracking_uri: str | None,
+             replace: bool = False) -> str:
     """Registers a version for each learned task of a run; returns the URI of the newest.
 
     Versions that are registered already stay as they are. Raises: InputError for a name, storage
-    or server that cannot be used.
+    or server that cannot be used, and where the champion's tasks are not all among those of the
+    run, unless `replace`.
     """
-    output = OutputConfig(name=name, storage=storage, tracking_uri=tracking_uri)
+    output = OutputConfig(name=name, storage=storage, tracking_uri=tracking_uri, replace=replace)
     place = open_storage(output.storage)
     place.check()
     with place.explained():
@@ -41,16 +44,20 @@ def _register(run: StreamRun, output: OutputConfig, storage: Storage) -> str:
     count, strategy = len(run.known), run.config.train.strategy
     slots = run.slots()[:count]
     folder = storage.path("runs", output.name, "learned")
+    registry = connect(storage, output.tracking_uri)
+    first = run.experiences[:count]
+    continuation = compare(learned_before(registry, storage, output.name), run.config, first,
+                           run.cut.network)
+    continuation.check(replace=output.replace)
     with InUse(storage, f"stream {output.name}") as in_use:
         in_use.add(manifest.key for slot in slots for manifest in slot.manifests.values())
         _copy_network(run, storage)
         _copy_features(run.root, slots, storage)
         _copy_models(run.folder, run.known, storage, folder)
-        registry = connect(storage, output.tracking_uri)
         work = work_name(run.config, run.experiences)
         parent = registry.stream_run(output.name, work, run.config.to_dict())
         job = Job(run.config, output, storage, registry, parent, run.experiences, work,
-                  Progress(run.config, _say_nothing), run.clock)
+                  Progress(run.config, _say_nothing), run.clock, continuation)
         registrar = Registrar(job, run.cut, folder, slots, run.lineage_ids[:count])
         for learned in run.known:
             registrar.add(strategy, *learned.epochs, learned.record)

@@ -20,7 +20,7 @@ class OutputConfig:
 
     name: str = "stream"
     """Name of the stream and of its registered model: letters, digits, _ and - only. A run with
-    the same name and configuration resumes where an earlier one stopped."""
+    the same name goes on from what the stream's champion has learned."""
     storage: str = "partialhn-store"
     """Folder or s3://bucket/prefix for features, checkpoints and models. S3 takes
     ?endpoint=URL&region=NAME&path_style=true after it."""
@@ -29,6 +29,9 @@ class OutputConfig:
     (SQLite) in the storage folder (in the working folder if the storage is S3)."""
     result: str = "result.json"
     """File for the result as JSON."""
+    replace: bool = False
+    """Let the model of this run become champion although it leaves out, or learns again, tasks
+    that the champion knows. Without it such a run is refused before anything is trained."""
 
     def __post_init__(self) -> None:
         check_name(self.name)

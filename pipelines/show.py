@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pipelines.platform.storage import open_storage
 from pipelines.platform.text import table
 from pipelines.registry.client import connect
-from pipelines.registry.versions import CHAMPION, Version, challenger_of
+from pipelines.registry.versions import CHAMPION, Version, chain_of, challenger_of
 from pipelines.settings import mask_password
 
 _COLUMNS = ("task", "name", "classes", "version", "acc", "learned", "forgotten", "aliases")
@@ -47,15 +47,6 @@ def _refused(versions: Sequence[Version]) -> list[str]:
     reasons = (version.decision or {}).get("reasons", [])
     return [f"refused  version {version.version} (task {version.task!r}) is challenger only:",
             *(f"         {reason}" for reason in reasons)]
-
-
-def chain_of(versions: Sequence[Version], newest: Version) -> list[Version]:
-    """The version `newest` and those that it was learned from, in the order of the tasks."""
-    by_lineage_id = {version.tags.get("prefix", ""): version for version in versions}
-    chain = [newest]
-    while parent := by_lineage_id.get(chain[-1].tags.get("parent") or "none"):
-        chain.append(parent)
-    return chain[::-1]
 
 
 def _row(version: Version) -> tuple[str, ...]:

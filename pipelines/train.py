@@ -9,6 +9,7 @@ stopped, and when a directory of tasks has grown, only the new tasks are learned
 import concurrent.futures
 import dataclasses
 import json
+import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +19,16 @@ from partialhn.checkpoints import checkpoint
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.data.experience import Experience, all_not_used
+from partialhn.errors import InputError
 from partialhn.evaluation.answer_sample import write_sample
 from partialhn.evaluation.metrics import summarise
 from partialhn.networks.backbone import Network
+from partialhn.networks.tensors import hash_tensors
 from partialhn.predict import Predictor
 from partialhn.run import TrunkAndHead, check, cut_network, work_name
 from partialhn.training import lineage
 from partialhn.training.lineage import lineage_ids_of
+from partialhn.training.pretrain import load_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import (
     Clock,
@@ -34,13 +38,15 @@ from partialhn.training.result import (
     result_fields,
 )
 from partialhn.training.slots import Slot, featured_slots
+from pipelines.continuation import Continuation, LearnedBefore, compare, learned_before
 from pipelines.execution.base import Execution, our_outcome
 from pipelines.execution.choose import open_execution
 from pipelines.execution.open_data import open_data
 from pipelines.features.produce import open_store
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage, open_storage
-from pipelines.registry.client import Registry, connect
+from pipelines.registry.client import Placing, Registry, connect
+from pipelines.registry.connection import exists
 from pipelines.registry.package import Contents
 from pipelines.registry.versions import CHAMPION, Registration, Version
 from pipelines.report.page import write_report
@@ -63,19 +69,30 @@ def train(config: Config, output: OutputConfig, log: Log = print) -> dict[str, A
 
 def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> dict[str, Any]:
     clock = Clock()
+    check_result_path(output.result)
     experiences = open_data(config.data, storage)
-    work = work_name(config, experiences)
     classes = sum(len(experience.classes) for experience in experiences)
     images = sum(len(experience.train) for experience in experiences)
-    log(f"{output.name}: {len(experiences)} tasks, {classes} classes, {images} training images "
-        f"(work {work})")
+    log(f"{output.name}: {len(experiences)} tasks, {classes} classes, {images} training images")
     for note in all_not_used(experiences):
         for line in note.lines():
             log(line)
     clock.lap("data")
     progress = Progress(config, log)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        beginning = pool.submit(_begin, config, output, storage, work)
+        connecting = pool.submit(_connect, storage, output)
+        before = LearnedBefore(output.name)
+        if exists(storage, output.tracking_uri):  # a new database cannot know the stream
+            before = connecting.result()[1]
+        experiences = before.ordered(experiences)
+        stored = load_network(config, experiences[0], storage.filesystem, storage.root)
+        continuation = compare(before, config, experiences,
+                               hash_tensors(stored.without_classifier()) if stored else None)
+        for line in continuation.check(replace=output.replace):
+            log(line)
+        work = work_name(config, experiences)
+        beginning = pool.submit(_begin, connecting, config, output, work)
+        clock.lap("startup")
         try:
             with open_execution(config, storage, output.name, progress) as execution:
                 clock.lap("startup")
@@ -85,25 +102,43 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
                 registry, parent = beginning.result()
                 clock.lap("startup")
                 result = Job(config, output, storage, registry, parent, experiences, work,
-                              progress, clock).run(execution, network)
+                              progress, clock, continuation).run(execution, network)
         except BaseException:
             if beginning.exception() is None:
                 registry, parent = beginning.result()
                 registry.end_run(parent, failed=True)
             raise
-    Path(output.result).parent.mkdir(parents=True, exist_ok=True)
     Path(output.result).write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
 
 
-def _begin(config: Config, output: OutputConfig, storage: Storage,
-           work: str) -> tuple[Registry, str]:
-    """The registry, and the ID of the stream's run in it.
+def check_result_path(path: str) -> None:
+    """Makes the folder of a result file. Raises: InputError if the file cannot be written."""
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"result is {path!r}, whose folder cannot be made ({error.strerror}); "
+                         "allowed: a file in a folder that you may write to") from error
+    if target.is_dir() or not os.access(target if target.exists() else target.parent, os.W_OK):
+        raise InputError(f"result is {path!r}, which cannot be written; allowed: a file in a "
+                         "folder that you may write to")
 
-    MLflow takes seconds to import and to create its database, so a thread does this while the
-    trunk is trained.
+
+def _connect(storage: Storage, output: OutputConfig) -> tuple[Registry, LearnedBefore]:
+    """The registry and what it knows of the stream; changes nothing but a new database.
+
+    MLflow takes seconds to import and to create its database, so a thread does this, while the
+    trunk is trained if the database is new.
     """
     registry = connect(storage, output.tracking_uri)
+    return registry, learned_before(registry, storage, output.name)
+
+
+def _begin(connecting: "concurrent.futures.Future[tuple[Registry, LearnedBefore]]",
+           config: Config, output: OutputConfig, work: str) -> tuple[Registry, str]:
+    """The registry, and the ID of the stream's run in it."""
+    registry, _ = connecting.result()
     return registry, registry.stream_run(output.name, work, config.to_dict())
 
 
@@ -127,6 +162,7 @@ class Job:
     work: str
     progress: Progress
     clock: Clock
+    continuation: Continuation
 
     def run(self, execution: Execution, network: Network) -> dict[str, Any]:
         cut = cut_network(self.config, network)
@@ -163,6 +199,7 @@ class Job:
             "storage": self.storage.uri,
             "tracking_uri": mask_password(self.registry.tracking_uri),
             "model_uri": f"models:/{self.output.name}@{CHAMPION}",
+            "champion": registrar.champion(), "continues": self.continuation.fields(),
             "versions": registrar.version_fields()}
         for row, seconds in zip(fields["seconds"]["per_task"], registrar.seconds, strict=True):
             row["register"] = round(seconds, 3)
@@ -226,13 +263,19 @@ class Registrar:
                    "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
         job.registry.log_metrics(job.parent, metrics, step=record.task_index)
         version = job.registry.version_of(job.output.name, self._lineage_ids[record.task_index])
+        new, last = version is None, total == len(self._lineage_ids)
+        # while a run learns the champion's tasks again, the champion stays the one that has them
+        placing = Placing(champion=last or not job.continuation.changes)
         if version is None or version.tags["work"] == job.work:
-            version = self._version(record, metrics)
+            version = self._version(record, metrics, placing)
+        elif last:
+            job.registry.place(version, placing)
         clock.lap("register")
         self.seconds.append(clock.laps["register"])
-        job.progress.registered(version.uri, record, summary)
+        job.progress.registered(version.uri, record, summary, new=new)
 
-    def _version(self, record: TaskRecord, metrics: Mapping[str, float]) -> Version:
+    def _version(self, record: TaskRecord, metrics: Mapping[str, float],
+                 placing: Placing) -> Version:
         """Registers a task's model, with a child run of its own under the stream's run."""
         job, index = self.job, record.task_index
         slot, experience = self.slots[index], job.experiences[index]
@@ -248,7 +291,8 @@ class Registrar:
             acc=metrics["acc"], learning_accuracy=metrics["learning_accuracy"],
             forgetting=metrics["forgetting"], storage=job.storage.uri,
             prefix=self._lineage_ids[index], parent=self._lineage_ids[index - 1] if index else ""),
-            Contents(folder, record.task, experience.test.take([0]).read()[0], self._sample(index)))
+            Contents(folder, record.task, experience.test.take([0]).read()[0],
+                     self._sample(index)), placing)
         job.registry.end_run(run)
         return version
 
@@ -268,6 +312,23 @@ class Registrar:
         versions = self.job.registry.versions(self.job.output.name)
         return [version.fields() for version in versions
                 if version.tags.get("prefix") in self._lineage_ids]
+
+    def champion(self) -> int:
+        """The champion's version; a line says so where it is not the last task's version.
+
+        Starting a run again does not undo a rollback.
+        """
+        registry, stream = self.job.registry, self.job.output.name
+        champion = registry.resolve(f"models:/{stream}@{CHAMPION}")
+        newest = registry.version_of(stream, self._lineage_ids[len(self._rows) - 1])
+        assert newest is not None, "every task has just been registered"
+        if champion.version != newest.version:
+            move = registry.aliases.last_move(stream, CHAMPION)
+            self.job.progress.line(
+                f"champion stays version {champion.version} (task {champion.task!r}): "
+                f"{move.kind} by {move.who}, {move.why!r}; to go forward: partialhn models promote "
+                f"--name {stream} --version {newest.version}")
+        return champion.version
 
     def _fetch(self, task_index: int) -> Path:
         folder = Path(self._scratch.name) / f"{task_index:04d}"

@@ -62,6 +62,16 @@ def lineage_ids_of(config: Config, network: str, slots: Sequence[Slot | Experien
     baselines, on the hardware, on the compression of features, or on how the data was split into
     tasks; it depends on the data itself.
     """
+    settings = {"format": FORMAT, "network": network, **settings_of(config)}
+    ids = list(known)
+    for slot in slots[len(ids):]:
+        parent = ids[-1] if ids else ""
+        ids.append(digest([parent, settings, slot.name, slot.fingerprint], 32))
+    return tuple(ids)
+
+
+def settings_of(config: Config) -> dict[str, dict[str, Any]]:
+    """The options, by section, that a lineage id depends on beside the network and the data."""
     values = named_sections(config)
     del values["train"]["compare"], values["features"]["compression"]
     if config.train.strategy == "partial_hn":
@@ -70,13 +80,8 @@ def lineage_ids_of(config: Config, network: str, slots: Sequence[Slot | Experien
     data = {key: values["data"][key] for key in ("input_size", "on_bad_image", "stream_seed",
                                                  "max_image_pixels")}
     backbone = {key: values["backbone"][key] for key in ("backbone", "freeze_depth")}
-    settings = {"format": FORMAT, "network": network, "data": data, "backbone": backbone,
-                **{section: values[section] for section in ("features", "hypernet", "train")}}
-    ids = list(known)
-    for slot in slots[len(ids):]:
-        parent = ids[-1] if ids else ""
-        ids.append(digest([parent, settings, slot.name, slot.fingerprint], 32))
-    return tuple(ids)
+    return {"data": data, "backbone": backbone,
+            **{section: values[section] for section in ("features", "hypernet", "train")}}
 
 
 def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: str) -> None:

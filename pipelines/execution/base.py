@@ -93,7 +93,8 @@ class Execution(abc.ABC):
                     "peak_rss_bytes": 0, "device": "none: everything was learned before"}
 
         def show_and_pass_on(strategy: str, record: EpochRecord | TaskRecord) -> None:
-            self.progress.record(strategy, record)
+            if strategy != self.config.train.strategy or record.task_index >= len(known):
+                self.progress.record(strategy, record)
             on_record(strategy, record)
 
         return self._learn(Assignment(

@@ -75,9 +75,11 @@ class Progress:
                     f"{held_out}",
                     self._time_left(strategy, record, record.epochs - record.epoch), False)
 
-    def registered(self, uri: str, record: TaskRecord, summary: StreamMetrics) -> None:
-        """Shows a newly registered version."""
-        self.line(f"  registered {uri} (task {record.task!r}): ACC {summary.accuracy:.1%}, "
+    def registered(self, uri: str, record: TaskRecord, summary: StreamMetrics, *,
+                   new: bool) -> None:
+        """Shows a version that is registered now, or was registered before."""
+        words = "registered" if new else "already registered:"
+        self.line(f"  {words} {uri} (task {record.task!r}): ACC {summary.accuracy:.1%}, "
                   f"forgetting {summary.forgetting:.1%}")
 
     def _time_left(self, key: str, record: EpochRecord, epochs: int) -> str:

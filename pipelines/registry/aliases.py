@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 from partialhn.errors import InputError
 from pipelines.platform.storage import Storage
 from pipelines.registry.history import Entry, History, Move, aliases
-from pipelines.registry.versions import is_ours
+from pipelines.registry.runs import pages
+from pipelines.registry.versions import CHAMPION, is_ours
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 PLACE = "history"
 """Tag of a registered model that holds the URI of its history."""
+BY_HAND = ("rollback", "promoted")
+"""The kinds of moves that only a person makes."""
 ATTEMPTS = 100
 """How often an alias is set again because its history has changed meanwhile."""
 REFUSALS = 5
@@ -58,6 +61,34 @@ class Aliases:
         another registry.
         """
         return self._open(self._model(stream))
+
+    def check(self, stream: str) -> None:
+        """Checks, before anything is changed, that a stream can be registered here.
+
+        Raises: InputError if it has its history in another storage, if the history here belongs to
+        another registry, or if the registered model of the history has another name now.
+        """
+        model = self._find(stream)
+        if model is not None:
+            self._open(model)
+            return
+        entries = self._history(stream).entries()
+        if entries:
+            raise InputError(self._lost(stream, entries[-1]))
+
+    def is_registered(self, stream: str) -> bool:
+        """Whether there is a registered model of this name."""
+        return self._find(stream) is not None
+
+    def moved_by_hand(self, stream: str) -> bool:
+        """Whether the last move of the champion was a person's."""
+        history = self.history(stream).entries()
+        return any(entry.move.alias == CHAMPION for entry in history) and (
+            self.last_move(stream, CHAMPION).kind in BY_HAND)
+
+    def last_move(self, stream: str, alias: str) -> Move:
+        """The newest move of an alias that has been moved."""
+        return self._newest(stream, alias).move
 
     def keeps_history(self, stream: str) -> bool:
         """Whether the stream is registered and has its history in this storage."""
@@ -139,16 +170,37 @@ class Aliases:
     def _open(self, model: Any) -> History:
         history = self._history(model.name)
         place = model.tags.get(PLACE, history.uri)
+        name = place.rpartition("/")[2]
+        if name != model.name:
+            raise InputError(f"the registered model {model.name!r} was named {name!r} when its "
+                             f"history in {place} began; allowed: rename it back to {name!r} in "
+                             "MLflow")
         if place != history.uri:
             raise InputError(f"stream {model.name!r} has its history in {place}, not in "
                              f"{history.uri}; allowed: the --storage it was trained with")
         for entry in history.entries():
             if entry.registry != _identity(model):
                 raise InputError(
-                    f"{history.uri} is the history of a stream {model.name!r} in another "
-                    "registry; allowed: the --tracking-uri it was trained with, another --name, "
-                    "or move that folder away to begin anew")
+                    f"{history.uri} is the history of another registered model {model.name!r}, in "
+                    "another registry or from before it was renamed or deleted; allowed: the "
+                    "--tracking-uri it was trained with, or another --name")
         return history
+
+    def _lost(self, stream: str, entry: Entry) -> str:
+        """The message about a history whose registered model is not in this registry by its name.
+
+        A model that was renamed keeps its time of creation, which the history entries hold.
+        """
+        renamed = [model.name for model in pages(self._client.search_registered_models)
+                   if _identity(model) == entry.registry]
+        where = self._history(stream).uri
+        if renamed:
+            return (f"the registered model {stream!r} is named {renamed[0]!r} in MLflow now, and "
+                    f"its history in {where} has the name {stream!r}; allowed: --name with a new "
+                    f"name, or rename {renamed[0]!r} back to {stream!r} in MLflow")
+        return (f"{where} is the history of a registered model {stream!r} that is not in this "
+                "registry; allowed: the --tracking-uri with which it was registered, another "
+                "--name or, if the model was deleted, to delete that folder")
 
     def _find(self, stream: str) -> Any:
         from mlflow.exceptions import MlflowException

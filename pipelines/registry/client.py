@@ -19,7 +19,7 @@ from partialhn.data.experience import task_of
 from partialhn.errors import InputError
 from pipelines.platform.storage import Storage
 from pipelines.registry import package
-from pipelines.registry.aliases import Aliases
+from pipelines.registry.aliases import BY_HAND, Aliases
 from pipelines.registry.connection import open_client
 from pipelines.registry.history import Entry, Kind, Move, aliases
 from pipelines.registry.package import Contents
@@ -59,6 +59,8 @@ class Placing:
     """Fencing token of the lease under which the version was created."""
     decision: Mapping[str, Any] | None = None
     """The gate's decision (`pipelines.retrain.gate.Decision.fields`); None without a gate."""
+    champion: bool = True
+    """False: only the task's alias moves to a promoted version, and the champion stays."""
 
 
 def connect(storage: Storage, tracking_uri: str | None = None, create: bool = True) -> "Registry":
@@ -84,6 +86,7 @@ class Registry(Runs):
         Raises: StaleTokenError if the writer has lost its lease.
         """
         placing = placing or Placing()
+        self.aliases.check(record.stream)
         self._create_model(record.stream)
         self.aliases.reconcile(record.stream)
         tags = record.tags() | _decision_tags(placing.decision)
@@ -94,11 +97,19 @@ class Registry(Runs):
             self._client.log_dict(run_id, dict(placing.decision), "gate.json")
             for key in (GATE, DECISION):  # this decision may be a new one, by another policy
                 self._client.set_model_version_tag(record.stream, str(number), key, tags[key])
-        for alias in self._aliases_to_take(record, number, placing):
-            self.aliases.move(record.stream, Move(alias, number, placing.kind, placing.why,
-                                                  token=placing.token, metrics=record.metrics(),
-                                                  decision=placing.decision))
+        version = self._version(record.stream, number)
+        self.place(version, placing, work=record.work)
         return self._version(record.stream, number)
+
+    def place(self, version: Version, placing: Placing, work: str | None = None) -> None:
+        """Moves the aliases of a registered version as `register_task` does for a new one.
+
+        work: the work that the version is registered for; default: that of its tags.
+        """
+        for alias in self._aliases_to_take(version, work or version.tags["work"], placing):
+            self.aliases.move(version.stream, Move(
+                alias, version.version, placing.kind, placing.why, token=placing.token,
+                metrics=version.metrics, decision=placing.decision))
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a stream that this project registered, oldest first.
@@ -114,6 +125,10 @@ class Registry(Runs):
     def streams(self) -> list[str]:
         """Names of all registered models."""
         return [model.name for model in pages(self._client.search_registered_models)]
+
+    def knows(self, name: str) -> bool:
+        """Whether a stream is registered."""
+        return self.aliases.is_registered(name)
 
     def version_of(self, name: str, lineage_id: str) -> Version | None:
         """The version of the model with a lineage id, or None."""
@@ -204,18 +219,18 @@ class Registry(Runs):
         version = self._client.get_model_version(name, str(number))
         return _version_of(version, version.aliases)
 
-    def _aliases_to_take(self, record: Registration, number: int, placing: Placing) -> list[str]:
+    def _aliases_to_take(self, version: Version, work: str, placing: Placing) -> list[str]:
         if not placing.promote:
             return [CHALLENGER]
-        entries = self.aliases.history(record.stream).entries()
+        entries = self.aliases.history(version.stream).entries()
         current, to_take = aliases(entries), []
-        for alias in (task_alias(task_of(record.task)), CHAMPION):
+        for alias in (task_alias(task_of(version.task)), *[CHAMPION] * placing.champion):
             holder_number = current.get(alias)
             holder = (None if holder_number is None
-                      else self._version(record.stream, holder_number))
-            is_later = (holder is not None and holder.tags.get("work") == record.work
-                        and holder.task_index > record.task_index)
-            if not is_later and not _person_chose_another(entries, alias, number):
+                      else self._version(version.stream, holder_number))
+            is_later = (holder is not None and holder.tags.get("work") == work
+                        and holder.task_index > version.task_index)
+            if not is_later and not _person_chose_another(entries, alias, version.version):
                 to_take.append(alias)
         return to_take
 
@@ -270,7 +285,7 @@ def _person_chose_another(entries: Sequence[Entry], alias: str, number: int) -> 
     Starting the same training again must not undo a rollback.
     """
     moves = [entry.move for entry in entries if entry.move.alias == alias]
-    return (bool(moves) and moves[-1].kind in ("rollback", "promoted")
+    return (bool(moves) and moves[-1].kind in BY_HAND
             and any(move.to == number for move in moves))
 
 

@@ -51,6 +51,12 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(name)
 
 
+def exists(storage: Storage, tracking_uri: str | None) -> bool:
+    """Whether there may be a registry already: a server, or a database that is not a new file."""
+    database = sqlite_file(chosen_uri(storage, tracking_uri))
+    return database is None or database.exists()
+
+
 def open_client(storage: Storage, tracking_uri: str | None,
                 create: bool) -> tuple["MlflowClient", str]:
     """A client whose server or database answers, and its URI (`chosen_uri`).

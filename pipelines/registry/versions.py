@@ -47,11 +47,6 @@ class Registration:
         return {key: json.dumps(value) if isinstance(value, tuple) else str(value)
                 for key, value in dataclasses.asdict(self).items()}
 
-    def metrics(self) -> dict[str, float]:
-        """The accuracies that a history entry holds."""
-        return {"acc": self.acc, "learning_accuracy": self.learning_accuracy,
-                "forgetting": self.forgetting}
-
 
 @dataclasses.dataclass(frozen=True)
 class Version:
@@ -81,6 +76,11 @@ class Version:
         return int(self.tags["task_index"])
 
     @property
+    def feature_keys(self) -> tuple[str, ...]:
+        """Keys of the stored features of its task."""
+        return tuple(json.loads(self.tags["feature_keys"]))
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Accuracies over the tasks so far, after this version's task."""
         return {key: float(self.tags[key]) for key in ("acc", "learning_accuracy", "forgetting")}
@@ -95,6 +95,15 @@ class Version:
 def is_ours(alias: str) -> bool:
     """Whether this project moves the alias; a user's own aliases are never changed."""
     return alias in (CHAMPION, CHALLENGER) or alias.startswith("task-")
+
+
+def chain_of(versions: Sequence[Version], newest: Version) -> list[Version]:
+    """The version `newest` and those that it was learned from, in the order of the tasks."""
+    by_lineage_id = {version.tags.get("prefix", ""): version for version in versions}
+    chain = [newest]
+    while parent := by_lineage_id.get(chain[-1].tags.get("parent") or "none"):
+        chain.append(parent)
+    return chain[::-1]
 
 
 def challenger_of(versions: Sequence[Version]) -> Version | None:

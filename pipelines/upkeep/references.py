@@ -1,7 +1,5 @@
 """References to stored features, from registered versions, logs of streams, and running jobs."""
 
-import json
-
 from partialhn.errors import InputError
 from partialhn.features.manifest import FeatureRecipe
 from pipelines.features.in_use import records
@@ -19,7 +17,7 @@ def references(storage: Storage, registry: Registry | None) -> References:
     needed: References = {}
     for name in registry.streams() if registry else ():
         for version in registry.versions(name) if registry else ():
-            for key in json.loads(version.tags["feature_keys"]):
+            for key in version.feature_keys:
                 needed.setdefault(key, []).append(version.uri)
     for stream in storage.folders(storage.path("streams")):
         for decided in Journal(storage, stream).decided():

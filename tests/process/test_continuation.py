@@ -1,0 +1,209 @@
+"""What a second `train` under the same name does to the tasks that the champion knows."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.datasets import load_digits
+
+from partialhn.config import Config
+from partialhn.errors import InputError
+from partialhn.networks.backbone import build_network
+from pipelines.platform.storage import open_storage
+from pipelines.registry.client import connect
+from pipelines.registry.models import roll_back
+from pipelines.settings import OutputConfig
+from pipelines.train import train
+
+
+def put_task(folder: Path, labels, start: int = 0) -> None:
+    """Two digits as image folders, twenty images each."""
+    digits = load_digits()
+    for label in labels:
+        pixels_NHW = (digits.images[digits.target == label] * 15.9).astype(np.uint8)
+        for number in range(start, start + 20):
+            place = folder / ("train" if number % 4 else "test") / f"c{label}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels_NHW[number]).save(place / f"{number}.png")
+
+
+class Streams:
+    """Streams of one storage, each of tasks in a folder of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.storage = root, open_storage(str(root / "store"))
+        torch.manual_seed(0)
+        save_file({key: value.contiguous() for key, value in
+                   build_network("slim_resnet18", 2).state_dict().items()
+                   if not key.startswith("fc")}, root / "trunk.safetensors")
+        put_task(root / "all" / "alpha", (0, 1))
+        put_task(root / "all" / "gamma", (2, 3))
+        put_task(root / "all" / "beta", (4, 5))
+
+    def begin(self, name: str, tasks=("alpha", "gamma")) -> Path:
+        """A stream that has learned some tasks; returns its folder of tasks."""
+        for task in tasks:
+            self.add(name, task)
+        self.train(name)
+        return self.root / name
+
+    def add(self, name: str, task: str, source: str | None = None) -> None:
+        shutil.copytree(self.root / "all" / (source or task), self.root / name / task)
+
+    def train(self, name: str, *, replace: bool = False, **options) -> tuple[dict, list[str]]:
+        """Result and lines of a run."""
+        lines: list[str] = []
+        config = Config.from_dict({
+            "data": {"data": str(self.root / name), "input_size": 16},
+            "backbone": {"freeze_depth": 4, "trunk": str(self.root / "trunk.safetensors")},
+            "train": {"epochs": 1} | options, "compute": {"threads": 1}})
+        result = train(config, OutputConfig(name, self.storage.uri, None,
+                                            str(self.root / "result.json"), replace), lines.append)
+        return result, lines
+
+    def refused(self, name: str, **options) -> str:
+        """The message of a run that is refused; nothing of the registry has changed then."""
+        before = self.state(name)
+        with pytest.raises(InputError, match="this run does not continue") as error:
+            self.train(name, **options)
+        assert self.state(name) == before, "a refused run changes nothing"
+        return str(error.value)
+
+    def state(self, name: str):
+        registry = self.registry
+        return (registry.versions(name), registry.aliases.history(name).entries(),
+                len(registry._client.search_runs([registry._experiment(name)])))
+
+    @property
+    def registry(self):
+        return connect(self.storage)
+
+    def champion(self, name: str) -> list[str]:
+        """The tasks that the champion answers for, in the order of its versions."""
+        return self.registry.load_predictor(f"models:/{name}@champion")[0].tasks
+
+
+@pytest.fixture(scope="module")
+def streams(module_without_ray, tmp_path_factory, empty_registry):
+    root = tmp_path_factory.mktemp("continuation")
+    empty_registry(root / "store")
+    return Streams(root)
+
+
+def test_new_tasks_come_behind_learned_ones_whatever_their_names(streams):
+    streams.begin("grows")
+    before = streams.registry.versions("grows")
+    streams.add("grows", "beta")
+    streams.add("grows", "0-first", "beta")
+    shutil.rmtree(streams.root / "grows" / "0-first" / "train" / "c4")
+    shutil.rmtree(streams.root / "grows" / "0-first" / "test" / "c4")
+    put_task(streams.root / "grows" / "0-first", (6,))
+    result, lines = streams.train("grows")
+    assert "continues models:/grows@champion (version 2): 2 kept, 2 new: 0-first, beta" in lines
+    assert not [line for line in lines if "'alpha' learned" in line or "'gamma' learned" in line]
+    assert streams.champion("grows") == ["alpha", "gamma", "0-first", "beta"]
+    assert [v.tags["prefix"] for v in streams.registry.versions("grows")[:2]] == [
+        v.tags["prefix"] for v in before]
+    assert result["continues"] == {
+        "champion": 2, "kept": ["alpha", "gamma"], "new": ["0-first", "beta"], "left_out": [],
+        "known": [], "renamed": {}, "again": {}, "brought_back": []}
+
+
+def test_a_task_that_is_gone_is_named_and_the_run_refused(streams):
+    folder = streams.begin("shrinks", ("alpha", "gamma", "beta"))
+    shutil.rmtree(folder / "beta")
+    assert "task 'beta' is left out" in streams.refused("shrinks")
+    assert streams.champion("shrinks") == ["alpha", "beta", "gamma"]
+    result, lines = streams.train("shrinks", replace=True)
+    assert result["continues"]["left_out"] == ["beta"]
+    assert "  task 'beta' is left out: it is not among the data" in lines
+    assert streams.champion("shrinks") == ["alpha", "gamma"]
+    assert result["champion"] == streams.registry.resolve("models:/shrinks@champion").version
+
+
+def test_a_task_with_another_name_is_recognised_by_its_images(streams):
+    folder = streams.begin("renames")
+    (folder / "alpha").rename(folder / "omega")
+    message = streams.refused("renames")
+    assert "task 'alpha' is named 'omega' now (the same images)" in message
+    assert "task 'gamma' is learned again: a task before it is not the same" in message
+    result, _ = streams.train("renames", replace=True)
+    assert result["continues"]["renamed"] == {"alpha": "omega"}
+    assert streams.champion("renames") == ["omega", "gamma"], "it keeps its place"
+
+
+def test_other_images_of_a_task_are_refused(streams):
+    folder = streams.begin("images")
+    put_task(folder / "gamma", (2, 3), start=20)
+    assert "task 'gamma' is learned again: its images" in streams.refused("images")
+    assert "'alpha'" not in streams.refused("images")
+
+
+def test_other_options_and_another_trunk_are_refused(streams):
+    streams.begin("options")
+    message = streams.refused("options", epochs=2, seed=3)
+    assert "task 'alpha' is learned again: train.epochs is 2, was 1; train.seed is 3, was 0" in (
+        message)
+    assert "another --name" in message
+    network = build_network("slim_resnet18", 2, 7)
+    trunk = streams.root / "trunk.safetensors"
+    kept = trunk.read_bytes()
+    save_file({key: value.contiguous() for key, value in network.state_dict().items()
+               if not key.startswith("fc")}, trunk)
+    try:
+        assert "the trunk's weights are not the same" in streams.refused("options")
+    finally:
+        trunk.write_bytes(kept)
+
+
+def test_while_a_run_replaces_the_champion_the_old_one_stays_until_the_last_task(streams):
+    streams.begin("replaces")
+    streams.train("replaces", replace=True, epochs=2)
+    moves = [(entry.origin, entry.move.to) for entry in
+             streams.registry.aliases.history("replaces").entries()
+             if entry.move.alias == "champion"]
+    assert moves == [(None, 1), (1, 2), (2, 4)]
+
+
+def test_a_rollback_is_not_undone_by_training_again(streams):
+    streams.begin("back")
+    roll_back(streams.registry, "back", None, "gamma is wrong")
+    result, lines = streams.train("back")
+    assert result["champion"] == 1
+    assert any("champion stays version 1 (task 'alpha'): rollback by" in line
+               and "'gamma is wrong'" in line for line in lines)
+    assert not any(line.strip().startswith("registered") for line in lines)
+    streams.add("back", "beta")
+    assert "task 'gamma' comes back" in streams.refused("back")
+    shutil.rmtree(streams.root / "back" / "gamma")
+    streams.train("back")
+    assert streams.champion("back") == ["alpha", "beta"]
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_anything(streams):
+    streams.begin("result")
+    (streams.root / "a-file").write_text("")
+    for path in (streams.root, streams.root / "a-file" / "result.json"):
+        with pytest.raises(InputError, match="result is"):
+            train(Config(), OutputConfig("result", streams.storage.uri, None, str(path)))
+
+
+def test_a_model_that_was_renamed_in_mlflow_can_be_renamed_back(streams):
+    """The refusal comes first, so that no empty model of the old name stands in the way."""
+    streams.begin("old")
+    client = streams.registry._client
+    client.rename_registered_model("old", "new")
+    with pytest.raises(InputError, match="is named 'new' in MLflow now.*rename 'new' back"):
+        streams.train("old")
+    streams.add("new", "alpha")
+    with pytest.raises(InputError, match="'new' was named 'old' when its history"):
+        streams.train("new", replace=True)
+    assert "old" not in streams.registry.streams()
+    client.rename_registered_model("new", "old")
+    streams.train("old")
+    assert json.loads((streams.root / "result.json").read_text())["champion"] == 2
