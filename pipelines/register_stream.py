@@ -13,7 +13,7 @@ from partialhn.run import StreamRun, work_name
 from partialhn.training.lineage import Learned
 from partialhn.training.pretrain import network_key
 from partialhn.training.slots import Slot
-from pipelines.continuation import compare, learned_before
+from pipelines.execution.continuation import compare, learned_before
 from pipelines.features.in_use import InUse
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage, open_storage

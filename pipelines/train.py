@@ -38,9 +38,14 @@ from partialhn.training.result import (
     result_fields,
 )
 from partialhn.training.slots import Slot, featured_slots
-from pipelines.continuation import Continuation, LearnedBefore, compare, learned_before
 from pipelines.execution.base import Execution, our_outcome
 from pipelines.execution.choose import open_execution
+from pipelines.execution.continuation import (
+    Continuation,
+    LearnedBefore,
+    compare,
+    learned_before,
+)
 from pipelines.execution.open_data import open_data
 from pipelines.features.produce import open_store
 from pipelines.platform.progress import Progress

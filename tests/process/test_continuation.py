@@ -198,7 +198,7 @@ def test_a_model_that_was_renamed_in_mlflow_can_be_renamed_back(streams):
     streams.begin("old")
     client = streams.registry._client
     client.rename_registered_model("old", "new")
-    with pytest.raises(InputError, match="is named 'new' in MLflow now.*rename 'new' back"):
+    with pytest.raises(InputError, match=r"is named 'new' in MLflow now.*rename 'new' back"):
         streams.train("old")
     streams.add("new", "alpha")
     with pytest.raises(InputError, match="'new' was named 'old' when its history"):

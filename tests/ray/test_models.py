@@ -224,7 +224,7 @@ def test_history_and_registry_belong_together(three, digit_tasks, tmp_path):
         elsewhere.aliases.move("digits", Move("champion", 1, "promoted", ""))
     assert not elsewhere.aliases.keeps_history("digits")
     fresh = connect(open_storage(str(tmp_path / "store")), f"sqlite:///{tmp_path}/fresh.db")
-    with pytest.raises(InputError, match="that is not in this registry; allowed: the --tracking-uri"):
+    with pytest.raises(InputError, match="not in this registry; allowed: the --tracking-uri"):
         digit_tasks.register(fresh, "digits", 0)
     assert fresh.streams() == [], "what is refused leaves no empty model"
 

@@ -16,7 +16,7 @@ LAYERS = {
                   "strategies task_inference", "checkpoints", "predict", "evaluation", "training",
                   "run", "benchmarks notebook"),
     "pipelines": ("settings", "platform", "report", "features registry benchmarks",
-                  "search execution doctor show serving continuation", "label_images advice train retrain",
+                  "search execution doctor show serving", "label_images advice train retrain",
                   "tune upkeep demo register_stream", "cli"),
 }
 """The folders (and the files beside them) of each package, lowest row first. A file imports from
