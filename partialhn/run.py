@@ -79,7 +79,12 @@ def cut_network(config: Config, network: Network) -> TrunkAndHead:
         cut.trunk, Head(cut, hypernet.norm, hypernet.norm_groups, config.train.precision),
         head_start(cut, hypernet.norm, config.train.seed),
         {"trunk": below, "head": above, "frozen_share": below / (below + above)},
-        hash_tensors(network.without_classifier(), network.pixels.geometry))
+        network_fingerprint(network))
+
+
+def network_fingerprint(network: Network) -> str:
+    """SHA-256 of all that a trunk is cut from: weights but the classifier's, and image geometry."""
+    return hash_tensors(network.without_classifier(), network.pixels.geometry)
 
 
 def check(config: Config) -> None:

@@ -23,9 +23,8 @@ from partialhn.errors import InputError
 from partialhn.evaluation.answer_sample import write_sample
 from partialhn.evaluation.metrics import summarise
 from partialhn.networks.backbone import Network
-from partialhn.networks.tensors import hash_tensors
 from partialhn.predict import Predictor
-from partialhn.run import TrunkAndHead, check, cut_network, work_name
+from partialhn.run import TrunkAndHead, check, cut_network, network_fingerprint, work_name
 from partialhn.training import lineage
 from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.pretrain import load_network
@@ -92,7 +91,7 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
         experiences = before.ordered(experiences)
         stored = load_network(config, experiences[0], storage.filesystem, storage.root)
         continuation = compare(before, config, experiences,
-                               hash_tensors(stored.without_classifier()) if stored else None)
+                               network_fingerprint(stored) if stored else None)
         for line in continuation.check(replace=output.replace):
             log(line)
         work = work_name(config, experiences)
