@@ -4,6 +4,7 @@ Command-line flags and YAML files fill the same classes. This file imports nothi
 `--help` answers at once; that is why the classes are here and not beside the code that uses them.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -126,15 +127,23 @@ class DataConfig:
         _require(self.stream_seed >= 0, "stream_seed", self.stream_seed, "0 or more")
 
 
+STAGE_DEPTH = 3
+"""Depth at which a network of four stages is cut where nobody says a depth."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
     """Which network is used, where it is cut, and where its trunk comes from."""
 
     backbone: BackboneName = "slim_resnet18"
-    """The network: slim_resnet18 (20 base filters, as in the paper), or a torchvision ResNet."""
-    freeze_depth: int = 3
-    """Number of stages that are frozen in the trunk: from 0 (nothing is frozen; the hypernetwork
-    generates all stages) to all of them (each task learns its classifier only)."""
+    """The network: slim_resnet18 (20 base filters, as in the paper), or a torchvision ResNet, cut
+    at its four stages; timm:NAME, torchvision:NAME or partialhn:slim_resnet18, cut at every
+    block."""
+    freeze_depth: int | str = "auto"
+    """Where the network is cut: the number of blocks that are frozen in the trunk, from 0 (nothing
+    is frozen; the hypernetwork generates all blocks) to all of them (each task learns its
+    classifier only); the name of the last frozen block; or a share of the blocks such as 75%. auto:
+    3 of the four stages, or 75%. `partialhn backbones NAME` lists the blocks."""
     trunk: str = "train"
     """Where the trunk's weights come from: train (trained on the first task),
     torchvision:NAME:WEIGHTS, or a .safetensors file."""
@@ -145,14 +154,29 @@ class BackboneConfig:
     trunk_learning_rate: float = 3e-3
     """Peak learning rate of the trunk's training (AdamW, warm-up, cosine)."""
     trunk_precision: Precision = "float32"
-    """Number type of convolutions and norms while the trunk is trained; a trained trunk computes in
+    """Number type of matrices and norms while the trunk is trained; a trained trunk computes in
     float32."""
     trunk_seed: int = 0
     """Seed of the trunk's first weights and of its batches."""
 
+    @property
+    def depth(self) -> int:
+        """The freeze depth, once it is a number. Raises: InputError where it is not yet."""
+        depth = self.freeze_depth
+        _require(isinstance(depth, int), "freeze_depth", depth, "a number, which "
+                 "partialhn.run.with_depth_number finds")
+        return typing.cast(int, depth)
+
     def __post_init__(self) -> None:
-        _require(self.backbone in BACKBONES, "backbone", self.backbone, ", ".join(BACKBONES))
-        _require(self.freeze_depth >= 0, "freeze_depth", self.freeze_depth, "0 or more")
+        _require(self.backbone in BACKBONES, "backbone", self.backbone, BACKBONES.allowed())
+        depth = self.freeze_depth
+        if isinstance(depth, str) and depth.isdecimal():
+            depth = int(depth)
+        if depth == "auto" and ":" not in self.backbone:
+            depth = STAGE_DEPTH
+        object.__setattr__(self, "freeze_depth", depth)  # a frozen dataclass allows no other way
+        _require(not isinstance(depth, int) or depth >= 0, "freeze_depth", depth,
+                 "0 or more, a block's name, or a share such as 75%")
         _require(self.trunk_epochs >= 1, "trunk_epochs", self.trunk_epochs, "1 or more")
         _require(self.trunk_batch_size >= 2, "trunk_batch_size", self.trunk_batch_size,
                  "2 or more")
@@ -200,6 +224,9 @@ class HypernetConfig:
     starts_from: StartTask = "first"
     """Task whose weights and norm a new task starts from (columns only). first: tasks depend on no
     other task. previous: better where nothing is frozen."""
+    generate: str = "all"
+    """Which of the head's matrices the hypernetwork generates; the others stay as the trunk's
+    network has them. all, attention, mlp, or a pattern of names such as *.qkv.*"""
     fresh_columns: int = 16
     """Number of columns that each task after the first adds (columns only)."""
     code_dim: int = 64
@@ -223,6 +250,8 @@ class HypernetConfig:
     """Strength of the regulariser that keeps the earlier tasks' weights (bilinear, additive)."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.generate), "generate", self.generate,
+                 "all, attention, mlp, or a pattern of names such as *.qkv.*")
         _require(self.fresh_columns >= 1, "fresh_columns", self.fresh_columns, "1 or more")
         _require(self.code_dim >= 1, "code_dim", self.code_dim, "1 or more")
         _require(self.residual or self.generator != "columns", "residual", self.residual,
@@ -254,7 +283,7 @@ class TrainConfig:
     """Course of the learning rate over a task's steps after a short rise: constant, or cosine to
     zero."""
     precision: Precision = "float32"
-    """Number type of the head's convolutions and norms while a task is learned. Generated weights,
+    """Number type of the head's matrices and norms while a task is learned. Generated weights,
     losses and predictions are float32."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes of the task, 0 to 0.5."""
@@ -424,7 +453,7 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     """One plain value as the annotated type. Raises: InputError that names the key."""
     if isinstance(kind, type) and hasattr(kind, "table"):  # StrategyName, BackboneName
         if not isinstance(value, str) or value not in kind.table:
-            raise InputError(f"{key} is {value!r}; allowed: {', '.join(kind.table)}")
+            raise InputError(f"{key} is {value!r}; allowed: {kind.table.allowed()}")
         return value
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
@@ -433,9 +462,13 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
         return build(kind, value, f"{key}.")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, key)
+        *others, last = [kind for kind in arguments if kind is not type(None)]
+        for other in others:
+            with contextlib.suppress(InputError):
+                return _convert(other, value, key)
+        return _convert(last, value, key)
     if origin is Literal:
         if value not in arguments:
             raise InputError(f"{key} is {value!r}; allowed: {', '.join(map(str, arguments))}")

@@ -54,7 +54,14 @@ class Table(Mapping[str, Line], Generic[Line]):
         try:
             return self[name]
         except KeyError:
-            raise InputError(f"{self.option} is {name!r}; allowed: {', '.join(self)}") from None
+            raise InputError(f"{self.option} is {name!r}; allowed: {self.allowed()}") from None
+
+    patterns: tuple[str, ...] = ()
+    """Forms of further names that a table of some kind finds, such as timm:NAME."""
+
+    def allowed(self) -> str:
+        """The names that an option may have, for messages."""
+        return ", ".join((*self, *self.patterns))
 
     def __getitem__(self, name: str) -> Line:
         if name not in self._lines:

@@ -21,8 +21,8 @@ from partialhn.features.extract import FeatureJob, precompute
 from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
 from partialhn.naming import digest_text
-from partialhn.networks.backbone import Network, build_network
-from partialhn.networks.cut import CutNetwork
+from partialhn.networks.backbone import Network, build_network, from_map
+from partialhn.networks.cut import CutNetwork, depth_number
 from partialhn.networks.head import Head, HeadStart, check_feature_size, head_start
 from partialhn.networks.precision import configure_torch
 from partialhn.networks.tensors import hash_tensors
@@ -68,16 +68,18 @@ class TrunkAndHead:
 
 def cut_network(config: Config, network: Network) -> TrunkAndHead:
     """Cuts the network at the configured depth. Raises: InputError for one it does not have."""
-    cut = CutNetwork.of(network, config.backbone.freeze_depth)
+    cut = CutNetwork.of(network, config.backbone.depth)
     size = config.data.input_size
     images_BCHW = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     z_BCHW = cut.trunk(images_BCHW)
     below = multiply_adds(cut.trunk, images_BCHW)
-    above = multiply_adds(cut.stages, z_BCHW) + cut.width * 2
+    z = z_BCHW if not config.backbone.freeze_depth else from_map(z_BCHW, cut.layout)
+    above = multiply_adds(cut.stages, z) + cut.width * 2
     hypernet = config.hypernet
     return TrunkAndHead(
-        cut.trunk, Head(cut, hypernet.norm, hypernet.norm_groups, config.train.precision),
-        head_start(cut, hypernet.norm, config.train.seed),
+        cut.trunk, Head(cut, hypernet.norm, hypernet.norm_groups, config.train.precision,
+                        hypernet.generate),
+        head_start(cut, hypernet.norm, config.train.seed, hypernet.generate),
         {"trunk": below, "head": above, "frozen_share": below / (below + above)},
         network_fingerprint(network))
 
@@ -87,14 +89,28 @@ def network_fingerprint(network: Network) -> str:
     return hash_tensors(network.without_classifier(), network.pixels.geometry)
 
 
+def with_depth_number(config: Config) -> Config:
+    """The configuration with its freeze depth as a number.
+
+    Raises: InputError for a depth that the network does not have.
+    """
+    backbone = config.backbone
+    if isinstance(backbone.freeze_depth, int):
+        return config
+    network = build_network(backbone.backbone, 2, input_size=config.data.input_size)
+    number = depth_number(backbone.freeze_depth, list(network.blocks()), backbone.backbone)
+    return dataclasses.replace(config, backbone=dataclasses.replace(backbone, freeze_depth=number))
+
+
 def check(config: Config) -> None:
     """Checks that the configured networks fit together, before anything is read or trained.
 
     Raises: InputError naming the option that does not fit.
     """
-    cut = CutNetwork.of(build_network(config.backbone.backbone, 2), config.backbone.freeze_depth)
+    network = build_network(config.backbone.backbone, 2, input_size=config.data.input_size)
+    cut = CutNetwork.of(network, config.backbone.depth)
     check_feature_size(config.hypernet.norm, cut, config.data.input_size)
-    Head(cut, config.hypernet.norm, config.hypernet.norm_groups)
+    Head(cut, config.hypernet.norm, config.hypernet.norm_groups, generate=config.hypernet.generate)
     for name in (config.train.strategy, *config.train.compare):
         STRATEGIES[name]  # imports and checks the class
 
@@ -149,6 +165,7 @@ class StreamRun:
 
         Raises: InputError for a configuration or data that cannot be used.
         """
+        config = with_depth_number(config)
         check(config)
         self.clock = Clock()
         configure_torch(config.compute.threads)

@@ -24,7 +24,14 @@ from partialhn.evaluation.answer_sample import write_sample
 from partialhn.evaluation.metrics import summarise
 from partialhn.networks.backbone import Network
 from partialhn.predict import Predictor
-from partialhn.run import TrunkAndHead, check, cut_network, network_fingerprint, work_name
+from partialhn.run import (
+    TrunkAndHead,
+    check,
+    cut_network,
+    network_fingerprint,
+    with_depth_number,
+    work_name,
+)
 from partialhn.training import lineage
 from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.pretrain import load_network
@@ -64,6 +71,7 @@ def train(config: Config, output: OutputConfig, log: Log = print) -> dict[str, A
 
     Writes `output.result`. Raises: InputError for any error that the user can correct.
     """
+    config = with_depth_number(config)
     check(config)
     storage = open_storage(output.storage)
     storage.check()

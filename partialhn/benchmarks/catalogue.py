@@ -85,7 +85,7 @@ class Benchmark:
         The table of strategies says at which depths each is learned: a linear probe of the pixels
         (depth 0) is left out, for example.
         """
-        scale, own = self.sizes[size], preset(self.name).backbone.freeze_depth
+        scale, own = self.sizes[size], preset(self.name).backbone.depth
         pairs = [(strategy, depth) for depth in scale.depths for strategy in EVERY
                  if _learned_at(strategy, depth, own)]
         return [Cell(strategy, depth, seed) for seed in range(seeds or scale.seeds)

@@ -94,8 +94,9 @@ class Model:
 
 def empty_parts(config: Config) -> tuple[Trunk, Strategy]:
     """Trunk and strategy of the configured shapes, whose weights must still be loaded."""
-    cut = CutNetwork.of(build_network(config.backbone.backbone, classes=2),
-                        config.backbone.freeze_depth)
-    head = Head(cut, config.hypernet.norm, config.hypernet.norm_groups)
-    start = head_start(cut, config.hypernet.norm, 0)
+    network = build_network(config.backbone.backbone, 2, input_size=config.data.input_size)
+    cut = CutNetwork.of(network, config.backbone.depth)
+    options = config.hypernet
+    head = Head(cut, options.norm, options.norm_groups, generate=options.generate)
+    start = head_start(cut, options.norm, 0, options.generate)
     return cut.trunk, STRATEGIES[config.train.strategy](head, start, config)

@@ -1,11 +1,15 @@
-"""Backbones: a whole network as a list of stages and a linear classifier.
+"""Backbones: a whole network of any family as a list of blocks and a linear classifier.
 
-Legend: B batch, C channels, H W spatial, F features before the classifier, K classes.
+A network can be cut before its first block and after each block. What a block gives is always
+stored and counted as a map (B, C, H, W), whatever the network itself calculates with: the tokens
+of a transformer (B, N, C) become the map (B, C, N, 1).
+
+Legend: B batch, C channels, H W spatial, N tokens, F features before the classifier, K classes.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable, Mapping
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,47 +19,69 @@ from partialhn.networks.table import BACKBONES
 from partialhn.pixels import Pixels
 from partialhn.plugins import load_object
 
-RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
+Layout = Literal["BCHW", "BNC", "BHWC"]
+"""Order of the dimensions of what a network's blocks pass on: maps with channels first, tokens, or
+maps with channels last."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
     """How to build a network, and where it can be cut."""
 
-    build: Callable[[int], nn.Module]
-    """Builds a freshly initialised body whose classifier has the given number of classes."""
-    stage_names: tuple[str, ...]
-    """Names of the stages in order; the network can be cut after each of them."""
-    stages: Callable[[nn.Module], Sequence[nn.Sequential]]
-    """The stages of a body, as many as names. The first takes normalised float32 pixels
-    (B, 3, H, W), each other one takes what the stage before it gives, and the last gives
-    (B, F, H, W), whose mean over H and W goes to the classifier."""
+    build: Callable[[int, int], nn.Module]
+    """Builds a freshly initialised body whose classifier has the given number of classes, for
+    square images of the given number of pixels a side."""
+    blocks: Callable[[nn.Module], Mapping[str, nn.Module]]
+    """The blocks of a body by name, in order; the network can be cut after each of them. The first
+    takes normalised float32 pixels (B, 3, H, W), and each other one takes what the block before it
+    gives. The last one gives what goes to the classifier, (B, F), or a map whose mean over H and W
+    does."""
     classifier: str
     """Attribute of the body that is the classifier, an nn.Linear."""
-
-
-def resnet_stages(body: nn.Module) -> list[nn.Sequential]:
-    """The four stages of a ResNet; the stem belongs to the first."""
-    blocks = [cast(nn.Sequential, getattr(body, name)) for name in RESNET_STAGES]
-    stem = [cast(nn.Module, getattr(body, name)) for name in ("conv1", "bn1", "relu", "maxpool")]
-    return [nn.Sequential(*stem, *blocks[0]), *blocks[1:]]
+    layout: Layout = "BCHW"
+    """Order of the dimensions of what the blocks pass on."""
 
 
 def find_backbone(name: str) -> Backbone:
     """The backbone of a name. Raises: InputError for an unknown name or a line that is none."""
     line = BACKBONES.find(name)
     backbone = load_object(line, f"backbone {name!r}") if isinstance(line, str) else line
+    if not isinstance(backbone, Backbone) and callable(backbone) and ":" in name:
+        backbone = backbone(name.partition(":")[2])
     if not isinstance(backbone, Backbone):
         raise InputError(f"backbone {name!r} is a {type(backbone).__name__}; allowed: a "
                          "partialhn.networks.backbone.Backbone")
     return backbone
 
 
-class Network(nn.Module):
-    """A whole backbone: normalisation of the pixels, the stages, pooling and a classifier.
+def to_map(z: Tensor, layout: Layout) -> Tensor:
+    """What a block of this layout gave as a map (B, C, H, W); pooled features (B, F) as (B, F, 1,
+    1), and tokens (B, N, C) as (B, C, N, 1).
+    """
+    if z.dim() == 2:
+        return z[:, :, None, None]
+    if layout == "BNC":
+        return z.transpose(1, 2)[..., None]
+    return z.permute(0, 3, 1, 2) if layout == "BHWC" else z
 
-    Takes uint8 images_BCHW (C = 3, any size) and gives logits_BK. `mean_C` and `std_C` are in
-    units of a pixel scaled to 0..1.
+
+def from_map(z_BCHW: Tensor, layout: Layout) -> Tensor:
+    """Restores what a block of this layout gave from its map."""
+    if layout == "BNC":
+        return z_BCHW[..., 0].transpose(1, 2)
+    return z_BCHW.permute(0, 2, 3, 1) if layout == "BHWC" else z_BCHW
+
+
+def pooled(z: Tensor) -> Tensor:
+    """The features before the classifier (B, F), from what the last block gave."""
+    return z if z.dim() == 2 else z.mean((2, 3))
+
+
+class Network(nn.Module):
+    """A whole backbone: normalisation of the pixels, the blocks, pooling and a classifier.
+
+    Takes uint8 images_BCHW (C = 3; transformers take `input_size` pixels a side, the others any
+    size) and gives logits_BK. `mean_C` and `std_C` are in units of a pixel scaled to 0..1.
     """
 
     mean_C: Tensor
@@ -84,9 +110,9 @@ class Network(nn.Module):
         """uint8 pixels to float32 of about zero mean and unit variance."""
         return (images_BCHW.float() / 255 - self.mean_C[:, None, None]) / self.std_C[:, None, None]
 
-    def stages(self) -> list[nn.Sequential]:
-        """The stages in order."""
-        return list(self.backbone.stages(self.body))
+    def blocks(self) -> dict[str, nn.Module]:
+        """The blocks by name, in order."""
+        return dict(self.backbone.blocks(self.body))
 
     @property
     def classifier(self) -> nn.Linear:
@@ -102,10 +128,10 @@ class Network(nn.Module):
         return without_classifier(self.name, self.state_dict())
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        z_BCHW = self.normalise(images_BCHW)
-        for stage in self.stages():
-            z_BCHW = stage(z_BCHW)
-        return cast(Tensor, self.classifier(z_BCHW.mean((2, 3))))
+        z = self.normalise(images_BCHW)
+        for block in self.blocks().values():
+            z = block(z)
+        return cast(Tensor, self.classifier(pooled(z)))
 
 
 def classifier_prefix(name: str) -> str:
@@ -122,9 +148,9 @@ def without_classifier(name: str, tensors: dict[str, Tensor]) -> dict[str, Tenso
 def build_network(name: str, classes: int, seed: int = 0, input_size: int = 32) -> Network:
     """A freshly initialised backbone with a classifier of K = `classes` outputs.
 
-    Raises: InputError for a name that is not in `BACKBONES`.
+    Raises: InputError for an unknown name, or an image size that the network cannot take.
     """
     backbone = find_backbone(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Network(name, backbone.build(classes), input_size)
+        return Network(name, backbone.build(classes, input_size), input_size)

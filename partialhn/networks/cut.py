@@ -1,13 +1,17 @@
-"""The cut: a network divided at a freeze depth into its trunk and the stages of its head."""
+"""The cut: a network divided at a freeze depth into its trunk and the blocks of its head.
+
+Legend: B batch, C channels, H W spatial, F features before the classifier.
+"""
 
 import copy
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from partialhn.errors import InputError
-from partialhn.networks.backbone import Network
+from partialhn.networks.backbone import Layout, Network, from_map, pooled, to_map
 from partialhn.networks.trunk import Trunk
 
 
@@ -16,11 +20,15 @@ class CutNetwork:
     """A copy of a network, cut at a freeze depth."""
 
     trunk: Trunk
-    """The stages below the cut, frozen."""
+    """The blocks below the cut, frozen."""
     stages: nn.Sequential
-    """The stages above the cut, with the network's weights: the head's shapes and its start."""
+    """The blocks above the cut, with the network's weights: the head's shapes and its start."""
+    names: Mapping[str, str]
+    """Names of the tensors of `stages` in the whole network, such as blocks.11.attn.qkv.weight."""
     width: int
     """Number of features F that the classifier takes."""
+    layout: Layout
+    """Order of the dimensions of what the blocks pass on."""
 
     @staticmethod
     def of(network: Network, freeze_depth: int) -> "CutNetwork":
@@ -28,13 +36,72 @@ class CutNetwork:
 
         Raises: InputError for a depth the network does not have.
         """
-        total = len(network.backbone.stage_names)
-        if not 0 <= freeze_depth <= total:
+        blocks = network.blocks()
+        if not 0 <= freeze_depth <= len(blocks):
             raise InputError(f"freeze_depth is {freeze_depth}; allowed: 0 (nothing frozen) to "
-                             f"{total} (all stages of {network.name})")
-        stages = copy.deepcopy(network.stages())
-        return CutNetwork(Trunk(network, stages[:freeze_depth]),
-                          nn.Sequential(*stages[freeze_depth:]), network.width)
+                             f"{len(blocks)} (all blocks of {network.name})")
+        above = nn.Sequential(*list(blocks.values())[freeze_depth:])
+        whole = {id(value): name for name, value in network.body.named_parameters()}
+        names = {name: whole[id(value)] for name, value in above.named_parameters()}
+        copies = copy.deepcopy(list(blocks.values()))
+        return CutNetwork(Trunk(network, copies[:freeze_depth]),
+                          nn.Sequential(*copies[freeze_depth:]), names, network.width,
+                          network.backbone.layout)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C of the trunk's features."""
+        return self._pass(())[0][0]
+
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """(C, H, W) of one image's features at the cut, and after each block above it."""
+        return self._pass(self.stages)
+
+    @torch.no_grad()
+    def _pass(self, blocks: Iterable[nn.Module]) -> list[tuple[int, int, int]]:
+        size, training = self.trunk.input_size, self.stages.training
+        self.stages.eval()
+        z_BCHW = self.trunk(torch.zeros(1, 3, size, size, dtype=torch.uint8,
+                                        device=self.trunk.mean_C.device))
+        maps = [z_BCHW]
+        z = from_map(z_BCHW, self.layout) if len(self.trunk.stages) else z_BCHW
+        for block in blocks:
+            z = block(z)
+            maps.append(to_map(z, self.layout))
+        if len(maps) > 1:
+            maps[-1] = pooled(z)[:, :, None, None]
+        self.stages.train(training)
+        return [(z_BCHW.shape[1], z_BCHW.shape[2], z_BCHW.shape[3]) for z_BCHW in maps]
+
+
+def depth_number(freeze_depth: int | str, names: Sequence[str], name: str) -> int:
+    """The number of a depth that is given as a number, as the name of the last frozen block, or as
+    a share of the blocks, such as 75% (the nearest depth).
+
+    Args:
+        freeze_depth: the depth as a user gives it.
+        names: the network's blocks, in order.
+        name: the network, for messages.
+
+    Raises: InputError for a depth that the network does not have.
+    """
+    text = str(freeze_depth)
+    if text == "auto":
+        return round(AUTO_SHARE * len(names))
+    if text in names:
+        return list(names).index(text) + 1
+    share = text.removesuffix("%")
+    if text.endswith("%") and share.replace(".", "", 1).isdecimal() and float(share) <= 100:
+        return round(float(share) / 100 * len(names))
+    if text.isdecimal() and int(text) <= len(names):
+        return int(text)
+    raise InputError(
+        f"freeze_depth is {freeze_depth!r}; allowed: 0 (nothing frozen) to {len(names)} (all "
+        f"blocks of {name}), a share such as 75%, or a block: {', '.join(names)}")
+
+
+AUTO_SHARE = 0.75
+"""Share of a network's blocks that is frozen where nobody says how many."""
 
 
 def skeleton(module: nn.Module) -> nn.Module:

@@ -1,10 +1,17 @@
-"""The head h_omega: the stages above the cut as a function of weights that it does not own.
+"""The head h_omega: the blocks above the cut as a function of weights that it does not own.
+
+A tensor of the blocks belongs to one of three kinds. *Matrices* are the weights of convolutions
+and linear layers, attention's projections included; the hypernetwork generates them, or those of
+them that the option `generate` names. *Vectors* belong to each task: scales and shifts of norms,
+biases, layer scales. Everything else stays as the network has it: matrices that are not generated,
+tables of positions, and constants such as a window's mask.
 
 Legend: B batch, C channels, H W spatial, F features before the classifier, K classes.
 """
 
 import copy
-from collections.abc import Iterable
+import fnmatch
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
 import torch
@@ -12,21 +19,22 @@ from torch import Tensor, nn
 
 from partialhn.config import Norm, Precision
 from partialhn.errors import InputError
+from partialhn.networks.backbone import from_map, pooled
 from partialhn.networks.cut import CutNetwork, skeleton
 from partialhn.networks.hypernet import GeneratedTensor
 from partialhn.networks.precision import autocast_to
 
 
 class HeadWeights(NamedTuple):
-    """All weights of a head for one task: omega_t. N normalised channels.
+    """All weights of a head for one task: omega_t. N channels that batch norm normalises.
 
-    convolutions: by name, generated or owned. norm: all scales, then all shifts, in one vector of
-    2 N. classifier_KF and bias_K: the task's own. statistics: running means, then variances, 2 N,
-    while a task is learned with batch norm; None where they are folded into `norm`, and for the
-    other norms.
+    matrices: by name, generated or owned. norm: the task's vectors as one: all scales of the N
+    channels, then all their shifts, then the other vectors. classifier_KF and bias_K: the task's
+    own. statistics: running means, then variances, 2 N, while a task is learned with batch norm;
+    None where they are folded into `norm`, and for the other norms.
     """
 
-    convolutions: dict[str, Tensor]
+    matrices: dict[str, Tensor]
     norm: Tensor
     classifier_KF: Tensor
     bias_K: Tensor
@@ -34,9 +42,9 @@ class HeadWeights(NamedTuple):
 
 
 class HeadStart(NamedTuple):
-    """The weights of a head before its first step: convolutions in its order, and norm."""
+    """The weights of a head before its first step: matrices in its order, and norm."""
 
-    convolutions: list[Tensor]
+    matrices: list[Tensor]
     norm: Tensor
 
 
@@ -47,10 +55,11 @@ class TaskBatchNorm(nn.Module):
     it uses the running ones, so the logits of an image depend on no other image.
     """
 
-    EPS, MOMENTUM = 1e-5, 0.1
+    MOMENTUM = 0.1
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, epsilon: float = 1e-5) -> None:
         super().__init__()
+        self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("mean", torch.zeros(channels))
@@ -59,46 +68,88 @@ class TaskBatchNorm(nn.Module):
     def forward(self, z_BCHW: Tensor) -> Tensor:
         return nn.functional.batch_norm(z_BCHW, self.get_buffer("mean"),
                                         self.get_buffer("variance"), self.weight, self.bias,
-                                        self.training, self.MOMENTUM, self.EPS)
+                                        self.training, self.MOMENTUM, self.epsilon)
 
 
 class Head(nn.Module):
-    """Applies the later stages, pooling and a classifier to features, with the weights given.
+    """Applies the later blocks, pooling and a classifier to features, with the weights given.
 
     One set of weights serves a whole batch, and once a task is learned the logits of an image
-    depend on no other image. A head holds no parameter: its skeleton lives on the meta device.
-    Where every stage is frozen the head is linear: pooled features, standardised by a task's batch
-    norm whatever `norm` says (the others need more than one pixel), and a classifier.
+    depend on no other image. A head holds no parameter: its skeleton lives on the meta device. What
+    stays as the network has it are buffers, and a checkpoint holds those that the network's own
+    checkpoint would. Where every block is frozen the head is linear: pooled features, standardised
+    by a task's batch norm whatever `norm` says (the others need more than one pixel), and a
+    classifier.
 
     Args:
-        cut: the network whose later stages give the head its shapes.
+        cut: the network whose later blocks give the head its shapes.
         norm: normalisation that replaces the network's batch norms.
         norm_groups: channel groups of norm group.
-        precision: number type of convolutions and norms while training; logits are float32.
+        precision: number type of matrices and norms while training; logits are float32.
+        generate: which matrices the hypernetwork generates: all, attention, mlp, or a pattern of
+            their names such as *.qkv.*
 
-    Raises: InputError where `norm_groups` does not divide every width in the head.
+    Raises: InputError where `norm_groups` does not divide every width in the head, or `generate`
+        names no matrix in it.
     """
 
     def __init__(self, cut: CutNetwork, norm: Norm, norm_groups: int,
-                 precision: Precision = "float32") -> None:
+                 precision: Precision = "float32", generate: str = "all") -> None:
         super().__init__()
-        self.width, self.precision = cut.width, precision
-        self.convolutions: tuple[GeneratedTensor, ...] = ()
-        stages = skeleton(cut.stages)
+        self.width, self.precision, self._layout = cut.width, precision, cut.layout
+        self._at_pixels = not len(cut.trunk.stages)
+        self._feature_channels = cut.channels
+        self.matrices: tuple[GeneratedTensor, ...] = ()
         if not len(cut.stages):
             self._become_linear(cut.width)
             return
-        _replace_norms(stages, norm, norm_groups)
-        named = dict(stages.named_parameters())
-        self.convolutions = tuple(GeneratedTensor(name, tuple(value.shape))
-                                  for name, value in named.items() if value.dim() == 4)
-        layers = [name.removesuffix(".weight") for name, value in named.items()
-                  if value.dim() == 1 and name.endswith(".weight")]
-        self.norm_widths = [len(named[f"{layer}.weight"]) for layer in layers]
-        self._norm_names = _names(layers, "weight", "bias")
-        self._statistic_names = _names(layers, "mean", "variance") if norm == "batch" else []
+        blocks = skeleton(cut.stages)
+        _replace_norms(blocks, norm, norm_groups)
+        self.matrices = tuple(GeneratedTensor(name, tuple(value.shape))
+                              for name, value in chosen_matrices(cut, generate))
+        layers = {name: layer for name, layer in blocks.named_modules()
+                  if isinstance(layer, TaskBatchNorm | nn.GroupNorm)
+                  and layer.__dict__.get("replaced")}
+        widths = [len(cast(Tensor, layer.weight)) for layer in layers.values()]
+        norms = _names(layers, "weight", "bias")
+        not_vectors = {*norms, *(name for name, _ in matrices(cut.stages))}
+        vectors = [(name, value) for name, value in blocks.named_parameters()
+                   if name not in not_vectors and is_vector(value)]
+        self._set_vectors([*norms, *(name for name, _ in vectors)],
+                          [*((width,) for width in widths * 2),
+                           *(tuple(value.shape) for _, value in vectors)])
+        batch = [layer for layer in layers.values() if isinstance(layer, TaskBatchNorm)]
+        self._set_statistics(_names(layers, "mean", "variance") if batch else [], widths,
+                             [layer.epsilon for layer in batch])
+        taken = {*self._vector_names, *(tensor.name for tensor in self.matrices)}
+        self._keep(cut.stages, {name for name, _ in blocks.named_parameters()} - taken, blocks)
         # kept from nn.Module's registry: the skeleton's parameters are nobody's weights
-        self.__dict__["_skeleton"] = stages.to("meta")  # the new norms are on the CPU
+        self.__dict__["_skeleton"] = blocks.to("meta")  # the new norms are on the CPU
+
+    def _set_vectors(self, names: list[str], shapes: list[tuple[int, ...]]) -> None:
+        self._vector_names, self._vector_shapes = names, shapes
+        self._vector_sizes = [torch.Size(shape).numel() for shape in shapes]
+
+    def _set_statistics(self, names: list[str], widths: list[int], epsilons: list[float]) -> None:
+        """The tensors of batch norms' statistics: their names, N widths and epsilons."""
+        self._statistic_names, self._statistic_widths = names, widths
+        if names:
+            self.register_buffer("epsilons", torch.cat([
+                torch.full((width,), epsilon) for width, epsilon
+                in zip(widths, epsilons, strict=True)]), persistent=False)
+
+    def _keep(self, source: nn.Sequential, parameters: set[str], blocks: nn.Module) -> None:
+        """Keeps what belongs to no task as buffers: some parameters, and the network's buffers."""
+        self._kept: list[tuple[str, str]] = []
+        own = dict(source.named_parameters())
+        wanted = {name for name, _ in blocks.named_buffers()} - {*self._statistic_names}
+        saved = source.state_dict().keys()
+        values = ({name: value.detach() for name, value in own.items() if name in parameters}
+                  | {name: value for name, value in source.named_buffers() if name in wanted})
+        for name, value in values.items():
+            buffer = "kept_" + name.replace(".", "_")
+            self.register_buffer(buffer, value.clone(), persistent=name in saved)
+            self._kept.append((name, buffer))
 
     def train(self, mode: bool = True) -> "Head":
         """Batch norm uses the batch's own statistics while training."""
@@ -108,60 +159,67 @@ class Head(nn.Module):
     def without_stages(self) -> "Head":
         """A linear head over the same features: pooling, a task's batch norm, a classifier."""
         bare = copy.copy(self)
-        bare._become_linear(self.convolutions[0].shape[1] if self.convolutions else self.width)
+        bare.__dict__ |= {"_buffers": {}, "_non_persistent_buffers_set": set()}
+        bare._become_linear(self._feature_channels)
         return bare
 
     def _become_linear(self, width: int) -> None:
-        self.width, self.norm_widths = width, [width]
-        self.convolutions = ()
-        self._norm_names = _names(["1"], "weight", "bias")
-        self._statistic_names = _names(["1"], "mean", "variance")
-        self.__dict__["_skeleton"] = nn.Sequential(nn.AdaptiveAvgPool2d(1),
-                                                   TaskBatchNorm(width)).to("meta")
+        self.width, self.matrices, self._layout = width, (), "BCHW"
+        self._kept = []
+        self._set_vectors(_names(["1"], "weight", "bias"), [(width,), (width,)])
+        norm = TaskBatchNorm(width)
+        self._set_statistics(_names(["1"], "mean", "variance"), [width], [norm.epsilon])
+        self.__dict__["_skeleton"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), norm).to("meta")
 
     @property
     def norm_length(self) -> int:
-        """Length of a task's norm vector: a scale and a shift for every normalised channel."""
-        return 2 * sum(self.norm_widths)
+        """Length of a task's vectors: scales and shifts of norms, biases and layer scales."""
+        return sum(self._vector_sizes)
 
     @property
     def weight_count(self) -> int:
-        """Convolution weights of one task's head."""
-        return sum(tensor.rows * tensor.row_length for tensor in self.convolutions)
+        """Number of weights in the matrices of one task's head."""
+        return sum(tensor.rows * tensor.row_length for tensor in self.matrices)
 
-    def named(self, convolutions: Iterable[Tensor]) -> dict[str, Tensor]:
-        """Convolution weights by name, given in the head's order."""
-        names = [tensor.name for tensor in self.convolutions]
-        return dict(zip(names, convolutions, strict=True))
+    def named(self, matrices: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Matrices by name, given in the head's order."""
+        names = [tensor.name for tensor in self.matrices]
+        return dict(zip(names, matrices, strict=True))
 
     def first_statistics(self) -> Tensor | None:
         """Means of zero, then variances of one, for a task about to be learned with batch norm."""
-        return _halves(0.0, 1.0, self.norm_length) if self._statistic_names else None
+        return (_halves(0.0, 1.0, 2 * sum(self._statistic_widths)) if self._statistic_names
+                else None)
 
     def fold(self, norm: Tensor, statistics: Tensor) -> Tensor:
-        """The scales and shifts whose affine map equals batch norm with these statistics."""
-        scale, shift = norm.chunk(2)
+        """The vectors whose scales and shifts alone equal batch norm with these statistics."""
+        count = len(statistics) // 2
+        scale, shift, others = torch.split(norm, [count, count, len(norm) - 2 * count])
         mean, variance = statistics.chunk(2)
-        folded = scale / (variance + TaskBatchNorm.EPS).sqrt()
-        return torch.cat([folded, shift - folded * mean])
+        folded = scale / (variance + self.get_buffer("epsilons")).sqrt()
+        return torch.cat([folded, shift - folded * mean, others])
 
     def embed(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
-        """Features to pooled features of the last stage, (B, F)."""
-        widths = self.norm_widths * 2
-        parts = torch.split(weights.norm, widths)
-        tensors = weights.convolutions | dict(zip(self._norm_names, parts, strict=True))
+        """Features to pooled features of the last block, (B, F)."""
+        parts = torch.split(weights.norm, self._vector_sizes)
+        tensors = weights.matrices | {
+            name: part.view(shape) for name, shape, part
+            in zip(self._vector_names, self._vector_shapes, parts, strict=True)}
+        for name, buffer in self._kept:
+            tensors[name] = self.get_buffer(buffer)
         if self._statistic_names:
             statistics = weights.statistics
-            if statistics is None:
-                statistics = _halves(0.0, 1.0 - TaskBatchNorm.EPS, self.norm_length).to(parts[0])
-            parts = torch.split(statistics, widths)
+            if statistics is None:  # what normalises nothing: means of 0, variances of 1
+                one_less = 1.0 - self.get_buffer("epsilons").to(weights.norm)
+                statistics = torch.cat([torch.zeros_like(one_less), one_less])
+            parts = torch.split(statistics, self._statistic_widths * 2)
             tensors |= dict(zip(self._statistic_names, parts, strict=True))
-        skeleton = cast(nn.Module, self.__dict__["_skeleton"])
-        precision = self.precision if self.training and self.convolutions else "float32"
+        blocks = cast(nn.Module, self.__dict__["_skeleton"])
+        precision = self.precision if self.training and self.matrices else "float32"
+        z = z_BCHW if self._at_pixels else from_map(z_BCHW, self._layout)
         with autocast_to(precision, z_BCHW.device):
-            z_BCHW = cast(Tensor, torch.func.functional_call(skeleton, tensors, (z_BCHW,),
-                                                             strict=True))
-        return z_BCHW.to(weights.classifier_KF.dtype).mean((2, 3))
+            z = cast(Tensor, torch.func.functional_call(blocks, tensors, (z,), strict=True))
+        return pooled(z.to(weights.classifier_KF.dtype))
 
     def forward(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
         """Features z_BCHW to logits_BK with one task's weights."""
@@ -169,27 +227,72 @@ class Head(nn.Module):
                                     weights.bias_K)
 
 
-def head_start(cut: CutNetwork, norm: Norm, seed: int) -> HeadStart:
+def is_vector(value: Tensor) -> bool:
+    """Whether a tensor has one dimension that counts, as biases and layer scales have."""
+    return value.numel() == max(value.shape)
+
+
+def matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a module's convolutions, linear layers and attention, by name."""
+    for name, value in module.named_parameters():
+        owner, _, kind = name.rpartition(".")
+        layer = module.get_submodule(owner)
+        if (kind == "weight" and isinstance(layer, nn.Conv2d | nn.Linear)) or (
+                kind == "in_proj_weight" and isinstance(layer, nn.MultiheadAttention)):
+            yield name, value
+
+
+KINDS = {"attention": ("*attn*", "*attention*"),
+         "mlp": ("*mlp*", "*.conv_pw*", "*.fc1.*", "*.fc2.*")}
+"""Patterns of the names of a network's matrices that a word of `generate` stands for."""
+
+
+def chosen_matrices(cut: CutNetwork, generate: str) -> list[tuple[str, Tensor]]:
+    """The matrices of a cut network's head that are generated, by their names in the head.
+
+    A pattern is matched against a matrix's name in the network, such as
+    blocks.11.attn.qkv.weight.
+
+    Raises: InputError for a pattern that names no matrix.
+    """
+    everything = list(matrices(cut.stages))
+    if generate == "all":
+        return everything
+    patterns = KINDS.get(generate, (generate,))
+    chosen = [(name, value) for name, value in everything
+              if any(fnmatch.fnmatch(cut.names[name], pattern) for pattern in patterns)]
+    if not chosen and everything:
+        raise InputError(f"generate is {generate!r}, which names no matrix above the cut of "
+                         f"{cut.trunk.name}; allowed: all, attention, mlp, or a pattern of names "
+                         f"such as {', '.join(cut.names[name] for name, _ in everything[:3])}")
+    return chosen
+
+
+def head_start(cut: CutNetwork, norm: Norm, seed: int, generate: str = "all") -> HeadStart:
     """The weights that the first head starts from.
 
-    With batch norm these are the network's own later stages. They were trained with batch norm, and
-    under another normalisation a fresh start (Kaiming, fan out) does better. A linear head starts
-    with scales of one and shifts of zero.
+    With batch norm these are the network's own later blocks. They were trained with batch norm, and
+    where another normalisation takes its place a fresh start (Kaiming, fan out) does better. A
+    linear head starts with scales of one and shifts of zero.
     """
-    stages = cut.stages
-    if not len(stages):
+    blocks = cut.stages
+    if not len(blocks):
         return HeadStart([], _halves(1.0, 0.0, 2 * cut.width))
-    convolutions = [value.detach() for value in stages.parameters() if value.dim() == 4]
-    norms = [layer for layer in stages.modules() if isinstance(layer, nn.BatchNorm2d)]
+    chosen = [value.detach() for _, value in chosen_matrices(cut, generate)]
+    norms = [layer for layer in blocks.modules() if isinstance(layer, nn.BatchNorm2d)]
     scales = [layer.weight.detach() for layer in norms]
     shifts = [layer.bias.detach() for layer in norms]
-    if norm != "batch":
+    if norm != "batch" and norms:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            convolutions = [nn.init.kaiming_normal_(torch.empty(value.shape), mode="fan_out",
-                                                    nonlinearity="relu") for value in convolutions]
+            chosen = [nn.init.kaiming_normal_(torch.empty(value.shape), mode="fan_out",
+                                              nonlinearity="relu") for value in chosen]
         scales, shifts = [x * 0 + 1 for x in scales], [x * 0 for x in shifts]
-    return HeadStart(convolutions, torch.cat([*scales, *shifts]))
+    own = {id(value) for layer in norms for value in layer.parameters()}
+    matrix_ids = {id(value) for _, value in matrices(blocks)}
+    others = [value.detach().flatten() for value in blocks.parameters()
+              if id(value) not in own | matrix_ids and is_vector(value)]
+    return HeadStart(chosen, torch.cat([*scales, *shifts, *others]))
 
 
 def check_feature_size(norm: Norm, cut: CutNetwork, input_size: int) -> None:
@@ -197,34 +300,38 @@ def check_feature_size(norm: Norm, cut: CutNetwork, input_size: int) -> None:
 
     Raises: InputError where it does not.
     """
-    if norm != "instance" or not len(cut.stages):
+    if norm != "instance" or not any(isinstance(layer, nn.BatchNorm2d)
+                                     for layer in cut.stages.modules()):
         return
-    z_BCHW = torch.empty(1, 3, input_size, input_size, device="meta")
+    z = torch.empty(1, 3, input_size, input_size, device="meta")
     for stage in (*cut.trunk.stages, *cut.stages):
-        z_BCHW = skeleton(stage).eval()(z_BCHW)
-    if z_BCHW.shape[2] * z_BCHW.shape[3] == 1:
-        raise InputError(f"norm is 'instance' but with input_size {input_size} the last stage of "
+        z = skeleton(stage).eval()(z)
+    if z.dim() == 4 and z.shape[2] * z.shape[3] == 1:
+        raise InputError(f"norm is 'instance' but with input_size {input_size} the last block of "
                          f"{cut.trunk.name} has a single pixel, which instance norm turns into "
                          "zero; allowed: a larger input_size, or norm group or layer")
 
 
 def _replace_norms(module: nn.Module, norm: Norm, norm_groups: int) -> None:
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            width = child.num_features
-            if norm == "batch":
-                setattr(module, name, TaskBatchNorm(width))
-                continue
+        if not isinstance(child, nn.BatchNorm2d):
+            _replace_norms(child, norm, norm_groups)
+            continue
+        width = child.num_features
+        replacement: nn.Module = TaskBatchNorm(width, child.eps)
+        if norm != "batch":
             groups = {"instance": width, "layer": 1, "group": norm_groups}[norm]
             if width % groups:
                 raise InputError(f"norm_groups is {norm_groups}; allowed: a divisor of every width "
                                  f"in the head, and {width} is one")
-            setattr(module, name, nn.GroupNorm(groups, width))
-        else:
-            _replace_norms(child, norm, norm_groups)
+            replacement = nn.GroupNorm(groups, width)
+        replacement.__dict__["replaced"] = True
+        # timm's norms apply an activation too
+        after = [part for part in child.children() if not isinstance(part, nn.Identity)]
+        setattr(module, name, nn.Sequential(replacement, *after) if after else replacement)
 
 
-def _names(layers: list[str], first: str, second: str) -> list[str]:
+def _names(layers: Iterable[str], first: str, second: str) -> list[str]:
     return [f"{layer}.{first}" for layer in layers] + [f"{layer}.{second}" for layer in layers]
 
 

@@ -7,7 +7,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from partialhn.networks.backbone import RESNET_STAGES, Backbone, resnet_stages
+from partialhn.errors import InputError
+from partialhn.networks.backbone import Backbone
+from partialhn.networks.division import residual_blocks, residual_stages
 
 
 class BasicBlock(nn.Module):
@@ -64,4 +66,20 @@ def _two_blocks(width_in: int, width: int, stride: int) -> nn.Sequential:
     return nn.Sequential(BasicBlock(width_in, width, stride, downsample), BasicBlock(width, width))
 
 
-SLIM_RESNET18 = Backbone(SlimResNet18, RESNET_STAGES, resnet_stages, classifier="fc")
+def _build(classes: int, input_size: int) -> SlimResNet18:
+    del input_size  # a convolutional network takes any
+    return SlimResNet18(classes)
+
+
+SLIM_RESNET18 = Backbone(_build, residual_stages, classifier="fc")
+"""The network as 0.1.0 cut it: after each of its four stages."""
+
+
+def find(name: str) -> Backbone:
+    """The backbone partialhn:NAME: a network of this package that can be cut at every block.
+
+    Raises: InputError for an unknown name.
+    """
+    if name != "slim_resnet18":
+        raise InputError(f"backbone is 'partialhn:{name}'; allowed: partialhn:slim_resnet18")
+    return Backbone(_build, residual_blocks, classifier="fc")

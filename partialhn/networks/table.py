@@ -3,12 +3,36 @@
 Other packages add lines with `register_backbone` or with an entry point of the group
 `partialhn.backbones`. Each line is a `partialhn.networks.backbone.Backbone`, or where one is, as
 module:NAME; it is imported when it is used.
+
+A name such as timm:NAME is looked up in a source: another library's models, or this package's own
+cut at every block. A name without a source is one of the networks of 0.1.0. These are cut at four
+stages, so that depths 0 to 4 of stored configurations, features and models keep their meaning.
 """
 
 from partialhn.plugins import Table
 
+SOURCES = {
+    "partialhn": "partialhn.networks.slim_resnet18:find",
+    "timm": "partialhn.networks.timm_models:find",
+    "torchvision": "partialhn.networks.torchvision_models:find",
+}
+"""Where a source is: a function of a name without its source that gives a `Backbone`."""
+
+
+class BackboneTable(Table[object]):
+    """The table of backbones, and the sources that are asked by prefix."""
+
+    def __getitem__(self, name: str) -> object:
+        source, colon, rest = name.partition(":")
+        if colon and rest and source in SOURCES:
+            return SOURCES[source]
+        return super().__getitem__(name)
+
+    patterns = tuple(f"{source}:NAME" for source in SOURCES)
+
+
 _RESNETS = "partialhn.networks.torchvision_resnets"
-BACKBONES: Table[object] = Table("backbone", "partialhn.backbones", {
+BACKBONES = BackboneTable("backbone", "partialhn.backbones", {
     "slim_resnet18": "partialhn.networks.slim_resnet18:SLIM_RESNET18",
     "resnet18": f"{_RESNETS}:RESNET18",
     "resnet34": f"{_RESNETS}:RESNET34",

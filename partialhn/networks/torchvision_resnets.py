@@ -4,10 +4,12 @@ import functools
 
 from torch import nn
 
-from partialhn.networks.backbone import RESNET_STAGES, Backbone, resnet_stages
+from partialhn.networks.backbone import Backbone
+from partialhn.networks.division import residual_stages
 
 
-def _build(name: str, classes: int) -> nn.Module:
+def _build(name: str, classes: int, input_size: int) -> nn.Module:
+    del input_size  # a convolutional network takes any
     from torchvision import models  # here, because the import takes seconds
 
     body: nn.Module = models.get_model(name, num_classes=classes)
@@ -15,7 +17,7 @@ def _build(name: str, classes: int) -> nn.Module:
 
 
 def _resnet(name: str) -> Backbone:
-    return Backbone(functools.partial(_build, name), RESNET_STAGES, resnet_stages, classifier="fc")
+    return Backbone(functools.partial(_build, name), residual_stages, classifier="fc")
 
 
 RESNET18, RESNET34, RESNET50 = _resnet("resnet18"), _resnet("resnet34"), _resnet("resnet50")

@@ -1,4 +1,4 @@
-"""The trunk g_phi: the first `freeze_depth` stages of a network, frozen.
+"""The trunk g_phi: the first `freeze_depth` blocks of a network, frozen.
 
 Legend: B batch, C channels, H W spatial, F features before the classifier.
 """
@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from partialhn.networks.backbone import Network
+from partialhn.networks.backbone import Network, pooled, to_map
 from partialhn.networks.tensors import hash_tensors
 
 
@@ -19,19 +20,21 @@ class Trunk(nn.Module):
     """The frozen trunk g_phi: pixels to features, a function of one image alone.
 
     BatchNorm uses its running statistics whatever `train()` asks for, and no parameter takes a
-    gradient. Takes uint8 images_BCHW and gives float32 z_BCHW. With every stage frozen the features
-    are pooled to z_BF11. Depth 0 only normalises the pixels.
+    gradient. Takes uint8 images_BCHW and gives float32 z_BCHW; tokens (B, N, C) as a map (B, C, N,
+    1). With every block frozen the features are pooled to z_BF11. Depth 0 only normalises the
+    pixels.
 
     Args:
         network: the network that is cut; its normalisation of pixels is copied.
-        stages: copies of its first stages, which the trunk takes over and freezes.
+        stages: copies of its first blocks, which the trunk takes over and freezes.
     """
 
     def __init__(self, network: Network, stages: Sequence[nn.Module]) -> None:
         super().__init__()
         self.name, self.freeze_depth = network.name, len(stages)
-        self.whole_depth = len(network.backbone.stage_names)
-        """Number of stages of the whole network."""
+        self.input_size, self.layout = network.input_size, network.backbone.layout
+        self.names = tuple(network.blocks())
+        """Names of all blocks of the whole network, in order."""
         self.pixels = network.pixels
         """How an image becomes the square that the trunk takes; mean and std are the buffers."""
         self.register_buffer("mean_C", network.mean_C.clone())
@@ -54,16 +57,15 @@ class Trunk(nn.Module):
         return collections.deque(self.outputs(images_BCHW), maxlen=1)[0][1]
 
     def outputs(self, images_BCHW: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yields (depth, z_BCHW) at depth 0 and after each stage, from one pass; each equals, bit
+        """Yields (depth, z_BCHW) at depth 0 and after each block, from one pass; each equals, bit
         for bit, the features of `upto(depth)`.
         """
         with torch.no_grad():
-            z_BCHW = self.normalise(images_BCHW)  # type: ignore[misc]
-            yield 0, z_BCHW
+            z = self.normalise(images_BCHW)  # type: ignore[misc]
+            yield 0, z
             for depth, stage in enumerate(self.stages, 1):
-                z_BCHW = stage(z_BCHW)
-                last = depth == self.whole_depth
-                yield depth, z_BCHW.mean((2, 3), keepdim=True) if last else z_BCHW
+                z = stage(z)
+                yield depth, to_map(pooled(z) if depth == len(self.names) else z, self.layout)
 
     def upto(self, freeze_depth: int) -> "Trunk":
         """The trunk of the same network at this depth or a shallower one.
@@ -88,29 +90,17 @@ class Trunk(nn.Module):
 
 
 def multiply_adds(module: nn.Module, z_BCHW: Tensor) -> int:
-    """Multiply-adds of one forward pass of the module's convolutions and linear layers."""
-    total = 0
-
-    def count(layer: nn.Module, _: object, out: Tensor) -> None:
-        nonlocal total
-        if isinstance(layer, nn.Conv2d):
-            total += out.numel() // out.shape[0] * layer.weight[0].numel()
-        elif isinstance(layer, nn.Linear):
-            total += layer.weight.numel()
-
-    hooks = [layer.register_forward_hook(count) for layer in _leaves(module)]
-    training = module.training
+    """Multiply-adds of one image in a forward pass of the module: its convolutions, its linear
+    layers, and the two products of attention, as PyTorch's own counter has them.
+    """
+    training, fast = module.training, torch.backends.mha.get_fastpath_enabled()
     module.eval()
-    with torch.no_grad():
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused layer is one that nobody counts
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(z_BCHW)
+    torch.backends.mha.set_fastpath_enabled(fast)
     module.train(training)
-    for hook in hooks:
-        hook.remove()
-    return total
-
-
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
-    return (layer for layer in module.modules() if not list(layer.children()))
+    return int(counter.get_total_flops()) // 2 // len(z_BCHW)
 
 
 MICRO_BATCH = 64

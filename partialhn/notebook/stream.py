@@ -22,7 +22,7 @@ from partialhn.notebook.options import absolute, base_config, configure
 from partialhn.notebook.progress import Bars, open_bars
 from partialhn.notebook.registries import installed_registry
 from partialhn.predict import Predictor
-from partialhn.run import StreamRun
+from partialhn.run import StreamRun, with_depth_number
 from partialhn.task_inference import AUTO
 from partialhn.training.records import TaskRecord
 
@@ -70,7 +70,7 @@ class Stream:
         self._stored = stored_fields(self.folder)
         if self._stored and config is None and preset is None and not options:
             return Config.from_dict(self._stored["config"])
-        given = absolute(configure(base_config(config, preset), options))
+        given = with_depth_number(absolute(configure(base_config(config, preset), options)))
         check_config(self.folder, self._stored, given)
         return given
 

@@ -148,7 +148,7 @@ class Strategy(nn.Module):
         of a short experience (`peak`) and of a long one (`long_peak`).
         """
         trainable = [value for value in self.parameters() if value.requires_grad]
-        peak = (1.0 if self.head.convolutions else LINEAR_RATE) * learning_rate
+        peak = (1.0 if self.head.matrices else LINEAR_RATE) * learning_rate
         return [{"params": trainable, "peak": peak, "long_peak": peak}]
 
     def experience_state(self) -> dict[str, Tensor]:
@@ -201,7 +201,7 @@ class OwnNorm(Classifier):
                 self.norm.copy_(self._fold(self.norm, self.statistics))
             self.statistics = None
 
-    def weights(self, convolutions: dict[str, Tensor]) -> HeadWeights:
-        """The head weights omega_t with these convolutions."""
-        return HeadWeights(convolutions, self.norm, self.classifier_KF, self.bias_K,
+    def weights(self, matrices: dict[str, Tensor]) -> HeadWeights:
+        """The head weights omega_t with these matrices."""
+        return HeadWeights(matrices, self.norm, self.classifier_KF, self.bias_K,
                            self.statistics)

@@ -49,10 +49,10 @@ class Lwf(SharedHead):
         now = self.weights(task)
         x_BF = self.head.embed(batch.z_BCHW, now)
         statistics = None if now.statistics is None else now.statistics.clone()
-        convolutions = {name: value for name, value in self._teacher.items() if name != "norm"}
+        matrices = {name: value for name, value in self._teacher.items() if name != "norm"}
         with torch.no_grad():
             taught_BF = self.head.embed(batch.z_BCHW, now._replace(
-                convolutions=convolutions, norm=self._teacher["norm"], statistics=statistics))
+                matrices=matrices, norm=self._teacher["norm"], statistics=statistics))
         total = x_BF.new_zeros(())
         for earlier in range(task):
             own = cast(Classifier, self.tasks[earlier])

@@ -1,4 +1,4 @@
-"""The product: a hypernetwork H_psi generates the head's convolutions for each task.
+"""The product: a hypernetwork H_psi generates the head's matrices for each task.
 
 A task owns its code, the scales and shifts of its normalisation, and its classifier. They are
 frozen when its experience ends. With the generator `columns` a task owns columns too, which add to
@@ -43,8 +43,8 @@ class HypernetTask(OwnNorm):
             value = getattr(self, name)
             setattr(self, name, nn.Parameter(value.detach().half(), value.requires_grad))
 
-    def weights(self, convolutions: dict[str, Tensor]) -> HeadWeights:
-        weights = super().weights(convolutions)
+    def weights(self, matrices: dict[str, Tensor]) -> HeadWeights:
+        weights = super().weights(matrices)
         if weights.norm.dtype != torch.half:
             return weights
         return weights._replace(norm=weights.norm.float(), bias_K=weights.bias_K.float(),
@@ -62,9 +62,9 @@ class PartialHypernet(Strategy):
         self.beta = options.beta
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self.hypernet = build_generator(options, head.convolutions)
+            self.hypernet = build_generator(options, head.matrices)
         if options.residual:
-            self.hypernet.set_base(start.convolutions)
+            self.hypernet.set_base(start.matrices)
         self.register_buffer("next_norm", start.norm.clone())
         self._running = -1
         """The task that is being learned; -1 between tasks."""
@@ -120,7 +120,7 @@ class PartialHypernet(Strategy):
         else:
             rows = self._rows(task)
         return own.weights({tensor.name: row_CD.view(tensor.shape) for tensor, row_CD
-                            in zip(self.head.convolutions, rows, strict=True)})
+                            in zip(self.head.matrices, rows, strict=True)})
 
     def _rows(self, task: int) -> Rows:
         """A task's generated weights as they stand."""

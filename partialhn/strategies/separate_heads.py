@@ -16,7 +16,7 @@ class PlainHead(OwnNorm):
 
     def __init__(self, classes: int, head: Head, start: HeadStart) -> None:
         super().__init__(classes, head, start.norm)
-        self.convolutions = nn.ParameterList(value.clone() for value in start.convolutions)
+        self.convolutions = nn.ParameterList(value.clone() for value in start.matrices)
 
 
 class SeparateHeads(Strategy):

@@ -19,7 +19,7 @@ class SharedHead(Strategy):
 
     def __init__(self, head: Head, start: HeadStart, config: Config) -> None:
         super().__init__(head, start, config)
-        self.convolutions = nn.ParameterList(value.clone() for value in start.convolutions)
+        self.convolutions = nn.ParameterList(value.clone() for value in start.matrices)
         self.norm = nn.Parameter(start.norm.clone())
         self.register_buffer("statistics", head.first_statistics())
 

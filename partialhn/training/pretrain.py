@@ -122,7 +122,8 @@ def stored_network(config: Config, key: str, filesystem: pafs.FileSystem,
             return None
         tensors, _ = checkpoint.load(folder, "network")
     name = config.backbone.backbone
-    network = build_network(name, len(tensors[f"{classifier_prefix(name)}bias"]))
+    network = build_network(name, len(tensors[f"{classifier_prefix(name)}bias"]),
+                            input_size=config.data.input_size)
     network.load_state_dict(tensors)
     return network
 
@@ -141,7 +142,8 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
                        data.max_image_pixels, data.stream_seed)
     images_NCHW = decoded.images_BCHW
     y_N = torch.from_numpy(first.train.label_N[decoded.index_B.numpy()])
-    network = build_network(backbone.backbone, len(first.classes), backbone.trunk_seed)
+    network = build_network(backbone.backbone, len(first.classes), backbone.trunk_seed,
+                            data.input_size)
     network.set_normalisation(*(pixel_statistics if data.input_size <= SMALL
                                 else counted_statistics)(images_NCHW))
     network.to(device)

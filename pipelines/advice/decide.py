@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from partialhn.evaluation.intervals import CONFIDENCE, Interval
-from partialhn.networks.backbone import RESNET_STAGES
+from partialhn.networks.division import RESIDUAL_STAGES
 from pipelines.search.settings import Objective
 from pipelines.search.state import Measured, TrialRecord
 
@@ -72,7 +72,7 @@ def stage_name(depth: int) -> str:
     """The words for a depth that complete the phrase "freezing ..."."""
     if depth == 0:
         return "nothing"
-    return f"through {RESNET_STAGES[depth - 1]}" if depth < len(RESNET_STAGES) else (
+    return f"through {RESIDUAL_STAGES[depth - 1]}" if depth < len(RESIDUAL_STAGES) else (
         "everything but the classifier")
 
 

@@ -152,8 +152,9 @@ class PlanFeatures(FeatureSections):
         from pipelines.execution.open_data import open_data
 
         storage = _storage(self.storage)
-        network = build_network(self.backbone.backbone, 2).eval()
-        depths = range(len(network.stages()) + 1)
+        network = build_network(self.backbone.backbone, 2,
+                                input_size=self.data.input_size).eval()
+        depths = range(len(network.blocks()) + 1)
         trunk = CutNetwork.of(network, depths[-1]).trunk
         with storage.explained():
             experiences = open_data(self.data, storage)

@@ -21,6 +21,7 @@ from partialhn import __version__
 from partialhn.config import Config, Sections, load_config
 from partialhn.errors import InputError, IntegrityError
 from partialhn.json_files import read_object
+from partialhn.plugins import Table
 from partialhn.presets import preset
 from pipelines.cli import doctor, features, models, reproduce, retrain, serve, tune
 from pipelines.settings import Group, OutputConfig, mask_password
@@ -228,10 +229,11 @@ def _names_of_a_table(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] 
     """An option that names a line of a table, as `strategy` does: its help lists the names."""
     if not (isinstance(info.type, type) and hasattr(info.type, "table")):
         return None
-    names = tuple(info.type.table)
+    table: Table[Any] = info.type.table
     return PrimitiveConstructorSpec(
-        nargs=1, metavar="{" + ",".join(names) + "}", choices=names,
-        instance_from_str=lambda words: words[0], is_instance=lambda value: value in names,
+        nargs=1, metavar="{" + ",".join([*table, *table.patterns]) + "}",
+        choices=None if table.patterns else tuple(table),
+        instance_from_str=lambda words: words[0], is_instance=lambda value: value in table,
         str_from_instance=lambda value: [value])
 
 

@@ -66,7 +66,7 @@ class Reproduce:
                   "partialhn_version": __version__,
                   "rows": [dataclasses.asdict(row) for row in table],
                   "cells": [{key: cell[key] for key in KEPT} for cell in cells]}
-        drawn = plots_svg(table, cells, config.backbone.freeze_depth)
+        drawn = plots_svg(table, cells, config.backbone.depth)
         texts = {"result.json": json.dumps(result, indent=1), "table.csv": table_csv(table),
                  "table.md": table_markdown(table),
                  "plots.svg": drawn, "report.html": benchmark_page(result, drawn)}

@@ -19,7 +19,7 @@ from partialhn.data.experience import task_of
 from partialhn.errors import InputError, IntegrityError
 from partialhn.naming import digest_text
 from partialhn.presets import preset
-from partialhn.run import check
+from partialhn.run import check, with_depth_number
 from partialhn.training.result import Clock
 from pipelines.platform.lease import Lease, LeaseLostError
 from pipelines.platform.progress import Progress
@@ -69,11 +69,12 @@ def _config(settings: RetrainConfig, journal: Journal) -> Config:
     """
     given = (load_config(settings.config) if settings.config
              else preset(settings.preset) if settings.preset else None)
+    given = with_depth_number(given) if given else None
     if given is not None and given.train.compare:
         given = dataclasses.replace(given, train=dataclasses.replace(given.train, compare=()))
     founded = journal.config()
     if founded is None:
-        return given or Config()
+        return given or with_depth_number(Config())
     first = Config.from_dict(founded)
     if given is None:
         return first

@@ -117,7 +117,8 @@ def whole_network_seconds(config: Config, first: Experience, device: str,
                      config.data.max_image_pixels, config.data.stream_seed)
     y_N = torch.from_numpy(table.label_N[decoded.index_B.numpy()])
     backbone = dataclasses.replace(config.backbone, trunk_epochs=2)
-    network = build_network(backbone.backbone, len(first.classes)).to(device)
+    network = build_network(backbone.backbone, len(first.classes),
+                            input_size=config.data.input_size).to(device)
     clock = time.process_time if device == "cpu" else time.perf_counter
     start = clock()
     for _ in train_network(network, decoded.images_BCHW, y_N, backbone, config.features.augment,

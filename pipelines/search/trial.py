@@ -120,7 +120,7 @@ class _Meter:
 
 def _task(bench: Bench, config: Config, name: str, classes: int) -> TaskFeatures:
     """A task's features, with the held-out images instead of the test images."""
-    depth = config.backbone.freeze_depth
+    depth = config.backbone.depth
     train = open_features(bench, (depth, name, "train"))
     held_out = open_features(bench, (depth, name, "validation"))
     return TaskFeatures(name, classes, train.first_views(config.features.views), None, held_out)
@@ -163,7 +163,7 @@ def _restore(bench: Bench, folder: str, learner: Learner, meter: _Meter) -> None
 
 def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, learner: Learner,
               meter: _Meter) -> Measured:
-    depth, views = config.backbone.freeze_depth, config.features.views
+    depth, views = config.backbone.depth, config.features.views
     done = len(learner.finished)
     test_row = None
     if plan.kind != "search" and done == len(bench.tasks):

@@ -20,6 +20,7 @@ from typing import Any
 from partialhn.config import Config
 from partialhn.data.experience import Experience
 from partialhn.errors import InputError
+from partialhn.run import with_depth_number
 from pipelines.execution.on_ray import RayExecution
 from pipelines.execution.open_data import open_data
 from pipelines.features.in_use import InUse
@@ -75,6 +76,7 @@ def _tune(config: Config, options: SearchConfig, storage: Storage, log: Log) -> 
         config = on_this_machine(Config.from_dict(saved["config"]), config)
         space = parse_space(saved["space"], config)
     else:
+        config = with_depth_number(config)
         space = load_space(options.space, config, options.depths)
     remembered = options.changed(saved["options"]) if saved else options.remembered()
     check_search(config, space, remembered["budget"])

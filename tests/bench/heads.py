@@ -29,14 +29,14 @@ CLASSES, IMAGES = 10, 256
 def stacked(head, weights):
     """Logits of every task by vmap over the stacked weights, (T, B, K)."""
     skeleton = head.__dict__["_skeleton"]
-    widths = head.norm_widths * 2
     tensors = {}
     for own in weights:
-        named = own.convolutions | dict(zip(head._norm_names, own.norm.split(widths), strict=True))
+        parts = own.norm.split(head._vector_sizes)
+        named = own.convolutions | dict(zip(head._vector_names, parts, strict=True))
         if head._statistic_names:
-            halves = torch.cat([torch.zeros(sum(head.norm_widths)),
-                                torch.full((sum(head.norm_widths),), 1 - 1e-5)])
-            named |= dict(zip(head._statistic_names, halves.split(widths), strict=True))
+            halves = torch.cat([torch.zeros_like(head.epsilons), 1 - head.epsilons])
+            named |= dict(zip(head._statistic_names, halves.split(head._statistic_widths * 2),
+                              strict=True))
         for name, value in named.items():
             tensors.setdefault(name, []).append(value)
     stacks = {name: torch.stack(values) for name, values in tensors.items()}

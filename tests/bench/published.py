@@ -98,7 +98,7 @@ class Skeleton(nn.Module):
     def __init__(self, head: Head, width: int, classes: int) -> None:
         super().__init__()
         # with everything frozen the published head is a classifier alone
-        self.stages = head.__dict__["_skeleton"] if head.convolutions else nn.Identity()
+        self.stages = head.__dict__["_skeleton"] if head.matrices else nn.Identity()
         self.classifier = nn.Linear(width, classes, device="meta")
 
     def forward(self, z_BCHW: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ def test_the_whole_network_by_hypernetwork_and_by_replay(network, config, digits
     whole = cut_network(dataclasses.replace(config, backbone=dataclasses.replace(
         config.backbone, freeze_depth=0)), network)
     assert whole.macs["trunk"] == 0
-    assert whole.head.convolutions[0].shape == (20, 3, 3, 3)
+    assert whole.head.matrices[0].shape == (20, 3, 3, 3)
     for name in ("partial_hn", "latent_replay"):
         own = dataclasses.replace(
             config, backbone=dataclasses.replace(config.backbone, freeze_depth=0),

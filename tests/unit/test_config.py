@@ -38,6 +38,7 @@ LIMITS = {
     "hypernet.generator": ["trilinear"],
     "hypernet.code_dim": [0],
     "hypernet.starts_from": ["last"],
+    "hypernet.generate": [""],
     "hypernet.fresh_columns": [-1, 0],
     "hypernet.embedding_dim": [0],
     "hypernet.channel_dim": [0],

@@ -190,27 +190,27 @@ def test_a_head_starts_from_the_network_with_batch_norm_and_anew_with_others(net
     own = [v for v in CutNetwork.of(network, 3).stages.parameters() if v.dim() == 4]
     cut = CutNetwork.of(network, 3)
     batch, group = head_start(cut, "batch", 0), head_start(cut, "group", 0)
-    assert all(torch.equal(a, b) for a, b in zip(batch.convolutions, own, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(group.convolutions, own, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(batch.matrices, own, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(group.matrices, own, strict=True))
     assert group.norm.unique().tolist() == [0, 1]
     again, other = head_start(cut, "group", 0), head_start(cut, "group", 1)
-    assert torch.equal(again.convolutions[0], group.convolutions[0])
-    assert not torch.equal(other.convolutions[0], group.convolutions[0])
+    assert torch.equal(again.matrices[0], group.matrices[0])
+    assert not torch.equal(other.matrices[0], group.matrices[0])
 
 
 def test_missing_and_extra_weights_raise(network, images):
     cut = CutNetwork.of(network, 3)
     head, start = Head(cut, "instance", 8), head_start(cut, "instance", 0)
-    weights = HeadWeights(head.named(start.convolutions), start.norm, torch.zeros(2, 160),
+    weights = HeadWeights(head.named(start.matrices), start.norm, torch.zeros(2, 160),
                           torch.zeros(2))
     z_BCHW = CutNetwork.of(network, 3).trunk(images[:2])
-    name = next(iter(weights.convolutions))
-    less = {key: value for key, value in weights.convolutions.items() if key != name}
+    name = next(iter(weights.matrices))
+    less = {key: value for key, value in weights.matrices.items() if key != name}
     with pytest.raises(RuntimeError, match=name):
-        head(z_BCHW, weights._replace(convolutions=less))
+        head(z_BCHW, weights._replace(matrices=less))
     with pytest.raises(RuntimeError, match="surplus"):
         head(z_BCHW, weights._replace(
-            convolutions=weights.convolutions | {"surplus": torch.zeros(1)}))
+            matrices=weights.matrices | {"surplus": torch.zeros(1)}))
 
 
 def test_groups_must_divide_every_width(network):

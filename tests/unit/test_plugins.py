@@ -13,7 +13,7 @@ from partialhn.config import BackboneConfig, Config, FeatureDtype, TrainConfig
 from partialhn.data.table import FORMS, converted_folder
 from partialhn.errors import InputError
 from partialhn.features.codec import DTYPES
-from partialhn.networks.backbone import find_backbone
+from partialhn.networks.backbone import build_network
 from partialhn.networks.table import BACKBONES
 from partialhn.strategies import STRATEGIES
 from partialhn.strategies.table import OWN, TABLE, label_of, needs_every_task, register_strategy
@@ -97,7 +97,7 @@ def test_help_lists_the_names_of_installed_packages_and_imports_none(tmp_path):
     done = python(tmp_path, "-c", code)
     text = "".join(done.stdout.replace("│", "").split())
     assert "naive,my_strategy}" in text
-    assert "resnet152,my_backbone}" in text
+    assert "resnet152,my_backbone,partialhn:NAME,timm:NAME,torchvision:NAME}" in text
     assert "loaded[]" in text
 
 
@@ -162,7 +162,7 @@ def test_every_line_of_the_tables_can_be_used(tmp_path):
         assert set(OWN[name].options) <= set(TrainConfig.__dataclass_fields__)
     assert set(BASELINE_OPTIONS) == {"buffer", "ewc_strength", "lwf_strength"}
     for name in BACKBONES:
-        assert len(find_backbone(name).stage_names) == 4
+        assert len(build_network(name, 2).blocks()) == 4
     assert list(FORMS)[:2] == ["digits", "torchvision"]
     assert converted_folder("s3://bucket/digits", tmp_path) is None
     with pytest.raises(InputError, match="'digits:x'; allowed: digits"):

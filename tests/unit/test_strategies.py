@@ -52,7 +52,7 @@ def learn(strategy, task, features, steps=STEPS, rate=1e-2):
 @torch.no_grad()
 def snapshot(strategy, task):
     weights = strategy.weights(task)
-    return {**{key: value.clone() for key, value in weights.convolutions.items()},
+    return {**{key: value.clone() for key, value in weights.matrices.items()},
             "norm": weights.norm.clone(), "classifier": weights.classifier_KF.clone(),
             "bias": weights.bias_K.clone()}
 
@@ -72,7 +72,7 @@ def test_earlier_tasks_keep_every_bit_while_columns_are_fresh(build, tasks):
             assert [key for key in before if not torch.equal(before[key], now[key])] == []
     assert all(distance(one, two) > 1e-3 for i, one in enumerate(kept) for two in kept[:i])
     codes = [own.code for own in strategy.tasks]
-    assert [len(code) for code in codes] == [0, *[4 * len(strategy.head.convolutions)] * 3]
+    assert [len(code) for code in codes] == [0, *[4 * len(strategy.head.matrices)] * 3]
     assert all(code.all() for code in codes)
 
 
@@ -86,7 +86,7 @@ def test_what_all_tasks_share_drifts_with_the_regulariser(build, tasks):
     assert held[-1] > 0.0
     assert distance(before[0], snapshot(strategy, 0)) > 0
     moved = [sum((before[task][key] - snapshot(strategy, task)[key]).square().sum()
-                 for key in strategy.weights(task).convolutions) for task in range(3)]
+                 for key in strategy.weights(task).matrices) for task in range(3)]
     strategy.beta = 1.0
     torch.testing.assert_close(strategy.regulariser(3), torch.stack(moved).mean(),
                                rtol=1e-3, atol=0)
@@ -183,8 +183,8 @@ def test_a_task_of_the_hypernetwork_is_small(build):
         strategy.add_task(2)
         strategy.finish(task)
     own = 2 * (strategy.head.norm_length + 2 * 160 + 2)
-    columns = math.ceil(4 * sum(t.rows + t.row_length for t in strategy.head.convolutions) / 8)
-    codes = 4 * 4 * len(strategy.head.convolutions)
+    columns = math.ceil(4 * sum(t.rows + t.row_length for t in strategy.head.matrices) / 8)
+    codes = 4 * 4 * len(strategy.head.matrices)
     assert [strategy.task_bytes(task) for task in range(3)] == [
         own, own + codes + columns, own + codes + columns]
     assert strategy.task_bytes(2) < 0.005 * build("separate_heads").head.weight_count * 4
@@ -209,7 +209,7 @@ def test_a_refreshed_task_starts_from_its_own_weights(build, tasks):
     for task in range(3):
         learn(strategy, task, tasks[task])
     strategy.add_task(tasks[1].classes, refreshes=1)
-    torch.testing.assert_close(strategy.weights(3).convolutions, strategy.weights(1).convolutions,
+    torch.testing.assert_close(strategy.weights(3).matrices, strategy.weights(1).matrices,
                                rtol=0, atol=0)
     assert torch.equal(strategy.tasks[3].code, torch.full_like(strategy.tasks[1].code, CODE / 2))
     before = snapshot(strategy, 1)
@@ -243,7 +243,7 @@ def test_weights_kept_from_before_are_not_used_after_loading_others(build, tasks
     after, wanted = snapshot(one, 2), snapshot(two, 2)
     assert all(torch.equal(after[key], wanted[key]) for key in wanted)
     assert not all(torch.equal(after[key], before[key]) for key in before)
-    assert one.double().weights(2).convolutions["0.0.conv2.weight"].dtype == torch.float64
+    assert one.double().weights(2).matrices["0.0.conv2.weight"].dtype == torch.float64
 
 
 def test_restoring_what_a_strategy_does_not_use(build):
@@ -295,16 +295,16 @@ def test_where_a_task_starts(build, start):
     strategy.add_task(2)
     strategy.begin(3)
     new = strategy.weights(3)
-    for name, weight in new.convolutions.items():
-        assert torch.equal(weight, wanted.convolutions[name])
-        assert not torch.equal(weight, refused.convolutions[name])
-    kept = {name: value.clone() for name, value in strategy.weights(2).convolutions.items()}
+    for name, weight in new.matrices.items():
+        assert torch.equal(weight, wanted.matrices[name])
+        assert not torch.equal(weight, refused.matrices[name])
+    kept = {name: value.clone() for name, value in strategy.weights(2).matrices.items()}
     with torch.no_grad():
         strategy.tasks[1].code.zero_()
-    for name, weight in strategy.weights(2).convolutions.items():
+    for name, weight in strategy.weights(2).matrices.items():
         assert torch.equal(weight, kept[name]) == (start == "first")
-    assert not torch.equal(strategy.weights(1).convolutions["0.0.conv2.weight"],
-                           second.convolutions["0.0.conv2.weight"])
+    assert not torch.equal(strategy.weights(1).matrices["0.0.conv2.weight"],
+                           second.matrices["0.0.conv2.weight"])
 
 
 @pytest.mark.parametrize("name", ["partial_hn", "separate_heads", "naive", "latent_replay"])
@@ -314,8 +314,8 @@ def test_with_everything_frozen_the_head_is_a_linear_probe(network, with_options
     strategy = cut_network(config, network).strategy(config)
     strategy.add_task(3)
     strategy.begin(0)
-    assert not strategy.head.convolutions
-    assert strategy.head.norm_widths == [network.width]
+    assert not strategy.head.matrices
+    assert strategy.head.norm_length == 2 * network.width
     assert [group["peak"] for group in strategy.parameter_groups(1e-3)] == [0.01]
     z_BCHW = CutNetwork.of(network, 4).trunk(images[:32])
     strategy.train()

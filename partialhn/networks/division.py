@@ -1,0 +1,96 @@
+"""How a body that somebody else wrote is divided into blocks.
+
+A block of a division shares its modules with the body, so weights that are loaded into the body are
+the block's weights as well.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+Blocks = dict[str, nn.Module]
+"""Blocks by name, in order."""
+
+
+def shell(body: nn.Module, children: Iterable[str], *, parameters: bool = False) -> nn.Module:
+    """A shallow copy of a body with some of its children alone.
+
+    Its methods are those of the body, and so it calculates what the body calculates with them.
+
+    Args:
+        body: the module to copy; it stays as it is.
+        children: names of the children to keep; names that the body lacks are left out.
+        parameters: whether the body's direct parameters and buffers are kept too.
+    """
+    twin = copy.copy(body)
+    own = twin.__dict__
+    own["_modules"] = {name: body._modules[name] for name in children if name in body._modules}
+    own["_parameters"] = dict(body._parameters) if parameters else {}
+    own["_buffers"] = dict(body._buffers) if parameters else {}
+    return twin
+
+
+class Piece(nn.Module):
+    """Children of a body, with the function that says how they are applied.
+
+    Args:
+        parts: the children, usually a `shell` of the body.
+        apply: gives what the piece gives, from the parts and the piece's input.
+    """
+
+    def __init__(self, parts: nn.Module, apply: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.parts, self.calculate = parts, apply
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.calculate(self.parts, z)
+
+
+def joined(*modules: nn.Module | None) -> nn.Module:
+    """The modules one after the other, without those that are None or change nothing."""
+    kept = [module for module in modules
+            if module is not None and not isinstance(module, nn.Identity)]
+    return kept[0] if len(kept) == 1 else nn.Sequential(*kept)
+
+
+def with_ending(blocks: Blocks, ending: nn.Module) -> Blocks:
+    """The blocks, the last of which goes on with `ending`."""
+    last = next(reversed(blocks))
+    return {**blocks, last: joined(blocks[last], ending)}
+
+
+def without_chance(body: nn.Module) -> nn.Module:
+    """The same body, whose dropout and stochastic depth drop nothing.
+
+    Everything random in a run is drawn from its seeds, task and epoch; these layers draw from a
+    generator that no seed of ours determines.
+    """
+    for module in body.modules():
+        for name in ("p", "drop_prob", "dropout"):
+            if isinstance(module.__dict__.get(name), float):
+                setattr(module, name, 0.0)
+    return body
+
+
+RESIDUAL_STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+def residual_stages(body: nn.Module) -> Blocks:
+    """The four stages of a ResNet as blocks; the stem belongs to the first."""
+    stages = {name: cast(nn.Sequential, getattr(body, name)) for name in RESIDUAL_STAGES}
+    stem = [cast(nn.Module, getattr(body, name)) for name in ("conv1", "bn1", "relu", "maxpool")]
+    return {**stages, "layer1": nn.Sequential(*stem, *stages["layer1"])}
+
+
+def residual_blocks(body: nn.Module) -> Blocks:
+    """The stem of a ResNet, and each of its residual blocks."""
+    activation = "relu" if hasattr(body, "relu") else "act1"
+    blocks: Blocks = {"stem": nn.Sequential(*(
+        cast(nn.Module, getattr(body, name)) for name in ("conv1", "bn1", activation, "maxpool")))}
+    for stage in RESIDUAL_STAGES:
+        for name, block in getattr(body, stage).named_children():
+            blocks[f"{stage}.{name}"] = block
+    return blocks
+

@@ -1,0 +1,222 @@
+"""The backbones timm:NAME: the classifiers of the library timm, cut at every block.
+
+timm is an extra of this package: pip install 'partialhn[timm]'.
+
+Legend: B batch, C channels, H W spatial, N tokens, F features before the classifier.
+"""
+
+import difflib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from partialhn.errors import InputError
+from partialhn.networks.backbone import Backbone, Layout
+from partialhn.networks.division import (
+    Blocks,
+    Piece,
+    joined,
+    residual_blocks,
+    shell,
+    with_ending,
+    without_chance,
+)
+
+
+class Family(NamedTuple):
+    """Networks that are divided in the same way."""
+
+    blocks: Callable[[nn.Module], Blocks]
+    layout: Layout = "BCHW"
+    takes_size: bool = False
+    """Whether a network is built for one size of images."""
+
+
+def _vit_stem(parts: Any, images_BCHW: Tensor) -> Tensor:
+    z_BNC = parts.patch_drop(parts._pos_embed(parts.patch_embed(images_BCHW)))
+    return cast(Tensor, parts.norm_pre(z_BNC))
+
+
+def _transformer_end(parts: Any, z_BNC: Tensor) -> Tensor:
+    return cast(Tensor, parts.forward_head(parts.norm(z_BNC), pre_logits=True))
+
+
+STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "rope")
+TRANSFORMER_END = ("norm", "attn_pool", "fc_norm", "head_drop")
+
+
+def _vit(body: nn.Module) -> Blocks:
+    blocks: Blocks = {"stem": Piece(shell(body, STEM, parameters=True), _vit_stem)}
+    for name, block in cast(nn.Module, body.blocks).named_children():
+        blocks[f"blocks.{name}"] = block
+    return with_ending(blocks, Piece(shell(body, TRANSFORMER_END), _transformer_end))
+
+
+def _rotary_stem(parts: Any, images_BCHW: Tensor) -> Tensor:
+    z_BNC, _ = parts._pos_embed(parts.patch_embed(images_BCHW))
+    return cast(Tensor, parts.norm_pre(z_BNC))
+
+
+class RotaryBlock(nn.Module):
+    """A transformer block with the rotary positions of the network's patches.
+
+    Args:
+        block: the block, which takes positions as `rope`.
+        rope: the positions' sines and cosines.
+        learned: whether positions are weights, which a checkpoint must hold.
+    """
+
+    def __init__(self, block: nn.Module, rope: Tensor, learned: bool) -> None:
+        super().__init__()
+        self.block = block
+        self.register_buffer("rope", rope, persistent=learned)
+
+    def forward(self, z_BNC: Tensor) -> Tensor:
+        return cast(Tensor, self.block(z_BNC, rope=self.rope))
+
+
+@torch.no_grad()
+def _rotary(body: Any) -> Blocks:
+    """Transformers of timm's class Eva, such as EVA and DINOv3; most have rotary positions."""
+    first = shell(body, STEM, parameters=True)
+    blocks: Blocks = {"stem": Piece(first, _rotary_stem)}
+    training = body.training
+    body.eval()  # while it trains, the positions of some are changed at random
+    size = body.patch_embed.img_size
+    pixels = torch.zeros(1, 3, *size, device=next(body.parameters()).device)
+    _, rope = body._pos_embed(body.patch_embed(pixels))
+    body.train(training)
+    mixed = bool(getattr(body, "rope_mixed", False))
+    for index, (name, block) in enumerate(body.blocks.named_children()):
+        own = rope if rope is None or not mixed else rope[index]
+        blocks[f"blocks.{name}"] = block if own is None else RotaryBlock(block, own, mixed)
+    return with_ending(blocks, Piece(shell(body, TRANSFORMER_END), _transformer_end))
+
+
+def _convnext_end(parts: Any, z_BCHW: Tensor) -> Tensor:
+    return cast(Tensor, parts.forward_head(parts.norm_pre(z_BCHW), pre_logits=True))
+
+
+def _headless(body: nn.Module, *children: str) -> nn.Module:
+    """The children and `head` of a body, without the head's linear classifier."""
+    parts = shell(body, children)
+    head = cast(nn.Module, body.head)
+    parts._modules["head"] = shell(head, [name for name in head._modules if name != "fc"])
+    return parts
+
+
+def _convnext(body: nn.Module) -> Blocks:
+    blocks: Blocks = {"stem": cast(nn.Module, body.stem)}
+    for stage, part in cast(nn.Module, body.stages).named_children():
+        before: nn.Module | None = cast(nn.Module, part.downsample)
+        for name, block in cast(nn.Module, part.blocks).named_children():
+            blocks[f"stages.{stage}.blocks.{name}"] = joined(before, block)
+            before = None
+    return with_ending(blocks, Piece(_headless(body, "norm_pre"), _convnext_end))
+
+
+def _swin_end(parts: Any, z_BHWC: Tensor) -> Tensor:
+    return cast(Tensor, parts.forward_head(parts.norm(z_BHWC), pre_logits=True))
+
+
+def _swin(body: nn.Module) -> Blocks:
+    blocks: Blocks = {"stem": cast(nn.Module, body.patch_embed)}
+    for layer, part in cast(nn.Module, body.layers).named_children():
+        before: nn.Module | None = cast(nn.Module, part.downsample)
+        for name, block in cast(nn.Module, part.blocks).named_children():
+            blocks[f"layers.{layer}.blocks.{name}"] = joined(before, block)
+            before = None
+    return with_ending(blocks, Piece(_headless(body, "norm"), _swin_end))
+
+
+def _pooled_end(parts: Any, z_BCHW: Tensor) -> Tensor:
+    return cast(Tensor, parts.forward_head(z_BCHW, pre_logits=True))
+
+
+def _inverted(body: nn.Module) -> Blocks:
+    stem = [cast(nn.Module, getattr(body, name)) for name in ("conv_stem", "bn1")]
+    blocks: Blocks = {"stem": nn.Sequential(*stem)}
+    for stage, part in cast(nn.Module, body.blocks).named_children():
+        for name, block in part.named_children():
+            blocks[f"blocks.{stage}.{name}"] = block
+    return blocks
+
+
+def _efficientnet(body: nn.Module) -> Blocks:
+    blocks = _inverted(body)
+    blocks["conv_head"] = joined(cast(nn.Module, body.conv_head), cast(nn.Module, body.bn2))
+    return with_ending(blocks, Piece(shell(body, ["global_pool"]), _pooled_end))
+
+
+def _mobilenetv3(body: nn.Module) -> Blocks:
+    parts = shell(body, ["global_pool", "conv_head", "norm_head", "act2", "flatten"])
+    return {**_inverted(body), "conv_head": Piece(parts, _pooled_end)}
+
+
+def _resnet(body: nn.Module) -> Blocks:
+    return with_ending(residual_blocks(body), Piece(shell(body, ["global_pool"]), _pooled_end))
+
+
+FAMILIES = {
+    "VisionTransformer": Family(_vit, "BNC", takes_size=True),
+    "Eva": Family(_rotary, "BNC", takes_size=True),
+    "ConvNeXt": Family(_convnext),
+    "EfficientNet": Family(_efficientnet),
+    "MobileNetV3": Family(_mobilenetv3),
+    "ResNet": Family(_resnet),
+    "SwinTransformer": Family(_swin, "BHWC", takes_size=True),
+}
+"""How the networks of a class of timm are divided."""
+
+
+def timm() -> Any:
+    """The library. Raises: InputError where it is not installed."""
+    try:
+        import timm as library
+    except ImportError as error:
+        raise InputError("a backbone or trunk of timm needs the library timm, which is not "
+                         "installed; install it with: pip install 'partialhn[timm]'") from error
+    return library
+
+
+@functools.cache
+def find(name: str) -> Backbone:
+    """The backbone timm:NAME. Raises: InputError for a name that cannot be cut."""
+    library = timm()
+    if not library.is_model(name):
+        near = difflib.get_close_matches(name, library.list_models(), 3)
+        raise InputError(f"backbone is 'timm:{name}', which timm {library.__version__} does not "
+                         f"have; near it: {', '.join(near) or 'nothing'}")
+    with torch.device("meta"):  # a structure without numbers
+        kind = _class_of(library.create_model(name, pretrained=False))
+    family = FAMILIES.get(kind)
+    settings = library.get_pretrained_cfg(name)
+    classifier = getattr(settings, "classifier", None)
+    if family is None or not isinstance(classifier, str):
+        raise InputError(f"backbone is 'timm:{name}', which is a {kind}; allowed: the classes "
+                         f"{', '.join(FAMILIES)} of timm with one linear classifier")
+    return Backbone(functools.partial(_build, name, family.takes_size), family.blocks, classifier,
+                    family.layout)
+
+
+def _class_of(body: nn.Module) -> str:
+    """The class that the family is found by: the body's own, or a base class of timm's."""
+    names = [kind.__name__ for kind in type(body).__mro__]
+    return next((name for name in names if name in FAMILIES), names[0])
+
+
+def _build(name: str, takes_size: bool, classes: int, input_size: int) -> nn.Module:
+    options = {"img_size": input_size} if takes_size else {}
+    try:
+        body = timm().create_model(name, pretrained=False, num_classes=classes, **options)
+        patch = getattr(getattr(body, "patch_embed", None), "patch_size", (1, 1))
+        if input_size % patch[0]:
+            raise ValueError(f"its patches are {patch[0]} pixels wide")
+    except (ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
+        raise InputError(f"backbone timm:{name} cannot be built for input_size {input_size}: "
+                         f"{type(error).__name__}: {error}; allowed: a multiple of its patches"
+                         ) from error
+    return without_chance(body)

@@ -1,0 +1,221 @@
+"""Networks of every family, cut at every block: trunk and head together are the network.
+
+Legend: B batch, C channels, H W spatial, K classes.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from partialhn.errors import InputError
+from partialhn.networks.backbone import build_network, pooled
+from partialhn.networks.cut import CutNetwork, depth_number
+from partialhn.networks.head import Head, HeadWeights, head_start, matrices
+from partialhn.networks.trunk import feature_shape, multiply_adds
+
+pytest.importorskip("timm", reason="timm is an extra of this package")
+
+FAMILIES = {  # name: (input size, blocks)
+    "partialhn:slim_resnet18": (32, 9),
+    "timm:resnet18": (64, 9),
+    "timm:vit_tiny_patch16_224": (64, 13),
+    "timm:vit_small_patch14_dinov2": (56, 13),
+    "timm:vit_small_patch16_dinov3": (64, 13),
+    "timm:tf_efficientnet_lite0": (64, 18),
+    "timm:mobilenetv3_small_050": (64, 14),
+    "timm:convnext_atto": (64, 13),
+    "timm:swin_tiny_patch4_window7_224": (64, 13),
+    "torchvision:resnet18": (64, 9),
+    "torchvision:efficientnet_b0": (64, 18),
+    "torchvision:mobilenet_v2": (64, 19),
+    "torchvision:mobilenet_v3_small": (64, 13),
+    "torchvision:convnext_tiny": (64, 19),
+    "torchvision:swin_t": (64, 13),
+    "torchvision:vit_b_32": (64, 13),
+}
+
+
+def random_network(name):
+    """A network whose classifier, vectors and statistics are drawn: fresh ones have zeros that
+    would hide what is left out.
+    """
+    size, _ = FAMILIES[name]
+    network = build_network(name, 5, seed=1, input_size=size).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for key, value in network.state_dict().items():
+            if not value.is_floating_point() or key in ("mean_C", "std_C"):
+                continue
+            if key.endswith("running_var"):
+                value.uniform_(0.5, 1.5, generator=generator)
+            elif value.dim() == 1 or not value.any():
+                value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    return network
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def network(request):
+    return random_network(request.param)
+
+
+def own_weights(network, cut, head):
+    """The network's own weights as a task's, with folded statistics."""
+    norms = [layer for layer in cut.stages.modules() if isinstance(layer, nn.BatchNorm2d)]
+    start = head_start(cut, "batch", 0)
+    statistics = [layer.running_mean for layer in norms] + [layer.running_var for layer in norms]
+    vectors = head.fold(start.norm, torch.cat(statistics)) if norms else start.norm
+    if not len(cut.stages):  # a linear head standardises; here by what changes nothing
+        count = head.width
+        vectors = head.fold(start.norm, torch.cat([torch.zeros(count), torch.ones(count) - 1e-5]))
+    return HeadWeights(head.named(start.matrices), vectors, network.classifier.weight,
+                       network.classifier.bias)
+
+
+def pixels(network, count):
+    size = network.input_size
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(count))
+
+
+@torch.no_grad()
+def test_the_blocks_are_the_body(network):
+    images_BCHW = pixels(network, 2)
+    wanted = network(images_BCHW)
+    assert wanted.std() > 1e-3
+    assert len(network.blocks()) == FAMILIES[network.name][1]
+    if network.name != "partialhn:slim_resnet18":  # which has no forward of its own
+        torch.testing.assert_close(network.body(network.normalise(images_BCHW)), wanted)
+
+
+@torch.no_grad()
+def test_trunk_and_head_are_the_network_at_every_block(network):
+    batches = [pixels(network, 1), pixels(network, 7)]
+    wanted = [network(images_BCHW) for images_BCHW in batches]
+    whole = CutNetwork.of(network, len(network.blocks())).trunk
+    outputs = [dict(whole.outputs(images_BCHW)) for images_BCHW in batches]
+    for depth in outputs[0]:
+        cut = CutNetwork.of(network, depth)
+        head = Head(cut, "batch", 8).eval()
+        weights = own_weights(network, cut, head)
+        for features, logits_BK in zip(outputs, wanted, strict=True):
+            found, scale = head(features[depth], weights), logits_BK.abs().max()
+            torch.testing.assert_close(found / scale, logits_BK / scale, rtol=1e-5, atol=1e-5)
+        shape = cut.shapes()[0]
+        assert tuple(outputs[0][depth].shape[1:]) == shape == (cut.channels, *shape[1:])
+
+
+def test_every_weight_is_generated_owned_or_kept_once(network):
+    cut = CutNetwork.of(network, 1)
+    head, start = Head(cut, "batch", 8), head_start(cut, "batch", 0)
+    kept = [value for value in head.state_dict().values() if value.is_floating_point()]
+    counted = (sum(value.numel() for value in start.matrices) + len(start.norm)
+               + sum(value.numel() for value in kept))
+    assert counted == sum(value.numel() for value in cut.stages.parameters())
+    assert len(start.norm) == head.norm_length
+    assert head.weight_count == sum(value.numel() for _, value in matrices(cut.stages))
+
+
+@torch.no_grad()
+def test_a_head_learns_with_a_gradient_for_every_matrix(network):
+    depth = len(network.blocks()) - 2
+    cut = CutNetwork.of(network, depth)
+    head, start = Head(cut, "batch", 8).train(), head_start(cut, "batch", 0)
+    weights = [value.clone().requires_grad_() for value in start.matrices]
+    vectors = start.norm.clone().requires_grad_()
+    with torch.enable_grad():
+        logits_BK = head(cut.trunk(pixels(network, 7)), HeadWeights(
+            head.named(weights), vectors, network.classifier.weight, network.classifier.bias,
+            head.first_statistics()))
+        logits_BK.square().sum().backward()
+    assert all(value.grad.abs().max() > 0 for value in weights)
+    assert (vectors.grad != 0).float().mean() > 0.5
+
+
+def test_tokens_are_stored_as_maps():
+    network = random_network("timm:vit_small_patch16_dinov3")
+    trunk = CutNetwork.of(network, 5).trunk
+    images_BCHW = pixels(network, 2)
+    assert feature_shape(trunk, images_BCHW) == (384, 16 + 5, 1)  # class token and 4 registers
+    assert feature_shape(CutNetwork.of(network, 13).trunk, images_BCHW) == (384, 1, 1)
+
+
+@torch.no_grad()
+def test_pooling_is_the_networks_own():
+    network = random_network("timm:vit_tiny_patch16_224")
+    trunk = CutNetwork.of(network, 13).trunk
+    images_BCHW = pixels(network, 2)
+    wanted = network.body.norm(network.body.forward_features(network.normalise(images_BCHW)))
+    class_token = network.body.forward_features(network.normalise(images_BCHW))[:, 0]
+    torch.testing.assert_close(pooled(trunk(images_BCHW)), class_token)
+    assert not torch.allclose(pooled(trunk(images_BCHW)), wanted.mean(1))
+
+
+@pytest.mark.parametrize(("generate", "parts"), [
+    ("attention", {"attn.qkv", "attn.proj"}), ("mlp", {"mlp.fc1", "mlp.fc2"}),
+    ("*.qkv.*", {"attn.qkv"}), ("blocks.11.mlp.fc1.weight", {"mlp.fc1"})])
+def test_some_matrices_are_generated_and_the_others_stay(generate, parts):
+    network = random_network("timm:vit_tiny_patch16_224")
+    cut = CutNetwork.of(network, 11)
+    head = Head(cut, "batch", 8, generate=generate).eval()
+    names = {".".join(tensor.name.removesuffix(".weight").split(".")[-2:])
+             for tensor in head.matrices}
+    assert names == parts
+    start = head_start(cut, "batch", 0, generate)
+    weights = HeadWeights(head.named(start.matrices), start.norm, network.classifier.weight,
+                          network.classifier.bias)
+    images_BCHW = pixels(network, 2)
+    with torch.no_grad():
+        found = head(cut.trunk(images_BCHW), weights)
+        torch.testing.assert_close(found, network(images_BCHW), rtol=1e-5, atol=1e-5)
+    whole = Head(cut, "batch", 8)
+    assert head.weight_count < whole.weight_count
+    assert sum(value.numel() for value in head.state_dict().values()) == (
+        whole.weight_count - head.weight_count)
+
+
+def test_a_pattern_that_names_nothing_is_refused():
+    cut = CutNetwork.of(build_network("timm:resnet18", 2), 7)
+    with pytest.raises(InputError, match=r"generate is 'attention', which names no matrix above"
+                                         r".* such as layer4.0.conv1.weight"):
+        Head(cut, "batch", 8, generate="attention")
+
+
+def test_multiply_adds_count_attention():
+    network = build_network("torchvision:vit_b_32", 5, input_size=64).eval()
+    images_BCHW = pixels(network, 2)
+    width, tokens = 768, 5
+    block = tokens * width * width * (3 + 1 + 4 + 4) + 2 * tokens * tokens * width
+    stem = 4 * width * 3 * 32 * 32
+    assert multiply_adds(network, images_BCHW) == stem + 12 * block + width * 5
+
+
+@pytest.mark.parametrize(("given", "number"), [
+    (0, 0), (13, 13), ("4", 4), ("stem", 1), ("blocks.0", 2), ("blocks.11", 13), ("75%", 10),
+    ("0%", 0), ("100%", 13), ("12.5%", 2), ("auto", 10)])
+def test_a_depth_is_a_number_a_block_or_a_share(given, number):
+    names = ["stem", *(f"blocks.{index}" for index in range(12))]
+    assert depth_number(given, names, "a network") == number
+
+
+@pytest.mark.parametrize("given", [14, -1, "blocks.12", "101%", "x%", "-5%", "", "2.5"])
+def test_a_depth_that_is_not_there_is_refused(given):
+    names = ["stem", *(f"blocks.{index}" for index in range(12))]
+    with pytest.raises(InputError, match=r"freeze_depth is .*0 \(nothing frozen\) to 13 \(all "
+                                         r"blocks of a network\), a share such as 75%, or a "
+                                         r"block: stem, blocks.0"):
+        depth_number(given, names, "a network")
+
+
+@pytest.mark.parametrize(("name", "size", "message"), [
+    ("timm:vit_tiny_patch16_225", 32, "does not have; near it: vit_tiny_patch16_224"),
+    ("timm:volo_d1_224", 32, "is a VOLO; allowed: the classes VisionTransformer, Eva"),
+    ("timm:vit_tiny_patch16_224", 40, "cannot be built for input_size 40"),
+    ("torchvision:resnet19", 32, "such as resnet1"),
+    ("torchvision:vgg11", 32, "of the families resnet"),
+    ("torchvision:vit_b_16", 40, "cannot be built for input_size 40"),
+    ("partialhn:resnet18", 32, "allowed: partialhn:slim_resnet18"),
+    ("timm:", 32, "allowed: slim_resnet18, .*timm:NAME, torchvision:NAME"),
+    ("hub:x", 32, "allowed: slim_resnet18, .*timm:NAME, torchvision:NAME")])
+def test_networks_that_cannot_be_cut_are_refused(name, size, message):
+    with pytest.raises(InputError, match=message):
+        build_network(name, 2, input_size=size)
