@@ -222,7 +222,7 @@ def test_work_hash_names_everything_else():
         "hypernet.generator": "additive", "hypernet.starts_from": "previous",
         "hypernet.code_dim": 8, "hypernet.fresh_columns": 2, "hypernet.embedding_dim": 16,
         "hypernet.hidden": (3,), "hypernet.channel_dim": 3, "hypernet.residual": False,
-        "hypernet.norm": "layer", "hypernet.norm_groups": 2, "hypernet.beta": 0.5,
+        "hypernet.norm": "layer", "hypernet.generate": "mlp", "hypernet.norm_groups": 2, "hypernet.beta": 0.5,
         "train.strategy": "naive", "train.compare": ("naive",), "train.epochs": 2,
         "train.batch_size": 2, "train.learning_rate": 0.1, "train.schedule": "constant",
         "train.precision": "bfloat16", "train.label_smoothing": 0.1, "train.seed": 1,
