@@ -3,15 +3,19 @@
 Legend: B batch, C channels, H W spatial, K classes.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from partialhn.errors import InputError
-from partialhn.networks.backbone import build_network, pooled
+from partialhn.networks.backbone import build_network, find_backbone, pooled
 from partialhn.networks.cut import CutNetwork, depth_number
+from partialhn.networks.depths import depths_of, known_backbones
 from partialhn.networks.head import Head, HeadWeights, head_start, matrices
 from partialhn.networks.trunk import feature_shape, multiply_adds
+from pipelines.cli.main import run
 
 pytest.importorskip("timm", reason="timm is an extra of this package")
 
@@ -219,3 +223,41 @@ def test_a_depth_that_is_not_there_is_refused(given):
 def test_networks_that_cannot_be_cut_are_refused(name, size, message):
     with pytest.raises(InputError, match=message):
         build_network(name, 2, input_size=size)
+
+
+def test_depths_say_shape_share_and_weights():
+    network = build_network("timm:vit_tiny_patch16_224", 2, input_size=64)
+    lines = depths_of(network)
+    assert [line.name for line in lines] == ["pixels", "stem",
+                                             *(f"blocks.{index}" for index in range(12))]
+    assert lines[0].shape_CHW == (3, 64, 64)
+    assert lines[5].shape_CHW == (192, 17, 1)
+    assert lines[-1].shape_CHW == (192, 1, 1)
+    block = 12 * 192 * 192
+    assert [line.generated for line in lines[1:]] == [block * (12 - i) for i in range(13)]
+    shares = [line.frozen_share for line in lines]
+    assert shares[0] == 0
+    assert shares[-1] == 1
+    assert all(late - early == pytest.approx((1 - shares[1]) / 12) for early, late
+               in itertools.pairwise(shares[1:]))
+    attention = depths_of(network, "attention")
+    assert [line.generated for line in attention[1:]] == [block // 3 * (12 - i) for i in range(13)]
+
+
+def test_the_command_lists_the_depths_of_a_network(capsys):
+    assert run(["backbones", "timm:mobilenetv3_small_050", "--input-size", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 1 + 15 + 1
+    assert lines[3].split()[:3] == ["1", "stem", "16x32x32"]
+    assert lines[-2].split()[1:3] == ["conv_head", "1024x1x1"]
+    assert run(["backbones", "torchvision:*"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert "torchvision:vit_b_16" in names
+    assert "torchvision:vgg11" not in names
+    assert run(["backbones", "zzz*"]) == 2
+    assert "matches no name" in capsys.readouterr().err
+
+
+def test_every_listed_network_of_torchvision_can_be_built():
+    for name in known_backbones("torchvision:*"):
+        assert find_backbone(name).classifier
