@@ -296,6 +296,11 @@ class TrainConfig:
     """Strength of the penalty on changing weights that earlier tasks need (ewc only)."""
     lwf_strength: float = 1.0
     """Strength of the distillation from the head as it was before the task (lwf only)."""
+    detector_features: int = 500
+    """Number of random features of the detector, which finds the task where the caller gives none.
+    A model stores 2 D^2 bytes for it, D being this number and twice the trunk's channels."""
+    false_alarms: float = 0.05
+    """Share of the images of known tasks that task auto may take for images of no known task."""
 
     @property
     def needs_every_task(self) -> bool:
@@ -315,6 +320,10 @@ class TrainConfig:
         _require(self.buffer >= 1, "buffer", self.buffer, "1 or more images")
         _require(self.ewc_strength >= 0, "ewc_strength", self.ewc_strength, "0 or more")
         _require(self.lwf_strength >= 0, "lwf_strength", self.lwf_strength, "0 or more")
+        _require(0 <= self.detector_features <= 100_000, "detector_features",
+                 self.detector_features, "0 to 100000")
+        _require(0 <= self.false_alarms < 1, "false_alarms", self.false_alarms,
+                 "0 to less than 1")
         _require(self.strategy not in self.compare, "compare", self.compare,
                  f"strategies other than the strategy {self.strategy!r} itself")
 

@@ -5,7 +5,7 @@
 images. A task may be given as `auto`; it is then inferred from the image.
 
 Legend: B images, U images with task `auto`, R images of one task, C channels, H W spatial,
-K classes of the task.
+K classes of the task, L most classes of a task.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from partialhn.data.experience import task_of
 from partialhn.errors import InputError
 from partialhn.networks.head import HeadWeights
 from partialhn.networks.trunk import run_trunk
-from partialhn.task_inference import AUTO, infer
+from partialhn.task_inference import AUTO, Inferred, infer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -167,19 +167,33 @@ class Predictor:
                                dtype=torch.int64)
         known_B = torch.ones(len(tasks), dtype=torch.bool)
         auto_U = torch.nonzero(index_B < 0)[:, 0]
-        head, inference = self.model.strategy.head, self.model.inference
-        if len(auto_U) and inference is not None:
-            slots = [self.task_index(task) for task in self.tasks]
-            weights = [self.head_weights(slot) for slot in slots]
-            inferred = infer(inference, head, slots, weights, z_BCHW[auto_U])
-            index_B[auto_U], known_B[auto_U] = inferred.slot_B, inferred.known_B
         answers: list[Answer | None] = [None] * len(tasks)
-        for index in sorted(set(index_B.tolist())):
-            info, rows_R = self.model.tasks[index], torch.nonzero(index_B == index)[:, 0]
-            p_RK = head(z_BCHW[rows_R], self.head_weights(index)).softmax(1).cpu().double()
-            for row, p_K in zip(rows_R.tolist(), p_RK, strict=True):
-                best = int(p_K.argmax())
-                answers[row] = Answer(task_of(info.name),
-                                      info.classes[best] if known_B[row] else None,
-                                      float(p_K[best]), info.classes, tuple(p_K.tolist()))
+        if len(auto_U):
+            inferred = self._infer(z_BCHW[auto_U])
+            index_B[auto_U], known_B[auto_U] = inferred.slot_B, inferred.known_B
+            if inferred.p_BL is not None:
+                for row, slot, known, p_L in zip(auto_U.tolist(), inferred.slot_B.tolist(),
+                                                 inferred.known_B.tolist(),
+                                                 inferred.p_BL.double(), strict=True):
+                    answers[row] = self._answer(slot, known, p_L)
+                    index_B[row] = -1
+        for index in sorted(set(index_B.tolist()) - {-1}):
+            rows_R = torch.nonzero(index_B == index)[:, 0]
+            logits_RK = self.model.strategy.head(z_BCHW[rows_R], self.head_weights(index))
+            for row, p_K in zip(rows_R.tolist(), logits_RK.softmax(1).cpu().double(), strict=True):
+                answers[row] = self._answer(index, bool(known_B[row]), p_K)
         return [answer for answer in answers if answer is not None]
+
+    def _infer(self, z_BCHW: Tensor) -> Inferred:
+        assert self.model.inference is not None, "check_task has refused auto"
+        slots = [self.task_index(task) for task in self.tasks]
+        return infer(self.model.inference, self.model.strategy.head, slots,
+                     [self.head_weights(slot) for slot in slots], z_BCHW)
+
+    def _answer(self, slot: int, known: bool, p_L: Tensor) -> Answer:
+        """The answer of a slot with probabilities p_L, of which those after its classes are 0."""
+        info = self.model.tasks[slot]
+        p_K = p_L[:len(info.classes)]
+        best = int(p_K.argmax())
+        return Answer(task_of(info.name), info.classes[best] if known else None, float(p_K[best]),
+                      info.classes, tuple(p_K.tolist()))

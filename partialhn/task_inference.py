@@ -1,15 +1,17 @@
 """Task inference: finds the task of an image when the caller does not know it.
 
-It can also reject an image that belongs to no learned task. It combines two methods. The
-*detector* looks at pooled trunk features alone: a Gaussian for each class, with one covariance for
-all (linear discriminant analysis; Lee et al. 2018 for the rejection). The *entropy* method runs
-the heads of all tasks and prefers the task with the lowest entropy (Henning et al. 2021).
+It can also reject an image that belongs to no learned task. A new model has a `Detector`
+(`partialhn.detector`). Models of version 0.1.0 have `TaskInference`, which this file still reads
+and continues, so that they answer as before. It combines two methods. Its *detector* looks at
+pooled trunk features alone: a Gaussian for each class, with one covariance for all (linear
+discriminant analysis; Lee et al. 2018 for the rejection). The *entropy* method runs the heads of
+all tasks and prefers the task with the lowest entropy (Henning et al. 2021).
 
-For each task the class means and a small sample are kept, in float16; the covariance is shared and
-does not grow. All of it comes from stored features: no image is decoded again.
+All of it comes from stored features: no image is decoded again.
 
 Legend: N training images of a task, B images, T tasks, C channels of pooled features, K classes of
-a task, M classes of all tasks, S sampled images, R images that a head is run for.
+a task, M classes of all tasks, S sampled images, R images that a head is run for,
+L most classes of a task.
 """
 
 import dataclasses
@@ -22,6 +24,9 @@ import torch
 from torch import Tensor
 
 from partialhn.data.experience import RESERVED
+from partialhn.detector.detector import Detector
+from partialhn.detector.statistics import HeadLogits
+from partialhn.detector.statistics import TaskStatistics as DetectorStatistics
 from partialhn.errors import InputError, IntegrityError
 from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.head import Head, HeadWeights
@@ -164,6 +169,56 @@ def statistics(features: FeatureSet, place: int, seed: int = 0) -> TaskStatistic
                           centred_NC.T @ centred_NC, torch.tensor(len(y_N)))
 
 
+Inference = TaskInference | Detector
+"""Whichever a model has."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LearnedTask:
+    """A task that was just learned, as task inference learns from it."""
+
+    place: int
+    """Index of its slot."""
+    train: FeatureSet
+    held_out: FeatureSet | None
+    """Images that its head has not learned from."""
+    classes: int
+    head: HeadLogits
+    seed: int = 0
+    refreshes: int | None = None
+    """Index of the earlier slot of the same task."""
+
+
+@torch.no_grad()
+def measure(inference: Inference, task: LearnedTask) -> dict[str, Tensor]:
+    """The statistics of a task by name, for `add_measured` on this or another machine."""
+    if isinstance(inference, Detector):
+        return inference.statistics(task.train, task.held_out, task.classes, task.head,
+                                    task.refreshes)._asdict()
+    return statistics(task.train, task.place, task.seed)._asdict()
+
+
+def add_measured(inference: Inference, measured: dict[str, Tensor], refreshes: int | None) -> None:
+    """Adds the next slot, from the result of `measure`."""
+    if isinstance(inference, Detector):
+        inference.add_task(DetectorStatistics(**measured), refreshes)
+    else:
+        inference.add_task(TaskStatistics(**measured))
+
+
+def stored_inference(tensors: dict[str, Tensor], slots: int, empty: Detector) -> Inference:
+    """Task inference from a checkpoint's tensors, of the kind that was stored; `empty` without a
+    slot. Raises: IntegrityError for tensors that are missing or do not fit.
+    """
+    if not slots:
+        return empty
+    if "scatter" in tensors and "expansion" not in tensors:
+        return TaskInference.from_tensors(tensors, slots)
+    detector = Detector.from_tensors(tensors, slots)
+    detector.false_alarms = empty.false_alarms
+    return detector
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inferred:
     """The inferred tasks of B images."""
@@ -172,6 +227,9 @@ class Inferred:
     """Slot of the likeliest task, int64."""
     known_B: Tensor
     """Whether the image seems to belong to a learned task at all, bool."""
+    p_BL: Tensor | None = None
+    """Probabilities of that task's classes, zero after its last class; None where the task's head
+    alone has to give them (`TaskInference`)."""
 
 
 def pooled(z_BCHW: Tensor) -> Tensor:
@@ -236,12 +294,17 @@ def best_task(method: Method, distances_BT: Tensor, head: Head, weights: Sequenc
     return scores(method, distances_BT, entropy_BT).argmax(1)
 
 
-def infer(inference: TaskInference, head: Head, slots: Sequence[int],
+@torch.no_grad()
+def infer(inference: Inference, head: Head, slots: Sequence[int],
           weights: Sequence[HeadWeights], z_BCHW: Tensor, method: Method = DEFAULT) -> Inferred:
     """Infers the task of each image from its trunk features, z_BCHW.
 
-    slots: the newest slot of each task. weights: their head weights, in the same order.
+    slots: the newest slot of each task. weights: their head weights, in the same order. method: of
+    the models of version 0.1.0.
     """
+    if isinstance(inference, Detector):
+        joint, known_B = inference.infer(head, slots, weights, z_BCHW)
+        return Inferred(torch.tensor(slots)[joint.task_B], known_B, joint.p_BL)
     distances_BT = inference.distances(pooled(z_BCHW))[:, list(slots)]
     best_B = best_task(method, distances_BT, head, weights, z_BCHW)
     return Inferred(torch.tensor(slots)[best_B], distances_BT.amin(1) <= inference.threshold)

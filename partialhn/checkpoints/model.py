@@ -16,7 +16,8 @@ from partialhn.networks.tensors import hash_tensors, tensors_below
 from partialhn.networks.trunk import Trunk
 from partialhn.pixels import Pixels
 from partialhn.strategies import STRATEGIES, Strategy
-from partialhn.task_inference import TaskInference
+from partialhn.detector.detector import Detector
+from partialhn.task_inference import Inference, stored_inference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Model:
     tasks: tuple[TaskInfo, ...]
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further facts to keep with the model: stream name, accuracy rows, feature keys."""
-    inference: TaskInference | None = None
+    inference: Inference | None = None
     """Infers the task of an image when the caller gives none; None in models trained without it."""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -79,7 +80,8 @@ class Model:
             trunk.pixels = Pixels.from_fields(fields.get("pixels", {}))
             strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
             known = tensors_below(tensors, "inference.")
-            inference = TaskInference.from_tensors(known, len(tasks)) if known else None
+            empty = Detector(config.train.detector_features, config.train.false_alarms)
+            inference = stored_inference(known, len(tasks), empty) if known else None
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError,
                 OverflowError) as error:  # InputError is a ValueError
             raise IntegrityError(f"checkpoint {folder} does not fit this version of partialhn: "

@@ -1,0 +1,119 @@
+"""The detector's classifier, solved from its statistics: a Gaussian a class with one covariance.
+
+Linear discriminant analysis on expanded features, over the classes of all tasks. The kept samples
+choose what the sums cannot say: the shrinkage of the covariance, and the sharpness of the
+probabilities.
+
+Legend: B images, S sampled images of all tasks, M classes of all tasks, D expanded features.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+SHRINKAGES = tuple(10.0 ** (power / 2) for power in range(-6, 3))
+"""Isotropic parts of the covariance that are tried, in units of its mean eigenvalue."""
+FEW = 8
+"""Fewer samples than this choose nothing: the middle of `SHRINKAGES` is taken."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fitted:
+    """A solved classifier, in whitened coordinates: their origin is the mean of the class means."""
+
+    centre_D: Tensor
+    whiten_DD: Tensor
+    mean_MD: Tensor
+    """Whitened class means."""
+    sharpness: float
+    """Factor on the classes' log-likelihoods."""
+    shrinkage: float
+
+    def white(self, h_BD: Tensor) -> Tensor:
+        """Whitened features."""
+        return (h_BD - self.centre_D) @ self.whiten_DD
+
+    def log_probabilities(self, white_BD: Tensor) -> Tensor:
+        """Log-probabilities of all classes (B, M), from whitened features."""
+        return (self.sharpness * _likelihoods(white_BD, self.mean_MD)).log_softmax(1)
+
+    def strangeness(self, white_BD: Tensor) -> Tensor:
+        """How little an image resembles any class: (B,), 0 (like a class mean) to 2.
+
+        One minus the largest cosine between the image and a class mean, seen from the mean of all.
+        """
+        unit_BD, unit_MD = (torch.nn.functional.normalize(x, dim=1)
+                            for x in (white_BD, self.mean_MD.nan_to_num()))
+        return 1 - (unit_BD @ unit_MD.T).amax(1)
+
+    def single(self) -> "Fitted":
+        """The same in float32, for answers."""
+        return dataclasses.replace(self, centre_D=self.centre_D.float(),
+                                   whiten_DD=self.whiten_DD.float(), mean_MD=self.mean_MD.float())
+
+
+def fit(scatter_DD: Tensor, images: int, mean_MD: Tensor, sample_SD: Tensor,
+        sample_y_S: Tensor) -> Fitted:
+    """Solves the classifier, all in float64.
+
+    scatter_DD: the sum over `images` images of (h - class mean)(h - class mean)^T. mean_MD: class
+    means; not a number for a class without images, which is then never the answer. sample_y_S:
+    classes of the sampled images, among the M.
+    """
+    values_D, vectors_DD = torch.linalg.eigh(scatter_DD / max(1, images))
+    values_D = values_D.clamp_min(0)
+    scale = values_D.mean().clamp_min(1e-12)
+    centre_D = mean_MD.nanmean(0)
+    turned_MD, turned_SD = ((x - centre_D) @ vectors_DD for x in (mean_MD, sample_SD))
+    known_S = ~turned_MD[sample_y_S].isnan().any(1)
+    turned_SD, sample_y_S = turned_SD[known_S], sample_y_S[known_S]
+    options = [_option(values_D, scale, shrinkage, turned_MD, turned_SD, sample_y_S)
+               for shrinkage in SHRINKAGES]
+    best = min(range(len(options)), key=lambda index: options[index][0])
+    if len(sample_y_S) < FEW:
+        best = len(options) // 2
+    inverse_D, sharp = (values_D + SHRINKAGES[best] * scale).rsqrt(), options[best][1]
+    return Fitted(centre_D, vectors_DD * inverse_D, turned_MD * inverse_D, sharp,
+                  SHRINKAGES[best])
+
+
+def _option(values_D: Tensor, scale: Tensor, shrinkage: float, turned_MD: Tensor,
+            turned_SD: Tensor, sample_y_S: Tensor) -> tuple[float, float]:
+    """Cross-entropy of the samples under one shrinkage, and the sharpness that it takes."""
+    inverse_D = (values_D + shrinkage * scale).rsqrt()
+    likelihood_SM = _likelihoods(turned_SD * inverse_D, turned_MD * inverse_D)
+    present_M = torch.isfinite(likelihood_SM).all(0)
+    if len(sample_y_S) < FEW or int(present_M.sum()) < 2:
+        return 0.0, 1.0
+    place_M = present_M.long().cumsum(0) - 1  # absent classes have no column in what follows
+    likelihood_SM, y_S = likelihood_SM[:, present_M], place_M[sample_y_S]
+    sharp = sharpness(likelihood_SM, y_S)
+    return float(torch.nn.functional.cross_entropy(sharp * likelihood_SM, y_S)), sharp
+
+
+def _likelihoods(white_BD: Tensor, mean_MD: Tensor) -> Tensor:
+    """Log-likelihoods of the classes (B, M), but for a term that is the same for all of them."""
+    likelihood_BM = white_BD @ mean_MD.T - mean_MD.square().sum(1) / 2
+    return likelihood_BM.nan_to_num(nan=-torch.inf)
+
+
+def sharpness(likelihood_SM: Tensor, y_S: Tensor) -> float:
+    """The factor on log-likelihoods, 0.001 to 1, whose softmax gives the labels the smallest
+    cross-entropy. Expanded features depend on each other more than a Gaussian can say, so the
+    plain likelihoods are far too sure.
+    """
+    own_S = likelihood_SM.gather(1, y_S[:, None])[:, 0]
+
+    def slope(factor: float) -> float:  # of the cross-entropy, which is convex in the factor
+        p_SM = (factor * likelihood_SM).softmax(1)
+        return float(((p_SM * likelihood_SM).sum(1) - own_S).mean())
+
+    low, high = math.log(1e-3), 0.0
+    if slope(1.0) < 0:
+        return 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
+    return math.exp((low + high) / 2)

@@ -1,0 +1,113 @@
+"""The answer without a task: p(class | image) = p(task | image) p(class | image, task).
+
+The detector gives the first factor. The second is a product of two opinions about the classes of
+one task, its head's and the detector's, each raised to a power. The powers are those that the kept
+held-out images find likeliest. A head runs only where it can change the answer.
+
+Legend: B images, R images that a head runs for, S sampled images, T tasks, K classes of a task,
+L most classes of a task.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+POWER = 0.5
+"""Both powers where no image was held out; the fit is drawn to it."""
+DRAWN = 8.0
+"""How strongly: a few held-out images must not decide alone."""
+STEPS = 30
+"""Newton's steps; the loss is convex in the powers."""
+
+
+class Powers(NamedTuple):
+    """How much each opinion about the classes of one task counts."""
+
+    head: float
+    detector: float
+
+
+class Joint(NamedTuple):
+    """The likeliest task of B images and the probabilities of its classes."""
+
+    task_B: Tensor
+    """Index of the task, int64."""
+    p_BL: Tensor
+    """Probabilities of that task's classes; zero after its last class."""
+
+
+def mixed(powers: Powers, head_BK: Tensor, detector_BK: Tensor) -> Tensor:
+    """Log-probabilities of the classes of one task (B, K), from those of head and detector."""
+    return (powers.head * head_BK + powers.detector * detector_BK).log_softmax(1)
+
+
+def fit_powers(tasks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Powers:
+    """The likeliest powers.
+
+    tasks: for each task log-probabilities of its sampled images (S, K) by its head and by the
+    detector within the task, and their classes (S,).
+    """
+    tasks = [task for task in tasks if len(task[2]) and task[0].shape[1] > 1]
+    if not tasks:
+        return Powers(POWER, POWER)
+    most = max(head_SK.shape[1] for head_SK, _, _ in tasks)
+    opinions_SL2, y_S = torch.cat([_opinions(*task[:2], most) for task in tasks]), torch.cat(
+        [task[2] for task in tasks])
+    # a class that a task lacks has no probability; the product above it must stay finite
+    absent_SL = opinions_SL2[:, :, 0].isinf()
+    opinions_SL2 = opinions_SL2.masked_fill(absent_SL[:, :, None], 0.0)
+    powers_2 = torch.full((2,), POWER, dtype=torch.float64)
+    for _ in range(STEPS):
+        p_SL = (opinions_SL2 @ powers_2).masked_fill(absent_SL, -torch.inf).softmax(1)
+        mean_S2 = (p_SL[:, None] @ opinions_SL2)[:, 0]
+        own_S2 = opinions_SL2[torch.arange(len(y_S)), y_S]
+        slope_2 = (mean_S2 - own_S2).sum(0) + DRAWN * (powers_2 - POWER)
+        square_22 = (opinions_SL2 * p_SL[:, :, None]).flatten(0, 1).T @ opinions_SL2.flatten(0, 1)
+        curve_22 = square_22 - mean_S2.T @ mean_S2 + DRAWN * torch.eye(2, dtype=torch.float64)
+        # Newton's step, shortened so that it stays where the curve describes the loss
+        step_2 = torch.linalg.solve(curve_22, slope_2)
+        powers_2 = powers_2 - step_2 / (step_2.norm() / 0.2).clamp_min(1)
+    head, detector = powers_2.clamp_min(0).tolist()
+    return Powers(head, detector)
+
+
+def answer(log_p_B_TK: Sequence[Tensor], powers: Powers,
+           head: Callable[[int, Tensor], Tensor]) -> Joint:
+    """The likeliest class of all tasks, by its task.
+
+    log_p_B_TK: for each task the detector's log-probabilities (B, K) among the classes of all
+    tasks. head: index of a task and rows (R,) to the log-probabilities (R, K) of the task's head.
+
+    No class of a task is likelier than the task. So the heads are asked from the likeliest task on,
+    until the next task is less likely than the best class so far.
+    """
+    task_BT = torch.stack([log_p_BK.logsumexp(1) for log_p_BK in log_p_B_TK], 1)
+    B, T = task_BT.shape
+    order_BT = task_BT.argsort(dim=1, descending=True, stable=True)
+    best_B, winner_B = torch.full((B,), -torch.inf), torch.zeros(B, dtype=torch.int64)
+    p_BL = torch.zeros(B, max(log_p_BK.shape[1] for log_p_BK in log_p_B_TK))
+    for place in range(T):
+        next_B = task_BT.gather(1, order_BT[:, place:place + 1])[:, 0]
+        asked_B = (next_B > best_B) | (place == 0)
+        if not asked_B.any():
+            break
+        for task in order_BT[asked_B, place].unique().tolist():
+            rows_R = torch.nonzero(asked_B & (order_BT[:, place] == task))[:, 0]
+            own_RK = log_p_B_TK[task][rows_R]
+            within_RK = mixed(powers, head(task, rows_R), own_RK - task_BT[rows_R, task, None])
+            score_R = task_BT[rows_R, task] + within_RK.amax(1)
+            better_R = (score_R > best_B[rows_R]) | (place == 0)
+            won_R = rows_R[better_R]
+            best_B[won_R], winner_B[won_R] = score_R[better_R], task
+            p_BL[won_R] = torch.nn.functional.pad(within_RK[better_R].exp(),
+                                                  (0, p_BL.shape[1] - within_RK.shape[1]))
+    return Joint(winner_B, p_BL)
+
+
+def _opinions(head_SK: Tensor, detector_SK: Tensor, most: int) -> Tensor:
+    """Both opinions side by side (S, L, 2), float64; infinite negative for absent classes."""
+    both_SK2 = torch.stack([head_SK, detector_SK], 2).double()
+    return torch.nn.functional.pad(both_SK2, (0, 0, 0, most - both_SK2.shape[1]),
+                                   value=-torch.inf)
