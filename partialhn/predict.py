@@ -167,22 +167,19 @@ class Predictor:
                                dtype=torch.int64)
         known_B = torch.ones(len(tasks), dtype=torch.bool)
         auto_U = torch.nonzero(index_B < 0)[:, 0]
-        answers: list[Answer | None] = [None] * len(tasks)
+        p_by_row: dict[int, Tensor] = {}
         if len(auto_U):
             inferred = self._infer(z_BCHW[auto_U])
             index_B[auto_U], known_B[auto_U] = inferred.slot_B, inferred.known_B
             if inferred.p_BL is not None:
-                for row, slot, known, p_L in zip(auto_U.tolist(), inferred.slot_B.tolist(),
-                                                 inferred.known_B.tolist(),
-                                                 inferred.p_BL.double(), strict=True):
-                    answers[row] = self._answer(slot, known, p_L)
-                    index_B[row] = -1
-        for index in sorted(set(index_B.tolist()) - {-1}):
-            rows_R = torch.nonzero(index_B == index)[:, 0]
-            logits_RK = self.model.strategy.head(z_BCHW[rows_R], self.head_weights(index))
-            for row, p_K in zip(rows_R.tolist(), logits_RK.softmax(1).cpu().double(), strict=True):
-                answers[row] = self._answer(index, bool(known_B[row]), p_K)
-        return [answer for answer in answers if answer is not None]
+                p_by_row = dict(zip(auto_U.tolist(), inferred.p_BL.double(), strict=True))
+        slot_of_row = dict(enumerate(index_B.tolist()))
+        for slot in sorted({slot_of_row[row] for row in slot_of_row.keys() - p_by_row.keys()}):
+            rows = [row for row in slot_of_row if slot_of_row[row] == slot and row not in p_by_row]
+            logits_RK = self.model.strategy.head(z_BCHW[rows], self.head_weights(slot))
+            p_by_row |= zip(rows, logits_RK.softmax(1).cpu().double(), strict=True)
+        return [self._answer(slot, bool(known_B[row]), p_by_row[row])
+                for row, slot in slot_of_row.items()]
 
     def _infer(self, z_BCHW: Tensor) -> Inferred:
         assert self.model.inference is not None, "check_task has refused auto"

@@ -17,6 +17,7 @@ from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import Config, StrategyName
 from partialhn.data.datasets import open_stream
 from partialhn.data.experience import Experience
+from partialhn.detector.detector import Detector
 from partialhn.features.extract import FeatureJob, precompute
 from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
@@ -28,7 +29,6 @@ from partialhn.networks.precision import configure_torch
 from partialhn.networks.tensors import hash_tensors
 from partialhn.networks.trunk import Trunk, multiply_adds
 from partialhn.strategies import STRATEGIES, Strategy
-from partialhn.task_inference import TaskInference
 from partialhn.training import lineage
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
@@ -234,7 +234,8 @@ class StreamRun:
         self.tasks = open_task_features(self.store, slots, range(first, len(slots)))
         self.clock.lap("features")
         learner = Learner(self.cut.strategy(self.config), self.config.train, self.device,
-                          inference=TaskInference())
+                          inference=Detector(self.config.train.detector_features,
+                                             self.config.train.false_alarms))
         if self.known:
             learner.restore(*lineage.state(self.filesystem, self.folder, self.known))
         self._learner = learner

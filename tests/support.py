@@ -9,7 +9,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "backbone": {"freeze_depth": 3, "trunk_epochs": 2, "trunk_batch_size": 32},
     "features": {"views": 1, "augment": "none"},
     "hypernet": {"fresh_columns": 4},
-    "train": {"epochs": 3, "batch_size": 16},
+    "train": {"epochs": 3, "batch_size": 16, "detector_features": 16},
     "compute": {"threads": 1},
 }
 

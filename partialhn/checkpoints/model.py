@@ -8,6 +8,7 @@ from torch import Tensor
 
 from partialhn.checkpoints.checkpoint import load, save
 from partialhn.config import Config
+from partialhn.detector.detector import Detector
 from partialhn.errors import IntegrityError
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
@@ -16,7 +17,6 @@ from partialhn.networks.tensors import hash_tensors, tensors_below
 from partialhn.networks.trunk import Trunk
 from partialhn.pixels import Pixels
 from partialhn.strategies import STRATEGIES, Strategy
-from partialhn.detector.detector import Detector
 from partialhn.task_inference import Inference, stored_inference
 
 

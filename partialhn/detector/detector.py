@@ -10,6 +10,7 @@ S sampled images, P = D (D + 1) / 2.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,13 @@ from torch import Tensor
 from partialhn.detector.expansion import Expansion, expansion_of
 from partialhn.detector.fitted import Fitted, fit
 from partialhn.detector.mixture import Joint, Powers, answer, fit_powers
-from partialhn.detector.statistics import HeadLogits, TaskStatistics, scatter_again, statistics, unpacked
+from partialhn.detector.statistics import (
+    HeadLogits,
+    TaskStatistics,
+    scatter_again,
+    statistics,
+    unpacked,
+)
 from partialhn.errors import InputError, IntegrityError
 from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.head import Head, HeadWeights
@@ -112,7 +119,7 @@ class Detector:
 
         def log_p(task: int, rows_R: Tensor) -> Tensor:
             sharp = self.slots[slots[task]]["sharpness"].item()
-            logits_RK = head(z_BCHW[rows_R.to(z_BCHW.device)], weights[task])
+            logits_RK: Tensor = head(z_BCHW[rows_R.to(z_BCHW.device)], weights[task])
             return (sharp * logits_RK).log_softmax(1).cpu()
 
         joint = answer(self._by_task(prepared, white_BD), prepared.powers, log_p)
@@ -130,7 +137,7 @@ class Detector:
         return task_B, class_TB.gather(0, task_B[None])[0]
 
     def strangeness(self, slots: Sequence[int], z_BCHW: Tensor) -> Tensor:
-        """How little each image resembles any class of the slots: (B,), 0 to 2."""
+        """How little each image resembles any class of the slots: (B,), 0 and more."""
         fitted = self._prepare(slots).fitted
         return fitted.strangeness(fitted.white(self._expanded(z_BCHW)))
 
@@ -237,7 +244,7 @@ class Detector:
         fitted = fit(unpacked(self.scatter_P, self.expansion.width), images,
                      torch.cat([each["mean_KD"] for each in own]).double(), sample_SD, y_S)
         white_SD = fitted.white(sample_SD)
-        threshold = 2.0 if not len(white_SD) else torch.quantile(
+        threshold = math.inf if not len(white_SD) else torch.quantile(
             fitted.strangeness(white_SD), 1 - self.false_alarms).item()
         sizes = [len(each["sample_y_S"]) for each in own]
         log_p_SM = torch.split(fitted.log_probabilities(white_SD), sizes)

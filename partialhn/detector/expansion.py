@@ -45,10 +45,11 @@ class Expansion:
 
     def __call__(self, z_BCHW: Tensor) -> Tensor:
         """h_BD, float32 and on the CPU; a row depends on no other image."""
+        if not len(z_BCHW):
+            return torch.empty(0, self.width)
         positions = min(z_BCHW.shape[2] * z_BCHW.shape[3], SIDE * SIDE)
         step = max(1, ELEMENTS // (positions * max(self.features, self.channels)))
-        rows = [self._expand(chunk_BCHW) for chunk_BCHW in torch.split(z_BCHW, step)]
-        return torch.cat(rows) if rows else torch.empty(0, self.width)
+        return torch.cat([self._expand(chunk_BCHW) for chunk_BCHW in torch.split(z_BCHW, step)])
 
     def _expand(self, z_BCHW: Tensor) -> Tensor:
         z_BCP = _few_positions(z_BCHW.float().cpu()).flatten(2)
@@ -81,7 +82,8 @@ def expansion_of(shape_CHW: tuple[int, ...], features: int) -> Expansion:
 
 def scaled(x_BC: Tensor) -> Tensor:
     """Vectors along dimension 1, scaled so that the mean of their squares is 1; zero stays zero."""
-    return torch.nn.functional.normalize(x_BC, dim=1, eps=1e-6) * x_BC.shape[1]**0.5
+    square_B1 = x_BC.square().sum(1, keepdim=True).clamp_min(1e-12)
+    return x_BC * (square_B1 / x_BC.shape[1]).rsqrt()
 
 
 def _few_positions(z_BCHW: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class Fitted:
     sharpness: float
     """Factor on the classes' log-likelihoods."""
     shrinkage: float
+    usual: float
+    """Largest squared distance of a sampled image to its nearest class mean."""
 
     def white(self, h_BD: Tensor) -> Tensor:
         """Whitened features."""
@@ -40,13 +42,21 @@ class Fitted:
         return (self.sharpness * _likelihoods(white_BD, self.mean_MD)).log_softmax(1)
 
     def strangeness(self, white_BD: Tensor) -> Tensor:
-        """How little an image resembles any class: (B,), 0 (like a class mean) to 2.
+        """How little an image resembles any class: (B,), 0 and more.
 
-        One minus the largest cosine between the image and a class mean, seen from the mean of all.
+        One minus the largest cosine between the image and a class mean, seen from the mean of all:
+        it tells near strangers best. An image that is further from every class mean than any
+        sampled image has its distance added, as a share of the usual one.
         """
         unit_BD, unit_MD = (torch.nn.functional.normalize(x, dim=1)
                             for x in (white_BD, self.mean_MD.nan_to_num()))
-        return 1 - (unit_BD @ unit_MD.T).amax(1)
+        further_B = (self._nearest(white_BD) / self.usual - 1).clamp_min(0)
+        return 1 - (unit_BD @ unit_MD.T).amax(1) + further_B
+
+    def _nearest(self, white_BD: Tensor) -> Tensor:
+        """Squared distance to the nearest class mean, (B,)."""
+        likelihood_BM = _likelihoods(white_BD, self.mean_MD)
+        return white_BD.square().sum(1) - 2 * likelihood_BM.amax(1)
 
     def single(self) -> "Fitted":
         """The same in float32, for answers."""
@@ -75,8 +85,12 @@ def fit(scatter_DD: Tensor, images: int, mean_MD: Tensor, sample_SD: Tensor,
     if len(sample_y_S) < FEW:
         best = len(options) // 2
     inverse_D, sharp = (values_D + SHRINKAGES[best] * scale).rsqrt(), options[best][1]
-    return Fitted(centre_D, vectors_DD * inverse_D, turned_MD * inverse_D, sharp,
-                  SHRINKAGES[best])
+    fitted = Fitted(centre_D, vectors_DD * inverse_D, turned_MD * inverse_D, sharp,
+                    SHRINKAGES[best], math.inf)
+    if not len(turned_SD):
+        return fitted
+    return dataclasses.replace(
+        fitted, usual=max(fitted._nearest(turned_SD * inverse_D).amax().item(), 1e-12))
 
 
 def _option(values_D: Tensor, scale: Tensor, shrinkage: float, turned_MD: Tensor,

@@ -93,7 +93,7 @@ def answer(log_p_B_TK: Sequence[Tensor], powers: Powers,
         asked_B = (next_B > best_B) | (place == 0)
         if not asked_B.any():
             break
-        for task in order_BT[asked_B, place].unique().tolist():
+        for task in sorted(set(order_BT[asked_B, place].tolist())):
             rows_R = torch.nonzero(asked_B & (order_BT[:, place] == task))[:, 0]
             own_RK = log_p_B_TK[task][rows_R]
             within_RK = mixed(powers, head(task, rows_R), own_RK - task_BT[rows_R, task, None])

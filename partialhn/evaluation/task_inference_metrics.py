@@ -8,15 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from partialhn.detector.detector import Detector
 from partialhn.features.feature_set import FeatureSet
 from partialhn.strategies import Strategy
-from partialhn.task_inference import (
-    DEFAULT,
-    METHODS,
-    TaskInference,
-    best_task,
-    pooled,
-)
+from partialhn.task_inference import Inference, entropies, infer, pooled
 
 IMAGES = 2048
 """Most test images that are measured, of all tasks together; this bounds the cost."""
@@ -26,13 +21,14 @@ tasks mean fewer images."""
 
 
 @torch.no_grad()
-def without_task_id(strategy: Strategy, inference: TaskInference, tests: Sequence[FeatureSet],
-                    slots: Sequence[int]) -> dict[str, float]:
+def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[FeatureSet],
+                    slots: Sequence[int], heads_alone: bool = True) -> dict[str, float]:
     """Accuracy with the task given and inferred, on test images of every task, mean over tasks.
 
-    slots: the newest slot of each task. Keys: acc_given, acc (the default method), task_accuracy
-    (share of images whose task was inferred correctly), acc_detector, acc_entropy, acc_combined,
-    and known_rejected (share of the images, all of known tasks, rejected as unknown).
+    slots: the newest slot of each task. Keys: acc_given, acc (as `task auto` answers),
+    task_accuracy (share of images whose task was inferred correctly), acc_detector (the detector
+    without the heads), acc_entropy (the heads alone, if `heads_alone`), acc_combined (the same as
+    acc), and known_rejected (share of the images, all of known tasks, rejected as unknown).
     """
     strategy.eval()
     weights = [strategy.weights(slot) for slot in slots]
@@ -40,31 +36,43 @@ def without_task_id(strategy: Strategy, inference: TaskInference, tests: Sequenc
     for task, slot in enumerate(slots):
         z_NCHW, y_N = _some(tests[slot], IMAGES // len(slots))
         z_NCHW = z_NCHW.to(weights[0].bias_K.device)
-        right_N = strategy.head(z_NCHW, weights[task]).argmax(1).cpu() == y_N
-        distances_NT = inference.distances(pooled(z_NCHW))[:, list(slots)]
-        row = {"acc_given": _share(right_N),
-               "known_rejected": _share(distances_NT.amin(1) > inference.threshold)}
-        for method in METHODS:
-            images = HEAD_RUNS // len(slots) ** 2 if method == "entropy" else len(y_N)
-            few_F = _spread(len(y_N), images)
-            found_F = best_task(method, distances_NT[few_F], strategy.head, weights,
-                                z_NCHW[few_F]) == task
-            row[f"acc_{method}"] = _share(right_N[few_F] & found_F)
-            if method == DEFAULT:
-                row |= {"acc": row[f"acc_{method}"], "task_accuracy": _share(found_F)}
-        rows.append(row)
+        given_N = strategy.head(z_NCHW, weights[task]).argmax(1).cpu()
+        inferred = infer(inference, strategy.head, slots, weights, z_NCHW)
+        found_N = inferred.slot_B == slot
+        class_N = given_N if inferred.p_BL is None else inferred.p_BL.argmax(1)
+        row = {"acc_given": _share(given_N == y_N), "acc": _share(found_N & (class_N == y_N)),
+               "task_accuracy": _share(found_N), "known_rejected": _share(~inferred.known_B),
+               "acc_detector": _share(_alone(inference, slots, task, z_NCHW, given_N) == y_N)}
+        if heads_alone:
+            few_F = _spread(len(y_N), HEAD_RUNS // len(slots) ** 2)
+            surest_F = entropies(strategy.head, weights, z_NCHW[few_F]).argmin(1).cpu()
+            row["acc_entropy"] = _share((given_N == y_N)[few_F] & (surest_F == task))
+        rows.append(row | {"acc_combined": row["acc"]})
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
-def rejection_auroc(inference: TaskInference, known: Sequence[FeatureSet],
-                    unknown: FeatureSet) -> float:
-    """AUROC of detecting images of an unknown task by their distance to the learned tasks.
+def _alone(inference: Inference, slots: Sequence[int], task: int, z_NCHW: Tensor,
+           given_N: Tensor) -> Tensor:
+    """The class of each image by the detector without the heads; -1 where it takes another task
+    than `task`. given_N: the classes by the task's head, which is what `TaskInference` has.
+    """
+    if isinstance(inference, Detector):
+        found_N, class_N = inference.classify(slots, z_NCHW)
+    else:
+        found_N, class_N = inference.distances(
+            pooled(z_NCHW))[:, list(slots)].argmin(1), given_N
+    return torch.where(found_N == task, class_N, -1)
 
-    0.5 is guessing, 1 is perfect.
+
+def rejection_auroc(inference: Inference, known: Sequence[FeatureSet], unknown: FeatureSet,
+                    slots: Sequence[int]) -> float:
+    """AUROC of detecting images of an unknown task among those of the learned tasks.
+
+    slots: the newest slot of each task. 0.5 is guessing, 1 is perfect.
     """
     share = max(1, IMAGES // 2 // len(known))
-    inside_N = torch.cat([_nearest(inference, features, share) for features in known])
-    outside_N = _nearest(inference, unknown, IMAGES // 2)
+    inside_N = torch.cat([_strangeness(inference, slots, features, share) for features in known])
+    outside_N = _strangeness(inference, slots, unknown, IMAGES // 2)
     return auroc(inside_N, outside_N)
 
 
@@ -77,8 +85,12 @@ def auroc(low_N: Tensor, high_N: Tensor) -> float:
     return float(above.double().mean() + 0.5 * equal.double().mean())
 
 
-def _nearest(inference: TaskInference, features: FeatureSet, images: int) -> Tensor:
-    return inference.distances(pooled(_some(features, images)[0])).amin(1)
+def _strangeness(inference: Inference, slots: Sequence[int], features: FeatureSet,
+                 images: int) -> Tensor:
+    z_NCHW, _ = _some(features, images)
+    if isinstance(inference, Detector):
+        return inference.strangeness(slots, z_NCHW)
+    return inference.distances(pooled(z_NCHW)).amin(1)
 
 
 def _some(features: FeatureSet, images: int) -> tuple[Tensor, Tensor]:

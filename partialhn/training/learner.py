@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from partialhn.config import TrainConfig
+from partialhn.detector.detector import Detector
 from partialhn.evaluation.task_inference_metrics import rejection_auroc, without_task_id
 from partialhn.features.batches import Workers
 from partialhn.networks.tensors import tensors_below
 from partialhn.strategies import Strategy
-from partialhn.task_inference import TaskInference, TaskStatistics, statistics
+from partialhn.task_inference import Inference, LearnedTask, add_measured, measure, stored_inference
 from partialhn.training.experience import TaskFeatures, evaluate, fit_experience
 from partialhn.training.optimiser import (
     load_optimiser,
@@ -34,14 +35,15 @@ class Learner:
     """Takes a strategy through a stream of tasks; can be stopped and resumed after any epoch."""
 
     def __init__(self, strategy: Strategy, config: TrainConfig, device: torch.device | str = "cpu",
-                 workers: Workers | None = None, inference: TaskInference | None = None,
+                 workers: Workers | None = None, inference: Detector | None = None,
                  recorder: StepRecorder | None = None) -> None:
-        """`inference`: an empty `TaskInference`, if task inference is to be learned too.
+        """`inference`: an empty detector, if task inference is to be learned too.
 
         `recorder`: as in `fit_experience`.
         """
         self.strategy, self.config = strategy.to(device), config
-        self.inference, self.recorder = inference, recorder
+        self.inference: Inference | None = inference
+        self.recorder = recorder
         self.device = torch.device(device)
         self.workers = workers or Workers()
         self.epochs: list[EpochRecord] = []
@@ -58,18 +60,18 @@ class Learner:
 
     def load_task_state(self, tasks: Sequence[TaskFeatures], task_state: dict[str, Tensor],
                         epochs: Sequence[EpochRecord], train_seconds: float,
-                        task_statistics: TaskStatistics | None = None) -> TaskRecord:
+                        measured: dict[str, Tensor] | None = None) -> TaskRecord:
         """Loads the next task as another learner trained it (with `fit_next`), and measures it.
 
-        task_state: the other learner's `Strategy.task_state`. task_statistics: the result of
-        `statistics`, needed if the task's training features are not in `tasks`.
+        task_state: the other learner's `Strategy.task_state`. measured: the result of
+        `measure_task`, needed if the task's training features are not in `tasks`.
         """
         index = len(self.finished)
         self._add_task(tasks[index])
         self.strategy.load_task_state(index, task_state)
         self.epochs += epochs
         self.train_seconds = train_seconds
-        return self._conclude(tasks, task_statistics)
+        return self._conclude(tasks, measured)
 
     def skip_to(self, tasks: Sequence[TaskFeatures], index: int) -> None:
         """Adds the tasks before `index`, which other learners train, without learning them.
@@ -114,33 +116,46 @@ class Learner:
         self.strategy.finish(len(self.finished))
 
     def _conclude(self, tasks: Sequence[TaskFeatures],
-                  task_statistics: TaskStatistics | None = None) -> TaskRecord:
+                  measured: dict[str, Tensor] | None = None) -> TaskRecord:
         """Measures the newly trained task and all earlier ones."""
         index, start = len(self.finished), time.perf_counter()
         row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
-        without_id = self._learn_inference(tasks, index, task_statistics)
+        without_id = self._learn_inference(tasks, index, measured)
         self.finished.append(TaskRecord(tasks[index].name, index, row, self.train_seconds,
                                         time.perf_counter() - start, without_id))
         return self.finished[-1]
 
+    def measure_task(self, tasks: Sequence[TaskFeatures], index: int,
+                     inference: Inference) -> dict[str, Tensor]:
+        """The statistics of a trained task that `inference` takes."""
+        task = tasks[index]
+        assert task.train is not None, f"task {task.name} has no training features"
+        self.strategy.eval()
+        weights = self.strategy.weights(index)
+
+        def logits(z_BCHW: Tensor) -> Tensor:
+            logits_BK: Tensor = self.strategy.head(z_BCHW.to(weights.bias_K.device), weights)
+            return logits_BK
+
+        return measure(inference, LearnedTask(index, task.train, task.validation, task.classes,
+                                              logits, self.config.seed, task.refreshes))
+
     def _learn_inference(self, tasks: Sequence[TaskFeatures], index: int,
-                         task_statistics: TaskStatistics | None) -> dict[str, float] | None:
+                         measured: dict[str, Tensor] | None) -> dict[str, float] | None:
         """Adds a task's features to task inference; returns metrics from before and after that."""
         if self.inference is None:
             return None
-        train, tests = tasks[index].train, [task.test for task in tasks[:index + 1]]
-        if task_statistics is None:
-            assert train is not None, f"task {tasks[index].name} has no training features"
-            task_statistics = statistics(train, index, self.config.seed)
-        replaced = {task.refreshes for task in tasks[:index + 1]}
+        if measured is None:
+            measured = self.measure_task(tasks, index, self.inference)
+        tests = [task.test for task in tasks[:index + 1]]
         metrics = {}
         if index and tasks[index].refreshes is None:
-            metrics["rejection_auroc"] = rejection_auroc(self.inference, tests[:-1], tests[-1])
-        self.inference.add_task(task_statistics)
-        if index + 1 == len(tasks):
-            metrics |= without_task_id(self.strategy, self.inference, tests,
-                                       [i for i in range(index + 1) if i not in replaced])
-        return metrics
+            metrics["rejection_auroc"] = rejection_auroc(
+                self.inference, tests[:-1], tests[-1], _newest(tasks[:index]))
+        add_measured(self.inference, measured, tasks[index].refreshes)
+        return metrics | without_task_id(self.strategy, self.inference, tests,
+                                         _newest(tasks[:index + 1]),
+                                         heads_alone=index + 1 == len(tasks))
 
     def _begin(self, index: int, classes: int, refreshes: int | None = None) -> None:
         if index == len(self.strategy.classes):
@@ -174,8 +189,9 @@ class Learner:
         self.epochs = [EpochRecord(**record) for record in fields["epochs"]]
         self.finished = [TaskRecord.from_fields(record) for record in fields["finished"]]
         if self.inference is not None:
-            self.inference = TaskInference.from_tensors(tensors_below(tensors, "inference."),
-                                                        len(self.finished))
+            assert isinstance(self.inference, Detector), "a learner is restored once"
+            self.inference = stored_inference(tensors_below(tensors, "inference."),
+                                              len(self.finished), self.inference)
         if len(self.finished) == len(self.strategy.classes):
             return
         self._begin(len(self.finished), self.strategy.classes[-1])
@@ -189,3 +205,9 @@ class Learner:
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, value) for name, value in self.strategy.named_parameters()
                 if value.requires_grad]
+
+
+def _newest(tasks: Sequence[TaskFeatures]) -> list[int]:
+    """Indices of the slots that no later one refreshes."""
+    replaced = {task.refreshes for task in tasks}
+    return [index for index in range(len(tasks)) if index not in replaced]

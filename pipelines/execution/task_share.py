@@ -21,12 +21,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from partialhn.checkpoints import checkpoint
 from partialhn.config import StrategyName
+from partialhn.detector.detector import Detector
 from partialhn.errors import InputError
 from partialhn.networks.tensors import tensors_below
-from partialhn.task_inference import TaskStatistics, statistics
+from partialhn.task_inference import Inference, stored_inference
 from partialhn.training import lineage
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
@@ -84,16 +88,19 @@ class TaskShare:
 
     def __init__(self, worker: WorkerRank, lineage_ids: Sequence[str],
                  tasks: Sequence[TaskFeatures], new_learner: Callable[[], Learner],
+                 new_detector: Callable[[], Detector],
                  send: Callable[[EpochRecord | TaskRecord], None], model: Learner | None,
                  keep: Callable[[Learner, TaskRecord], None]) -> None:
         """Stores the arguments; nothing is learned yet.
 
-        new_learner: creates an empty learner for a single task. send: is called with every record;
+        new_learner: creates an empty learner for a single task, and new_detector an empty detector
+        for it. send: is called with every record;
         the epochs of a task come a second time, together, before its task record. model: on the
         first worker, the learner into which learned tasks are put; `keep` is called after each.
         """
         self.worker, self.lineage_ids, self.tasks = worker, lineage_ids, tasks
-        self._new_learner, self._send, self._model, self._keep = new_learner, send, model, keep
+        self._new_learner, self._new_detector = new_learner, new_detector
+        self._send, self._model, self._keep = send, model, keep
         self._folder = f"{worker.run}/tasks"
         self._filesystem = worker.storage.filesystem
 
@@ -122,7 +129,7 @@ class TaskShare:
                 self._send(epoch)
             record = model.load_task_state(
                 self.tasks, tensors_below(tensors, "strategy."), epochs, fields["train_seconds"],
-                TaskStatistics(**tensors_below(tensors, "statistics.")))
+                tensors_below(tensors, "statistics."))
             self._keep(model, record)
             self._send(record)
             self.worker.storage.delete(folder)
@@ -142,12 +149,10 @@ class TaskShare:
             self._send(record)
             if states.due:
                 states.save("learner", *learner.state())
-        train = self.tasks[index].train
-        assert train is not None, f"{self.tasks[index].name} was trained"
-        task_statistics = statistics(train, index, learner.config.seed)._asdict()
+        measured = learner.measure_task(self.tasks, index, self._inference_before(index))
         task_state = learner.strategy.task_state(index)
         tensors = {f"strategy.{name}": value for name, value in task_state.items()}
-        tensors |= {f"statistics.{name}": value for name, value in task_statistics.items()}
+        tensors |= {f"statistics.{name}": value for name, value in measured.items()}
         epochs = [dataclasses.asdict(epoch) for epoch in learner.epochs
                   if epoch.task_index == index]
         with tempfile.TemporaryDirectory() as scratch:
@@ -158,15 +163,26 @@ class TaskShare:
 
     def _start(self, learner: Learner, index: int) -> None:
         """Restores the model that the task starts from in an empty learner."""
-        if not index:
-            return
-        refreshes = self.tasks[index].refreshes
-        start = 0 if refreshes is None else refreshes
+        if index:
+            learner.restore(*self._state_before(index)[:2])
+            learner.skip_to(self.tasks, index)
+
+    def _state_before(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+        """The stored model that a task after the first starts from, and its number of slots."""
+        start = self.tasks[index].refreshes or 0
         self._wait_for(start)
         folder, lineage_ids = self.worker.models, self.lineage_ids[:start + 1]
         learned = lineage.find(self._filesystem, folder, lineage_ids)
-        learner.restore(*lineage.state(self._filesystem, folder, learned))
-        learner.skip_to(self.tasks, index)
+        return *lineage.state(self._filesystem, folder, learned), start + 1
+
+    def _inference_before(self, index: int) -> Inference:
+        """Task inference as far as the statistics of a task depend on it: its kind, and the slot
+        that the task refreshes.
+        """
+        if not index:
+            return self._new_detector()
+        tensors, _, slots = self._state_before(index)
+        return stored_inference(tensors_below(tensors, "inference."), slots, self._new_detector())
 
     def _wait_for(self, index: int) -> None:
         """Waits for the model after a task. Raises: InputError if another worker gave up."""

@@ -23,10 +23,10 @@ from torch import Tensor
 from partialhn.checkpoints import checkpoint
 from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import Config, StrategyName
+from partialhn.detector.detector import Detector
 from partialhn.features.batches import Workers
 from partialhn.networks.precision import configure_torch
 from partialhn.run import TrunkAndHead, with_strategy
-from partialhn.task_inference import TaskInference
 from partialhn.training import lineage
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
@@ -125,7 +125,7 @@ class Worker:
             is_main = name == a.config.train.strategy
             if name in self.outcomes:
                 continue
-            learner = self._new_learner(name, self.workers, TaskInference() if is_main else None)
+            learner = self._new_learner(name, self.workers, self._detector() if is_main else None)
             learned = known if is_main else []
             if restored and restored[1]["strategy"] == name and (
                     len(restored[1]["learner"]["finished"]) >= len(learned)):
@@ -142,11 +142,16 @@ class Worker:
         return self.rank.own_tasks(known, count) if self.by_tasks else range(known, count)
 
     def _new_learner(self, name: StrategyName, workers: Workers,
-                     inference: TaskInference | None = None) -> Learner:
+                     inference: Detector | None = None) -> Learner:
         a = self.assignment
         return Learner(a.cut.strategy(with_strategy(a.config, name)), a.config.train,
                        self.device, workers, inference,
                        recorder_for(self.device, a.config.compute.cuda_graphs))
+
+    def _detector(self) -> Detector:
+        """An empty detector."""
+        train = self.assignment.config.train
+        return Detector(train.detector_features, train.false_alarms)
 
     def _share(self, tasks: list[TaskFeatures], known: list[lineage.Learned]) -> None:
         """Learns whole tasks, one for each worker at a time; then whole baselines.
@@ -156,13 +161,13 @@ class Worker:
         a, model = self.assignment, None
         name = a.config.train.strategy
         if self.workers.rank == 0:
-            model = self._new_learner(name, Workers(), TaskInference())
+            model = self._new_learner(name, Workers(), self._detector())
             if known:
                 model.restore(*lineage.state(a.storage.filesystem, a.folder, known))
         for done in known:
             self._send(name, done.record)
         TaskShare(self.rank, a.lineage_ids, tasks, lambda: self._new_learner(name, Workers()),
-                  lambda record: self.host.send(name, record), model,
+                  self._detector, lambda record: self.host.send(name, record), model,
                   self._keep_model).learn(len(known))
         baselines = BaselineShare(self.rank, tasks, a.config.train.compare,
                                   lambda baseline: self._new_learner(baseline, Workers()),

@@ -48,7 +48,7 @@ TINY = Config(
     backbone=BackboneConfig(freeze_depth=3, trunk_epochs=1),
     features=FeatureConfig(views=2, shard_rows=20, feature_dtype="float32"),
     hypernet=HypernetConfig(code_dim=8, fresh_columns=4, hidden=(6, 5), channel_dim=4),
-    train=TrainConfig(epochs=2, batch_size=16),
+    train=TrainConfig(epochs=2, batch_size=16, detector_features=16),
 )
 
 

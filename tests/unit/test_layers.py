@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     "partialhn": ("errors naming", "plugins", "tables", "config json_files pixels",
                   "data networks presets", "features",
-                  "strategies task_inference", "checkpoints", "predict", "evaluation", "training",
-                  "run", "benchmarks notebook"),
+                  "detector", "strategies task_inference", "checkpoints", "predict", "evaluation",
+                  "training", "run", "benchmarks notebook"),
     "pipelines": ("settings", "platform", "report", "features registry benchmarks",
                   "search execution doctor show serving", "label_images advice train retrain",
                   "tune upkeep demo register_stream", "cli"),

@@ -1,0 +1,330 @@
+"""The detector: exact in any order, exact removal, its closed form, its mixture with the heads."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from partialhn.checkpoints.model import Model, TaskInfo
+from partialhn.detector.detector import Detector
+from partialhn.detector.expansion import Expansion, expansion_of
+from partialhn.detector.fitted import SHRINKAGES, fit
+from partialhn.detector.mixture import DRAWN, POWER, Powers, answer, fit_powers, mixed
+from partialhn.detector.statistics import (
+    SAMPLE,
+    UNIT,
+    TaskStatistics,
+    expanded,
+    packed,
+    spread_over,
+    unpacked,
+)
+from partialhn.errors import InputError, IntegrityError
+from partialhn.evaluation.task_inference_metrics import auroc, rejection_auroc, without_task_id
+from partialhn.features.feature_set import join
+from partialhn.predict import Predictor
+from partialhn.strategies import STRATEGIES
+from partialhn.training.learner import Learner
+
+INFOS = tuple(TaskInfo(name, (f"{name}-0", f"{name}-1")) for name in ("a", "b", "c"))
+FEATURES = 16
+
+
+def plain(features):
+    rows = torch.arange(len(features))
+    return features.gather(rows, torch.zeros_like(rows))
+
+
+@pytest.fixture(scope="module")
+def learner(cut, tasks, config):
+    made = Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train,
+                   inference=Detector(FEATURES))
+    list(made.learn(tasks[:3]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def weights(learner):
+    return [learner.strategy.weights(task) for task in range(3)]
+
+
+@pytest.fixture(scope="module")
+def measured(learner, tasks):
+    """The statistics of every task, as one machine would compute them."""
+    return [Detector(FEATURES).statistics(task.train, task.validation, task.classes)
+            for task in tasks]
+
+
+def detector_of(measured, order):
+    detector = Detector(FEATURES)
+    for task in order:
+        detector.add_task(measured[task])
+    return detector
+
+
+def test_an_expansion_is_a_function_of_one_image(tasks):
+    z_BCHW, expansion = plain(tasks[0].test), expansion_of(tasks[0].test.shape_CHW, FEATURES)
+    together = expansion(z_BCHW)
+    assert together.shape == (len(z_BCHW), expansion.width)
+    torch.testing.assert_close(expansion(z_BCHW[3:4]), together[3:4], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(expansion(5 * z_BCHW), together, rtol=1e-4, atol=1e-4)
+
+
+def test_an_expansion_by_hand():
+    z_CHW = torch.tensor([[[3.0, 0.0]], [[4.0, 0.0]]])
+    first, second = np.random.RandomState(0).standard_normal((1, 2))[0] / np.sqrt(2)
+    h_D = Expansion(2, True, 1)(z_CHW[None])[0]
+    scale = np.sqrt(2) / 5
+    expected = [3 * scale, 4 * scale, 3 * scale, 4 * scale,
+                max(0, first * 3 * scale + second * 4 * scale) / 2]
+    np.testing.assert_allclose(h_D, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (3, 49, 1), (3, 20, 30)])
+def test_any_shape_of_features_has_the_width_it_says(shape):
+    expansion = expansion_of(shape, 5)
+    h_BD = expansion(torch.rand(4, *shape, generator=torch.Generator().manual_seed(0)))
+    assert h_BD.shape == (4, expansion.width) == (4, 3 * (1 + (shape[1] > 1)) + 5)
+    assert torch.isfinite(h_BD).all()
+    assert expansion(torch.zeros(0, *shape)).shape == (0, expansion.width)
+
+
+def test_a_packed_matrix_is_exact_to_its_unit():
+    matrix = torch.rand(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = matrix + matrix.T
+    again = unpacked(packed(matrix), 5)
+    assert torch.equal(again, again.T)
+    assert (again - matrix).abs().max() <= UNIT / 2
+
+
+def test_the_scatter_is_the_sum_around_class_means(measured, tasks):
+    train = tasks[1].train
+    expansion = expansion_of(train.shape_CHW, FEATURES)
+    h_ND, y_N = expanded(expansion, train, torch.arange(len(train)))
+    h_ND, y_N = h_ND.double().numpy(), y_N.numpy()
+    means = np.stack([h_ND[y_N == label].mean(0) for label in range(2)])
+    centred = h_ND - means[y_N]
+    np.testing.assert_allclose(unpacked(measured[1].scatter_P, expansion.width),
+                               centred.T @ centred, atol=1e-4)
+    np.testing.assert_allclose(measured[1].mean_KD.float(), means, rtol=1e-3, atol=1e-4)
+    assert measured[1].images.tolist() == [len(train), len(train)]
+
+
+def test_three_orders_of_arrival_give_the_same_bits_and_answers(measured, learner, tasks, weights):
+    first = detector_of(measured, (0, 1, 2))
+    z_BCHW = torch.cat([plain(task.test) for task in tasks[:3]])
+    joint, known_B = first.infer(learner.strategy.head, range(3), weights, z_BCHW)
+    for order in ((2, 0, 1), (1, 2, 0)):
+        other = detector_of(measured, order)
+        assert torch.equal(other.scatter_P, first.scatter_P)
+        slots = [order.index(task) for task in range(3)]
+        again, again_known_B = other.infer(learner.strategy.head, slots, weights, z_BCHW)
+        assert torch.equal(again.task_B, joint.task_B)
+        assert torch.equal(again_known_B, known_B)
+        torch.testing.assert_close(again.p_BL, joint.p_BL, rtol=1e-6, atol=1e-6)
+
+
+def test_a_task_that_is_taken_out_was_never_in(measured, tasks):
+    detector, without = detector_of(measured, (0, 1, 2)), detector_of(measured, (0, 2))
+    detector.remove_task(1, tasks[1].train)
+    assert torch.equal(detector.scatter_P, without.scatter_P)
+    z_BCHW = plain(tasks[2].test)
+    for found, expected in zip(detector.classify((0, 2), z_BCHW), without.classify((0, 1), z_BCHW),
+                               strict=True):
+        assert torch.equal(found, expected)
+    assert detector.slots[1]["mean_KD"].isnan().all()
+    assert not detector.slots[1]["sample_SD"].numel()
+
+
+def test_a_refresh_takes_off_what_the_task_had_added(measured, tasks):
+    whole = join([tasks[1].train, tasks[4].train])
+    detector, fresh = detector_of(measured, (0, 1)), detector_of(measured, (0,))
+    fresh.add_task(fresh.statistics(whole, tasks[1].validation, 2))
+    detector.add_task(detector.statistics(whole, tasks[1].validation, 2, refreshes=1), refreshes=1)
+    assert torch.equal(detector.scatter_P, fresh.scatter_P)
+    z_BCHW = plain(tasks[0].test)
+    assert torch.equal(detector.strangeness((0, 2), z_BCHW), fresh.strangeness((0, 1), z_BCHW))
+
+
+def test_a_task_without_held_out_images_leaves_some_out_of_the_sums(tasks):
+    statistics = Detector(FEATURES).statistics(tasks[0].train, None, 2)
+    kept = len(statistics.sample_y_S)
+    assert 0 < kept <= SAMPLE
+    assert statistics.images.tolist() == [len(tasks[0].train) - kept, len(tasks[0].train)]
+    assert not len(statistics.sample_head_SK)
+    detector = Detector(FEATURES)
+    detector.add_task(statistics)
+    detector.remove_task(0, tasks[0].train)
+    assert not detector.scatter_P.any()
+
+
+def test_a_class_without_images_is_never_the_answer(measured, tasks):
+    odd = dataclasses.replace(tasks[0].train, y_N=torch.ones_like(tasks[0].train.y_N))
+    detector = Detector(FEATURES)
+    detector.add_task(detector.statistics(odd, None, 2))
+    detector.add_task(measured[1])
+    task_B, class_B = detector.classify((0, 1), plain(tasks[0].test))
+    assert ((task_B == 1) | (class_B == 1)).all()
+    assert torch.isfinite(detector.strangeness((0, 1), plain(tasks[0].test))).all()
+
+
+def test_the_classifier_is_that_of_scikit_learn():
+    """With the true covariance, linear discriminant analysis is the likeliest class."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    rng = np.random.default_rng(0)
+    y_N = np.repeat(np.arange(3), 60)
+    x_NF = rng.normal(size=(180, 4)) @ rng.normal(size=(4, 4)) + 0.7 * rng.normal(size=(3, 4))[y_N]
+    means = np.stack([x_NF[y_N == label].mean(0) for label in range(3)])
+    centred = x_NF - means[y_N]
+    x_NF, means, centred = map(torch.from_numpy, (x_NF, means, centred))
+    fitted = fit(centred.T @ centred, 180, means, x_NF[:7], torch.from_numpy(y_N[:7]))
+    assert fitted.shrinkage == SHRINKAGES[len(SHRINKAGES) // 2], "seven samples choose nothing"
+    fitted = fit(centred.T @ centred, 180, means, x_NF, torch.from_numpy(y_N))
+    expected = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3).fit(x_NF, y_N)
+    logits = fitted.log_probabilities(fitted.white(x_NF))
+    assert (logits.argmax(1).numpy() == expected.predict(x_NF)).mean() > 0.97
+    assert fitted.sharpness > 0.7, "the data is Gaussian, so its likelihoods are right"
+
+
+def opinions(rng, images, classes, clear):
+    """A made-up opinion that is right as often as `clear` is large, and the classes."""
+    y_S = torch.from_numpy(rng.integers(0, classes, images))
+    logits = torch.from_numpy(rng.normal(size=(images, classes)))
+    logits[torch.arange(images), y_S] += clear
+    return logits.log_softmax(1), y_S
+
+
+def test_the_better_opinion_counts_more_and_the_fit_is_the_likeliest():
+    rng = np.random.default_rng(0)
+    tasks = []
+    for classes in (3, 5):
+        head, y_S = opinions(rng, 300, classes, 3.0)
+        tasks.append((head, opinions(rng, 300, classes, 0.0)[0], y_S))
+    powers = fit_powers(tasks)
+    assert powers.head > powers.detector + 0.5
+
+    def loss(candidate):
+        drawn = DRAWN / 2 * sum((power - POWER) ** 2 for power in candidate)
+        return drawn + sum(torch.nn.functional.nll_loss(mixed(candidate, head, detector), y_S,
+                                                reduction="sum")
+                   for head, detector, y_S in tasks)
+    for change in ((0.1, 0), (-0.1, 0), (0, 0.1), (0, -0.1)):
+        assert loss(powers) < loss(Powers(powers.head + change[0], powers.detector + change[1]))
+    assert fit_powers([]) == Powers(0.5, 0.5)
+
+
+def test_heads_are_asked_only_where_they_can_change_the_answer():
+    rng = np.random.default_rng(0)
+    log_p_BM = torch.from_numpy(3 * rng.normal(size=(400, 12))).log_softmax(1).float()
+    log_p = list(torch.split(log_p_BM, [3, 4, 5], dim=1))
+    heads = [torch.from_numpy(2 * rng.normal(size=part.shape)).log_softmax(1).float()
+             for part in log_p]
+    powers, asked = Powers(0.7, 0.4), []
+
+    def head(task, rows_R):
+        asked.append(len(rows_R))
+        return heads[task][rows_R]
+    joint = answer(log_p, powers, head)
+    every = torch.stack([torch.nn.functional.pad(
+        (part.logsumexp(1, keepdim=True) + mixed(powers, own, part - part.logsumexp(
+            1, keepdim=True))), (0, 5 - part.shape[1]), value=-torch.inf)
+        for part, own in zip(log_p, heads, strict=True)], 1)
+    assert torch.equal(joint.task_B, every.amax(2).argmax(1))
+    assert torch.equal(joint.p_BL.argmax(1), every[torch.arange(400), joint.task_B].argmax(1))
+    torch.testing.assert_close(joint.p_BL.sum(1), torch.ones(400))
+    assert 400 <= sum(asked) < 0.7 * 3 * 400
+
+
+def test_it_finds_tasks_far_better_than_guessing_and_measures_every_task(learner, tasks):
+    measured = without_task_id(learner.strategy, learner.inference,
+                               [task.test for task in tasks[:3]], range(3))
+    assert measured["task_accuracy"] > 0.6
+    assert measured["acc"] == measured["acc_combined"] > 1 / 6
+    assert learner.finished[2].without_id.items() >= measured.items()
+    assert "rejection_auroc" not in learner.finished[0].without_id
+    assert learner.finished[0].without_id["acc"] > 0.5
+    assert "acc_entropy" not in learner.finished[1].without_id
+
+
+def test_strangers_are_rejected_and_known_images_are_not(learner, tasks):
+    known = [task.test for task in tasks[:3]]
+    assert rejection_auroc(learner.inference, known, tasks[4].test, range(3)) > 0.6
+    threshold = learner.inference.threshold(range(3))
+    inside_B = learner.inference.strangeness(range(3), torch.cat([plain(each) for each in known]))
+    assert (inside_B <= threshold).float().mean() > 0.7
+    noise = torch.rand(40, *known[0].shape_CHW, generator=torch.Generator().manual_seed(0))
+    assert auroc(inside_B, learner.inference.strangeness(range(3), noise)) > 0.8
+
+
+def test_more_false_alarms_lower_the_threshold(measured):
+    detector = detector_of(measured, (0, 1, 2))
+    usual = detector.threshold(range(3))
+    many = Detector(FEATURES, false_alarms=0.5)
+    for task in range(3):
+        many.add_task(measured[task])
+    assert many.threshold(range(3)) < usual
+
+
+def test_a_saved_model_infers_the_same(cut, config, learner, tasks, tmp_path):
+    model = Model(config, cut.trunk, learner.strategy, INFOS, inference=learner.inference)
+    model.save(tmp_path / "model")
+    z_BCHW = plain(tasks[1].test)
+    before = Predictor(model).answers(z_BCHW, ["auto"] * len(z_BCHW))
+    after = Predictor.load(tmp_path / "model").answers(z_BCHW, ["auto"] * len(z_BCHW))
+    assert before == after
+    assert {answer.task for answer in after} <= {"a", "b", "c"}
+    assert all(abs(sum(answer.probabilities) - 1) < 1e-5 for answer in after)
+    mixed_up = Predictor(model).answers(z_BCHW[:4], ["auto", "b", "auto", "a"])
+    assert (mixed_up[0], mixed_up[1].task, mixed_up[3].task) == (before[0], "b", "a")
+
+
+def test_an_interrupted_stream_ends_with_the_same_statistics(cut, tasks, config, learner):
+    first = Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train,
+                    inference=Detector(FEATURES))
+    list(first.learn(tasks[:2]))
+    second = Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train,
+                     inference=Detector(FEATURES))
+    second.restore(*first.state())
+    list(second.learn(tasks[:3]))
+    for name, value in learner.inference.tensors().items():
+        assert torch.equal(second.inference.tensors()[name], value), name
+
+
+def test_a_task_adds_its_means_and_samples_and_nothing_else(measured):
+    def size(detector):
+        return sum(v.numel() * v.element_size() for v in detector.tensors().values())
+    detector = detector_of(measured, (0, 1, 2))
+    before = size(detector)
+    detector.add_task(measured[3])
+    assert size(detector) - before == detector.task_bytes(3)
+
+
+@pytest.mark.parametrize("change", [
+    {"scatter": None}, {"expansion": torch.tensor([0, 1, 2])}, {"mean_KD.1": torch.zeros(2, 3)},
+    {"sample_y_S.0": None}, {"scatter": torch.zeros(4, dtype=torch.int32)}])
+def test_damaged_statistics_are_refused(measured, change):
+    tensors = detector_of(measured, (0, 1)).tensors()
+    for name, value in change.items():
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    with pytest.raises(IntegrityError, match="detector of this checkpoint does not fit"):
+        Detector.from_tensors(tensors, 2)
+
+
+def test_nothing_is_inferred_before_the_first_task():
+    with pytest.raises(InputError, match="no task is learned yet"):
+        Detector().classify((), torch.zeros(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize(("length", "count", "places"), [
+    (10, 5, [1, 3, 5, 7, 9]), (3, 5, [0, 1, 2]), (0, 4, [])])
+def test_rows_are_spread_evenly(length, count, places):
+    assert spread_over(length, count).tolist() == places
+
+
+def test_statistics_travel_as_tensors(measured):
+    assert TaskStatistics(**measured[0]._asdict()).images is measured[0].images
