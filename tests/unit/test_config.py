@@ -51,6 +51,8 @@ LIMITS = {
     "train.buffer": [0],
     "train.ewc_strength": [-0.1, math.nan],
     "train.lwf_strength": [-0.1, math.nan],
+    "train.detector_features": [-1, 100_001],
+    "train.false_alarms": [-0.1, 1.0, math.nan],
     "train.epochs": [0],
     "train.batch_size": [1],
     "train.learning_rate": [0.0, math.nan],
@@ -229,6 +231,7 @@ def test_work_hash_names_everything_else():
         "train.precision": "bfloat16", "train.label_smoothing": 0.1, "train.seed": 1,
         "train.buffer": 9,
         "train.ewc_strength": 2.0, "train.lwf_strength": 2.0,
+        "train.detector_features": 9, "train.false_alarms": 0.1,
     }
     ours = {key for key in every_key() if not key.startswith("compute.")}
     ours -= {"data.data", "features.compression"}

@@ -180,4 +180,5 @@ def test_the_same_classes_in_changing_images(tmp_path):
     assert [len(task.classes) for task in model.tasks] == [10, 10, 10]
     assert [task["transform"] for task in fields["tasks"]] == values["data"]["task_transforms"]
     assert fields["forgetting"] == 0
-    assert fields["bounds"]["latent_replay"]["bytes_per_task"] > fields["bytes_per_task"]
+    detector = sum(map(model.inference.task_bytes, range(3))) / 3
+    assert fields["bounds"]["latent_replay"]["bytes_per_task"] > fields["bytes_per_task"] - detector
