@@ -147,8 +147,14 @@ class BackboneConfig:
     trunk: str = "train"
     """Where the trunk's weights come from: train (trained on the first task),
     torchvision:NAME:WEIGHTS, or a .safetensors file."""
-    trunk_epochs: int = 15
-    """Passes over the first task's images while the trunk is trained."""
+    trunk_epochs: int | None = None
+    """Passes over the first task's images while the trunk is trained. Default: 15, and more or
+    fewer where these are less than trunk_min_steps or more than trunk_max_steps; training then
+    stops when the held-out loss does not improve any more, and the best state is kept."""
+    trunk_min_steps: int = 400
+    """Least number of steps that the trunk is trained for where trunk_epochs is not given."""
+    trunk_max_steps: int = 20_000
+    """Largest number of steps that the trunk is trained for where trunk_epochs is not given."""
     trunk_batch_size: int = 64
     """Number of images in a step of the trunk's training."""
     trunk_learning_rate: float = 3e-3
@@ -177,7 +183,11 @@ class BackboneConfig:
         object.__setattr__(self, "freeze_depth", depth)  # a frozen dataclass allows no other way
         _require(not isinstance(depth, int) or depth >= 0, "freeze_depth", depth,
                  "0 or more, a block's name, or a share such as 75%")
-        _require(self.trunk_epochs >= 1, "trunk_epochs", self.trunk_epochs, "1 or more")
+        _require(self.trunk_epochs is None or self.trunk_epochs >= 1, "trunk_epochs",
+                 self.trunk_epochs, "1 or more")
+        _require(self.trunk_min_steps >= 1, "trunk_min_steps", self.trunk_min_steps, "1 or more")
+        _require(self.trunk_max_steps >= self.trunk_min_steps, "trunk_max_steps",
+                 self.trunk_max_steps, f"trunk_min_steps ({self.trunk_min_steps}) or more")
         _require(self.trunk_batch_size >= 2, "trunk_batch_size", self.trunk_batch_size,
                  "2 or more")
         _require(self.trunk_learning_rate > 0, "trunk_learning_rate", self.trunk_learning_rate,
@@ -273,8 +283,14 @@ class TrainConfig:
     compare: tuple[StrategyName, ...] = ()
     """Other strategies that learn the same features for the report, for example
     separate_heads naive."""
-    epochs: int = 10
-    """Passes over a task's features."""
+    epochs: int | None = None
+    """Passes over a task's features. Default: 10, and more or fewer where these are less than
+    min_steps or more than max_steps; a task then stops when its held-out loss does not improve any
+    more, and its best state is kept."""
+    min_steps: int = 300
+    """Least number of steps that a task is trained for where epochs is not given."""
+    max_steps: int = 15_000
+    """Largest number of steps that a task is trained for where epochs is not given."""
     batch_size: int = 64
     """Number of images in a step, over all workers."""
     learning_rate: float = 1e-3
@@ -311,7 +327,10 @@ class TrainConfig:
         for key, name in (("strategy", self.strategy), *(("compare", each) for each in
                                                          self.compare)):
             _require(name in STRATEGIES, key, name, ", ".join(STRATEGIES))
-        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        _require(self.epochs is None or self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        _require(self.min_steps >= 1, "min_steps", self.min_steps, "1 or more")
+        _require(self.max_steps >= self.min_steps, "max_steps", self.max_steps,
+                 f"min_steps ({self.min_steps}) or more")
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
         _require(0 <= self.label_smoothing <= 0.5, "label_smoothing", self.label_smoothing,
@@ -385,6 +404,11 @@ class Sections(FeatureSections):
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
 
 
+FIRST_VALUES: Mapping[str, Mapping[str, Any]] = {
+    "backbone": {"trunk_epochs": 15}, "train": {"epochs": 10}}
+"""Defaults of version 0.1.0 that are None today: the value is then chosen for each task."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(Sections):
     """One stream, completely described."""
@@ -407,6 +431,16 @@ class Config(Sections):
         Raises: InputError naming an unknown key or a value of the wrong type.
         """
         return typing.cast(Config, build(Config, values, ""))
+
+    def with_first_values(self) -> "Config":
+        """The configuration with the defaults of version 0.1.0 in place of options that are chosen
+        for each task (None) and that 0.1.0 could not choose.
+        """
+        return dataclasses.replace(self, **{
+            section: dataclasses.replace(options, **{
+                name: value for name, value in values.items() if getattr(options, name) is None})
+            for section, values in FIRST_VALUES.items()
+            for options in [getattr(self, section)]})
 
     def work_hash(self) -> str:
         """A name for the work: equal for two configurations that learn the same thing.

@@ -169,10 +169,11 @@ class StreamRun:
         check(config)
         self.clock = Clock()
         configure_torch(config.compute.threads)
-        self.config, self.root, self.device = config, root, torch.device(device)
+        self.root, self.device = root, torch.device(device)
         self.filesystem = pafs.LocalFileSystem()
+        self.config = lineage.as_begun(config, self.filesystem, self.folder)
         self.store = FeatureStore(self.filesystem, str(root))
-        self.experiences = open_stream(config.data, root / "datasets")
+        self.experiences = open_stream(self.config.data, root / "datasets")
         self.clock.lap("data")
         self.known: list[lineage.Learned] = []
         """The tasks that are learned and stored, oldest first."""

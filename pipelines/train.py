@@ -82,6 +82,7 @@ def train(config: Config, output: OutputConfig, log: Log = print) -> dict[str, A
 def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> dict[str, Any]:
     clock = Clock()
     check_result_path(output.result)
+    config = _as_begun(config, storage, output.name, log)
     experiences = open_data(config.data, storage)
     classes = sum(len(experience.classes) for experience in experiences)
     images = sum(len(experience.train) for experience in experiences)
@@ -122,6 +123,16 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
             raise
     Path(output.result).write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
+
+
+def _as_begun(given: Config, storage: Storage, stream: str, log: Log) -> Config:
+    """`partialhn.training.lineage.as_begun` of a stream, with a line where it changes something."""
+    config = lineage.as_begun(given, storage.filesystem, storage.path("runs", stream, "learned"))
+    if config != given:
+        log(f"{stream}: begun with the defaults of 0.1.0 (epochs {config.train.epochs}, "
+            f"trunk_epochs {config.backbone.trunk_epochs}), which its new tasks keep; a stream of "
+            "another --name has budgets that fit each task")
+    return config
 
 
 def check_result_path(path: str) -> None:

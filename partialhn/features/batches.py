@@ -71,16 +71,17 @@ def whole_batch(features: FeatureSet, batch_size: int, workers: Workers) -> int:
 
 
 def epoch_order(features: FeatureSet, batch_size: int, seed: Sequence[int],
-                workers: Workers) -> Order:
+                workers: Workers, passes: int = 1) -> Order:
     """The order of an epoch, drawn from `seed` alone; each worker gets its share of every batch.
 
-    Images that do not fill a last batch are left out of this epoch. Raises: InputError for fewer
-    images than workers.
+    An epoch has `passes` passes over the images, each in an order of its own. Images that do not
+    fill a last batch are left out of this epoch. Raises: InputError for fewer images than workers.
     """
     size = whole_batch(features, batch_size, workers)
     rng = np.random.default_rng(list(seed))
-    order_N = rng.permutation(len(features))
-    views_N = rng.integers(0, features.views, len(features))
+    drawn = [(rng.permutation(len(features)), rng.integers(0, features.views, len(features)))
+             for _ in range(passes)]
+    order_N, views_N = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     steps = len(order_N) // size
     rows_EB, views_EB = (
         torch.from_numpy(np.ascontiguousarray(
@@ -90,9 +91,9 @@ def epoch_order(features: FeatureSet, batch_size: int, seed: Sequence[int],
 
 
 def epoch_batches(features: FeatureSet, batch_size: int, seed: Sequence[int],
-                  workers: Workers) -> Iterator[FeatureBatch]:
+                  workers: Workers, passes: int = 1) -> Iterator[FeatureBatch]:
     """The batches of `epoch_order`; each is read only when it is requested."""
-    order = epoch_order(features, batch_size, seed, workers)
+    order = epoch_order(features, batch_size, seed, workers, passes)
     rows_EB, views_EB = (x_EB.to(features.y_N.device) for x_EB in order[:2])
     for step, (rows_B, views_B) in enumerate(zip(rows_EB, views_EB, strict=True)):
         yield FeatureBatch(features.gather(rows_B, views_B), features.y_N[rows_B], order.loss_scale,
@@ -102,10 +103,13 @@ def epoch_batches(features: FeatureSet, batch_size: int, seed: Sequence[int],
 class Batches(abc.ABC):
     """The batches that training steps read: `begin` starts an epoch, each call gives a batch."""
 
-    def __init__(self, features: FeatureSet, batch_size: int, workers: Workers) -> None:
+    def __init__(self, features: FeatureSet, batch_size: int, workers: Workers,
+                 passes: int = 1) -> None:
+        """passes: passes over the images in an epoch."""
         self._features, self._batch_size, self._workers = features, batch_size, workers
+        self._passes = passes
         size = whole_batch(features, batch_size, workers)
-        self.steps = len(features) // size
+        self.steps = passes * len(features) // size
         """Batches E of an epoch."""
         self.batch = len(range(workers.rank, size, workers.world))
         """Rows B of this worker's share of a batch."""
@@ -123,14 +127,14 @@ class MappedBatches(Batches):
     """Batches of memory-mapped features (too large for memory), read ahead by a thread."""
 
     def __init__(self, features: FeatureSet, batch_size: int, workers: Workers,
-                 device: torch.device) -> None:
-        super().__init__(features, batch_size, workers)
+                 device: torch.device, passes: int = 1) -> None:
+        super().__init__(features, batch_size, workers, passes)
         self._device = device
         self._batches: Iterator[FeatureBatch] = iter(())
 
     def begin(self, seed: Sequence[int]) -> None:
         self._batches = prefetched(epoch_batches(self._features, self._batch_size, seed,
-                                                 self._workers), self._device)
+                                                 self._workers, self._passes), self._device)
 
     def __call__(self) -> FeatureBatch:
         return next(self._batches)
@@ -143,8 +147,9 @@ class ResidentBatches(Batches):
     waits for the host, as a recorded step needs (`partialhn.training.steps`).
     """
 
-    def __init__(self, features: FeatureSet, batch_size: int, workers: Workers) -> None:
-        super().__init__(features, batch_size, workers)
+    def __init__(self, features: FeatureSet, batch_size: int, workers: Workers,
+                 passes: int = 1) -> None:
+        super().__init__(features, batch_size, workers, passes)
         self._order: Order | None = None
         self._step_1 = torch.zeros(1, dtype=torch.int64, device=features.y_N.device)
         self._seed: tuple[int, ...] = ()
@@ -152,7 +157,7 @@ class ResidentBatches(Batches):
 
     def begin(self, seed: Sequence[int]) -> None:
         """Copies the epoch's order to the device, into the memory of the epoch before."""
-        order = epoch_order(self._features, self._batch_size, seed, self._workers)
+        order = epoch_order(self._features, self._batch_size, seed, self._workers, self._passes)
         if self._order is None:
             device = self._step_1.device
             self._order = order._replace(rows_EB=order.rows_EB.to(device),

@@ -67,7 +67,7 @@ def absolute(config: Config) -> Config:
 
 def differences(config: Config, stored: Mapping[str, Any]) -> list[str]:
     """The options that change what is learned and differ: `epochs is 5, stored is 4`."""
-    found = []
+    found, stored = [], Config.from_dict(stored).to_dict()  # options newer than the folder too
     for section, values in config.to_dict().items():
         if section == "compute":
             continue

@@ -18,7 +18,7 @@ from partialhn.networks.precision import choose_device
 from partialhn.notebook import display
 from partialhn.notebook.folder import check_config, claim, stored_fields
 from partialhn.notebook.labels import label
-from partialhn.notebook.options import absolute, base_config, configure
+from partialhn.notebook.options import absolute, base_config, configure, differences
 from partialhn.notebook.progress import Bars, open_bars
 from partialhn.notebook.registries import installed_registry
 from partialhn.predict import Predictor
@@ -71,6 +71,8 @@ class Stream:
         if self._stored and config is None and preset is None and not options:
             return Config.from_dict(self._stored["config"])
         given = with_depth_number(absolute(configure(base_config(config, preset), options)))
+        if self._stored and not differences(given.with_first_values(), self._stored["config"]):
+            given = given.with_first_values()  # begun with the defaults of 0.1.0
         check_config(self.folder, self._stored, given)
         return given
 

@@ -16,12 +16,15 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from partialhn.config import TrainConfig
 from partialhn.errors import InputError
 from partialhn.features.batches import MappedBatches, ResidentBatches, Workers
+from partialhn.features.closed_form import accuracy
 from partialhn.features.feature_set import FeatureSet
 from partialhn.strategies import Strategy
+from partialhn.training.budget import BestState, Budget, held_out_loss, task_budget
 from partialhn.training.optimiser import learning_rates
 from partialhn.training.records import EpochRecord
 from partialhn.training.steps import Objective, StepRecorder, Steps
@@ -47,52 +50,99 @@ class TaskFeatures:
 
 def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, config: TrainConfig,
                    optimiser: torch.optim.Optimizer, *, epochs_done: int = 0,
-                   workers: Workers | None = None,
+                   best: BestState | None = None, workers: Workers | None = None,
                    recorder: StepRecorder | None = None) -> Iterator[EpochRecord]:
     """Trains one experience (section 3 of the paper); yields a record per epoch.
 
-    recorder: records one step and replays it. It is used only if a single worker has the task's
-    features on its device and all steps of the strategy run the same operations.
+    A strategy in closed form takes no step: all of it is one epoch. Where passes are not given,
+    training stops by the held-out loss, and the strategy ends in its best state.
 
-    A strategy in closed form takes no step: all of it is one epoch.
+    best: the best state of the epochs done. recorder: records one step and replays it. It is used
+    only if a single worker has the task's features on its device and all steps of the strategy run
+    the same operations.
 
     Raises: InputError if the loss is no longer finite.
     """
     if strategy.closed_form:
         yield from [] if epochs_done else [solve_experience(strategy, task_index, task)]
         return
-    workers = workers or Workers()
-    objective = workers.data_parallel(Objective(strategy, task_index, config.label_smoothing))
-    device = strategy.weights(task_index).bias_K.device
     assert task.train is not None, f"task {task.name} has no training features"
-    features = _resident(task.train, device)
-    resident = features is not task.train
-    batches = (ResidentBatches(features, config.batch_size, workers) if resident
-               else MappedBatches(features, config.batch_size, workers, device))
-    rates_SG = learning_rates(optimiser, config.schedule, batches.steps * config.epochs)
-    recordable = resident and workers.world == 1 and strategy.recordable
-    steps = Steps(objective, optimiser, rates_SG[batches.steps * epochs_done:].to(device),
-                  recorder if recordable else None)
-    for epoch in range(epochs_done + 1, config.epochs + 1):
-        start = time.perf_counter()
-        strategy.train()
-        seed = (config.seed, task_index, epoch)
-        totals = steps.terms_3.zero_()
-        batches.begin(seed)
+    workers, best = workers or Workers(), best or BestState()
+    budget = budget_of(strategy, task, config)
+    run = _Run(strategy, task_index, task, config, optimiser, budget, workers, recorder,
+               epochs_done)
+    for epoch in range(epochs_done + 1, budget.epochs + 1):
+        if budget.patience is not None and budget.is_over(best.losses):
+            break
+        record = run.epoch(epoch)
+        if record.held_out_loss is not None:
+            best.add(record.held_out_loss, strategy.task_state(task_index))
+        yield record
+    if best.tensors:
+        strategy.load_task_state(task_index, best.tensors)
+
+
+def budget_of(strategy: Strategy, task: TaskFeatures, config: TrainConfig) -> Budget:
+    """The budget of a task.
+
+    Held-out images of the new task do not show what a shared head still knows of earlier ones, so
+    only a strategy whose tasks are independent stops by them.
+    """
+    assert task.train is not None, f"task {task.name} has no training features"
+    held_out = 0 if task.validation is None or not strategy.independent else len(task.validation)
+    return task_budget(config, len(task.train), held_out)
+
+
+class _Run:
+    """The epochs of one experience."""
+
+    def __init__(self, strategy: Strategy, task_index: int, task: TaskFeatures,
+                 config: TrainConfig, optimiser: torch.optim.Optimizer, budget: Budget,
+                 workers: Workers, recorder: StepRecorder | None, epochs_done: int) -> None:
+        self.strategy, self.task_index, self.task, self.config = strategy, task_index, task, config
+        self.budget, self.workers = budget, workers
+        objective = workers.data_parallel(Objective(strategy, task_index, config.label_smoothing))
+        device = strategy.weights(task_index).bias_K.device
+        assert task.train is not None
+        features = _resident(task.train, device)
+        resident = features is not task.train
+        self.batches = (
+            ResidentBatches(features, config.batch_size, workers, budget.passes) if resident
+            else MappedBatches(features, config.batch_size, workers, device, budget.passes))
+        rates_SG = learning_rates(optimiser, config.schedule, self.batches.steps * budget.epochs)
+        recordable = resident and workers.world == 1 and strategy.recordable
+        self.steps = Steps(objective, optimiser,
+                           rates_SG[self.batches.steps * epochs_done:].to(device),
+                           recorder if recordable else None)
+
+    def epoch(self, epoch: int) -> EpochRecord:
+        """Runs the steps of one epoch. Raises: InputError if the loss is no longer finite."""
+        start, batches, workers = time.perf_counter(), self.batches, self.workers
+        self.strategy.train()
+        totals = self.steps.terms_3.zero_()
+        batches.begin((self.config.seed, self.task_index, epoch))
         for _ in range(batches.steps):
-            steps.run_next(batches)
+            self.steps.run_next(batches)
         mean = workers.sum_over_workers(totals / batches.steps) / workers.world
         correct = workers.sum_over_workers(torch.stack(
             [totals[2], totals.new_tensor(batches.steps * batches.batch)]))
         seconds = time.perf_counter() - start
         cross_entropy, regulariser = mean[0].item(), mean[1].item()
         if not math.isfinite(cross_entropy + regulariser):
-            raise InputError(f"the loss of task {task.name!r} became {cross_entropy + regulariser} "
-                             f"in epoch {epoch}; allowed: a finite loss, so try a smaller "
-                             f"learning_rate than {config.learning_rate}")
-        yield EpochRecord(task.name, task_index, epoch, config.epochs, cross_entropy + regulariser,
-                          cross_entropy, regulariser, (correct[0] / correct[1]).item(),
-                          _validated(strategy, task_index, task), seconds)
+            raise InputError(f"the loss of task {self.task.name!r} became "
+                             f"{cross_entropy + regulariser} in epoch {epoch}; allowed: a finite "
+                             "loss, so try a smaller learning_rate than "
+                             f"{self.config.learning_rate}")
+        loss, validation = _validated(self.strategy, self.task_index, self.task)
+        if self.budget.patience is None:
+            loss = None
+        elif loss is not None and workers.world > 1:  # all workers must stop alike
+            own = totals.new_tensor(loss if workers.rank == 0 else 0.0, dtype=torch.float64)
+            loss = workers.sum_over_workers(own).item()
+        return EpochRecord(self.task.name, self.task_index, epoch, self.budget.epochs,
+                           cross_entropy + regulariser, cross_entropy, regulariser,
+                           (correct[0] / correct[1]).item(), validation, seconds, loss,
+                           self.budget.passes)
 
 
 def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) -> EpochRecord:
@@ -101,41 +151,41 @@ def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) ->
     assert task.train is not None, f"task {task.name} has no training features"
     strategy.solve(task_index, task.train)
     seconds = time.perf_counter() - start
-    loss, accuracy = measure(strategy, task_index, task.train)
-    return EpochRecord(task.name, task_index, 1, 1, loss, loss, 0.0, accuracy,
-                       _validated(strategy, task_index, task), seconds)
+    logits_NK, y_N = answer(strategy, task_index, task.train)
+    loss = torch.nn.functional.cross_entropy(logits_NK, y_N).item()
+    return EpochRecord(task.name, task_index, 1, 1, loss, loss, 0.0, accuracy(logits_NK, y_N),
+                       _validated(strategy, task_index, task)[1], seconds)
 
 
-def _validated(strategy: Strategy, task_index: int, task: TaskFeatures) -> float | None:
-    """Accuracy on the held-out images; None where there are none."""
+def _validated(strategy: Strategy, task_index: int,
+               task: TaskFeatures) -> tuple[float | None, float | None]:
+    """`held_out_loss` and accuracy on the held-out images; None where there are none."""
     if task.validation is None or not len(task.validation):
-        return None
-    return evaluate(strategy, task_index, task.validation)
+        return None, None
+    logits_NK, y_N = answer(strategy, task_index, task.validation)
+    return held_out_loss(logits_NK, y_N), accuracy(logits_NK, y_N)
 
 
 def evaluate(strategy: Strategy, task_index: int, features: FeatureSet) -> float:
     """Accuracy on a split, 0 to 1, on the plain view."""
-    return measure(strategy, task_index, features)[1]
+    return accuracy(*answer(strategy, task_index, features))
 
 
 @torch.no_grad()
-def measure(strategy: Strategy, task_index: int, features: FeatureSet,
-            batch_size: int = 256) -> tuple[float, float]:
-    """Cross-entropy and accuracy on the plain view of a split; the weights are generated once."""
+def answer(strategy: Strategy, task_index: int, features: FeatureSet,
+           batch_size: int = 256) -> tuple[Tensor, Tensor]:
+    """logits_NK and labels y_N of the plain view of a split, on the CPU; the weights are generated
+    once.
+    """
     strategy.eval()
     weights = strategy.weights(task_index)
     device = weights.bias_K.device
     features = features if device.type == "cpu" else _resident(features, device)
-    totals_2 = torch.zeros(2, device=device)
+    parts = []
     for rows_B in torch.split(torch.arange(len(features), device=features.y_N.device), batch_size):
         z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B)).to(device)
-        y_B = features.y_N[rows_B].to(device)
-        logits_BK = strategy.head(z_BCHW, weights)
-        totals_2 += torch.stack([
-            torch.nn.functional.cross_entropy(logits_BK, y_B, reduction="sum"),
-            (logits_BK.argmax(1) == y_B).sum().float()])
-    loss, correct = totals_2.tolist()
-    return loss / len(features), correct / len(features)
+        parts.append(strategy.head(z_BCHW, weights))
+    return torch.cat(parts).cpu(), features.y_N.cpu()
 
 
 def _resident(features: FeatureSet, device: torch.device) -> FeatureSet:

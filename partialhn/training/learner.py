@@ -21,6 +21,7 @@ from partialhn.features.batches import Workers
 from partialhn.networks.tensors import tensors_below
 from partialhn.strategies import Strategy
 from partialhn.task_inference import Inference, LearnedTask, add_measured, measure, stored_inference
+from partialhn.training.budget import BestState
 from partialhn.training.experience import TaskFeatures, evaluate, fit_experience
 from partialhn.training.optimiser import (
     load_optimiser,
@@ -49,6 +50,8 @@ class Learner:
         self.epochs: list[EpochRecord] = []
         self.finished: list[TaskRecord] = []
         self._optimiser: torch.optim.Optimizer | None = None
+        self._best = BestState()
+        """The best state of the running experience."""
         self.train_seconds = 0.0
         """Wall seconds that the training of the last task took."""
 
@@ -97,8 +100,8 @@ class Learner:
         self.strategy.before_experience([(earlier.name, earlier.train)
                                          for earlier in tasks[:index]])
         for record in fit_experience(self.strategy, index, task, self.config, optimiser,
-                                     epochs_done=self.epochs_done, workers=self.workers,
-                                     recorder=self.recorder):
+                                     epochs_done=self.epochs_done, best=self._best,
+                                     workers=self.workers, recorder=self.recorder):
             self.epochs.append(record)
             yield record
         start = time.perf_counter()
@@ -163,6 +166,7 @@ class Learner:
         self.strategy.to(self.device)
         self.strategy.begin(index)
         self._optimiser = make_optimiser(self.strategy, self.config)
+        self._best = BestState()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that `restore` needs: tensors by name, and a dict of plain values."""
@@ -171,6 +175,7 @@ class Learner:
             tensors |= {f"experience.{key}": value
                         for key, value in self.strategy.experience_state().items()}
             tensors |= optimiser_tensors(self._optimiser, self._trainable())
+            tensors |= {f"best.{key}": value for key, value in self._best.tensors.items()}
         if self.inference is not None:
             tensors |= {f"inference.{key}": value
                         for key, value in self.inference.tensors().items()}
@@ -198,6 +203,11 @@ class Learner:
         self.strategy.restore_experience(
             {key: value.to(self.device)
              for key, value in tensors_below(tensors, "experience.").items()})
+        losses = [record.held_out_loss for record in self.epochs
+                  if record.task_index == len(self.finished)]
+        self._best = BestState([loss for loss in losses if loss is not None],
+                               {key: value.to(self.device) for key, value
+                                in tensors_below(tensors, "best.").items()})
         if self.epochs_done:
             load_optimiser(cast(torch.optim.Optimizer, self._optimiser), self._trainable(),
                            tensors)

@@ -29,6 +29,8 @@ from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
 
 FORMAT = 1
+MOST_READ = 32
+"""Learned models of a stream that are read to find out what it was begun with."""
 BASELINE_OPTIONS = tuple(option for line in OWN.values() for option in line.options)
 """Options of the baselines, which do not change what the hypernetwork learns."""
 
@@ -82,6 +84,28 @@ def settings_of(config: Config) -> dict[str, dict[str, Any]]:
     backbone = {key: values["backbone"][key] for key in ("backbone", "freeze_depth")}
     return {"data": data, "backbone": backbone,
             **{section: values[section] for section in ("features", "hypernet", "train")}}
+
+
+def as_begun(config: Config, filesystem: pafs.FileSystem, folder: str) -> Config:
+    """The configuration with which the stream in `folder` goes on.
+
+    Some defaults of version 0.1.0 are chosen for each task today (`Config.with_first_values`). A
+    stream that was begun with the old ones goes on with them, so that its learned tasks are found.
+    """
+    first = config.with_first_values()
+    if first == config:
+        return config
+    learned = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+    for entry in sorted(learned, key=lambda info: info.path)[:MOST_READ]:
+        fields = checkpoint.read_fields(filesystem, entry.path)
+        if fields is None:
+            continue
+        stored = Config.from_dict(fields["config"])
+        for candidate in (config, first):
+            if (settings_of(stored), stored.backbone.trunk_epochs) == (
+                    settings_of(candidate), candidate.backbone.trunk_epochs):
+                return candidate
+    return config
 
 
 def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: str) -> None:

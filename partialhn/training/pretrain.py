@@ -11,8 +11,9 @@ Legend: N images, B batch, C channels, H W spatial, K classes.
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.fs as pafs
@@ -24,6 +25,8 @@ from partialhn.config import Augment, BackboneConfig, Config
 from partialhn.data.augment import augment
 from partialhn.data.decode import decode, decode_to_file
 from partialhn.data.experience import Experience
+from partialhn.data.image_table import ImageTable
+from partialhn.features.closed_form import accuracy as accuracy_of
 from partialhn.naming import FIRST_OPTIONS, digest, named_values
 from partialhn.networks.backbone import (
     Network,
@@ -33,6 +36,7 @@ from partialhn.networks.backbone import (
 from partialhn.networks.precision import autocast_to
 from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import tensors_below
+from partialhn.training.budget import BestState, held_out_loss, trunk_budget
 from partialhn.training.optimiser import (
     load_optimiser,
     optimiser_tensors,
@@ -47,6 +51,17 @@ TRUNK_WEIGHT_DECAY, TRUNK_LABEL_SMOOTHING = 0.05, 0.1
 tasks it has not seen."""
 
 
+BATCH = 256
+"""Held-out images that pass the network together."""
+
+
+class Labelled(NamedTuple):
+    """Images with their labels: uint8 images_NCHW, int64 y_N."""
+
+    images_NCHW: Tensor
+    y_N: Tensor
+
+
 def network_optimiser(network: Network, config: BackboneConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters of the network."""
     return torch.optim.AdamW([{"params": list(network.parameters()),
@@ -54,41 +69,74 @@ def network_optimiser(network: Network, config: BackboneConfig) -> torch.optim.O
                              weight_decay=TRUNK_WEIGHT_DECAY)
 
 
-def train_network(network: Network, images_NCHW: Tensor, y_N: Tensor, config: BackboneConfig,
-                  kind: Augment, optimiser: torch.optim.Optimizer, *,
-                  epochs_done: int = 0) -> Iterator[EpochRecord]:
+def train_network(network: Network, images: Labelled, config: BackboneConfig, kind: Augment,
+                  optimiser: torch.optim.Optimizer, *, held_out: Labelled | None = None,
+                  epochs_done: int = 0, best: BestState | None = None) -> Iterator[EpochRecord]:
     """Trains the whole network on the first task's images; its first stages become the trunk.
 
-    images_NCHW: uint8; y_N: int64 labels. Each epoch augments anew; the learning rate follows a
-    cosine. `optimiser` is `network_optimiser(network, config)`. Yields a record per epoch.
+    Each pass augments anew; the learning rate follows a cosine. `optimiser` is
+    `network_optimiser(network, config)`. Yields a record per epoch. Where passes are not given,
+    training stops by the loss on `held_out`, and the network ends in its best state. best: the
+    best state of the epochs done.
     """
-    device = network.mean_C.device
-    size = min(config.trunk_batch_size, len(y_N))
-    steps = len(y_N) // size
-    rates = rate_factors("cosine", steps * config.trunk_epochs)
-    for epoch in range(epochs_done + 1, config.trunk_epochs + 1):
+    best = best or BestState()
+    budget = trunk_budget(config, len(images.y_N), len(held_out.y_N) if held_out else 0)
+    steps = len(images.y_N) // min(config.trunk_batch_size, len(images.y_N)) * budget.passes
+    rates = rate_factors("cosine", steps * budget.epochs)
+    for epoch in range(epochs_done + 1, budget.epochs + 1):
+        if budget.patience is not None and budget.is_over(best.losses):
+            break
         start = time.perf_counter()
-        network.train()
-        order_N = np.random.default_rng([config.trunk_seed, epoch]).permutation(len(y_N))
-        totals = torch.zeros(2, device=device)
-        for step in range(steps):
-            for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * rates[(epoch - 1) * steps + step]
-            rows_B = order_N[step * size:(step + 1) * size]
-            images_BCHW = augment(images_NCHW[rows_B].to(device), rows_B, len(y_N), epoch, kind,
-                                  config.trunk_seed)
-            y_B = y_N[rows_B].to(device)
-            with autocast_to(config.trunk_precision, device):
-                logits_BK = network(images_BCHW).float()
-            loss = nn.functional.cross_entropy(logits_BK, y_B,
-                                               label_smoothing=TRUNK_LABEL_SMOOTHING)
-            optimiser.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimiser.step()
-            totals += torch.stack([loss.detach(), (logits_BK.argmax(1) == y_B).float().mean()])
-        mean_loss, accuracy = (totals / steps).tolist()
-        yield EpochRecord("trunk", -1, epoch, config.trunk_epochs, mean_loss, mean_loss, 0.0,
-                          accuracy, None, time.perf_counter() - start)
+        totals_2 = torch.zeros(2, device=network.mean_C.device)
+        for number in range(budget.passes):
+            done = (epoch - 1) * budget.passes + number
+            first = done * steps // budget.passes
+            totals_2 += _one_pass(network, images, config, kind, optimiser, done + 1, rates[first:])
+        loss, accuracy = (totals_2 / steps).tolist()
+        seconds, held_loss, held_accuracy = time.perf_counter() - start, None, None
+        if budget.patience is not None and held_out is not None:
+            held_loss, held_accuracy = _measure(network, held_out)
+            best.add(held_loss, network.state_dict())
+        yield EpochRecord("trunk", -1, epoch, budget.epochs, loss, loss, 0.0, accuracy,
+                          held_accuracy, seconds, held_loss, budget.passes)
+    if best.tensors:
+        network.load_state_dict(best.tensors)
+
+
+def _one_pass(network: Network, images: Labelled, config: BackboneConfig, kind: Augment,
+              optimiser: torch.optim.Optimizer, number: int, rates: Sequence[float]) -> Tensor:
+    """One pass over the images, number 1, 2, ..., with the rates of its steps; returns the sums of
+    loss and accuracy over the steps.
+    """
+    device, count = network.mean_C.device, len(images.y_N)
+    size = min(config.trunk_batch_size, count)
+    network.train()
+    order_N = np.random.default_rng([config.trunk_seed, number]).permutation(count)
+    totals_2 = torch.zeros(2, device=device)
+    for step in range(count // size):
+        for group in optimiser.param_groups:
+            group["lr"] = group["peak"] * rates[step]
+        rows_B = order_N[step * size:(step + 1) * size]
+        images_BCHW = augment(images.images_NCHW[rows_B].to(device), rows_B, count, number, kind,
+                              config.trunk_seed)
+        y_B = images.y_N[rows_B].to(device)
+        with autocast_to(config.trunk_precision, device):
+            logits_BK = network(images_BCHW).float()
+        loss = nn.functional.cross_entropy(logits_BK, y_B, label_smoothing=TRUNK_LABEL_SMOOTHING)
+        optimiser.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        optimiser.step()
+        totals_2 += torch.stack([loss.detach(), (logits_BK.argmax(1) == y_B).float().mean()])
+    return totals_2
+
+
+@torch.no_grad()
+def _measure(network: Network, held_out: Labelled) -> tuple[float, float]:
+    """`held_out_loss` and accuracy on plain images."""
+    network.eval()
+    logits_NK = torch.cat([network(images_BCHW.to(network.mean_C.device)).cpu()
+                           for images_BCHW in torch.split(held_out.images_NCHW, BATCH)])
+    return held_out_loss(logits_NK, held_out.y_N), accuracy_of(logits_NK, held_out.y_N)
 
 
 def network_key(config: Config, first: Experience) -> str:
@@ -137,18 +185,16 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
     backbone = config.backbone
     target = f"{root}/trunks/{network_key(config, first)}"
     data = config.data
-    decoding = decode if data.input_size <= SMALL else decode_to_file
-    decoded = decoding(first.train, data.input_size, first.transform, data.on_bad_image,
-                       data.max_image_pixels, data.stream_seed)
-    images_NCHW = decoded.images_BCHW
-    y_N = torch.from_numpy(first.train.label_N[decoded.index_B.numpy()])
+    images, held_out = _decoded(config, first, first.train), None
+    if backbone.trunk_epochs is None and len(first.validation):
+        held_out = _decoded(config, first, first.validation)
     network = build_network(backbone.backbone, len(first.classes), backbone.trunk_seed,
                             data.input_size)
     network.set_normalisation(*(pixel_statistics if data.input_size <= SMALL
-                                else counted_statistics)(images_NCHW))
+                                else counted_statistics)(images.images_NCHW))
     network.to(device)
     optimiser = network_optimiser(network, backbone)
-    epochs_done = 0
+    epochs_done, best = 0, BestState()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "network"
         if checkpoint.fetch(filesystem, f"{target}.partial", folder):
@@ -156,16 +202,28 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
             network.load_state_dict(tensors_below(tensors, "network."))
             load_optimiser(optimiser, network.named_parameters(), tensors)
             epochs_done = fields["epochs_done"]
-        for record in train_network(network, images_NCHW, y_N, backbone, config.features.augment,
-                                    optimiser, epochs_done=epochs_done):
+            best = BestState(fields.get("losses", ()), tensors_below(tensors, "best."))
+        for record in train_network(network, images, backbone, config.features.augment, optimiser,
+                                    held_out=held_out, epochs_done=epochs_done, best=best):
             state = {f"network.{key}": value for key, value in network.state_dict().items()}
             state |= optimiser_tensors(optimiser, network.named_parameters())
-            checkpoint.save(folder, "partial network", state, {"epochs_done": record.epoch})
+            state |= {f"best.{key}": value for key, value in best.tensors.items()}
+            checkpoint.save(folder, "partial network", state,
+                            {"epochs_done": record.epoch, "losses": best.losses})
             checkpoint.upload(folder, filesystem, f"{target}.partial")
             yield record
         checkpoint.save(folder, "network", network.state_dict(), {})
         checkpoint.upload(folder, filesystem, target)
     filesystem.delete_dir(f"{target}.partial")
+
+
+def _decoded(config: Config, first: Experience, table: ImageTable) -> Labelled:
+    data = config.data
+    decoding = decode if data.input_size <= SMALL else decode_to_file
+    decoded = decoding(table, data.input_size, first.transform, data.on_bad_image,
+                       data.max_image_pixels, data.stream_seed)
+    return Labelled(decoded.images_BCHW,
+                    torch.from_numpy(table.label_N[decoded.index_B.numpy()]))
 
 
 def pixel_statistics(images_NCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,10 @@ class EpochRecord:
     """Share of training images classified correctly during the epoch, 0 to 1."""
     validation_accuracy: float | None
     seconds: float
+    held_out_loss: float | None = None
+    """`partialhn.training.budget.held_out_loss`, where training stops by it."""
+    passes: int = 1
+    """Passes over the images in this epoch."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ import optuna
 import partialhn
 from partialhn.config import Config
 from partialhn.evaluation.intervals import Interval
+from partialhn.training.budget import TRUNK_PASSES
 from pipelines.advice import words
 from pipelines.advice.decide import (
     FRONT,
@@ -191,7 +192,8 @@ def _money(settings: Mapping[str, Any], chosen: DepthResult, ways: Mapping[int, 
         rows.append(yearly(_way("separate heads on the same features", baselines, len(tasks),
                                 accuracy), prices))
     images = sum(task["train_images"] for task in tasks) / len(tasks)
-    whole, epochs = survey["whole_network"], settings["config"]["backbone"]["trunk_epochs"]
+    whole = survey["whole_network"]
+    epochs = settings["config"]["backbone"]["trunk_epochs"] or TRUNK_PASSES
     rows.append(yearly(Way("retrain everything", images * epochs * whole["seconds_per_image"],
                            images * whole["bytes_per_image"], True, None), prices))
     return {"prices": dataclasses.asdict(prices), "rows": rows,

@@ -142,9 +142,10 @@ def default_space(base: Config, depths: Sequence[int]) -> Space:
         "hypernet.beta": Range(beta / 10, beta * 10, log=True, whole=False),
         "hypernet.norm": _choice(hypernet.norm, "batch", "instance", "group"),
         "train.learning_rate": Range(rate / 3, rate * 3, log=True, whole=False),
-        "train.epochs": _choice(train.epochs, max(1, train.epochs // 2)),
         "features.views": _choice(base.features.views, max(1, base.features.views // 2)),
     }
+    if train.epochs is not None:
+        dimensions["train.epochs"] = _choice(train.epochs, max(1, train.epochs // 2))
     return Space(dimensions, {})
 
 
@@ -229,7 +230,7 @@ def _dimension(key: str, value: Mapping[str, Any], base: Config) -> Dimension:
     if kind in ("choice", "grid"):
         frozen = tuple(tuple(each) if isinstance(each, list) else each for each in members)
         return Choice(tuple(dict.fromkeys(frozen)), grid=kind == "grid")
-    current = value_of(base, key)
+    current = value_of(base.with_first_values(), key)  # a number where None is chosen for each task
     numbers = [_number(each) for each in members]
     if isinstance(current, bool) or not isinstance(current, int | float):
         raise InputError(f"space of {key} is a {kind}; allowed: choice or grid, since {key} is no "

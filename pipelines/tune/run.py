@@ -77,6 +77,8 @@ def _tune(config: Config, options: SearchConfig, storage: Storage, log: Log) -> 
         space = parse_space(saved["space"], config)
     else:
         config = with_depth_number(config)
+        if saved and Config.from_dict(saved["config"]) == config.with_first_values():
+            config = config.with_first_values()  # begun with the defaults of 0.1.0
         space = load_space(options.space, config, options.depths)
     remembered = options.changed(saved["options"]) if saved else options.remembered()
     check_search(config, space, remembered["budget"])

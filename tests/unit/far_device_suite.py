@@ -26,7 +26,7 @@ from partialhn.task_inference import AUTO, TaskInference
 from partialhn.training import experience
 from partialhn.training.learner import Learner
 from partialhn.training.optimiser import load_optimiser, optimiser_tensors
-from partialhn.training.pretrain import network_optimiser, train_network
+from partialhn.training.pretrain import Labelled, network_optimiser, train_network
 
 FAR = runpy.run_path(str(Path(__file__).parents[1] / "far_device.py"))
 NAME = FAR["NAME"]
@@ -117,7 +117,7 @@ def test_a_trunk_is_trained_there(images):
         optimiser = network_optimiser(network, TRUNK)
         done = 0
         while done < 3:
-            records = train_network(network, images[:48], torch.arange(48) % 2, TRUNK,
+            records = train_network(network, Labelled(images[:48], torch.arange(48) % 2), TRUNK,
                                     "crop-flip", optimiser, epochs_done=done)
             done += len([next(records) for _ in range(stop)])
             state = {name: value.cpu() for name, value in

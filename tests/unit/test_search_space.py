@@ -18,7 +18,10 @@ def test_the_default_space_has_what_a_user_would_search():
     assert space.depths() == [0, 1, 2, 3, 4]
     assert {"hypernet.embedding_dim", "hypernet.hidden", "hypernet.fresh_columns",
             "hypernet.generator", "hypernet.beta", "hypernet.norm", "train.learning_rate",
-            "train.epochs", "features.views"} < set(space.dimensions)
+            "features.views"} < set(space.dimensions)
+    assert "train.epochs" not in space.dimensions  # a budget that fits the data is not searched
+    fixed = dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, epochs=8))
+    assert parse_space({}, fixed).dimensions["train.epochs"].values == (8, 4)
     assert space.dimensions["train.learning_rate"] == Range(
         BASE.train.learning_rate / 3, BASE.train.learning_rate * 3, log=True, whole=False)
     assert len(space.grid_points()) == 5

@@ -20,6 +20,8 @@ KINDS = {
     "instance norm": {"hypernet": {"norm": "instance"}},
     **{name: {"train": {"strategy": name}} for name in STRATEGIES if name != "partial_hn"},
 }
+for closed in ("ridge", "ncm"):  # they take no steps
+    del KINDS[closed]
 RECORDED = set(KINDS) - {"joint", "latent_replay"}
 
 
