@@ -113,7 +113,8 @@ def test_a_wrong_type_is_refused_for_every_option(key):
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("train.epochs", "3"), ("train.epochs", 1.5), ("train.epochs", True), ("train.batch_size", None),
+    ("train.epochs", "3"), ("train.epochs", 1.5), ("train.epochs", True),
+    ("train.batch_size", None),
     ("train.learning_rate", "fast"), ("train.learning_rate", True),
     ("hypernet.residual", 1), ("hypernet.residual", "yes"), ("data.data", 3),
     ("data.task_sizes", 3), ("data.task_sizes", ["2", "3"]), ("hypernet.hidden", [1.5]),

@@ -29,7 +29,8 @@ GOLDEN = {
     "default": (Config().with_first_values(),
                 ("d53c0bade1aa5687771eef180c9ce4f0", "546afa303a35f2dc2da293a10eb29ed9"),
                 "11d6eaa2832154b897691950d51a5a8a", "26936b0a472b"),
-    "other": (OTHER.with_first_values(), ("14281d1d47cf839df4340b5d593666ac", "8c79c3c8c79f8c93354f9df5a5310120"),
+    "other": (OTHER.with_first_values(),
+              ("14281d1d47cf839df4340b5d593666ac", "8c79c3c8c79f8c93354f9df5a5310120"),
               "c34f7cac7bb0bf52ba324d271e86eb15", "d58ba13c25bd")}
 
 
