@@ -145,8 +145,9 @@ class BackboneConfig:
     classifier only); the name of the last frozen block; or a share of the blocks such as 75%. auto:
     3 of the four stages, or 75%. `partialhn backbones NAME` lists the blocks."""
     trunk: str = "train"
-    """Where the trunk's weights come from: train (trained on the first task),
-    torchvision:NAME:WEIGHTS, or a .safetensors file."""
+    """Where the trunk's weights come from: train (trained on the first task); timm:NAME,
+    hf-hub:OWNER/NAME or torchvision:NAME:WEIGHTS (downloaded); package:efficientnet-lite0; or a
+    file of weights, safetensors or a PyTorch checkpoint."""
     trunk_epochs: int | None = None
     """Passes over the first task's images while the trunk is trained. Default: 15, and more or
     fewer where these are less than trunk_min_steps or more than trunk_max_steps; training then

@@ -43,6 +43,8 @@ class DepthPlan:
     """Bytes of all features as they will be stored."""
     image_bytes: float
     """Bytes of the same images in their encoded files."""
+    seconds: float
+    """Seconds until all features of this depth alone are stored, by this process."""
     once: float
     """Seconds for a training image: decoding, V views through the trunk, writing."""
     again: float
@@ -84,6 +86,7 @@ def plan(jobs: Sequence[FeatureJob], trunk: Trunk) -> list[DepthPlan]:
         count = sum(len(job.table) for job in ours)
         plans.append(DepthPlan(depth, ours[0].shape_CHW, count, first.recipe.views,
                                round(size * stored), encoded * count,
+                               decoding * count + (through + write) * stored,
                                decoding + first.recipe.views * (through + write),
                                decoding + through, read))
     return plans
@@ -93,17 +96,17 @@ def described(plans: Sequence[DepthPlan]) -> list[str]:
     """The plans as lines of a table, with a note on the measurement."""
     if not plans:
         return []
-    rows = [("depth", "a view", "GB", "times the images", "cheaper after")]
-    rows += [(str(row.depth), "x".join(map(str, row.shape_CHW)), f"{row.bytes / 1e9:.3f}",
-              f"{row.bytes / row.image_bytes:.1f}",
+    rows = [("depth", "a view", "GiB", "times the images", "seconds", "cheaper after")]
+    rows += [(str(row.depth), "x".join(map(str, row.shape_CHW)), f"{row.bytes / 2 ** 30:.3f}",
+              f"{row.bytes / row.image_bytes:.1f}", f"{row.seconds:.0f}",
               f"{row.epochs:.1f} epochs" if math.isfinite(row.epochs) else "never")
              for row in plans]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
              for row in rows]
     return [f"features of {plans[0].images} images, {plans[0].views} views of each to learn from:",
-            *lines, "(epochs until stored features are cheaper than the trunk again each epoch, "
-            f"measured here on at most {PROBED} images)"]
+            *lines, "(seconds to compute and store them by one process, and epochs until that is "
+            f"cheaper than the trunk again each epoch, measured here on at most {PROBED} images)"]
 
 
 def _store(z_NCHW: Tensor, job: FeatureJob) -> tuple[float, float, float]:

@@ -6,6 +6,7 @@ network's own names, its prefix, are found by counting: the prefix counts below 
 network's tensors lie.
 """
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +22,9 @@ Adapt = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 """Renames and reshapes tensors without a prefix the way the network's family wants them."""
 NORMALISATION = ("mean_C", "std_C")
 """Names under which this package's own files hold the normalisation of pixels."""
+NOT_ITS_OWN = (KeyError, IndexError, ValueError, RuntimeError, AttributeError, TypeError,
+               AssertionError)
+"""Exceptions that a family's rules raise on tensors of another network."""
 _COUNTER = "num_batches_tracked"
 _SHOWN = 4
 
@@ -116,7 +120,7 @@ def _choose_prefix(source: str, given: Tensors, wanted: Wanted,
         counts = Counter({prefix: counts[prefix] for prefix in chosen})
     best = _best(counts)
     if not best or counts[best[0]] < len(wanted.needed) / 2:
-        return ("", []) if not best or not part else (best[0], [])
+        return best[0] if part else _foreign_prefix(given, wanted), []
     averages = [prefix for prefix in best if _is_average(prefix)]
     choice = averages if len(averages) == 1 else best
     if len(choice) > 1:
@@ -127,6 +131,21 @@ def _choose_prefix(source: str, given: Tensors, wanted: Wanted,
     note = (f"{kind} {_word(choice[0])!r} of trunk {source!r} is taken, beside {_quoted(others)}; "
             f"choose another with {source}#NAME")
     return choice[0], [note] if others else []
+
+
+def _foreign_prefix(given: Tensors, wanted: Wanted) -> str:
+    """The prefix before names that the network's family must rename first: the one that renaming
+    fits best, of those before a third of the tensors or more.
+    """
+    counts = Counter(".".join(words[:end]) + "." for words in (key.split(".") for key in given)
+                     for end in range(1, len(words)))
+    scores = {"": 0} | {prefix: 0 for prefix, count in counts.items() if count >= len(given) / 3}
+    for prefix in scores:
+        with contextlib.suppress(*NOT_ITS_OWN):
+            renamed = wanted.adapt({key.removeprefix(prefix): value
+                                    for key, value in given.items() if key.startswith(prefix)})
+            scores[prefix] = len(wanted.needed & renamed.keys())
+    return max(scores, key=lambda prefix: scores[prefix])
 
 
 def _prefixes(given: Iterable[str], needed: set[str]) -> "Counter[str]":
@@ -163,8 +182,7 @@ def _adapted(source: str, ours: dict[str, Tensor], wanted: Wanted) -> dict[str, 
     """The tensors as the network's family wants them."""
     try:
         return wanted.adapt(dict(ours))
-    except (KeyError, IndexError, ValueError, RuntimeError, AttributeError, TypeError,
-            AssertionError) as error:  # a rule met tensors of another network
+    except NOT_ITS_OWN as error:
         raise InputError(f"trunk {source!r} is not a {wanted.name}: its tensors cannot be "
                          f"converted ({error}); it begins with {_listed(list(ours))}") from error
 

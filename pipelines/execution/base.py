@@ -58,7 +58,11 @@ class Execution(abc.ABC):
         arguments = (self.config, first, self.storage.filesystem, self.storage.root)
         network = load_network(*arguments)
         if network is not None:
-            self.progress.line("trunk: already trained")
+            source = self.config.backbone.trunk
+            self.progress.line("trunk: already trained" if source == "train" else
+                               f"trunk: {source}, {network.pixels.described()}")
+            for note in network.notes:
+                self.progress.line(note)
             return network
         for record in self._fit_network(first):
             self.progress.trunk(record)

@@ -70,7 +70,7 @@ class Learning:
             network = context.network(key)
         else:
             key = "" if supplied else network_key(context.config, first.experience)
-            network = context.network("") if supplied else self.execution.network(first.experience)
+            network = self.execution.network(first.experience)
         cut = cut_network(context.config, network)
         context.clock.lap("trunk")
         return key, cut

@@ -104,7 +104,7 @@ def test_the_numbers_of_the_oracle_without_ray(place, oracle):
     assert done.returncode == 0, done.stderr
     check(place, oracle)
     assert done.stderr.splitlines()[-1] == "RAY []"
-    for part in ("trunk  epoch 2/2", "times the images  cheaper after", "features  shard ",
+    for part in ("trunk  epoch 2/2", "times the images  seconds  cheaper after", "features  shard ",
                  "task 2 '1' learned", "registered models:/digits/2"):
         assert part in done.stdout, part
     assert len(list((place / "store" / "runs" / "digits").glob("*/state-*"))) == 1, (

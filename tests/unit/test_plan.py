@@ -42,7 +42,7 @@ def test_the_bytes_of_every_depth_are_those_that_are_written(tmp_path, with_opti
 
 
 def test_the_epochs_after_which_features_pay():
-    one = DepthPlan(3, (80, 8, 8), 100, 2, 1000, 500.0, once=0.012, again=0.006, read=0.002)
+    one = DepthPlan(3, (80, 8, 8), 100, 2, 1000, 500.0, 1.5, once=0.012, again=0.006, read=0.002)
     assert one.epochs == pytest.approx(3)
     never = dataclasses.replace(one, read=0.006)
     assert math.isinf(never.epochs)
@@ -59,6 +59,8 @@ def test_a_deeper_trunk_costs_more_again_and_its_features_pay(with_options, digi
     assert again == sorted(again)
     assert all(each.once > each.again > 0 for each in plans)
     assert math.isfinite(plans[4].epochs)
+    assert [each.seconds for each in plans] == sorted(each.seconds for each in plans)
+    assert plans[4].seconds > 40 * plans[4].once  # training images, and those of other splits
 
 
 def test_the_command_prints_every_depth_and_stores_none(tmp_path, capsys):
