@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from partialhn.errors import InputError
 from partialhn.networks.packaged_weights import is_efficientnet_lite, renamed_efficientnet_lite
+from partialhn.networks.timm_models import timm
 from partialhn.networks.weights import Supply
 from partialhn.pixels import Pixels, from_config
 
@@ -21,18 +22,18 @@ def timm_supply(source: str, name: str) -> Supply:
 
     Raises: InputError for an unknown name, another network's weights, or a failed download.
     """
-    timm = _timm()
+    library = timm()
     model = source if source.startswith(HUB) else source.removeprefix("timm:")
     if not source.startswith(HUB):
-        _check_name(timm, source, model, name)
+        _check_name(library, source, model, name)
     try:
-        body = timm.create_model(model, pretrained=True)
+        body = library.create_model(model, pretrained=True)
     except Exception as error:  # the hub's client raises a dozen kinds
         raise InputError(
             f"trunk {source!r} cannot be downloaded ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else error!r}); it needs a network. "
             "Without one: fetch the files where there is one (hf download "
-            f"{_repository(timm, source, model)} --local-dir FOLDER), copy the folder here and "
+            f"{_repository(library, source, model)} --local-dir FOLDER), copy the folder here and "
             "give --trunk FOLDER") from error
     network = str(body.pretrained_cfg.get("architecture", ""))
     if network != name:
@@ -44,7 +45,7 @@ def timm_supply(source: str, name: str) -> Supply:
 
 def timm_pixels(body: nn.Module) -> Pixels:
     """The data configuration of a network of timm: that of the weights its name stands for."""
-    return from_config(_timm().data.resolve_model_data_config(body), "timm")
+    return from_config(timm().data.resolve_model_data_config(body), "timm")
 
 
 def timm_adapt(body: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,34 +62,27 @@ def timm_adapt(body: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]
     return adapted
 
 
-def _check_name(timm: Any, source: str, model: str, name: str) -> None:
+def _check_name(library: Any, source: str, model: str, name: str) -> None:
     """Raises InputError where timm has no such weights, or they are another network's."""
     network = model.partition(".")[0]
-    if not timm.is_model(network):
-        near = timm.list_models(f"*{network}*")[:3] or timm.list_models(f"{network[:6]}*")[:3]
+    if not library.is_model(network):
+        near = library.list_models(f"*{network}*")[:3] or library.list_models(f"{network[:6]}*")[:3]
         raise InputError(f"trunk is {source!r}, which timm does not know; allowed: a name of timm, "
                          f"for example {', '.join(f'timm:{model}' for model in near)}")
     if network != name:
         raise InputError(f"trunk is {source!r} but backbone is 'timm:{name}'; allowed: the same "
                          f"network in both, for example --backbone timm:{network}")
-    known = timm.list_pretrained(f"{network}.*") or timm.list_pretrained(network)
+    known = library.list_pretrained(f"{network}.*") or library.list_pretrained(network)
     if model not in known and (model != network or not known):
         raise InputError(f"trunk is {source!r}, but timm offers "
                          + (", ".join(f"timm:{tagged}" for tagged in known) if known else
                             f"no weights for {network}; allowed: train, or a file"))
 
 
-def _repository(timm: Any, source: str, model: str) -> str:
+def _repository(library: Any, source: str, model: str) -> str:
     """The hub's repository that holds the weights."""
     if source.startswith(HUB):
         return source.removeprefix(HUB).partition("@")[0]
-    return str(timm.get_pretrained_cfg(model).hf_hub_id)
+    return str(library.get_pretrained_cfg(model).hf_hub_id)
 
 
-def _timm() -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError("weights of timm need the package timm; install it with "
-                         "pip install 'partialhn[timm]'") from error
-    return timm

@@ -157,7 +157,8 @@ def load_network(config: Config, first: Experience, filesystem: pafs.FileSystem,
     """
     backbone = config.backbone
     if backbone.trunk != "train":
-        return supplied_network(backbone.trunk, backbone.backbone, len(first.classes))
+        return supplied_network(backbone.trunk, backbone.backbone, len(first.classes),
+                                config.data.input_size)
     return stored_network(config, network_key(config, first), filesystem, root)
 
 

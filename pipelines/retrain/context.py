@@ -55,7 +55,8 @@ class PassContext:
         """
         backbone = self.config.backbone
         network = (stored_network(self.config, key, self.storage.filesystem, self.storage.root)
-                   if key else supplied_network(backbone.trunk, backbone.backbone, 2))
+                   if key else supplied_network(backbone.trunk, backbone.backbone, 2,
+                                         self.config.data.input_size))
         if network is None:
             raise InputError(f"the stream's trunk {key} is not in {self.storage.uri}/trunks; "
                              "allowed: the --storage with which the stream was started")
