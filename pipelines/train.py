@@ -21,7 +21,6 @@ from partialhn.config import Config
 from partialhn.data.experience import Experience, all_not_used
 from partialhn.errors import InputError
 from partialhn.evaluation.answer_sample import write_sample
-from partialhn.evaluation.metrics import summarise
 from partialhn.networks.backbone import Network
 from partialhn.predict import Predictor
 from partialhn.run import (
@@ -42,6 +41,7 @@ from partialhn.training.result import (
     model_sizes,
     peak_rss_bytes,
     result_fields,
+    stream_metrics,
 )
 from partialhn.training.slots import Slot, featured_slots
 from pipelines.execution.base import Execution, our_outcome
@@ -263,7 +263,7 @@ class Registrar:
         """By task and epoch, because a worker that was started again may send a record twice."""
         self._trunk = cut.trunk.fingerprint()
         self.slots, self._lineage_ids = slots, lineage_ids
-        self._rows: list[tuple[float, ...]] = []
+        self._records: list[TaskRecord] = []
         self._scratch = tempfile.TemporaryDirectory()
 
     def add(self, strategy: str, *records: EpochRecord | TaskRecord) -> None:
@@ -273,17 +273,15 @@ class Registrar:
                 continue
             if isinstance(record, EpochRecord):
                 self._epochs[record.task_index, record.epoch] = record
-            elif record.task_index == len(self._rows):
+            elif record.task_index == len(self._records):
                 self._register(record)
 
     def _register(self, record: TaskRecord) -> None:
         clock = Clock()
         job = self.job
-        self._rows.append(record.accuracy_row)
-        total = len(self._rows)
-        summary = summarise([[*row, *[None] * (total - len(row))] for row in self._rows])
-        metrics = {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
-                   "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
+        self._records.append(record)
+        summary, metrics = stream_metrics(self._records)
+        total = len(self._records)
         job.registry.log_metrics(job.parent, metrics, step=record.task_index)
         version = job.registry.version_of(job.output.name, self._lineage_ids[record.task_index])
         new, last = version is None, total == len(self._lineage_ids)
@@ -328,7 +326,7 @@ class Registrar:
 
     def newest_model(self) -> Model:
         """The model after the last task."""
-        return Model.load(self._fetch(len(self._rows) - 1))
+        return Model.load(self._fetch(len(self._records) - 1))
 
     def version_fields(self) -> list[dict[str, Any]]:
         """The versions of the stream's models, for `result.json`."""
@@ -343,7 +341,7 @@ class Registrar:
         """
         registry, stream = self.job.registry, self.job.output.name
         champion = registry.resolve(f"models:/{stream}@{CHAMPION}")
-        newest = registry.version_of(stream, self._lineage_ids[len(self._rows) - 1])
+        newest = registry.version_of(stream, self._lineage_ids[len(self._records) - 1])
         assert newest is not None, "every task has just been registered"
         if champion.version != newest.version:
             move = registry.aliases.last_move(stream, CHAMPION)

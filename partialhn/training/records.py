@@ -1,7 +1,7 @@
 """The records that a training loop yields: one for each epoch, one for each finished task."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -39,11 +39,26 @@ class TaskRecord:
     train_seconds: float
     evaluate_seconds: float
     without_id: dict[str, float] | None = None
-    """Metrics of task inference, if it is learned: rejection_auroc (how well this task's images
-    were distinguished from those of earlier tasks before it was learned) and, after the last task,
-    the result of `partialhn.evaluation.task_inference_metrics.without_task_id`."""
+    """Metrics of task inference, if it is learned: the result of
+    `partialhn.evaluation.task_inference_metrics.without_task_id` on the tasks so far, and
+    rejection_auroc (how well this task's images were distinguished from those of earlier tasks
+    before it was learned). Version 0.1.0 measured the former after the last task only."""
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "TaskRecord":
         """Rebuilds a record from the fields that `dataclasses.asdict` and JSON gave."""
         return TaskRecord(**{**fields, "accuracy_row": tuple(fields["accuracy_row"])})
+
+
+def class_incremental(finished: Sequence[TaskRecord]) -> dict[str, float]:
+    """Accuracy where nobody says the task, over the classes of all tasks so far.
+
+    Keys: last (after the last task) and, where it was measured after every task,
+    average_incremental (the mean over tasks). Empty if the last task did not measure it.
+    """
+    accuracies = [record.without_id["acc"] for record in finished
+                  if record.without_id and "acc" in record.without_id]
+    if not finished or "acc" not in (finished[-1].without_id or {}):
+        return {}
+    average = {"average_incremental": sum(accuracies) / len(accuracies)}
+    return {"last": accuracies[-1]} | (average if len(accuracies) == len(finished) else {})

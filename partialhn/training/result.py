@@ -10,10 +10,10 @@ from typing import Any
 import partialhn
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
-from partialhn.evaluation.metrics import summarise
+from partialhn.evaluation.metrics import StreamMetrics, summarise
 from partialhn.features.extract import SPLITS
 from partialhn.training.learner import Learner
-from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.records import EpochRecord, TaskRecord, class_incremental
 from partialhn.training.slots import Slot
 
 LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "numpy")
@@ -87,6 +87,16 @@ class Outcome:
                 "train_seconds": round(sum(r.train_seconds for r in self.finished), 3)}
 
 
+def stream_metrics(records: Sequence[TaskRecord]) -> tuple[StreamMetrics, dict[str, float]]:
+    """The metrics of the tasks so far, and those of them that are logged, by name."""
+    rows = [record.accuracy_row for record in records]
+    summary = summarise([[*row, *[None] * (len(rows) - len(row))] for row in rows])
+    logged = {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
+              "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
+    return summary, logged | {f"class_incremental_{key}": value
+                              for key, value in class_incremental(records).items()}
+
+
 def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, float], decoded: int,
                   outcomes: Mapping[str, Outcome], phases: Mapping[str, float]) -> dict[str, Any]:
     """The fields of `result.json`, except names, versions and sizes of registered models.
@@ -102,7 +112,10 @@ def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, floa
     own = ours.fields()
     del own["train_seconds"]
     return own | {
-        "without_task_id": ours.without_task_id(), "config": config.to_dict(),
+        "without_task_id": ours.without_task_id(),
+        "class_incremental": class_incremental(ours.finished) | {
+            "after_task": [(record.without_id or {}).get("acc") for record in ours.finished]},
+        "config": config.to_dict(),
         "seed": config.train.seed, "strategy": config.train.strategy,
         "tasks": [_task_fields(slot) for slot in slots],
         "seconds": {"total": round(sum(phases.values()), 3),

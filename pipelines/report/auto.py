@@ -5,9 +5,9 @@ from pipelines.report.charts import escape
 from pipelines.report.facts import Facts
 from pipelines.report.html import data_table, section
 
-METHODS = (("acc_detector", "Trunk features alone", "distance to class means"),
+METHODS = (("acc_detector", "Trunk features alone", "the detector over the classes of all tasks"),
            ("acc_entropy", "Heads alone", "the most certain head, on fewer images"),
-           ("acc_combined", "Both", "the default of task auto"))
+           ("acc_combined", "Both", "task auto"))
 
 
 def without_id(facts: Facts) -> str:
@@ -21,8 +21,19 @@ def without_id(facts: Facts) -> str:
             f"{percent(measured['acc_given'])} of the same images get the right class.")
     rows = [[f"{escape(name)}<small>{escape(note)}</small>", percent(measured[key])]
             for key, name, note in METHODS if key in measured]
+    notes = f"{_after_each(facts)} {_detection(measured)}".strip()
     return section("Without a task id", lead, data_table(["Task inferred by", "Right class"], rows),
-                   f'<p class="meta after">{escape(_detection(measured))}</p>')
+                   f'<p class="meta after">{escape(notes)}</p>')
+
+
+def _after_each(facts: Facts) -> str:
+    """Class-incremental accuracy after each task; empty where it was not measured."""
+    found = facts.result.get("class_incremental") or {}
+    if "average_incremental" not in found:
+        return ""
+    return (f"Class-incremental accuracy after each task: "
+            f"{', '.join(percent(value) for value in found['after_task'])}; average "
+            f"{percent(found['average_incremental'])}.")
 
 
 def _detection(measured: dict[str, float]) -> str:
@@ -41,6 +52,9 @@ def without_id_line(facts: Facts) -> list[str]:
     if "acc" not in measured:
         return []
     auroc = measured.get("rejection_auroc")
+    average = (facts.result.get("class_incremental") or {}).get("average_incremental")
     return [f"Without a task id: accuracy {percent(measured['acc'])}, task inferred correctly for "
             f"{percent(measured['task_accuracy'])}"
-            + ("" if auroc is None else f"; unknown tasks: AUROC {auroc:.2f}")]
+            + ("" if auroc is None else f"; unknown tasks: AUROC {auroc:.2f}"),
+            *([] if average is None else
+              [f"Class-incremental accuracy, average after each task: {percent(average)}"])]

@@ -15,10 +15,11 @@ from partialhn.data.experience import Experience, refreshed, task_of
 from partialhn.errors import IntegrityError
 from partialhn.evaluation.answer_sample import write_sample
 from partialhn.evaluation.linear_probe import linear_probe
-from partialhn.evaluation.metrics import StreamMetrics, summarise
+from partialhn.evaluation.metrics import StreamMetrics
 from partialhn.predict import Predictor
 from partialhn.training import lineage
 from partialhn.training.experience import evaluate
+from partialhn.training.result import stream_metrics
 from partialhn.training.slots import Slot, open_task_features
 from pipelines.registry.client import Placing
 from pipelines.registry.package import Contents
@@ -97,12 +98,6 @@ def keep_sample(context: PassContext, lineage_id: str, experience: Experience) -
         context.storage.put_if_absent(context.sample(lineage_id), sample.read_bytes())
 
 
-def summary_of(learned: Sequence[lineage.Learned]) -> StreamMetrics:
-    """The metrics of a chain of learned tasks."""
-    rows = [model.record.accuracy_row for model in learned]
-    return summarise([[*row, *[None] * (len(rows) - len(row))] for row in rows])
-
-
 def register(context: PassContext, decided: Sequence[Decided], new: Decided) -> Version:
     """Registers the version of a decided task, and promotes it if it passed the gate.
 
@@ -115,9 +110,8 @@ def register(context: PassContext, decided: Sequence[Decided], new: Decided) -> 
     if len(learned) != len(tasks):
         raise IntegrityError(f"the log has a decision on {new.slot}, but only {len(learned)} of "
                              f"the {len(tasks)} models up to it are stored in {context.folder}")
-    summary, index, registry = summary_of(learned), len(tasks) - 1, context.registry
-    metrics = {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
-               "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
+    summary, metrics = stream_metrics([each.record for each in learned])
+    index, registry = len(tasks) - 1, context.registry
     parent = registry.stream_run(context.stream, WORK, context.config.to_dict())
     run = registry.task_run(parent, new.slot, index, new.prefix)
     registry.log_task(run, [dataclasses.asdict(each) for each in learned[-1].epochs], metrics)

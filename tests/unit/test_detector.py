@@ -26,6 +26,7 @@ from partialhn.features.feature_set import join
 from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
 from partialhn.training.learner import Learner
+from partialhn.training.records import class_incremental
 
 INFOS = tuple(TaskInfo(name, (f"{name}-0", f"{name}-1")) for name in ("a", "b", "c"))
 FEATURES = 16
@@ -246,6 +247,12 @@ def test_it_finds_tasks_far_better_than_guessing_and_measures_every_task(learner
     assert "rejection_auroc" not in learner.finished[0].without_id
     assert learner.finished[0].without_id["acc"] > 0.5
     assert "acc_entropy" not in learner.finished[1].without_id
+    after = [record.without_id["acc"] for record in learner.finished]
+    assert class_incremental(learner.finished) == {
+        "last": after[2], "average_incremental": pytest.approx(sum(after) / 3)}
+    old = [dataclasses.replace(learner.finished[0], without_id=None), *learner.finished[1:]]
+    assert class_incremental(old) == {"last": after[2]}
+    assert class_incremental(old[:1]) == class_incremental([]) == {}
 
 
 def test_strangers_are_rejected_and_known_images_are_not(learner, tasks):

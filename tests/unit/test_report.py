@@ -373,5 +373,6 @@ def test_what_it_costs_not_to_know_the_task_is_said():
     assert "AUROC of 0.71" in page
     assert "Without a task id: accuracy 42.1 %, task inferred correctly for 57.3 %" in text
     assert "AUROC 0.71" in text
+    assert "average after each task: 53.6 %" in text
     del result["without_task_id"]
     assert "Without a task id" not in render(result) + text_summary(result)

@@ -1,0 +1,277 @@
+"""The detector beside what others use when nobody says which task, on the same stored features.
+
+    python tests/bench/detectors.py --preset split-tiny-imagenet-5x10 --data TINY_IMAGENET_32 \
+        --far CIFAR10 --images-per-class 150 --seeds 3 --work FOLDER
+
+Learns the preset's stream once a seed (trunk and features are shared), then prints a Markdown
+table, means over seeds in percent: right class and right task without the task, and how well images
+of the last task (near) and of another data set (far) are told from those of the tasks before it:
+AUROC, and the share of strangers accepted where 5 % of known images are rejected (FPR95).
+"""
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+
+from partialhn.config import ComputeConfig, DataConfig
+from partialhn.data.datasets import open_stream
+from partialhn.data.decode import decode_images
+from partialhn.detector.detector import Detector
+from partialhn.detector.expansion import Expansion
+from partialhn.evaluation.task_inference_metrics import auroc
+from partialhn.features.closed_form import pooled_cells
+from partialhn.networks.trunk import run_trunk
+from partialhn.presets import preset
+from partialhn.run import StreamRun
+from partialhn.task_inference import (
+    TaskInference,
+    best_task,
+    pooled,
+    statistics,
+)
+
+RANPAC = 8000
+FAR_IMAGES = 500
+
+
+class Learned:
+    """A learned stream: features of every task, and its heads."""
+
+    def __init__(self, run):
+        self.tasks, self.run = run.tasks, run
+        self.strategy = run.learner.strategy.eval()
+        self.weights = [self.strategy.weights(task) for task in range(len(self.tasks))]
+        self.classes = [task.classes for task in self.tasks]
+        self.tests = [plain(task.test) for task in self.tasks]
+
+    def logits(self, z_BCHW, count):
+        """Logits of the first `count` heads."""
+        return [self.strategy.head(z_BCHW, own) for own in self.weights[:count]]
+
+
+def plain(features):
+    rows_N = torch.arange(len(features))
+    return features.gather(rows_N, torch.zeros_like(rows_N))
+
+
+class Heads:
+    """The heads alone; `score` makes one number a task of its logits."""
+
+    def __init__(self, learned, count, score):
+        self.learned, self.count, self.score = learned, count, score
+
+    def __call__(self, z_BCHW):
+        logits = self.learned.logits(z_BCHW, self.count)
+        score_BT = torch.stack([self.score(each) for each in logits], 1)
+        best_B = score_BT.argmax(1)
+        class_TB = torch.stack([each.argmax(1) for each in logits])
+        return best_B, class_TB.gather(0, best_B[None])[0], -score_BT.amax(1)
+
+
+class First:
+    """The detector of version 0.1.0, with the heads' entropy."""
+
+    def __init__(self, learned, count):
+        self.learned, self.count, self.inference = learned, count, TaskInference()
+        for place in range(count):
+            self.inference.add_task(statistics(learned.tasks[place].train, place))
+
+    def __call__(self, z_BCHW):
+        learned, weights = self.learned, self.learned.weights[:self.count]
+        distances_BT = self.inference.distances(pooled(z_BCHW))
+        best_B = best_task("combined", distances_BT, learned.strategy.head, weights, z_BCHW)
+        class_TB = torch.stack([each.argmax(1) for each in learned.logits(z_BCHW, self.count)])
+        return best_B, class_TB.gather(0, best_B[None])[0], distances_BT.amin(1)
+
+
+class Linear:
+    """A classifier over all classes from scores (B, M)."""
+
+    def __init__(self, learned, count):
+        self.classes = learned.classes[:count]
+        trains = [task.train for task in learned.tasks[:count]]
+        first = [sum(self.classes[:task]) for task in range(count)]
+        self.x_NF = torch.cat([self.features(train) for train in trains]).double()
+        self.y_N = torch.cat([train.y_N + start for train, start in zip(trains, first,
+                                                                        strict=True)])
+        self.solve(sum(self.classes))
+
+    def __call__(self, z_BCHW):
+        score_BM = self.scores(pooled(z_BCHW).double())
+        best_TB2 = [part.max(1) for part in torch.split(score_BM, self.classes, dim=1)]
+        task_B = torch.stack([best.values for best in best_TB2]).argmax(0)
+        class_TB = torch.stack([best.indices for best in best_TB2])
+        return task_B, class_TB.gather(0, task_B[None])[0], -score_BM.amax(1)
+
+    def features(self, features):
+        return pooled_cells(features, 1)
+
+
+class SharedCovariance(Linear):
+    """Linear discriminant analysis on pooled features, distances as scores."""
+
+    def solve(self, classes):
+        self.mean_MF = torch.stack([self.x_NF[self.y_N == y].mean(0) for y in range(classes)])
+        centred_NF = self.x_NF - self.mean_MF[self.y_N]
+        covariance = centred_NF.T @ centred_NF / len(centred_NF)
+        covariance += 0.05 * covariance.diagonal().mean() * torch.eye(len(covariance)).double()
+        self.white_FF = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+
+    def scores(self, x_BF):
+        return -torch.cdist(x_BF @ self.white_FF, self.mean_MF @ self.white_FF) ** 2
+
+
+class RanPac(Linear):
+    """Ridge regression on random ReLU features of pooled features; the penalty has the smallest
+    leave-one-out error. Solved in the images' space, which is the smaller one here."""
+
+    def solve(self, classes):
+        draw = torch.Generator().manual_seed(0)
+        self.weight = torch.randn(self.x_NF.shape[1], RANPAC, generator=draw).double()
+        h_NM = (self.x_NF @ self.weight).relu()
+        target_NK = torch.nn.functional.one_hot(self.y_N, classes).double()
+        values_N, vectors_NN = torch.linalg.eigh(h_NM @ h_NM.T)
+        best = (math.inf, None)
+        for power in range(-4, 18):
+            inverse_N = 1 / (values_N.clamp_min(0) + 10.0 ** (power / 2))
+            dual_NK = vectors_NN @ (inverse_N[:, None] * (vectors_NN.T @ target_NK))
+            error = (dual_NK / ((vectors_NN ** 2) @ inverse_N)[:, None]).square().mean().item()
+            if error < best[0]:
+                best = (error, h_NM.T @ dual_NK)
+        self.solved_MK = best[1]
+
+    def scores(self, x_BF):
+        return (x_BF @ self.weight).relu() @ self.solved_MK
+
+
+class Ours:
+    """The detector, alone or with the heads."""
+
+    def __init__(self, learned, count, heads):
+        self.learned, self.heads, self.slots = learned, heads, range(count)
+        self.detector = Detector(learned.run.config.train.detector_features)
+        for place in self.slots:
+            task = learned.tasks[place]
+            self.detector.add_task(self.detector.statistics(
+                task.train, task.validation, task.classes,
+                lambda z_BCHW, own=learned.weights[place]: learned.strategy.head(z_BCHW, own)))
+
+    def __call__(self, z_BCHW):
+        strange_B = self.detector.strangeness(self.slots, z_BCHW)
+        if not self.heads:
+            return *self.detector.classify(self.slots, z_BCHW), strange_B
+        joint, _ = self.detector.infer(self.learned.strategy.head, self.slots,
+                                       self.learned.weights[:len(self.slots)], z_BCHW)
+        return joint.task_B, joint.p_BL.argmax(1), strange_B
+
+
+def entropy(logits_BK):
+    return -torch.special.entr(logits_BK.softmax(1)).sum(1)
+
+
+METHODS = {
+    "heads: lowest entropy": lambda learned, count: Heads(learned, count, entropy),
+    "heads: largest logit": lambda learned, count: Heads(learned, count, lambda z: z.amax(1)),
+    "heads: energy": lambda learned, count: Heads(learned, count, lambda z: z.logsumexp(1)),
+    "version 0.1.0": First,
+    "shared covariance": SharedCovariance,
+    f"RanPAC, {RANPAC}": RanPac,
+    "detector alone": lambda learned, count: Ours(learned, count, heads=False),
+    "detector and heads": lambda learned, count: Ours(learned, count, heads=True)}
+
+
+@torch.no_grad()
+def measure(learned, make, far_BCHW):
+    """Right class, right task, and AUROC and FPR95 of near and far strangers."""
+    count = len(learned.tasks)
+    method, right, tasks = make(learned, count), [], []
+    for task, z_BCHW in enumerate(learned.tests):
+        task_B, class_B, _ = method(z_BCHW)
+        right.append(((task_B == task) & (class_B == learned.tasks[task].test.y_N)).float().mean())
+        tasks.append((task_B == task).float().mean())
+    before = make(learned, count - 1)
+    known_N = torch.cat([before(z_BCHW)[2] for z_BCHW in learned.tests[:-1]])
+    numbers = [sum(right) / count, sum(tasks) / count]
+    for strange_B in (before(learned.tests[-1])[2], before(far_BCHW)[2]):
+        threshold = torch.quantile(known_N, 0.95)
+        numbers += [auroc(known_N, strange_B), (strange_B <= threshold).float().mean()]
+    return [float(number) for number in numbers]
+
+
+def far_features(run, data):
+    """Trunk features of test images of another data set."""
+    test = open_stream(DataConfig(data=data, tasks=1), run.root / "far")[0].test
+    images = test.take(torch.arange(0, len(test), max(1, len(test) // FAR_IMAGES)).numpy())
+    size = run.config.data.input_size
+    decoded = decode_images(images.read(), images.ids(), size)
+    return run_trunk(run.cut.trunk, decoded.images_BCHW)
+
+
+def expansion_table(learned):
+    """Accuracy of the detector alone by its parts and its number of random features."""
+    C, height, width = learned.tasks[0].train.shape_CHW
+    for spread in (False, True):
+        for count in (0, 250, 500, 1000, 2000):
+            expansion = Expansion(C, spread and height * width > 1, count)
+            detector = Detector(count)
+            detector.expansion = expansion
+            for task in learned.tasks:
+                detector.add_task(detector.statistics(task.train, task.validation, task.classes))
+            right = 0.0
+            for task, z_BCHW in enumerate(learned.tests):
+                task_B, class_B = detector.classify(range(len(learned.tasks)), z_BCHW)
+                hit_B = (task_B == task) & (class_B == learned.tasks[task].test.y_N)
+                right += float(hit_B.float().mean()) / len(learned.tasks)
+            stored = 2 * expansion.width * (expansion.width + 1)
+            print(f"| {'mean and spread' if spread else 'mean'} | {count} | {expansion.width} | "
+                  f"{100 * right:.1f} | {stored / 1e6:.2f} MB |", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--preset", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--far", required=True)
+    parser.add_argument("--images-per-class", type=int)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--sizes", action="store_true", help="table of the detector's size, too")
+    chosen = parser.parse_args()
+    base = preset(chosen.preset)
+    rows = {name: [] for name in METHODS}
+    for seed in range(chosen.seeds):
+        train = dataclasses.replace(base.train, seed=seed, compare=(),
+                                    epochs=chosen.epochs or base.train.epochs)
+        config = dataclasses.replace(
+            base, train=train, compute=ComputeConfig(threads=1),
+            data=dataclasses.replace(base.data, data=chosen.data,
+                                     images_per_class=chosen.images_per_class))
+        run = StreamRun(config, chosen.work)
+        list(run.records())
+        tasks = run.tasks  # a task that an earlier call learned has no training features open
+        if any(task.train is None for task in tasks):
+            from partialhn.training.slots import open_task_features
+            run.tasks = open_task_features(run.store, run.slots())
+        learned = Learned(run)
+        far_BCHW = far_features(run, chosen.far)
+        for name, make in METHODS.items():
+            rows[name].append(measure(learned, make, far_BCHW))
+            print(seed, name, [round(number, 3) for number in rows[name][-1]], flush=True)
+    print("| | right class | right task | near AUROC | near FPR95 | far AUROC | far FPR95 |\n"
+          "|---|---|---|---|---|---|---|")
+    for name, found in rows.items():
+        mean_6 = torch.tensor(found).mean(0).tolist()
+        cells = [f"{100 * mean_6[0]:.1f}", f"{100 * mean_6[1]:.1f}", f"{mean_6[2]:.2f}",
+                 f"{100 * mean_6[3]:.0f}", f"{mean_6[4]:.2f}", f"{100 * mean_6[5]:.0f}"]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    if chosen.sizes:
+        expansion_table(learned)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
