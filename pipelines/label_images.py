@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from partialhn.data.decode import BadImage
@@ -25,10 +26,13 @@ from partialhn.task_inference import AUTO, NONE
 from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import connect
 from pipelines.registry.versions import Version
+from pipelines.serving.drift import NEW_TASK_SHARE
 from pipelines.serving.live import FeatureRecorder
 
 BATCH = 256
 """Number of images labelled at a time."""
+EXAMPLES = 5
+"""Number of ids of images of no known task that are listed."""
 SCHEMA = pa.schema([
     ("id", pa.string()), ("task", pa.string()), ("label", pa.string()),
     ("probability", pa.float64()), ("classes", pa.list_(pa.string())),
@@ -51,6 +55,13 @@ class Predicted:
     model_uri: str
     """The version behind the alias: models:/name/version."""
     output: str
+    unknown: tuple[str, ...] = ()
+    """Ids of the first images that seem to belong to no known task, at most EXAMPLES."""
+
+    @property
+    def new_task(self) -> bool:
+        """Whether so many images are strange that a new task seems to be here."""
+        return self.labels.get(NONE, 0) > NEW_TASK_SHARE * max(1, self.images)
 
 
 def predict_to_parquet(model: str, task: str, images: str, output: str,
@@ -90,7 +101,7 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
         predictor.model.tasks[predictor.task_index(task)].name)
     recorder = FeatureRecorder(store, version.stream) if record else None
     label = _Labeller(predictor, name, on_bad_image, recorder)
-    counts, bad, done = Counter[str](), list[BadImage](), 0
+    counts, bad, unknown, done = Counter[str](), list[BadImage](), list[str](), 0
     with tempfile.TemporaryDirectory(prefix=".partialhn-", dir=_folder_of(target)) as folder:
         draft = Path(folder) / "predictions.parquet"
         with pq.ParquetWriter(draft, SCHEMA.with_metadata(_origin(version))) as writer:
@@ -100,6 +111,7 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
                 answers, skipped = label(images_B, ids[rows.start:rows.stop])
                 writer.write_table(answers)
                 counts.update(label or NONE for label in answers.column("label").to_pylist())
+                unknown += answers.filter(pc.is_null(answers["label"]))["id"].to_pylist()
                 bad += skipped
                 done += len(images_B)
                 if progress:
@@ -108,7 +120,7 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
     if recorder:
         recorder.flush()
     return Predicted(len(table) - len(bad), tuple(bad), name, dict(counts.most_common()),
-                     version.uri, target.uri)
+                     version.uri, target.uri, tuple(unknown[:EXAMPLES]))
 
 
 def _origin(version: Version) -> dict[str, str]:

@@ -80,6 +80,10 @@ class Predict:
               + ", ".join(f"{label} {count}" for label, count in done.labels.items()))
         for bad in done.bad:
             print(f"  left out {bad.id}: {bad.reason}")
+        if done.unknown:
+            print(f"images of no known task, for example: {', '.join(done.unknown)}")
+        if done.new_task:
+            print("a new task seems to be here; put labelled images of it into the inbox")
         print(f"predictions: {done.output}")
 
 

@@ -68,7 +68,7 @@ class Drift:
     """Test whether the images that a stream's champion gets differ from its held-out images.
 
     Uses the features that serve, or predict --record, recorded. Exit codes: 0 no drift, 3 a task
-    drifts.
+    drifts or a new task seems to be here.
     """
 
     name: str
@@ -81,6 +81,8 @@ class Drift:
     """Probability of a false alarm, for all tasks together."""
     hours: float = 168.0
     """Use images of the last so many hours."""
+    new_task_share: float = 0.2
+    """Share of images of no known task, of all images, above which a new task seems to be here."""
     json: bool = False
     """Print JSON instead of a table."""
     retrain: bool = False
@@ -92,11 +94,11 @@ class Drift:
         from pipelines.serving.drift import find_drift, table
 
         report = find_drift(self.name, self.storage, self.tracking_uri, alpha=self.alpha,
-                            hours=self.hours)
+                            hours=self.hours, new_task_share=self.new_task_share)
         print(json.dumps(report.fields(), indent=1) if self.json else "\n".join(table(report)))
         if report.drifts and self.retrain:
             self._retrain()
-        return DRIFTS if report.drifts else 0
+        return DRIFTS if report.drifts or report.new_task else 0
 
     def _retrain(self) -> None:
         import sys

@@ -28,6 +28,7 @@ from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
 from partialhn.task_inference import NONE, pooled
 from pipelines.features.produce import open_store
+from pipelines.platform.numbers import percent
 from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Registry, connect
 from pipelines.registry.versions import Version
@@ -37,6 +38,9 @@ COMPONENTS = 16
 """Largest number of principal components that are tested."""
 REFERENCE_ROWS = 2048
 """Largest number of held-out images in each split of a task that are used as reference."""
+NEW_TASK_SHARE = 0.2
+"""A share of images of no known task above this means that a new task seems to be here: four times
+the share that the detector rejects by default where all images are of known tasks."""
 FEWEST = 30
 """Smallest number of live images for a test; a task with fewer is listed but not tested."""
 
@@ -74,24 +78,39 @@ class DriftReport:
     tasks: tuple[TaskDrift, ...]
     unknown: int
     """Number of images sent with task auto that seemed to belong to no known task."""
+    new_task_share: float = NEW_TASK_SHARE
+    """Share of such images above which a new task seems to be here."""
 
     @property
     def drifts(self) -> bool:
         """Whether any task drifts."""
         return any(task.drifts for task in self.tasks)
 
+    @property
+    def unknown_share(self) -> float:
+        """Share of all images that seemed to belong to no known task."""
+        return self.unknown / max(1, self.unknown + sum(task.asked for task in self.tasks))
+
+    @property
+    def new_task(self) -> bool:
+        """Whether so many images are strange that a new task seems to be here."""
+        return self.unknown >= FEWEST and self.unknown_share > self.new_task_share
+
     def fields(self) -> dict[str, Any]:
         """The fields as plain values for JSON."""
         return {"model_uri": self.model_uri, "hours": self.hours, "alpha": self.alpha,
                 "drift": self.drifts, "unknown_images": self.unknown,
+                "unknown_share": self.unknown_share, "new_task": self.new_task,
                 "tasks": [task.fields() for task in self.tasks]}
 
 
 def find_drift(name: str, storage: str, tracking_uri: str | None = None, *,
-               alpha: float = 0.01, hours: float = 168.0) -> DriftReport:
+               alpha: float = 0.01, hours: float = 168.0,
+               new_task_share: float = NEW_TASK_SHARE) -> DriftReport:
     """Compares the champion's live images of the last hours with its held-out images.
 
-    alpha: probability of a false alarm for the whole report.
+    alpha: probability of a false alarm for the whole report. new_task_share: share of images of no
+    known task above which a new task seems to be here.
 
     Raises: InputError for an unknown stream, or if nothing was recorded.
     """
@@ -99,12 +118,14 @@ def find_drift(name: str, storage: str, tracking_uri: str | None = None, *,
         raise InputError(f"alpha is {alpha}; allowed: between 0 and 1")
     if hours <= 0:
         raise InputError(f"hours is {hours}; allowed: more than 0")
+    if not 0 <= new_task_share <= 1:
+        raise InputError(f"new_task_share is {new_task_share}; allowed: 0 to 1")
     store = open_storage(storage)
     registry = connect(store, tracking_uri, create=False)
     champion = registry.resolve(f"models:/{name}@champion")
     live = read_live(store, name, champion.tags["trunk_fingerprint"], hours)
     unknown = live.pop(NONE, None)
-    if not live:
+    if not live and unknown is None:
         raise InputError(f"no images were recorded for {champion.uri} in the last {hours:g} hours "
                          f"in {store.uri_of('live', name)}; allowed: a stream used with "
                          "`partialhn serve` or `partialhn predict --record`")
@@ -112,7 +133,8 @@ def find_drift(name: str, storage: str, tracking_uri: str | None = None, *,
                    for task, version in _task_versions(registry, champion).items() if task in live]
     tested = max(1, sum(task.p_value is not None for task in comparisons))
     tasks = tuple(_corrected(task, tested, alpha) for task in comparisons)
-    return DriftReport(champion.uri, hours, alpha, tasks, unknown.seen if unknown else 0)
+    return DriftReport(champion.uri, hours, alpha, tasks, unknown.seen if unknown else 0,
+                       new_task_share)
 
 
 def _task_versions(registry: Registry, champion: Version) -> dict[str, Version]:
@@ -197,6 +219,9 @@ def table(report: DriftReport) -> Sequence[str]:
         lines.append(f"{task.task[:23]:24}{task.asked:>9}{task.compared:>10}{task.reference:>7}"
                      + numbers)
     if report.unknown:
-        lines.append(f"{report.unknown} images sent with task auto seemed to belong to no known "
-                     "task")
+        lines.append(f"{report.unknown} images sent with task auto "
+                     f"({percent(report.unknown_share)} of all) seemed to belong to no known task")
+    if report.new_task:
+        lines.append(f"a new task seems to be here: more than {percent(report.new_task_share)}; "
+                     "put labelled images of it into the inbox")
     return lines
