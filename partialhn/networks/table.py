@@ -42,6 +42,11 @@ BACKBONES = BackboneTable("backbone", "partialhn.backbones", {
 }, lambda _name, value: value)
 
 
+def cut_unit(name: str) -> str:
+    """The word for one step of a network's freeze depth: stage, or block where it has a source."""
+    return "block" if ":" in name else "stage"
+
+
 def register_backbone(name: str, source: object) -> None:
     """Makes a backbone known in this process under a name.
 

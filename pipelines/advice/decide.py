@@ -13,7 +13,6 @@ import numpy as np
 from scipy import stats
 
 from partialhn.evaluation.intervals import CONFIDENCE, Interval
-from partialhn.networks.division import RESIDUAL_STAGES
 from pipelines.search.settings import Objective
 from pipelines.search.state import Measured, TrialRecord
 
@@ -66,14 +65,6 @@ class DepthResult:
 def _measured(record: TrialRecord) -> Measured:
     assert record.measured is not None
     return record.measured
-
-
-def stage_name(depth: int) -> str:
-    """The words for a depth that complete the phrase "freezing ..."."""
-    if depth == 0:
-        return "nothing"
-    return f"through {RESIDUAL_STAGES[depth - 1]}" if depth < len(RESIDUAL_STAGES) else (
-        "everything but the classifier")
 
 
 def results_by_depth(records: Sequence[TrialRecord],

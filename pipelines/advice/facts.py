@@ -21,9 +21,9 @@ from pipelines.advice.decide import (
     more_search,
     noise,
     rank_correlation,
-    stage_name,
 )
 from pipelines.advice.money import Prices, Way, yearly
+from pipelines.search.depths import Depths, find_depths
 from pipelines.search.sampling import Goal, Proposals
 from pipelines.search.space import Space
 from pipelines.search.state import Measured, TrialRecord
@@ -37,7 +37,8 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
                   seconds: float) -> dict[str, Any]:
     """All fields of `advice.json`; the page is made from them alone."""
     options = settings["options"]
-    ways = _ways(settings, results, options)
+    depths = find_depths(Config.from_dict(settings["config"]))
+    ways = _ways(settings, results, options, depths)
     cost = ({each.depth: ways[each.depth]["a_year"] for each in results}
             if ways else {each.depth: each.seconds for each in results})
     cost = {depth: max(value, 1e-9) for depth, value in cost.items()}
@@ -52,10 +53,11 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
         "objective": goal.objective, "max_loss": goal.max_loss, "options": dict(options),
         "tasks": settings["tasks"], "config": settings["config"], "space": settings["space"],
         "search_seconds": round(seconds, 1),
-        "recommendation": _recommendation(results, chosen, survey, votes, bool(ways)) | {
-            "preferred": words.preferred(chosen, first, margin), "noise": margin},
-        "depths": [_depth_fields(each, results) | {"ridge": survey["ridge"].get(str(each.depth))}
-                   for each in results],
+        "recommendation": _recommendation(results, chosen, survey, votes, bool(ways), depths) | {
+            "preferred": words.preferred(chosen, first, margin, depths), "noise": margin},
+        "unit": depths.unit,
+        "depths": [_depth_fields(each, results, depths)
+                   | {"ridge": survey["ridge"].get(str(each.depth))} for each in results],
         "front": {"costs": list(FRONT), "trials": front(records)},
         "trials": [_trial_fields(each) for each in records], "fixed": dict(space.fixed),
         "more_search": _more(records, chosen),
@@ -68,26 +70,27 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
 
 def _recommendation(results: Sequence[DepthResult], chosen: DepthResult,
                     survey: Mapping[str, Any], votes: Mapping[int, int],
-                    priced: bool) -> dict[str, Any]:
-    return {"depth": chosen.depth, "freeze": stage_name(chosen.depth),
+                    priced: bool, depths: Depths) -> dict[str, Any]:
+    return {"depth": chosen.depth, "freeze": depths.freezing(chosen.depth),
             "trial": chosen.best.plan.id, "config_file": f"depth-{chosen.depth}.yaml",
             "params": chosen.best.plan.params, "cost": "money a year" if priced else "seconds",
-            "reason": words.reason(results, chosen, survey["shifts"]),
-            "confidence": words.sure(chosen, votes),
+            "reason": words.reason(results, chosen, survey["shifts"], depths),
+            "confidence": words.sure(chosen, votes, depths),
             "separate_heads": words.beside_separate_heads(chosen),
             "ridge": words.beside_ridge(results, survey["ridge"]),
             "votes": {str(depth): count for depth, count in votes.items()},
             "accuracy": dataclasses.asdict(chosen.accuracy)}
 
 
-def _depth_fields(each: DepthResult, results: Sequence[DepthResult]) -> dict[str, Any]:
+def _depth_fields(each: DepthResult, results: Sequence[DepthResult],
+                  depths: Depths) -> dict[str, Any]:
     best = max(other.accuracy.mean for other in results)
     run, lost = each.runs[0], each.lost()
     tests = [value for final in each.finals if final.measured
              and (value := final.measured.test_accuracy) is not None]
     baselines = [final.measured.accuracy for final in each.baselines if final.measured]
     return {
-        "depth": each.depth, "freeze": stage_name(each.depth), "counts": dict(each.counts),
+        "depth": each.depth, "freeze": depths.freezing(each.depth), "counts": dict(each.counts),
         "trial": each.best.plan.id, "params": each.best.plan.params,
         "search_accuracy": each.best.measured.accuracy if each.best.measured else None,
         "accuracy": dataclasses.asdict(each.accuracy), "per_task": each.per_task,
@@ -160,13 +163,13 @@ def _importance(space: Space, settings: Mapping[str, Any], records: Sequence[Tri
 
 
 def _ways(settings: Mapping[str, Any], results: Sequence[DepthResult],
-          options: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+          options: Mapping[str, Any], depths: Depths) -> dict[int, dict[str, Any]]:
     """A year's costs of each depth; empty where no prices were given."""
     if options["price_gpu_hour"] is None:
         return {}
     prices, count = _prices(options), len(settings["tasks"])
     return {each.depth: yearly(_way(
-        f"partial hypernetwork, freezing {stage_name(each.depth)}", each.runs, count,
+        f"partial hypernetwork, freezing {depths.freezing(each.depth)}", each.runs, count,
         each.accuracy.mean), prices) for each in results}
 
 

@@ -71,7 +71,7 @@
   function front() {
     const [title, scale] = costs[cost];
     const on = new Set(advice.front.trials);
-    const groups = [...new Set(search.map(t => t.depth))].sort();
+    const groups = [...new Set(search.map(t => t.depth))].sort((a, b) => a - b);
     const traces = groups.map(depth => {
       const mine = search.filter(t => t.depth === depth);
       return {name: `depth ${depth}`, mode: "markers", x: mine.map(t => scale(t[cost])),

@@ -142,8 +142,8 @@ def _forecast(advice: Mapping[str, Any]) -> str:
     judged = ("" if correlation is None else " Its ranks and those of the measured accuracy "
               f"correlate by {correlation:+.2f} (Spearman; 1 is the same order).")
     lead = ("The forecast uses the first two tasks alone, before any trial: the accuracy of a "
-            "linear probe on each stage's features, and how much of it remains on a task that "
-            "the trunk was not trained on." + judged)
+            f"linear probe on each {advice['unit']}'s features, and how much of it remains on a "
+            "task that the trunk was not trained on." + judged)
     return ('<section aria-labelledby="forecast-title"><h2 id="forecast-title">Forecast</h2>'
             f"<p>{escape(lead)}</p>"
             '<div class="scroll" tabindex="0" role="region" aria-label="Table of the forecast">'

@@ -3,33 +3,35 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.advice.decide import DepthResult, stage_name
+from pipelines.advice.decide import DepthResult
 from pipelines.platform.numbers import in_points, percent, size
+from pipelines.search.depths import Depths
 
 
 def reason(results: Sequence[DepthResult], chosen: DepthResult,
-           shifts: Mapping[str, float]) -> str:
+           shifts: Mapping[str, float], depths: Depths) -> str:
     """The reason for this depth: the accuracy it keeps, the time it saves, the bytes it needs, and
-    the cost of one stage deeper.
+    the cost of the next deeper one.
     """
     best = max(results, key=lambda each: each.accuracy.mean)
     run = chosen.runs[0]
-    subject = f"Freezing {stage_name(chosen.depth)}"
+    subject = f"Freezing {depths.freezing(chosen.depth)}"
     needs = f"needs {size(run.feature_bytes)} of stored features"
+    deeper = _deeper(results, chosen, shifts, depths)
     if chosen is best:
         first = f"{subject} gives the best accuracy, {percent(chosen.accuracy.mean)}, and {needs}."
-        return f"{first} {_shallower(results, chosen)}{_deeper(results, chosen, shifts)}".strip()
+        return f"{first} {_shallower(results, chosen, depths)}{deeper}".strip()
     keeps = chosen.accuracy.mean / best.accuracy.mean
     faster = best.seconds / chosen.seconds
     speed = (f"trains {faster:.1f} times faster" if faster >= 1.05 else
              f"trains {1 / faster:.1f} times slower" if faster <= 0.95 else "trains as fast")
     first = (f"{subject} keeps {percent(keeps)} of the accuracy of the best model (freezing "
-             f"{stage_name(best.depth)}), {speed} and {needs}.")
-    return f"{first} {_deeper(results, chosen, shifts)}".strip()
+             f"{depths.freezing(best.depth)}), {speed} and {needs}.")
+    return f"{first} {deeper}".strip()
 
 
-def _shallower(results: Sequence[DepthResult], chosen: DepthResult) -> str:
-    """The cost of freezing one stage less, for the most accurate depth."""
+def _shallower(results: Sequence[DepthResult], chosen: DepthResult, depths: Depths) -> str:
+    """The cost of the next shallower depth that was compared, for the most accurate depth."""
     above = [each for each in results if each.depth < chosen.depth]
     if not above:
         return ""
@@ -37,25 +39,27 @@ def _shallower(results: Sequence[DepthResult], chosen: DepthResult) -> str:
     ratio = nearest.seconds / chosen.seconds
     if ratio < 1.05:
         return ""
-    return (f"One stage less takes {ratio:.1f} times as long to train and gains nothing. ")
+    subject = (f"One {depths.unit} less" if nearest.depth == chosen.depth - 1 else
+               f"Freezing {depths.freezing(nearest.depth)}")
+    return f"{subject} takes {ratio:.1f} times as long to train and gains nothing. "
 
 
 def _deeper(results: Sequence[DepthResult], chosen: DepthResult,
-            shifts: Mapping[str, float]) -> str:
-    """The accuracy that one stage deeper costs, and the task that loses most."""
+            shifts: Mapping[str, float], depths: Depths) -> str:
+    """The accuracy that the next deeper depth costs, and the task that loses most."""
     below = [each for each in results if each.depth > chosen.depth]
     if not below:
-        return "No deeper depth was compared." if chosen.depth < 4 else ""
+        return "No deeper depth was compared." if chosen.depth < depths.deepest else ""
     nearest = min(below, key=lambda each: each.depth)
     loss = chosen.accuracy.mean - nearest.accuracy.mean
     if loss <= 0.0005:
-        return (f"Going deeper (freezing {stage_name(nearest.depth)}) would lose no measurable "
-                "accuracy, but does not serve the objective better.")
+        return (f"Going deeper (freezing {depths.freezing(nearest.depth)}) would lose no "
+                "measurable accuracy, but does not serve the objective better.")
     tasks = chosen.runs[0].tasks
     losses = [a - b for a, b in zip(chosen.per_task, nearest.per_task, strict=True)]
     worst = max(range(len(tasks)), key=lambda index: losses[index])
-    text = (f"Going deeper (freezing {stage_name(nearest.depth)}) costs {in_points(loss)}, most on "
-            f"task {tasks[worst]!r} ({in_points(losses[worst])})")
+    text = (f"Going deeper (freezing {depths.freezing(nearest.depth)}) costs {in_points(loss)}, "
+            f"most on task {tasks[worst]!r} ({in_points(losses[worst])})")
     if not shifts or tasks[worst] not in shifts:
         return text + "."
     if max(shifts, key=lambda task: shifts[task]) == tasks[worst]:
@@ -65,22 +69,22 @@ def _deeper(results: Sequence[DepthResult], chosen: DepthResult,
     return text + "."
 
 
-def preferred(chosen: DepthResult, first: int, margin: float) -> str:
+def preferred(chosen: DepthResult, first: int, margin: float, depths: Depths) -> str:
     """The reason for a cheaper depth than the one with the best value; empty for the same one."""
     if chosen.depth == first:
         return ""
-    return (f"Freezing {stage_name(first)} is ahead by less than the 95 % margin of the seeds "
+    return (f"Freezing {depths.freezing(first)} is ahead by less than the 95 % margin of the seeds "
             f"({in_points(margin)}), so the cheaper depth is recommended.")
 
 
-def sure(chosen: DepthResult, votes: Mapping[int, int]) -> str:
+def sure(chosen: DepthResult, votes: Mapping[int, int], depths: Depths) -> str:
     """How certain the recommendation is."""
     seeds = sum(votes.values())
     if not seeds:
         return ("There are no final runs yet, so it is not known how much the result depends on "
                 "the seed.")
     agree = votes.get(chosen.depth, 0)
-    others = ", ".join(f"{count} {stage_name(depth)}" for depth, count in sorted(votes.items())
+    others = ", ".join(f"{count} {depths.freezing(depth)}" for depth, count in sorted(votes.items())
                        if depth != chosen.depth)
     text = (f"Each seed alone recommends the same depth ({agree} of {seeds})."
             if agree == seeds else

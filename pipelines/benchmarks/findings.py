@@ -57,15 +57,15 @@ def task_rows(cells: Sequence[Mapping[str, Any]]) -> list[TaskRow]:
                                              strict=True)]
 
 
-def how_deep(cells: Sequence[Mapping[str, Any]]) -> str:
-    """The accuracy that each further frozen stage costs the hypernetwork."""
+def how_deep(cells: Sequence[Mapping[str, Any]], unit: str) -> str:
+    """The accuracy that freezing deeper costs the hypernetwork. unit: stage or block."""
     depths, by_depth = depths_of(cells), {}
     for depth in depths:
         by_depth[depth] = {cell["seed"]: cell["acc"] for cell in cells
                            if cell["strategy"] == OURS and cell["depth"] == depth}
     best = max(depths, key=lambda depth: Interval.of(list(by_depth[depth].values())).mean)
     top = Interval.of(list(by_depth[best].values()))
-    sentences = [f"The hypernetwork is most accurate with {stages(best)}: "
+    sentences = [f"The hypernetwork is most accurate with {frozen(best, unit)}: "
             f"{percent_with_margin(top.mean, top.low)}."]
     for shallow, deep in itertools.pairwise(depths):
         cost = paired(by_depth[shallow], by_depth[deep])
@@ -73,13 +73,16 @@ def how_deep(cells: Sequence[Mapping[str, Any]]) -> str:
     return " ".join(sentences)
 
 
-def why(rows: Sequence[TaskRow], depths: Sequence[int]) -> str:
-    """The correlation of the accuracy that depth costs a task and its shift from the first task."""
+def why(rows: Sequence[TaskRow], depths: Sequence[int], unit: str) -> str:
+    """The correlation of the accuracy that depth costs a task and its shift from the first task.
+
+    unit: stage or block, which the depths count.
+    """
     later = rows[1:]
     if len(depths) < 2 or not later:
         return ""
     most = max(later, key=lambda row: row.lost)
-    text = (f"Freezing {depths[-1]} stages instead of {depths[0]} costs task '{most.name}' most "
+    text = (f"Freezing {depths[-1]} {unit}s instead of {depths[0]} costs task '{most.name}' most "
             f"({in_points(most.lost)}; {percent(most.shift, 0)} of the variance of its features "
             "lies outside of the directions in which the first task varies). ")
     if len(later) < ENOUGH_TASKS:
@@ -112,9 +115,9 @@ def forecast_order(cells: Sequence[Mapping[str, Any]]) -> str:
             f"chance that remains: {shares}).")
 
 
-def noise(cells: Sequence[Mapping[str, Any]], depth: int) -> str:
+def noise(cells: Sequence[Mapping[str, Any]], depth: int, unit: str) -> str:
     """The effect of corrupted images on the hypernetwork and on latent replay; empty for clean
-    streams.
+    streams. unit: stage or block, which the depth counts.
     """
     tasks = cells[0]["tasks"]
     noisy = [index for index, task in enumerate(tasks) if task["transform"] != "none"]
@@ -133,7 +136,7 @@ def noise(cells: Sequence[Mapping[str, Any]], depth: int) -> str:
             f"{name} has an accuracy of {percent(float(learned))} on the corrupted tasks when they "
             f"are learned, and at the end {percent(float(kept))} on the clean ones (when learned: "
             f"{percent(float(before))})")
-    return f"With {stages(depth)}: " + "; ".join(sentences) + "."
+    return f"With {frozen(depth, unit)}: " + "; ".join(sentences) + "."
 
 
 def against(rows: Sequence[Row]) -> list[str]:
@@ -155,9 +158,9 @@ def against(rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def stages(depth: int) -> str:
-    """A depth in words."""
-    return "nothing frozen" if depth == 0 else f"{depth} stage{'s' * (depth > 1)} frozen"
+def frozen(depth: int, unit: str) -> str:
+    """A depth in words. unit: stage or block."""
+    return "nothing frozen" if depth == 0 else f"{depth} {unit}{'s' * (depth > 1)} frozen"
 
 
 def _costs(cost: Interval) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from partialhn.benchmarks.catalogue import expected
 from partialhn.benchmarks.comparison import Row, rows
 from partialhn.errors import InputError
+from partialhn.networks.table import cut_unit
 from pipelines.benchmarks import findings
 from pipelines.benchmarks.plots import plots_svg
 from pipelines.benchmarks.table import table_columns, verdict
@@ -32,10 +33,12 @@ def benchmark_page(result: Mapping[str, Any], drawn: str | None = None) -> str:
     try:
         cells, config, name, size = (result[key] for key in ("cells", "config", "pack", "size"))
         table = rows(cells, expected(name, size))
-        own = config["backbone"]["freeze_depth"]
+        own, unit = config["backbone"]["freeze_depth"], cut_unit(config["backbone"]["backbone"])
         tasks = findings.task_rows(cells)
-        parts = [_header(name, size, table, cells), _findings(_answers(table, cells, tasks, own)),
-                 _table(table), _drawings(drawn or plots_svg(table, cells, own)),
+        parts = [_header(name, size, table, cells),
+                 _findings(_answers(table, cells, tasks, own, unit)),
+                 _table(table, unit),
+                 _drawings(drawn or plots_svg(table, cells, own, unit)),
                  _tasks(tasks, findings.depths_of(cells)), _provenance(result, table)]
     except (KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
         raise InputError(f"the result cannot be shown as a benchmark ({error!r}); allowed: a "
@@ -44,13 +47,14 @@ def benchmark_page(result: Mapping[str, Any], drawn: str | None = None) -> str:
 
 
 def _answers(table: Sequence[Row], cells: Sequence[Mapping[str, Any]],
-          tasks: Sequence[findings.TaskRow], own: int) -> list[tuple[str, list[str]]]:
+             tasks: Sequence[findings.TaskRow], own: int,
+             unit: str) -> list[tuple[str, list[str]]]:
     """Questions with their answers; a question without an answer is left out."""
     answers = [
         ("How deep can the trunk be frozen, and how much accuracy is lost?",
-         [findings.how_deep(cells), findings.forecast_order(cells)]),
-        ("Why?", [findings.why(tasks, findings.depths_of(cells))]),
-        ("What is the effect of corrupted images?", [findings.noise(cells, own)]),
+         [findings.how_deep(cells, unit), findings.forecast_order(cells)]),
+        ("Why?", [findings.why(tasks, findings.depths_of(cells), unit)]),
+        ("What is the effect of corrupted images?", [findings.noise(cells, own, unit)]),
         ("Which strategies are better than the hypernetwork? (paired by seed, 95 %)",
          findings.against(table))]
     return [(question, [each for each in texts if each]) for question, texts in answers
@@ -74,8 +78,8 @@ def _findings(questions: Sequence[tuple[str, Sequence[str]]]) -> str:
     return f'<div class="verdict good"><h2>Findings</h2>{html}</div>'
 
 
-def _table(table: Sequence[Row]) -> str:
-    heads, lines = table_columns(table)
+def _table(table: Sequence[Row], unit: str) -> str:
+    heads, lines = table_columns(table, unit)
     return section("Every strategy at every depth",
                    "ACC is the mean accuracy over all tasks at the end of the stream, with the "
                    "task given. Intervals are 95 % over seeds.",

@@ -14,8 +14,12 @@ ORDER = (*EVERY, "full_hn", "er")
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
-def plots_svg(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], depth: int) -> str:
-    """Four panels; those over tasks show the rows at `depth`, the depth of the preset."""
+def plots_svg(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], depth: int,
+              unit: str) -> str:
+    """Four panels; those over tasks show the rows at `depth`, the depth of the preset.
+
+    unit: stage or block, which depths count.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -24,7 +28,7 @@ def plots_svg(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], depth: in
         figure = Figure(figsize=(11, 8), layout="constrained")
         FigureCanvasSVG(figure)
         (by_depth, by_cost), (forgetting, over_time) = figure.subplots(2, 2)
-        _by_depth(by_depth, rows)
+        _by_depth(by_depth, rows, unit)
         _by_cost(by_cost, rows)
         own = [row for row in rows if row.depth == depth]
         mine = [cell for cell in cells if cell["depth"] == depth]
@@ -42,7 +46,7 @@ def _colour(label: str) -> str:
     return f"C{EVERY.index(same.get(label, label))}"
 
 
-def _by_depth(axes: Any, rows: Sequence[Row]) -> None:
+def _by_depth(axes: Any, rows: Sequence[Row], unit: str) -> None:
     strategies: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row.depth):
         strategies.setdefault(_colour(row.label), []).append(row)
@@ -51,7 +55,7 @@ def _by_depth(axes: Any, rows: Sequence[Row]) -> None:
         axes.errorbar([row.depth for row in line], [row.acc.mean for row in line], low_high,
                       color=colour, marker="o", capsize=3)
     depths = sorted({row.depth for row in rows})
-    axes.set(title="Accuracy against freeze depth (95 % over seeds)", xlabel="frozen stages",
+    axes.set(title="Accuracy against freeze depth (95 % over seeds)", xlabel=f"frozen {unit}s",
              ylabel="ACC", xticks=depths)
 
 

@@ -29,16 +29,19 @@ def table_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def table_markdown(rows: Sequence[Row]) -> str:
-    """The table for people: per cent and points, with 95 % intervals over seeds."""
-    heads, cells = table_columns(rows)
+def table_markdown(rows: Sequence[Row], unit: str) -> str:
+    """The table for people: per cent and points, with 95 % intervals over seeds.
+
+    unit: stage or block, which depths count.
+    """
+    heads, cells = table_columns(rows, unit)
     lines = [heads, ["---"] * len(heads), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def table_columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of the table for people."""
-    heads = ["strategy", "frozen stages", "ACC", "learned", "forgotten, points",
+def table_columns(rows: Sequence[Row], unit: str) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the table for people. unit: stage or block, which depths count."""
+    heads = ["strategy", f"frozen {unit}s", "ACC", "learned", "forgotten, points",
              "partial hypernetwork ahead by, points", "a task adds", "processor time", "recorded"]
     return heads, [
         [row.label, str(row.depth), _percent(row.acc), _percent(row.learning_accuracy),

@@ -50,6 +50,7 @@ class Reproduce:
         from partialhn.benchmarks.catalogue import expected
         from partialhn.benchmarks.comparison import rows
         from partialhn.benchmarks.reproduce import run_cells
+        from partialhn.networks.table import cut_unit
         from pipelines.benchmarks.page import KEPT, benchmark_page
         from pipelines.benchmarks.plots import plots_svg
         from pipelines.benchmarks.table import table_csv, table_markdown, verdict
@@ -66,9 +67,10 @@ class Reproduce:
                   "partialhn_version": __version__,
                   "rows": [dataclasses.asdict(row) for row in table],
                   "cells": [{key: cell[key] for key in KEPT} for cell in cells]}
-        drawn = plots_svg(table, cells, config.backbone.depth)
+        unit = cut_unit(config.backbone.backbone)
+        drawn = plots_svg(table, cells, config.backbone.depth, unit)
         texts = {"result.json": json.dumps(result, indent=1), "table.csv": table_csv(table),
-                 "table.md": table_markdown(table),
+                 "table.md": table_markdown(table, unit),
                  "plots.svg": drawn, "report.html": benchmark_page(result, drawn)}
         for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")

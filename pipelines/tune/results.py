@@ -11,10 +11,11 @@ import yaml
 
 from partialhn.config import Config
 from partialhn.errors import InputError
-from pipelines.advice.decide import DepthResult, results_by_depth, stage_name
+from pipelines.advice.decide import DepthResult, results_by_depth
 from pipelines.advice.facts import advice_fields
 from pipelines.advice.page import render
 from pipelines.platform.numbers import duration, percent
+from pipelines.search.depths import Depths
 from pipelines.search.sampling import Goal
 from pipelines.search.space import Space
 from pipelines.search.state import Measured, SearchState, TrialPlan, TrialRecord
@@ -145,12 +146,12 @@ class Results:
         self._registry.end_run(self._parent)
 
 
-def log_forecast(log: Log, forecast: Sequence[Mapping[str, Any]]) -> None:
+def log_forecast(log: Log, forecast: Sequence[Mapping[str, Any]], depths: Depths) -> None:
     """Logs the forecast, one line for each depth."""
-    log("forecast from the first two tasks (linear probe on each stage's features):")
+    log(f"forecast from the first two tasks (linear probe on each {depths.unit}'s features):")
     for stage in forecast:
         mark = "worth trying" if stage["worth_trying"] else "doubtful"
-        log(f"  depth {stage['depth']} (freezing {stage_name(stage['depth'])}): first task "
+        log(f"  depth {stage['depth']} (freezing {depths.freezing(stage['depth'])}): first task "
             f"{percent(stage['probe_first'])}, second {percent(stage['probe_second'])}; "
             f"{percent(stage['kept'])} of the accuracy above chance remains: {mark}")
 

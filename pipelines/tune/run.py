@@ -28,6 +28,7 @@ from pipelines.platform.cluster import start_ray
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage, open_storage
 from pipelines.search.checks import check_search, check_stream, on_this_machine, settled
+from pipelines.search.depths import find_depths
 from pipelines.search.packing import Packing, Room, pack
 from pipelines.search.sampling import Goal, Proposals, TrialSource
 from pipelines.search.settings import Budget, SearchConfig, parse_budget
@@ -123,7 +124,7 @@ class _Search:
         self.network = RayExecution(self.config, self.storage, self.state.name, Progress(
             self.config, self.log)).network(self.experiences[0])
         forecast = self._remote(forecast_depths, self._bench(self.experiences[:2]))
-        log_forecast(self.log, forecast)
+        log_forecast(self.log, forecast, find_depths(self.config))
         if self.options.forecast_only:
             return {"forecast": forecast}
         self.bench = self._bench(self.experiences)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from partialhn.config import Config
+from partialhn.config import BackboneConfig, Config
 from partialhn.evaluation.intervals import Interval
 from pipelines.advice import words
 from pipelines.advice.decide import (
@@ -22,12 +22,15 @@ from pipelines.advice.decide import (
 from pipelines.advice.facts import advice_fields
 from pipelines.advice.money import GIB, Prices, Way, yearly
 from pipelines.advice.page import render
+from pipelines.search.depths import find_depths
 from pipelines.search.sampling import Goal
 from pipelines.search.settings import SearchConfig
 from pipelines.search.space import parse_space
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("search_samples.py")))
 record, measured = SAMPLES["record"], SAMPLES["measured"]
+STAGES = find_depths(Config())
+BLOCKS = find_depths(Config(backbone=BackboneConfig("partialhn:slim_resnet18")))
 GOAL = Goal("random", 0, "accuracy", 0.01)
 
 
@@ -183,7 +186,7 @@ def test_the_forecast_is_judged_by_ranks():
 
 def test_the_reason_says_what_is_kept_saved_needed_and_lost_further_down():
     found = by_depth()
-    text = words.reason(found, found[1], {"b": 0.3})
+    text = words.reason(found, found[1], {"b": 0.3}, STAGES)
     assert text == (
         "Freezing through layer3 keeps 99.4 % of the accuracy of the best model (freezing through "
         "layer1), trains 4.0 times faster and needs 1.1 GB of stored features. Going deeper "
@@ -192,29 +195,58 @@ def test_the_reason_says_what_is_kept_saved_needed_and_lost_further_down():
         "outside that of the first task.")
 
 
+def test_the_words_for_a_depth_are_the_names_of_the_network_that_is_cut():
+    assert [STAGES.freezing(depth) for depth in range(5)] == [
+        "nothing", "through layer1", "through layer2", "through layer3",
+        "everything but the classifier"]
+    assert [BLOCKS.freezing(depth) for depth in (0, 1, 4, 9)] == [
+        "nothing", "through stem", "through layer2.0", "everything but the classifier"]
+
+
+def test_the_reason_names_blocks_where_the_network_is_cut_at_blocks():
+    found = by_depth()
+    text = words.reason(found, found[1], {}, BLOCKS)
+    assert text.startswith("Freezing through layer1.1 keeps 99.4 % of the accuracy of the best "
+                           "model (freezing through stem)")
+    assert "Going deeper (freezing through layer2.0) costs 10.0 points" in text
+    assert "No deeper depth was compared." in words.reason(found[:2], found[1], {}, BLOCKS)
+    assert words.reason(found[2:], found[2], {}, STAGES).endswith("stored features.")
+
+
+@pytest.mark.parametrize(("other", "depths", "subject"), [
+    (3, "STAGES", "One stage less"), (3, "BLOCKS", "One block less"),
+    (1, "STAGES", "Freezing through layer1"), (1, "BLOCKS", "Freezing through stem")])
+def test_the_next_shallower_depth_is_named_by_its_distance(other, depths, subject):
+    found = results_by_depth([record("0000", other, (0.7, 0.7), 20.0),
+                              record("0001", 4, (0.8, 0.8), 10.0)], GOAL.score)
+    assert f"{subject} takes 2.0 times as long to train and gains nothing." in words.reason(
+        found, found[1], {}, globals()[depths])
+
+
 def test_a_task_that_does_not_differ_most_is_not_blamed():
     found = by_depth()
-    assert "differs" not in words.reason(found, found[1], {"b": 0.3, "c": 0.4})
+    assert "differs" not in words.reason(found, found[1], {"b": 0.3, "c": 0.4}, STAGES)
 
 
 def test_the_reason_for_the_most_accurate_depth():
     found = by_depth()
-    text = words.reason(found, found[0], {})
+    text = words.reason(found, found[0], {}, STAGES)
     assert text.startswith("Freezing through layer1 gives the best accuracy, 80.0 %")
     assert "costs 0.5 points" in text
 
 
 def test_how_sure_it_is():
     found = by_depth()
-    assert words.preferred(found[1], 3, 0.01) == ""
-    assert words.preferred(found[1], 1, 0.012) == (
+    assert words.preferred(found[1], 3, 0.01, STAGES) == ""
+    assert words.preferred(found[1], 1, 0.012, STAGES) == (
         "Freezing through layer1 is ahead by less than the 95 % margin of the seeds (1.2 points), "
         "so the cheaper depth is recommended.")
-    assert "Each seed alone recommends the same depth (2 of 2)" in words.sure(found[1], {3: 2})
-    assert "1 of the 2 seeds alone" in words.sure(found[1], {3: 1, 1: 1})
+    assert "Each seed alone recommends the same depth (2 of 2)" in words.sure(
+        found[1], {3: 2}, STAGES)
+    assert "1 of the 2 seeds alone" in words.sure(found[1], {3: 1, 1: 1}, STAGES)
     assert ("None of the 2 seeds alone recommend the same depth (the others: freeze 2 through "
-            "layer1)") in words.sure(found[1], {1: 2})
-    assert "not known" in words.sure(found[1], {})
+            "layer1)") in words.sure(found[1], {1: 2}, STAGES)
+    assert "not known" in words.sure(found[1], {}, STAGES)
     assert words.beside_separate_heads(found[1]) == (
         "Against one separate head a task, which stores 1.0 MB a task instead of 1.0 kB, it is "
         "0.5 points behind.")
@@ -274,8 +306,9 @@ SURVEY = {"forecast": [{"depth": depth, "probe_first": 0.6, "probe_second": 0.5,
           "whole_network": {"seconds_per_image": 0.01, "bytes_per_image": 1000.0}}
 
 
-def fields(records=None, **options):
+def fields(records=None, backbone="slim_resnet18", **options):
     found, saved = records or three_depths(), settings(**options)
+    saved["config"]["backbone"]["backbone"] = backbone
     space = parse_space(saved["space"], Config())
     goal = Goal("tpe", 0, saved["options"]["objective"], saved["options"]["max_loss"])
     return advice_fields(saved, space, found, results_by_depth(found, goal.score), goal, SURVEY,
@@ -295,6 +328,17 @@ def test_the_advice_recommends_and_explains():
     assert advice["depths"][1]["test_accuracy"]["mean"] == pytest.approx(0.75)
     assert advice["forecast"]["rank_correlation"] == pytest.approx(1)
     assert advice["more_search"]["best_so_far"][0] == [1, 0.8]
+
+
+def test_the_whole_advice_speaks_of_blocks_where_the_network_is_cut_at_blocks():
+    advice = fields(backbone="partialhn:slim_resnet18", price_gpu_hour=1.0, price_gib_month=0.0)
+    assert [each["freeze"] for each in advice["depths"]] == [
+        "through stem", "through layer1.1", "through layer2.0"]
+    page = render(advice)
+    assert "each block&#x27;s features" in page
+    assert "Freeze through layer1.1 (depth 3)" in page
+    assert "partial hypernetwork, freezing through layer1.1" in page
+    assert "each stage&#x27;s features" in render(fields())
 
 
 def test_test_images_decide_nothing():

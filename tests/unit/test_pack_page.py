@@ -43,21 +43,21 @@ def cells(replay=0.0, sign=1):
 
 def test_what_depth_costs_and_why():
     made = cells()
-    said = findings.how_deep(made)
+    said = findings.how_deep(made, "stage")
     assert "most accurate with 2 stages frozen: 80.1 ± 0.2 %" in said
     assert "Going from 2 to 4 costs 20.0 ± 0.0 points." in said
     tasks = findings.task_rows(made)
     assert [round(row.lost, 6) for row in tasks] == list(SHIFT)
-    said = findings.why(tasks, [2, 4])
+    said = findings.why(tasks, [2, 4], "stage")
     assert "costs task 't<4>' most (40.0 points; 40 % of the variance of its features" in said
     assert "differ more from the first lose more: rank correlation +1.00 over 4 tasks." in said
 
 
 def test_no_relation_is_said_where_there_is_none():
     tasks = findings.task_rows(cells(sign=-1))
-    assert "do not lose more: rank correlation -1.00" in findings.why(tasks, [2, 4])
-    assert "2 later tasks are too few" in findings.why(tasks[:3], [2, 4])
-    assert findings.why(tasks, [2]) == ""
+    assert "do not lose more: rank correlation -1.00" in findings.why(tasks, [2, 4], "stage")
+    assert "2 later tasks are too few" in findings.why(tasks[:3], [2, 4], "stage")
+    assert findings.why(tasks, [2], "stage") == ""
 
 
 def test_the_forecast_is_held_against_what_came():
@@ -68,13 +68,13 @@ def test_the_forecast_is_held_against_what_came():
 
 
 def test_noise_is_told_for_both():
-    said = findings.noise(cells(replay=0.05), 2)
+    said = findings.noise(cells(replay=0.05), 2, "stage")
     assert "The hypernetwork has an accuracy of 80.1 % on the corrupted tasks" in said
     assert "latent replay has an accuracy of 93.2 % on the corrupted tasks" in said
     assert "at the end 83.2 % on the clean ones (when learned: 93.2 %)" in said
     clean = [each | {"tasks": [task | {"transform": "none"} for task in each["tasks"]]}
              for each in cells()]
-    assert findings.noise(clean, 2) == ""
+    assert findings.noise(clean, 2, "stage") == ""
 
 
 @pytest.mark.parametrize(("replay", "words"), [
@@ -110,6 +110,16 @@ def test_the_page_says_it_and_escapes_names(tmp_path, capsys):
     file = str(tmp_path / "result.json")
     assert run(["report", "--benchmark", file, "--output", str(target)]) == 0
     assert target.read_text() == page
+
+
+def test_depths_are_stages_or_blocks_as_the_network_is_cut():
+    stages, other = benchmark_page(result()), result()
+    other["config"]["backbone"]["backbone"] = "timm:tf_efficientnet_lite0"
+    blocks = benchmark_page(other)
+    for words in ("2 {}s frozen", "Freezing 4 {}s instead", ">frozen {}s<"):
+        assert words.format("stage") in stages
+        assert words.format("block") in blocks
+    assert "frozen stage" not in blocks
 
 
 @pytest.mark.parametrize(("change", "words"), [
