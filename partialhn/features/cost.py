@@ -75,7 +75,8 @@ def plan(jobs: Sequence[FeatureJob], trunk: Trunk) -> list[DepthPlan]:
     decoding = (time.perf_counter() - start) / len(table)
     if not len(images):
         return []
-    run_trunk_at(trunk, by_depth, images[:1])  # the first forward of a process is slow
+    warm, _ = run_trunk_at(trunk, by_depth, images[:1])  # the first use in a process is slow
+    _store(warm[max(by_depth)], first)
     z_NCHW, spent = run_trunk_at(trunk, by_depth, images)
     encoded = _encoded_bytes(table)
     plans = []

@@ -36,7 +36,7 @@ from partialhn.pixels import Pixels
 
 READERS = 4
 """Threads that read and decode ahead of the trunk."""
-MOST_AHEAD, BYTES_AHEAD = 16, 256 * 1024 ** 2
+MOST_AHEAD, BYTES_AHEAD = 16, 128 * 1024 ** 2
 """Largest number of pieces that are decoded ahead of the trunk, and bytes of their pixels."""
 BEHIND, BEHIND_A_GPU = 1, 4
 """Largest number of shards that wait to be written while another goes through the trunk: on a CPU
@@ -191,7 +191,8 @@ class _Shard:
         self.table = jobs[0].table.take(rows)
         self.seconds = 0.0
         """Processor seconds for reading and decoding (not wall time: the trunk runs meanwhile)."""
-        self._features = {job.depth: _Features(self.missing, job.depth) for job in self.missing}
+        self._features = {job.depth: _Features(self.missing, job.depth, len(self.table))
+                          for job in self.missing}
         self._kept: list[int] = []
         self._bad: list[BadImage] = []
         self._reading = threading.Lock()
@@ -265,24 +266,28 @@ class _Shard:
 class _Features:
     """The features of a shard at one depth, as its pieces come."""
 
-    def __init__(self, jobs: Iterable[FeatureJob], depth: int) -> None:
+    def __init__(self, jobs: Iterable[FeatureJob], depth: int, rows: int) -> None:
+        """rows: images of the shard, readable or not."""
         ours = [job for job in jobs if job.depth == depth]
         kinds = {DTYPES[job.recipe.dtype][0] for job in ours}
         self.kind = (kinds.pop() if len(kinds) == 1 and torch.int8 not in kinds
                      else torch.float32)
         """The stored number type, where no job needs another one or a scale over the shard."""
         self.seconds = 0.0
-        self._views: dict[int, list[Tensor]] = {}
+        self._z_NVCHW = torch.empty(rows, ours[0].recipe.views, *ours[0].shape_CHW,
+                                    dtype=self.kind)
+        self._used = [0] * ours[0].recipe.views
 
     def add(self, view: int, z_BCHW: Tensor, seconds: float) -> None:
         """Takes one view of the next piece; seconds are those from its images on."""
-        self._views.setdefault(view, []).append(z_BCHW.to(self.kind))
+        used = self._used[view] + len(z_BCHW)
+        self._z_NVCHW[self._used[view]:used, view] = z_BCHW
+        self._used[view] = used
         self.seconds += seconds
 
     def whole(self) -> Tensor:
-        """z_NVCHW of all pieces; the pieces are forgotten."""
-        pieces = zip(*(self._views.pop(view) for view in sorted(self._views)), strict=True)
-        return torch.cat([torch.stack(views, 1) for views in pieces])
+        """z_NVCHW of all pieces."""
+        return self._z_NVCHW[:self._used[0]]
 
 
 def shard_places(groups: Sequence[JobGroup]) -> list[ShardPlace]:

@@ -59,7 +59,6 @@ def test_a_deeper_trunk_costs_more_again_and_its_features_pay(with_options, digi
     assert again == sorted(again)
     assert all(each.once > each.again > 0 for each in plans)
     assert math.isfinite(plans[4].epochs)
-    assert [each.seconds for each in plans] == sorted(each.seconds for each in plans)
     assert plans[4].seconds > 40 * plans[4].once  # training images, and those of other splits
 
 
