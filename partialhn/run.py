@@ -179,6 +179,8 @@ class StreamRun:
         """The tasks that are learned and stored, oldest first."""
         self.decoded = 0
         """Images that were decoded to compute features."""
+        self.notes: tuple[str, ...] = ()
+        """What a user should know about the weights of a supplied trunk."""
         self._cut: TrunkAndHead | None = None
         self._learner: Learner | None = None
         self._baselines: dict[str, Outcome] = {}
@@ -290,6 +292,7 @@ class StreamRun:
         """Cuts the network, where there is one, and finds the tasks learned with it."""
         network = load_network(self.config, self.experiences[0], self.filesystem, str(self.root))
         if network is not None:
+            self.notes = network.notes
             self._cut = cut_network(self.config, network)
             self.known = lineage.find(self.filesystem, self.folder, self.lineage_ids)
 

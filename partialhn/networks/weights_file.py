@@ -22,7 +22,7 @@ _TORCH_ZIP, _TORCH_OLD = b"PK\x03\x04", b"\x80"
 
 def weights_path(source: str) -> Path | None:
     """The file of weights that a path names: the file itself, or one inside the folder."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         return next((path / name for name in NAMES_IN_A_FOLDER if (path / name).is_file()), None)
     return path if path.is_file() else None

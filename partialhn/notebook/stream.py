@@ -5,6 +5,7 @@ Whatever is learned is in the stream's folder, and the same folder goes on where
 """
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,6 +140,8 @@ class Stream:
         if not self._ready:
             for record in self._run.fit_network():
                 bars.record("trunk", record)
+            for note in self._run.notes:
+                warnings.warn(note, stacklevel=4)
             self._run.prepare(lambda done, total: bars.show("features", done, total, "shards"))
             self._ready = True
 

@@ -16,7 +16,7 @@ from partialhn.data.decode import decode, decode_images, decode_to_file
 from partialhn.data.image_table import ImageTable
 from partialhn.errors import InputError, IntegrityError
 from partialhn.predict import Predictor
-from partialhn.run import run_stream
+from partialhn.run import StreamRun, run_stream
 from partialhn.training import pretrain
 from partialhn.training.pretrain import (
     counted_statistics,
@@ -117,6 +117,7 @@ def test_a_model_keeps_the_pixels_of_its_trunk(tmp_path, photographs):
         "backbone": {"backbone": "timm:test_vit", "trunk": str(tmp_path / "trunk")},
         "train": {"epochs": 2}, "features": {"views": 1}})
     result = run_stream(config, tmp_path / "store")
+    assert any("input_size is 96" in note for note in StreamRun(config, tmp_path / "store").notes)
     result.model.save(tmp_path / "model")
     predictor = Predictor.load(tmp_path / "model")
     assert predictor.model.trunk.pixels == result.model.trunk.pixels
