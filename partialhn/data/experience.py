@@ -41,9 +41,27 @@ def task_of(slot: str) -> str:
     return slot.partition("/")[0]
 
 
+def replaces(slot: str) -> bool:
+    """Whether a slot's data replaces that of its task, as `cats/=2026-11` does, and not adds to it.
+
+    No part of an inbox has a name that starts with this sign.
+    """
+    return slot.partition("/")[2].startswith("=")
+
+
+def arrival_of(slot: str) -> str:
+    """The folder of the inbox from which a slot was learned: `cats/=2026-11` lies in that part."""
+    return slot.replace("/=", "/")
+
+
 def refreshed(slots: Sequence[str], index: int) -> int | None:
-    """The newest earlier slot of the same task, which a slot starts from; None for a new task."""
+    """The newest earlier slot of the same task, which a slot starts from.
+
+    None for a new task, and for a slot that replaces its task's data.
+    """
     task = task_of(slots[index])
+    if replaces(slots[index]):
+        return None
     return next((j for j in reversed(range(index)) if task_of(slots[j]) == task), None)
 
 

@@ -141,9 +141,14 @@ def _measure(network: Network, held_out: Labelled) -> tuple[float, float]:
 
 def network_key(config: Config, first: Experience) -> str:
     """The key of the network that `config` trains on the first task: 32 hexadecimal digits."""
+    return network_key_of(config, first.train.fingerprint(), first.transform, len(first.classes))
+
+
+def network_key_of(config: Config, data: str, transform: str, classes: int) -> str:
+    """As `network_key`, for a first task without its images. data: their fingerprint."""
     fields = named_values(config.backbone, FIRST_OPTIONS["backbone"]) | {
-        "data": first.train.fingerprint(), "transform": first.transform,
-        "classes": len(first.classes), "input_size": config.data.input_size,
+        "data": data, "transform": transform,
+        "classes": classes, "input_size": config.data.input_size,
         "augment": config.features.augment, "stream_seed": config.data.stream_seed}
     del fields["freeze_depth"]
     return digest(fields, 32)

@@ -1,14 +1,15 @@
 """Slots: the tasks of a model in the order of learning, each with its stored features.
 
 A task that gets more data is learned again in a new slot, named `<task>/<part>`; the model uses
-the newest slot of a task for its predictions. Earlier slots do not change.
+the newest slot of a task for its predictions. Earlier slots do not change. A slot `<task>/=<part>`
+is learned from its own data alone, and may have other classes.
 """
 
 import dataclasses
 from collections.abc import Callable, Container, Mapping, Sequence
 
 from partialhn.config import Config
-from partialhn.data.experience import Experience, refreshed, task_of
+from partialhn.data.experience import Experience, refreshed, replaces, task_of
 from partialhn.features.extract import FeatureJob, Split, feature_jobs, find_features
 from partialhn.features.feature_set import FeatureSet, join
 from partialhn.features.manifest import Manifest
@@ -76,7 +77,8 @@ def open_task_features(store: FeatureStore, slots: Sequence[Slot],
                        learn: Container[int] | None = None) -> list[TaskFeatures]:
     """Opens the features to learn the slots with an index in `learn` (default: all) and test all.
 
-    A slot that refreshes a task is learned and tested on that task's images from all its slots.
+    A slot that refreshes a task is learned and tested on that task's images from all its slots,
+    from the newest one that replaces the task's data.
     Raises: IntegrityError for damaged features.
     """
     opened: dict[str, FeatureSet] = {}
@@ -84,8 +86,9 @@ def open_task_features(store: FeatureStore, slots: Sequence[Slot],
 
     def joined(index: int, split: Split) -> FeatureSet | None:
         task = task_of(names[index])
-        manifests = [slot.manifests[split] for slot in slots[:index + 1]
-                     if task_of(slot.name) == task and split in slot.manifests]
+        of_task = [slot for slot in slots[:index + 1] if task_of(slot.name) == task]
+        first = max((place for place, slot in enumerate(of_task) if replaces(slot.name)), default=0)
+        manifests = [slot.manifests[split] for slot in of_task[first:] if split in slot.manifests]
         for manifest in manifests:
             if manifest.key not in opened:
                 opened[manifest.key] = store.open(manifest)

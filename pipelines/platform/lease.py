@@ -73,12 +73,16 @@ class Lease:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def holder(self) -> Holder | None:
+        """The process that holds the lease now, or None."""
+        return self._live_holder(self._newest(), self._storage.now())
+
     def acquire(self) -> Holder | None:
         """Takes the lease and returns None; if another process holds it, returns that holder."""
         newest = self._newest()
         now = self._storage.now()
-        holder = self._holder(newest) if newest else None
-        if holder is not None and holder.expires > now and not holder.is_gone:
+        holder = self._live_holder(newest, now)
+        if holder is not None:
             return holder
         token, now_here = newest + 1, time.monotonic()
         mine = Holder(token, socket.gethostname(), os.getpid(), machine(), start_of(os.getpid()),
@@ -137,6 +141,11 @@ class Lease:
         numbers = (_CLAIM.fullmatch(file.path.rpartition("/")[2])
                    for file in self._storage.list(self._folder))
         return max((int(match[1]) for match in numbers if match), default=0)
+
+    def _live_holder(self, token: int, now: float) -> Holder | None:
+        holder = self._holder(token) if token else None
+        live = holder is not None and holder.expires > now and not holder.is_gone
+        return holder if live else None
 
     def _holder(self, token: int) -> Holder | None:
         """The holder of a claim, with its newest expiry; None if the claim was deleted."""

@@ -69,6 +69,12 @@ class Storage:
         """Names of the folders directly below a folder, sorted."""
         return self._files.folders(path)
 
+    def files(self, path: str) -> tuple[str, ...]:
+        """Names of the files directly below a folder, sorted."""
+        selector = pyarrow.fs.FileSelector(path, allow_not_found=True)
+        return tuple(sorted(info.base_name for info in self.filesystem.get_file_info(selector)
+                            if info.type == pyarrow.fs.FileType.File))
+
     def now(self) -> float:
         """The storage's own clock, the clock of `StoredFile.modified`: seconds since 1970."""
         return self._files.now(self.root)

@@ -76,6 +76,11 @@ class Version:
         return int(self.tags["task_index"])
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of its task."""
+        return tuple(json.loads(self.tags["classes"]))
+
+    @property
     def feature_keys(self) -> tuple[str, ...]:
         """Keys of the stored features of its task."""
         return tuple(json.loads(self.tags["feature_keys"]))

@@ -1,8 +1,8 @@
 """The inbox: new tasks in <root>/inbox/<task>/, more data of a task in <root>/inbox/<task>/<part>/.
 
 A folder holds a data set in a format that `train` accepts ({train,test}/<class>/<image>, or
-Parquet), optionally a `task.yaml` that declares the classes, and the marker `_READY`, which is
-written last. An arrival that cannot be used stays in place and gets a `_REJECTED.json` with the
+Parquet), optionally a `task.yaml` that declares the classes, or that a part replaces its task's
+data, and the marker `_READY`, which is written last. An arrival that cannot be used stays in place and gets a `_REJECTED.json` with the
 reasons; it is checked again when its files change.
 """
 
@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,18 @@ class Problem:
     text: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """Everything that lies in the inbox."""
+
+    arrivals: list[Arrival]
+    """Those that are ready, by time and name."""
+    waiting: list[str]
+    """Folders that are not ready yet, and files outside of them, each with the reason."""
+    not_used: list[str]
+    """Learned folders whose files are not those that were learned, with what to do."""
+
+
 class Inbox:
     """The inbox of a storage; only our own `_REJECTED.json` files in it are written or deleted."""
 
@@ -69,15 +81,14 @@ class Inbox:
         self._storage = storage
         self.folder = storage.path("inbox")
 
-    def scan(self, learned: Callable[[str], bool],
-             quiet_minutes: float | None = None) -> tuple[list[Arrival], list[str]]:
-        """The arrivals that are ready, by time and name, and the folders that are not ready yet.
+    def scan(self, learned: Mapping[str, str], quiet_minutes: float | None = None) -> Contents:
+        """Everything that lies in the inbox.
 
-        learned: tells whether a slot is learned already; such folders are left out. quiet_minutes:
-        a folder without a marker is ready if it has not changed for so long.
+        learned: the signatures of the arrivals that are learned already, by slot. quiet_minutes: a
+        folder without a marker is ready if it has not changed for so long.
         """
         now = self._storage.now()
-        arrivals, waiting = [], []
+        arrivals, waiting, not_used = [], self._misplaced(), []
         for task in self._storage.folders(self.folder):
             if is_left_by_file_system(task):
                 continue
@@ -87,35 +98,58 @@ class Inbox:
                      and not name.startswith("_")]
             candidates = [("", folder)] + [(part, f"{folder}/{part}") for part in parts]
             for part, candidate in candidates:
-                if learned(f"{task}/{part}" if part else task):
+                slot = f"{task}/{part}" if part else task
+                if slot in learned:
+                    if self._differs(task, part, candidate, learned[slot]):
+                        not_used.append(_not_used(task, slot, learned[slot]))
                     continue
                 arrival = self._look(task, part, candidate, now, quiet_minutes)
                 if isinstance(arrival, Arrival):
                     arrivals.append(arrival)
                 elif arrival:
                     waiting.append(arrival)
-        return sorted(arrivals, key=_order), waiting
+        return Contents(sorted(arrivals, key=_order), waiting, not_used)
+
+    def _misplaced(self) -> list[str]:
+        """Files beside the tasks' folders, and an inbox that does not exist."""
+        if not self._storage.exists(self.folder):
+            return [f"nothing can arrive, because {self.folder} does not exist"]
+        return [f"{name}: is a file; allowed: a folder for each task"
+                for name in self._storage.files(self.folder)
+                if not is_junk(name) and not name.startswith("_")]
+
+    def _differs(self, task: str, part: str, folder: str, signature: str) -> bool:
+        """Whether a learned folder holds other files than those that were learned.
+
+        Files may be deleted once they are learned: an empty folder does not differ.
+        """
+        files = self._data(folder, part)
+        return bool(files) and Arrival(task, part, folder, 0, files).signature != signature
+
+    def _data(self, folder: str, part: str) -> tuple[StoredFile, ...]:
+        return tuple(file for file in self._storage.list(folder)
+                     if _is_data(file.path[len(folder) + 1:], part))
 
     def _look(self, task: str, part: str, folder: str, now: float,
               quiet_minutes: float | None) -> Arrival | str:
         """The arrival in a folder, or the reason why it is not ready; empty if it is no arrival."""
         marker = self._storage.stat(f"{folder}/{READY}")
-        if marker is None and quiet_minutes is None:
-            # a sub-folder without a marker is a class, or belongs to the data of its task
-            return "" if part else f"{task}: has no {READY} marker yet"
-        files = [file for file in self._storage.list(folder)
-                 if _is_data(file.path[len(folder) + 1:], part)]
+        name = f"{task}/{part}" if part else task
+        if marker is None and quiet_minutes is None and not part:
+            return f"{name}: has no {READY} marker yet"
+        files = self._data(folder, part)
         if marker is None:
-            assert quiet_minutes is not None
             if not files or not _is_data_set(folder, files):
-                return ""
+                return ""  # the folder of a class, or of anything else but a data set
+            if quiet_minutes is None:
+                return f"{name}: has no {READY} marker yet"
             newest = max(file.modified for file in files)
             if now - newest < 60 * quiet_minutes:
-                return f"{f'{task}/{part}' if part else task}: changed {now - newest:.0f} s ago"
-            return Arrival(task, part, folder, newest, tuple(files))
+                return f"{name}: changed {now - newest:.0f} s ago"
+            return Arrival(task, part, folder, newest, files)
         if not part and not files and self._storage.folders(folder):
             return ""  # the folder only contains further parts of the task
-        return Arrival(task, part, folder, marker.modified, tuple(files))
+        return Arrival(task, part, folder, marker.modified, files)
 
     def rejected(self, arrival: Arrival, policy: str) -> dict[str, Any] | None:
         """The content of `_REJECTED.json` if it concerns these very files and this policy."""
@@ -163,6 +197,14 @@ class Inbox:
                                          "task's folder; allowed: files of its own")
                          for link, target in _links_out(arrival.folder)][:5]
         return problems
+
+
+def _not_used(task: str, slot: str, signature: str) -> str:
+    why = ("its files are not those that were learned (changed, added or sent again)" if signature
+           else "`partialhn train` has learned this task")
+    return (f"{slot}: {why}, so what lies there is not used; more data of the task goes to "
+            f"inbox/{task}/NAME/, and with `replaces: true` in its {DECLARATION} it replaces what "
+            "was learned")
 
 
 def _order(arrival: Arrival) -> tuple[Any, ...]:

@@ -55,6 +55,9 @@ class Decided:
     """Bytes stored for this task, by kind."""
     example: str
     """An image of the task, base64, for the input example of its version."""
+    adopted: bool = False
+    """Whether `partialhn train` learned and registered the task: no gate decided on it, and its
+    arrival, policy, fingerprint and example are empty."""
 
     @property
     def passed(self) -> bool:
@@ -78,7 +81,7 @@ class Event:
     token: int
     kind: str
     """One of founded (holds the stream's configuration), pass (a pass starts), decided (a task),
-    published (a new report)."""
+    adopted (a task that `partialhn train` learned), published (a new report)."""
     fields: Mapping[str, Any]
 
 
@@ -114,7 +117,7 @@ class Journal:
         """Every decided task, in order; for a model decided several times, the newest decision."""
         newest: dict[str, Decided] = {}
         for event in self.events():
-            if event.kind == "decided":
+            if event.kind in ("decided", "adopted"):
                 decided = _parse_decided(event)
                 newest.pop(decided.prefix, None)
                 newest[decided.prefix] = decided

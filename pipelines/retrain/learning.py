@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from partialhn.data.experience import task_of
-from partialhn.errors import InputError
 from partialhn.features.extract import feature_jobs
 from partialhn.run import TrunkAndHead, cut_network
 from partialhn.training import lineage
@@ -66,30 +65,20 @@ class Learning:
         context, supplied = self.context, self.context.config.backbone.trunk != "train"
         assert first.experience is not None
         if self.base:
-            key = self.base[0].network
-            network = context.network(key)
+            key, cut = self.base[0].network, context.cut(self.base)
         else:
             key = "" if supplied else network_key(context.config, first.experience)
-            network = self.execution.network(first.experience)
-        cut = cut_network(context.config, network)
+            cut = cut_network(context.config, self.execution.network(first.experience))
         context.clock.lap("trunk")
         return key, cut
 
     def _slots(self, waiting: Sequence[CheckedArrival], cut: TrunkAndHead) -> list[Slot]:
-        """The champion's slots and the new ones; computes the features of the new ones.
-
-        Raises: InputError if stored test features of a champion's task are missing.
-        """
+        """The champion's slots and the new ones; computes the features of the new ones."""
         experiences = [task.experience for task in waiting if task.experience is not None]
         jobs = feature_jobs(self.context.config, experiences, cut.trunk)
         manifests, _ = self.execution.features(jobs, cut)
         self.context.clock.lap("features")
         slots = [task.with_features(self.context.store) for task in self.base]
-        for slot in slots:
-            if "test" not in slot.manifests:
-                raise InputError(f"the stored test features of task {slot.name!r} are missing in "
-                                 f"{self.context.storage.uri}/features; every pass measures every "
-                                 "task, so restore them or start a new stream with another --name")
         return slots + slots_of(experiences, jobs, manifests)
 
     def _decide_all(self, waiting: list[CheckedArrival], slots: Sequence[Slot],

@@ -22,6 +22,10 @@ class PassOutcome:
     """Folders of the inbox that are not ready yet."""
     skipped: list[str] = dataclasses.field(default_factory=list)
     """Arrivals on which an earlier pass decided, unchanged since then."""
+    not_used: list[str] = dataclasses.field(default_factory=list)
+    """Folders of learned tasks whose files are not those that were learned."""
+    adopted: list[str] = dataclasses.field(default_factory=list)
+    """Tasks that `partialhn train` learned, and that entered the log in this pass."""
     learned: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Every task that was learned, with the gate's decision."""
     would: list[str] = dataclasses.field(default_factory=list)
@@ -41,7 +45,8 @@ class PassOutcome:
 
     @property
     def did_nothing(self) -> bool:
-        return not (self.held_by or self.repaired or self.rejected or self.learned or self.would)
+        return not (self.held_by or self.repaired or self.rejected or self.adopted
+                    or self.learned or self.would)
 
     def fields(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -54,9 +59,11 @@ class PassOutcome:
             return [f"{self.stream}: skipped, because another process is working on the stream: "
                     f"{self.held_by}"]
         lines = [f"repaired: {text}" for text in self.repaired]
+        lines += [f"taken over from `partialhn train`: {text}" for text in self.adopted]
         for rejection in self.rejected:
             lines.append(f"rejected {rejection['task']}: " + "; ".join(rejection["reasons"]))
         lines += [f"waiting: {text}" for text in self.waiting]
+        lines += [f"not used: {text}" for text in self.not_used]
         lines += [f"skipped, unchanged since the last decision: {text}" for text in self.skipped]
         for task in self.learned:
             lines += _learned_lines(task)

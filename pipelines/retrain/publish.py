@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from partialhn.checkpoints.model import Model
-from partialhn.run import cut_network
 from partialhn.training import lineage
 from partialhn.training.result import model_sizes, peak_rss_bytes, result_fields
 from pipelines.registry.versions import CHAMPION
@@ -24,7 +23,7 @@ def published(journal: Journal) -> str:
 def publish(context: PassContext, base: Sequence[Decided]) -> None:
     """Logs the champion's matrix, result and report to the stream's run in MLflow."""
     registry, name, store = context.registry, context.stream, context.store
-    cut = cut_network(context.config, context.network(base[0].network))
+    cut = context.cut(base)
     slots = [task.with_features(store) for task in base]
     lineage_ids = [task.prefix for task in base]
     learned = lineage.find(context.storage.filesystem, context.folder, lineage_ids)

@@ -8,15 +8,14 @@ next pass completes one that was killed at any point. Several waiting tasks are 
 of Ray Train. If the gate stops one of them, those after it are learned again without it.
 """
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from partialhn.config import Config, build, load_config
-from partialhn.data.experience import task_of
-from partialhn.errors import InputError, IntegrityError
+from partialhn.data.experience import arrival_of, task_of
+from partialhn.errors import InputError
 from partialhn.naming import digest_text
 from partialhn.presets import preset
 from partialhn.run import check, with_depth_number
@@ -25,9 +24,12 @@ from pipelines.platform.lease import Lease, LeaseLostError
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Registry, connect
-from pipelines.registry.versions import CHAMPION, Version
+from pipelines.registry.connection import exists
+from pipelines.registry.history import History
+from pipelines.registry.versions import CHAMPION, Version, chain_of
+from pipelines.retrain.adopt import Adoption, adoption
 from pipelines.retrain.candidate import register
-from pipelines.retrain.context import PassContext, hashes_path
+from pipelines.retrain.context import PassContext, cut_of, hashes_path
 from pipelines.retrain.gate import Policy, read_policy
 from pipelines.retrain.inbox import Inbox, Problem
 from pipelines.retrain.journal import Decided, Journal, chain_to
@@ -48,13 +50,15 @@ def retrain(settings: RetrainConfig, log: Log = print) -> PassOutcome:
     arrivals = build(ArrivalPolicy, values.pop("inbox", None) or {}, "policy.inbox.")
     policy = build(Policy, values, "policy.")
     journal = Journal(storage, settings.name)
-    config = _config(settings, journal)
-    check(config)
     clock = Clock()
     outcome = PassOutcome(settings.name, settings.dry_run)
     with storage.explained():
+        registry = _registry(settings, storage, journal)
+        found = _adoption(registry, storage, settings.name, journal)
+        config = _config(settings, journal.config() or (found.config.to_dict() if found else None))
+        check(config)
         try:
-            _Pass(settings, storage, config, policy, arrivals, journal, outcome,
+            _Pass(settings, storage, config, policy, arrivals, journal, registry, outcome,
                   Progress(config, log), clock).run()
         except LeaseLostError as error:
             outcome.held_by = f"another process ({error})"
@@ -62,7 +66,35 @@ def retrain(settings: RetrainConfig, log: Log = print) -> PassOutcome:
     return outcome
 
 
-def _config(settings: RetrainConfig, journal: Journal) -> Config:
+def _registry(settings: RetrainConfig, storage: Storage, journal: Journal) -> Registry | None:
+    """The registry, when it is certain that it is the stream's; None if a dry run has none yet.
+
+    Raises: InputError if the stream's history belongs to another registry, or its log to a
+    registered model that is not there: its tasks would be registered once more.
+    """
+    known = bool(journal.events() or History(storage, settings.name).entries())
+    if settings.dry_run and not known and not exists(storage, settings.tracking_uri):
+        return None
+    registry = connect(storage, settings.tracking_uri, create=not known and not settings.dry_run)
+    registry.aliases.check(settings.name)
+    return registry
+
+
+def _chain(registry: Registry | None, stream: str) -> list[Version]:
+    """The champion and the versions that it was learned from; empty before the first pass."""
+    if registry is None or not registry.knows(stream):
+        return []
+    versions = registry.versions(stream)
+    return next((chain_of(versions, version) for version in versions
+                 if CHAMPION in version.aliases), [])
+
+
+def _adoption(registry: Registry | None, storage: Storage, stream: str,
+              journal: Journal) -> Adoption | None:
+    return adoption(storage, stream, _chain(registry, stream), journal.decided())
+
+
+def _config(settings: RetrainConfig, founded: Mapping[str, Any] | None) -> Config:
     """The stream's configuration: the one it was started with, or a given one that fits it.
 
     Raises: InputError for a given value that would change the stream.
@@ -72,7 +104,6 @@ def _config(settings: RetrainConfig, journal: Journal) -> Config:
     given = with_depth_number(given) if given else None
     if given is not None and given.train.compare:
         given = dataclasses.replace(given, train=dataclasses.replace(given.train, compare=()))
-    founded = journal.config()
     if founded is None:
         return given or with_depth_number(Config())
     first = Config.from_dict(founded)
@@ -100,6 +131,7 @@ class _Pass:
     policy: Policy
     arrival_policy: ArrivalPolicy
     journal: Journal
+    registry: Registry | None
     done: PassOutcome
     progress: Progress
     clock: Clock
@@ -110,24 +142,38 @@ class _Pass:
         self.policy_id = digest_text(json.dumps(both), 12)
 
     def run(self) -> None:
-        if self.settings.dry_run:
-            registry = self._registry(create=False) if self.journal.events() else None
-            for checked in self._arrivals(self._base(registry)):
-                self.done.would.append(f"learn {checked.arrival.slot} "
-                                       f"({len(checked.experience.train)} training images)"
-                                       if checked.experience else "")
-            return
         lease = Lease(self.storage, self.settings.name)
-        holder = lease.acquire()
+        holder = lease.holder() if self.settings.dry_run else lease.acquire()
         if holder is not None:
             self.done.held_by = str(holder)
-            return
-        with lease:
-            self._work(PassContext(self.storage, self.settings.name, self.config, self._registry(),
-                            self.journal, lease, self.progress, self.clock))
+        elif self.settings.dry_run:
+            self._look()
+        else:
+            assert self.registry is not None, "only a dry run does without a registry"
+            with lease:
+                self._work(PassContext(self.storage, self.settings.name, self.config,
+                                       self.registry, self.journal, lease, self.progress,
+                                       self.clock))
+
+    def _look(self) -> None:
+        """A dry run: says what a pass would do, after the checks that the pass makes."""
+        found = self._adoption()
+        tasks = found.tasks if found else ()
+        self.done.would += [f"take {task.slot} over, which `partialhn train` learned"
+                            for task in tasks]
+        base = self._base([*self.journal.decided(), *tasks])
+        waiting = self._arrivals(base)
+        if waiting and base:
+            cut_of(self.storage, self.settings.name, self.config, base)
+        self.done.would += [f"learn {checked.arrival.slot} ({len(checked.experience.train)} "
+                            "training images)" for checked in waiting if checked.experience]
 
     def _work(self, context: PassContext) -> None:
         """The steps that need the lease."""
+        if (found := self._adoption()) is not None:
+            context.cut(self._base([*self.journal.decided(), *found.tasks]))
+            found.write(self.journal, context.lease)
+            self.done.adopted += [task.slot for task in found.tasks]
         base = self._repair(context)
         self.clock.lap("startup")
         waiting = self._arrivals(base)
@@ -137,33 +183,16 @@ class _Pass:
         if base and published(self.journal) != base[-1].prefix:
             publish(context, base)
             self.clock.lap("report")
-        champion = self._champion(context.registry)
-        self.done.champion = champion.version if champion else None
+        champion = _chain(self.registry, self.settings.name)
+        self.done.champion = champion[-1].version if champion else None
 
-    def _registry(self, *, create: bool = True) -> Registry:
-        return connect(self.storage, self.settings.tracking_uri, create)
+    def _adoption(self) -> Adoption | None:
+        return _adoption(self.registry, self.storage, self.settings.name, self.journal)
 
-    def _versions(self, registry: Registry | None) -> list[Version]:
-        """All versions of the stream; none before the first pass."""
-        if registry is not None:
-            with contextlib.suppress(InputError):  # nothing of the stream is registered yet
-                return registry.versions(self.settings.name)
-        return []
-
-    def _champion(self, registry: Registry | None) -> Version | None:
-        return next((version for version in self._versions(registry)
-                     if CHAMPION in version.aliases), None)
-
-    def _base(self, registry: Registry | None) -> list[Decided]:
+    def _base(self, decided: Sequence[Decided]) -> list[Decided]:
         """The tasks of the champion, on top of which new tasks are learned."""
-        champion = self._champion(registry)
-        if champion is None:
-            return []
-        try:
-            return chain_to(self.journal.decided(), champion.tags["prefix"])
-        except IntegrityError as error:
-            raise InputError(f"stream {self.settings.name!r} was not started by retrain ({error}); "
-                             "allowed: another --name") from error
+        champion = _chain(self.registry, self.settings.name)
+        return chain_to(decided, champion[-1].tags["prefix"]) if champion else []
 
     def _repair(self, context: PassContext) -> list[Decided]:
         """Completes an interrupted pass: sets aliases, registers versions that only the log has."""
@@ -174,27 +203,29 @@ class _Pass:
         if decided and aliases.keeps_history(name):
             promoted = {entry.move.to for entry in aliases.history(name).entries()
                         if entry.move.alias == CHAMPION}
-        versions = {version.tags.get("prefix", ""): version
-                    for version in self._versions(context.registry)}
+        registered = context.registry.versions(name) if context.registry.knows(name) else []
+        versions = {version.tags.get("prefix", ""): version for version in registered}
         for task in decided:
             version = versions.get(task.prefix)
+            if task.adopted:
+                continue
             if version is None or (task.passed and version.version not in promoted):
                 context.lease.check()
-                registered = register(context, decided, task)
-                self.done.repaired.append(f"{task.slot} was learned, now {registered.uri}")
-        return self._base(context.registry)
+                version = register(context, decided, task)
+                self.done.repaired.append(f"{task.slot} was learned, now {version.uri}")
+        return self._base(decided)
 
     def _arrivals(self, base: Sequence[Decided]) -> list[CheckedArrival]:
         """The arrivals to learn, in order: ready, not decided before, and without problems."""
-        slots = {task.slot for task in base}
-        arrivals, self.done.waiting = self.inbox.scan(lambda slot: slot in slots,
-                                                      self.settings.quiet_minutes)
+        found = self.inbox.scan({arrival_of(task.slot): task.signature for task in base},
+                                self.settings.quiet_minutes)
+        self.done.waiting, self.done.not_used = found.waiting, found.not_used
         decided = self.journal.decided()
         classes = {task_of(task.slot): task.classes for task in base}
         hashes: dict[str, Any] = {}
         ready: list[CheckedArrival] = []
-        for arrival in arrivals:
-            if any(task.slot == arrival.slot and task.signature == arrival.signature
+        for arrival in found.arrivals:
+            if any(arrival_of(task.slot) == arrival.slot and task.signature == arrival.signature
                    and (task.passed or task.policy == self.policy_id) for task in decided):
                 self.done.skipped.append(f"{arrival.slot} (decided)")
                 continue
@@ -207,7 +238,7 @@ class _Pass:
             if not hashes:
                 hashes = {task.slot: read_hashes(self.storage, hashes_path(
                     self.storage, self.settings.name, task.fingerprint))
-                          for task in base}
+                          for task in base if not task.adopted}
             problems: Sequence[Problem] = self.inbox.name_problems(arrival, list(classes))
             if not problems:
                 checked = check_arrival(self.storage, arrival, self.config.data,
@@ -224,5 +255,5 @@ class _Pass:
             assert checked.experience is not None
             ready.append(checked)
             hashes[arrival.slot] = checked.hashes
-            classes.setdefault(arrival.task, checked.experience.classes)
+            classes[arrival.task] = checked.experience.classes
         return ready

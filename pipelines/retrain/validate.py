@@ -23,7 +23,7 @@ from partialhn.config import DataConfig, build
 from partialhn.data.corruptions import parse
 from partialhn.data.datasets import given_experience
 from partialhn.data.decode import decode_images
-from partialhn.data.experience import Experience
+from partialhn.data.experience import Experience, task_of
 from partialhn.data.image_table import ImageTable
 from partialhn.data.layout import read_sets
 from partialhn.errors import InputError, IntegrityError
@@ -71,6 +71,9 @@ class Declaration:
     """All classes of the task: each must have images, and no other class may occur."""
     transform: str = "none"
     """Corruption of the task's images (as in --task-transforms)."""
+    replaces: bool = False
+    """Whether a part replaces the data of its task, and not adds to it; it may have other
+    classes."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -91,11 +94,17 @@ def check_arrival(storage: Storage, arrival: Arrival, config: DataConfig, policy
     """Validates everything in an arrival.
 
     earlier: hashes of the images of earlier slots, by slot. classes: the classes of the task that
-    it refreshes; None for a new task.
+    it refreshes; None for a new task. What replaces a task is checked as a new task is, and may
+    have some of the task's images.
     """
     nothing = np.array([], np.uint64)
     try:
-        experience = _read(storage, arrival, config, classes)
+        declared = _declaration(storage, arrival)
+        if declared.replaces:
+            classes = None
+            earlier = {slot: hashes for slot, hashes in earlier.items()
+                       if task_of(slot) != arrival.task}
+        experience = _read(storage, arrival, config, classes, declared)
         tables = {split: _look(getattr(experience, split), config) for split in SPLITS}
     except (InputError, pa.ArrowException) as error:
         return CheckedArrival(arrival, None, nothing, (Problem("data", str(error)),))
@@ -137,9 +146,8 @@ def read_hashes(storage: Storage, path: str) -> HashArray:
 
 
 def _read(storage: Storage, arrival: Arrival, config: DataConfig,
-          classes: Sequence[str] | None) -> Experience:
+          classes: Sequence[str] | None, declared: Declaration) -> Experience:
     """The arrival as an experience. Raises: InputError for classes or files that do not fit."""
-    declared = _declaration(storage, arrival)
     images = read_sets(arrival.folder, None, storage.filesystem, arrivals_beside=True)
     if isinstance(images, dict):
         raise InputError(f"{arrival.folder} holds several data sets; allowed: one task, with "
@@ -155,7 +163,8 @@ def _read(storage: Storage, arrival: Arrival, config: DataConfig,
                              "images; allowed: images of every class")
     if classes is None and len(images.classes) < 2:
         raise InputError(f"there is 1 class, {images.classes[0]!r}; allowed: 2 or more")
-    return given_experience(arrival.slot, images, config, declared.transform, classes)
+    slot = f"{arrival.task}/={arrival.part}" if declared.replaces else arrival.slot
+    return given_experience(slot, images, config, declared.transform, classes)
 
 
 def _declaration(storage: Storage, arrival: Arrival) -> Declaration:
@@ -167,10 +176,14 @@ def _declaration(storage: Storage, arrival: Arrival) -> Declaration:
     except (yaml.YAMLError, ValueError, RecursionError, IntegrityError) as error:
         raise InputError(f"{DECLARATION} cannot be read: {error}") from error
     if not isinstance(values, Mapping):
-        raise InputError(f"{DECLARATION} holds {type(values).__name__}; allowed: the keys classes "
-                         "and transform")
+        raise InputError(f"{DECLARATION} holds {type(values).__name__}; allowed: the keys "
+                         "classes, transform and replaces")
     declared: Declaration = build(Declaration, values, f"{DECLARATION}: ")
     parse(declared.transform)
+    if declared.replaces and not arrival.part:
+        raise InputError(f"replaces is given in the {DECLARATION} of the new task {arrival.task!r};"
+                         f" allowed: in the folder of a part, inbox/{arrival.task}/NAME/, once the "
+                         "task is learned")
     return declared
 
 

@@ -17,7 +17,9 @@ from partialhn.networks.backbone import build_network
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.registry.models import roll_back
-from pipelines.settings import OutputConfig
+from pipelines.retrain.journal import Journal
+from pipelines.retrain.run import retrain
+from pipelines.settings import OutputConfig, RetrainConfig
 from pipelines.train import train
 
 
@@ -207,3 +209,83 @@ def test_a_model_that_was_renamed_in_mlflow_can_be_renamed_back(streams):
     client.rename_registered_model("new", "old")
     streams.train("old")
     assert json.loads((streams.root / "result.json").read_text())["champion"] == 2
+
+
+# `retrain` goes on with what `train` began ---------------------------------------------------
+
+
+def passed(streams, name: str, **settings):
+    """One pass of `retrain` with a gate that passes everything."""
+    policy = streams.root / "policy.yaml"
+    policy.write_text("min_above_chance: null\nmax_loss_on_earlier_task: null\n")
+    return retrain(RetrainConfig(name, streams.storage.uri, policy=str(policy), **settings),
+                   lambda _: None)
+
+
+def arrive(streams, task: str, labels, start: int = 0) -> None:
+    put_task(streams.root / "store" / "inbox" / task, labels, start)
+    (streams.root / "store" / "inbox" / task / "_READY").write_text("")
+
+
+def test_retrain_goes_on_with_a_stream_that_train_began(streams):
+    streams.begin("both")
+    before = streams.registry.versions("both")
+    arrive(streams, "delta", (6, 7))
+    would = passed(streams, "both", dry_run=True).would
+    assert would == ["take alpha over, which `partialhn train` learned",
+                     "take gamma over, which `partialhn train` learned",
+                     "learn delta (26 training images)"]
+    assert Journal(streams.storage, "both").events() == [], "a dry run writes nothing"
+    done = passed(streams, "both")
+    assert (done.adopted, [task["slot"] for task in done.learned]) == (["alpha", "gamma"],
+                                                                       ["delta"])
+    versions = streams.registry.versions("both")
+    assert [v.tags for v in versions[:2]] == [v.tags for v in before], "as they were"
+    assert versions[2].tags["parent"] == versions[1].tags["prefix"]
+    assert streams.champion("both") == ["alpha", "gamma", "delta"]
+    assert passed(streams, "both").did_nothing
+    streams.add("both", "delta", "beta")
+    shutil.rmtree(streams.root / "both" / "delta")
+    shutil.copytree(streams.root / "store" / "inbox" / "delta", streams.root / "both" / "delta")
+    (streams.root / "both" / "delta" / "_READY").unlink()
+    streams.add("both", "beta")
+    result, _ = streams.train("both")
+    assert result["continues"]["kept"] == ["alpha", "gamma", "delta"], "and train goes on, too"
+    assert passed(streams, "both").adopted == ["beta"]
+    shutil.rmtree(streams.root / "store" / "inbox")
+
+
+def test_a_dry_run_refuses_what_the_pass_refuses(streams):
+    streams.begin("refuses")
+    arrive(streams, "delta", (6, 7))
+    champion = streams.registry.resolve("models:/refuses@champion")
+    trunk = streams.root / "trunk.safetensors"
+    kept = trunk.read_bytes()
+
+    def same(text: str) -> None:
+        for dry_run in (True, False):
+            with pytest.raises(InputError, match=text):
+                passed(streams, "refuses", dry_run=dry_run)
+
+    save_file({key: value.contiguous() for key, value in
+               build_network("slim_resnet18", 2, 7).state_dict().items()
+               if not key.startswith("fc")}, trunk)
+    try:
+        same("but the tasks of the stream were learned on")
+    finally:
+        trunk.write_bytes(kept)
+    folder = streams.root / "store" / "runs" / "refuses" / "learned" / champion.tags["prefix"]
+    folder.rename(folder.with_name("elsewhere"))
+    try:
+        same("of the 2 models up to its champion .version 2., 1 are stored")
+    finally:
+        folder.with_name("elsewhere").rename(folder)
+    client = streams.registry._client
+    client.rename_registered_model("refuses", "renamed")
+    same("is named 'renamed' in MLflow now")
+    assert "refuses" not in streams.registry.streams()
+    client.rename_registered_model("renamed", "refuses")
+    with pytest.raises(InputError, match="there is no registry at"):
+        passed(streams, "refuses", tracking_uri=f"sqlite:///{streams.root}/none.db")
+    assert not (streams.root / "none.db").exists()
+    shutil.rmtree(streams.root / "store" / "inbox")

@@ -89,6 +89,12 @@ def life(module_without_ray, tmp_path_factory):
     passes["rolled back"] = stream.run()
     put_task(stream.inbox, "a/2026-11", (0, 1), rows=range(60, 120))
     passes["refresh"] = stream.run()
+    put_task(stream.inbox, "b", (2, 3), rows=range(60, 80))
+    passes["sent again"] = stream.run()
+    put_task(stream.inbox, "b/2026-12", (2, 8), rows=range(60))
+    (stream.inbox / "b" / "2026-12" / "task.yaml").write_text("replaces: true")
+    passes["replaced"] = stream.run()
+    passes["after"] = stream.run()
     return stream, passes
 
 
@@ -148,7 +154,7 @@ def test_nothing_is_tried_twice(life):
     assert sorted(passes["not again"].skipped) == ["bad name (rejected)", "copy (rejected)",
                                                    "poison (decided)"]
     tasks = [(version.task, version.task_index) for version in stream.versions()]
-    assert tasks == [("a", 0), ("b", 1), ("poison", 2), ("c", 2), ("a", 2)]
+    assert tasks == [("a", 0), ("b", 1), ("poison", 2), ("c", 2), ("a", 2), ("b", 3)]
 
 
 def test_passes_learn_what_one_run_learns(life, tmp_path):
@@ -180,10 +186,33 @@ def test_more_data_of_a_task_makes_a_slot_on_top_of_the_champion(life):
     predictor, version = stream.registry.load_predictor("models:/digits@champion")
     assert predictor.tasks == ["a", "b"]
     assert predictor.task_index("a") == 2
-    assert set(version.aliases) == {"champion", "task-a"}
+    assert [v.task for v in stream.versions() if "task-a" in v.aliases] == ["a"]
     result = stream.registry.result("digits")
-    assert [task["name"] for task in result["tasks"]] == ["a", "b", "a/2026-11"]
+    assert [task["name"] for task in result["tasks"]] == ["a", "b", "a/2026-11", "b/=2026-12"]
     assert result["weights_hash"] == version.tags["weights_hash"]
+
+
+def test_what_is_sent_again_is_not_used_and_said(life):
+    _, passes = life
+    done = passes["sent again"]
+    assert done.did_nothing
+    assert [text.split(":")[0] for text in done.not_used] == ["b"]
+    assert any(line.startswith("not used: b: its files are not those") for line in done.lines())
+    assert done.fields()["not_used"] == done.not_used
+
+
+def test_a_part_that_replaces_its_task_is_learned_alone_with_its_own_classes(life):
+    stream, passes = life
+    [new] = passes["replaced"].learned
+    assert (new["slot"], new["decision"]["passed"]) == ("b/=2026-12", True)
+    rows = {row["task"]: row for row in new["decision"]["tasks"]}
+    assert (rows["b"]["before"], rows["a"]["before"] is None) == (None, False)
+    predictor = stream.registry.load_predictor("models:/digits@champion")[0]
+    assert predictor.tasks == ["a", "b"]
+    assert predictor.model.tasks[predictor.task_index("b")].classes == ("2", "8")
+    result = stream.registry.result("digits")
+    assert result["tasks"][-1]["test_images"] == 24, "the test images of the new part alone"
+    assert passes["after"].did_nothing
 
 
 def test_the_history_tells_the_whole_life(life):
@@ -191,7 +220,8 @@ def test_the_history_tells_the_whole_life(life):
                if entry.move.alias in ("champion", "challenger")]
     assert [(e.move.alias, e.move.kind, e.move.to) for e in entries] == [
         ("champion", "trained", 1), ("champion", "trained", 2), ("challenger", "gate-rejected", 3),
-        ("champion", "trained", 4), ("champion", "rollback", 2), ("champion", "refresh", 5)]
+        ("champion", "trained", 4), ("champion", "rollback", 2), ("champion", "refresh", 5),
+        ("champion", "refresh", 6)]
     assert all(entry.move.token for entry in entries if entry.move.kind != "rollback")
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -57,7 +58,8 @@ class World:
         os.utime(marker, (when, when))
 
     def scan(self, learned=(), quiet=None):
-        return self.inbox.scan(lambda slot: slot in learned, quiet)
+        found = self.inbox.scan(dict.fromkeys(learned, "of other files"), quiet)
+        return found.arrivals, found.waiting
 
     def one(self):
         arrivals, _ = self.scan()
@@ -110,8 +112,75 @@ def test_more_data_of_a_task(world):
     assert [each.slot for each in world.scan(learned={"cats"})[0]] == ["cats/2026-11"]
 
 
-def test_nothing_there(world):
+def test_an_inbox_that_does_not_exist_is_said(world):
+    arrivals, [line] = world.scan()
+    assert arrivals == []
+    assert line == f"nothing can arrive, because {world.root} does not exist"
+    world.root.mkdir()
     assert world.scan() == ([], [])
+
+
+# What would be dropped without a word ----------------------------------------------------------
+
+
+def test_files_of_a_learned_task_that_are_not_those_learned(world):
+    world.put("cats")
+    signature = world.one().signature
+
+    def not_used(slot="cats"):
+        return world.inbox.scan({"cats": signature, slot: signature}).not_used
+
+    assert not_used() == []
+    os.utime(world.root / "cats" / "_READY", (900, 900))
+    assert not_used() == [], "a marker alone is no news"
+    (world.root / "cats" / "train" / "x" / "new.png").write_bytes(png(900))
+    [line] = not_used()
+    assert line.startswith("cats: its files are not those that were learned (changed, added")
+    assert "inbox/cats/NAME/" in line
+    assert "`replaces: true` in its task.yaml" in line
+    shutil.rmtree(world.root / "cats" / "train")
+    shutil.rmtree(world.root / "cats" / "test")
+    assert not_used() == [], "images may be deleted once they are learned"
+    world.put("cats/2026-11")
+    assert [line.split(":")[0] for line in not_used("cats/2026-11")] == ["cats/2026-11"]
+
+
+def test_an_arrival_of_a_task_that_train_has_learned(world):
+    world.put("cats")
+    [line] = world.inbox.scan({"cats": ""}).not_used
+    assert line.startswith("cats: `partialhn train` has learned this task")
+
+
+def test_a_part_without_a_marker_and_a_file_beside_the_folders_are_said(world):
+    world.put("cats")
+    world.put("cats/2026-11", ready=None)
+    (world.root / "dogs.zip").write_bytes(b"PK")
+    (world.root / "_notes.txt").write_text("ours")
+    (world.root / ".DS_Store").write_text("")
+    assert world.scan(learned={"cats"}) == ([], [
+        "dogs.zip: is a file; allowed: a folder for each task",
+        "cats/2026-11: has no _READY marker yet"])
+
+
+def test_a_part_that_replaces_its_task(world):
+    """It may have other classes, and images that the task had; a part that adds may not."""
+    world.put("cats")
+    first = world.check()
+    shutil.rmtree(world.root / "cats")
+    world.put("cats/new", classes=("x", "z"))
+    earlier, classes = {"cats": first.hashes}, ("x", "y")
+    assert {code for code, _ in world.problems(earlier=earlier, classes=classes)} == {"data"}
+    (world.root / "cats" / "new" / "task.yaml").write_text("replaces: true")
+    checked = world.check(earlier=earlier, classes=classes)
+    assert checked.problems == ()
+    assert (checked.experience.name, checked.experience.classes) == ("cats/=new", ("x", "z"))
+    [(code, _)] = world.problems(earlier={"dogs": first.hashes}, classes=classes)
+    assert code == "duplicate"
+    shutil.move(world.root / "cats" / "new" / "task.yaml", world.root / "task.yaml")
+    shutil.rmtree(world.root / "cats")
+    world.put("cats")
+    shutil.move(world.root / "task.yaml", world.root / "cats" / "task.yaml")
+    assert "replaces is given in the task.yaml of the new task 'cats'" in str(world.problems())
 
 
 # What is sound --------------------------------------------------------------------------------
