@@ -21,6 +21,7 @@ from pipelines.platform.storage import Storage
 from pipelines.platform.text import table
 from pipelines.registry.client import connect
 from pipelines.registry.connection import chosen_uri, sqlite_file
+from pipelines.registry.versions import CHAMPION
 
 MAX_SKEW = 60.0
 """Largest allowed difference in seconds between a machine's clock and the storage's; leases and
@@ -47,13 +48,16 @@ class DoctorCheck:
     """Advice for a check that failed."""
 
 
-def examine(storage: Storage, tracking_uri: str | None,
-            compute: ComputeConfig) -> list[DoctorCheck]:
+def examine(storage: Storage, tracking_uri: str | None, compute: ComputeConfig,
+            name: str | None = None) -> list[DoctorCheck]:
     """Runs every check on the driver and on every node that is alive.
 
-    Raises: InputError if no cluster answers at the given address.
+    name: a stream whose champion is checked, too. Raises: InputError if no cluster answers at the
+    given address.
     """
     checks = [*check_machine("driver", storage, compute), check_registry(storage, tracking_uri)]
+    if name is not None:
+        checks.append(check_champion(storage, tracking_uri, name))
     start_ray(compute.ray_address)
     nodes = _ask_nodes(storage, compute)
     return checks + nodes + check_versions([check for check in checks + nodes
@@ -99,6 +103,19 @@ def check_registry(storage: Storage, tracking_uri: str | None) -> DoctorCheck:
 
     return _run_check("driver", "MLflow", connect_to_mlflow, "start the server or give the right "
                       "--tracking-uri; for an old schema: mlflow db upgrade URI")
+
+
+def check_champion(storage: Storage, tracking_uri: str | None, name: str) -> DoctorCheck:
+    """Checks that a stream's aliases are those of its history, and its champion's files sound."""
+    def check() -> str:
+        registry = connect(storage, tracking_uri, create=False)
+        champion = registry.resolve(f"models:/{name}@{CHAMPION}")
+        for difference in registry.aliases.differences(name):
+            raise RuntimeError(difference)
+        registry.require_sound(champion)
+        return f"{champion.uri} (task {champion.task!r}): files as registered"
+
+    return _run_check("driver", "champion", check, "see the message")
 
 
 def check_versions(packages: Sequence[DoctorCheck]) -> list[DoctorCheck]:

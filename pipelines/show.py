@@ -22,13 +22,12 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
     Raises: InputError for an unknown stream, listing the known ones.
     """
     registry = connect(open_storage(storage), tracking_uri, create=False)
-    if registry.aliases.keeps_history(name):
-        registry.aliases.reconcile(name)
+    warnings = (registry.aliases.differences(name) if registry.aliases.keeps_history(name) else [])
     champion = registry.resolve(f"models:/{name}@{CHAMPION}")
     versions = registry.versions(name)
     current = chain_of(versions, champion)
     older = len(versions) - len(current)
-    lines = [f"stream   {name}",
+    lines = [*(f"warning: {text}" for text in warnings), f"stream   {name}",
              f"model    models:/{name}@{CHAMPION} = version {champion.version} "
              f"({champion.task_index + 1} tasks)",
              f"mlflow   {mask_password(registry.tracking_uri)}",

@@ -59,7 +59,8 @@ from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Placing, Registry, connect
 from pipelines.registry.connection import exists
 from pipelines.registry.package import Contents
-from pipelines.registry.versions import CHAMPION, Registration, Version
+from pipelines.registry.repair import repair
+from pipelines.registry.versions import CHAMPION, FILES, Registration, Version
 from pipelines.report.page import write_report
 from pipelines.settings import OutputConfig, mask_password
 
@@ -287,6 +288,9 @@ class Registrar:
         new, last = version is None, total == len(self._lineage_ids)
         # while a run learns the champion's tasks again, the champion stays the one that has them
         placing = Placing(champion=last or not job.continuation.changes)
+        if version is not None and last and FILES in version.tags:
+            for line in repair(job.registry, job.storage, version):
+                job.progress.line(f"  repaired {line}")
         if version is None or version.tags["work"] == job.work:
             version = self._version(record, metrics, placing)
         elif last:

@@ -18,6 +18,9 @@ class Doctor:
     """Folder or s3://bucket/prefix, as for train."""
     tracking_uri: str | None = None
     """MLflow server or database, as for train."""
+    name: str | None = None
+    """Check the champion of this stream, too: its files, and that its alias is that of the
+    history."""
     json: bool = False
     """Print JSON for machines."""
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
@@ -28,7 +31,7 @@ class Doctor:
         from pipelines.doctor import examine, fields, lines
         from pipelines.platform.storage import open_storage
 
-        checks = examine(open_storage(self.storage), self.tracking_uri, self.compute)
+        checks = examine(open_storage(self.storage), self.tracking_uri, self.compute, self.name)
         print(json.dumps(fields(checks), indent=1) if self.json else "\n".join(lines(checks)))
         return 0 if all(check.passed for check in checks) else 1
 

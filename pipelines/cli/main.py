@@ -212,6 +212,9 @@ def run(arguments: Sequence[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except IntegrityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # the process that reads our output has ended
         sys.stderr.close()
         return 1

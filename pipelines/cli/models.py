@@ -128,28 +128,48 @@ class Verify(Where):
         from pipelines.registry.verify import verify
 
         registry = self.registry()
-        registry.aliases.reconcile(self.name)
         version = find(registry, self.name, self.version)
         checks = verify(registry, version)
         passed = all(check.passed for check in checks)
         self.show({"stream": self.name, "version": version.version, "passed": passed,
+                   "warnings": registry.aliases.differences(self.name),
                    "checks": [dataclasses.asdict(check) for check in checks]}, _checks_text)
         return 0 if passed else 1
 
 
 def _checks_text(found: dict[str, Any]) -> str:
-    return "\n".join([f"{found['stream']} version {found['version']}: "
+    return "\n".join([*(f"warning: {text}" for text in found["warnings"]),
+                      f"{found['stream']} version {found['version']}: "
                       + ("as registered" if found["passed"] else "NOT as registered"),
                       *(f"  {'ok    ' if check['passed'] else 'FAILED'} {check['name']}: "
                         f"{check['found']}" for check in found["checks"])])
 
 
+@dataclasses.dataclass(frozen=True)
+class Repair(Where):
+    """Set the aliases as the history says, and write a version's damaged files again.
+
+    The files come from the learned models in the storage; only what was registered is written.
+    """
+
+    version: str = "champion"
+    """Version number, or an alias."""
+
+    def run(self) -> None:
+        from pipelines.cli.models_text import repaired_text
+        from pipelines.platform.storage import open_storage
+        from pipelines.registry.models import repaired
+
+        storage = open_storage(self.storage)
+        self.show(repaired(self.registry(), storage, self.name, self.version), repaired_text)
+
+
 class Models(Group):
-    """List, show, promote, roll back and verify registered versions."""
+    """List, show, promote, roll back, verify and repair registered versions."""
 
     COMMANDS: ClassVar[dict[str, Any]] = {
         "list": List, "show": ShowVersion, "history": ShowHistory, "promote": Promote,
-        "rollback": Rollback, "verify": Verify}
+        "rollback": Rollback, "verify": Verify, "repair": Repair}
 
 
 COMMANDS: dict[str, Any] = {"models": Models}

@@ -15,12 +15,12 @@ def versions_text(found: Mapping[str, Any]) -> str:
                      row["gate"] or "no gate", ", ".join(row["aliases"])))
     refused = [f"version {row['version']} was refused: {reason}"
                for row in found["versions"] for reason in row["reasons"]]
-    return "\n".join([*found["repaired"], *table(rows), *refused])
+    return "\n".join([*_warnings(found), *table(rows), *refused])
 
 
 def version_text(found: Mapping[str, Any]) -> str:
     """The facts about one version, the gate's decision, and its alias moves."""
-    lines = [*found["repaired"]]
+    lines = _warnings(found)
     for key in ("uri", "task", "task_index", "aliases", "acc", "learning_accuracy", "forgetting",
                 "classes", "work", "weights_hash", "trunk_fingerprint", "storage", "run_id"):
         value = found[key]
@@ -33,7 +33,7 @@ def version_text(found: Mapping[str, Any]) -> str:
 
 def history_text(found: Mapping[str, Any]) -> str:
     """A table with one alias move in each row."""
-    return "\n".join([*found["repaired"], f"history {found['where']}",
+    return "\n".join([*_warnings(found), f"history {found['where']}",
                       *_move_lines(found["entries"])])
 
 
@@ -45,6 +45,16 @@ def moved_text(found: Mapping[str, Any]) -> str:
     move = "the alias already pointed there; nothing was moved" if entry is None else (
         f"history entry {entry['seq']}: {entry['kind']} {_arrow(entry)}")
     return "\n".join([*found["repaired"], champion, move])
+
+
+def repaired_text(found: Mapping[str, Any]) -> str:
+    """The result of a repair."""
+    return "\n".join([*found["repaired"],
+                      f"{found['stream']} version {found['version']}: files as registered"])
+
+
+def _warnings(found: Mapping[str, Any]) -> list[str]:
+    return [f"warning: {text}" for text in found["warnings"]]
 
 
 def decision_lines(decision: Mapping[str, Any] | None) -> list[str]:

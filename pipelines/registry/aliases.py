@@ -115,20 +115,11 @@ class Aliases:
         An alias that is older than the history is added to the history. An alias whose version was
         deleted from MLflow is removed.
         """
-        model = self._find(stream)
-        if model is None:
-            return []
-        current = {alias: int(version) for alias, version in model.aliases.items()
-                   if is_ours(alias)}
-        wanted = aliases(self._open(model).entries())
         repairs = []
-        for alias in sorted(current.keys() | wanted.keys()):
-            have, want = current.get(alias), wanted.get(alias)
-            if alias not in wanted:
+        for alias, have, want, is_known in self._differing(stream):
+            if not is_known:
                 self.move(stream, Move(alias, have, "reconcile",
                                        f"{_version(have)} had the alias before the history began"))
-            elif have == want:
-                continue
             elif want is not None and not self._exists(stream, want):
                 self.move(stream, Move(alias, None, "reconcile",
                                        f"{_version(want)} is no longer in the registry"))
@@ -136,6 +127,27 @@ class Aliases:
                 self._set_from_history(stream, alias)
             repairs.append(Repair(alias, have, want, self._newest(stream, alias)))
         return repairs
+
+    def differences(self, stream: str) -> list[str]:
+        """A line for each alias that differs from the history; changes nothing."""
+        return [f"alias {alias} points to {_version(have)} in MLflow, and the history says "
+                f"{_version(want)}; to set it: partialhn models repair --name {stream}"
+                for alias, have, want, is_known in self._differing(stream) if is_known]
+
+    def _differing(self, stream: str) -> list[tuple[str, int | None, int | None, bool]]:
+        """Every alias that differs from the history, with the versions there and in the history.
+
+        The last value says whether the history knows the alias.
+        """
+        model = self._find(stream)
+        if model is None:
+            return []
+        current = {alias: int(version) for alias, version in model.aliases.items()
+                   if is_ours(alias)}
+        wanted = aliases(self._open(model).entries())
+        return [(alias, current.get(alias), wanted.get(alias), alias in wanted)
+                for alias in sorted(current.keys() | wanted.keys())
+                if alias not in wanted or current.get(alias) != wanted[alias]]
 
     def _set_from_history(self, stream: str, alias: str) -> None:
         """Sets one alias to match the history; again if the history has changed meanwhile.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partialhn.data.experience import task_of
-from partialhn.errors import InputError
+from partialhn.errors import InputError, IntegrityError
 from pipelines.platform.storage import Storage
 from pipelines.registry import package
 from pipelines.registry.aliases import BY_HAND, Aliases
@@ -162,8 +162,60 @@ class Registry(Runs):
 
         version = self.resolve(model_uri)
         with tempfile.TemporaryDirectory() as folder:
-            model = self.download(version, folder)
+            model = self.download_sound(version, folder)
             return Predictor.load(package.artifact(model, "checkpoint")), version
+
+    def require_sound(self, version: Version) -> None:
+        """Raises IntegrityError, as `download_sound`, if a version's files are damaged."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.download_sound(version, folder)
+
+    def download_sound(self, version: Version, folder: str | Path) -> Path:
+        """As `download`, for files that are those that were registered.
+
+        Raises: IntegrityError that says which version is damaged, in what, and what to do.
+        """
+        try:
+            model = self.download(version, folder)
+            found = (package.difference(json.loads(version.tags[FILES]), package.file_hashes(model))
+                     if FILES in version.tags else "")
+        except Exception as error:  # the artifact store's clients can raise anything
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            found = f"its files cannot be downloaded ({reason:.120})"
+        if found:
+            raise IntegrityError(
+                f"{version.uri} (task {version.task!r}) is damaged: {found}; to write its files "
+                f"again from the learned model: partialhn models repair --name {version.stream} "
+                f"--version {version.version}; to use an earlier one: partialhn models rollback "
+                f"--name {version.stream}")
+        return model
+
+    def stored_hashes(self, version: Version, folder: Path) -> dict[str, str]:
+        """The hashes of a version's files as they are stored now; empty if there are none."""
+        folder.mkdir()
+        try:
+            return package.file_hashes(self.download(version, folder))
+        except Exception:  # the artifact store's clients can raise anything for what is missing
+            return {}
+
+    def write_file(self, version: Version, path: str, content: bytes) -> None:
+        """Writes one file of a version. path: relative to the version's folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / Path(path).name
+            file.write_bytes(content)
+            self._artifacts(version).log_artifact(str(file), str(Path(path).parent).strip("."))
+
+    def delete_file(self, version: Version, path: str) -> None:
+        """Deletes one file of a version. path: relative to the version's folder."""
+        self._artifacts(version).delete_artifacts(path)
+
+    def _artifacts(self, version: Version) -> Any:
+        """MLflow's access to the folder of a version."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        source = self._client.get_model_version_download_uri(version.stream, str(version.version))
+        return get_artifact_repository(source, tracking_uri=self.tracking_uri,
+                                       registry_uri=self.tracking_uri)
 
     def download(self, version: Version, folder: str | Path) -> Path:
         """Downloads a version's folder (`pipelines.registry.package`) into a local folder."""

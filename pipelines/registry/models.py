@@ -1,7 +1,8 @@
 """The operations of `partialhn models`: list, show, promote and roll back registered versions.
 
-They return dicts, for text and JSON. Each first reconciles the aliases with the history
-(`pipelines.registry.aliases`).
+They return dicts, for text and JSON. Those that move an alias first reconcile the aliases with the
+history (`pipelines.registry.aliases`) and check the files of the version that they move to. Those
+that only read change nothing: `warnings` says which alias differs from the history.
 """
 
 import dataclasses
@@ -10,9 +11,11 @@ from typing import Any
 
 from partialhn.data.experience import task_of
 from partialhn.errors import InputError
+from pipelines.platform.storage import Storage
 from pipelines.registry.aliases import Repair
 from pipelines.registry.client import Registry
 from pipelines.registry.history import Entry, Move, previous
+from pipelines.registry.repair import repair
 from pipelines.registry.versions import CHAMPION, Version, task_alias
 
 
@@ -22,18 +25,17 @@ class RefusedError(Exception):
 
 def overview(registry: Registry, name: str) -> dict[str, Any]:
     """All versions of a stream with their aliases, accuracies and the gate's decisions."""
-    return {"stream": name, "repaired": _reconcile(registry, name),
+    return {"stream": name, **_as_found(registry, name),
             "versions": [version_fields(version) for version in registry.versions(name)]}
 
 
 def details(registry: Registry, name: str, version: str) -> dict[str, Any]:
     """All stored facts about one version, with the gate's decision and its alias moves."""
-    repaired = _reconcile(registry, name)
     shown = find(registry, name, version)
     moves = [entry.fields() for entry in registry.aliases.history(name).entries()
              if shown.version in (entry.move.to, entry.origin)]
     return version_fields(shown) | {
-        "uri": shown.uri, "run_id": shown.run_id, "repaired": repaired,
+        "uri": shown.uri, "run_id": shown.run_id, **_as_found(registry, name),
         "work": shown.tags["work"], "weights_hash": shown.tags["weights_hash"],
         "classes": json.loads(shown.tags["classes"]),
         "trunk_fingerprint": shown.tags["trunk_fingerprint"], "storage": shown.tags["storage"],
@@ -42,9 +44,8 @@ def details(registry: Registry, name: str, version: str) -> dict[str, Any]:
 
 def moves(registry: Registry, name: str) -> dict[str, Any]:
     """The whole history of a stream's aliases, oldest first."""
-    repaired = _reconcile(registry, name)
     history = registry.aliases.history(name)
-    return {"stream": name, "where": history.uri, "repaired": repaired,
+    return {"stream": name, "where": history.uri, **_as_found(registry, name),
             "entries": [entry.fields() for entry in history.entries()]}
 
 
@@ -52,7 +53,7 @@ def promote(registry: Registry, name: str, version: str, why: str, force: bool) 
     """Makes a version champion; it also gets its task's alias if no version has that alias yet.
 
     Raises: RefusedError if the gate refused the version, unless `force`; InputError for `force`
-    without `why`.
+    without `why`; IntegrityError if the version's files are damaged.
     """
     if force and not why:
         raise InputError("force is given without a reason; allowed: --force --why TEXT (the "
@@ -64,6 +65,7 @@ def promote(registry: Registry, name: str, version: str, why: str, force: bool) 
         raise RefusedError(f"version {candidate.version} of {name!r} was refused by the gate:\n  "
                            + "\n  ".join(decision["reasons"])
                            + "\nTo promote it anyway, give --force --why TEXT")
+    registry.require_sound(candidate)
     move = Move(CHAMPION, candidate.version, "promoted", why or "promoted by hand",
                 metrics=candidate.metrics, decision=decision)
     alias = task_alias(task_of(candidate.task))
@@ -78,7 +80,8 @@ def roll_back(registry: Registry, name: str, to: str | None, why: str) -> dict[s
 
     Without `to`, an interrupted rollback is completed and not repeated.
 
-    Raises: InputError if there is no earlier champion, or `to` was never champion.
+    Raises: InputError if there is no earlier champion, or `to` was never champion; IntegrityError
+    if the version's files are damaged.
     """
     repairs = registry.aliases.reconcile(name)
     repaired = [str(repair) for repair in repairs]
@@ -98,10 +101,21 @@ def roll_back(registry: Registry, name: str, to: str | None, why: str) -> dict[s
             raise InputError(f"version {target} of {name!r} was never champion; allowed: "
                              + ", ".join(map(str, sorted(champions)))
                              + ", or partialhn models promote")
-    metrics = find(registry, name, str(target)).metrics
+    version = find(registry, name, str(target))
+    registry.require_sound(version)
     entry = registry.aliases.move(name, Move(CHAMPION, target, "rollback",
-                                             why or "rolled back by hand", metrics=metrics))
+                                             why or "rolled back by hand",
+                                             metrics=version.metrics))
     return _moved(registry, name, entry, repaired)
+
+
+def repaired(registry: Registry, storage: Storage, name: str, version: str) -> dict[str, Any]:
+    """Sets the aliases as the history says, and writes the damaged files of a version again."""
+    aliases = _reconcile(registry, name)
+    found = find(registry, name, version)
+    lines = [*aliases, *repair(registry, storage, found)]
+    registry.require_sound(found)
+    return {"stream": name, "version": found.version, "repaired": lines}
 
 
 def find(registry: Registry, name: str, version: str) -> Version:
@@ -128,6 +142,11 @@ def _moved(registry: Registry, name: str, entry: Entry | None,
 
 def _is_rollback(repair: Repair) -> bool:
     return repair.alias == CHAMPION and repair.entry.move.kind == "rollback"
+
+
+def _as_found(registry: Registry, name: str) -> dict[str, Any]:
+    """What a command that only reads says about the aliases; it repairs none."""
+    return {"repaired": [], "warnings": registry.aliases.differences(name)}
 
 
 def _reconcile(registry: Registry, name: str) -> list[str]:

@@ -11,6 +11,7 @@ Nothing in it is pickled.
 import dataclasses
 import hashlib
 import io
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,22 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(folder.rglob("*"))
             if path.is_file() and path.name != "registered_model_meta"}
+
+
+def difference(registered: Mapping[str, str], hashes: Mapping[str, str]) -> str:
+    """The first difference between the registered hashes of a folder and those found, in words.
+
+    Empty if there is none.
+    """
+    for path in sorted(registered.keys() | hashes.keys()):
+        if path not in hashes:
+            return f"{path} is missing"
+        if path not in registered:
+            return f"{path} was added after the registration"
+        if hashes[path] != registered[path]:
+            return (f"{path} was changed: sha256 {hashes[path][:12]}..., registered "
+                    f"{registered[path][:12]}...")
+    return ""
 
 
 def signature() -> "ModelSignature":

@@ -2,8 +2,9 @@
 
 A folder holds a data set in a format that `train` accepts ({train,test}/<class>/<image>, or
 Parquet), optionally a `task.yaml` that declares the classes, or that a part replaces its task's
-data, and the marker `_READY`, which is written last. An arrival that cannot be used stays in place and gets a `_REJECTED.json` with the
-reasons; it is checked again when its files change.
+data, and the marker `_READY`, which is written last. An arrival that cannot be used
+stays in place and gets a `_REJECTED.json` with the reasons; it is checked again when its files
+change.
 """
 
 import dataclasses

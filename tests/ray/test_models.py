@@ -1,13 +1,15 @@
 """`partialhn models` against a real MLflow on SQLite, and what crashes and bad hands leave."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from partialhn.errors import InputError
+from partialhn.errors import InputError, IntegrityError
+from pipelines.doctor import check_champion
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import Placing, connect
 from pipelines.registry.history import Move, StaleTokenError
@@ -160,13 +162,21 @@ def test_a_crash_between_history_and_alias_is_mended_once(three, models):
     history.append(Move("champion", 1, "promoted", "then the power failed"),
                    str(model.creation_timestamp))
     assert aliases_of(three)["champion"] == 2
-    code, out, _ = models("history")
+    for words in (["history"], ["list"], ["show"], ["verify"]):
+        code, out, _ = models(*words)
+        assert code == 0
+        assert out.startswith("warning: alias champion points to version 2 in MLflow, and the "
+                              "history says version 1; to set it: partialhn models repair"), words
+        assert aliases_of(three)["champion"] == 2, "what only reads moves nothing"
+    assert "warning: alias champion" in show("digits", str(three._storage.root))
+    code, out, _ = models("repair")
     assert code == 0
     assert ("alias champion pointed to version 2; it was set to version 1 as in history entry 6 "
             "(promoted)") in out
     assert aliases_of(three)["champion"] == 1
     before = kinds(three)
-    assert "pointed to" not in models("history")[1]
+    assert "pointed to" not in models("repair")[1]
+    assert "warning" not in models("history")[1]
     assert kinds(three) == before
 
 
@@ -191,8 +201,6 @@ def test_an_alias_moved_behind_our_back_is_set_back_and_foreign_ones_stay(three)
 
 
 def test_streams_older_than_the_history_are_taken_over(three, tmp_path):
-    import shutil
-
     before = aliases_of(three)
     shutil.rmtree(tmp_path / "store" / "history")
     again = connect(open_storage(str(tmp_path / "store")))
@@ -259,6 +267,53 @@ def test_verify_notices_every_changed_file_and_runs_none(models, three, tmp_path
     code, out, _ = models("verify")
     assert (code, "pyfunc_model.py is missing" in out) == (1, True)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone", "all gone", "sample"])
+def test_no_alias_moves_to_a_damaged_version(three, models, tmp_path, damage):
+    folder = stored(three, "1")
+    model = next(folder.glob("artifacts/model-*/model.safetensors"))
+    if damage == "truncated":
+        model.write_bytes(model.read_bytes()[:1000])
+    elif damage == "gone":
+        model.unlink()
+    elif damage == "all gone":
+        shutil.rmtree(folder)
+    else:
+        next(folder.glob("artifacts/*.parquet")).write_bytes(b"")
+    before = kinds(three), aliases_of(three)
+    for words in (["rollback"], ["promote", "--version", "1"]):
+        code, _, err = models(*words)
+        assert code == 1
+        assert err.startswith("error: models:/digits/1 (task 'zero-one') is damaged: "), err
+        assert "models repair --name digits --version 1" in err
+        assert "Traceback" not in err
+        assert (kinds(three), aliases_of(three)) == before
+    with pytest.raises(IntegrityError, match=r"models:/digits/1 .* is damaged"):
+        three.load_predictor("models:/digits/1")
+    champion = check_champion(open_storage(str(tmp_path / "store")), None, "digits")
+    assert champion.passed, "another version is damaged"
+    three.aliases.move("digits", Move("champion", 1, "promoted", ""))
+    champion = check_champion(open_storage(str(tmp_path / "store")), None, "digits")
+    assert (champion.passed, "is damaged" in champion.found) == (False, True)
+
+
+def test_a_version_is_repaired_from_what_was_learned(three, models, digit_tasks, tmp_path):
+    folder, version = stored(three, "2"), three.resolve("models:/digits/2")
+    learned = tmp_path / "store" / "runs" / "digits" / "learned" / version.tags["prefix"]
+    model = next(folder.glob("artifacts/model-*/model.safetensors"))
+    model.write_bytes(model.read_bytes()[:1000])
+    (folder / "pyfunc_model.py").unlink()
+    code, _, err = models("repair")
+    assert code == 1
+    assert "cannot be repaired: artifacts/model-2/model.safetensors is damaged" in err
+    assert not (folder / "pyfunc_model.py").exists(), "all of it or nothing"
+    shutil.copytree(digit_tasks.folder / "model-2", learned)
+    (folder / "planted.txt").write_text("x")
+    code, out, _ = models("repair")
+    assert (code, out.count("was written again"), out.count("was deleted")) == (0, 2, 1)
+    three.require_sound(version)
+    assert models("rollback")[0] == 0, "version 1 was never damaged"
 
 
 @pytest.mark.slow
