@@ -93,7 +93,10 @@ def decode(content: pa.Buffer, dtype: str, rows: int, shape_VCHW: Sequence[int])
     if (table["features"].num_chunks != 1 or labels.type != pa.int64() or labels.null_count
             or table["features"].type.value_type != stored_as):
         raise ValueError(f"it holds {table.schema}")
-    values = table["features"].chunk(0).storage.flatten()
+    rows_N = table["features"].chunk(0).storage
+    values = rows_N.flatten()
+    if rows_N.null_count or values.null_count:  # Arrow would give zeros for them
+        raise ValueError("it holds features that are null")
     flat = np.frombuffer(values.buffers()[1], dtype=seen_as, count=len(values),
                          offset=values.offset * np.dtype(seen_as).itemsize)
     y_N, ids = labels.to_numpy(), table["id"].to_pylist()

@@ -221,7 +221,12 @@ def run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: the same command resumes from here", file=sys.stderr)
         return 1
-    except Exception:
+    except Exception as error:
+        from pipelines.platform.disk import folders_of, full_disk
+
+        if text := full_disk(error, folders_of(words)):
+            print(f"error: {text}", file=sys.stderr)
+            return 1
         traceback.print_exc()
         print("failed: the same command resumes after the last finished step", file=sys.stderr)
         return 1
@@ -246,6 +251,8 @@ def _names_of_a_table(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] 
 
 def _parse(words: list[str]) -> Any:
     """The command with its options; tyro prints help and its own errors (exit code 2)."""
+    if words[:1] == ["retrain"]:
+        _check_retrain(words[1:])
     words, default = _configured(words)
     kinds, path = dict(COMMANDS), ["partialhn"]
     description = __doc__.split("\n\n")[0]
@@ -263,6 +270,19 @@ def _parse(words: list[str]) -> Any:
     return tyro.extras.subcommand_cli_from_dict(kinds, prog=" ".join(path), args=words,
                                                 description=description,
                                                 registry=CHOICES)
+
+
+def _check_retrain(words: Sequence[str]) -> None:
+    """Raises InputError for an option of train: retrain takes those from a file."""
+    sections = {field.name: field.type for field in dataclasses.fields(Config)}
+    for word in words:
+        key = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        for section, kind in sections.items():
+            if word.startswith("--") and isinstance(kind, type) and key in {
+                    field.name for field in dataclasses.fields(kind)}:
+                raise InputError(f"{word.partition('=')[0]} is an option of train; retrain takes "
+                                 f"it from --config FILE.yaml, as {{{section}: {{{key}: ...}}}}, or "
+                                 "from the stream's first pass")
 
 
 def _configured(words: list[str]) -> tuple[list[str], dict[str, Any]]:

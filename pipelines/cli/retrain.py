@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import sys
 import time
 from typing import Any
@@ -33,6 +34,8 @@ class Retrain:
             code = self._pass()
             if not self.watch:
                 return code
+            now = time.strftime("%H:%M:%S")
+            _to_stderr(f"{now} the pass has ended; the next one begins in {self.interval}")
             time.sleep(seconds)
 
     def _pass(self) -> int:
@@ -43,6 +46,11 @@ class Retrain:
             print(json.dumps(done.fields()))
         else:
             print("\n".join(done.lines()))
+            if done.learned and not self.watch:
+                where = ("" if self.retrain.storage == RetrainConfig.storage
+                         else f" --storage {shlex.quote(self.retrain.storage)}")
+                print("\n".join(["next:", *(f"  partialhn {command} --name {done.stream}{where}"
+                                            for command in ("models list", "report", "show"))]))
         return done.exit_code
 
 

@@ -29,6 +29,7 @@ from partialhn.features.manifest import Manifest, Shard
 from partialhn.features.store import FeatureStore
 from partialhn.networks.trunk import Trunk
 from pipelines.features.in_use import InUse
+from pipelines.platform.disk import check_room
 from pipelines.platform.storage import Storage
 
 Progress = Callable[[int, int], None]
@@ -76,7 +77,10 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
     missing = [job for job in jobs if job.recipe.key not in manifests]
     groups = group_jobs(missing)
     if missing and log:
-        for line in described(plan(missing, trunk)):
+        plans = plan(missing, trunk)
+        for line in described(plans):
+            log(line)
+        if line := check_room(storage, sum(row.bytes for row in plans), "the features"):
             log(line)
     todo = shard_places(groups)
     shards = _finished(store, groups, todo)

@@ -163,6 +163,8 @@ def s3_client(options: S3Options, attempts: int = ATTEMPTS) -> Any:
     config = Config(s3={"addressing_style": style}, connect_timeout=CONNECT_SECONDS,
                     read_timeout=options.timeout, max_pool_connections=32,
                     retries={"mode": "standard", "total_max_attempts": attempts},
+                    # Arrow does not read the endpoint of an AWS profile: one storage, one service
+                    ignore_configured_endpoint_urls=True,
                     request_checksum_calculation="when_required",
                     response_checksum_validation="when_required")
     session = boto3.session.Session()  # the default session is not safe for several threads

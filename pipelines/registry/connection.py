@@ -69,10 +69,7 @@ def open_client(storage: Storage, tracking_uri: str | None,
     if database and not create and not database.exists():
         raise InputError(f"there is no registry at {uri}; give the --storage or --tracking-uri of "
                          "the `partialhn train` that registered the stream")
-    if storage.s3 and storage.s3.endpoint:  # MLflow's own uploads take the endpoint only from here
-        os.environ.setdefault("MLFLOW_S3_ENDPOINT_URL", storage.s3.endpoint)
-        if storage.s3.path_style:
-            os.environ.setdefault("MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE", "path")
+    _send_artifacts_to(storage, is_server=uri.startswith(("http://", "https://")))
     try:
         _check_server(uri)  # before the imports, which take seconds
     except OSError as error:
@@ -93,6 +90,31 @@ def open_client(storage: Storage, tracking_uri: str | None,
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         raise _no_answer(uri, error) from None
     return client, uri
+
+
+def _send_artifacts_to(storage: Storage, *, is_server: bool) -> None:
+    """Sets the environment from which MLflow takes the S3 service of its uploads.
+
+    Without a server, models are uploaded to the storage, so its endpoint, region and addressing
+    overrule what the environment says for other programs. A server may have a bucket of its own.
+
+    Raises: InputError if the environment names a service for MLflow, and the storage none.
+    """
+    if storage.s3 is None:
+        return
+    variables = {"MLFLOW_S3_ENDPOINT_URL": storage.s3.endpoint,
+                 "AWS_DEFAULT_REGION": storage.s3.region,
+                 "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE": "path" if storage.s3.path_style else None}
+    elsewhere = os.environ.get("MLFLOW_S3_ENDPOINT_URL")
+    if elsewhere and not storage.s3.endpoint and not is_server:
+        raise InputError(f"MLFLOW_S3_ENDPOINT_URL is {elsewhere!r}, and the storage {storage.uri} "
+                         "names no endpoint, so models would go to another service than features; "
+                         f"allowed: {storage.uri}?endpoint={elsewhere}, or unset the variable")
+    for name, value in variables.items():
+        if value and is_server:
+            os.environ.setdefault(name, value)
+        elif value:
+            os.environ[name] = value
 
 
 def _no_answer(uri: str, error: Exception) -> InputError:

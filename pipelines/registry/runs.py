@@ -7,6 +7,7 @@ creates nothing twice. MLflow is imported when first used, because the import ta
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,9 @@ class Runs:
         from mlflow.utils.time import get_current_time_millis
 
         now = get_current_time_millis()
-        metrics = [Metric(key, float(value), now, step) for key, value, step in points]
+        # MLflow turns infinity into 1.797e308 without a word, and keeps NaN as such
+        metrics = [Metric(key, float(value) if math.isfinite(value) else math.nan, now, step)
+                   for key, value, step in points]
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(run_id, metrics=metrics[start:start + 1000])
 

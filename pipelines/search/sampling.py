@@ -165,7 +165,11 @@ def _encode(space: Space, key: str, value: Any) -> Any:
 def _sampler(algorithm: Algorithm, seed: int) -> optuna.samplers.BaseSampler:
     if algorithm == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        # given, because their defaults are not the same in Optuna 4 and 5
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, multivariate=True,
+                                          constant_liar=True)
 
 
 class TrialSource(Searcher):

@@ -11,11 +11,14 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import logging
+import re
 import signal
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -152,14 +155,17 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
     registry = connect(open_storage(source.storage), source.tracking_uri, create=False)
     source = _absolute(source, registry.tracking_uri)
     version = registry.resolve(source.uri)
+    registry.require_sound(version)
     _check_port(options.host, options.port)
     if record:
         options = dataclasses.replace(options, record=_record(source))
+    log(f"{version.uri} (task {version.task!r}): files as registered; starting Ray")
     start_ray(ray_address)
+    log("loading the model and testing it")
     with running(bind(source, options), options):
         log(f"serving {version.uri} ({source.uri}) at http://{options.host}:{options.port}/predict "
             "(also /healthz, /metrics); stop with Ctrl-C or SIGTERM")
-        _wait_for_signal()
+        _wait_for_signal(_Watcher(options, str(version.version), log))
         log("stopping: requests in progress are completed first")
 
 
@@ -171,7 +177,11 @@ def running(app: serve.Application, options: ServeOptions) -> Any:
     serve.start(proxy_location="HeadOnly", logging_config=quiet,
                 http_options={"host": options.host, "port": options.port})
     try:
-        serve.run(app, name="partialhn", route_prefix="/", logging_config=quiet)
+        try:
+            serve.run(app, name="partialhn", route_prefix="/", logging_config=quiet)
+        except RuntimeError as error:  # its text is that of every error of the replica
+            raise InputError(f"the server did not start: {_last_reason(error)}; allowed: a model "
+                             "that `partialhn models verify` finds as registered") from error
         yield
     finally:
         with without_lines(HARMLESS):
@@ -204,12 +214,46 @@ def _check_port(host: str, port: int) -> None:
                              "free port and an address of this machine") from error
 
 
-def _wait_for_signal() -> None:
+def _last_reason(error: Exception) -> str:
+    """The line of a replica's traceback that names its error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (named or lines or [type(error).__name__])[-1][:400]
+
+
+class _Watcher:
+    """Asks the server's /healthz, and prints a line when it has another model."""
+
+    def __init__(self, options: ServeOptions, version: str, log: Callable[[str], None]) -> None:
+        host = "127.0.0.1" if options.host in ("0.0.0.0", "") else options.host
+        self.uri, self.seconds = f"http://{host}:{options.port}/healthz", options.reload_seconds
+        self._version, self._log, self._failure = version, log, ""
+
+    def look(self) -> None:
+        """Prints what has changed since the last call."""
+        try:
+            with urllib.request.urlopen(self.uri, timeout=5) as response:
+                health = json.loads(response.read())
+        except (OSError, ValueError):  # busy, or about to stop: the next look will tell
+            return
+        now = time.strftime("%H:%M:%S")
+        if health["version"] != self._version:
+            self._log(f"{now} now serving version {health['version']} instead of {self._version}")
+            self._version = health["version"]
+        failure = str(health["reload"].get("error", ""))
+        if failure and failure != self._failure:
+            self._log(f"{now} still serving version {self._version}, because checking for a new "
+                      f"one failed: {failure}")
+        self._failure = failure
+
+
+def _wait_for_signal(watcher: _Watcher) -> None:
     stop = threading.Event()
     earlier_handlers = {number: signal.signal(number, lambda *_: stop.set())
                         for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        stop.wait()
+        while not stop.wait(watcher.seconds):
+            watcher.look()
     finally:
         for number, handler in earlier_handlers.items():
             signal.signal(number, handler)

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import socket
 import subprocess
@@ -490,3 +491,12 @@ def test_registry_class_is_imported_without_mlflow():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
     assert Registry.__doc__
+
+
+def test_a_metric_of_infinity_is_no_large_number(stream, client):
+    """MLflow 3.17 turns infinity into 1.797e308 without an error."""
+    run = stream.registry.stream_run("demo-1", "infinite", {})
+    stream.registry.log_metrics(run, {"loss": float("inf"), "acc": 0.5})
+    values = {key: client.get_metric_history(run, key)[0].value for key in ("loss", "acc")}
+    assert math.isnan(values["loss"])
+    assert values["acc"] == 0.5

@@ -1,13 +1,15 @@
 """A new registry in a SQLite file: whole or not there."""
 
+import os
 import sqlite3
 from pathlib import Path
 
 import pytest
 
 from partialhn.errors import InputError
+from pipelines.platform.s3 import s3_client
 from pipelines.platform.storage import open_storage
-from pipelines.registry.connection import open_client, sqlite_file
+from pipelines.registry.connection import _send_artifacts_to, open_client, sqlite_file
 
 
 def test_a_killed_beginning_is_begun_anew(tmp_path):
@@ -59,3 +61,41 @@ def test_versions_go_to_the_registry_that_is_named(tmp_path, monkeypatch, option
     with sqlite3.connect(named) as database:
         assert database.execute("SELECT name FROM registered_models").fetchall() == [("s",)]
     assert not (tmp_path / "other.db").exists()
+
+
+# A library's environment does not overrule an explicit option -----------------------------------
+
+VARIABLES = ("MLFLOW_S3_ENDPOINT_URL", "AWS_DEFAULT_REGION", "MLFLOW_BOTO_CLIENT_ADDRESSING_STYLE")
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """An environment that names another service for each of MLflow's variables."""
+    for name, value in zip(VARIABLES, ("http://other:1", "other-1", "virtual"), strict=True):
+        monkeypatch.setenv(name, value)
+
+
+def test_models_go_to_the_service_of_the_storage(elsewhere):
+    storage = open_storage("s3://bucket/prefix?endpoint=http://ours:9000&region=ours-1")
+    _send_artifacts_to(storage, is_server=False)
+    assert [os.environ[name] for name in VARIABLES] == ["http://ours:9000", "ours-1", "path"]
+
+
+def test_a_server_may_have_a_bucket_of_its_own(elsewhere):
+    storage = open_storage("s3://bucket/prefix?endpoint=http://ours:9000&region=ours-1")
+    _send_artifacts_to(storage, is_server=True)
+    assert [os.environ[name] for name in VARIABLES] == ["http://other:1", "other-1", "virtual"]
+
+
+def test_two_services_by_mistake_are_refused(elsewhere):
+    with pytest.raises(InputError, match="models would go to another service than features"):
+        _send_artifacts_to(open_storage("s3://bucket/prefix?region=ours-1"), is_server=False)
+
+
+def test_the_endpoint_of_an_aws_profile_does_not_split_a_storage(tmp_path, monkeypatch):
+    """Arrow does not read it, so boto3 must not."""
+    config = tmp_path / "config"
+    config.write_text("[default]\nendpoint_url = http://profile:1\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    options = open_storage("s3://bucket/prefix?region=eu-west-1").s3
+    assert "amazonaws.com" in s3_client(options).meta.endpoint_url

@@ -31,3 +31,13 @@ def test_settings_import_nothing_heavy():
     code = f"import sys, pipelines.settings; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("words", [["--epochs", "3"], ["--freeze-depth=2"], ["--data", "x"]])
+def test_retrain_points_to_the_file_for_options_of_train(words, capsys):
+    from pipelines.cli.main import run
+
+    assert run(["retrain", "--name", "s", *words]) == 2
+    err = capsys.readouterr().err
+    assert "is an option of train; retrain takes it from --config FILE.yaml, as {" in err
+    assert "Traceback" not in err

@@ -372,3 +372,24 @@ def test_a_remote_store_reads_through_its_cache(tmp_path):
     assert torch.equal(torch.cat(store.open(manifest).shards), features(10))
     with pytest.raises(ValueError, match="needs a cache"):
         FeatureStore(remote, "root", put).open(manifest)
+
+
+def test_features_that_are_null_are_refused():
+    """Arrow 25 gives zeros for the null rows of a tensor column."""
+    import pyarrow as pa
+
+    from partialhn.features.codec import decode
+
+    content = encode(torch.ones(3, 1, 2, 2, 2), np.arange(3), ["a", "b", "c"], "float32", "none",
+                     "{}")
+    batch = pa.ipc.open_file(pa.py_buffer(content)).get_batch(0)
+    tensor = batch.schema.field("features").type
+    rows_N = batch.column(2).storage.take(pa.array([0, None, 2]))
+    other = pa.record_batch([batch.column(0), batch.column(1),
+                             pa.ExtensionArray.from_storage(tensor, rows_N)], schema=batch.schema)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(other)
+    assert decode(pa.py_buffer(content), "float32", 3, (1, 2, 2, 2)).z_NVCHW.sum() == 24
+    with pytest.raises(ValueError, match="null"):
+        decode(sink.getvalue(), "float32", 3, (1, 2, 2, 2))

@@ -1,0 +1,74 @@
+"""Free space on disks: said before something large is written, and named when a disk is full."""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from partialhn.errors import InputError
+from pipelines.platform.numbers import size
+from pipelines.platform.storage import Storage
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+SIGNS = ("No space left on device", "os error 28", "disk is full", "Disk quota exceeded")
+"""Parts of the messages of libraries that pass no error number on: safetensors, Arrow, SQLite."""
+SMALL = 16 * 2**20
+"""Free bytes below which a folder counts as full."""
+
+
+def check_room(storage: Storage, needed: int, what: str) -> str:
+    """A line that says what is needed and free at a local storage; empty for a bucket.
+
+    Raises: InputError if less is free than is needed.
+    """
+    if not storage.is_local:
+        return ""
+    folder = existing(storage.root)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(f"{what} need {size(needed)}, but {size(free)} are free at {folder}; "
+                         "allowed: free some disk, another --storage, or less to store "
+                         "(--feature-dtype int8, --views 1)")
+    return f"disk: {what} need {size(needed)}, {size(free)} are free at {folder}"
+
+
+def full_disk(error: BaseException, folders: Iterable[str | Path]) -> str | None:
+    """A sentence that names the full disk which caused an error; None for any other error.
+
+    folders: where this process writes, in case the error names no file.
+    """
+    causes = list(_causes(error))
+    if not any(_says_full(cause) for cause in causes):
+        return None
+    named = [str(cause.filename) for cause in causes
+             if isinstance(cause, OSError) and cause.filename]
+    places = [existing(path) for path in (*named, *folders, tempfile.gettempdir())]
+    full = next((place for place in places if shutil.disk_usage(place).free < SMALL), places[0])
+    return (f"the disk is full: {size(shutil.disk_usage(full).free)} are free at {full}; nothing "
+            "half-written will be used: free some space and start the same command again")
+
+
+def existing(path: str | Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _says_full(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno in FULL) or any(
+        sign in str(error) for sign in SIGNS)
+
+
+def folders_of(words: Iterable[str]) -> list[str]:
+    """The folders that a command's words name, and the working folder."""
+    return [*(word for word in words if os.sep in word or Path(word).exists()), str(Path.cwd())]
