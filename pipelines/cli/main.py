@@ -280,9 +280,10 @@ def _check_retrain(words: Sequence[str]) -> None:
         for section, kind in sections.items():
             if word.startswith("--") and isinstance(kind, type) and key in {
                     field.name for field in dataclasses.fields(kind)}:
-                raise InputError(f"{word.partition('=')[0]} is an option of train; retrain takes "
-                                 f"it from --config FILE.yaml, as {{{section}: {{{key}: ...}}}}, or "
-                                 "from the stream's first pass")
+                option = word.partition("=")[0]
+                raise InputError(f"{option} is an option of train; retrain takes it from --config "
+                                 f"FILE.yaml, as {{{section}: {{{key}: ...}}}}, or from the "
+                                 "stream's first pass")
 
 
 def _configured(words: list[str]) -> tuple[list[str], dict[str, Any]]:
