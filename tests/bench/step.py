@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from published import BETA, PublishedStep
@@ -19,7 +20,7 @@ from rows import compare, log, row, write
 from torch import nn
 
 from partialhn.config import Config, HypernetConfig, TrainConfig
-from partialhn.networks.backbone import build_network
+from partialhn.networks.backbone import build_network, from_map, pooled
 from partialhn.networks.cut import CutNetwork
 from partialhn.networks.head import Head, head_start
 from partialhn.networks.precision import configure_torch
@@ -36,17 +37,32 @@ TASK_BYTES = 20_000
 """What a task may add to the checkpoint at depth 3."""
 
 
-class PlainHead(nn.Module):
-    """The stages above the cut and a classifier, as anyone would fine-tune them."""
+class Net(NamedTuple):
+    """A backbone for images of some size."""
 
-    def __init__(self, depth: int) -> None:
+    name: str
+    size: int
+
+    def cut(self, depth: int) -> CutNetwork:
+        return CutNetwork.of(build_network(self.name, CLASSES, input_size=self.size), depth)
+
+
+SLIM = Net("slim_resnet18", 32)
+TRANSFORMER = Net("timm:vit_small_patch16_224", 112)
+"""A transformer of 50 tokens an image; its last two blocks are the head."""
+
+
+class PlainHead(nn.Module):
+    """The blocks above the cut and a classifier, as anyone would fine-tune them."""
+
+    def __init__(self, net: Net, depth: int) -> None:
         super().__init__()
-        network = build_network("slim_resnet18", CLASSES)
-        self.stages = CutNetwork.of(network, depth).stages
-        self.classifier = nn.Linear(network.width, CLASSES)
+        cut = net.cut(depth)
+        self.stages, self.layout = cut.stages, cut.layout
+        self.classifier = nn.Linear(cut.width, CLASSES)
 
     def forward(self, z_BCHW, y_B):
-        logits_BK = self.classifier(self.stages(z_BCHW).mean((2, 3)))
+        logits_BK = self.classifier(pooled(self.stages(from_map(z_BCHW, self.layout))))
         return nn.functional.cross_entropy(logits_BK, y_B)
 
 
@@ -70,22 +86,22 @@ class DirectRegulariser(nn.Module):
         return loss
 
 
-def images() -> tuple[torch.Tensor, torch.Tensor]:
+def images(size: int = SLIM.size) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch: what is in it does not matter for time."""
-    return (torch.randint(0, 256, (BATCH, 3, 32, 32), dtype=torch.uint8),
+    return (torch.randint(0, 256, (BATCH, 3, size, size), dtype=torch.uint8),
             torch.randint(0, CLASSES, (BATCH,)))
 
 
-def features(depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+def features(depth: int, net: Net = SLIM) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch of stored features."""
-    images_BCHW, y_B = images()
-    return CutNetwork.of(build_network("slim_resnet18", CLASSES), depth).trunk(images_BCHW), y_B
+    images_BCHW, y_B = images(net.size)
+    return net.cut(depth).trunk(images_BCHW).contiguous(), y_B
 
 
-def strategy_at(depth: int, earlier: int, config: HypernetConfig) -> PartialHypernet:
+def strategy_at(depth: int, earlier: int, config: HypernetConfig,
+                net: Net = SLIM) -> PartialHypernet:
     """Our strategy as it is while it learns a task after `earlier` others."""
-    network = build_network("slim_resnet18", CLASSES)
-    cut = CutNetwork.of(network, depth)
+    cut = net.cut(depth)
     head = Head(cut, config.norm, config.norm_groups)
     strategy = PartialHypernet(head, head_start(cut, config.norm, 0), Config(hypernet=config))
     for task in range(earlier + 1):
@@ -107,15 +123,15 @@ def stepper(module, optimiser, batch):
     return step
 
 
-def plain(depth: int, batch):
+def plain(depth: int, batch, net: Net = SLIM):
     """A step of the plain head."""
-    head = PlainHead(depth).train()
+    head = PlainHead(net, depth).train()
     return stepper(head, torch.optim.Adam(head.parameters(), 1e-3, fused=True), batch)
 
 
-def ours(depth: int, earlier: int, batch, config: HypernetConfig = DEFAULT):
+def ours(depth: int, earlier: int, batch, config: HypernetConfig = DEFAULT, net: Net = SLIM):
     """A step of ours."""
-    strategy = strategy_at(depth, earlier, config)
+    strategy = strategy_at(depth, earlier, config, net)
     return stepper(Objective(strategy, earlier, 0.0), make_optimiser(strategy, TrainConfig()),
                    (*batch, 1.0, ()))
 
@@ -153,6 +169,18 @@ def against_a_plain_head(rounds: int, steps: int):
         mine, theirs, ratio, spread = compare(ours(3, earlier, batch, SHARED), base, rounds,
                                              steps)
         yield row(f"step/plain-head/shared-columns/depth3/t{earlier}", "plain nn.Module head",
+                  ratio, 1.15, median_ms=mine, baseline_ms=theirs, spread=round(spread, 3))
+
+
+def of_a_transformer(rounds: int, steps: int):
+    """The step of a generated transformer head against a plain one of the same shape."""
+    depth = 11
+    batch = features(depth, TRANSFORMER)
+    base = plain(depth, batch, TRANSFORMER)
+    for earlier in (1, 100):
+        mine, theirs, ratio, spread = compare(ours(depth, earlier, batch, net=TRANSFORMER), base,
+                                              rounds, steps)
+        yield row(f"step/plain-head/vit-small/depth{depth}/t{earlier}", "plain nn.Module head",
                   ratio, 1.15, median_ms=mine, baseline_ms=theirs, spread=round(spread, 3))
 
 
@@ -248,7 +276,7 @@ def main() -> None:
         return
     rounds, steps = (3, 3) if options.quick else (9, 8)
     rows = []
-    for group in (against_a_plain_head(rounds, steps),
+    for group in (against_a_plain_head(rounds, steps), of_a_transformer(rounds, 2),
                   against_the_published(2 if options.quick else 5), memory(), growth()):
         for made in group:
             rows.append(made)
