@@ -32,7 +32,7 @@ Norm = Literal["batch", "instance", "group", "layer"]
 Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
 StreamKind = Literal["classes", "domains"]
-StartTask = Literal["first", "previous"]
+StartTask = Literal["auto", "first", "previous", "network"]
 if TYPE_CHECKING:
     StrategyName = str
     BackboneName = str
@@ -232,9 +232,11 @@ class HypernetConfig:
     columns, and each has a code. additive: one embedding for each task through a small network, as
     published. With bilinear and additive the shared parameters change at every task, and the
     regulariser limits how far."""
-    starts_from: StartTask = "first"
-    """Task whose weights and norm a new task starts from (columns only). first: tasks depend on no
-    other task. previous: better where nothing is frozen."""
+    starts_from: StartTask = "auto"
+    """Weights and norm that a new task starts from (columns only). first: those of the first task.
+    previous: those of the task before it, which is better where nothing is frozen. network: those
+    of the network whose trunk is frozen; no task depends on another. auto: network where the trunk
+    of a network that is cut at every block was trained elsewhere, otherwise first."""
     generate: str = "all"
     """Which of the head's matrices the hypernetwork generates; the others stay as the trunk's
     network has them. all, attention, mlp, or a pattern of names such as *.qkv.*"""
@@ -413,6 +415,13 @@ FIRST_VALUES: Mapping[str, Mapping[str, Any]] = {
 @dataclasses.dataclass(frozen=True)
 class Config(Sections):
     """One stream, completely described."""
+
+    def __post_init__(self) -> None:
+        """Decides what is "auto" in one section and depends on another."""
+        if self.hypernet.starts_from == "auto":
+            elsewhere = self.backbone.trunk != "train" and ":" in self.backbone.backbone
+            object.__setattr__(self, "hypernet", dataclasses.replace(
+                self.hypernet, starts_from="network" if elsewhere else "first"))
 
     @staticmethod
     def of(sections: FeatureSections) -> "Config":

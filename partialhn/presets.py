@@ -17,6 +17,11 @@ NOISY = ("none", "solarise", "blur", "grey+blur+autocontrast")
 DEPTH_3 = BackboneConfig(freeze_depth=3, trunk_epochs=15)
 """Presets give their passes, so that their recorded results stay what they are."""
 
+EFFICIENTNET = BackboneConfig(
+    backbone="timm:tf_efficientnet_lite0", trunk="package:efficientnet-lite0", freeze_depth=12)
+"""A small trunk, trained on ImageNet, whose weights come from a package and need no network; cut
+after block blocks.4.2."""
+
 PRESETS: dict[str, Config] = {
     # partialhn train --preset digits
     # scikit-learn's handwritten digits, 5 tasks of 2 classes, with both baselines: the demo.
@@ -58,6 +63,16 @@ PRESETS: dict[str, Config] = {
         DataConfig(tasks=5, classes=50), DEPTH_3, FeatureConfig(views=4),
         HypernetConfig(fresh_columns=64),
         TrainConfig(epochs=10, compare=("separate_heads", "naive"))),
+    # partialhn train --preset pretrained-tiny-imagenet --data TINY_IMAGENET_FOLDER
+    # The first 50 classes as 5 tasks of 10, on a trunk that was trained on ImageNet.
+    "pretrained-tiny-imagenet": Config(
+        DataConfig(tasks=5, classes=50, class_order="given", input_size=128), EFFICIENTNET,
+        FeatureConfig(), HypernetConfig(), TrainConfig(epochs=10)),
+    # partialhn train --preset pretrained-cifar10 --data CIFAR10_FOLDER
+    # 5 tasks of 2 classes, on a trunk that was trained on ImageNet.
+    "pretrained-cifar10": Config(
+        DataConfig(tasks=5, class_order="given", input_size=128), EFFICIENTNET,
+        FeatureConfig(), HypernetConfig(), TrainConfig(epochs=10)),
 }
 
 

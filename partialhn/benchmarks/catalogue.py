@@ -31,6 +31,8 @@ class Size:
     trunk_epochs: int
     tasks: int | None = None
     """Use only so many first tasks; default: all."""
+    strategies: tuple[StrategyName, ...] = EVERY
+    """The strategies to compare."""
 
 
 FULL = Size((0, 1, 2, 3, 4), 5, None, 100, 8, 60)
@@ -87,7 +89,8 @@ class Benchmark:
         """
         scale, own = self.sizes[size], preset(self.name).backbone.depth
         pairs = [(strategy, depth) for depth in scale.depths for strategy in EVERY
-                 if _learned_at(strategy, depth, own)]
+                 if strategy in scale.strategies
+                 and _learned_at(strategy, depth, own)]
         return [Cell(strategy, depth, seed) for seed in range(seeds or scale.seeds)
                 for strategy, depth in pairs]
 
@@ -101,7 +104,15 @@ def _learned_at(strategy: StrategyName, depth: int, own: int) -> bool:
 
 
 CLASSES = {"split-cifar10": 10, "split-cifar100": 100, "split-tiny-imagenet": 200,
-           "noisy-cifar": 20}
+           "noisy-cifar": 20, "pretrained-tiny-imagenet": 50, "pretrained-cifar10": 10}
+ON_ONE_TRUNK: tuple[StrategyName, ...] = (
+    "partial_hn", "separate_heads", "linear_probe", "ridge", "ncm")
+"""The strategies that forget nothing: what anybody could put on a trunk that is trained already."""
+PRETRAINED: dict[SizeName, Size] = {
+    "smoke": Size((16, 18), 1, 20, 2, 1, 1, 2, ("partial_hn", "ridge", "ncm")),
+    "cpu": Size((12, 17), 3, None, 10, 2, 1, None, ON_ONE_TRUNK),
+    "full": Size((5, 8, 12, 16, 17, 18), 5, None, 30, 8, 1)}
+"""Depths are blocks of EfficientNet-Lite0; a trunk that is trained already has no epochs here."""
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (
     Benchmark("split-cifar10", {"smoke": Size((3, 4), 1, 20, 2, 2, 2),
                            "cpu": Size((0, 2, 3, 4), 3, 400, 8, 2, 15), "full": FULL}),
@@ -110,7 +121,9 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in (
     Benchmark("split-tiny-imagenet", {"smoke": Size((3, 4), 1, 20, 2, 2, 2, 2),
                                  "cpu": Size((3, 4), 3, 60, 5, 2, 15, 5), "full": FULL}),
     Benchmark("noisy-cifar", {"smoke": Size((3, 4), 1, 20, 2, 2, 2),
-                         "cpu": Size((3, 4), 3, 100, 5, 2, 15), "full": FULL}))}
+                         "cpu": Size((3, 4), 3, 100, 5, 2, 15), "full": FULL}),
+    Benchmark("pretrained-tiny-imagenet", PRETRAINED),
+    Benchmark("pretrained-cifar10", PRETRAINED))}
 
 
 def find_benchmark(name: str) -> Benchmark:

@@ -8,9 +8,11 @@ the generator is linear in the task's own parameters. There are three such gener
     additive   W_l(t)[c] = base_l[c] + A_l [mlp(e_t) ; v_lc] + b_l   as published (von Oswald et al.
                2020, Hemati et al. 2023)
 
-This file holds `columns`. The first task trains base_l. A later task t starts from the first task
-(s = 0), from task t - 1 with `starts_from_previous`, or from its own old slot when it is refreshed.
-It has binary columns V and A of its own, weighted by its code x (`partialhn.networks.columns`).
+This file holds `columns`. Where the trunk is trained on the first task, that task trains base_l,
+and a later task t starts from the first task (s = 0), or from task t - 1 with `previous`. Where the
+trunk's network was trained on other images, base_l are that network's own weights, which never
+change, and every task starts from them (`network`). A task that is refreshed starts from its own
+old slot. It has binary columns V and A of its own, weighted by its code x (`partialhn.networks.columns`).
 Learned weights never change, so no earlier task can change either. The weights that a task starts
 from are generated once, so a step costs the same whatever the number of tasks. The other two
 generators share parameters that change with every task (`partialhn.networks.shared_generators`).
@@ -24,6 +26,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from partialhn.config import StartTask
 from partialhn.errors import InputError
 from partialhn.networks.columns import CODE, Columns, packed_bytes
 
@@ -53,9 +56,14 @@ class Generator(nn.Module):
 
     shares_parameters = False
     """Whether training the current task can change the weights of earlier tasks."""
-    starts_from_previous = True
-    """Whether a new task starts from the weights of the task before it, or from those of the
-    first."""
+    starts_from: StartTask = "previous"
+    """The weights that a new task starts from: those of the task before it, of the first task, or
+    of the network whose trunk is frozen."""
+
+    @property
+    def starts_from_previous(self) -> bool:
+        """Whether a new task starts from the weights of the task before it."""
+        return self.starts_from == "previous"
 
     def __init__(self, tensors: Sequence[GeneratedTensor]) -> None:
         super().__init__()
@@ -72,7 +80,7 @@ class Generator(nn.Module):
 
     def start(self, task: int) -> int:
         """Index of the task that a new task starts from; -1 for none."""
-        return task - 1 if self.starts_from_previous else min(task, 1) - 1
+        return {"previous": task - 1, "first": min(task, 1) - 1, "network": -1}[self.starts_from]
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
         """The initial code of a task, given the code of the task that it starts from."""
@@ -132,29 +140,29 @@ class Generator(nn.Module):
 class ColumnGenerator(Generator):
     """W_l(t) = W_l(s) + V_lt diag(x_lt) A_lt^T, where each task has binary V and A of its own."""
 
-    def __init__(self, tensors: Sequence[GeneratedTensor], width: int, *,
-                 starts_from_previous: bool = False) -> None:
-        """starts_from_previous pays at freeze depth 0 only (docs/measurements/first-weights.md)."""
+    def __init__(self, tensors: Sequence[GeneratedTensor], width: int,
+                 starts_from: StartTask = "first") -> None:
+        """`previous` pays at freeze depth 0 only (docs/measurements/first-weights.md)."""
         super().__init__(tensors)
-        self.width, self.starts_from_previous = width, starts_from_previous
+        self.width, self.starts_from = width, starts_from
         self.columns = nn.ModuleList()
-        """The columns of each task after the first."""
+        """The columns of each task; the first has none where it trains the base."""
+
+    def inherits(self, task: int) -> bool:
+        return task > 0 or self.starts_from == "network"
 
     def add_task(self, task: int) -> None:
-        if task:
+        if self.inherits(task):
             self.columns.append(Columns(self._shapes, self.width))
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
-        """The same value for every column; the first task has the base and an empty code."""
+        """The same value for every column; a task without columns has an empty code."""
         del previous
-        length = len(self.tensors) * self.width if task else 0
+        length = len(self.tensors) * self.width if self.inherits(task) else 0
         return torch.full((length,), CODE * self.width ** -0.5)
 
-    def inherits(self, task: int) -> bool:
-        return task > 0
-
     def forward(self, task: int, code: Tensor, inherited: Rows | None = None) -> Rows:
-        if not task:
+        if not self.inherits(task):
             return tuple(self.base)
         assert inherited is not None, f"task {task} needs the weights that it starts from"
         if not self.tensors:
@@ -165,20 +173,20 @@ class ColumnGenerator(Generator):
                             strict=True))
 
     def begin(self, task: int) -> None:
-        """Only the task's own parameters get a gradient; for the first task that is the base."""
-        self.base.requires_grad_(task == 0)
-        for index, columns in enumerate(self.columns, 1):
+        """Only the task's own parameters get a gradient; without columns that is the base."""
+        self.base.requires_grad_(not self.inherits(task))
+        for index, columns in enumerate(self.columns, self._without):
             columns.requires_grad_(index == task)
 
     def finish(self, task: int) -> Tensor | None:
-        return self._columns(task).pack().flatten() if task and self.tensors else None
+        return self._columns(task).pack().flatten() if self.inherits(task) and self.tensors else None
 
     def task_bytes(self, task: int) -> int:
-        return packed_bytes(self._shapes, self.width) if task else 0
+        return packed_bytes(self._shapes, self.width) if self.inherits(task) else 0
 
     def generating_macs(self, task: int) -> int:
         """As the base class; for a task that refreshes no other."""
-        products = task if self.starts_from_previous else min(task, 1)
+        products = task if self.starts_from_previous else int(self.inherits(task))
         return products * self.width * sum(t.rows * t.row_length for t in self.tensors)
 
     @property
@@ -186,4 +194,13 @@ class ColumnGenerator(Generator):
         return [(tensor.rows, tensor.row_length) for tensor in self.tensors]
 
     def _columns(self, task: int) -> Columns:
-        return cast(Columns, self.columns[task - 1])
+        return cast(Columns, self.columns[task - self._without])
+
+    @property
+    def _without(self) -> int:
+        """Number of tasks without columns: the first, where it trains the base."""
+        return 0 if self.starts_from == "network" else 1
+
+    def state_prefix(self, task: int) -> str:
+        """How the names of the parameters begin that a later task alone has."""
+        return f"columns.{task - self._without}."

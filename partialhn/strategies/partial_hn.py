@@ -83,7 +83,7 @@ class PartialHypernet(Strategy):
         task = len(self.tasks)
         self.hypernet.add_task(task)
         start = self.hypernet.start(task) if refreshes is None else refreshes
-        code = self.hypernet.next_code(self._own(start).code.detach() if task else None, task)
+        code = self.hypernet.next_code(self._own(start).code.detach() if start >= 0 else None, task)
         return HypernetTask(classes, self.head, self.get_buffer("next_norm"), code, start)
 
     @property
@@ -91,7 +91,9 @@ class PartialHypernet(Strategy):
         return not self.hypernet.starts_from_previous
 
     def task_state_prefixes(self, task: int) -> tuple[str, ...]:
-        return (*super().task_state_prefixes(task), f"hypernet.columns.{task - 1}.")
+        prefixes = super().task_state_prefixes(task)
+        own = cast(ColumnGenerator, self.hypernet).state_prefix(task)
+        return (*prefixes, f"hypernet.{own}") if task else prefixes
 
     def begin(self, task: int) -> None:
         super().begin(task)
@@ -102,7 +104,8 @@ class PartialHypernet(Strategy):
     def finish(self, task: int) -> None:
         """Later tasks start from a norm as it was learned, before it is folded."""
         own = self._own(task)
-        if task == 0 or self.hypernet.starts_from_previous:
+        if self.hypernet.starts_from_previous or (
+                task == 0 and self.hypernet.starts_from == "first"):
             self.get_buffer("next_norm").copy_(own.norm.detach())
         super().finish(task)
         factor = self.hypernet.finish(task)
@@ -115,7 +118,7 @@ class PartialHypernet(Strategy):
         own = self._own(task)
         if task == self._running and self.hypernet.inherits(task):
             if self._inherited is None:
-                self._inherited = self._rows(self._start(task))
+                self._inherited = self._inherited_rows(task)
             rows = self.hypernet(task, own.code, self._inherited)
         else:
             rows = self._rows(task)
@@ -127,13 +130,18 @@ class PartialHypernet(Strategy):
         if not self.hypernet.inherits(task):
             return cast(Rows, self.hypernet(task, self._own(task).code))
         ancestors = [task]
-        while self.hypernet.inherits(ancestors[-1]):
+        while self.hypernet.inherits(ancestors[-1]) and self._start(ancestors[-1]) >= 0:
             ancestors.append(self._start(ancestors[-1]))
-        rows = None
+        rows: Rows | None = tuple(self.hypernet.base)
         with torch.no_grad():
             for ancestor in reversed(ancestors):
                 rows = self.hypernet(ancestor, self._own(ancestor).code, rows)
         return cast(Rows, rows)
+
+    def _inherited_rows(self, task: int) -> Rows:
+        """The weights that a task is added to: those of a task, or the network's own."""
+        start = self._start(task)
+        return self._rows(start) if start >= 0 else tuple(self.hypernet.base)
 
     def _start(self, task: int) -> int:
         return int(self._own(task).get_buffer("start"))
@@ -187,7 +195,7 @@ def build_generator(config: HypernetConfig, tensors: Sequence[GeneratedTensor]) 
     """The generator that the configuration names."""
     if config.generator == "columns":
         return ColumnGenerator(tensors, config.fresh_columns,
-                               starts_from_previous=config.starts_from == "previous")
+                               config.starts_from)
     if config.generator == "bilinear":
         return BilinearGenerator(tensors, config.code_dim, residual=config.residual)
     return AdditiveGenerator(tensors, config.embedding_dim, config.hidden, config.channel_dim,

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from partialhn.config import Config, HypernetConfig
+from partialhn.config import BackboneConfig, Config, HypernetConfig
 from partialhn.errors import InputError
 from partialhn.networks.columns import CODE
 from partialhn.networks.cut import CutNetwork
@@ -343,3 +343,51 @@ def test_in_long_tasks_columns_learn_faster_than_what_was_learned_before(build, 
     bilinear.add_task(2)
     bilinear.begin(1)
     assert [group["long_peak"] for group in bilinear.parameter_groups(1e-3)] == [1e-3]
+
+
+def test_from_the_network_every_task_has_columns_and_the_networks_weights_stay(build, tasks):
+    strategy = build(starts_from="network", fresh_columns=4)
+    base = [value.clone() for value in strategy.hypernet.base]
+    kept = []
+    for task in range(3):
+        strategy.add_task(2)
+        assert int(strategy.tasks[task].start) == -1
+        assert len(strategy.tasks[task].code) == 4 * len(strategy.head.matrices)
+        for value, weight in zip(strategy.weights(task).matrices.values(), base, strict=True):
+            assert torch.equal(value.reshape(weight.shape), weight)  # columns start at zero
+        learn(strategy, task, tasks[task])
+        kept.append(snapshot(strategy, task))
+        for earlier, before in enumerate(kept):
+            now = snapshot(strategy, earlier)
+            assert [key for key in before if not torch.equal(before[key], now[key])] == []
+    assert all(torch.equal(value, weight)
+               for value, weight in zip(strategy.hypernet.base, base, strict=True))
+    assert all(distance(one, two) > 1e-3 for i, one in enumerate(kept) for two in kept[:i])
+    assert strategy.independent
+    assert strategy.task_bytes(0) == strategy.task_bytes(1)
+
+
+def test_from_the_network_a_task_is_loaded_into_another_instance(build, tasks):
+    one, other = (build(starts_from="network", fresh_columns=4) for _ in range(2))
+    for task in range(3):
+        learn(one, task, tasks[task])
+        other.add_task(2)
+        other.finish(task)
+    for task in (0, 2, 1):
+        other.load_task_state(task, one.task_state(task))
+    for task in range(3):
+        assert all(torch.equal(value, snapshot(other, task)[key])
+                   for key, value in snapshot(one, task).items())
+
+
+def test_where_a_task_starts_is_decided_by_the_trunk():
+    trained = Config()
+    assert trained.hypernet.starts_from == "first"
+    elsewhere = BackboneConfig(backbone="timm:resnet18", trunk="some.safetensors")
+    assert Config(backbone=elsewhere).hypernet.starts_from == "network"
+    here = BackboneConfig(backbone="timm:resnet18")
+    assert Config(backbone=here).hypernet.starts_from == "first"
+    stages = BackboneConfig(backbone="resnet18", trunk="some.safetensors")
+    assert Config(backbone=stages).hypernet.starts_from == "first"  # as version 0.1.0 did
+    asked = Config(backbone=elsewhere, hypernet=HypernetConfig(starts_from="first"))
+    assert asked.hypernet.starts_from == "first"
