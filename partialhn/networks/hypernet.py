@@ -12,8 +12,8 @@ This file holds `columns`. Where the trunk is trained on the first task, that ta
 and a later task t starts from the first task (s = 0), or from task t - 1 with `previous`. Where the
 trunk's network was trained on other images, base_l are that network's own weights, which never
 change, and every task starts from them (`network`). A task that is refreshed starts from its own
-old slot. It has binary columns V and A of its own, weighted by its code x (`partialhn.networks.columns`).
-Learned weights never change, so no earlier task can change either. The weights that a task starts
+old slot. It has binary columns V and A of its own, weighted by its code x
+(`partialhn.networks.columns`). Learned weights never change, so no earlier task can change either. The weights that a task starts
 from are generated once, so a step costs the same whatever the number of tasks. The other two
 generators share parameters that change with every task (`partialhn.networks.shared_generators`).
 
@@ -30,6 +30,8 @@ from partialhn.config import StartTask
 from partialhn.errors import InputError
 from partialhn.networks.columns import CODE, Columns, packed_bytes
 
+TYPICAL = 0.1
+"""Root mean square of weights for which a code starts at CODE over the root of d."""
 Rows = tuple[Tensor, ...]
 """One task's generated weights: a (C, D) matrix for each generated tensor."""
 
@@ -156,10 +158,19 @@ class ColumnGenerator(Generator):
             self.columns.append(Columns(self._shapes, self.width))
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
-        """The same value for every column; a task without columns has an empty code."""
+        """The same value for every column of a tensor; a task without columns has an empty code.
+
+        The values decide how fast the columns learn. They are in proportion to the weights of a
+        network that was trained elsewhere, whose tensors differ in size more than ours do.
+        """
         del previous
-        length = len(self.tensors) * self.width if self.inherits(task) else 0
-        return torch.full((length,), CODE * self.width ** -0.5)
+        if not self.inherits(task):
+            return torch.empty(0)
+        scales_L = torch.ones(len(self.tensors))
+        if self.starts_from == "network":
+            scales_L = torch.tensor([base.detach().square().mean().sqrt().item() / TYPICAL
+                                     for base in self.base])
+        return (CODE * self.width ** -0.5 * scales_L)[:, None].repeat(1, self.width).flatten()
 
     def forward(self, task: int, code: Tensor, inherited: Rows | None = None) -> Rows:
         if not self.inherits(task):
@@ -179,7 +190,9 @@ class ColumnGenerator(Generator):
             columns.requires_grad_(index == task)
 
     def finish(self, task: int) -> Tensor | None:
-        return self._columns(task).pack().flatten() if self.inherits(task) and self.tensors else None
+        if not self.inherits(task) or not self.tensors:
+            return None
+        return self._columns(task).pack().flatten()
 
     def task_bytes(self, task: int) -> int:
         return packed_bytes(self._shapes, self.width) if self.inherits(task) else 0
