@@ -67,12 +67,12 @@ PRESETS: dict[str, Config] = {
     # The first 50 classes as 5 tasks of 10, on a trunk that was trained on ImageNet.
     "pretrained-tiny-imagenet": Config(
         DataConfig(tasks=5, classes=50, class_order="given", input_size=128), EFFICIENTNET,
-        FeatureConfig(), HypernetConfig(), TrainConfig(epochs=10)),
+        FeatureConfig(), HypernetConfig(fresh_columns=48), TrainConfig(epochs=10)),
     # partialhn train --preset pretrained-cifar10 --data CIFAR10_FOLDER
     # 5 tasks of 2 classes, on a trunk that was trained on ImageNet.
     "pretrained-cifar10": Config(
         DataConfig(tasks=5, class_order="given", input_size=128), EFFICIENTNET,
-        FeatureConfig(), HypernetConfig(), TrainConfig(epochs=10)),
+        FeatureConfig(), HypernetConfig(fresh_columns=48), TrainConfig(epochs=10)),
 }
 
 

@@ -13,9 +13,10 @@ and a later task t starts from the first task (s = 0), or from task t - 1 with `
 trunk's network was trained on other images, base_l are that network's own weights, which never
 change, and every task starts from them (`network`). A task that is refreshed starts from its own
 old slot. It has binary columns V and A of its own, weighted by its code x
-(`partialhn.networks.columns`). Learned weights never change, so no earlier task can change either. The weights that a task starts
-from are generated once, so a step costs the same whatever the number of tasks. The other two
-generators share parameters that change with every task (`partialhn.networks.shared_generators`).
+(`partialhn.networks.columns`). Learned weights never change, so no earlier task can change either.
+The weights that a task starts from are generated once, so a step costs the same whatever the number
+of tasks. The other two generators share parameters that change with every task
+(`partialhn.networks.shared_generators`).
 
 Legend: C output channels (rows), D row length, d columns, L generated tensors.
 """
