@@ -109,7 +109,7 @@ ON_ONE_TRUNK: tuple[StrategyName, ...] = (
     "partial_hn", "separate_heads", "linear_probe", "ridge", "ncm")
 """The strategies that forget nothing: what anybody could put on a trunk that is trained already."""
 PRETRAINED: dict[SizeName, Size] = {
-    "smoke": Size((16, 18), 1, 20, 2, 1, 1, 2, ("partial_hn", "ridge", "ncm")),
+    "smoke": Size((12, 18), 1, 20, 2, 1, 1, 2, ("partial_hn", "ridge", "ncm")),
     "cpu": Size((12, 17), 3, None, 10, 2, 1, None, ON_ONE_TRUNK),
     "full": Size((5, 8, 12, 16, 17, 18), 5, None, 30, 8, 1)}
 """Depths are blocks of EfficientNet-Lite0; a trunk that is trained already has no epochs here."""

@@ -171,7 +171,8 @@ class ColumnGenerator(Generator):
         if self.starts_from == "network":
             scales_L = torch.tensor([base.detach().square().mean().sqrt().item() / TYPICAL
                                      for base in self.base])
-        return (CODE * self.width ** -0.5 * scales_L)[:, None].repeat(1, self.width).flatten()
+        start: float = CODE * self.width ** -0.5
+        return (start * scales_L).repeat_interleave(self.width)
 
     def forward(self, task: int, code: Tensor, inherited: Rows | None = None) -> Rows:
         if not self.inherits(task):
