@@ -294,6 +294,9 @@ class TrainConfig:
     """Least number of steps that a task is trained for where epochs is not given."""
     max_steps: int = 15_000
     """Largest number of steps that a task is trained for where epochs is not given."""
+    closed_form: Literal["auto", "never"] = "auto"
+    """Whether a task of partial_hn may be ridge regression in closed form where epochs is not
+    given. auto: with fewer than 30 images a class, or where more held-out images are right."""
     batch_size: int = 64
     """Number of images in a step, over all workers."""
     learning_rate: float = 1e-3

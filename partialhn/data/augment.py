@@ -45,6 +45,34 @@ def _draws(rows_B: np.ndarray, rows_total: int, view: int, seed: int) -> np.ndar
     return np.asarray(drawn_n3[rows_B - first])
 
 
+TURN, SCALE, SHEAR, SHIFT = 0.25, 0.15, 0.15, 0.1
+"""Largest turn in radians, logarithm of a scale, shear, and shift as a share of the side."""
+
+
+def warp(images_BCHW: Tensor, rows_B: np.ndarray, rows_total: int, view: int,
+         seed: int) -> Tensor:
+    """uint8 images turned, scaled, sheared and shifted a little, each in its own way.
+
+    What is drawn depends on seed, view and row alone. The border is continued outwards. It is for
+    training on few images, which `augment` alone hardly varies.
+    """
+    draws_B6 = np.random.default_rng([seed, view, 1]).uniform(-1, 1, (rows_total, 6))[rows_B]
+    turn_B, shear_B = TURN * draws_B6[:, 0], SHEAR * draws_B6[:, 1]
+    scale_B2, shift_B2 = np.exp(SCALE * draws_B6[:, 2:4]), 2 * SHIFT * draws_B6[:, 4:]
+    cos_B, sin_B = np.cos(turn_B), np.sin(turn_B)
+    first_B3 = np.stack([cos_B * scale_B2[:, 0], (cos_B * shear_B - sin_B) * scale_B2[:, 1],
+                         shift_B2[:, 0]], 1)
+    second_B3 = np.stack([sin_B * scale_B2[:, 0], (sin_B * shear_B + cos_B) * scale_B2[:, 1],
+                          shift_B2[:, 1]], 1)
+    theta_B23 = torch.from_numpy(np.stack([first_B3, second_B3], 1)).float()
+    grid_BHW2 = torch.nn.functional.affine_grid(theta_B23, list(images_BCHW.shape),
+                                                align_corners=False)
+    warped_BCHW = torch.nn.functional.grid_sample(
+        images_BCHW.float(), grid_BHW2.to(images_BCHW.device), padding_mode="border",
+        align_corners=False)
+    return warped_BCHW.round().to(torch.uint8)
+
+
 def _shift(images_BCHW: Tensor, draws_B2: np.ndarray) -> Tensor:
     B, C, H, W = images_BCHW.shape
     reach = max(1, H // 8)

@@ -11,6 +11,7 @@ Legend: B batch, C channels, H W spatial, F features before the classifier, K cl
 
 import copy
 import fnmatch
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
@@ -156,6 +157,11 @@ class Head(nn.Module):
         cast(nn.Module, self.__dict__["_skeleton"]).train(mode)
         return super().train(mode)
 
+    @property
+    def at_pixels(self) -> bool:
+        """Whether nothing is frozen, so that features are images."""
+        return self._at_pixels
+
     def without_stages(self) -> "Head":
         """A linear head over the same features: pooling, a task's batch norm, a classifier."""
         bare = copy.copy(self)
@@ -200,7 +206,12 @@ class Head(nn.Module):
         return torch.cat([folded, shift - folded * mean, others])
 
     def embed(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
-        """Features to pooled features of the last block, (B, F)."""
+        """Features to pooled features of the last block, (B, F); for weights without vectors,
+        to cells of the features themselves.
+        """
+        if not len(weights.norm):
+            side = math.isqrt(weights.classifier_KF.shape[1] // self._feature_channels)
+            return nn.functional.adaptive_avg_pool2d(z_BCHW, side).flatten(1)
         parts = torch.split(weights.norm, self._vector_sizes)
         tensors = weights.matrices | {
             name: part.view(shape) for name, shape, part

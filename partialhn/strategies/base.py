@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.features.batches import FeatureBatch
+from partialhn.features.closed_form import LinearClassifier
 from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.head import Head, HeadStart, HeadWeights
 
@@ -42,6 +43,8 @@ class Strategy(nn.Module):
     needs_every_task = False
     """Whether each task needs the training features of all tasks before it, for strategies of
     other packages."""
+    takes_linear = False
+    """Whether `take_linear` can replace a task's head."""
     closed_form = False
     """Whether `solve` learns a task at once; it then takes no gradient steps."""
     recordable = True
@@ -90,6 +93,10 @@ class Strategy(nn.Module):
 
     def solve(self, task: int, features: FeatureSet) -> None:
         """Learns a task from its training features, for strategies with `closed_form`."""
+        raise NotImplementedError
+
+    def take_linear(self, task: int, classifier: LinearClassifier) -> None:
+        """Replaces a task's head by a classifier of cells of the features, where `takes_linear`."""
         raise NotImplementedError
 
     def finish(self, task: int) -> None:

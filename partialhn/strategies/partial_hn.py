@@ -10,13 +10,14 @@ how far they drift.
 Legend: T earlier tasks, L generated tensors, d columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from partialhn.config import Config, HypernetConfig
+from partialhn.features.closed_form import LinearClassifier
 from partialhn.networks.head import Head, HeadStart, HeadWeights
 from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
 from partialhn.networks.shared_generators import AdditiveGenerator, BilinearGenerator
@@ -35,6 +36,25 @@ class HypernetTask(OwnNorm):
         self.code = nn.Parameter(code)
         self.register_buffer("start", torch.tensor(start))
         """The task it starts from; -1 for none."""
+        self.register_buffer("linear_KF", None)
+        self.register_buffer("linear_K", None)
+
+    linear_KF: Tensor | None
+    """Classifier of cells of the trunk's features, float16, for a task without a generated head;
+    linear_K is its bias."""
+    linear_K: Tensor | None
+
+    def expect(self, state: Mapping[str, Any], prefix: str) -> None:
+        """Makes room for the linear classifier of a state, or for none."""
+        for name in ("linear_KF", "linear_K"):
+            value = state.get(prefix + name)
+            setattr(self, name, None if value is None else torch.empty_like(
+                value, device=self.bias_K.device))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str,
+                              *rest: Any) -> None:
+        self.expect(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def fold(self) -> None:
         """A learned task's norm and classifier are kept in float16."""
@@ -87,6 +107,20 @@ class PartialHypernet(Strategy):
         return HypernetTask(classes, self.head, self.get_buffer("next_norm"), code, start)
 
     @property
+    def takes_linear(self) -> bool:  # type: ignore[override]
+        """A generator that all tasks share goes on from the task before; images are no features."""
+        return self.independent and not self.head.at_pixels
+
+    def take_linear(self, task: int, classifier: LinearClassifier) -> None:
+        own = self._own(task)
+        own.linear_KF = classifier.weight_KF.to(own.bias_K.device).half()
+        own.linear_K = classifier.bias_K.to(own.bias_K.device).half()
+
+    def load_task_state(self, task: int, task_state: dict[str, Tensor]) -> None:
+        self._own(task).expect(task_state, f"tasks.{task}.")
+        super().load_task_state(task, task_state)
+
+    @property
     def independent(self) -> bool:
         return not self.hypernet.starts_from_previous
 
@@ -116,6 +150,9 @@ class PartialHypernet(Strategy):
 
     def weights(self, task: int) -> HeadWeights:
         own = self._own(task)
+        if own.linear_KF is not None and own.linear_K is not None:
+            return HeadWeights({}, own.bias_K.new_empty(0, dtype=torch.float32),
+                               own.linear_KF.float(), own.linear_K.float())
         if task == self._running and self.hypernet.inherits(task):
             if self._inherited is None:
                 self._inherited = self._inherited_rows(task)
@@ -179,7 +216,9 @@ class PartialHypernet(Strategy):
                         "long_peak": LONG_RATE * group["long_peak"]}]
 
     def task_bytes(self, task: int) -> int:
-        return super().task_bytes(task) + self.hypernet.task_bytes(task)
+        own = self._own(task)
+        linear = sum(value.nbytes for value in (own.linear_KF, own.linear_K) if value is not None)
+        return super().task_bytes(task) + self.hypernet.task_bytes(task) + linear
 
     def experience_state(self) -> dict[str, Tensor]:
         return self.hypernet.star()

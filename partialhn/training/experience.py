@@ -13,7 +13,7 @@ Legend: B batch, C channels, H W spatial, K classes, N images.
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from partialhn.features.closed_form import accuracy
 from partialhn.features.feature_set import FeatureSet
 from partialhn.strategies import Strategy
 from partialhn.training.budget import BestState, Budget, held_out_loss, task_budget
+from partialhn.training.choice import can_choose, cells, few_images, is_chosen, solve
 from partialhn.training.optimiser import learning_rates
 from partialhn.training.records import EpochRecord
 from partialhn.training.steps import Objective, StepRecorder, Steps
@@ -49,24 +50,29 @@ class TaskFeatures:
 
 
 def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, config: TrainConfig,
-                   optimiser: torch.optim.Optimizer, *, epochs_done: int = 0,
+                   optimiser: torch.optim.Optimizer, *, done: Sequence[EpochRecord] = (),
                    best: BestState | None = None, workers: Workers | None = None,
                    recorder: StepRecorder | None = None) -> Iterator[EpochRecord]:
     """Trains one experience (section 3 of the paper); yields a record per epoch.
 
     A strategy in closed form takes no step: all of it is one epoch. Where passes are not given,
-    training stops by the held-out loss, and the strategy ends in its best state.
+    training stops by the held-out loss, the strategy ends in its best state, and a last record says
+    whether ridge regression took its place (`partialhn.training.choice`).
 
-    best: the best state of the epochs done. recorder: records one step and replays it. It is used
-    only if a single worker has the task's features on its device and all steps of the strategy run
-    the same operations.
+    done: the records so far of an experience that goes on. best: its best state. recorder: records
+    one step and replays it. It is used only if a single worker has the task's features on its
+    device and all steps of the strategy run the same operations.
 
     Raises: InputError if the loss is no longer finite.
     """
-    if strategy.closed_form:
-        yield from [] if epochs_done else [solve_experience(strategy, task_index, task)]
-        return
     assert task.train is not None, f"task {task.name} has no training features"
+    chosen = is_chosen(strategy, config)
+    if strategy.closed_form or (chosen and few_images(task.train, task.validation, task.classes)):
+        yield from [] if done else [solve_experience(strategy, task_index, task)]
+        return
+    if done and done[-1].ridge_accuracy is not None:
+        return
+    epochs_done = len(done)
     workers, best = workers or Workers(), best or BestState()
     budget = budget_of(strategy, task, config)
     run = _Run(strategy, task_index, task, config, optimiser, budget, workers, recorder,
@@ -77,9 +83,12 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
         record = run.epoch(epoch)
         if record.held_out_loss is not None:
             best.add(record.held_out_loss, strategy.task_state(task_index))
+        run.records.append(record)
         yield record
     if best.tensors:
         strategy.load_task_state(task_index, best.tensors)
+    if chosen and can_choose(task.validation):
+        yield _choose(strategy, task_index, task, [*done, *run.records][-1])
 
 
 def budget_of(strategy: Strategy, task: TaskFeatures, config: TrainConfig) -> Budget:
@@ -101,6 +110,7 @@ class _Run:
                  workers: Workers, recorder: StepRecorder | None, epochs_done: int) -> None:
         self.strategy, self.task_index, self.task, self.config = strategy, task_index, task, config
         self.budget, self.workers = budget, workers
+        self.records: list[EpochRecord] = []
         objective = workers.data_parallel(Objective(strategy, task_index, config.label_smoothing))
         device = strategy.weights(task_index).bias_K.device
         assert task.train is not None
@@ -146,15 +156,52 @@ class _Run:
 
 
 def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) -> EpochRecord:
-    """Learns a task in closed form; the record has the loss and accuracy of its solution."""
-    start = time.perf_counter()
+    """Learns a task in closed form; the record has the loss and accuracy of its solution.
+
+    A strategy that trains otherwise takes ridge regression on all images, held-out ones included;
+    the held-out accuracy is then that of leave-one-out.
+    """
+    start, ridge = time.perf_counter(), None
     assert task.train is not None, f"task {task.name} has no training features"
-    strategy.solve(task_index, task.train)
+    if strategy.closed_form:
+        strategy.solve(task_index, task.train)
+    else:
+        solved = solve(_all_sets(task), task.classes)
+        strategy.take_linear(task_index, solved.classifier)
+        ridge = solved.left_out_accuracy
     seconds = time.perf_counter() - start
     logits_NK, y_N = answer(strategy, task_index, task.train)
     loss = torch.nn.functional.cross_entropy(logits_NK, y_N).item()
+    held_out = _validated(strategy, task_index, task)[1] if ridge is None else ridge
     return EpochRecord(task.name, task_index, 1, 1, loss, loss, 0.0, accuracy(logits_NK, y_N),
-                       _validated(strategy, task_index, task)[1], seconds)
+                       held_out, seconds, ridge_accuracy=ridge, solved=ridge is not None)
+
+
+def _choose(strategy: Strategy, task_index: int, task: TaskFeatures,
+            last: EpochRecord) -> EpochRecord:
+    """Lets ridge regression replace a trained head where more held-out images are right.
+
+    It is judged without the held-out images, and then fitted to them too.
+    """
+    start = time.perf_counter()
+    assert task.train is not None
+    assert task.validation is not None
+    solved = solve([task.train], task.classes)
+    x_NF = cells([task.validation], solved.side)
+    ridge = accuracy(solved.classifier.logits(x_NF), task.validation.y_N.cpu())
+    trained = evaluate(strategy, task_index, task.validation)
+    if ridge > trained:
+        strategy.take_linear(task_index, solve(_all_sets(task), task.classes).classifier)
+    return dataclasses.replace(
+        last, epoch=last.epoch + 1, epochs=last.epoch + 1, validation_accuracy=max(ridge, trained),
+        seconds=time.perf_counter() - start, passes=0, held_out_loss=None, ridge_accuracy=ridge,
+        solved=ridge > trained)
+
+
+def _all_sets(task: TaskFeatures) -> list[FeatureSet]:
+    """The images of a task that are not for testing."""
+    return [features for features in (task.train, task.validation)
+            if features is not None and len(features)]
 
 
 def _validated(strategy: Strategy, task_index: int,

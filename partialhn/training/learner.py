@@ -100,7 +100,8 @@ class Learner:
         self.strategy.before_experience([(earlier.name, earlier.train)
                                          for earlier in tasks[:index]])
         for record in fit_experience(self.strategy, index, task, self.config, optimiser,
-                                     epochs_done=self.epochs_done, best=self._best,
+                                     done=self.epochs[len(self.epochs) - self.epochs_done:],
+                                     best=self._best,
                                      workers=self.workers, recorder=self.recorder):
             self.epochs.append(record)
             yield record

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from partialhn.checkpoints import checkpoint
 from partialhn.config import Augment, BackboneConfig, Config
-from partialhn.data.augment import augment
+from partialhn.data.augment import augment, warp
 from partialhn.data.decode import decode, decode_to_file
 from partialhn.data.experience import Experience
 from partialhn.data.image_table import ImageTable
@@ -37,6 +37,7 @@ from partialhn.networks.precision import autocast_to
 from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import tensors_below
 from partialhn.training.budget import BestState, held_out_loss, trunk_budget
+from partialhn.training.choice import FEW
 from partialhn.training.optimiser import (
     load_optimiser,
     optimiser_tensors,
@@ -51,6 +52,8 @@ TRUNK_WEIGHT_DECAY, TRUNK_LABEL_SMOOTHING = 0.05, 0.1
 tasks it has not seen."""
 
 
+FEW_TO_WARP = 100
+"""Images a class below which the trunk's images are warped too, where passes are not given."""
 BATCH = 256
 """Held-out images that pass the network together."""
 
@@ -80,6 +83,7 @@ def train_network(network: Network, images: Labelled, config: BackboneConfig, ki
     best state of the epochs done.
     """
     best = best or BestState()
+    few = config.trunk_epochs is None and _count(images, held_out) < FEW_TO_WARP * _classes(images)
     budget = trunk_budget(config, len(images.y_N), len(held_out.y_N) if held_out else 0)
     steps = len(images.y_N) // min(config.trunk_batch_size, len(images.y_N)) * budget.passes
     rates = rate_factors("cosine", steps * budget.epochs)
@@ -91,7 +95,8 @@ def train_network(network: Network, images: Labelled, config: BackboneConfig, ki
         for number in range(budget.passes):
             done = (epoch - 1) * budget.passes + number
             first = done * steps // budget.passes
-            totals_2 += _one_pass(network, images, config, kind, optimiser, done + 1, rates[first:])
+            totals_2 += _one_pass(network, images, config, kind, optimiser, done + 1,
+                                  rates[first:], warped=few and kind != "none")
         loss, accuracy = (totals_2 / steps).tolist()
         seconds, held_loss, held_accuracy = time.perf_counter() - start, None, None
         if budget.patience is not None and held_out is not None:
@@ -104,7 +109,8 @@ def train_network(network: Network, images: Labelled, config: BackboneConfig, ki
 
 
 def _one_pass(network: Network, images: Labelled, config: BackboneConfig, kind: Augment,
-              optimiser: torch.optim.Optimizer, number: int, rates: Sequence[float]) -> Tensor:
+              optimiser: torch.optim.Optimizer, number: int, rates: Sequence[float], *,
+              warped: bool) -> Tensor:
     """One pass over the images, number 1, 2, ..., with the rates of its steps; returns the sums of
     loss and accuracy over the steps.
     """
@@ -119,6 +125,8 @@ def _one_pass(network: Network, images: Labelled, config: BackboneConfig, kind: 
         rows_B = order_N[step * size:(step + 1) * size]
         images_BCHW = augment(images.images_NCHW[rows_B].to(device), rows_B, count, number, kind,
                               config.trunk_seed)
+        if warped:
+            images_BCHW = warp(images_BCHW, rows_B, count, number, config.trunk_seed)
         y_B = images.y_N[rows_B].to(device)
         with autocast_to(config.trunk_precision, device):
             logits_BK = network(images_BCHW).float()
@@ -151,6 +159,8 @@ def network_key_of(config: Config, data: str, transform: str, classes: int) -> s
         "classes": classes, "input_size": config.data.input_size,
         "augment": config.features.augment, "stream_seed": config.data.stream_seed}
     del fields["freeze_depth"]
+    if config.backbone.trunk_epochs is None:  # held-out images then have a say
+        fields["validation"] = first.validation.fingerprint()
     return digest(fields, 32)
 
 
@@ -194,6 +204,9 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
     images, held_out = _decoded(config, first, first.train), None
     if backbone.trunk_epochs is None and len(first.validation):
         held_out = _decoded(config, first, first.validation)
+        if _count(images, held_out) < FEW * len(first.classes):  # too few to hold some out
+            images, held_out = Labelled(*(torch.cat(pair) for pair in zip(
+                images, held_out, strict=True))), None
     network = build_network(backbone.backbone, len(first.classes), backbone.trunk_seed,
                             data.input_size)
     network.set_normalisation(*(pixel_statistics if data.input_size <= SMALL
@@ -221,6 +234,16 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
         checkpoint.save(folder, "network", network.state_dict(), {})
         checkpoint.upload(folder, filesystem, target)
     filesystem.delete_dir(f"{target}.partial")
+
+
+def _count(images: Labelled, held_out: Labelled | None) -> int:
+    """Number of images of both."""
+    return len(images.y_N) + (0 if held_out is None else len(held_out.y_N))
+
+
+def _classes(images: Labelled) -> int:
+    """Number of classes that have images."""
+    return len(torch.unique(images.y_N))
 
 
 def _decoded(config: Config, first: Experience, table: ImageTable) -> Labelled:

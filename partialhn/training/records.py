@@ -26,6 +26,11 @@ class EpochRecord:
     """`partialhn.training.budget.held_out_loss`, where training stops by it."""
     passes: int = 1
     """Passes over the images in this epoch."""
+    ridge_accuracy: float | None = None
+    """Held-out accuracy of ridge regression, in the record that ends a task where the choice was
+    made (`partialhn.training.choice`); `validation_accuracy` is that of what was chosen."""
+    solved: bool = False
+    """Whether the task ends as ridge regression."""
 
 
 @dataclasses.dataclass(frozen=True)

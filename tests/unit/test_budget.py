@@ -81,6 +81,7 @@ def learner(cut, with_options, monkeypatch):
 
     def new(name="partial_hn", **options):
         config = with_options(train={"strategy": name, "epochs": None, "min_steps": 6,
+                                     "closed_form": "never",
                                      "learning_rate": 0.05, **options})
         return Learner(STRATEGIES[name](cut.head, cut.start, config), config.train)
     return new

@@ -1,0 +1,78 @@
+"""The choice between a trained head and ridge regression, made on a task's own images.
+
+A head that is trained on few images may be worse than ridge regression on the trunk's features.
+With fewer than `FEW` images a class, a held-out share that could judge the training would cost more
+than the training gains. Then a task is solved in closed form, and leave-one-out replaces the share.
+With more, the head is trained, and ridge regression takes its place where more held-out images are
+right.
+
+Legend: N images, C channels, F features, K classes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from partialhn.config import TrainConfig
+from partialhn.features.closed_form import LinearClassifier, accuracy, fit_ridge, pooled_cells
+from partialhn.features.feature_set import FeatureSet
+from partialhn.strategies import Strategy
+from partialhn.training.budget import held_out_loss
+
+FEW = 30
+"""Images a class, held-out ones included, below which a task is solved in closed form."""
+ENOUGH_TO_CHOOSE = 20
+"""Fewer held-out images than these do not choose between a trained head and ridge regression."""
+SIDES = (1, 2, 3, 4)
+"""Cells along each side of a feature map that ridge regression may see."""
+LARGEST = 512
+"""Features, or images where they are fewer, above which only one cell is tried."""
+
+
+class Solved(NamedTuple):
+    """A linear classifier of a task's pooled features."""
+
+    classifier: LinearClassifier
+    left_out_accuracy: float
+    """Accuracy on its images, each predicted from all the others."""
+    side: int
+
+
+def is_chosen(strategy: Strategy, config: TrainConfig) -> bool:
+    """Whether a task of this strategy may be solved in closed form."""
+    return config.epochs is None and config.closed_form == "auto" and strategy.takes_linear
+
+
+def few_images(train: FeatureSet, held_out: FeatureSet | None, classes: int) -> bool:
+    """Whether a task has so few images that none of them can judge a training."""
+    count = 0 if held_out is None else len(held_out)
+    return len(train) + count < FEW * classes or 0 < count < ENOUGH_TO_CHOOSE
+
+
+def can_choose(held_out: FeatureSet | None) -> bool:
+    """Whether there are held-out images enough to choose by."""
+    return held_out is not None and len(held_out) >= ENOUGH_TO_CHOOSE
+
+
+def solve(sets: list[FeatureSet], classes: int) -> Solved:
+    """Ridge regression on the images of some sets, on as many cells as leave-one-out prefers."""
+    y_N = torch.cat([features.y_N.cpu() for features in sets])
+    found: list[tuple[float, Solved]] = []
+    for side in _sides(sets[0], len(y_N)):
+        classifier = fit_ridge(cells(sets, side), y_N, classes)
+        loss = held_out_loss(classifier.left_out_NK, y_N)
+        right = accuracy(classifier.left_out_NK, y_N)
+        found.append((loss, Solved(classifier.sharpened(y_N), right, side)))
+    return min(found, key=lambda each: each[0])[1]
+
+
+def cells(sets: list[FeatureSet], side: int) -> Tensor:
+    """x_NF of the plain views of some sets, float64."""
+    return torch.cat([pooled_cells(features, side) for features in sets]).double()
+
+
+def _sides(features: FeatureSet, images: int) -> list[int]:
+    channels, height, width = features.shape_CHW
+    return [side for side in SIDES if side == 1 or (
+        side <= min(height, width) and min(images, channels * side * side) <= LARGEST)]

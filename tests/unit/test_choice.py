@@ -1,0 +1,126 @@
+"""Tasks with few images: solved in closed form, kept, sent, loaded, and warped pictures of them."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from partialhn.checkpoints.model import Model, TaskInfo
+from partialhn.data.augment import warp
+from partialhn.features.closed_form import accuracy
+from partialhn.predict import Predictor
+from partialhn.strategies import STRATEGIES
+from partialhn.training import choice, experience
+from partialhn.training.experience import answer
+from partialhn.training.learner import Learner
+
+LEARNERS = runpy.run_path(str(Path(__file__).with_name("learners.py")))
+measured, weights_hash = LEARNERS["measured"], LEARNERS["weights_hash"]
+
+
+@pytest.fixture
+def learner(cut, with_options):
+    """A learner of tasks with 20 images a class, 4 more held out, and budgets that fit them."""
+    def new(name="partial_hn", **options):
+        config = with_options(train={"strategy": name, "epochs": None, "min_steps": 4, **options})
+        return Learner(STRATEGIES[name](cut.head, cut.start, config), config.train)
+    return new
+
+
+def test_with_few_images_a_task_is_ridge_regression_on_all_of_them(learner, tasks):
+    learned = learner()
+    list(learned.learn(tasks[:2]))
+    assert [(record.epoch, record.solved) for record in learned.epochs] == [(1, True)] * 2
+    task = tasks[1]
+    solved = choice.solve([task.train, task.validation], 2)
+    logits_NK, y_N = answer(learned.strategy, 1, task.test)
+    wanted_NK = solved.classifier.logits(choice.cells([task.test], solved.side))
+    torch.testing.assert_close(logits_NK, wanted_NK.float(), atol=0.02, rtol=0.02)  # float16
+    assert learned.epochs[1].ridge_accuracy == solved.left_out_accuracy
+    assert learned.finished[1].accuracy_row[1] == accuracy(logits_NK, y_N) > 0.8
+
+
+@pytest.mark.parametrize(("options", "name"), [
+    ({"closed_form": "never"}, "partial_hn"), ({"epochs": 2}, "partial_hn"),
+    ({}, "separate_heads")])
+def test_who_trains_all_the_same(learner, tasks, options, name):
+    learned = learner(name, **options)
+    list(learned.fit_next(tasks))
+    assert len(learned.epochs) > 1
+    assert not any(record.solved for record in learned.epochs)
+    assert learned.epochs[-1].ridge_accuracy is None
+
+
+@pytest.mark.parametrize(("rate", "ridge_wins"), [(1e-9, True), (5e-3, False)])
+def test_a_trained_head_is_replaced_only_where_more_held_out_images_are_right(
+        learner, tasks, monkeypatch, rate, ridge_wins):
+    """A rate of nothing learns nothing. The other learns the digits; ridge is made to know none."""
+    monkeypatch.setattr(choice, "FEW", 1)
+    monkeypatch.setattr(choice, "ENOUGH_TO_CHOOSE", 4)
+    task = tasks[0]
+    if not ridge_wins:
+        monkeypatch.setattr(experience, "solve", lambda sets, classes: choice.solve(
+            [dataclasses.replace(each, y_N=1 - each.y_N) for each in sets], classes))
+    learned = learner(learning_rate=rate, min_steps=60)
+    list(learned.fit_next([task]))
+    last = learned.epochs[-1]
+    assert (last.solved, last.ridge_accuracy > 0.5) == (ridge_wins, ridge_wins)
+    assert (learned.strategy.tasks[0].linear_KF is not None) == ridge_wins
+    assert last.validation_accuracy >= max(last.ridge_accuracy, 0.5)
+    again = learner(learning_rate=rate, min_steps=60)
+    running = again.learn([task])
+    for _ in learned.epochs:  # stopped after the choice and before the task's record
+        next(running)
+    restored = learner(learning_rate=rate, min_steps=60)
+    restored.restore(*again.state())
+    list(restored.fit_next([task]))
+    assert len(restored.epochs) == len(learned.epochs)
+    assert weights_hash(restored) == weights_hash(learned)
+
+
+def test_a_solved_task_is_stored_loaded_and_given_to_another_worker(learner, tasks, cut, tmp_path,
+                                                                   images, with_options):
+    one, other = learner(), learner()
+    list(one.learn(tasks[:1]))
+    first = {key: value.clone() for key, value in one.strategy.task_state(0).items()}
+    other.load_task_state(tasks[:1], first, one.epochs[:1], 0.0)
+    list(one.learn(tasks[:2]))
+    state = {key: value.clone() for key, value in one.strategy.task_state(1).items()}
+    other.load_task_state(tasks[:2], state, one.epochs[1:], 0.0)
+    assert weights_hash(other) == weights_hash(one)
+    config = with_options(train={"epochs": None})
+    infos = tuple(TaskInfo(task.name, ("a", "b")) for task in tasks[:2])
+    Model(config, cut.trunk, one.strategy, infos).save(tmp_path / "model")
+    loaded = Model.load(tmp_path / "model")
+    z_BCHW = cut.trunk(images[:8])
+    with torch.no_grad():
+        assert torch.equal(loaded.strategy(z_BCHW, 1), one.strategy(z_BCHW, 1))
+    answers = Predictor(loaded).answers(z_BCHW, ["1"] * 8)
+    assert all(0.5 <= each.probability <= 1 for each in answers)
+
+
+def test_a_solved_task_can_be_refreshed(learner, tasks):
+    stream = [*tasks[:2], dataclasses.replace(tasks[1], name=f"{tasks[1].name}/2", refreshes=1)]
+    learned = learner()
+    list(learned.learn(stream))
+    assert len(learned.finished) == 3
+
+
+def test_cells_are_tried_where_they_are_few_or_the_images_are(tasks):
+    features = tasks[0].train  # 80 channels of 4 x 4
+    assert choice._sides(features, 40) == [1, 2, 3, 4]
+    assert choice._sides(features, 5000) == [1, 2]
+
+
+def test_a_warped_image_depends_on_seed_view_and_row_alone(images):
+    whole = warp(images[:6], np.arange(6), 6, 1, 0)
+    part = warp(images[2:4], np.arange(2, 4), 6, 1, 0)
+    assert torch.equal(part, whole[2:4])
+    assert whole.dtype == torch.uint8
+    for other in (warp(images[:6], np.arange(6), 6, 2, 0), images[:6]):
+        assert all(not torch.equal(one, two) for one, two in zip(whole, other, strict=True))
+    white = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    assert torch.equal(warp(white, np.arange(1), 1, 1, 0), white)  # no black border comes in
