@@ -53,7 +53,8 @@ class HypernetTask(OwnNorm):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str,
                               *rest: Any) -> None:
-        self.expect(state_dict, prefix)
+        if prefix + "code" in state_dict:  # a state of other tasks says nothing about this one
+            self.expect(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def fold(self) -> None:

@@ -152,7 +152,17 @@ class _Run:
         return EpochRecord(self.task.name, self.task_index, epoch, self.budget.epochs,
                            cross_entropy + regulariser, cross_entropy, regulariser,
                            (correct[0] / correct[1]).item(), validation, seconds, loss,
-                           self.budget.passes)
+                           self.budget.passes, self._ridge(epoch))
+
+    def _ridge(self, epoch: int) -> float | None:
+        """Held-out accuracy of ridge regression after the last epoch, where it may not be chosen
+        and so only shows what the training is worth.
+        """
+        task = self.task
+        if epoch < self.budget.epochs or not self.strategy.takes_linear or (
+                is_chosen(self.strategy, self.config) or not can_choose(task.validation)):
+            return None
+        return _judged(task)[0]
 
 
 def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) -> EpochRecord:
@@ -184,18 +194,23 @@ def _choose(strategy: Strategy, task_index: int, task: TaskFeatures,
     It is judged without the held-out images, and then fitted to them too.
     """
     start = time.perf_counter()
-    assert task.train is not None
-    assert task.validation is not None
-    solved = solve([task.train], task.classes)
-    x_NF = cells([task.validation], solved.side)
-    ridge = accuracy(solved.classifier.logits(x_NF), task.validation.y_N.cpu())
-    trained = evaluate(strategy, task_index, task.validation)
+    ridge, held_out = _judged(task)
+    trained = evaluate(strategy, task_index, held_out)
     if ridge > trained:
         strategy.take_linear(task_index, solve(_all_sets(task), task.classes).classifier)
     return dataclasses.replace(
         last, epoch=last.epoch + 1, epochs=last.epoch + 1, validation_accuracy=max(ridge, trained),
         seconds=time.perf_counter() - start, passes=0, held_out_loss=None, ridge_accuracy=ridge,
         solved=ridge > trained)
+
+
+def _judged(task: TaskFeatures) -> tuple[float, FeatureSet]:
+    """Held-out accuracy of ridge regression on the training images, and the held-out images."""
+    assert task.train is not None
+    assert task.validation is not None
+    solved = solve([task.train], task.classes)
+    x_NF = cells([task.validation], solved.side)
+    return accuracy(solved.classifier.logits(x_NF), task.validation.y_N.cpu()), task.validation
 
 
 def _all_sets(task: TaskFeatures) -> list[FeatureSet]:

@@ -27,8 +27,8 @@ class EpochRecord:
     passes: int = 1
     """Passes over the images in this epoch."""
     ridge_accuracy: float | None = None
-    """Held-out accuracy of ridge regression, in the record that ends a task where the choice was
-    made (`partialhn.training.choice`); `validation_accuracy` is that of what was chosen."""
+    """Held-out accuracy of ridge regression, in the last record of a task. Where the choice was
+    made (`partialhn.training.choice`), `validation_accuracy` is that of what was chosen."""
     solved: bool = False
     """Whether the task ends as ridge regression."""
 

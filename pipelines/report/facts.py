@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from partialhn.errors import InputError
 from partialhn.evaluation import metrics
+from partialhn.evaluation.doubts import doubts
 from partialhn.strategies.table import label_of
 
 FORGETTING_LIMIT = 0.01
@@ -77,6 +78,21 @@ class Facts:
         return [(name, str(image.get("id")), str(image.get("reason")))
                 for name, task in zip(self.tasks, self.details, strict=True)
                 for image in task.get("bad_images") or ()]
+
+    @property
+    def doubts(self) -> list[tuple[str, str]]:
+        """(task, sentence) of every task that is close to guessing or below ridge regression."""
+        last = {epoch.get("task_index"): epoch for epoch in self.result.get("epochs") or []}
+        found = []
+        for index, (name, task) in enumerate(zip(self.tasks, self.details, strict=True)):
+            if not task.get("classes"):
+                continue
+            epoch = last.get(index, {})
+            sentences = doubts(float(self.accuracy_TT[index, index]), task.get("test_images"),
+                               len(task["classes"]), epoch.get("validation_accuracy"),
+                               epoch.get("ridge_accuracy"), task.get("validation_images"))
+            found += [(name, text) for text in sentences]
+        return found
 
     @property
     def task_seconds(self) -> float | None:

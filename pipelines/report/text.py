@@ -30,9 +30,14 @@ def text_summary(result: Mapping[str, Any]) -> str:
     head += [f"seed {result['seed']}"] if result.get("seed") is not None else []
     blocks = [[shorten(", ".join(head), COLUMNS)],
               _matrix(facts) if len(facts.tasks) <= WHOLE_MATRIX else _compressed(facts),
-              _methods(facts), without_id_line(facts), _costs(facts)]
+              _doubts(facts), _methods(facts), without_id_line(facts), _costs(facts)]
     text = "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
     return text.translate(PLAIN)
+
+
+def _doubts(facts: Facts) -> list[str]:
+    return [line for task, text in facts.doubts for line in textwrap.wrap(
+        f"WARNING task {_clean(task)!r}: {text}", COLUMNS, subsequent_indent=" " * 8)]
 
 
 def _clean(name: str) -> str:

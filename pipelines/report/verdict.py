@@ -139,7 +139,7 @@ def _cost(facts: Facts) -> str:
 
 
 def _cautions(facts: Facts) -> tuple[str, ...]:
-    cautions = []
+    cautions = [f"Task “{task}”: {text}." for task, text in facts.doubts]
     if refused := facts.result.get("challenger"):
         reasons = (refused.get("decision") or {}).get("reasons") or ["no reason was recorded"]
         cautions.append(f"A newer version, {refused['version']} (task “{refused['task']}”), was "

@@ -14,6 +14,7 @@ from partialhn.data.decode import decode_images
 from partialhn.data.experience import Experience, refreshed, task_of
 from partialhn.errors import IntegrityError
 from partialhn.evaluation.answer_sample import write_sample
+from partialhn.evaluation.doubts import doubts
 from partialhn.evaluation.linear_probe import linear_probe
 from partialhn.evaluation.metrics import StreamMetrics
 from partialhn.predict import Predictor
@@ -66,7 +67,14 @@ def gate_facts(context: PassContext, slots: Sequence[Slot], learned: Sequence[li
     seconds = feature_seconds(slots[last]) + record.train_seconds + record.evaluate_seconds
     return GateFacts(task, len(slots[last].classes), after, before,
                      slots[last].manifests["test"].rows, probe, round(seconds, 3),
-                     learned[last].task_bytes)
+                     learned[last].task_bytes, _doubts(slots[last], learned[last]))
+
+
+def _doubts(slot: Slot, learned: lineage.Learned) -> tuple[str, ...]:
+    epoch, held_out = learned.epochs[-1], slot.manifests.get("validation")
+    return doubts(learned.record.accuracy_row[-1], slot.manifests["test"].rows, len(slot.classes),
+                  epoch.validation_accuracy, epoch.ridge_accuracy,
+                  held_out.rows if held_out else None)
 
 
 def feature_seconds(slot: Slot) -> float:

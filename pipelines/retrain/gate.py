@@ -71,6 +71,8 @@ class GateFacts:
     linear_probe: float | None = None
     seconds: float | None = None
     bytes_per_task: int | None = None
+    doubts: tuple[str, ...] = ()
+    """Sentences that a person must read (`partialhn.evaluation.doubts`); they decide nothing."""
 
     @staticmethod
     def of_rows(tasks: Sequence[str], rows: Sequence[Sequence[float]], classes: int,
@@ -108,6 +110,8 @@ class Decision:
     """Every limit of the policy, with the value found."""
     tasks: tuple[TaskVerdict, ...]
     policy: Policy
+    warnings: tuple[str, ...] = ()
+    """Sentences that a person must read whatever was decided."""
 
     @property
     def suffering(self) -> tuple[TaskVerdict, ...]:
@@ -120,7 +124,7 @@ class Decision:
         return {"passed": self.passed, "task": self.task, "reasons": list(self.reasons),
                 "checks": list(self.checks),
                 "tasks": [dataclasses.asdict(row) for row in self.tasks],
-                "policy": dataclasses.asdict(self.policy)}
+                "policy": dataclasses.asdict(self.policy), "warnings": list(self.warnings)}
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "Decision":
@@ -128,7 +132,7 @@ class Decision:
         return Decision(bool(fields["passed"]), str(fields["task"]), tuple(fields["reasons"]),
                         tuple(fields["checks"]),
                         tuple(TaskVerdict(**row) for row in fields["tasks"]),
-                        Policy(**fields["policy"]))
+                        Policy(**fields["policy"]), tuple(fields.get("warnings", ())))
 
 
 def load_policy(path: str | Path) -> Policy:
@@ -189,7 +193,7 @@ def decide(policy: Policy, facts: GateFacts) -> Decision:
         checks += [(f"task {task!r}: accuracy was not measured", False) for task in missing]
     reasons = tuple(text for text, holds in checks if not holds)
     return Decision(not reasons, facts.task, reasons, tuple(text for text, _ in checks), rows,
-                    policy)
+                    policy, facts.doubts)
 
 
 def _p_value(accuracy: float, chance: float, images: int | None) -> float | None:

@@ -78,9 +78,11 @@ class PassOutcome:
 def _learned_lines(task: dict[str, Any]) -> list[str]:
     decision = task["decision"]
     uri = f"models:/{task['stream']}/{task['version']}"
+    warnings = [f"WARNING task {decision['task']!r}: {text}"
+                for text in decision.get("warnings", ())]
     if decision["passed"]:
-        return [f"learned {task['slot']}: {uri} is champion"]
-    lines = [f"stopped {task['slot']}: {uri} stays challenger"]
+        return [f"learned {task['slot']}: {uri} is champion", *warnings]
+    lines = [f"stopped {task['slot']}: {uri} stays challenger", *warnings]
     lines += [f"  {reason}" for reason in decision["reasons"]]
     suffering = [row["task"] for row in decision["tasks"]
                  if not row["passed"] and row["loss"] is not None]
