@@ -114,7 +114,8 @@ class PartialHypernet(Strategy):
 
     def take_linear(self, task: int, classifier: LinearClassifier) -> None:
         own = self._own(task)
-        own.linear_KF = classifier.weight_KF.to(own.bias_K.device).half()
+        # contiguous, as a loaded one is: products round differently by the layout
+        own.linear_KF = classifier.weight_KF.to(own.bias_K.device).half().contiguous()
         own.linear_K = classifier.bias_K.to(own.bias_K.device).half()
 
     def load_task_state(self, task: int, task_state: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ SAMPLES = runpy.run_path(str(Path(__file__).with_name("report_samples.py")))
 
 @pytest.mark.parametrize(("numbers", "words"), [
     ((0.325, 200, 10), []), ((0.12, 200, 10), ["close to guessing (10.0%)"]),
-    ((0.25, 20, 10), ["close to guessing"]),  # 20 images: two standard errors are 13 points
+    ((0.23, 20, 10), ["close to guessing"]),  # 20 images: two standard errors are 13 points
     ((0.55, 50, 2), ["close to guessing (50.0%)"]), ((1.0, 50, 1), []),
     ((0.6, 500, 10, 0.6, 0.62, 100), []), ((0.6, 500, 10, 0.6, 0.75, 100), ["right for 75.0%"]),
     ((0.6, 500, 10, 0.6, 0.75, 0), []), ((0.6, 500, 10, 0.6, None, 100), []),
