@@ -1,27 +1,19 @@
 """All tasks' heads over one batch of features: one after the other, or stacked under vmap.
 
     python tests/bench/heads.py
-    python tests/bench/heads.py CHECKPOINT DATA    a learned model's folder, and its data
 
 What `partialhn.task_inference.entropies` does for a batch whose tasks are not known. Milliseconds
-of one thread, median of rounds that alternate; the ratio is stacked to looped. With a learned
-model: all heads of every image, against those that can change the answer.
+of one thread, median of rounds that alternate; the ratio is stacked to looped.
 """
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-from partialhn.config import BackboneConfig, Config, DataConfig
-from partialhn.data.datasets import open_stream
-from partialhn.data.decode import decode_images
+from partialhn.config import BackboneConfig, Config
 from partialhn.networks.backbone import build_network
-from partialhn.predict import Predictor
 from partialhn.run import cut_network
-from partialhn.task_inference import best_task, contenders, entropies, pooled, scores
 
 CLASSES, IMAGES = 10, 256
 
@@ -83,36 +75,9 @@ def medians(**ways):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def learned(folder, data):
-    """All heads against the contenders, on test images spread over all classes of `data`."""
-    predictor = Predictor.load(folder)
-    inference, head = predictor.model.inference, predictor.model.strategy.head
-    weights = [predictor.head_weights(slot) for slot in range(len(predictor.tasks))]
-    test = open_stream(DataConfig(data=data, tasks=1), Path(folder).parent)[0].test
-    images = test.take(torch.arange(0, len(test), len(test) // IMAGES)[:IMAGES].numpy())
-    size = predictor.model.config.data.input_size
-    z_BCHW = predictor.features(decode_images(images.read(), images.ids(), size).images_BCHW)
-    distances_BT = inference.distances(pooled(z_BCHW))
-
-    def every():
-        return scores("combined", distances_BT, entropies(head, weights, z_BCHW)).argmax(1)
-
-    def asked():
-        return best_task("combined", distances_BT, head, weights, z_BCHW)
-
-    assert every().tolist() == asked().tolist()
-    middle = medians(every=every, asked=asked)
-    print(f"{len(weights)} tasks, {len(z_BCHW)} images: all heads {middle['every']:.0f} ms, "
-          f"contenders ({contenders(distances_BT).float().mean():.0%} of all) "
-          f"{middle['asked']:.0f} ms, ratio {middle['asked'] / middle['every']:.2f}")
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with torch.no_grad():
-        if sys.argv[1:]:
-            learned(*sys.argv[1:])
-            sys.exit()
         for depth in (2, 3, 4):
             for tasks in (5, 20):
                 for images in (1, 16, 64):

@@ -25,12 +25,14 @@ from PIL import Image
 
 from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig
+from partialhn.detector.detector import FEATURES, Detector
+from partialhn.detector.expansion import Expansion, expansion_of
+from partialhn.detector.statistics import TaskStatistics, packed
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
 from partialhn.predict import Answer, Predictor
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
-from partialhn.task_inference import TaskInference
 from pipelines.platform.cluster import start_ray
 from pipelines.serving.app import ServeOptions, bind, running
 
@@ -46,18 +48,27 @@ def cut_model(depth: int) -> Predictor:
     """Ten tasks on a network cut at a depth."""
     cut = cut_network(config(depth), build_network("resnet18", CLASSES))
     strategy = cut.strategy(config(depth))
-    inference = TaskInference()
-    width = cut.trunk(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)).shape[1]
+    detector = Detector()
+    shape_CHW = tuple(cut.trunk(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)).shape[1:])
     for task in range(TASKS):
         strategy.add_task(CLASSES)
         strategy.finish(task)
-        draw = torch.Generator().manual_seed(task)
-        inference.means.append(torch.rand(CLASSES, width, generator=draw).half())
-        inference.samples.append(torch.rand(12, width, generator=draw).half())
-    inference.scatter_CC, inference.count = torch.eye(width) * 100, 100
+        detector.add_task(random_statistics(expansion_of(shape_CHW, FEATURES), task))
     infos = tuple(TaskInfo(str(task), tuple(map(str, range(CLASSES)))) for task in range(TASKS))
     return Predictor(Model(config(depth), cut.trunk, strategy.requires_grad_(False).eval(), infos,
-                           inference=inference))
+                           inference=detector))
+
+
+def random_statistics(expansion: Expansion, task: int) -> TaskStatistics:
+    """Statistics of a task of random images, with a mean of its own for every class."""
+    draw, width = torch.Generator().manual_seed(task), expansion.width
+    mean_KD = torch.rand(CLASSES, width, generator=draw)
+    y_S = torch.arange(CLASSES).repeat(2)
+    sample_SD = mean_KD[y_S] + torch.randn(len(y_S), width, generator=draw) / 10
+    return TaskStatistics(
+        expansion.tensor(), mean_KD.half(), packed(torch.eye(width).double()),
+        torch.tensor([100, 100]), sample_SD.half(), y_S, torch.empty(0, CLASSES),
+        torch.tensor(1.0))
 
 
 class Plain(Predictor):

@@ -1,0 +1,172 @@
+"""What an answer without the task costs, and a task that is added, against the number of tasks.
+
+    python tests/bench/detector_cost.py --data TINY_IMAGENET_32 --work FOLDER
+
+Tasks of five classes: the 200 classes of Tiny-ImageNet in pieces, and from the 41st task on the
+same pieces with every channel scaled by a factor of the task's own, so that no two tasks look
+alike. The heads are those of the trunk's network with a classifier in closed form. Milliseconds of
+one thread: medians of rounds in which a request with the task given and one without it alternate,
+trunk included, one image and 16 images a request; `heads` is the mean number of heads that an
+image asks. Prints a Markdown table; --plot FILE draws it.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from partialhn.checkpoints.model import Model, TaskInfo
+from partialhn.config import ComputeConfig, Config, DataConfig, FeatureConfig, HypernetConfig
+from partialhn.detector.detector import Detector
+from partialhn.features.closed_form import fit_ridge
+from partialhn.predict import Predictor
+from partialhn.run import StreamRun
+
+PIECES, CLASSES, ROUNDS = 40, 5, 15
+
+
+def stream(data, work):
+    """The trunk, and the features of forty tasks."""
+    run = StreamRun(Config(
+        DataConfig(data=data, tasks=PIECES, images_per_class=24, validation=0.25),
+        features=FeatureConfig(views=1, augment="none"), hypernet=HypernetConfig(fresh_columns=4),
+        compute=ComputeConfig(threads=1)), work)
+    list(run.fit_network())
+    run.prepare()
+    return run
+
+
+class Scaled:
+    """A feature set with every channel scaled, as the detector reads it."""
+
+    def __init__(self, features, scale_C):
+        self.features, self.scale_C = features, scale_C
+        self.y_N, self.shape_CHW = features.y_N, features.shape_CHW
+
+    def __len__(self):
+        return len(self.features)
+
+    def gather(self, rows_B, views_B):
+        return self.features.gather(rows_B, views_B) * self.scale_C[:, None, None]
+
+
+def task_features(run, place):
+    """Train, validation and test features of a task, scaled from the 41st on."""
+    task, channels = run.tasks[place % PIECES], run.tasks[0].train.shape_CHW[0]
+    draw = torch.Generator().manual_seed(place)
+    scale_C = torch.randn(channels, generator=draw).mul(0.7).exp()
+    if place < PIECES:
+        scale_C = torch.ones(channels)
+    return [Scaled(split, scale_C) for split in (task.train, task.validation, task.test)]
+
+
+def plain(features):
+    rows_N = torch.arange(len(features))
+    return features.gather(rows_N, torch.zeros_like(rows_N))
+
+
+def add(strategy, detector, run, place):
+    """Adds a task; returns the seconds that the detector took for its statistics."""
+    train, validation, _ = task_features(run, place)
+    strategy.add_task(CLASSES)
+    strategy.finish(place)
+    weights = strategy.weights(place)
+    fitted = fit_ridge(strategy.head.embed(plain(train), weights), train.y_N, CLASSES)
+    fitted = fitted.sharpened(train.y_N)
+    own = strategy.tasks[place]
+    own.classifier_KF.copy_(fitted.weight_KF)
+    own.bias_K.copy_(fitted.bias_K)
+    weights = strategy.weights(place)
+    start = time.process_time()
+    detector.add_task(detector.statistics(train, validation, CLASSES,
+                                          lambda z_BCHW: strategy.head(z_BCHW, weights)))
+    return time.process_time() - start
+
+
+def measure(predictor, run, count, images):
+    """Medians of milliseconds with the task given and without it, and heads asked an image."""
+    size = run.config.data.input_size
+    images_BCHW = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8,
+                                generator=torch.Generator().manual_seed(0))
+    times, rows = {"given": [], "auto": []}, 0
+    head = predictor.model.strategy.head
+    hook = head.register_forward_hook(lambda _, inputs, __: asked.append(len(inputs[0])))
+    for turn in range(ROUNDS + 1):
+        asked = []
+        places = [(turn * 37 + image * 11) % count for image in range(images)]
+        z_BCHW = torch.cat([plain(task_features(run, place)[2])[turn % 20][None]
+                            for place in places])
+        for name, tasks in (("given", list(map(str, places))), ("auto", ["auto"] * images)):
+            asked.clear()
+            start = time.perf_counter()
+            predictor.features(images_BCHW, exact=False)
+            predictor.answers(z_BCHW, tasks)
+            if turn:  # the first round generates the heads and solves the detector
+                times[name].append(1000 * (time.perf_counter() - start))
+        rows += sum(asked) * bool(turn)
+    hook.remove()
+    return *(statistics.median(each) for each in times.values()), rows / ROUNDS / images
+
+
+def accuracy(predictor, run, count):
+    """Share of right tasks and classes on a few test images of every task."""
+    right = []
+    for place in range(count):
+        test = task_features(run, place)[2]
+        answers = predictor.answers(plain(test)[::10], ["auto"] * len(range(0, len(test), 10)))
+        right += [answer.task == str(place) and int(answer.classes.index(
+            max(zip(answer.probabilities, answer.classes, strict=True))[1])) == label
+            for answer, label in zip(answers, test.y_N[::10].tolist(), strict=True)]
+    return sum(right) / len(right)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[5, 20, 40, 100, 200])
+    parser.add_argument("--plot", type=Path)
+    chosen = parser.parse_args()
+    run = stream(chosen.data, chosen.work)
+    torch.set_grad_enabled(False)
+    strategy, detector, rows = run.cut.strategy(run.config).eval(), Detector(), []
+    print("| tasks | right class | adding a task | solving | stored | given, 1 | auto / given, 1 | "
+          "given, 16 | auto / given, 16 | heads |\n" + "|---" * 10 + "|", flush=True)
+    for count in chosen.tasks:
+        seconds = [add(strategy, detector, run, place)
+                   for place in range(len(detector), count)]
+        start = time.process_time()
+        detector.threshold(range(count))
+        solving = time.process_time() - start
+        infos = tuple(TaskInfo(str(place), tuple(map(str, range(CLASSES))))
+                      for place in range(count))
+        predictor = Predictor(Model(run.config, run.cut.trunk, strategy, infos,
+                                    inference=detector))
+        one, many = (measure(predictor, run, count, images) for images in (1, 16))
+        stored = sum(value.nbytes for value in detector.tensors().values())
+        rows.append((count, one[1] / one[0], many[1] / many[0]))
+        print(f"| {count} | {100 * accuracy(predictor, run, count):.0f} % | "
+              f"{1000 * statistics.median(seconds):.0f} ms | {1000 * solving:.0f} ms | "
+              f"{stored / 1e6:.1f} MB | {one[0]:.1f} ms | {one[1] / one[0]:.2f} | "
+              f"{many[0]:.1f} ms | {many[1] / many[0]:.2f} | {many[2]:.2f} |", flush=True)
+    if chosen.plot:
+        draw(rows, chosen.plot)
+
+
+def draw(rows, path):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for column, label in ((1, "1 image a request"), (2, "16 images a request")):
+        axes.plot([row[0] for row in rows], [row[column] for row in rows], "o-", label=label)
+    axes.set(xlabel="tasks of five classes", ylabel="time without the task / with it", ylim=0)
+    axes.legend()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
