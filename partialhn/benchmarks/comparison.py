@@ -24,6 +24,8 @@ class Row:
     feature_bytes: int
     expected: tuple[float, float] | None
     """Lowest and highest ACC expected from a recorded run; None without one."""
+    class_incremental: float | None = None
+    """Accuracy after the last task where nobody says the task; None in cells of version 0.1.0."""
 
     @property
     def key(self) -> str:
@@ -56,12 +58,19 @@ def rows(cells: Sequence[Mapping[str, Any]],
             label, depth, acc, learned, lost,
             ahead=None if is_ours or depth not in ours else paired(ours[depth], theirs),
             bytes_per_task=_mean(group, "bytes_per_task"), cpu_seconds=_mean(group, "cpu_seconds"),
-            feature_bytes=group[0]["feature_bytes"], expected=expected.get(f"{label}@{depth}")))
+            feature_bytes=group[0]["feature_bytes"], expected=expected.get(f"{label}@{depth}"),
+            class_incremental=_class_incremental(group)))
     return sorted(table, key=lambda row: (row.depth, -row.acc.mean))
 
 
 def _by_seed(group: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     return {cell["seed"]: cell["acc"] for cell in group}
+
+
+def _class_incremental(group: Sequence[Mapping[str, Any]]) -> float | None:
+    accuracies = [cell["class_incremental"]["last"] for cell in group
+                  if "class_incremental" in cell]
+    return sum(accuracies) / len(accuracies) if len(accuracies) == len(group) else None
 
 
 def _mean(group: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -21,14 +21,17 @@ from partialhn.benchmarks.catalogue import Cell
 from partialhn.config import Config
 from partialhn.data.datasets import open_stream
 from partialhn.data.experience import Experience
+from partialhn.detector.detector import Detector
 from partialhn.errors import IntegrityError
 from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shift
+from partialhn.evaluation.task_inference_metrics import without_task_id
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.json_files import read_object
 from partialhn.networks.backbone import Network
 from partialhn.networks.precision import choose_device, configure_torch
 from partialhn.run import check, cut_network, work_name
+from partialhn.task_inference import add_measured
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 from partialhn.training.pretrain import fit_network, load_network
@@ -103,6 +106,7 @@ class _Bench:
         return {"label": cell.label, "strategy": cell.strategy, "depth": cell.depth,
                 "seed": cell.seed, **fields, "cpu_seconds": round(seconds, 3),
                 "feature_bytes": bytes_, "macs": cut.macs, "config": config.to_dict(),
+                "class_incremental": {"last": class_incremental_accuracy(learner, tasks)},
                 **self._similarity(cell.depth),
                 "tasks": [{"name": each.name, "classes": list(each.classes),
                            "transform": each.transform} for each in self.experiences]}
@@ -140,6 +144,17 @@ class _Bench:
             slots = slots_of(self.experiences, self.jobs[depth], manifests)
             self._opened[depth] = open_task_features(self.store, slots)
         return self._opened[depth]
+
+
+def class_incremental_accuracy(learner: Learner, tasks: Sequence[TaskFeatures]) -> float:
+    """Accuracy over the classes of all learned tasks where nobody says the task: a detector on the
+    same features with the learned heads.
+    """
+    detector = Detector(learner.config.detector_features)
+    for index in range(len(tasks)):
+        add_measured(detector, learner.measure_task(tasks, index, detector), None)
+    return without_task_id(learner.strategy, detector, [task.test for task in tasks],
+                           range(len(tasks)), heads_alone=False)["acc"]
 
 
 def config_of(config: Config, cell: Cell) -> Config:

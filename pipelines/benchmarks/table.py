@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from partialhn.benchmarks.comparison import Row
 from partialhn.evaluation.intervals import Interval
-from pipelines.platform.numbers import margin, percent_with_margin, points
+from pipelines.platform.numbers import margin, percent, percent_with_margin, points
 
 HEADS = ("strategy", "depth", "seeds", "acc", "acc_low", "acc_high", "learning_accuracy",
          "forgetting", "ahead", "ahead_low", "ahead_high", "bytes_per_task", "cpu_seconds",
-         "feature_bytes", "expected_low", "expected_high")
+         "feature_bytes", "expected_low", "expected_high", "class_incremental")
 
 
 def table_csv(rows: Sequence[Row]) -> str:
@@ -25,7 +25,7 @@ def table_csv(rows: Sequence[Row]) -> str:
             *map(_short, (row.acc.mean, row.acc.low, row.acc.high, row.learning_accuracy.mean,
                           row.forgetting.mean, *ahead)),
             round(row.bytes_per_task), _short(row.cpu_seconds), row.feature_bytes,
-            *map(_short, row.expected or (None, None))])
+            *map(_short, row.expected or (None, None)), _short(row.class_incremental)])
     return text.getvalue()
 
 
@@ -43,11 +43,16 @@ def table_columns(rows: Sequence[Row], unit: str) -> tuple[list[str], list[list[
     """Heads and cells of the table for people. unit: stage or block, which depths count."""
     heads = ["strategy", f"frozen {unit}s", "ACC", "learned", "forgotten, points",
              "partial hypernetwork ahead by, points", "a task adds", "processor time", "recorded"]
-    return heads, [
+    cells = [
         [row.label, str(row.depth), _percent(row.acc), _percent(row.learning_accuracy),
          _points(row.forgetting), _points(row.ahead, signed=True) if row.ahead else "",
          f"{row.bytes_per_task / 1000:,.1f} kB", f"{row.cpu_seconds:.1f} s", _recorded(row)]
         for row in rows]
+    if any(row.class_incremental is not None for row in rows):
+        heads.insert(3, "without the task")
+        for row, line in zip(rows, cells, strict=True):
+            line.insert(3, "" if row.class_incremental is None else percent(row.class_incremental))
+    return heads, cells
 
 
 def verdict(rows: Sequence[Row]) -> str:
