@@ -18,7 +18,7 @@ from partialhn.features.feature_set import FeatureSet
 
 UNIT = 2.0**-16
 """Resolution of the scatter matrix."""
-SAMPLE = 24
+SAMPLE = 12
 """Held-out images of each task that are kept, expanded, to calibrate the detector."""
 BATCH = 256
 HeadLogits = Callable[[Tensor], Tensor]

@@ -18,7 +18,14 @@ from pathlib import Path
 import torch
 
 from partialhn.checkpoints.model import Model, TaskInfo
-from partialhn.config import ComputeConfig, Config, DataConfig, FeatureConfig, HypernetConfig
+from partialhn.config import (
+    BackboneConfig,
+    ComputeConfig,
+    Config,
+    DataConfig,
+    FeatureConfig,
+    HypernetConfig,
+)
 from partialhn.detector.detector import Detector
 from partialhn.features.closed_form import fit_ridge
 from partialhn.predict import Predictor
@@ -31,6 +38,7 @@ def stream(data, work):
     """The trunk, and the features of forty tasks."""
     run = StreamRun(Config(
         DataConfig(data=data, tasks=PIECES, images_per_class=24, validation=0.25),
+        BackboneConfig(trunk_epochs=5),
         features=FeatureConfig(views=1, augment="none"), hypernet=HypernetConfig(fresh_columns=4),
         compute=ComputeConfig(threads=1)), work)
     list(run.fit_network())
