@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+HEADS = 2
+"""Most heads that an image asks, so that the cost of an answer does not grow with the tasks."""
 POWER = 0.5
 """Both powers where no image was held out; the fit is drawn to it."""
 DRAWN = 8.0
@@ -75,7 +77,7 @@ def fit_powers(tasks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Powers:
 
 def answer(log_p_B_TK: Sequence[Tensor], powers: Powers,
            head: Callable[[int, Tensor], Tensor]) -> Joint:
-    """The likeliest class of all tasks, by its task.
+    """The likeliest class among the `HEADS` likeliest tasks, by its task.
 
     log_p_B_TK: for each task the detector's log-probabilities (B, K) among the classes of all
     tasks. head: index of a task and rows (R,) to the log-probabilities (R, K) of the task's head.
@@ -88,7 +90,7 @@ def answer(log_p_B_TK: Sequence[Tensor], powers: Powers,
     order_BT = task_BT.argsort(dim=1, descending=True, stable=True)
     best_B, winner_B = torch.full((B,), -torch.inf), torch.zeros(B, dtype=torch.int64)
     p_BL = torch.zeros(B, max(log_p_BK.shape[1] for log_p_BK in log_p_B_TK))
-    for place in range(T):
+    for place in range(min(T, HEADS)):
         next_B = task_BT.gather(1, order_BT[:, place:place + 1])[:, 0]
         asked_B = (next_B > best_B) | (place == 0)
         if not asked_B.any():
