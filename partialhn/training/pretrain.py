@@ -159,8 +159,6 @@ def network_key_of(config: Config, data: str, transform: str, classes: int) -> s
         "classes": classes, "input_size": config.data.input_size,
         "augment": config.features.augment, "stream_seed": config.data.stream_seed}
     del fields["freeze_depth"]
-    if config.backbone.trunk_epochs is None:  # held-out images then have a say
-        fields["validation"] = first.validation.fingerprint()
     return digest(fields, 32)
 
 
