@@ -102,12 +102,15 @@ def with_depth_number(config: Config) -> Config:
     return dataclasses.replace(config, backbone=dataclasses.replace(backbone, freeze_depth=number))
 
 
-def check(config: Config) -> None:
+def check(config: Config, network: Network | None = None) -> None:
     """Checks that the configured networks fit together, before anything is read or trained.
+
+    network: the configured network, where it is at hand; it is built otherwise.
 
     Raises: InputError naming the option that does not fit.
     """
-    network = build_network(config.backbone.backbone, 2, input_size=config.data.input_size)
+    network = network or build_network(config.backbone.backbone, 2,
+                                       input_size=config.data.input_size)
     cut = CutNetwork.of(network, config.backbone.depth)
     check_feature_size(config.hypernet.norm, cut, config.data.input_size)
     Head(cut, config.hypernet.norm, config.hypernet.norm_groups, generate=config.hypernet.generate)

@@ -39,9 +39,7 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
     options = settings["options"]
     depths = find_depths(Config.from_dict(settings["config"]))
     ways = _ways(settings, results, options, depths)
-    cost = ({each.depth: ways[each.depth]["a_year"] for each in results}
-            if ways else {each.depth: each.seconds for each in results})
-    cost = {depth: max(value, 1e-9) for depth, value in cost.items()}
+    cost = costs(settings, results)
     accuracy = {each.depth: each.accuracy.mean for each in results}
     margin = noise(results)
     depth = choose(accuracy, cost, goal.objective, goal.max_loss, margin)
@@ -66,6 +64,14 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
                      "rank_correlation": rank_correlation(survey["forecast"], results)},
         "task_shift": survey["shifts"],
         "money": _money(settings, chosen, ways, survey, options) if ways else None}
+
+
+def costs(settings: Mapping[str, Any], results: Sequence[DepthResult]) -> dict[int, float]:
+    """The cost of each depth: money a year where prices were given, otherwise seconds."""
+    depths = find_depths(Config.from_dict(settings["config"]))
+    ways = _ways(settings, results, settings["options"], depths)
+    return {each.depth: max(ways[each.depth]["a_year"] if ways else each.seconds, 1e-9)
+            for each in results}
 
 
 def _recommendation(results: Sequence[DepthResult], chosen: DepthResult,

@@ -7,6 +7,7 @@ from typing import Any
 from partialhn.config import Config
 from partialhn.data.experience import Experience
 from partialhn.errors import InputError
+from partialhn.networks.backbone import build_network
 from partialhn.run import check
 from pipelines.search.settings import SearchConfig, parse_budget
 from pipelines.search.space import Space
@@ -32,9 +33,10 @@ def check_search(config: Config, space: Space, budget: str) -> None:
     if trials is not None and trials < least:
         raise InputError(f"budget is {budget!r} for {least} grid points (depths); allowed: at "
                          f"least {least}-trials, or fewer depths")
-    for depth in space.depths():
+    network = build_network(config.backbone.backbone, 2, input_size=config.data.input_size)
+    for depth in space.possible_depths():
         check(dataclasses.replace(config, backbone=dataclasses.replace(
-            config.backbone, freeze_depth=depth)))
+            config.backbone, freeze_depth=depth)), network)
 
 
 def check_stream(experiences: Sequence[Experience]) -> None:

@@ -2,11 +2,16 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 from partialhn.config import Config
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import depth_number
+from partialhn.networks.depths import depths_of
 from partialhn.networks.table import cut_unit
+
+FEW = 5
+"""Networks with at most so many depths are searched at each of them, others first at so many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +21,8 @@ class Depths:
     network: str
     blocks: tuple[str, ...]
     """Names of its blocks, in order."""
+    first: tuple[int, ...]
+    """The depths that a search begins with: all, or the `coarse_grid`."""
 
     @property
     def unit(self) -> str:
@@ -51,4 +58,21 @@ def find_depths(config: Config) -> Depths:
 @functools.cache
 def _find(name: str, input_size: int) -> Depths:
     network = build_network(name, 2, input_size=input_size)
-    return Depths(name, tuple(network.blocks()))
+    shares = [depth.frozen_share for depth in depths_of(network)]
+    first = tuple(range(len(shares))) if len(shares) <= FEW else coarse_grid(shares)
+    return Depths(name, tuple(network.blocks()), first)
+
+
+def coarse_grid(shares: Sequence[float]) -> tuple[int, ...]:
+    """The depths that are nearest to 20, 40, 60 and 80 % of frozen multiply-adds, and the deepest.
+
+    shares: the frozen share of multiply-adds at each depth, from 0 to 1.
+
+    Equal steps of multiply-adds save equal amounts of training, which is what depth is chosen for;
+    blocks differ in size. The shares cost one forward pass of one image. Depth 0, which trains the
+    whole network from pixels, is left to the refinement.
+    """
+    depths = range(1, len(shares))
+    wanted = [step / FEW for step in range(1, FEW)]
+    nearest = {min(depths, key=lambda depth: abs(shares[depth] - share)) for share in wanted}
+    return tuple(sorted(nearest | {depths[-1]}))

@@ -28,6 +28,7 @@ from ray.tune.search import Searcher
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.run import check
+from pipelines.search.rounds import Rounds
 from pipelines.search.settings import Algorithm, Objective
 from pipelines.search.space import DECIDING, Choice, Range, Space, applies, value_of
 from pipelines.search.state import Measured, SearchState, TrialPlan, TrialRecord, parse_measured
@@ -56,10 +57,11 @@ class Proposals:
     """Proposes trials, learning from every trial that ended."""
 
     def __init__(self, space: Space, base: Config, goal: Goal,
-                 records: Iterable[TrialRecord]) -> None:
+                 records: Iterable[TrialRecord], rounds: Rounds | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._space, self._base, self._goal = space, base, goal
         self._dimensions = {key: _distribution(each) for key, each in space.dimensions.items()}
+        self._rounds = rounds or Rounds(space)
         self._several = goal.algorithm == "multi"
         self.study = optuna.create_study(directions=["maximize", "minimize", "minimize"]
                                          if self._several else ["maximize"])
@@ -89,14 +91,14 @@ class Proposals:
         self.study.add_trial(ended)
 
     def propose(self, number: int) -> TrialPlan:
-        """The trial with this number: the first of each grid point is the user's configuration.
+        """The trial with this number, at the grid point that the rounds give it.
+
+        The first trial of each grid point is the user's configuration.
 
         Raises: InputError when no draw gave a valid configuration.
         """
-        grid = self._space.grid_points()
-        wanted = grid[number % len(grid)]
-        if number < len(grid):
-            wanted = self._usual() | wanted
+        point, first = self._rounds.point(number)
+        wanted = self._usual() | point if first else point
         problem: InputError | None = None
         for attempt in range(ATTEMPTS):
             params = self._ask(f"{self._goal.seed}/{number}/{attempt}", wanted)
@@ -105,7 +107,7 @@ class Proposals:
                 check(config)
             except InputError as error:
                 problem = error
-                wanted = grid[number % len(grid)]
+                wanted = point
                 continue
             return TrialPlan(f"{number:04d}", "search", config.to_dict(), params)
         raise InputError(f"{ATTEMPTS} draws from the space gave no configuration that works; the "

@@ -42,8 +42,10 @@ class SearchConfig:
     (default): each doubling of the cost must gain max-loss of accuracy."""
     max_loss: float | None = None
     """Accuracy that may be given up for cost, 0 to 1; default: 0.01, one point."""
-    depths: tuple[int, ...] | None = None
-    """Freeze depths to compare; default: all, 0 (nothing frozen) to 4 (all but the classifier)."""
+    depths: tuple[int | str, ...] | None = None
+    """Freeze depths to compare: numbers, names of blocks, or shares such as 75%; default: all, from
+    0 (nothing frozen) to all but the classifier; in a network with more than 5 depths first some,
+    then those around the best."""
     space: str | None = None
     """YAML file with more to search, or other ranges: hypernet.beta: {loguniform: [0.001, 1]}."""
     algorithm: Algorithm | None = None

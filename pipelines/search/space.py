@@ -4,10 +4,12 @@
     train.learning_rate: {uniform: [0.001, 0.01]}
     hypernet.norm: {choice: [batch, instance]}  one of these, chosen by the sampler
     backbone.freeze_depth: {grid: [2, 3, 4]}    one of these, each equally often
+    backbone.freeze_depth: {refine: [2, 5, 8]}  these first, then depths around the best one
     train.epochs: 10                            not searched: always this
     defaults: false                             search no key that this file does not name
 
-Other keys keep their default range. A range of a whole-number key gives whole numbers.
+A depth is a number, a block's name or a share such as 75%, and becomes a number when the space is
+read. Other keys keep their default range. A range of a whole-number key gives whole numbers.
 """
 
 import dataclasses
@@ -21,9 +23,10 @@ import yaml
 
 from partialhn.config import Config, HypernetConfig
 from partialhn.errors import InputError
+from pipelines.search.depths import Depths, find_depths
 
 DEPTH = "backbone.freeze_depth"
-KINDS = ("choice", "grid", "uniform", "loguniform")
+KINDS = ("choice", "grid", "uniform", "loguniform", "refine")
 SEARCHABLE = (DEPTH, "features.views",
               *(f"hypernet.{field.name}" for field in dataclasses.fields(HypernetConfig)),
               "train.epochs", "train.batch_size", "train.learning_rate", "train.schedule",
@@ -50,6 +53,9 @@ class Choice:
     values: tuple[Any, ...]
     grid: bool = False
     """Each value equally often, whatever the search has learned."""
+    start: tuple[Any, ...] = ()
+    """The values that the search begins with, before it adds others around the best one (refine);
+    empty: all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,21 +78,37 @@ class Space:
     dimensions: dict[str, Dimension]
     fixed: dict[str, Any]
 
-    def grid_points(self) -> list[dict[str, Any]]:
-        """Every combination of the grid dimensions' values; one empty one without a grid."""
-        grids = {key: each.values for key, each in self.dimensions.items()
+    def grid_points(self, depths: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """Every combination of the grid dimensions' values; one empty one without a grid.
+
+        depths: the depths to combine; by default those that the search begins with.
+        """
+        grids = {key: (depths if depths and key == DEPTH else each.start or each.values)
+                 for key, each in self.dimensions.items()
                  if isinstance(each, Choice) and each.grid}
         return [dict(zip(grids, values, strict=True))
                 for values in itertools.product(*grids.values())]
 
     def depths(self) -> list[int]:
-        """The freeze depths of the space, in order."""
+        """The freeze depths that the search begins with, in order."""
+        found = self.dimensions.get(DEPTH)
+        return (sorted(set(found.start)) if isinstance(found, Choice) and found.start
+                else self.possible_depths())
+
+    def possible_depths(self) -> list[int]:
+        """The freeze depths that a trial may have, in order."""
         found = self.dimensions.get(DEPTH)
         if found is None:
             return [self.fixed[DEPTH]]
         if isinstance(found, Range):
             return list(range(int(found.low), int(found.high) + 1))
         return sorted(set(found.values))
+
+    @property
+    def refines(self) -> bool:
+        """Whether depths around the best one are added during the search."""
+        found = self.dimensions.get(DEPTH)
+        return isinstance(found, Choice) and bool(found.start)
 
     def largest(self, key: str, default: int) -> int:
         """The largest whole number that a key may take."""
@@ -107,7 +129,8 @@ class Space:
         written: dict[str, Any] = {"defaults": False} | dict(self.fixed)
         for key, each in self.dimensions.items():
             if isinstance(each, Choice):
-                written[key] = {"grid" if each.grid else "choice": list(each.values)}
+                kind = "refine" if each.start else "grid" if each.grid else "choice"
+                written[key] = {kind: list(each.start or each.values)}
             else:
                 written[key] = {"loguniform" if each.log else "uniform": [each.low, each.high]}
         return written
@@ -127,14 +150,14 @@ def value_of(config: Config, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def default_space(base: Config, depths: Sequence[int]) -> Space:
-    """Ranges around the configuration that the user started from."""
+def default_space(base: Config, depths: Choice) -> Space:
+    """Ranges around the configuration that the user started from, and these depths."""
     hypernet, train = base.hypernet, base.train
     rate = train.learning_rate
     fresh, embedding = hypernet.fresh_columns, hypernet.embedding_dim
     beta = hypernet.beta or HypernetConfig().beta
     dimensions: dict[str, Dimension] = {
-        DEPTH: Choice(tuple(depths), grid=True),
+        DEPTH: depths,
         "hypernet.generator": _choice(hypernet.generator, "columns", "additive"),
         "hypernet.fresh_columns": _choice(fresh, max(1, fresh // 2), max(1, 2 * fresh)),
         "hypernet.embedding_dim": _choice(embedding, 2 * embedding),
@@ -153,7 +176,7 @@ def _choice(*values: Any) -> Choice:
     return Choice(tuple(dict.fromkeys(values)))
 
 
-def load_space(path: str | None, base: Config, depths: Sequence[int] | None) -> Space:
+def load_space(path: str | None, base: Config, depths: Sequence[int | str] | None) -> Space:
     """The default space, changed by a YAML file; `depths` replaces its depths.
 
     Raises: InputError with the key, its value and the allowed values.
@@ -174,8 +197,10 @@ def load_space(path: str | None, base: Config, depths: Sequence[int] | None) -> 
 
 
 def parse_space(values: Mapping[str, Any], base: Config,
-                depths: Sequence[int] | None = None) -> Space:
+                depths: Sequence[int | str] | None = None) -> Space:
     """A space from plain values, as a YAML file or `Space.to_dict` gives them.
+
+    depths: replaces the depths of `values`; numbers, names of blocks or shares.
 
     Raises: InputError with the key, its value and the allowed values.
     """
@@ -183,25 +208,45 @@ def parse_space(values: Mapping[str, Any], base: Config,
     keep = given.pop("defaults", True)
     if not isinstance(keep, bool):
         raise InputError(f"defaults is {keep!r}; allowed: true, false")
-    dimensions = dict(default_space(base, depths or range(5)).dimensions) if keep else {}
+    known = find_depths(base)
+    usual = _usual_depths(known) if depths is None else Choice(
+        tuple(dict.fromkeys(map(known.number, depths))), grid=True)
+    dimensions = dict(default_space(base, usual).dimensions) if keep else {}
     fixed: dict[str, Any] = {}
     for key, value in given.items():
         _check_key(key)
         dimensions.pop(key, None)
+        value = _numbered(value, known) if key == DEPTH else value
         if isinstance(value, Mapping):
             dimensions[key] = _dimension(key, value, base)
         else:
             _with(base, {key: value})
             fixed[key] = value
-    if depths is not None:
+    if depths is not None or (DEPTH not in dimensions and DEPTH not in fixed):
         fixed.pop(DEPTH, None)
-        dimensions[DEPTH] = Choice(tuple(depths), grid=True)
-    elif DEPTH not in dimensions and DEPTH not in fixed:
-        dimensions[DEPTH] = Choice(tuple(range(5)), grid=True)
+        dimensions[DEPTH] = usual
     space = Space(dimensions, fixed)
     for key in dimensions:
         _check_values(key, space, base)
     return space
+
+
+def _usual_depths(known: Depths) -> Choice:
+    """Every depth of a network of few, otherwise a coarse grid that is refined."""
+    everything = known.deepest + 1 == len(known.first)
+    return Choice(known.first, grid=True) if everything else _refinement(known.first, known)
+
+
+def _refinement(start: Sequence[int], known: Depths) -> Choice:
+    return Choice(tuple(range(known.deepest + 1)), grid=True, start=tuple(dict.fromkeys(start)))
+
+
+def _numbered(value: Any, known: Depths) -> Any:
+    """Depths of a space as numbers; what is no list of values is refused later."""
+    if not isinstance(value, Mapping):
+        return known.number(value)
+    return {kind: [known.number(each) for each in members] if isinstance(members, list) else members
+            for kind, members in value.items()}
 
 
 def _check_key(key: Any) -> None:
@@ -227,6 +272,11 @@ def _dimension(key: str, value: Mapping[str, Any], base: Config) -> Dimension:
     kind, members = next(iter(value.items()))
     if not isinstance(members, Sequence) or isinstance(members, str) or not members:
         raise InputError(f"{kind} of {key} is {members!r}; allowed: a list of values")
+    if kind == "refine" and key != DEPTH:
+        raise InputError(f"space of {key} is refine; allowed: {', '.join(KINDS[:-1])}, since only "
+                         f"{DEPTH} is refined")
+    if kind == "refine":
+        return _refinement(members, find_depths(base))
     if kind in ("choice", "grid"):
         frozen = tuple(tuple(each) if isinstance(each, list) else each for each in members)
         return Choice(tuple(dict.fromkeys(frozen)), grid=kind == "grid")

@@ -1,6 +1,7 @@
 """The stored state of a search: plain JSON, each file written once; nothing is ever unpickled.
 
     <root>/searches/<name>/search.json          the settings of the search; written first
+    <root>/searches/<name>/round-1.json         depths that were added around the best one
     <root>/searches/<name>/started/<id>.json    a trial that was started, with its configuration
     <root>/searches/<name>/running/<id>/        its state after the last kept epoch (a checkpoint)
     <root>/searches/<name>/trials/<id>.json     its record; from then on it is never run again
@@ -153,10 +154,17 @@ class SearchState:
 
     def keep(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The fields that `make` gave the first time, kept as JSON under this name."""
-        path = f"{self.folder}/{name}.json"
-        if not self._storage.exists(path):
+        kept = self.kept(name)
+        if kept is None:
+            path = f"{self.folder}/{name}.json"
             self._storage.put_if_absent(path, json.dumps(make(), indent=1).encode())
-        return self._read(path)
+            return self._read(path)
+        return kept
+
+    def kept(self, name: str) -> dict[str, Any] | None:
+        """The fields that are kept under this name; None where there are none."""
+        path = f"{self.folder}/{name}.json"
+        return self._read(path) if self._storage.exists(path) else None
 
     def start(self, plan: TrialPlan) -> None:
         """Keeps a trial's configuration before it runs."""

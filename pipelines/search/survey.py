@@ -5,6 +5,7 @@ They run as Ray tasks, so that features are read where they are stored; the resu
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from partialhn.data.decode import decode
 from partialhn.data.experience import Experience
 from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shift
 from partialhn.evaluation.linear_probe import ridge_accuracy
+from partialhn.features.codec import DTYPES
 from partialhn.features.extract import SPLITS, feature_jobs
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network, build_network
@@ -30,6 +32,8 @@ from pipelines.search.trial import Bench, Place, open_features
 
 TIMED_IMAGES = 512
 """Images of the first task that the training of the whole network is timed on."""
+ONE_PASS_BYTES = 4 << 30
+"""Bytes of features of every depth, up to which all are computed before a search that refines."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,20 @@ def depth_features(storage: Storage, network: Network, config: Config,
             for job, manifest in zip(jobs, manifests, strict=True)}, decoded
 
 
+def depths_at_once(network: Network, config: Config, experiences: Sequence[Experience],
+                   depths: Sequence[int], possible: Sequence[int]) -> Sequence[int]:
+    """The depths whose features are computed in one pass: all possible ones if they are small.
+
+    Another pass of the images through the trunk for depths that are added later costs more than to
+    store at most `ONE_PASS_BYTES`. Raises: InputError, as `feature_jobs`.
+    """
+    trunk = CutNetwork.of(network, max(possible)).trunk
+    jobs = feature_jobs(config, experiences, trunk, possible)
+    size = sum(len(job.table) * job.recipe.views * math.prod(job.shape_CHW)
+               * DTYPES[job.recipe.dtype][0].itemsize for job in jobs)
+    return possible if size <= ONE_PASS_BYTES else depths
+
+
 def forecast_depths(bench: Bench) -> list[dict[str, Any]]:
     """The forecast from the first two tasks, as plain values."""
     configure_torch(bench.threads)
@@ -86,17 +104,16 @@ def task_shifts(bench: Bench) -> dict[str, float]:
     return {name: task_shift(features[first], features[name]) for name in later}
 
 
-def ridge_accuracies(bench: Bench) -> dict[str, float]:
+def ridge_accuracies(bench: Bench, depths: Sequence[int]) -> dict[str, float]:
     """Mean held-out accuracy over all tasks of ridge regression, by depth (as text, for JSON).
 
     It is the strategy `ridge`: closed form, so no trial and no seed is needed. Depth 0, whose
     features are pixels, is left out.
     """
     configure_torch(bench.threads)
-    depths = sorted({depth for depth, _, _ in bench.manifests if depth})
     return {str(depth): sum(_ridge_accuracy(bench, depth, name, classes)
                             for name, classes in bench.tasks) / len(bench.tasks)
-            for depth in depths}
+            for depth in depths if depth}
 
 
 def _ridge_accuracy(bench: Bench, depth: int, name: str, classes: int) -> float:

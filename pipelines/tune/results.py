@@ -11,8 +11,8 @@ import yaml
 
 from partialhn.config import Config
 from partialhn.errors import InputError
-from pipelines.advice.decide import DepthResult, results_by_depth
-from pipelines.advice.facts import advice_fields
+from pipelines.advice.decide import DepthResult, choose, results_by_depth
+from pipelines.advice.facts import advice_fields, costs
 from pipelines.advice.page import render
 from pipelines.platform.numbers import duration, percent
 from pipelines.search.depths import Depths
@@ -60,6 +60,14 @@ class Results:
     def by_depth(self) -> list[DepthResult]:
         """The best finished trial of each depth with its final runs."""
         return results_by_depth(self.records, self._goal.score)
+
+    def best_depth(self) -> int | None:
+        """The depth that the objective prefers so far, by the best trial of each depth alone."""
+        results = self.by_depth()
+        if not results:
+            return None
+        return choose({each.depth: _accuracy(each.best) for each in results},
+                      costs(self._settings, results), self._goal.objective, self._goal.max_loss)
 
     def final_plans(self, seeds: int) -> list[TrialPlan]:
         """Final runs: the best trial of each depth, and separate heads, under other seeds."""

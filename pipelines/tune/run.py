@@ -1,7 +1,8 @@
 """The search over freeze depths: from a stream to a recommended depth with its reasons.
 
-    trunk -> features of every depth -> forecast -> trials (Ray Tune) -> final runs: the best trial
-    of each depth, and separate heads, under other seeds -> advice (JSON, HTML) and MLflow
+    trunk -> features of every depth -> forecast -> trials (Ray Tune), in rounds where depths around
+    the best are added -> final runs: the best trial of each depth, and separate heads, under other
+    seeds -> advice (JSON, HTML) and MLflow
 
 Every step uses the results of earlier sessions (`pipelines.search.state`). Ray Tune's own files are
 temporary, and nothing reads them.
@@ -10,6 +11,7 @@ temporary, and nothing reads them.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -30,6 +32,7 @@ from pipelines.platform.storage import Storage, open_storage
 from pipelines.search.checks import check_search, check_stream, on_this_machine, settled
 from pipelines.search.depths import find_depths
 from pipelines.search.packing import Packing, Room, pack
+from pipelines.search.rounds import add_round, load_rounds
 from pipelines.search.sampling import Goal, Proposals, TrialSource
 from pipelines.search.settings import Budget, SearchConfig, parse_budget
 from pipelines.search.space import Space, load_space, parse_space
@@ -38,6 +41,7 @@ from pipelines.search.stopping import AshaByDepth
 from pipelines.search.survey import (
     Computing,
     depth_features,
+    depths_at_once,
     forecast_depths,
     ridge_accuracies,
     task_shifts,
@@ -114,8 +118,11 @@ class _Search:
     in_use: InUse
 
     def run(self) -> dict[str, Any]:
-        names = ", ".join(map(str, self.space.depths()))
-        self.log(f"{self.state.name}: {len(self.experiences)} tasks, freeze depths {names}")
+        self.depths = find_depths(self.config)
+        self.rounds = load_rounds(self.state, self.space)
+        names = ", ".join(map(str, self.rounds.depths))
+        more = ", then depths around the best of them" if self.space.refines else ""
+        self.log(f"{self.state.name}: {len(self.experiences)} tasks, freeze depths {names}{more}")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             connecting = pool.submit(connect_search, self.storage, self.options.tracking_uri)
             start_ray(self.config.compute.ray_address)
@@ -123,8 +130,12 @@ class _Search:
         self._resources()
         self.network = RayExecution(self.config, self.storage, self.state.name, Progress(
             self.config, self.log)).network(self.experiences[0])
+        self.together: Sequence[int] = self.rounds.depths
+        if self.space.refines and not self.options.forecast_only:
+            self.together = depths_at_once(self.network, self._most_views(), self.experiences,
+                                           self.rounds.depths, self.space.possible_depths())
         forecast = self._remote(forecast_depths, self._bench(self.experiences[:2]))
-        log_forecast(self.log, forecast, find_depths(self.config))
+        log_forecast(self.log, forecast, self.depths)
         if self.options.forecast_only:
             return {"forecast": forecast}
         self.bench = self._bench(self.experiences)
@@ -133,10 +144,13 @@ class _Search:
             "whole_network": self.state.keep("whole_network", lambda: self._remote(
                 whole_network_seconds, self.config, self.experiences[0], self.bench.device,
                 self.threads)),
-            "ridge": self.state.keep("ridge", lambda: self._remote(ridge_accuracies, self.bench))}
+            "ridge": self._ridge()}
         self.packing = self._pack()
         results = Results(self.state, self.settings, self.space, registry, survey, self.log)
         self._trials(results)
+        if {each["depth"] for each in forecast} != set(self.rounds.depths):
+            survey["forecast"] = self._remote(forecast_depths, self.bench)
+        survey["ridge"] = self._ridge()
         self._finals(results)
         return results.publish(self.options.output)
 
@@ -169,21 +183,39 @@ class _Search:
         self.log(f"trials: {packing}")
         return packing
 
+    def _most_views(self) -> Config:
+        """The configuration that features are stored for: as many views as any trial uses."""
+        return self.space.config(self.config, {"features.views": self.space.largest(
+            "features.views", self.config.features.views)})
+
     def _bench(self, experiences: Sequence[Experience]) -> Bench:
-        """The stored features of some tasks at every depth, and what else trials share."""
+        """The stored features of some tasks at the depths of all rounds, and what else trials
+        share.
+        """
         compute = self.config.compute
         progress = Progress(self.config, self.log)
-        config = self.space.config(self.config, {"features.views": self.space.largest(
-            "features.views", self.config.features.views)})
         on = Computing(compute.feature_workers, self.need.gpus > 0, self.threads,
                        progress.features, progress.line, self.in_use)
-        manifests, decoded = depth_features(self.storage, self.network, config, experiences,
-                                            self.space.depths(), on)
+        wanted = self.rounds.depths
+        manifests, decoded = depth_features(self.storage, self.network, self._most_views(),
+                                            experiences, sorted({*self.together, *wanted}), on)
+        manifests = {place: each for place, each in manifests.items() if place[0] in wanted}
         progress.features_done(list(manifests.values()), decoded)
         return Bench(self.storage, self.network,
                      tuple((each.name, len(each.classes)) for each in experiences), manifests,
                      f"{self.state.folder}/running", "cuda" if self.need.gpus else "cpu",
                      self.threads, compute)
+
+    def _ridge(self) -> dict[str, float]:
+        """Held-out accuracy of ridge regression by depth, measured once for each round's depths."""
+        known: dict[str, float] = {}
+        for index, each in enumerate(self.rounds.all):
+            new = [depth for depth in each.depths if str(depth) not in known]
+            name = f"ridge-{index}" if index else "ridge"
+            if new:
+                known |= self.state.keep(name, functools.partial(
+                    self._remote, ridge_accuracies, self.bench, new))
+        return known
 
     def _remote(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The answer of a function that runs on the cluster, with a trial's resources."""
@@ -195,38 +227,58 @@ class _Search:
     # Trials ----------------------------------------------------------------------------------
 
     def _trials(self, results: "Results") -> None:
-        """Trials until the budget is spent."""
+        """Trials until the budget is spent, one round after the other."""
         saved = self.settings["options"]
         goal = Goal(saved["algorithm"], saved["sampler_seed"], saved["objective"],
                     saved["max_loss"])
-        proposals = Proposals(self.space, self.config, goal, results.records)
+        proposals = Proposals(self.space, self.config, goal, results.records, self.rounds)
         planned = [plan for plan in self.state.interrupted() if plan.kind == "search"]
         begun = [int(plan.id) for plan in [*planned, *(each.plan for each in results.records)]
                  if plan.kind == "search"]
-        numbers = iter(range(max(begun, default=-1) + 1, 1_000_000))
+        self.number = max(begun, default=-1) + 1
         budget, least = parse_budget(saved["budget"]), len(self.space.grid_points())
 
         def more() -> TrialPlan | None:
-            number = next(numbers)
-            if number >= least and not self._may_begin(budget, number, results):
+            spent = self._spent(budget, self.number, results)
+            if self.rounds.over(self.number, spent) or (self.number >= least and spent >= 1):
                 return None
-            return proposals.propose(number)
+            self.number += 1
+            return proposals.propose(self.number - 1)
 
         def ended(record: TrialRecord) -> None:
             proposals.learn(record)
             results.add(record)
 
-        asha = AshaByDepth(len(self.experiences), results.records) if (
-            saved["early_stopping"] == "asha") else None
-        self._run(TrialSource(self.state, planned, more, ended, results.seconds), asha)
+        while True:
+            asha = AshaByDepth(len(self.experiences), results.records) if (
+                saved["early_stopping"] == "asha") else None
+            self._run(TrialSource(self.state, planned, more, ended, results.seconds), asha)
+            planned, spent = [], self._spent(budget, self.number, results)
+            best = results.best_depth()
+            if spent >= 1 or best is None or not self.rounds.over(self.number, spent):
+                return
+            self._next_round(best)
 
-    def _may_begin(self, budget: Budget, number: int, results: "Results") -> bool:
-        """Whether another trial is within the budget, the final runs still to come included."""
+    def _spent(self, budget: Budget, number: int, results: "Results") -> float:
+        """The share of the budget for trials that is used before trial `number`; from 1 no other
+        trial begins. The final runs still to come keep their part of it.
+        """
         if budget.trials is not None:
-            return number < budget.trials
+            return number / budget.trials
         assert budget.seconds is not None
         finals = results.final_seconds(self.settings["options"]["seeds"]) / self.packing.at_once
-        return results.seconds() + min(finals, FINAL_SHARE * budget.seconds) < budget.seconds
+        return results.seconds() / (budget.seconds - min(finals, FINAL_SHARE * budget.seconds))
+
+    def _next_round(self, best: int) -> None:
+        """Adds the round that follows, with the features of its depths."""
+        before = set(self.rounds.depths)
+        add_round(self.state, self.rounds, self.number, best)
+        new = sorted(set(self.rounds.depths) - before)
+        if new:
+            names = " and ".join(f"{depth} ({self.depths.freezing(depth)})" for depth in new)
+            self.log(f"depth {best} is the best so far; around it, depth {names} is tried")
+            self.bench = self._bench(self.experiences)
+            self.packing = self._pack()
 
     def _finals(self, results: "Results") -> None:
         """The best trial of each depth under new seeds, and separate heads beside it."""
