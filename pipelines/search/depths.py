@@ -46,6 +46,8 @@ class Depths:
 
         Raises: InputError for a depth that the network does not have.
         """
+        if isinstance(depth, float) and depth.is_integer():  # the ends of a stored range
+            depth = int(depth)
         return depth_number(depth if isinstance(depth, int) else str(depth), self.blocks,
                             self.network)
 
