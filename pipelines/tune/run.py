@@ -275,8 +275,9 @@ class _Search:
         add_round(self.state, self.rounds, self.number, best)
         new = sorted(set(self.rounds.depths) - before)
         if new:
-            names = " and ".join(f"{depth} ({self.depths.freezing(depth)})" for depth in new)
-            self.log(f"depth {best} is the best so far; around it, depth {names} is tried")
+            names = ", ".join(f"depth {depth} (freezing {self.depths.freezing(depth)})"
+                              for depth in new)
+            self.log(f"depth {best} is the best so far; next, around it: {names}")
             self.bench = self._bench(self.experiences)
             self.packing = self._pack()
 
