@@ -84,7 +84,7 @@ def test_on_a_real_disk_that_fills_nothing_half_written_is_found(tmp_path):
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mounted, script], capture_output=True,
                           text=True, check=False)
     if "unshare" in done.stderr or "mount" in done.stderr:
-        pytest.skip(f"no CUDA device, and no namespace either: {done.stderr.strip()}")
+        pytest.skip(f"no namespace with a file system of its own: {done.stderr.strip()}")
     first, second = done.stdout.splitlines()
     assert first.endswith(" True"), done
     assert 1 <= int(first.split()[0]) <= 4
