@@ -72,8 +72,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """In continuous integration (CI=true) a skip is a failure, unless a GPU is what is missing, or a
-    right of the machine's that no installation gives (`CI_SKIPS`).
+    """In continuous integration (CI=true) a skip is a failure, unless its reason is in `CI_SKIPS`:
+    a GPU is missing, or a right that no installation gives.
     """
     report = yield
     if report.skipped and os.environ.get("CI") == "true" and isinstance(report.longrepr, tuple):
