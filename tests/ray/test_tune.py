@@ -131,6 +131,27 @@ def test_a_forecast_alone_runs_no_trial(folder, command, tmp_path):
     assert not (folder / "store" / "searches" / "other" / "trials").exists()
 
 
+def test_depths_around_the_best_block_are_added(folder, command, tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text("defaults: false\nbackbone.freeze_depth: {refine: [layer4.0]}\n")
+    code, out, err = command(
+        "tune", *STREAM, "--backbone", "partialhn:slim_resnet18", "--epochs", "1", "--budget",
+        "3-trials", "--seeds", "1", "--name", "blocks", "--algorithm", "random", "--space", space,
+        "--storage", folder / "store", "--output", tmp_path / "advice")
+    assert code == 0, err
+    assert "freeze depths 8, then depths around the best of them" in out
+    assert ("depth 8 is the best so far; next, around it: depth 4 (freezing through layer2.0), "
+            "depth 9 (freezing everything but the classifier)") in out
+    state = SearchState(open_storage(str(folder / "store")), "blocks")
+    depths = {each.plan.id: each.plan.depth for each in state.records()}
+    assert [depths[trial] for trial in ("0000", "0001", "0002")] == [8, 4, 9]
+    advice = json.loads((tmp_path / "advice" / "advice.json").read_text())
+    assert [each["freeze"] for each in advice["depths"]] == [
+        "through layer2.0", "through layer4.0", "everything but the classifier"]
+    assert all(each["separate_heads"] and each["ridge"] for each in advice["depths"])
+    assert [each["depth"] for each in advice["forecast"]["stages"]] == [4, 8, 9]
+
+
 @pytest.mark.parametrize(("options", "parts"), [
     (("--cpus-per-trial", "64"), ["a trial needs 64 CPU", "node 1: 2 CPU"]),
     (("--gpus-per-trial", "1"), ["1 GPU", "no node has that"]),
