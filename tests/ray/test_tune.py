@@ -131,6 +131,7 @@ def test_a_forecast_alone_runs_no_trial(folder, command, tmp_path):
     assert not (folder / "store" / "searches" / "other" / "trials").exists()
 
 
+@pytest.mark.slow
 def test_depths_around_the_best_block_are_added(folder, command, tmp_path):
     space = tmp_path / "space.yaml"
     space.write_text("defaults: false\nbackbone.freeze_depth: {refine: [layer4.0]}\n")
