@@ -19,7 +19,7 @@ class Backbones:
     that the hypernetwork generates for each task.
     """
 
-    name: Annotated[str | None, tyro.conf.Positional] = None
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="STR")] = None
     """A backbone, or a pattern of names."""
     input_size: int | None = None
     """Side of the square images, in pixels; default: the size that timm's weights were trained

@@ -386,7 +386,7 @@ def test_predict_an_image_folder(stream, tmp_path, monkeypatch):
 @pytest.mark.parametrize("packed", [True, False])
 def test_predict_parquet_over_several_batches(stream, tmp_path, monkeypatch, packed):
     monkeypatch.setattr("pipelines.label_images.BATCH", 4)
-    monkeypatch.setattr("pipelines.label_images.READ_BYTES", 1)
+    monkeypatch.setattr("partialhn.data.image_table.READ_BYTES", 1)
     images = [photo(number) for number in range(10)]
     column = [{"bytes": image, "path": "x"} for image in images] if packed else images
     pq.write_table(pa.table({"image": column}), tmp_path / "in.parquet", row_group_size=3)
