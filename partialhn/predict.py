@@ -176,7 +176,8 @@ class Predictor:
         slot_of_row = dict(enumerate(index_B.tolist()))
         for slot in sorted({slot_of_row[row] for row in slot_of_row.keys() - p_by_row.keys()}):
             rows = [row for row in slot_of_row if slot_of_row[row] == slot and row not in p_by_row]
-            logits_RK = self.model.strategy.head(z_BCHW[rows], self.head_weights(slot))
+            z_RCHW = z_BCHW[torch.tensor(rows, device=z_BCHW.device)]
+            logits_RK = self.model.strategy.head(z_RCHW, self.head_weights(slot))
             p_by_row |= zip(rows, logits_RK.softmax(1).cpu().double(), strict=True)
         return [self._answer(slot, bool(known_B[row]), p_by_row[row])
                 for row, slot in slot_of_row.items()]

@@ -274,12 +274,15 @@ class _Features:
                      else torch.float32)
         """The stored number type, where no job needs another one or a scale over the shard."""
         self.seconds = 0.0
-        self._z_NVCHW = torch.empty(rows, ours[0].recipe.views, *ours[0].shape_CHW,
-                                    dtype=self.kind)
+        self._shape = (rows, ours[0].recipe.views, *ours[0].shape_CHW)
+        self._z_NVCHW: Tensor | None = None
+        """None until the first piece comes: shards are decoded ahead of the trunk."""
         self._used = [0] * ours[0].recipe.views
 
     def add(self, view: int, z_BCHW: Tensor, seconds: float) -> None:
         """Takes one view of the next piece; seconds are those from its images on."""
+        if self._z_NVCHW is None:
+            self._z_NVCHW = torch.empty(self._shape, dtype=self.kind)
         used = self._used[view] + len(z_BCHW)
         self._z_NVCHW[self._used[view]:used, view] = z_BCHW
         self._used[view] = used
@@ -287,6 +290,8 @@ class _Features:
 
     def whole(self) -> Tensor:
         """z_NVCHW of all pieces."""
+        if self._z_NVCHW is None:  # a shard without a row
+            return torch.empty(0, *self._shape[1:], dtype=self.kind)
         return self._z_NVCHW[:self._used[0]]
 
 

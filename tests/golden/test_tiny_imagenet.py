@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from partialhn.config import Config
+from partialhn.naming import named_sections
 from partialhn.presets import PRESETS
 from pipelines.settings import OutputConfig
 
@@ -19,7 +20,7 @@ def test_the_recorded_result_keeps_what_the_preset_promises():
     assert RECORDED["forgetting"] <= 0.01
     assert RECORDED["acc"] >= RECORDED["bounds"]["separate_heads"]["acc"] - 0.02
     assert RECORDED["bounds"]["naive"]["forgetting"] > 0.1
-    assert RECORDED["hypernet"] == PRESETS[NAME].to_dict()["hypernet"]
+    assert RECORDED["hypernet"] == named_sections(PRESETS[NAME])["hypernet"]
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pyarrow.fs import LocalFileSystem
 from partialhn.checkpoints import checkpoint
 from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import BackboneConfig
+from partialhn.detector.detector import Detector
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
@@ -22,7 +23,7 @@ from partialhn.networks.tensors import hash_tensors
 from partialhn.predict import Predictor
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
-from partialhn.task_inference import AUTO, TaskInference
+from partialhn.task_inference import AUTO
 from partialhn.training import experience
 from partialhn.training.learner import Learner
 from partialhn.training.optimiser import load_optimiser, optimiser_tensors
@@ -50,7 +51,7 @@ def learner(network, with_options):
     def make(device=NAME, **sections):
         config = with_options(**sections)
         return Learner(cut_network(config, network).strategy(config), config.train, device,
-                       inference=TaskInference())
+                       inference=Detector(40, 0.05))
     return make
 
 
