@@ -18,7 +18,7 @@ import yaml
 
 from partialhn.errors import InputError
 from partialhn.naming import digest, named_sections
-from partialhn.networks.table import BACKBONES
+from partialhn.networks.table import BACKBONES, cut_at_every_block
 from partialhn.plugins import Table
 from partialhn.strategies.table import TABLE as STRATEGIES
 from partialhn.strategies.table import needs_every_task
@@ -179,7 +179,7 @@ class BackboneConfig:
         depth = self.freeze_depth
         if isinstance(depth, str) and depth.isdecimal():
             depth = int(depth)
-        if depth == "auto" and ":" not in self.backbone:
+        if depth == "auto" and not cut_at_every_block(self.backbone):
             depth = STAGE_DEPTH
         object.__setattr__(self, "freeze_depth", depth)  # a frozen dataclass allows no other way
         _require(not isinstance(depth, int) or depth >= 0, "freeze_depth", depth,
@@ -422,7 +422,8 @@ class Config(Sections):
     def __post_init__(self) -> None:
         """Decides what is "auto" in one section and depends on another."""
         if self.hypernet.starts_from == "auto":
-            elsewhere = self.backbone.trunk != "train" and ":" in self.backbone.backbone
+            elsewhere = (self.backbone.trunk != "train"
+                         and cut_at_every_block(self.backbone.backbone))
             object.__setattr__(self, "hypernet", dataclasses.replace(
                 self.hypernet, starts_from="network" if elsewhere else "first"))
 

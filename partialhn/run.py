@@ -73,8 +73,7 @@ def cut_network(config: Config, network: Network) -> TrunkAndHead:
     images_BCHW = torch.zeros(1, 3, size, size, dtype=torch.uint8)
     z_BCHW = cut.trunk(images_BCHW)
     below = multiply_adds(cut.trunk, images_BCHW)
-    z = z_BCHW if not config.backbone.freeze_depth else from_map(z_BCHW, cut.layout)
-    above = multiply_adds(cut.stages, z) + cut.width * 2
+    above = multiply_adds(cut.stages, from_map(z_BCHW, cut.feature_layout)) + cut.width * 2
     hypernet = config.hypernet
     return TrunkAndHead(
         cut.trunk, Head(cut, hypernet.norm, hypernet.norm_groups, config.train.precision,

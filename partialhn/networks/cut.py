@@ -5,14 +5,14 @@ Legend: B batch, C channels, H W spatial, F features before the classifier.
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from partialhn.errors import InputError
-from partialhn.networks.backbone import Layout, Network, from_map, pooled, to_map
-from partialhn.networks.trunk import Trunk
+from partialhn.networks.backbone import Layout, Network
+from partialhn.networks.trunk import Trunk, feature_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,34 +44,22 @@ class CutNetwork:
         whole = {id(value): name for name, value in network.body.named_parameters()}
         names = {name: whole[id(value)] for name, value in above.named_parameters()}
         copies = copy.deepcopy(list(blocks.values()))
-        return CutNetwork(Trunk(network, copies[:freeze_depth]),
+        return CutNetwork(Trunk(network, tuple(blocks), copies[:freeze_depth]),
                           nn.Sequential(*copies[freeze_depth:]), names, network.width,
                           network.backbone.layout)
 
     @property
+    def feature_layout(self) -> Layout:
+        """Order of the dimensions in which the first block above the cut takes features; pixels,
+        at depth 0, are maps in every network.
+        """
+        return self.layout if len(self.trunk.stages) else "BCHW"
+
+    @property
     def channels(self) -> int:
         """Number of channels C of the trunk's features."""
-        return self._pass(())[0][0]
-
-    def shapes(self) -> list[tuple[int, int, int]]:
-        """(C, H, W) of one image's features at the cut, and after each block above it."""
-        return self._pass(self.stages)
-
-    @torch.no_grad()
-    def _pass(self, blocks: Iterable[nn.Module]) -> list[tuple[int, int, int]]:
-        size, training = self.trunk.input_size, self.stages.training
-        self.stages.eval()
-        z_BCHW = self.trunk(torch.zeros(1, 3, size, size, dtype=torch.uint8,
-                                        device=self.trunk.mean_C.device))
-        maps = [z_BCHW]
-        z = from_map(z_BCHW, self.layout) if len(self.trunk.stages) else z_BCHW
-        for block in blocks:
-            z = block(z)
-            maps.append(to_map(z, self.layout))
-        if len(maps) > 1:
-            maps[-1] = pooled(z)[:, :, None, None]
-        self.stages.train(training)
-        return [(z_BCHW.shape[1], z_BCHW.shape[2], z_BCHW.shape[3]) for z_BCHW in maps]
+        size = self.trunk.input_size
+        return feature_shape(self.trunk, torch.empty(1, 3, size, size))[0]
 
 
 def depth_number(freeze_depth: int | str, names: Sequence[str], name: str) -> int:

@@ -4,14 +4,17 @@ Legend: B batch, C channels, H W spatial.
 """
 
 import dataclasses
+import fnmatch
 
 import torch
 from torch import nn
 
 from partialhn.errors import InputError
+from partialhn.networks import timm_models, torchvision_models
 from partialhn.networks.backbone import Network, pooled, to_map
 from partialhn.networks.cut import CutNetwork
 from partialhn.networks.head import chosen_matrices
+from partialhn.networks.table import BACKBONES
 from partialhn.networks.trunk import multiply_adds
 
 
@@ -56,7 +59,7 @@ def depths_of(network: Network, generate: str = "all") -> list[Depth]:
         z = block(z)
         maps.append(to_map(z, cut.layout))
     maps[-1] = pooled(z)[:, :, None, None]
-    names = ("pixels", *network.blocks())
+    names = ("pixels", *cut.trunk.names)
     return [Depth(depth, names[depth], (z_BCHW.shape[1], z_BCHW.shape[2], z_BCHW.shape[3]),
                   macs[depth] / max(macs[-1], 1), sum(weights[depth:]))
             for depth, z_BCHW in enumerate(maps)]
@@ -72,11 +75,6 @@ def known_backbones(pattern: str) -> list[str]:
 
     The names of timm are among them where it is installed; not each of them can be cut.
     """
-    import fnmatch
-
-    from partialhn.networks import timm_models, torchvision_models
-    from partialhn.networks.table import BACKBONES
-
     names = [*BACKBONES, "partialhn:slim_resnet18"]
     names += [f"torchvision:{name}" for name in torchvision_models.known()]
     try:

@@ -6,12 +6,23 @@ the block's weights as well.
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from partialhn.networks.backbone import Layout
+
 Blocks = dict[str, nn.Module]
 """Blocks by name, in order."""
+
+
+class Family(NamedTuple):
+    """Networks that are divided in the same way."""
+
+    blocks: Callable[[nn.Module], Blocks]
+    layout: Layout = "BCHW"
+    takes_size: bool = False
+    """Whether a network is built for one size of images."""
 
 
 def shell(body: nn.Module, children: Iterable[str], *, parameters: bool = False) -> nn.Module:

@@ -97,7 +97,7 @@ class Head(nn.Module):
     def __init__(self, cut: CutNetwork, norm: Norm, norm_groups: int,
                  precision: Precision = "float32", generate: str = "all") -> None:
         super().__init__()
-        self.width, self.precision, self._layout = cut.width, precision, cut.layout
+        self.width, self.precision, self._layout = cut.width, precision, cut.feature_layout
         self._at_pixels = not len(cut.trunk.stages)
         self._feature_channels = cut.channels
         self.matrices: tuple[GeneratedTensor, ...] = ()
@@ -227,7 +227,7 @@ class Head(nn.Module):
             tensors |= dict(zip(self._statistic_names, parts, strict=True))
         blocks = cast(nn.Module, self.__dict__["_skeleton"])
         precision = self.precision if self.training and self.matrices else "float32"
-        z = z_BCHW if self._at_pixels else from_map(z_BCHW, self._layout)
+        z = from_map(z_BCHW, self._layout)
         with autocast_to(precision, z_BCHW.device):
             z = cast(Tensor, torch.func.functional_call(blocks, tensors, (z,), strict=True))
         return pooled(z.to(weights.classifier_KF.dtype))

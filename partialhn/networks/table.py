@@ -42,9 +42,14 @@ BACKBONES = BackboneTable("backbone", "partialhn.backbones", {
 }, lambda _name, value: value)
 
 
+def cut_at_every_block(name: str) -> bool:
+    """Whether a network is cut at every block, as those with a source are, or at four stages."""
+    return ":" in name
+
+
 def cut_unit(name: str) -> str:
-    """The word for one step of a network's freeze depth: stage, or block where it has a source."""
-    return "block" if ":" in name else "stage"
+    """The word for one step of a network's freeze depth: stage or block."""
+    return "block" if cut_at_every_block(name) else "stage"
 
 
 def register_backbone(name: str, source: object) -> None:

@@ -7,16 +7,16 @@ Legend: B batch, C channels, H W spatial, N tokens, F features before the classi
 
 import difflib
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from partialhn.errors import InputError
-from partialhn.networks.backbone import Backbone, Layout
+from partialhn.networks.backbone import Backbone
 from partialhn.networks.division import (
     Blocks,
+    Family,
     Piece,
     joined,
     residual_blocks,
@@ -26,22 +26,13 @@ from partialhn.networks.division import (
 )
 
 
-class Family(NamedTuple):
-    """Networks that are divided in the same way."""
-
-    blocks: Callable[[nn.Module], Blocks]
-    layout: Layout = "BCHW"
-    takes_size: bool = False
-    """Whether a network is built for one size of images."""
-
-
 def _vit_stem(parts: Any, images_BCHW: Tensor) -> Tensor:
     z_BNC = parts.patch_drop(parts._pos_embed(parts.patch_embed(images_BCHW)))
     return cast(Tensor, parts.norm_pre(z_BNC))
 
 
-def _transformer_end(parts: Any, z_BNC: Tensor) -> Tensor:
-    return cast(Tensor, parts.forward_head(parts.norm(z_BNC), pre_logits=True))
+def _normed_end(parts: Any, z: Tensor) -> Tensor:
+    return cast(Tensor, parts.forward_head(parts.norm(z), pre_logits=True))
 
 
 STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "rope")
@@ -52,7 +43,7 @@ def _vit(body: nn.Module) -> Blocks:
     blocks: Blocks = {"stem": Piece(shell(body, STEM, parameters=True), _vit_stem)}
     for name, block in cast(nn.Module, body.blocks).named_children():
         blocks[f"blocks.{name}"] = block
-    return with_ending(blocks, Piece(shell(body, TRANSFORMER_END), _transformer_end))
+    return with_ending(blocks, Piece(shell(body, TRANSFORMER_END), _normed_end))
 
 
 def _rotary_stem(parts: Any, images_BCHW: Tensor) -> Tensor:
@@ -93,7 +84,7 @@ def _rotary(body: Any) -> Blocks:
     for index, (name, block) in enumerate(body.blocks.named_children()):
         own = rope if rope is None or not mixed else rope[index]
         blocks[f"blocks.{name}"] = block if own is None else RotaryBlock(block, own, mixed)
-    return with_ending(blocks, Piece(shell(body, TRANSFORMER_END), _transformer_end))
+    return with_ending(blocks, Piece(shell(body, TRANSFORMER_END), _normed_end))
 
 
 def _convnext_end(parts: Any, z_BCHW: Tensor) -> Tensor:
@@ -108,28 +99,25 @@ def _headless(body: nn.Module, *children: str) -> nn.Module:
     return parts
 
 
-def _convnext(body: nn.Module) -> Blocks:
-    blocks: Blocks = {"stem": cast(nn.Module, body.stem)}
-    for stage, part in cast(nn.Module, body.stages).named_children():
+def _staged(body: nn.Module, stem: str, stages: str) -> Blocks:
+    """A stem and stages of blocks; what makes a map smaller belongs to the block after it."""
+    blocks: Blocks = {"stem": cast(nn.Module, getattr(body, stem))}
+    for stage, part in cast(nn.Module, getattr(body, stages)).named_children():
         before: nn.Module | None = cast(nn.Module, part.downsample)
         for name, block in cast(nn.Module, part.blocks).named_children():
-            blocks[f"stages.{stage}.blocks.{name}"] = joined(before, block)
+            blocks[f"{stages}.{stage}.blocks.{name}"] = joined(before, block)
             before = None
-    return with_ending(blocks, Piece(_headless(body, "norm_pre"), _convnext_end))
+    return blocks
 
 
-def _swin_end(parts: Any, z_BHWC: Tensor) -> Tensor:
-    return cast(Tensor, parts.forward_head(parts.norm(z_BHWC), pre_logits=True))
+def _convnext(body: nn.Module) -> Blocks:
+    return with_ending(_staged(body, "stem", "stages"),
+                       Piece(_headless(body, "norm_pre"), _convnext_end))
 
 
 def _swin(body: nn.Module) -> Blocks:
-    blocks: Blocks = {"stem": cast(nn.Module, body.patch_embed)}
-    for layer, part in cast(nn.Module, body.layers).named_children():
-        before: nn.Module | None = cast(nn.Module, part.downsample)
-        for name, block in cast(nn.Module, part.blocks).named_children():
-            blocks[f"layers.{layer}.blocks.{name}"] = joined(before, block)
-            before = None
-    return with_ending(blocks, Piece(_headless(body, "norm"), _swin_end))
+    return with_ending(_staged(body, "patch_embed", "layers"),
+                       Piece(_headless(body, "norm"), _normed_end))
 
 
 def _pooled_end(parts: Any, z_BCHW: Tensor) -> Tensor:

@@ -5,16 +5,16 @@ Legend: B batch, C channels, H W spatial, N tokens, F features before the classi
 
 import difflib
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from partialhn.errors import InputError
-from partialhn.networks.backbone import Backbone, Layout
+from partialhn.networks.backbone import Backbone
 from partialhn.networks.division import (
     Blocks,
+    Family,
     Piece,
     joined,
     residual_blocks,
@@ -22,16 +22,6 @@ from partialhn.networks.division import (
     with_ending,
     without_chance,
 )
-
-
-class Family(NamedTuple):
-    """Networks that are divided in the same way."""
-
-    blocks: Callable[[nn.Module], Blocks]
-    classifier: str
-    layout: Layout = "BCHW"
-    takes_size: bool = False
-    """Whether a network is built for one size of images."""
 
 
 def _feature_blocks(features: nn.Sequential) -> Blocks:
@@ -96,17 +86,17 @@ def _vit(body: nn.Module) -> Blocks:
 
 
 FAMILIES = {
-    "resnet": Family(residual_blocks, "fc"),
-    "resnext": Family(residual_blocks, "fc"),
-    "wide_resnet": Family(residual_blocks, "fc"),
-    "convnext": Family(_convolutional, "classifier.2"),
-    "efficientnet": Family(_convolutional, "classifier.1"),
-    "mobilenet_v2": Family(_convolutional, "classifier.1"),
-    "mobilenet_v3": Family(_convolutional, "classifier.3"),
-    "swin": Family(_swin, "head", "BHWC"),
-    "vit": Family(_vit, "heads.head", "BNC", takes_size=True),
+    "resnet": (Family(residual_blocks), "fc"),
+    "resnext": (Family(residual_blocks), "fc"),
+    "wide_resnet": (Family(residual_blocks), "fc"),
+    "convnext": (Family(_convolutional), "classifier.2"),
+    "efficientnet": (Family(_convolutional), "classifier.1"),
+    "mobilenet_v2": (Family(_convolutional), "classifier.1"),
+    "mobilenet_v3": (Family(_convolutional), "classifier.3"),
+    "swin": (Family(_swin, "BHWC"), "head"),
+    "vit": (Family(_vit, "BNC", takes_size=True), "heads.head"),
 }
-"""How the networks whose names begin so are divided."""
+"""How the networks whose names begin so are divided, and the attribute of their classifier."""
 
 
 def known() -> list[str]:
@@ -118,16 +108,17 @@ def known() -> list[str]:
 
 def find(name: str) -> Backbone:
     """The backbone torchvision:NAME. Raises: InputError for a name that cannot be cut."""
-    family = _family(name)
-    if family is None or name not in known():
+    line = _family(name)
+    if line is None or name not in known():
         near = difflib.get_close_matches(name, known(), 3) or known()[:3]
         raise InputError(f"backbone is 'torchvision:{name}'; allowed: a classifier of torchvision "
                          f"of the families {', '.join(FAMILIES)}, such as {', '.join(near)}")
-    return Backbone(functools.partial(_build, name, family.takes_size), family.blocks,
-                    family.classifier, family.layout)
+    family, classifier = line
+    return Backbone(functools.partial(_build, name, family.takes_size), family.blocks, classifier,
+                    family.layout)
 
 
-def _family(name: str) -> Family | None:
+def _family(name: str) -> tuple[Family, str] | None:
     prefixes = [prefix for prefix in FAMILIES if name.startswith(prefix)]
     return FAMILIES[max(prefixes, key=len)] if prefixes else None
 

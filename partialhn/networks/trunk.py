@@ -26,14 +26,16 @@ class Trunk(nn.Module):
 
     Args:
         network: the network that is cut; its normalisation of pixels is copied.
+        names: names of all its blocks, in order.
         stages: copies of its first blocks, which the trunk takes over and freezes.
     """
 
-    def __init__(self, network: Network, stages: Sequence[nn.Module]) -> None:
+    def __init__(self, network: Network, names: tuple[str, ...],
+                 stages: Sequence[nn.Module]) -> None:
         super().__init__()
         self.name, self.freeze_depth = network.name, len(stages)
         self.input_size, self.layout = network.input_size, network.backbone.layout
-        self.names = tuple(network.blocks())
+        self.names = names
         """Names of all blocks of the whole network, in order."""
         self.pixels = network.pixels
         """How an image becomes the square that the trunk takes; mean and std are the buffers."""

@@ -39,7 +39,7 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
     options = settings["options"]
     depths = find_depths(Config.from_dict(settings["config"]))
     ways = _ways(settings, results, options, depths)
-    cost = costs(settings, results)
+    cost = _costs(results, ways)
     accuracy = {each.depth: each.accuracy.mean for each in results}
     margin = noise(results)
     depth = choose(accuracy, cost, goal.objective, goal.max_loss, margin)
@@ -69,7 +69,12 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
 def costs(settings: Mapping[str, Any], results: Sequence[DepthResult]) -> dict[int, float]:
     """The cost of each depth: money a year where prices were given, otherwise seconds."""
     depths = find_depths(Config.from_dict(settings["config"]))
-    ways = _ways(settings, results, settings["options"], depths)
+    return _costs(results, _ways(settings, results, settings["options"], depths))
+
+
+def _costs(results: Sequence[DepthResult],
+           ways: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    """As `costs`, given the year's costs that `_ways` found."""
     return {each.depth: max(ways[each.depth]["a_year"] if ways else each.seconds, 1e-9)
             for each in results}
 

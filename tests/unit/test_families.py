@@ -104,7 +104,7 @@ def test_trunk_and_head_are_the_network_at_every_block(network):
         for features, logits_BK in zip(outputs, wanted, strict=True):
             found, scale = head(features[depth], weights), logits_BK.abs().max()
             torch.testing.assert_close(found / scale, logits_BK / scale, rtol=1e-5, atol=1e-5)
-        shape = cut.shapes()[0]
+        shape = feature_shape(cut.trunk, batches[0])
         assert tuple(outputs[0][depth].shape[1:]) == shape == (cut.channels, *shape[1:])
 
 
