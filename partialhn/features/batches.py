@@ -9,7 +9,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 
 from partialhn.errors import InputError
 from partialhn.features.feature_set import FeatureSet
+
+RESIDENT_BYTES = 4 << 30
+"""Features or images up to this many bytes are held in the device's memory. Batches of larger ones
+are read on the host while the step before is computed."""
 
 
 class FeatureBatch(NamedTuple):
@@ -140,53 +144,70 @@ class MappedBatches(Batches):
         return next(self._batches)
 
 
-class ResidentBatches(Batches):
-    """Batches of features that lie in one tensor on the device; a counter there selects the next.
+class StepRows:
+    """Tensors with a row for each step of an epoch, on a device; a counter there selects the next.
 
-    Reading a batch therefore runs the same operations on the same memory at every step and never
+    Reading a row therefore runs the same operations on the same memory at every step and never
     waits for the host, as a recorded step needs (`partialhn.training.steps`).
     """
+
+    def __init__(self, device: torch.device) -> None:
+        self._rows: tuple[Tensor, ...] = ()
+        self._step_1 = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def begin(self, rows: Sequence[Tensor]) -> None:
+        """Copies an epoch's rows to the device, into the memory of the epoch before."""
+        if self._rows:
+            for mine, theirs in zip(self._rows, rows, strict=True):
+                mine.copy_(theirs)
+        else:
+            self._rows = tuple(tensor.to(self._step_1.device) for tensor in rows)
+        self._step_1.zero_()
+
+    def next(self) -> list[Tensor]:
+        """The next row of each tensor."""
+        assert self._rows, "begin comes first"
+        # index_select with the counter on the device: rows[step] would need the step on the host
+        row = [tensor.index_select(0, self._step_1)[0] for tensor in self._rows]
+        self._step_1 += 1
+        return row
+
+
+class ResidentBatches(Batches):
+    """Batches of features that lie in one tensor on the device, selected there (`StepRows`)."""
 
     def __init__(self, features: FeatureSet, batch_size: int, workers: Workers,
                  passes: int = 1) -> None:
         super().__init__(features, batch_size, workers, passes)
-        self._order: Order | None = None
-        self._step_1 = torch.zeros(1, dtype=torch.int64, device=features.y_N.device)
+        self._rows = StepRows(features.y_N.device)
+        self._loss_scale = 1.0
         self._seed: tuple[int, ...] = ()
         self._batches_read = 0
 
     def begin(self, seed: Sequence[int]) -> None:
-        """Copies the epoch's order to the device, into the memory of the epoch before."""
         order = epoch_order(self._features, self._batch_size, seed, self._workers, self._passes)
-        if self._order is None:
-            device = self._step_1.device
-            self._order = order._replace(rows_EB=order.rows_EB.to(device),
-                                         views_EB=order.views_EB.to(device))
-        else:
-            self._order.rows_EB.copy_(order.rows_EB)
-            self._order.views_EB.copy_(order.views_EB)
-        self._step_1.zero_()
+        self._rows.begin(order[:2])
+        self._loss_scale = order.loss_scale
         self._seed, self._batches_read = tuple(seed), 0
 
     def __call__(self) -> FeatureBatch:
-        assert self._order is not None, "begin comes first"
-        # index_select with the counter on the device: x_EB[step] would need the step on the host
-        rows_B, views_B = (x_EB.index_select(0, self._step_1)[0] for x_EB in self._order[:2])
-        self._step_1 += 1
+        rows_B, views_B = self._rows.next()
         seed = (*self._seed, self._batches_read)
         self._batches_read += 1
         return FeatureBatch(self._features.gather(rows_B, views_B),
-                            self._features.y_N.index_select(0, rows_B),
-                            self._order.loss_scale, seed)
+                            self._features.y_N.index_select(0, rows_B), self._loss_scale, seed)
 
 
-def prefetched(batches: Iterator[FeatureBatch], device: torch.device,
-               ahead: int = 2) -> Iterator[FeatureBatch]:
+AnyBatch = TypeVar("AnyBatch", bound=tuple[Any, ...])
+
+
+def prefetched(batches: Iterator[AnyBatch], device: torch.device,
+               ahead: int = 2) -> Iterator[AnyBatch]:
     """The same batches on the device, read by a thread at most `ahead` batches before their use."""
-    waiting: queue.Queue[FeatureBatch | BaseException | None] = queue.Queue(ahead)
+    waiting: queue.Queue[AnyBatch | BaseException | None] = queue.Queue(ahead)
     stop = threading.Event()
 
-    def put(item: FeatureBatch | BaseException | None) -> None:
+    def put(item: AnyBatch | BaseException | None) -> None:
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
                 waiting.put(item, timeout=0.1)
@@ -195,7 +216,7 @@ def prefetched(batches: Iterator[FeatureBatch], device: torch.device,
     def read() -> None:
         try:
             for batch in batches:
-                put(batch._replace(z_BCHW=batch.z_BCHW.to(device), y_B=batch.y_B.to(device)))
+                put(on_device(batch, device))
                 if stop.is_set():
                     return
             put(None)
@@ -212,3 +233,9 @@ def prefetched(batches: Iterator[FeatureBatch], device: torch.device,
     finally:
         stop.set()
         thread.join()
+
+
+def on_device(batch: AnyBatch, device: torch.device) -> AnyBatch:
+    """A named tuple whose tensors lie on the device."""
+    return type(batch)(*(value.to(device) if isinstance(value, Tensor) else value
+                         for value in batch))

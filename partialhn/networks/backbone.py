@@ -8,7 +8,7 @@ Legend: B batch, C channels, H W spatial, N tokens, F features before the classi
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, cast
 
 import torch
@@ -128,8 +128,12 @@ class Network(nn.Module):
         return without_classifier(self.name, self.state_dict())
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.through(self.blocks().values(), images_BCHW)
+
+    def through(self, blocks: Iterable[nn.Module], images_BCHW: Tensor) -> Tensor:
+        """logits_BK as `forward` gives them; blocks: those of `blocks()`, divided once."""
         z = self.normalise(images_BCHW)
-        for block in self.blocks().values():
+        for block in blocks:
             z = block(z)
         return cast(Tensor, self.classifier(pooled(z)))
 

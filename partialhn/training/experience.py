@@ -20,7 +20,7 @@ from torch import Tensor
 
 from partialhn.config import TrainConfig
 from partialhn.errors import InputError
-from partialhn.features.batches import MappedBatches, ResidentBatches, Workers
+from partialhn.features.batches import RESIDENT_BYTES, MappedBatches, ResidentBatches, Workers
 from partialhn.features.closed_form import accuracy
 from partialhn.features.feature_set import FeatureSet
 from partialhn.strategies import Strategy
@@ -29,10 +29,6 @@ from partialhn.training.choice import can_choose, cells, few_images, is_chosen, 
 from partialhn.training.optimiser import learning_rates
 from partialhn.training.records import EpochRecord
 from partialhn.training.steps import Objective, StepRecorder, Steps
-
-RESIDENT_BYTES = 4 << 30
-"""A task's features up to this many bytes are held in the device's memory. Batches of larger ones
-are read from the mapped shards while the step before is computed."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,28 +1,27 @@
 """The network from which the trunk is cut: trained on the first task, or supplied by the user.
 
 A trained network is stored under a key that everything about its training determines. So the same
-training is never repeated, and an interrupted one is resumed after its last finished epoch.
+training is never repeated, and an interrupted one is resumed after the last epoch that was kept.
 
     <root>/trunks/<key>/          the finished network
-    <root>/trunks/<key>.partial/  its state after the last finished epoch
+    <root>/trunks/<key>.partial/  its state after the last kept epoch
 
 Legend: N images, B batch, C channels, H W spatial, K classes.
 """
 
+import contextlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pyarrow.fs as pafs
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints.keeper import StateKeeper
 from partialhn.config import Augment, BackboneConfig, Config
-from partialhn.data.augment import augment, warp
 from partialhn.data.decode import decode, decode_to_file
 from partialhn.data.experience import Experience
 from partialhn.data.image_table import ImageTable
@@ -33,17 +32,18 @@ from partialhn.networks.backbone import (
     build_network,
     classifier_prefix,
 )
-from partialhn.networks.precision import autocast_to
 from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import tensors_below
 from partialhn.training.budget import BestState, held_out_loss, trunk_budget
 from partialhn.training.choice import FEW
+from partialhn.training.image_batches import Classification, ImageBatches, Labelled
 from partialhn.training.optimiser import (
     load_optimiser,
     optimiser_tensors,
     rate_factors,
 )
 from partialhn.training.records import EpochRecord
+from partialhn.training.steps import StepRecorder, Steps, recorder_for
 
 SMALL = 64
 """Largest input size, in pixels, at which the first task's images are held in memory."""
@@ -58,84 +58,63 @@ BATCH = 256
 """Held-out images that pass the network together."""
 
 
-class Labelled(NamedTuple):
-    """Images with their labels: uint8 images_NCHW, int64 y_N."""
-
-    images_NCHW: Tensor
-    y_N: Tensor
-
-
 def network_optimiser(network: Network, config: BackboneConfig) -> torch.optim.Optimizer:
-    """AdamW over all parameters of the network."""
-    return torch.optim.AdamW([{"params": list(network.parameters()),
+    """AdamW over all parameters of the network; its learning rate is a tensor."""
+    device = network.mean_C.device
+    rate = torch.tensor(config.trunk_learning_rate, dtype=_rate_type(device), device=device)
+    return torch.optim.AdamW([{"params": list(network.parameters()), "lr": rate,
                                "peak": config.trunk_learning_rate}], fused=True,
-                             weight_decay=TRUNK_WEIGHT_DECAY)
+                             capturable=device.type == "cuda", weight_decay=TRUNK_WEIGHT_DECAY)
+
+
+def _rate_type(device: torch.device) -> torch.dtype:
+    """The number type of learning rates: CUDA's AdamW takes float32 alone. A CPU calculates with
+    float64, and trunks that were trained there before keep their bits.
+    """
+    return torch.float32 if device.type == "cuda" else torch.float64
 
 
 def train_network(network: Network, images: Labelled, config: BackboneConfig, kind: Augment,
                   optimiser: torch.optim.Optimizer, *, held_out: Labelled | None = None,
-                  epochs_done: int = 0, best: BestState | None = None) -> Iterator[EpochRecord]:
+                  epochs_done: int = 0, best: BestState | None = None,
+                  recorder: StepRecorder | None = None) -> Iterator[EpochRecord]:
     """Trains the whole network on the first task's images; its first stages become the trunk.
 
     Each pass augments anew; the learning rate follows a cosine. `optimiser` is
     `network_optimiser(network, config)`. Yields a record per epoch. Where passes are not given,
     training stops by the loss on `held_out`, and the network ends in its best state. best: the
-    best state of the epochs done.
+    best state of the epochs done. recorder: records one step and replays it, if the images fit on
+    the network's device.
     """
-    best = best or BestState()
+    best, device = best or BestState(), network.mean_C.device
     few = config.trunk_epochs is None and _count(images, held_out) < FEW_TO_WARP * _classes(images)
     budget = trunk_budget(config, len(images.y_N), len(held_out.y_N) if held_out else 0)
-    steps = len(images.y_N) // min(config.trunk_batch_size, len(images.y_N)) * budget.passes
-    rates = rate_factors("cosine", steps * budget.epochs)
+    batches = ImageBatches(images, config.trunk_batch_size, kind, config.trunk_seed, device,
+                           passes=budget.passes, warped=few)
+    factor_S = torch.tensor(rate_factors("cosine", batches.steps * budget.epochs),
+                            dtype=torch.float64)[batches.steps * epochs_done:]
+    rates_SG = (factor_S * config.trunk_learning_rate)[:, None].to(_rate_type(device))
+    steps = Steps(Classification(network, config.trunk_precision, TRUNK_LABEL_SMOOTHING),
+                  optimiser, rates_SG.to(device), recorder if batches.resident else None)
     for epoch in range(epochs_done + 1, budget.epochs + 1):
         if budget.patience is not None and budget.is_over(best.losses):
             break
         start = time.perf_counter()
-        totals_2 = torch.zeros(2, device=network.mean_C.device)
-        for number in range(budget.passes):
-            done = (epoch - 1) * budget.passes + number
-            first = done * steps // budget.passes
-            totals_2 += _one_pass(network, images, config, kind, optimiser, done + 1,
-                                  rates[first:], warped=few and kind != "none")
-        loss, accuracy = (totals_2 / steps).tolist()
+        network.train()
+        terms_3 = steps.terms_3.zero_()
+        batches.begin(epoch)
+        for _ in range(batches.steps):
+            steps.run_next(batches)
+        loss, _, correct = (terms_3 / batches.steps).tolist()
         seconds, held_loss, held_accuracy = time.perf_counter() - start, None, None
         if budget.patience is not None and held_out is not None:
             held_loss, held_accuracy = _measure(network, held_out)
             best.add(held_loss, network.state_dict())
-        yield EpochRecord("trunk", -1, epoch, budget.epochs, loss, loss, 0.0, accuracy,
-                          held_accuracy, seconds, held_loss, budget.passes)
+        yield EpochRecord("trunk", -1, epoch, budget.epochs, loss, loss, 0.0,
+                          correct / batches.batch, held_accuracy, seconds, held_loss,
+                          budget.passes)
     if best.tensors:
         network.load_state_dict(best.tensors)
-
-
-def _one_pass(network: Network, images: Labelled, config: BackboneConfig, kind: Augment,
-              optimiser: torch.optim.Optimizer, number: int, rates: Sequence[float], *,
-              warped: bool) -> Tensor:
-    """One pass over the images, number 1, 2, ..., with the rates of its steps; returns the sums of
-    loss and accuracy over the steps.
-    """
-    device, count = network.mean_C.device, len(images.y_N)
-    size = min(config.trunk_batch_size, count)
-    network.train()
-    order_N = np.random.default_rng([config.trunk_seed, number]).permutation(count)
-    totals_2 = torch.zeros(2, device=device)
-    for step in range(count // size):
-        for group in optimiser.param_groups:
-            group["lr"] = group["peak"] * rates[step]
-        rows_B = order_N[step * size:(step + 1) * size]
-        images_BCHW = augment(images.images_NCHW[rows_B].to(device), rows_B, count, number, kind,
-                              config.trunk_seed)
-        if warped:
-            images_BCHW = warp(images_BCHW, rows_B, count, number, config.trunk_seed)
-        y_B = images.y_N[rows_B].to(device)
-        with autocast_to(config.trunk_precision, device):
-            logits_BK = network(images_BCHW).float()
-        loss = nn.functional.cross_entropy(logits_BK, y_B, label_smoothing=TRUNK_LABEL_SMOOTHING)
-        optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        optimiser.step()
-        totals_2 += torch.stack([loss.detach(), (logits_BK.argmax(1) == y_B).float().mean()])
-    return totals_2
 
 
 @torch.no_grad()
@@ -194,6 +173,9 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
                 device: torch.device | str = "cpu") -> Iterator[EpochRecord]:
     """Trains the network on the first task and stores it; yields a record per epoch.
 
+    A thread writes its state beside the steps, at most every `KEEP_SECONDS`, and after the last
+    finished epoch where the caller stops.
+
     Raises: InputError naming an image that cannot be read.
     """
     backbone = config.backbone
@@ -220,18 +202,20 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
             load_optimiser(optimiser, network.named_parameters(), tensors)
             epochs_done = fields["epochs_done"]
             best = BestState(fields.get("losses", ()), tensors_below(tensors, "best."))
-        for record in train_network(network, images, backbone, config.features.augment, optimiser,
-                                    held_out=held_out, epochs_done=epochs_done, best=best):
-            state = {f"network.{key}": value for key, value in network.state_dict().items()}
-            state |= optimiser_tensors(optimiser, network.named_parameters())
-            state |= {f"best.{key}": value for key, value in best.tensors.items()}
-            checkpoint.save(folder, "partial network", state,
-                            {"epochs_done": record.epoch, "losses": best.losses})
-            checkpoint.upload(folder, filesystem, f"{target}.partial")
-            yield record
+        recorder = recorder_for(torch.device(device), config.compute.cuda_graphs)
+        with StateKeeper(filesystem, f"{target}.partial", "partial network") as keeper:
+            for record in train_network(network, images, backbone, config.features.augment,
+                                        optimiser, held_out=held_out, epochs_done=epochs_done,
+                                        best=best, recorder=recorder):
+                state = {f"network.{key}": value for key, value in network.state_dict().items()}
+                state |= optimiser_tensors(optimiser, network.named_parameters())
+                state |= {f"best.{key}": value for key, value in best.tensors.items()}
+                keeper.offer(state, {"epochs_done": record.epoch, "losses": list(best.losses)})
+                yield record
         checkpoint.save(folder, "network", network.state_dict(), {})
         checkpoint.upload(folder, filesystem, target)
-    filesystem.delete_dir(f"{target}.partial")
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_dir(f"{target}.partial")
 
 
 def _count(images: Labelled, held_out: Labelled | None) -> int:

@@ -1,11 +1,11 @@
-"""The optimiser's steps of one experience: executed one operation at a time, or recorded once and
-replayed.
+"""The optimiser's steps of one training, of an experience or of the trunk: executed one operation
+at a time, or recorded once and replayed.
 
 Everything that changes from step to step lies on the device: the counter that selects the batch
-(`ResidentBatches` of `partialhn.features.batches`), the one that selects the learning rate, Adam's
+(`StepRows` of `partialhn.features.batches`), the one that selects the learning rate, Adam's
 step count, and the sums that an epoch reports. So every step runs the same operations on the same
 memory. On a GPU a step of a small head consists of hundreds of short kernels, and launching them
-takes longer than running them. A CUDA graph records them once an experience and launches all with
+takes longer than running them. A CUDA graph records them once a training and launches all with
 one call. The weights that a task starts from are generated before the first step, so the number of
 earlier tasks changes neither the graph nor its cost.
 
@@ -13,7 +13,7 @@ Legend: S steps of the experience, G parameter groups, B batch, C channels, H W 
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ UNRECORDED = 3
 """Steps before the recorded one, in which libraries choose their algorithms and Adam creates its
 state."""
 Body = Callable[[], None]
+NextBatch = Callable[[], tuple[Any, ...]]
+"""A function that gives the next batch: the arguments of the objective."""
 
 
 class Objective(nn.Module):
@@ -96,11 +98,15 @@ def recorder_for(device: torch.device, cuda_graphs: bool) -> StepRecorder | None
 
 
 class Steps:
-    """Runs the optimiser's steps of one experience."""
+    """Runs the optimiser's steps of one training."""
 
     def __init__(self, objective: nn.Module, optimiser: torch.optim.Optimizer, rates_SG: Tensor,
                  recorder: StepRecorder | None = None) -> None:
-        """rates_SG: the rows of `learning_rates` from the next step on, on the device."""
+        """objective: takes a batch and gives the loss, and three terms to be summed, detached.
+
+        rates_SG: learning rates from the next step on, on the device, a column for each parameter
+        group; the optimiser's own rates are tensors there.
+        """
         self.terms_3 = torch.zeros(3, device=rates_SG.device)
         """Sums of the objective's terms_3 over steps; the caller sets them to zero."""
         self._objective, self._optimiser, self._rates_SG = objective, optimiser, rates_SG
@@ -108,7 +114,7 @@ class Steps:
         self._recorder, self._steps_run = recorder, 0
         self._replay: Body | None = None
 
-    def run_next(self, next_batch: Callable[[], FeatureBatch]) -> None:
+    def run_next(self, next_batch: NextBatch) -> None:
         """Runs one step on the result of `next_batch`.
 
         With a recorder, later steps replay the recorded one and so use its `next_batch`.
@@ -123,7 +129,7 @@ class Steps:
             self._replay()
         self._steps_run += 1
 
-    def _run(self, next_batch: Callable[[], FeatureBatch]) -> None:
+    def _run(self, next_batch: NextBatch) -> None:
         rate_G = self._rates_SG.index_select(0, self._step_1)[0]
         for rate, group in zip(rate_G, self._optimiser.param_groups, strict=True):
             group["lr"].copy_(rate)

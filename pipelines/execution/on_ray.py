@@ -106,7 +106,7 @@ class RayExecution(Execution):
                              f"as there are {needed}s")
 
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:
-        """Trains in a Ray task; if its node dies, another resumes after the last finished epoch."""
+        """Trains in a Ray task; if its node dies, another resumes after the last kept epoch."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
@@ -129,7 +129,7 @@ class RayExecution(Execution):
                 if attempt == MAX_FAILURES:
                     raise
                 self.progress.line(f"trunk: the worker died ({type(error).__name__}); another one "
-                                   "resumes after the last finished epoch")
+                                   "resumes after the last epoch that was kept")
 
     def _featurise(self) -> Run:
         workers = self.config.compute.feature_workers

@@ -23,7 +23,9 @@ from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network, build_network
 from partialhn.networks.cut import CutNetwork
 from partialhn.networks.precision import configure_torch
-from partialhn.training.pretrain import Labelled, network_optimiser, train_network
+from partialhn.training.image_batches import Labelled
+from partialhn.training.pretrain import network_optimiser, train_network
+from partialhn.training.steps import recorder_for
 from pipelines.features.in_use import InUse
 from pipelines.features.on_ray import on_ray
 from pipelines.features.produce import compute_features
@@ -138,8 +140,10 @@ def whole_network_seconds(config: Config, first: Experience, device: str,
                             input_size=config.data.input_size).to(device)
     clock = time.process_time if device == "cpu" else time.perf_counter
     start = clock()
+    recorder = recorder_for(torch.device(device), config.compute.cuda_graphs)
     for _ in train_network(network, Labelled(decoded.images_BCHW, y_N), backbone,
-                           config.features.augment, network_optimiser(network, backbone)):
+                           config.features.augment, network_optimiser(network, backbone),
+                           recorder=recorder):
         spent, start = clock() - start, clock()
     return {"seconds_per_image": spent / len(y_N),
             "bytes_per_image": sum(map(len, table.read())) / len(table)}

@@ -119,7 +119,7 @@ def prepared(features: FeatureSet, depth: int, precision: str, recorded: bool, s
     def take() -> None:
         if taken[0] and taken[0] % read.steps == 0:
             read.begin((0, 0, 1 + taken[0] // read.steps))
-        taking.take(read)
+        taking.run_next(read)
         taken[0] += 1
     return take
 

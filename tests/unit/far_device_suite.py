@@ -24,10 +24,11 @@ from partialhn.predict import Predictor
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
 from partialhn.task_inference import AUTO
-from partialhn.training import experience
+from partialhn.training import experience, image_batches
+from partialhn.training.image_batches import Labelled
 from partialhn.training.learner import Learner
 from partialhn.training.optimiser import load_optimiser, optimiser_tensors
-from partialhn.training.pretrain import Labelled, network_optimiser, train_network
+from partialhn.training.pretrain import network_optimiser, train_network
 
 FAR = runpy.run_path(str(Path(__file__).parents[1] / "far_device.py"))
 NAME = FAR["NAME"]
@@ -112,7 +113,11 @@ def test_features_that_are_larger_than_memory(learner, tasks, monkeypatch):
     assert weights_hash(made) == weights_hash(wanted)
 
 
-def test_a_trunk_is_trained_there(images):
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_trunk_is_trained_there(images, monkeypatch, resident):
+    if not resident:
+        monkeypatch.setattr(image_batches, "RESIDENT_BYTES", 0)
+
     def trained(device, stop=3):
         network = build_network("slim_resnet18", 2, 0).to(device)
         optimiser = network_optimiser(network, TRUNK)

@@ -20,9 +20,10 @@ from partialhn.run import run_stream
 from partialhn.strategies import STRATEGIES
 from partialhn.training import budget
 from partialhn.training.budget import Budget, held_out_loss, task_budget, trunk_budget
+from partialhn.training.image_batches import Labelled
 from partialhn.training.learner import Learner
 from partialhn.training.lineage import as_begun
-from partialhn.training.pretrain import Labelled, network_optimiser, train_network
+from partialhn.training.pretrain import network_optimiser, train_network
 from partialhn.training.records import EpochRecord, TaskRecord
 
 LEARNERS = runpy.run_path(str(Path(__file__).with_name("learners.py")))

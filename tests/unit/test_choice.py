@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from partialhn.checkpoints.model import Model, TaskInfo
-from partialhn.data.augment import warp
+from partialhn.data.augment import draw, vary
 from partialhn.features.closed_form import accuracy
 from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
@@ -113,6 +113,10 @@ def test_cells_are_tried_where_they_are_few_or_the_images_are(tasks):
     features = tasks[0].train  # 80 channels of 4 x 4
     assert choice._sides(features, 40) == [1, 2, 3, 4]
     assert choice._sides(features, 5000) == [1, 2]
+
+
+def warp(images_BCHW, rows_B, total, view, seed):
+    return vary(images_BCHW, draw(rows_B, total, 16, view, "none", seed, warped=True))
 
 
 def test_a_warped_image_depends_on_seed_view_and_row_alone(images):

@@ -6,12 +6,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from partialhn.config import BackboneConfig
 from partialhn.features.batches import ResidentBatches, Workers, epoch_batches
+from partialhn.networks.backbone import build_network
 from partialhn.networks.tensors import hash_tensors
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
+from partialhn.training.image_batches import Labelled
 from partialhn.training.learner import Learner
 from partialhn.training.optimiser import learning_rates, rate_factors
+from partialhn.training.pretrain import network_optimiser, train_network
 from partialhn.training.steps import UNRECORDED, Objective, Steps, recorder_for
 
 KINDS = {
@@ -138,6 +142,23 @@ def test_gone_on_with_after_an_epoch_it_is_the_same(learn, network, tasks, with_
     list(second.learn(tasks[:3]))
     assert outcome(second) == outcome(whole)
     assert tapes.recorded == 2
+
+
+@pytest.mark.parametrize("options", [{"trunk_epochs": 3}, {"trunk_min_steps": 12}])
+def test_replayed_steps_train_the_same_trunk(images, options):
+    """Augmented images, and few ones that are warped too and make several passes an epoch."""
+    config = BackboneConfig(trunk_batch_size=16, **options)
+    outcomes, tapes = [], Tapes()
+    for recorder in (None, tapes):
+        network = build_network("slim_resnet18", 2, 0)
+        records = train_network(network, Labelled(images[:40], torch.arange(40) % 2), config,
+                                "crop-flip", network_optimiser(network, config),
+                                recorder=recorder)
+        losses = [record.loss for record in records]
+        outcomes.append((losses, hash_tensors(network.state_dict())))
+    assert outcomes[0] == outcomes[1]
+    assert (tapes.prepared, tapes.recorded) == (UNRECORDED, 1)
+    assert tapes.replayed >= 2
 
 
 def moved(objective, mode):

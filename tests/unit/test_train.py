@@ -18,9 +18,10 @@ from partialhn.networks.backbone import build_network
 from partialhn.networks.tensors import hash_tensors
 from partialhn.strategies import STRATEGIES
 from partialhn.training.experience import answer, evaluate
+from partialhn.training.image_batches import Labelled
 from partialhn.training.learner import Learner
 from partialhn.training.optimiser import load_optimiser, make_optimiser, optimiser_tensors
-from partialhn.training.pretrain import Labelled, network_optimiser, train_network
+from partialhn.training.pretrain import network_optimiser, train_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.steps import Objective
 
