@@ -75,7 +75,8 @@ class DataConfig:
 
     data: str = "digits"
     """The images: a Parquet file or folder, an image folder (train/<class>/*), a directory of tasks
-    (<task>/{train,test}/...), torchvision:NAME, or digits (bundled with scikit-learn)."""
+    (<task>/{train,test}/...), hf:OWNER/NAME[:CONFIG] (a data set of the Hugging Face Hub, or the
+    folder of a clone), torchvision:NAME, or digits (bundled with scikit-learn)."""
     stream: StreamKind = "classes"
     """How one data set becomes tasks. classes: each task has classes of its own. domains: each task
     has all classes, a share of every class's images, and a corruption from task_transforms."""
@@ -107,9 +108,16 @@ class DataConfig:
     order of their labels, as in published splits of CIFAR-10."""
     stream_seed: int = 0
     """Seed of the division of classes into tasks and of the held-out shares."""
+    image_column: str | None = None
+    """Column of the images in Parquet files, or of the file names in a table metadata.csv, .jsonl
+    or .parquet beside images; default: image or img, or file_name."""
+    label_column: str | None = None
+    """Column of the labels in Parquet files, or in a table beside images; default: label, labels
+    or fine_label."""
 
     def __post_init__(self) -> None:
-        _require(bool(self.data), "data", self.data, "a path, a URI, torchvision:NAME or digits")
+        _require(bool(self.data), "data", self.data,
+                 "a path, a URI, hf:OWNER/NAME, torchvision:NAME or digits")
         _require(self.tasks is None or self.tasks >= 1, "tasks", self.tasks, "1 or more")
         _require(self.task_sizes is None or all(n >= 1 for n in self.task_sizes),
                  "task_sizes", self.task_sizes, "positive class counts")
@@ -125,6 +133,8 @@ class DataConfig:
         _require(self.max_image_pixels >= 64, "max_image_pixels", self.max_image_pixels,
                  "64 or more")
         _require(self.stream_seed >= 0, "stream_seed", self.stream_seed, "0 or more")
+        for key in ("image_column", "label_column"):
+            _require(getattr(self, key) != "", key, "", "the name of a column")
 
 
 STAGE_DEPTH = 3
@@ -459,11 +469,13 @@ class Config(Sections):
     def work_hash(self) -> str:
         """A name for the work: equal for two configurations that learn the same thing.
 
-        `compute` and the features' compression are left out, and so is `data.data`, which the
-        data's fingerprint replaces.
+        `compute` and the features' compression are left out, and so is where the data lies
+        (`data.data` and its columns), which the data's fingerprint replaces.
         """
         work = named_sections(self)
         del work["compute"], work["data"]["data"], work["features"]["compression"]
+        for column in ("image_column", "label_column"):
+            work["data"].pop(column, None)
         return digest(work, 12)
 
 

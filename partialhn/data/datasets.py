@@ -14,9 +14,11 @@ import numpy as np
 
 from partialhn.config import DataConfig
 from partialhn.data import corruptions
+from partialhn.data.columns import Columns
 from partialhn.data.experience import RESERVED, Experience, task_of
+from partialhn.data.image_set import ImageSet
 from partialhn.data.image_table import ImageTable
-from partialhn.data.layout import ImageSet, read_sets
+from partialhn.data.layout import read_sets
 from partialhn.data.splits import (
     cut_classes,
     cut_domains,
@@ -45,9 +47,7 @@ def open_stream(config: DataConfig, cache_dir: Path, filesystem: Any = None) -> 
     """
     if config.stream_seed < 0:
         raise InputError(f"stream_seed is {config.stream_seed}; allowed: 0 or more")
-    folder = converted_folder(config.data, cache_dir)
-    sets = (read_sets(config.data, config.classes, filesystem) if folder is None
-            else read_sets(str(folder), config.classes))
+    sets = _read(config, cache_dir, filesystem)
     sets = (_with_held_out(sets, config) if isinstance(sets, ImageSet)
             else {name: _with_held_out(images, config) for name, images in sets.items()})
     if isinstance(sets, ImageSet):
@@ -68,6 +68,26 @@ def open_stream(config: DataConfig, cache_dir: Path, filesystem: Any = None) -> 
         corruptions.parse(transform)
     return [_experience(name, images, transform)
             for (name, images), transform in zip(sets.items(), transforms, strict=True)]
+
+
+def columns_of(config: DataConfig) -> Columns:
+    """The columns that the options name."""
+    return Columns(config.image_column, config.label_column)
+
+
+def _read(config: DataConfig, cache_dir: Path,
+          filesystem: Any) -> ImageSet | dict[str, ImageSet]:
+    """What lies at `config.data`; one task alone is a data set where the options say how to cut it.
+    """
+    folder = converted_folder(config.data, cache_dir)
+    data, chosen = (config.data, None) if folder is None else (str(folder.path), folder.chosen)
+    sets = read_sets(data, config.classes, filesystem if folder is None else None,
+                     columns=columns_of(config), chosen=chosen)
+    is_cut = (config.task_sizes is not None or config.tasks not in (None, 1)
+              or config.stream == "domains")
+    if is_cut and isinstance(sets, dict) and len(sets) == 1:
+        return next(iter(sets.values()))
+    return sets
 
 
 def given_experience(name: str, images: ImageSet, config: DataConfig, transform: str = "none",

@@ -18,13 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.fs
 
+from partialhn.data.columns import image_field
 from partialhn.errors import InputError, IntegrityError
 
 IntArray = npt.NDArray[np.integer[Any]]
 READ_BYTES = 256_000_000
 """Bytes of encoded images that are read at a time from Parquet files."""
-IMAGE_COLUMNS = ("image", "img")
-"""Names a Parquet column of encoded images may have, the first one found counts."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +40,8 @@ class ImageTable:
     """Row of the image in a Parquet file; -1: the file itself is the image."""
     label_N: IntArray
     """Class of the image, 0 to K-1 within its task; -1: not known."""
+    column: str | None = None
+    """The column of images in Parquet files; None: the one that `image_field` finds."""
 
     def __post_init__(self) -> None:
         for name, kind in (("file_N", np.int32), ("row_N", np.int64), ("label_N", np.int64)):
@@ -55,7 +56,7 @@ class ImageTable:
         picked_n = np.arange(len(self))[np.asarray(index_n, dtype=None if len(index_n) else int)]
         used, file_n = np.unique(self.file_N[picked_n], return_inverse=True)
         return ImageTable(self.filesystem, tuple(self.files[i] for i in used), file_n,
-                          self.row_N[picked_n], self.label_N[picked_n])
+                          self.row_N[picked_n], self.label_N[picked_n], self.column)
 
     @property
     def one_file_each(self) -> bool:
@@ -126,7 +127,8 @@ class ImageTable:
                     image = source.read()
                 yield position_n, [image] * len(position_n)
             else:
-                for mine, images in _read_rows(self.filesystem, path, self.row_N[position_n]):
+                for mine, images in _read_rows(self.filesystem, path, self.row_N[position_n],
+                                               self.column):
                     yield position_n[mine], images
 
 
@@ -149,41 +151,23 @@ def sound(path: str, kind: str) -> Iterator[None]:
         raise InputError(f"{path} is no readable {kind} file: {error}") from error
 
 
-def _read_rows(filesystem: Any, path: str,
-               row_n: IntArray) -> Iterator[tuple[IntArray, list[bytes]]]:
+def _read_rows(filesystem: Any, path: str, row_n: IntArray,
+               column: str | None) -> Iterator[tuple[IntArray, list[bytes]]]:
     """Images of a Parquet file, a row group at a time, with their positions in `row_n`."""
     import pyarrow.parquet as pq  # here: decoding Parquet is not needed to hold a table
 
     with filesystem.open_input_file(path) as source, sound(path, "Parquet"):
         parquet = pq.ParquetFile(source)
-        field = image_field(parquet.schema_arrow, path)
+        field = image_field(parquet.schema_arrow, path, column)
         packed = pa.types.is_struct(field.type)
         sizes = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
         ends = np.cumsum(sizes)
         group_n = np.searchsorted(ends, row_n, side="right")
         for group in np.unique(group_n).tolist():
             mine = np.flatnonzero(group_n == group)
-            column = parquet.read_row_group(
+            chunk = parquet.read_row_group(
                 group, columns=[f"{field.name}.bytes" if packed else field.name]).column(0)
-            values = column.take(pa.array(row_n[mine] - (ends[group] - sizes[group]))).to_pylist()
+            values = chunk.take(pa.array(row_n[mine] - (ends[group] - sizes[group]))).to_pylist()
             yield mine, [((value or {}).get("bytes") if packed else value) or b""
                          for value in values]
 
-
-def image_field(schema: Any, path: str) -> Any:
-    """The Parquet column of encoded images.
-
-    Raises: InputError where there is none, or one of another type.
-    """
-    for name in IMAGE_COLUMNS:
-        if name in schema.names:
-            field = schema.field(name)
-            kind = field.type
-            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-                kind = kind.field("bytes").type
-            if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-                raise InputError(f"column {name!r} of {path} has type {field.type}; allowed: "
-                                 "encoded images as binary, or a struct with binary 'bytes'")
-            return field
-    raise InputError(f"{path} has columns {', '.join(schema.names) or 'none'}; it needs a column "
-                     f"of encoded images named {' or '.join(IMAGE_COLUMNS)}")

@@ -27,6 +27,8 @@ JUNK = ("@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found",
 """Files and folders that file systems and network drives leave everywhere."""
 CONTROL = ("task.yaml",)
 """Files of the inbox that belong to no data set; its markers begin with an underscore."""
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Tables about the images beside them."""
 _JUNK = frozenset(name.casefold() for name in JUNK)
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8", b"RIFF", b"II*\0", b"MM\0*", b"P5", b"P6")
 
@@ -41,9 +43,11 @@ class NotUsed:
     """Files that are neither images nor labels, counted by suffix."""
     classes: tuple[str, ...] = ()
     """Classes that the data names and of which no split has an image."""
+    notes: tuple[str, ...] = ()
+    """Whatever else a user should know about what is and is not learned, a sentence each."""
 
     def __bool__(self) -> bool:
-        return bool(self.files or self.classes)
+        return bool(self.files or self.classes or self.notes)
 
     def lines(self) -> list[str]:
         """Text for people, a line for each kind of thing."""
@@ -56,7 +60,7 @@ class NotUsed:
             lines.append(f"left out of {self.where}: {len(self.classes)} named "
                          f"{'class' if len(self.classes) == 1 else 'classes'} without an image "
                          f"in any split ({shown})")
-        return lines
+        return lines + [f"{self.where}: {note}" for note in self.notes]
 
 
 def is_junk(path: str) -> bool:
@@ -78,6 +82,16 @@ def image_paths(paths: Sequence[str]) -> list[str]:
 def parquet_paths(paths: Sequence[str]) -> list[str]:
     """The paths of Parquet files."""
     return [path for path in paths if path.lower().endswith(".parquet")]
+
+
+def is_metadata(path: str) -> bool:
+    """Whether a file is a table about the images beside it, by its name."""
+    return path.rpartition("/")[2].lower() in METADATA
+
+
+def is_image_tree(paths: Sequence[str]) -> bool:
+    """Whether the files are images, and Parquet files only tables about them."""
+    return bool(image_paths(paths)) and all(map(is_metadata, parquet_paths(paths)))
 
 
 def kind_of(path: str) -> str:
@@ -106,6 +120,16 @@ def unused(paths: Iterable[str], used: Iterable[str]) -> dict[str, int]:
 def described(counts: Mapping[str, int]) -> str:
     """Counts of files by kind as text: "5 .avif, 1 no suffix"."""
     return ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+
+
+def missing_pieces(names: Iterable[str]) -> list[str]:
+    """A note for each set of files numbered like `train-00000-of-00004` that is not whole."""
+    pieces: dict[tuple[str, int], set[int]] = {}
+    for name in names:
+        if match := re.search(r"(.*?)-(\d+)-of-(\d+)", name):
+            pieces.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    return [f"{stem}-*-of-{count:05d} is not whole: {len(numbers)} of its {count} files are here"
+            for (stem, count), numbers in sorted(pieces.items()) if len(numbers) < count]
 
 
 def split_top(listing: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:

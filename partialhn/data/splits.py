@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from partialhn.config import DataConfig
 from partialhn.data.image_table import ImageTable, IntArray
-from partialhn.data.layout import ImageSet
+from partialhn.data.image_set import ImageSet
 from partialhn.errors import InputError
 
 

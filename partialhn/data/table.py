@@ -1,15 +1,16 @@
-"""The table of data forms that the option `data` names, as digits or torchvision:NAME.
+"""The table of data forms that the option `data` names, as digits, torchvision:NAME or hf:NAME.
 
 A form is a function `(argument, cache_dir) -> folder`: it takes what stands after the colon, writes
-the data set once below `cache_dir`, and returns a folder that `partialhn.data.layout` reads, for
-example Parquet files from `partialhn.data.library.write_parquet`. Other packages add lines with
+the data set once below `cache_dir`, and returns a folder (a path, or a `Folder`) that
+`partialhn.data.layout` reads, for example Parquet files from `partialhn.data.library.write_parquet`.
+Other packages add lines with
 `register_data_form` or with an entry point of the group `partialhn.data`. Everything that the table
 does not name is the path of a data set.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 from partialhn.errors import InputError
 from partialhn.plugins import Table, load_object
@@ -17,7 +18,20 @@ from partialhn.plugins import Table, load_object
 FORMS: Table[object] = Table("data", "partialhn.data", {
     "digits": "partialhn.data.library:digits_form",
     "torchvision": "partialhn.data.library:convert_torchvision",
+    "hf": "partialhn.data.hub:open_hub",
 }, lambda _name, value: value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """The folder with the images of a data form."""
+
+    path: Path
+    chosen: str | None = None
+    """The configuration of a data set whose README.md has several; None: the only or default
+    one."""
+    is_converted: bool = True
+    """Whether the form wrote the folder; else it is the user's own, and is read where it lies."""
 
 
 def register_data_form(name: str, source: str | Callable[[str, Path], Path]) -> None:
@@ -32,17 +46,24 @@ def register_data_form(name: str, source: str | Callable[[str, Path], Path]) -> 
     FORMS.register(name, source)
 
 
-def converted_folder(data: str, cache_dir: Path) -> Path | None:
-    """The folder that a form of the table writes for `data`; None where `data` is a path.
+def is_form(data: str) -> bool:
+    """Whether `data` names a form of the table, and is not a path or URI."""
+    name, _, argument = data.partition(":")
+    return not argument.startswith("//") and name in FORMS
+
+
+def converted_folder(data: str, cache_dir: Path) -> Folder | None:
+    """The folder that a form of the table gives for `data`; None where `data` is a path.
 
     Raises: InputError for a form that cannot be imported, or an argument that it refuses.
     """
-    name, _, argument = data.partition(":")
-    if argument.startswith("//") or name not in FORMS:
+    if not is_form(data):
         return None
+    name, _, argument = data.partition(":")
     line = FORMS[name]
     form = load_object(line, f"data form {name!r}") if isinstance(line, str) else line
     if not callable(form):
         raise InputError(f"data form {name!r} is a {type(form).__name__}; allowed: a function of "
                          "an argument and a cache folder")
-    return cast(Path, form(argument, cache_dir))
+    folder = form(argument, cache_dir)
+    return folder if isinstance(folder, Folder) else Folder(Path(folder))

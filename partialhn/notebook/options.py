@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from partialhn.config import ComputeConfig, Config, load_config
+from partialhn.data.table import is_form
 from partialhn.errors import InputError
 from partialhn.presets import preset as preset_of
 
@@ -15,7 +16,8 @@ SECTIONS = {option.name: section.name for section in dataclasses.fields(Config)
 """Option -> the section of `Config` that has it; every name is in one section only."""
 SHARED_WORK = ("workers", "feature_workers", "ray_address")
 """Options that share the work among processes, which a stream in one process cannot."""
-FREE = ("data.data", "features.compression", "train.compare")
+FREE = ("data.data", "data.image_column", "data.label_column", "features.compression",
+        "train.compare")
 """Keys that do not change what is learned, and so may differ in the same folder. `compute` does
 not either; the images are compared by their content."""
 
@@ -59,7 +61,7 @@ def base_config(config: Config | str | Path | None, preset: str | None) -> Confi
 def absolute(config: Config) -> Config:
     """The configuration with a local data path made absolute, so that it holds in any folder."""
     data = config.data.data
-    if data == "digits" or data.startswith("torchvision:") or "://" in data:
+    if is_form(data) or "://" in data:
         return config
     path = str(Path(data).expanduser().absolute())
     return dataclasses.replace(config, data=dataclasses.replace(config.data, data=path))

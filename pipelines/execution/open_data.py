@@ -34,15 +34,15 @@ def open_data(config: DataConfig, storage: Storage) -> list[Experience]:
         return open_stream(config, Path(storage.root) / "datasets")
     cache = Path.home() / ".cache" / "partialhn" / "datasets"
     folder = converted_folder(config.data, cache)
-    if folder is None:
+    if folder is None or not folder.is_converted:
         return open_stream(config, cache)
-    uploaded = _upload(storage, folder)
+    uploaded = _upload(storage, folder.path)
     return open_stream(dataclasses.replace(config, data=uploaded), cache, storage.filesystem)
 
 
 def _upload(storage: Storage, folder: Path) -> str:
     """Copies a folder of Parquet files to the storage unless they exist; returns its URI there."""
-    for file in sorted(folder.glob("*.parquet")):
+    for file in sorted([*folder.glob("*.parquet"), *folder.glob("README.md")]):
         target = storage.path("datasets", folder.name, file.name)
         stored = storage.stat(target)
         if stored is None or stored.size != file.stat().st_size:

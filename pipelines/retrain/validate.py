@@ -21,7 +21,7 @@ import yaml
 
 from partialhn.config import DataConfig, build
 from partialhn.data.corruptions import parse
-from partialhn.data.datasets import given_experience
+from partialhn.data.datasets import columns_of, given_experience
 from partialhn.data.decode import decode_images
 from partialhn.data.experience import Experience, task_of
 from partialhn.data.image_table import ImageTable
@@ -148,7 +148,8 @@ def read_hashes(storage: Storage, path: str) -> HashArray:
 def _read(storage: Storage, arrival: Arrival, config: DataConfig,
           classes: Sequence[str] | None, declared: Declaration) -> Experience:
     """The arrival as an experience. Raises: InputError for classes or files that do not fit."""
-    images = read_sets(arrival.folder, None, storage.filesystem, arrivals_beside=True)
+    images = read_sets(arrival.folder, None, storage.filesystem, columns=columns_of(config),
+                       arrivals_beside=True)
     if isinstance(images, dict):
         raise InputError(f"{arrival.folder} holds several data sets; allowed: one task, with "
                          "train/ and test/ or Parquet files of these names")

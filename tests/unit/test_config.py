@@ -43,6 +43,8 @@ LIMITS = {
     "hypernet.generate": [""],
     "hypernet.fresh_columns": [-1, 0],
     "hypernet.embedding_dim": [0],
+    "data.image_column": [""],
+    "data.label_column": [""],
     "hypernet.channel_dim": [0],
     "hypernet.hidden": [[], [0]],
     "hypernet.norm": ["none"],
@@ -242,7 +244,7 @@ def test_work_hash_names_everything_else():
         "train.detector_features": 9, "train.false_alarms": 0.1,
     }
     ours = {key for key in every_key() if not key.startswith("compute.")}
-    ours -= {"data.data", "features.compression"}
+    ours -= {"data.data", "data.image_column", "data.label_column", "features.compression"}
     assert changes.keys() == ours
     hashes = [config.work_hash()] + [changed(config, key, value).work_hash()
                                      for key, value in changes.items()]
