@@ -1,6 +1,6 @@
 """`partialhn predict`: labels images with a registered version and writes a Parquet file.
 
-`partialhn.data.layout.open_images` lists the images, `Registry.load_predictor` downloads the model,
+`partialhn.data.layout.list_images` lists the images, `Registry.load_predictor` downloads the model,
 and `partialhn.predict.Predictor` predicts; the file gets one row for each image.
 """
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from partialhn.data.decode import BadImage
 from partialhn.data.experience import task_of
 from partialhn.data.image_table import ImageTable
-from partialhn.data.layout import open_images
+from partialhn.data.layout import list_images
 from partialhn.errors import InputError
 from partialhn.predict import Predictor
 from partialhn.task_inference import AUTO, NONE
@@ -57,6 +57,8 @@ class Predicted:
     output: str
     unknown: tuple[str, ...] = ()
     """Ids of the first images that seem to belong to no known task, at most EXAMPLES."""
+    not_used: tuple[str, ...] = ()
+    """Files of the input that are no images, a line of text for each kind of thing."""
 
     @property
     def new_task(self) -> bool:
@@ -67,7 +69,8 @@ class Predicted:
 def predict_to_parquet(model: str, task: str, images: str, output: str,
                        storage: str = "partialhn-store", tracking_uri: str | None = None,
                        on_bad_image: Literal["error", "skip"] = "error", record: bool = False,
-                       progress: Callable[[int, int], None] | None = None) -> Predicted:
+                       progress: Callable[[int, int], None] | None = None,
+                       image_column: str | None = None) -> Predicted:
     """Labels all images of a folder, a file or a Parquet file with the classes of one task.
 
     Args:
@@ -84,11 +87,12 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
         on_bad_image: an unreadable image is an error, or is skipped and listed.
         record: keep a bounded sample of trunk features (no images) in the storage, for drift.
         progress: called with the number of images done and of all images.
+        image_column: the column of images in Parquet files; default: image or img.
 
     Raises: InputError for an unknown model, task or path, or naming an unreadable image.
     """
     source = open_storage(images)
-    table = open_images(source.root, source.filesystem)
+    table, not_used = list_images(source.root, source.filesystem, image_column)
     store = open_storage(storage)
     registry = connect(store, tracking_uri, create=False)
     predictor, version = registry.load_predictor(model)
@@ -120,7 +124,7 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
     if recorder:
         recorder.flush()
     return Predicted(len(table) - len(bad), tuple(bad), name, dict(counts.most_common()),
-                     version.uri, target.uri, tuple(unknown[:EXAMPLES]))
+                     version.uri, target.uri, tuple(unknown[:EXAMPLES]), tuple(not_used.lines()))
 
 
 def _origin(version: Version) -> dict[str, str]:

@@ -77,8 +77,7 @@ def columns_of(config: DataConfig) -> Columns:
 
 def _read(config: DataConfig, cache_dir: Path,
           filesystem: Any) -> ImageSet | dict[str, ImageSet]:
-    """What lies at `config.data`; one task alone is a data set where the options say how to cut it.
-    """
+    """The images at `config.data`: one task alone is a data set where options say how to cut it."""
     folder = converted_folder(config.data, cache_dir)
     data, chosen = (config.data, None) if folder is None else (str(folder.path), folder.chosen)
     sets = read_sets(data, config.classes, filesystem if folder is None else None,

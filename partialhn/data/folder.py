@@ -118,12 +118,13 @@ def read_splits(tree: Tree, card: Card, columns: Columns,
     folders, files = split_top(tree.listing)
     named = {name: split for name in folders if (split := split_of_folder(name))}
     tables = [] if is_images else parquet_paths(files)
+    if not named and not tables and not labels:
+        return None
+    card.require_choice()
     if tables and named:
         raise InputError(f"{tree.root} has both {tables[0]} and the folder "
                          f"{next(iter(named))}/; allowed: splits as Parquet files or as folders, "
                          "not both")
-    if not named and not tables and not labels:
-        return None
     mine = list(tree.listing)
     if arrivals_beside:
         mine = [path for path in mine if "/" not in path or path.partition("/")[0] in named]
@@ -158,8 +159,8 @@ def _by_patterns(folder: _Folder, patterns: Mapping[str, Sequence[str]],
     for own, given in patterns.items():
         split = split_named(own)
         if split is None:
-            notes.append(f"the split {own!r} of its README.md is not used; used are "
-                         f"{', '.join(SPLIT_WORDS)}")
+            notes.append(f"the split {own!r} that its README.md names is not used, only splits "
+                         f"named {', '.join(SPLIT_WORDS)}")
             continue
         paths = matching(folder.tree.listing, given, card.folder)
         if not paths:

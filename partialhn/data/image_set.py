@@ -139,12 +139,9 @@ def assemble_tasks(data: str, tasks: Mapping[str, FoundSplits | None],
         seen[name.casefold()] = name
     ordered = sorted(tasks, key=lambda name: [(int(word), word) if word.isdigit() else (0, word)
                                               for word in re.split(r"(\d+)", name)])
-    sets = {name: assemble(f"{data}/{name}", tasks[name] or FoundSplits({}), limit)
-            for name in ordered}
+    found = {name: tasks[name] or FoundSplits({}) for name in ordered}
     if beside:
-        first = sets[ordered[0]]
-        assert first.not_used
+        first = found[ordered[0]]
         note = f"beside the tasks of {data} lie {described(beside)} files, which are not used"
-        sets[ordered[0]] = dataclasses.replace(first, not_used=dataclasses.replace(
-            first.not_used, notes=(*first.not_used.notes, note)))
-    return sets
+        found[ordered[0]] = dataclasses.replace(first, notes=(*first.notes, note))
+    return {name: assemble(f"{data}/{name}", splits, limit) for name, splits in found.items()}

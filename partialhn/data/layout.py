@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pyarrow.fs
 
-from partialhn.data.card import Card, read_card
+from partialhn.data.card import README, Card, read_card
 from partialhn.data.columns import ANY, Columns
 from partialhn.data.files import file_table, images_in, parquet_split, parquet_table
 from partialhn.data.folder import Tree, class_folders, read_splits
@@ -21,6 +21,7 @@ from partialhn.data.image_set import FoundSplits, ImageSet, assemble, assemble_t
 from partialhn.data.image_table import ImageTable
 from partialhn.data.listing import (
     SUFFIXES,
+    NotUsed,
     described,
     image_paths,
     is_image_tree,
@@ -77,13 +78,12 @@ def read_sets(data: str, limit: int | None = None, filesystem: Any = None, *,
         tree, card = _inner(tree, card)
     splits = read_splits(tree, card, columns, arrivals_beside)
     if splits is not None:
-        card.require_choice()
         return assemble(data, splits, limit)
     folders, files = split_top(tree.listing)
     tasks = {name: _task(tree.below(name), columns, arrivals_beside) for name in folders}
     if any(tasks.values()):
         _refuse_images_beside(tree.root, files)
-        return assemble_tasks(data, tasks, limit, unused(files, ()))
+        return assemble_tasks(data, tasks, limit, unused(files, (README,)))
     card.require_choice()
     if any(image_paths(inside) for inside in folders.values()):
         return assemble(data, class_folders(tree, columns), limit)
@@ -95,10 +95,7 @@ def read_sets(data: str, limit: int | None = None, filesystem: Any = None, *,
 
 def _task(tree: Tree, columns: Columns, arrivals_beside: bool) -> FoundSplits | None:
     card = read_card(tree.filesystem, tree.root, tree.listing, None)
-    splits = read_splits(tree, card, columns, arrivals_beside)
-    if splits is not None:
-        card.require_choice()
-    return splits
+    return read_splits(tree, card, columns, arrivals_beside)
 
 
 def _inner(tree: Tree, card: Card) -> tuple[Tree, Card]:
@@ -140,7 +137,13 @@ def _refuse_images_beside(root: str, files: Sequence[str]) -> None:
 
 
 def open_images(data: str, filesystem: Any = None, column: str | None = None) -> ImageTable:
-    """All images at a path, without their labels: for prediction.
+    """All images at a path, without their labels: for prediction. Arguments: as `list_images`."""
+    return list_images(data, filesystem, column)[0]
+
+
+def list_images(data: str, filesystem: Any = None,
+                column: str | None = None) -> tuple[ImageTable, NotUsed]:
+    """All images at a path, without their labels, and the files that are none.
 
     Args:
         data: an image file, a Parquet file, or a folder of either (searched deeply).
@@ -154,18 +157,18 @@ def open_images(data: str, filesystem: Any = None, column: str | None = None) ->
     listing = _list_paths(filesystem, root, data, (*SUFFIXES, ".parquet"))
     if listing is None:
         return (parquet_table(filesystem, [root], column) if parquet_paths([root])
-                else file_table(filesystem, [root]))
+                else file_table(filesystem, [root])), NotUsed(data)
     tables = [] if is_image_tree(listing) else parquet_paths(sorted(listing))
     images = images_in(filesystem, root, sorted(listing))
     if tables and images:
         raise InputError(f"{data!r} holds {len(images):,} images and {len(tables):,} Parquet files "
                          f"({tables[0]}); allowed: a folder of one of both")
-    if tables:
-        return parquet_table(filesystem, [f"{root}/{path}" for path in tables], column)
-    if not images:
+    if not tables and not images:
         raise InputError(f"no images found in {data!r}; allowed: Parquet files, or images ending "
                          f"in {' '.join(SUFFIXES)}")
-    return file_table(filesystem, [f"{root}/{path}" for path in images])
+    paths = [f"{root}/{path}" for path in tables or images]
+    table = parquet_table(filesystem, paths, column) if tables else file_table(filesystem, paths)
+    return table, NotUsed(data, unused(listing, tables or images))
 
 
 def _list_paths(filesystem: Any, root: str, data: str,

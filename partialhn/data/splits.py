@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from partialhn.config import DataConfig
-from partialhn.data.image_table import ImageTable, IntArray
 from partialhn.data.image_set import ImageSet
+from partialhn.data.image_table import ImageTable, IntArray
 from partialhn.errors import InputError
 
 

@@ -2,10 +2,9 @@
 
 A form is a function `(argument, cache_dir) -> folder`: it takes what stands after the colon, writes
 the data set once below `cache_dir`, and returns a folder (a path, or a `Folder`) that
-`partialhn.data.layout` reads, for example Parquet files from `partialhn.data.library.write_parquet`.
-Other packages add lines with
-`register_data_form` or with an entry point of the group `partialhn.data`. Everything that the table
-does not name is the path of a data set.
+`partialhn.data.layout` reads, such as Parquet files from `partialhn.data.library.write_parquet`.
+Other packages add lines with `register_data_form` or with an entry point of the group
+`partialhn.data`. Everything that the table does not name is the path of a data set.
 """
 
 import dataclasses

@@ -70,14 +70,19 @@ class Predict:
     """An unreadable image stops the run (error) or is reported and left out (skip)."""
     record: bool = False
     """Keep a bounded sample of trunk features (no images) in the storage, for drift."""
+    image_column: str | None = None
+    """Column of the images in Parquet files; default: image or img."""
 
     def run(self) -> None:
         from pipelines.label_images import predict_to_parquet
 
         done = predict_to_parquet(self.model, self.task, self.input, self.output, self.storage,
-                                  self.tracking_uri, self.on_bad_image, self.record)
+                                  self.tracking_uri, self.on_bad_image, self.record,
+                                  image_column=self.image_column)
         print(f"{done.images} images of task {done.task!r} labelled by {done.model_uri}: "
               + ", ".join(f"{label} {count}" for label, count in done.labels.items()))
+        for line in done.not_used:
+            print(line)
         for bad in done.bad:
             print(f"  left out {bad.id}: {bad.reason}")
         if done.unknown:
