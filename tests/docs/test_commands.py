@@ -104,8 +104,8 @@ def test_every_option_that_is_named_exists():
     others = ELSEWHERE | set(re.findall(r"add_argument\(\"(--[a-z][a-z-]*)", benches))
     for page, text in PAGES.items():
         prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.S | re.M)
-        prose = re.sub(r"`(?:\.venv/bin/)?(python|mlflow|docker|kubectl|pytest|mkdocs|hf) [^`]*`", "",
-                       prose)
+        prose = re.sub(
+            r"`(?:\.venv/bin/)?(python|mlflow|docker|kubectl|pytest|mkdocs|hf) [^`]*`", "", prose)
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", prose))
         assert named <= options | (others if page.startswith("docs/") else ELSEWHERE), page
 
