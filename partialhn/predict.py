@@ -84,6 +84,12 @@ class Predictor:
         for index, slot in reversed(list(enumerate(self.model.tasks))):
             if task in (task_of(slot.name), slot.name):
                 return index
+        for forgotten in self.model.facts.get("forgotten", ()):
+            if task == forgotten["task"]:
+                why = f" ({forgotten['why']})" if forgotten["why"] else ""
+                raise InputError(f"task is {task!r}, which this model has forgotten on "
+                                 f"{forgotten['time'][:10]}{why}; allowed: "
+                                 f"{', '.join(self.tasks)}")
         auto = f", {AUTO}" if self.model.inference else ""
         raise InputError(f"task is {task!r}; allowed: {', '.join(self.tasks)}{auto} or an index "
                          f"from 0 to {len(self.tasks) - 1}")

@@ -73,12 +73,10 @@ class Model:
             tasks = tuple(TaskInfo(task["name"], tuple(task["classes"]))
                           for task in fields["tasks"])
             trunk, strategy = empty_parts(config)
-            for index, task in enumerate(tasks):
-                strategy.add_task(len(task.classes))
-                strategy.finish(index)
+            strategy.load_tasks([len(task.classes) for task in tasks],
+                                tensors_below(tensors, "strategy."))
             trunk.load_state_dict(tensors_below(tensors, "trunk."), strict=True)
             trunk.pixels = Pixels.from_fields(fields.get("pixels", {}))
-            strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
             known = tensors_below(tensors, "inference.")
             empty = Detector(config.train.detector_features, config.train.false_alarms)
             inference = stored_inference(known, len(tasks), empty) if known else None

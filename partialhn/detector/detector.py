@@ -107,6 +107,14 @@ class Detector:
         self._empty(slot)
         self._prepared = None
 
+    def forget(self, slots: Sequence[int], train: FeatureSet) -> None:
+        """Removes a task with all its slots; later slots move up. train: the newest slot's features.
+
+        The result is the detector that never had the task, bit for bit.
+        """
+        self.remove_task(max(slots), train)
+        self.slots = [own for slot, own in enumerate(self.slots) if slot not in slots]
+
     def infer(self, head: Head, slots: Sequence[int], weights: Sequence[HeadWeights],
               z_BCHW: Tensor) -> tuple[Joint, Tensor]:
         """The likeliest class of each image among the tasks of `slots`, and whether the image

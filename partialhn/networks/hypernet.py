@@ -148,11 +148,20 @@ class ColumnGenerator(Generator):
         """`previous` pays at freeze depth 0 only (docs/measurements/first-weights.md)."""
         super().__init__(tensors)
         self.width, self.starts_from = width, starts_from
+        self.base_is_fixed = starts_from == "network"
+        """Whether no task trains the base, so that every task has columns."""
         self.columns = nn.ModuleList()
         """The columns of each task; the first has none where it trains the base."""
 
+    def fix_base(self) -> None:
+        """The model has forgotten its first task, whose weights stay as the base of the others."""
+        self.base_is_fixed = True
+
+    def start(self, task: int) -> int:
+        return -1 if self.base_is_fixed else super().start(task)
+
     def inherits(self, task: int) -> bool:
-        return task > 0 or self.starts_from == "network"
+        return task > 0 or self.base_is_fixed
 
     def add_task(self, task: int) -> None:
         if self.inherits(task):
@@ -214,7 +223,7 @@ class ColumnGenerator(Generator):
     @property
     def _without(self) -> int:
         """Number of tasks without columns: the first, where it trains the base."""
-        return 0 if self.starts_from == "network" else 1
+        return 0 if self.base_is_fixed else 1
 
     def state_prefix(self, task: int) -> str:
         """How the names of the parameters begin that a later task alone has."""

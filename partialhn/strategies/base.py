@@ -4,7 +4,7 @@ Legend: F features before the classifier, K classes of a task.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -132,6 +132,34 @@ class Strategy(nn.Module):
         """Prefixes of the names of a task's entries; shared entries belong to the first task."""
         return (f"tasks.{task}.",) if task else ("",)
 
+    def load_tasks(self, classes: Sequence[int], state: dict[str, Tensor],
+                   finished: int | None = None) -> None:
+        """Adds tasks to an empty strategy and loads their `state_dict`.
+
+        classes: number of classes of each task. finished: number of tasks that are learned; default:
+        all. Raises: RuntimeError for a state of other tasks.
+        """
+        for count in classes:
+            self.add_task(count)
+        for task in range(len(classes) if finished is None else finished):
+            self.finish(task)
+        self.load_state_dict(state, strict=True)
+
+    def state_without(self, tasks: Collection[int]) -> dict[str, Tensor]:
+        """The `state_dict` of this strategy without some tasks; the others keep their order.
+
+        Raises: InputError where the others need them, or where the strategy has no such state.
+        """
+        del tasks
+        raise InputError(f"strategy {type(self).__name__} cannot forget a task, because all tasks "
+                         "share what it has learned; allowed: strategies with parts of a task's "
+                         "own (partial_hn, separate_heads, ridge, ncm)")
+
+    def shared_with(self, tasks: Collection[int]) -> list[str]:
+        """The parts, in words, that learned from these tasks and stay when they are forgotten."""
+        del tasks
+        return []
+
     def weights(self, task: int) -> HeadWeights:
         """omega_t: the head's weights for a task."""
         raise NotImplementedError
@@ -172,6 +200,23 @@ class Strategy(nn.Module):
         """Bytes that a task adds to the checkpoint."""
         return sum(value.numel() * value.element_size()
                    for value in self.tasks[task].parameters())
+
+
+def renumbered(state: Mapping[str, Tensor], prefix: str,
+               places: Mapping[int, int]) -> dict[str, Tensor]:
+    """A state whose entries `<prefix><number>.<name>` have new numbers.
+
+    places: new numbers by old ones; entries with other numbers are left out.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if not name.startswith(prefix):
+            found[name] = value
+            continue
+        number, _, rest = name[len(prefix):].partition(".")
+        if int(number) in places:
+            found[f"{prefix}{places[int(number)]}.{rest}"] = value
+    return found
 
 
 class Classifier(nn.Module):

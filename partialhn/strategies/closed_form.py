@@ -8,6 +8,7 @@ first. A factor on the logits, chosen by leave-one-out, makes softmax give proba
 Legend: N images, F pooled features, K classes.
 """
 
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -22,7 +23,7 @@ from partialhn.features.closed_form import (
 )
 from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.head import Head, HeadStart, HeadWeights
-from partialhn.strategies.base import Classifier, Strategy
+from partialhn.strategies.base import Classifier, Strategy, renumbered
 
 
 class ClosedForm(Strategy):
@@ -44,6 +45,10 @@ class ClosedForm(Strategy):
     def new_task(self, classes: int, refreshes: int | None) -> Classifier:
         del refreshes  # `solve` needs no start
         return Classifier(classes, self.head)
+
+    def state_without(self, tasks: Collection[int]) -> dict[str, Tensor]:
+        kept = (task for task in range(len(self.tasks)) if task not in tasks)
+        return renumbered(self.state_dict(), "tasks.", {old: new for new, old in enumerate(kept)})
 
     def weights(self, task: int) -> HeadWeights:
         own = cast(Classifier, self.tasks[task])

@@ -10,19 +10,23 @@ how far they drift.
 Legend: T earlier tasks, L generated tensors, d columns.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from partialhn.config import Config, HypernetConfig
+from partialhn.errors import InputError
 from partialhn.features.closed_form import LinearClassifier
 from partialhn.networks.head import Head, HeadStart, HeadWeights
 from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
 from partialhn.networks.shared_generators import AdditiveGenerator, BilinearGenerator
-from partialhn.strategies.base import OwnNorm, Strategy
+from partialhn.strategies.base import OwnNorm, Strategy, renumbered
 
+FIRST_FORGOTTEN = "first_forgotten"
+"""Entry of the state of a model that has forgotten its first task, whose weights stay as the base
+of the others."""
 LONG_RATE = 2.0
 """Factor on the learning rate of columns in long experiences: columns start at zero, where a plain
 head starts from weights that are learned already (`docs/measurements/columns.md`)."""
@@ -131,6 +135,44 @@ class PartialHypernet(Strategy):
         own = cast(ColumnGenerator, self.hypernet).state_prefix(task)
         return (*prefixes, f"hypernet.{own}") if task else prefixes
 
+    def load_tasks(self, classes: Sequence[int], state: dict[str, Tensor],
+                   finished: int | None = None) -> None:
+        if FIRST_FORGOTTEN in state:
+            self._forget_first()
+        super().load_tasks(classes, state, finished)
+
+    def state_without(self, tasks: Collection[int]) -> dict[str, Tensor]:
+        """As the base class. The base of the columns stays, although the first task trained it."""
+        kept = [task for task in range(len(self.tasks)) if task not in tasks]
+        places = {old: new for new, old in enumerate(kept)}
+        state = renumbered(self.state_dict(), "tasks.", places)
+        for old, new in places.items():
+            start = self._start(old)
+            if start in tasks and self.hypernet.inherits(start):
+                raise InputError(
+                    f"task number {start} cannot be forgotten: the weights of task number {old} "
+                    "are added to its own (hypernet.starts_from is "
+                    f"{self.hypernet.starts_from!r}); allowed: the tasks that no other starts "
+                    "from, or a new stream without it")
+            state[f"tasks.{new}.start"] = torch.tensor(places.get(start, -1))
+        if not isinstance(self.hypernet, ColumnGenerator):
+            return state
+        before = after = 1 - int(self.hypernet.inherits(0))
+        if before and 0 in tasks:
+            after, state[FIRST_FORGOTTEN] = 0, torch.tensor(True)
+        return renumbered(state, "hypernet.columns.",
+                          {old - before: new - after for old, new in places.items()})
+
+    def shared_with(self, tasks: Collection[int]) -> list[str]:
+        if self.hypernet.shares_parameters:
+            return ["the hypernetwork's parameters, which all tasks share"]
+        first = 0 in tasks and not self.hypernet.inherits(0)
+        return ["the hypernetwork's base, to which every other task adds"] if first else []
+
+    def _forget_first(self) -> None:
+        cast(ColumnGenerator, self.hypernet).fix_base()
+        self.register_buffer(FIRST_FORGOTTEN, torch.tensor(True))
+
     def begin(self, task: int) -> None:
         super().begin(task)
         self.hypernet.begin(task)
@@ -141,7 +183,7 @@ class PartialHypernet(Strategy):
         """Later tasks start from a norm as it was learned, before it is folded."""
         own = self._own(task)
         if self.hypernet.starts_from_previous or (
-                task == 0 and self.hypernet.starts_from == "first"):
+                task == 0 and not self.hypernet.inherits(0)):
             self.get_buffer("next_norm").copy_(own.norm.detach())
         super().finish(task)
         factor = self.hypernet.finish(task)

@@ -3,12 +3,13 @@
 It forgets nothing and stores a whole head for every task.
 """
 
+from collections.abc import Collection
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from partialhn.networks.head import Head, HeadStart, HeadWeights
-from partialhn.strategies.base import OwnNorm, Strategy
+from partialhn.strategies.base import OwnNorm, Strategy, renumbered
 
 
 class PlainHead(OwnNorm):
@@ -32,6 +33,10 @@ class SeparateHeads(Strategy):
             own.convolutions.load_state_dict(
                 cast(PlainHead, self.tasks[refreshes]).convolutions.state_dict())
         return own
+
+    def state_without(self, tasks: Collection[int]) -> dict[str, Tensor]:
+        kept = (task for task in range(len(self.tasks)) if task not in tasks)
+        return renumbered(self.state_dict(), "tasks.", {old: new for new, old in enumerate(kept)})
 
     def weights(self, task: int) -> HeadWeights:
         own = cast(PlainHead, self.tasks[task])

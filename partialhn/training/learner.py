@@ -186,12 +186,9 @@ class Learner:
 
     def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
         """Restores the result of `state` in a new learner of the same configuration."""
-        for classes in fields["classes"]:
-            self.strategy.add_task(classes)
+        self.strategy.load_tasks(fields["classes"], tensors_below(tensors, "strategy."),
+                                 len(fields["finished"]))
         self.strategy.to(self.device)
-        for index in range(len(fields["finished"])):
-            self.strategy.finish(index)
-        self.strategy.load_state_dict(tensors_below(tensors, "strategy."), strict=True)
         self.epochs = [EpochRecord(**record) for record in fields["epochs"]]
         self.finished = [TaskRecord.from_fields(record) for record in fields["finished"]]
         if self.inference is not None:

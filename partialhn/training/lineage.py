@@ -20,7 +20,7 @@ from torch import Tensor
 from partialhn.checkpoints import checkpoint
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
-from partialhn.data.experience import Experience
+from partialhn.data.experience import Experience, task_of
 from partialhn.errors import IntegrityError
 from partialhn.naming import digest, named_sections
 from partialhn.strategies.table import OWN
@@ -29,6 +29,8 @@ from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
 
 FORMAT = 1
+FORGOTTEN = "forgotten"
+"""Key of a model's facts: the tasks that it has forgotten (`partialhn.training.forgetting`)."""
 MOST_READ = 32
 """Learned models of a stream that are read to find out what it was begun with."""
 BASELINE_OPTIONS = tuple(option for line in OWN.values() for option in line.options)
@@ -111,10 +113,22 @@ def as_begun(config: Config, filesystem: pafs.FileSystem, folder: str) -> Config
 def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: str) -> None:
     """Stores the model after a task, with the task's records in the model's facts."""
     fields = dataclasses.asdict(learned)
-    model.facts |= {"chain": fields}
+    model.facts |= {"chain": fields} | _still_forgotten(model, learned, filesystem, folder)
     with tempfile.TemporaryDirectory() as scratch:
         model.save(Path(scratch) / "model")
         checkpoint.upload(Path(scratch) / "model", filesystem, f"{folder}/{learned.prefix}")
+
+
+def _still_forgotten(model: Model, learned: Learned, filesystem: pafs.FileSystem,
+                     folder: str) -> dict[str, Any]:
+    """The tasks that the model before had forgotten, but for those that are learned again."""
+    if FORGOTTEN in model.facts or not learned.parent:
+        return {}
+    before = checkpoint.read_fields(filesystem, f"{folder}/{learned.parent}") or {}
+    tasks = {task_of(task.name) for task in model.tasks}
+    gone = [fields for fields in before.get("facts", {}).get(FORGOTTEN, ())
+            if fields["task"] not in tasks]
+    return {FORGOTTEN: gone} if gone else {}
 
 
 def find(filesystem: pafs.FileSystem, folder: str, lineage_ids: Sequence[str]) -> list[Learned]:

@@ -1,0 +1,117 @@
+"""Takes a task out of a learned model, and out of the records of how it was learned.
+
+The task's own parameters go, and so does all that the detector knows of it. What other tasks share
+with it stays, and `stays` names it: a trunk that was trained on the first task, the weights to
+which the other tasks add, or parameters that all tasks share.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from partialhn.checkpoints.model import Model, TaskInfo, empty_parts
+from partialhn.data.experience import task_of
+from partialhn.detector.detector import Detector
+from partialhn.errors import InputError
+from partialhn.features.feature_set import FeatureSet
+from partialhn.naming import digest
+from partialhn.task_inference import Inference
+from partialhn.training.lineage import Learned
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgotten:
+    """A task that a model has forgotten."""
+
+    task: str
+    classes: tuple[str, ...]
+    why: str
+    who: str
+    """The person, as user@host."""
+    time: str
+    """UTC, ISO 8601."""
+    stays: tuple[str, ...] = ()
+    """The parts, in words, that learned from the task and stay in the model."""
+
+    @staticmethod
+    def from_fields(fields: Mapping[str, Any]) -> "Forgotten":
+        """Rebuilds the object from the fields that `dataclasses.asdict` and JSON gave."""
+        return Forgotten(**{**fields, "classes": tuple(fields["classes"]),
+                            "stays": tuple(fields["stays"])})
+
+    def __str__(self) -> str:
+        return (f"task {self.task!r} was forgotten on {self.time[:10]} by {self.who}"
+                + (f" ({self.why})" if self.why else ""))
+
+
+def slots_of_task(names: Sequence[str], task: str) -> list[int]:
+    """Indices of the slots of a task. Raises: InputError for an unknown task, or the only one."""
+    tasks = list(dict.fromkeys(map(task_of, names)))
+    if task not in tasks:
+        raise InputError(f"task is {task!r}; allowed: {', '.join(tasks)}")
+    if len(tasks) == 1:
+        raise InputError(f"task {task!r} is the only one of the stream; allowed: a stream with at "
+                         "least one other task, or to delete the registered model in MLflow")
+    return [slot for slot, name in enumerate(names) if task_of(name) == task]
+
+
+def id_without(lineage_id: str, task: str) -> str:
+    """Lineage id of the model with this id after it has forgotten a task."""
+    return digest(["forget", lineage_id, task], 32)
+
+
+def stays(model: Model, slots: Sequence[int]) -> tuple[str, ...]:
+    """The parts, in words, that learned from these slots and stay when they are forgotten."""
+    trunk = ["the trunk, which was trained on it"] * (
+        0 in slots and model.config.backbone.trunk == "train")
+    return (*trunk, *model.strategy.shared_with(slots))
+
+
+def without_slots(model: Model, slots: Sequence[int], train: FeatureSet | None) -> Model:
+    """The model without the slots of a task.
+
+    train: training features of the task's newest slot, to take them off the detector's sums.
+    Raises: InputError where the strategy cannot do without them, where the features are needed and
+    are None, or for task inference of version 0.1.0, whose sums are not exact.
+    """
+    trunk, strategy = empty_parts(model.config)
+    trunk.load_state_dict(model.trunk.state_dict())
+    trunk.pixels = model.trunk.pixels
+    tasks = tuple(task for slot, task in enumerate(model.tasks) if slot not in slots)
+    strategy.load_tasks([len(task.classes) for task in tasks], model.strategy.state_without(slots))
+    return Model(model.config, trunk, strategy.requires_grad_(False).eval(), tasks,
+                 inference=_inference_without(model.inference, model.tasks, slots, train))
+
+
+def _inference_without(inference: Inference | None, tasks: Sequence[TaskInfo],
+                       slots: Sequence[int], train: FeatureSet | None) -> Inference | None:
+    if inference is None:
+        return None
+    task = task_of(tasks[slots[0]].name)
+    if not isinstance(inference, Detector):
+        raise InputError(f"task {task!r} cannot be forgotten: the model has the task inference of "
+                         "version 0.1.0, whose sums are rounded; allowed: a new stream without it")
+    if train is None:
+        raise InputError(f"task {task!r} cannot be forgotten: its stored training features are "
+                         "missing, which have to be taken off the detector's sums; allowed: to "
+                         "restore them, or a new stream without it")
+    found = Detector.from_tensors(inference.tensors(), len(inference))
+    found.false_alarms = inference.false_alarms
+    found.forget(slots, train)
+    return found
+
+
+def records_without(learned: Learned, slots: Sequence[int], lineage_id: str,
+                    parent: str) -> Learned:
+    """The records of a task that stays, under the lineage id of the model without the slots.
+
+    Accuracies without a task were measured among the forgotten classes, so they are left out.
+    """
+    index = learned.record.task_index - sum(slot < learned.record.task_index for slot in slots)
+    row = tuple(accuracy for slot, accuracy in enumerate(learned.record.accuracy_row)
+                if slot not in slots)
+    return Learned(
+        lineage_id, parent,
+        dataclasses.replace(learned.record, task_index=index, accuracy_row=row, without_id=None),
+        tuple(dataclasses.replace(epoch, task_index=index) for epoch in learned.epochs),
+        learned.task_bytes)
