@@ -61,6 +61,8 @@ class RetrainConfig:
     """Name of a known configuration, instead of --config."""
     quiet_minutes: float | None = None
     """A folder without a _READY marker is ready if nothing in it has changed for so long."""
+    learn_again: tuple[str, ...] = ()
+    """Names of forgotten tasks (`partialhn models forget-task`) to learn again from the inbox."""
     dry_run: bool = False
     """Print the actions of a pass without taking them."""
 

@@ -33,6 +33,7 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
              f"mlflow   {mask_password(registry.tracking_uri)}",
              f"work     {champion.tags['work']}"
              + (f" ({older} versions from other work or weights are not shown)" if older else ""),
+             *(f"forgotten {text}" for text in map(str, champion.forgotten)),
              *_refused(versions), "", *table([_COLUMNS, *map(_row, current)]), "",
              f"trunk {champion.tags['trunk_fingerprint']}", "features in"]
     return "\n".join(lines + [f"  {folder}" for folder in _feature_folders(current)])

@@ -108,9 +108,10 @@ class Detector:
         self._prepared = None
 
     def forget(self, slots: Sequence[int], train: FeatureSet) -> None:
-        """Removes a task with all its slots; later slots move up. train: the newest slot's features.
+        """Removes a task with all its slots; later slots move up.
 
-        The result is the detector that never had the task, bit for bit.
+        train: features of the newest slot. The result is the detector that never had the task, bit
+        for bit.
         """
         self.remove_task(max(slots), train)
         self.slots = [own for slot, own in enumerate(self.slots) if slot not in slots]

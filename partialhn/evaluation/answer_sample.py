@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from partialhn.data.experience import Experience, task_of
-from partialhn.errors import IntegrityError
+from partialhn.errors import InputError, IntegrityError
 from partialhn.predict import Predictor
 
 IMAGES = 128
@@ -70,6 +70,25 @@ def write_sample(path: Path, predictor: Predictor, experiences: Sequence[Experie
     answers = predictor.answers(predictor.features(torch.cat(decoded)), tasks) if images else []
     pq.write_table(pa.table([images, tasks, labels, [answer.label for answer in answers],
                              [answer.probability for answer in answers]], schema=SCHEMA), path)
+
+
+def sample_again(path: Path, predictor: Predictor, sample: pa.Table) -> bytes:
+    """Writes another model's sample, without tasks that this model lacks, with its own answers.
+
+    Returns the first image, encoded. Raises: InputError if no image is left.
+    """
+    rows = [row for row in sample.to_pylist() if row["task"] in predictor.tasks]
+    if not rows:
+        raise InputError(f"the stored sample has no image of {', '.join(predictor.tasks)}; "
+                         "allowed: a sample of one of these tasks")
+    images, tasks = [row["image"] for row in rows], [row["task"] for row in rows]
+    decoded = predictor.decode(images, [f"number {i}" for i in range(len(images))])
+    answers = predictor.answers(predictor.features(decoded.images_BCHW), tasks)
+    pq.write_table(pa.table([images, tasks, [row["label"] for row in rows],
+                             [answer.label for answer in answers],
+                             [answer.probability for answer in answers]], schema=SCHEMA), path)
+    first: bytes = images[0]
+    return first
 
 
 def _pick(experience: Experience, count: int, budget: int,

@@ -136,8 +136,8 @@ class Strategy(nn.Module):
                    finished: int | None = None) -> None:
         """Adds tasks to an empty strategy and loads their `state_dict`.
 
-        classes: number of classes of each task. finished: number of tasks that are learned; default:
-        all. Raises: RuntimeError for a state of other tasks.
+        classes: number of classes of each task. finished: number of tasks that are learned;
+        default: all. Raises: RuntimeError for a state of other tasks.
         """
         for count in classes:
             self.add_task(count)

@@ -6,8 +6,7 @@ which the other tasks add, or parameters that all tasks share.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from partialhn.checkpoints.model import Model, TaskInfo, empty_parts
 from partialhn.data.experience import task_of
@@ -17,31 +16,6 @@ from partialhn.features.feature_set import FeatureSet
 from partialhn.naming import digest
 from partialhn.task_inference import Inference
 from partialhn.training.lineage import Learned
-
-
-@dataclasses.dataclass(frozen=True)
-class Forgotten:
-    """A task that a model has forgotten."""
-
-    task: str
-    classes: tuple[str, ...]
-    why: str
-    who: str
-    """The person, as user@host."""
-    time: str
-    """UTC, ISO 8601."""
-    stays: tuple[str, ...] = ()
-    """The parts, in words, that learned from the task and stay in the model."""
-
-    @staticmethod
-    def from_fields(fields: Mapping[str, Any]) -> "Forgotten":
-        """Rebuilds the object from the fields that `dataclasses.asdict` and JSON gave."""
-        return Forgotten(**{**fields, "classes": tuple(fields["classes"]),
-                            "stays": tuple(fields["stays"])})
-
-    def __str__(self) -> str:
-        return (f"task {self.task!r} was forgotten on {self.time[:10]} by {self.who}"
-                + (f" ({self.why})" if self.why else ""))
 
 
 def slots_of_task(names: Sequence[str], task: str) -> list[int]:

@@ -30,7 +30,7 @@ from partialhn.training.slots import Slot
 
 FORMAT = 1
 FORGOTTEN = "forgotten"
-"""Key of a model's facts: the tasks that it has forgotten (`partialhn.training.forgetting`)."""
+"""Key of a model's facts: the fields of `Forgotten` for each task that it has forgotten."""
 MOST_READ = 32
 """Learned models of a stream that are read to find out what it was begun with."""
 BASELINE_OPTIONS = tuple(option for line in OWN.values() for option in line.options)

@@ -1,4 +1,4 @@
-"""The records that a training loop yields: one for each epoch, one for each finished task."""
+"""The records of a stream: one for each epoch, each finished task and each forgotten task."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -53,6 +53,31 @@ class TaskRecord:
     def from_fields(fields: Mapping[str, Any]) -> "TaskRecord":
         """Rebuilds a record from the fields that `dataclasses.asdict` and JSON gave."""
         return TaskRecord(**{**fields, "accuracy_row": tuple(fields["accuracy_row"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgotten:
+    """A task that a model has forgotten."""
+
+    task: str
+    classes: tuple[str, ...]
+    why: str
+    who: str
+    """The person, as user@host."""
+    time: str
+    """UTC, ISO 8601."""
+    stays: tuple[str, ...] = ()
+    """The parts, in words, that learned from the task and stay in the model."""
+
+    @staticmethod
+    def from_fields(fields: Mapping[str, Any]) -> "Forgotten":
+        """Rebuilds the object from the fields that `dataclasses.asdict` and JSON gave."""
+        return Forgotten(**{**fields, "classes": tuple(fields["classes"]),
+                            "stays": tuple(fields["stays"])})
+
+    def __str__(self) -> str:
+        return (f"task {self.task!r} was forgotten on {self.time[:10]} by {self.who}"
+                + (f" ({self.why})" if self.why else ""))
 
 
 def class_incremental(finished: Sequence[TaskRecord]) -> dict[str, float]:

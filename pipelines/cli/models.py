@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import sys
+from functools import partial
 from typing import Any, ClassVar
 
-from pipelines.settings import Group, check_name
+from pipelines.settings import Group, RetrainConfig, check_name
 
 REFUSED = 3
 """Exit code of a promotion that the gate's decision forbids."""
@@ -164,12 +165,43 @@ class Repair(Where):
         self.show(repaired(self.registry(), storage, self.name, self.version), repaired_text)
 
 
+@dataclasses.dataclass(frozen=True)
+class ForgetTask(Where):
+    """Make a version of the champion that does not know a task any more.
+
+    The task's own parameters and its part of the detector go; what other tasks share with it stays
+    and is listed. `retrain` does not learn the task again unless --learn-again names it, and a
+    rollback brings it back. Exit code 3 if the gate refused the version.
+    """
+
+    task: str = ""
+    """Name of the task."""
+    why: str = ""
+    """Reason, for the history, and for whoever asks for the task later."""
+    policy: str | None = None
+    """YAML file with the limits for new versions, as for retrain: max_loss_on_earlier_task counts
+    for the tasks that stay."""
+    dry_run: bool = False
+    """Print what would be done, and what stays of the task, without doing it."""
+
+    def run(self) -> int:
+        from pipelines.retrain.forget import forget_task
+
+        settings = RetrainConfig(self.name, self.storage, self.tracking_uri, self.policy,
+                                 dry_run=self.dry_run)
+        done = forget_task(settings, self.task, self.why,
+                           partial(print, file=sys.stderr) if self.json else print)
+        self.show(done.fields(), lambda _: "\n".join(done.lines()))
+        return done.exit_code
+
+
 class Models(Group):
-    """List, show, promote, roll back, verify and repair registered versions."""
+    """List, show, promote, roll back, verify and repair registered versions; forget a task."""
 
     COMMANDS: ClassVar[dict[str, Any]] = {
         "list": List, "show": ShowVersion, "history": ShowHistory, "promote": Promote,
-        "rollback": Rollback, "verify": Verify, "repair": Repair}
+        "rollback": Rollback, "verify": Verify, "repair": Repair,
+        "forget-task": ForgetTask}
 
 
 COMMANDS: dict[str, Any] = {"models": Models}

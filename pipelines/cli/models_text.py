@@ -27,6 +27,7 @@ def version_text(found: Mapping[str, Any]) -> str:
         shown = ", ".join(value) if isinstance(value, list) else (
             f"{value:.3f}" if isinstance(value, float) else str(value))
         lines.append(f"{key.replace('_', ' '):<18} {shown}")
+    lines += [f"{'forgotten':<18} {text}" for text in found["forgotten"]]
     return "\n".join([*lines, "", *decision_lines(found["decision"]), "",
                       *_move_lines(found["history"])])
 

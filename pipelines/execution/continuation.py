@@ -15,6 +15,7 @@ from partialhn.data.experience import Experience
 from partialhn.errors import InputError
 from partialhn.naming import named_sections
 from partialhn.training import lineage
+from partialhn.training.records import Forgotten
 from pipelines.features.produce import open_store
 from pipelines.platform.storage import Storage
 from pipelines.registry.client import Registry
@@ -111,11 +112,14 @@ class Continuation:
     """The champion's tasks that are learned again, each with the reason."""
     brought_back: tuple[str, ...] = ()
     """Tasks that a person took back, and that this run would add again."""
+    remembered: tuple[Forgotten, ...] = ()
+    """Tasks that the champion has forgotten, and that this run would add again."""
 
     @property
     def changes(self) -> bool:
         """Whether the run's model answers differently from the champion for any of its tasks."""
-        return bool(self.left_out or self.renamed or self.again or self.brought_back)
+        return bool(self.left_out or self.renamed or self.again or self.brought_back
+                    or self.remembered)
 
     def fields(self) -> dict[str, Any] | None:
         """The entry `continues` of result.json; None for a stream without a champion."""
@@ -125,7 +129,8 @@ class Continuation:
                 "new": list(self.new), "left_out": list(self.left_out),
                 "known": list(self.known),
                 "renamed": dict(self.renamed), "again": dict(self.again),
-                "brought_back": list(self.brought_back)}
+                "brought_back": list(self.brought_back),
+                "remembered": [gone.task for gone in self.remembered]}
 
     def lines(self) -> list[str]:
         """The fate of each of the champion's tasks, in words."""
@@ -133,6 +138,8 @@ class Continuation:
         lines += [f"task {old!r} is named {new!r} now (the same images): {old!r} is left out, and "
                   f"{new!r} is learned" for old, new in self.renamed.items()]
         lines += [f"task {name!r} is learned again: {why}" for name, why in self.again.items()]
+        lines += [f"task {gone.task!r} comes back: {gone}; `partialhn retrain` goes on without it"
+                  for gone in self.remembered]
         return lines + [f"task {name!r} comes back: a person moved the champion back to a version "
                         "without it (partialhn models history)" for name in self.brought_back]
 
@@ -170,6 +177,13 @@ def compare(before: LearnedBefore, config: Config, experiences: Sequence[Experie
     ids = () if network is None else lineage.lineage_ids_of(config, network, experiences)
     places = [ids.index(version.tags["prefix"]) if version.tags["prefix"] in ids else -1
               for version in before.chain]
+    forgotten = before.champion.forgotten if before.champion else ()
+    back_again = tuple(gone for gone in forgotten if gone.task in names)
+    if forgotten:  # a later id stands for the forgotten task, too
+        ends = ["", *(version.tags["prefix"] for version in before.chain)]
+        first = next((place for place, version in enumerate(before.chain)
+                      if version.tags["parent"] != ends[place]), len(places))
+        places[first:] = [-1] * (len(places) - first)
     kept = max(places, default=-1) + 1  # a lineage id stands for all tasks up to its own
     left_out, renamed, again = [], {}, {}
     for version, place in zip(before.chain, places, strict=True):
@@ -182,7 +196,8 @@ def compare(before: LearnedBefore, config: Config, experiences: Sequence[Experie
             renamed[version.task] = now.name
         else:
             again[version.task] = _why(before, config, version, now, network)
-    known = {version.task for version in before.chain} | set(renamed.values())
+    known = ({version.task for version in before.chain} | set(renamed.values())
+             | {gone.task for gone in back_again})
     learned = {name for name, lineage_id in zip(names, ids, strict=bool(ids))
                if lineage_id in before.registered}
     back = [version.task for version in before.taken_back
@@ -191,7 +206,7 @@ def compare(before: LearnedBefore, config: Config, experiences: Sequence[Experie
     return Continuation(before, tuple(names[:kept]),
                         tuple(name for name in more if name not in learned),
                         tuple(name for name in more if name in learned),
-                        tuple(left_out), renamed, again, tuple(back))
+                        tuple(left_out), renamed, again, tuple(back), back_again)
 
 
 def _why(before: LearnedBefore, config: Config, version: Version, now: Experience,

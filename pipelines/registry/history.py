@@ -23,7 +23,8 @@ from partialhn.errors import IntegrityError
 from pipelines.platform.storage import Storage
 from pipelines.settings import check_name
 
-Kind = Literal["trained", "promoted", "rollback", "gate-rejected", "refresh", "reconcile"]
+Kind = Literal["trained", "promoted", "rollback", "gate-rejected", "refresh", "forgot",
+               "reconcile"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
 ATTEMPTS = 1000
 """How many numbers a writer tries; other writers would have to be faster each time."""

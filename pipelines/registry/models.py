@@ -7,6 +7,7 @@ that only read change nothing: `warnings` says which alias differs from the hist
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from partialhn.data.experience import task_of
@@ -39,6 +40,7 @@ def details(registry: Registry, name: str, version: str) -> dict[str, Any]:
         "work": shown.tags["work"], "weights_hash": shown.tags["weights_hash"],
         "classes": json.loads(shown.tags["classes"]),
         "trunk_fingerprint": shown.tags["trunk_fingerprint"], "storage": shown.tags["storage"],
+        "forgotten": [str(gone) for gone in shown.forgotten],
         "decision": shown.decision, "history": moves}
 
 
@@ -103,10 +105,21 @@ def roll_back(registry: Registry, name: str, to: str | None, why: str) -> dict[s
                              + ", or partialhn models promote")
     version = find(registry, name, str(target))
     registry.require_sound(version)
-    entry = registry.aliases.move(name, Move(CHAMPION, target, "rollback",
-                                             why or "rolled back by hand",
-                                             metrics=version.metrics))
-    return _moved(registry, name, entry, repaired)
+    move = Move(CHAMPION, target, "rollback", why or "rolled back by hand",
+                metrics=version.metrics)
+    _bring_back_aliases(registry, entries, version, move)
+    return _moved(registry, name, registry.aliases.move(name, move), repaired)
+
+
+def _bring_back_aliases(registry: Registry, entries: Sequence[Entry], version: Version,
+                        move: Move) -> None:
+    """Gives the aliases of tasks back that a later version has forgotten, and this one knows."""
+    gone = {task_alias(forgotten.task) for forgotten in version.forgotten}
+    last = {entry.move.alias: entry for entry in entries}
+    for alias, entry in last.items():
+        if entry.move.kind == "forgot" and entry.move.to is None and alias not in gone:
+            registry.aliases.move(version.stream,
+                                  dataclasses.replace(move, alias=alias, to=entry.origin))
 
 
 def repaired(registry: Registry, storage: Storage, name: str, version: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from partialhn.naming import digest_text
+from partialhn.training.records import Forgotten
 
 CHAMPION = "champion"
 """Alias of the version in use: the newest that passed the gate, or one that a person chose."""
@@ -41,11 +42,22 @@ class Registration:
     for each."""
     parent: str
     """Lineage id of the model that it was learned from; empty for the first task."""
+    stands_on: tuple[str, ...] = ()
+    """For a version that has forgotten a task, the lineage ids of the versions in which the other
+    tasks were learned, oldest first."""
+    forgotten: tuple[Mapping[str, Any], ...] = ()
+    """The tasks that it has forgotten (`partialhn.training.records.Forgotten`)."""
 
     def tags(self) -> dict[str, str]:
-        """The fields as strings for MLflow; tuples become JSON lists."""
+        """The fields as strings for MLflow; tuples become JSON lists, empty ones of the last two
+        fields no tag.
+        """
+        fields = dataclasses.asdict(self)
+        for key in ("stands_on", "forgotten"):
+            if not fields[key]:
+                del fields[key]
         return {key: json.dumps(value) if isinstance(value, tuple) else str(value)
-                for key, value in dataclasses.asdict(self).items()}
+                for key, value in fields.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +98,17 @@ class Version:
         return tuple(json.loads(self.tags["feature_keys"]))
 
     @property
+    def stands_on(self) -> tuple[str, ...] | None:
+        """As `Registration.stands_on`; None for a version that was learned on top of its parent."""
+        text = self.tags.get("stands_on")
+        return tuple(json.loads(text)) if text else None
+
+    @property
+    def forgotten(self) -> tuple[Forgotten, ...]:
+        """The tasks that it has forgotten, oldest first."""
+        return tuple(map(Forgotten.from_fields, json.loads(self.tags.get("forgotten", "[]"))))
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Accuracies over the tasks so far, after this version's task."""
         return {key: float(self.tags[key]) for key in ("acc", "learning_accuracy", "forgetting")}
@@ -103,12 +126,21 @@ def is_ours(alias: str) -> bool:
 
 
 def chain_of(versions: Sequence[Version], newest: Version) -> list[Version]:
-    """The version `newest` and those that it was learned from, in the order of the tasks."""
+    """The version `newest` and those that it was learned from, in the order of the tasks.
+
+    Below a version that has forgotten a task, they are those in which the other tasks were learned.
+    """
     by_lineage_id = {version.tags.get("prefix", ""): version for version in versions}
     chain = [newest]
-    while parent := by_lineage_id.get(chain[-1].tags.get("parent") or "none"):
+    while True:
+        stands_on = chain[-1].stands_on
+        if stands_on is not None:
+            earlier = [by_lineage_id[key] for key in stands_on if key in by_lineage_id]
+            return earlier + chain[::-1]
+        parent = by_lineage_id.get(chain[-1].tags.get("parent") or "none")
+        if parent is None:
+            return chain[::-1]
         chain.append(parent)
-    return chain[::-1]
 
 
 def challenger_of(versions: Sequence[Version]) -> Version | None:

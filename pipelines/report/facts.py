@@ -15,6 +15,7 @@ from partialhn.errors import InputError
 from partialhn.evaluation import metrics
 from partialhn.evaluation.doubts import doubts
 from partialhn.strategies.table import label_of
+from partialhn.training.records import Forgotten
 
 FORGETTING_LIMIT = 0.01
 """Mean forgetting that the verdict accepts: 1 point."""
@@ -93,6 +94,12 @@ class Facts:
                                epoch.get("ridge_accuracy"), task.get("validation_images"))
             found += [(name, text) for text in sentences]
         return found
+
+    @property
+    def forgotten(self) -> list[str]:
+        """The tasks that the model has forgotten, in words."""
+        return [f"T{str(Forgotten.from_fields(fields))[1:]}"
+                for fields in self.result.get("forgotten") or ()]
 
     @property
     def task_seconds(self) -> float | None:

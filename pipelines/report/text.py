@@ -36,8 +36,10 @@ def text_summary(result: Mapping[str, Any]) -> str:
 
 
 def _doubts(facts: Facts) -> list[str]:
-    return [line for task, text in facts.doubts for line in textwrap.wrap(
-        f"WARNING task {_clean(task)!r}: {text}", COLUMNS, subsequent_indent=" " * 8)]
+    lines = [f"WARNING task {_clean(task)!r}: {text}" for task, text in facts.doubts]
+    lines += map(_clean, facts.forgotten)
+    return [wrapped for line in lines
+            for wrapped in textwrap.wrap(line, COLUMNS, subsequent_indent=" " * 8)]
 
 
 def _clean(name: str) -> str:

@@ -140,6 +140,7 @@ def _cost(facts: Facts) -> str:
 
 def _cautions(facts: Facts) -> tuple[str, ...]:
     cautions = [f"Task “{task}”: {text}." for task, text in facts.doubts]
+    cautions += [f"{text}." for text in facts.forgotten]
     if refused := facts.result.get("challenger"):
         reasons = (refused.get("decision") or {}).get("reasons") or ["no reason was recorded"]
         cautions.append(f"A newer version, {refused['version']} (task “{refused['task']}”), was "

@@ -23,8 +23,9 @@ from partialhn.training.experience import evaluate
 from partialhn.training.result import stream_metrics
 from partialhn.training.slots import Slot, open_task_features
 from pipelines.registry.client import Placing
+from pipelines.registry.history import Move, aliases
 from pipelines.registry.package import Contents
-from pipelines.registry.versions import Registration, Version
+from pipelines.registry.versions import Registration, Version, task_alias
 from pipelines.retrain.context import PassContext
 from pipelines.retrain.gate import GateFacts, Policy
 from pipelines.retrain.journal import Decided, chain_to
@@ -129,29 +130,50 @@ def register(context: PassContext, decided: Sequence[Decided], new: Decided) -> 
         sample = Path(scratch) / "sample.parquet"
         sample.write_bytes(context.storage.read_bytes(context.sample(new.prefix)))
         contents = Contents(copy, task_of(new.slot), base64.b64decode(new.example), sample)
-        version = registry.register_task(run, _registration(context, new, index, summary, copy),
+        version = registry.register_task(run, _registration(context, tasks, summary, copy),
                                          contents, _placing(context, new))
     registry.end_run(run)
     if new.passed:
+        _release_aliases(context, new, version)
         registry.log_metrics(parent, metrics, step=index)
     return version
 
 
-def _registration(context: PassContext, new: Decided, index: int, summary: StreamMetrics,
+def _release_aliases(context: PassContext, new: Decided, version: Version) -> None:
+    """Takes the alias of a task that the version has just forgotten away from the old version."""
+    for fields in new.forgotten:
+        alias = task_alias(str(fields["task"]))
+        if alias in aliases(context.registry.aliases.history(context.stream).entries()):
+            context.registry.aliases.move(context.stream, Move(
+                alias, None, "forgot", f"{version.uri} has forgotten the task",
+                token=context.lease.token))
+
+
+def _registration(context: PassContext, tasks: Sequence[Decided], summary: StreamMetrics,
                   copy: Path) -> Registration:
+    new, index = tasks[-1], len(tasks) - 1
     manifests = new.with_features(context.store).manifests.values()
+    fields = checkpoint.load(copy, "model")[1]
     return Registration(
         stream=context.stream, work=new.prefix[:12], task=task_of(new.slot), task_index=index,
         classes=new.classes, trunk_fingerprint=next(iter(new.recipes.values()))["trunk"],
         feature_keys=tuple(manifest.key for manifest in manifests),
-        weights_hash=checkpoint.load(copy, "model")[1]["weights_hash"], acc=summary.accuracy,
+        weights_hash=fields["weights_hash"], acc=summary.accuracy,
         learning_accuracy=summary.learning_accuracy, forgetting=summary.forgetting,
-        storage=context.storage.uri, prefix=new.prefix, parent=new.parent)
+        storage=context.storage.uri, prefix=new.prefix, parent=new.parent,
+        stands_on=tuple(task.stands_for or task.prefix for task in tasks[:-1]
+                        ) if new.forgotten else (),
+        forgotten=tuple(fields["facts"].get(lineage.FORGOTTEN, ())))
 
 
 def _placing(context: PassContext, new: Decided) -> Placing:
     if not new.passed:
         return Placing(False, "gate-rejected", "; ".join(new.decision["reasons"]),
                        context.lease.token, new.decision)
+    if new.forgotten:
+        *_, gone = new.forgotten
+        return Placing(True, "forgot", f"task {gone['task']} is forgotten"
+                       + (f": {gone['why']}" if gone["why"] else ""), context.lease.token,
+                       new.decision)
     return Placing(True, "refresh" if "/" in new.slot else "trained",
                    f"task {new.slot} passed the gate", context.lease.token, new.decision)

@@ -168,9 +168,6 @@ def decide(policy: Policy, facts: GateFacts) -> Decision:
     """
     if facts.task not in facts.after:
         raise ValueError(f"the new task {facts.task!r} has no accuracy")
-    rows = tuple(_row(policy, task, facts.before.get(task), after)
-                 for task, after in facts.after.items())
-    missing = sorted(set(facts.before) - set(facts.after))
     new, chance = facts.after[facts.task], 1 / facts.classes
     limits = [
         _at_least("accuracy", policy.min_accuracy_new, new),
@@ -185,6 +182,25 @@ def decide(policy: Policy, facts: GateFacts) -> Decision:
         _at_most("seconds", policy.max_seconds, facts.seconds),
         _at_most("bytes of the task", policy.max_bytes_per_task, facts.bytes_per_task)]
     checks = [(f"task {facts.task!r}: {text}", holds) for text, holds in filter(None, limits)]
+    return _decision(policy, facts, checks)
+
+
+def decide_without(policy: Policy, forgotten: str, after: Mapping[str, float],
+                   before: Mapping[str, float]) -> Decision:
+    """Decides on a version that has forgotten a task: no other task may lose too much by it.
+
+    The policy's limits for new tasks do not apply. after, before: accuracy of each other task, and
+    its best accuracy so far.
+    """
+    policy = Policy(policy.max_loss_on_earlier_task, min_above_chance=None, max_p_value=None)
+    return _decision(policy, GateFacts(forgotten, 1, after, before), [])
+
+
+def _decision(policy: Policy, facts: GateFacts, checks: list[tuple[str, bool]]) -> Decision:
+    """The decision after `checks` and the losses of earlier tasks."""
+    rows = tuple(_row(policy, task, facts.before.get(task), after)
+                 for task, after in facts.after.items())
+    missing = sorted(set(facts.before) - set(facts.after))
     if policy.max_loss_on_earlier_task is not None:
         checks += [(f"task {row.task!r}: {row.before:.3f} -> {row.after:.3f}, loss "
                     f"{row.loss:.3f}, allowed at most {policy.max_loss_on_earlier_task:g}",

@@ -14,10 +14,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from partialhn.data.experience import task_of
 from partialhn.errors import IntegrityError
 from partialhn.features.extract import Split
 from partialhn.features.manifest import FeatureRecipe
 from partialhn.features.store import FeatureStore
+from partialhn.training.records import Forgotten
 from partialhn.training.slots import Slot
 from pipelines.platform.lease import Lease, LeaseLostError
 from pipelines.platform.storage import Storage
@@ -58,6 +60,11 @@ class Decided:
     adopted: bool = False
     """Whether `partialhn train` learned and registered the task: no gate decided on it, and its
     arrival, policy, fingerprint and example are empty."""
+    stands_for: str = ""
+    """Where a later task of this model's chain is the newest that it kept when a task was
+    forgotten: lineage id of the version in which this task was learned. It has no other version."""
+    forgotten: tuple[Mapping[str, Any], ...] = ()
+    """For the newest task of a model that has forgotten others: the fields of `Forgotten`."""
 
     @property
     def passed(self) -> bool:
@@ -81,7 +88,8 @@ class Event:
     token: int
     kind: str
     """One of founded (holds the stream's configuration), pass (a pass starts), decided (a task),
-    adopted (a task that `partialhn train` learned), published (a new report)."""
+    adopted (a task that `partialhn train` learned), forgot (the tasks that are kept where one was
+    forgotten), published (a new report)."""
     fields: Mapping[str, Any]
 
 
@@ -117,8 +125,8 @@ class Journal:
         """Every decided task, in order; for a model decided several times, the newest decision."""
         newest: dict[str, Decided] = {}
         for event in self.events():
-            if event.kind in ("decided", "adopted"):
-                decided = _parse_decided(event)
+            for fields in _decided_fields(event):
+                decided = _parse_decided(event.number, fields)
                 newest.pop(decided.prefix, None)
                 newest[decided.prefix] = decided
         return list(newest.values())
@@ -165,10 +173,27 @@ def chain_to(decided: Sequence[Decided], lineage_id: str) -> list[Decided]:
     return chain[::-1]
 
 
-def _parse_decided(event: Event) -> Decided:
+def forgotten_by(base: Sequence[Decided]) -> dict[str, Forgotten]:
+    """The tasks that a model has forgotten and not learned again, by name. base: its tasks."""
+    gone: dict[str, Forgotten] = {}
+    for task in base:
+        gone.pop(task_of(task.slot), None)
+        gone |= {fields["task"]: Forgotten.from_fields(fields) for fields in task.forgotten}
+    return gone
+
+
+def _decided_fields(event: Event) -> Sequence[Mapping[str, Any]]:
+    """The decided tasks of an event."""
+    if event.kind == "forgot":
+        kept: Sequence[Mapping[str, Any]] = event.fields["kept"]
+        return kept
+    return [event.fields] if event.kind in ("decided", "adopted") else []
+
+
+def _parse_decided(number: int, fields: Mapping[str, Any]) -> Decided:
     try:
-        values = dict(event.fields)
-        return Decided(**values | {"classes": tuple(values["classes"])})
+        return Decided(**{**fields, "classes": tuple(fields["classes"]),
+                          "forgotten": tuple(fields.get("forgotten", ()))})
     except (KeyError, TypeError) as error:
-        raise IntegrityError(f"event {event.number} of the log cannot be read: {error!r}"
+        raise IntegrityError(f"event {number} of the log cannot be read: {error!r}"
                              ) from error

@@ -24,6 +24,8 @@ class PassOutcome:
     """Arrivals on which an earlier pass decided, unchanged since then."""
     not_used: list[str] = dataclasses.field(default_factory=list)
     """Folders of learned tasks whose files are not those that were learned."""
+    forgotten: list[str] = dataclasses.field(default_factory=list)
+    """Arrivals of tasks that the champion has forgotten, with what to do."""
     adopted: list[str] = dataclasses.field(default_factory=list)
     """Tasks that `partialhn train` learned, and that entered the log in this pass."""
     learned: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -64,6 +66,7 @@ class PassOutcome:
             lines.append(f"rejected {rejection['task']}: " + "; ".join(rejection["reasons"]))
         lines += [f"waiting: {text}" for text in self.waiting]
         lines += [f"not used: {text}" for text in self.not_used]
+        lines += [f"not learned: {text}" for text in self.forgotten]
         lines += [f"skipped, unchanged since the last decision: {text}" for text in self.skipped]
         for task in self.learned:
             lines += _learned_lines(task)
@@ -80,6 +83,11 @@ def _learned_lines(task: dict[str, Any]) -> list[str]:
     uri = f"models:/{task['stream']}/{task['version']}"
     warnings = [f"WARNING task {decision['task']!r}: {text}"
                 for text in decision.get("warnings", ())]
+    if "forgotten" in task:
+        place = "is champion" if decision["passed"] else "stays challenger"
+        return [f"forgot {task['forgotten']}: {uri} {place}", *warnings,
+                *(f"  stays: {text}" for text in task["stays"]),
+                *(f"  {reason}" for reason in decision["reasons"])]
     if decision["passed"]:
         return [f"learned {task['slot']}: {uri} is champion", *warnings]
     lines = [f"stopped {task['slot']}: {uri} stays challenger", *warnings]

@@ -1,5 +1,6 @@
 """Publishes the champion of a retrained stream: its accuracy matrix, result.json and report."""
 
+import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pipelines.registry.versions import CHAMPION
 from pipelines.report.page import write_report
 from pipelines.retrain.candidate import WORK
 from pipelines.retrain.context import PassContext
-from pipelines.retrain.journal import Decided, Journal
+from pipelines.retrain.journal import Decided, Journal, forgotten_by
 
 
 def published(journal: Journal) -> str:
@@ -43,6 +44,8 @@ def publish(context: PassContext, base: Sequence[Decided]) -> None:
         "peak_rss_bytes": peak_rss_bytes(), "storage": context.storage.uri,
         "tracking_uri": registry.tracking_uri, "model_uri": f"models:/{name}@{CHAMPION}",
         "versions": versions}
+    if gone := forgotten_by(base):
+        fields["forgotten"] = [dataclasses.asdict(task) for task in gone.values()]
     context.lease.check()
     parent = registry.stream_run(name, WORK, context.config.to_dict())
     registry.log_matrix(parent, fields["accuracy_matrix"], [slot.name for slot in slots])

@@ -32,7 +32,7 @@ from pipelines.retrain.candidate import register
 from pipelines.retrain.context import PassContext, cut_of, hashes_path
 from pipelines.retrain.gate import Policy, read_policy
 from pipelines.retrain.inbox import Inbox, Problem
-from pipelines.retrain.journal import Decided, Journal, chain_to
+from pipelines.retrain.journal import Decided, Journal, chain_to, forgotten_by
 from pipelines.retrain.learning import Learning
 from pipelines.retrain.outcome import PassOutcome
 from pipelines.retrain.publish import publish, published
@@ -44,6 +44,15 @@ Log = Callable[[str], None]
 
 def retrain(settings: RetrainConfig, log: Log = print) -> PassOutcome:
     """Runs one pass. Raises: InputError for any error that the user can correct."""
+    return with_pass(settings, Pass.run, log)
+
+
+def with_pass(settings: RetrainConfig, work: Callable[["Pass"], None],
+              log: Log = print) -> PassOutcome:
+    """Opens a stream, does some work on it, and returns its outcome.
+
+    Raises: InputError for any error that the user can correct.
+    """
     storage = open_storage(settings.storage)
     storage.check()
     values = dict(read_policy(settings.policy)) if settings.policy else {}
@@ -58,8 +67,8 @@ def retrain(settings: RetrainConfig, log: Log = print) -> PassOutcome:
         config = _config(settings, journal.config() or (found.config.to_dict() if found else None))
         check(config)
         try:
-            _Pass(settings, storage, config, policy, arrivals, journal, registry, outcome,
-                  Progress(config, log), clock).run()
+            work(Pass(settings, storage, config, policy, arrivals, journal, registry, outcome,
+                      Progress(config, log), clock))
         except LeaseLostError as error:
             outcome.held_by = f"another process ({error})"
     outcome.seconds = {key: round(value, 3) for key, value in clock.laps.items()}
@@ -122,8 +131,8 @@ def _config(settings: RetrainConfig, founded: Mapping[str, Any] | None) -> Confi
 
 
 @dataclasses.dataclass
-class _Pass:
-    """The steps of one pass."""
+class Pass:
+    """A stream that is open, and the steps of one pass over its inbox."""
 
     settings: RetrainConfig
     storage: Storage
@@ -142,44 +151,63 @@ class _Pass:
         self.policy_id = digest_text(json.dumps(both), 12)
 
     def run(self) -> None:
+        """Learns what has arrived; a dry run says what it would do."""
+        self.hold(self._look, self._work)
+
+    def hold(self, look: Callable[[], None], work: Callable[[PassContext], None]) -> None:
+        """Works under the stream's lease; `look` takes its place in a dry run."""
         lease = Lease(self.storage, self.settings.name)
         holder = lease.holder() if self.settings.dry_run else lease.acquire()
         if holder is not None:
             self.done.held_by = str(holder)
         elif self.settings.dry_run:
-            self._look()
+            look()
         else:
             assert self.registry is not None, "only a dry run does without a registry"
             with lease:
-                self._work(PassContext(self.storage, self.settings.name, self.config,
-                                       self.registry, self.journal, lease, self.progress,
-                                       self.clock))
+                work(PassContext(self.storage, self.settings.name, self.config, self.registry,
+                                 self.journal, lease, self.progress, self.clock))
 
     def _look(self) -> None:
         """A dry run: says what a pass would do, after the checks that the pass makes."""
-        found = self._adoption()
-        tasks = found.tasks if found else ()
-        self.done.would += [f"take {task.slot} over, which `partialhn train` learned"
-                            for task in tasks]
-        base = self._base([*self.journal.decided(), *tasks])
+        base = self.look_at_base()
         waiting = self._arrivals(base)
         if waiting and base:
             cut_of(self.storage, self.settings.name, self.config, base)
         self.done.would += [f"learn {checked.arrival.slot} ({len(checked.experience.train)} "
                             "training images)" for checked in waiting if checked.experience]
 
-    def _work(self, context: PassContext) -> None:
-        """The steps that need the lease."""
+    def look_at_base(self) -> list[Decided]:
+        """The tasks of the champion, for a dry run."""
+        found = self._adoption()
+        tasks = found.tasks if found else ()
+        self.done.would += [f"take {task.slot} over, which `partialhn train` learned"
+                            for task in tasks]
+        return self._base([*self.journal.decided(), *tasks])
+
+    def take_base(self, context: PassContext) -> list[Decided]:
+        """The tasks of the champion, after what `train` has learned and what an interrupted pass
+        has left is in order.
+        """
         if (found := self._adoption()) is not None:
             context.cut(self._base([*self.journal.decided(), *found.tasks]))
             found.write(self.journal, context.lease)
             self.done.adopted += [task.slot for task in found.tasks]
         base = self._repair(context)
         self.clock.lap("startup")
+        return base
+
+    def _work(self, context: PassContext) -> None:
+        """The steps that need the lease."""
+        base = self.take_base(context)
         waiting = self._arrivals(base)
         self.clock.lap("look")
         if waiting:
             base = Learning(context, base, self.policy, self.policy_id, self.done).run(waiting)
+        self.conclude(context, base)
+
+    def conclude(self, context: PassContext, base: Sequence[Decided]) -> None:
+        """Publishes the report of the champion's tasks, unless it is published already."""
         if base and published(self.journal) != base[-1].prefix:
             publish(context, base)
             self.clock.lap("report")
@@ -207,7 +235,7 @@ class _Pass:
         versions = {version.tags.get("prefix", ""): version for version in registered}
         for task in decided:
             version = versions.get(task.prefix)
-            if task.adopted:
+            if task.adopted or task.stands_for:
                 continue
             if version is None or (task.passed and version.version not in promoted):
                 context.lease.check()
@@ -222,11 +250,18 @@ class _Pass:
         self.done.waiting, self.done.not_used = found.waiting, found.not_used
         decided = self.journal.decided()
         classes = {task_of(task.slot): task.classes for task in base}
+        gone = forgotten_by(base)
         hashes: dict[str, Any] = {}
         ready: list[CheckedArrival] = []
         for arrival in found.arrivals:
-            if any(arrival_of(task.slot) == arrival.slot and task.signature == arrival.signature
-                   and (task.passed or task.policy == self.policy_id) for task in decided):
+            again = arrival.task in gone and arrival.task in self.settings.learn_again
+            if arrival.task in gone and not again:
+                self.done.forgotten.append(f"{arrival.slot}: {gone[arrival.task]}; to learn it "
+                                           f"again: --learn-again {arrival.task}")
+                continue
+            if not again and any(
+                    arrival_of(task.slot) == arrival.slot and task.signature == arrival.signature
+                    and (task.passed or task.policy == self.policy_id) for task in decided):
                 self.done.skipped.append(f"{arrival.slot} (decided)")
                 continue
             if self.inbox.rejected(arrival, self.policy_id):
@@ -238,7 +273,7 @@ class _Pass:
             if not hashes:
                 hashes = {task.slot: read_hashes(self.storage, hashes_path(
                     self.storage, self.settings.name, task.fingerprint))
-                          for task in base if not task.adopted}
+                          for task in base if task.fingerprint}
             problems: Sequence[Problem] = self.inbox.name_problems(arrival, list(classes))
             if not problems:
                 checked = check_arrival(self.storage, arrival, self.config.data,

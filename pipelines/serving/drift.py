@@ -31,7 +31,7 @@ from pipelines.features.produce import open_store
 from pipelines.platform.numbers import percent
 from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Registry, connect
-from pipelines.registry.versions import Version
+from pipelines.registry.versions import Version, chain_of
 from pipelines.serving.live import Live, read_live
 
 COMPONENTS = 16
@@ -139,13 +139,8 @@ def find_drift(name: str, storage: str, tracking_uri: str | None = None, *,
 
 def _task_versions(registry: Registry, champion: Version) -> dict[str, Version]:
     """The version that learned each task of the champion last, in the order of the tasks."""
-    newest = {}
-    for version in registry.versions(champion.stream):
-        if (version.tags["trunk_fingerprint"] == champion.tags["trunk_fingerprint"]
-                and version.task_index <= champion.task_index
-                and version.version <= champion.version):
-            newest[task_of(version.task)] = version
-    return dict(sorted(newest.items(), key=lambda item: item[1].task_index))
+    return {task_of(version.task): version
+            for version in chain_of(registry.versions(champion.stream), champion)}
 
 
 def _compare(task: str, version: Version, live: Live, storage: Storage) -> TaskDrift:

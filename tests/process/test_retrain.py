@@ -47,11 +47,14 @@ class Stream:
         self.storage = open_storage(str(root / "store"))
         self.inbox = root / "store" / "inbox"
 
-    def run(self, **changes):
+    def settings(self, **changes):
         settings = RetrainConfig("digits", str(self.root / "store"),
                                  policy=str(self.root / "policy.yaml"),
                                  config=str(self.root / "config.yaml"))
-        return retrain(dataclasses.replace(settings, **changes), lambda line: None)
+        return dataclasses.replace(settings, **changes)
+
+    def run(self, **changes):
+        return retrain(self.settings(**changes), lambda line: None)
 
     @property
     def registry(self):
