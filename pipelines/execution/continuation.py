@@ -129,8 +129,7 @@ class Continuation:
                 "new": list(self.new), "left_out": list(self.left_out),
                 "known": list(self.known),
                 "renamed": dict(self.renamed), "again": dict(self.again),
-                "brought_back": list(self.brought_back),
-                "remembered": [gone.task for gone in self.remembered]}
+                "brought_back": [*self.brought_back, *(gone.task for gone in self.remembered)]}
 
     def lines(self) -> list[str]:
         """The fate of each of the champion's tasks, in words."""

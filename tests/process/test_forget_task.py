@@ -2,20 +2,22 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
+from partialhn.data.datasets import open_stream
 from partialhn.errors import InputError
 from partialhn.evaluation.answer_sample import check_sample, read_sample
 from pipelines.cli.main import run
-from pipelines.execution.continuation import learned_before
+from pipelines.execution.continuation import compare, learned_before
 from pipelines.platform.storage import open_storage
 from pipelines.registry.models import roll_back
 from pipelines.registry.package import artifact
 from pipelines.retrain.forget import forget_task
 from pipelines.retrain.journal import Journal, chain_to
 from pipelines.show import show
-from tests.process.test_retrain import Stream, put_task
+from tests.process.test_retrain import CONFIG, Stream, put_task
 
 WHY = "the camera was replaced"
 
@@ -119,7 +121,7 @@ def test_a_rollback_brings_it_back_and_it_can_be_learned_again(forgotten, capsys
     assert json.loads(json.dumps(again.fields()))["forgotten"] == []
 
 
-def test_the_first_task_leaves_what_the_others_need(forgotten):
+def test_the_first_task_leaves_what_the_others_need(forgotten, tmp_path):
     stream, _ = forgotten
     done = forget_task(stream.settings(), "a", "", lambda line: None)
     assert ["trunk" in text for text in done.learned[0]["stays"]] == [True, False]
@@ -127,4 +129,12 @@ def test_the_first_task_leaves_what_the_others_need(forgotten):
     before = learned_before(stream.registry, open_storage(str(stream.root / "store")), "digits")
     assert before.champion is not None
     assert [gone.task for gone in before.champion.forgotten][-1] == "a"
+    for task in ("a", "b", "c"):
+        shutil.copytree(stream.inbox / task, tmp_path / "tasks" / task)
+    data = dataclasses.replace(CONFIG.data, data=str(tmp_path / "tasks"))
+    found = compare(before, CONFIG, before.ordered(open_stream(data, tmp_path / "sets")), None)
+    assert any(line.startswith("task 'a' comes back: task 'a' was forgotten on ")
+               for line in found.lines())
+    with pytest.raises(InputError, match="does not continue"):
+        found.check(replace=False)
     assert stream.run().exit_code == 0
