@@ -55,12 +55,6 @@ class DepthResult:
         rows = [run.rows[-1] for run in self.runs]
         return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
 
-    def lost(self) -> Interval | None:
-        """Accuracy behind separate heads, paired by seed; None where these were not trained."""
-        pairs, own = _by_seed(self.baselines), _by_seed(self.finals)
-        gaps = [pairs[seed] - accuracy for seed, accuracy in own.items() if seed in pairs]
-        return Interval.of(gaps) if gaps else None
-
 
 def _measured(record: TrialRecord) -> Measured:
     assert record.measured is not None

@@ -9,7 +9,7 @@ import optuna
 
 import partialhn
 from partialhn.config import Config
-from partialhn.evaluation.intervals import Interval
+from partialhn.evaluation.certainty import mean_accuracy
 from partialhn.training.budget import TRUNK_PASSES
 from pipelines.advice import words
 from pipelines.advice.decide import (
@@ -22,7 +22,9 @@ from pipelines.advice.decide import (
     noise,
     rank_correlation,
 )
+from pipelines.advice.held_out import HeldOut
 from pipelines.advice.money import Prices, Way, yearly
+from pipelines.platform.numbers import now
 from pipelines.search.depths import Depths, find_depths
 from pipelines.search.sampling import Goal, Proposals
 from pipelines.search.space import Space
@@ -46,15 +48,19 @@ def advice_fields(settings: Mapping[str, Any], space: Space, records: Sequence[T
     first = choose(accuracy, cost, goal.objective, goal.max_loss)
     chosen = next(each for each in results if each.depth == depth)
     votes = agreement(results, cost, goal.objective, goal.max_loss)
+    held_out = HeldOut.of(settings, survey)
     return {
-        "format": FORMAT, "name": settings["name"], "partialhn_version": partialhn.__version__,
+        "format": FORMAT, "finished": now(), "name": settings["name"],
+        "partialhn_version": partialhn.__version__,
         "objective": goal.objective, "max_loss": goal.max_loss, "options": dict(options),
         "tasks": settings["tasks"], "config": settings["config"], "space": settings["space"],
         "search_seconds": round(seconds, 1),
-        "recommendation": _recommendation(results, chosen, survey, votes, bool(ways), depths) | {
+        "chance": held_out.chance, "held_out_images": list(held_out.images_T),
+        "recommendation": _recommendation(results, chosen, survey, votes, bool(ways), depths,
+                                          held_out) | {
             "preferred": words.preferred(chosen, first, margin, depths), "noise": margin},
         "unit": depths.unit,
-        "depths": [_depth_fields(each, results, depths)
+        "depths": [_depth_fields(each, results, depths, held_out, survey["test_images"])
                    | {"ridge": survey["ridge"].get(str(each.depth))} for each in results],
         "front": {"costs": list(FRONT), "trials": front(records)},
         "trials": [_trial_fields(each) for each in records], "fixed": dict(space.fixed),
@@ -81,33 +87,36 @@ def _costs(results: Sequence[DepthResult],
 
 def _recommendation(results: Sequence[DepthResult], chosen: DepthResult,
                     survey: Mapping[str, Any], votes: Mapping[int, int],
-                    priced: bool, depths: Depths) -> dict[str, Any]:
+                    priced: bool, depths: Depths, held_out: HeldOut) -> dict[str, Any]:
+    best = max(results, key=lambda each: each.accuracy.mean)
     return {"depth": chosen.depth, "freeze": depths.freezing(chosen.depth),
             "trial": chosen.best.plan.id, "config_file": f"depth-{chosen.depth}.yaml",
             "params": chosen.best.plan.params, "cost": "money a year" if priced else "seconds",
-            "reason": words.reason(results, chosen, survey["shifts"], depths),
-            "confidence": words.sure(chosen, votes, depths),
-            "separate_heads": words.beside_separate_heads(chosen),
-            "ridge": words.beside_ridge(results, survey["ridge"]),
+            "reason": words.reason(results, chosen, survey["shifts"], depths, held_out),
+            "confidence": words.sure(chosen, votes, depths, held_out),
+            "separate_heads": words.beside_separate_heads(chosen, held_out),
+            "ridge": words.beside_ridge(results, survey["ridge"], held_out),
             "votes": {str(depth): count for depth, count in votes.items()},
-            "accuracy": dataclasses.asdict(chosen.accuracy)}
+            "accuracy": held_out.accuracy(chosen).fields(),
+            "above_chance": held_out.above_chance(chosen).fields(),
+            "behind_best": held_out.ahead(best, chosen).fields()}
 
 
-def _depth_fields(each: DepthResult, results: Sequence[DepthResult],
-                  depths: Depths) -> dict[str, Any]:
+def _depth_fields(each: DepthResult, results: Sequence[DepthResult], depths: Depths,
+                  held_out: HeldOut, test_images: Sequence[int]) -> dict[str, Any]:
     best = max(other.accuracy.mean for other in results)
-    run, lost = each.runs[0], each.lost()
-    tests = [value for final in each.finals if final.measured
-             and (value := final.measured.test_accuracy) is not None]
-    baselines = [final.measured.accuracy for final in each.baselines if final.measured]
+    run, lost, heads = each.runs[0], held_out.behind_heads(each), held_out.heads(each)
+    tests = [final.measured.test_row for final in each.finals
+             if final.measured and final.measured.test_row is not None]
     return {
         "depth": each.depth, "freeze": depths.freezing(each.depth), "counts": dict(each.counts),
         "trial": each.best.plan.id, "params": each.best.plan.params,
         "search_accuracy": each.best.measured.accuracy if each.best.measured else None,
-        "accuracy": dataclasses.asdict(each.accuracy), "per_task": each.per_task,
-        "test_accuracy": dataclasses.asdict(Interval.of(tests)) if tests else None,
-        "separate_heads": dataclasses.asdict(Interval.of(baselines)) if baselines else None,
-        "behind_separate_heads": dataclasses.asdict(lost) if lost else None,
+        "accuracy": held_out.accuracy(each).fields(), "per_task": each.per_task,
+        "above_chance": held_out.above_chance(each).fields(),
+        "test_accuracy": (mean_accuracy(tests, test_images).fields() if tests else None),
+        "separate_heads": heads.fields() if heads else None,
+        "behind_separate_heads": lost.fields() if lost else None,
         "share_of_best": each.accuracy.mean / best if best else None,
         "seconds": each.seconds, "feature_bytes": run.feature_bytes,
         "feature_seconds": run.feature_seconds, "serving_macs": run.serving_macs,

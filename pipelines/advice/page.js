@@ -36,9 +36,17 @@
     }
   }
 
+  function guessing(x) {
+    const ends = [Math.min(...x), Math.max(...x)];
+    return {name: `guessing, ${share(advice.chance)}`, mode: "lines", x: ends,
+            y: ends.map(() => 100 * advice.chance), line: {color: css("--soft"), width: 1.5, dash: "dash"},
+            hovertemplate: `guessing: ${share(advice.chance)}<extra></extra>`};
+  }
+
   function interval(each) {
-    const half = each.map(v => v && v.low !== null ? v.mean - v.low : 0);
-    return {type: "data", array: half, visible: half.some(v => v > 0), thickness: 1.5, width: 5};
+    return {type: "data", symmetric: false, thickness: 1.5, width: 5,
+            array: each.map(v => 100 * (Math.min(1, v.high) - v.mean)),
+            arrayminus: each.map(v => 100 * (v.mean - Math.max(0, v.low)))};
   }
 
   function depths() {
@@ -50,22 +58,19 @@
        marker: {size: 6, color: css("--soft"), opacity: 0.45},
        hovertemplate: "trial %{customdata}<br>%{y:.1f} %<extra></extra>"},
       {name: "partial hypernetwork", mode: "lines+markers", x, y: rows.map(r => 100 * r.accuracy.mean),
-       error_y: percentages(interval(rows.map(r => r.accuracy))), customdata: rows.map(r => r.trial),
+       error_y: interval(rows.map(r => r.accuracy)), customdata: rows.map(r => r.trial),
        line: {color: css("--accent"), width: 2}, marker: {size: 11, color: css("--accent")},
        hovertemplate: "depth %{x}: %{y:.1f} %<br>best trial %{customdata}<extra></extra>"}];
     if (heads.length) traces.push(
       {name: "one separate head a task", mode: "lines+markers", x: heads.map(r => r.depth),
        y: heads.map(r => 100 * r.separate_heads.mean), line: {color: css("--warm"), width: 2, dash: "dot"},
-       error_y: percentages(interval(heads.map(r => r.separate_heads))),
+       error_y: interval(heads.map(r => r.separate_heads)),
        marker: {size: 10, color: css("--warm"), symbol: "diamond"},
        hovertemplate: "separate heads, depth %{x}: %{y:.1f} %<extra></extra>"});
+    traces.push(guessing(x));
     draw("depths", traces, {
       margin: {l: 56, r: 16, t: narrow() ? 80 : 40, b: 48},
       xaxis: {tickvals: x, title: {text: "freeze depth"}}, yaxis: {title: {text: "held-out accuracy, %"}}});
-  }
-
-  function percentages(bars) {
-    return {...bars, array: bars.array.map(v => 100 * v)};
   }
 
   function front() {
@@ -80,6 +85,7 @@
                        line: {color: css("--ink"), width: mine.map(t => on.has(t.id) ? 2 : 0)}},
               hovertemplate: `trial %{customdata}, depth ${depth}<br>%{y:.1f} %, %{x:.3g}<extra></extra>`};
     });
+    traces.push(guessing(search.map(t => scale(t[cost]))));
     draw("front", traces, {margin: {l: 56, r: 16, t: 40, b: 56},
       xaxis: {title: {text: title}, type: cost === "seconds" ? "log" : "linear",
               dtick: cost === "seconds" ? "D2" : undefined},
@@ -90,21 +96,31 @@
     const keys = Object.keys(advice.space).filter(k => k !== "defaults" && search.some(t => k in t.params)
       && new Set(search.map(t => JSON.stringify(t.params[k]))).size > 1);
     const axes = [...keys.map(key => scaleOf(key, t => t.params[key])), scaleOf("accuracy", t => t.accuracy)];
+    const flat = narrow();  // on a phone the axes lie below each other, so that all fit the screen
+    const place = document.getElementById("parallel");
+    place.style.height = flat ? `${64 * axes.length + 40}px` : "";
     const traces = search.map(trial => {
       const points = axes.map((axis, i) => [i, axis.at(trial)]).filter(p => p[1] !== null);
-      return {mode: "lines+markers", x: points.map(p => p[0]), y: points.map(p => p[1]), showlegend: false,
+      const along = points.map(p => p[0]), across = points.map(p => p[1]);
+      return {mode: "lines+markers", x: flat ? across : along, y: flat ? along : across, showlegend: false,
               customdata: points.map(() => trial.id), opacity: 0.75,
               line: {color: colour(trial.depth), width: 1.6}, marker: {size: 6, color: colour(trial.depth)},
               text: points.map(p => `${axes[p[0]].label}: ${axes[p[0]].text(trial)}`),
               hovertemplate: "trial %{customdata}<br>%{text}<extra></extra>"};
     });
-    const annotations = axes.flatMap((axis, i) => [
-      {x: i, y: 1.03, text: axis.top, showarrow: false, yanchor: "bottom", font: {size: 12}},
-      {x: i, y: -0.03, text: axis.bottom, showarrow: false, yanchor: "top", font: {size: 12}}]);
-    draw("parallel", traces, {margin: {l: 40, r: 48, t: 34, b: 76}, annotations,
-      xaxis: {tickvals: axes.map((_, i) => i), ticktext: axes.map(a => a.label.replace("_", "<br>")),
-              range: [-0.35, axes.length - 0.65], tickangle: 0},
-      yaxis: {visible: false, range: [-0.14, 1.14]}});
+    const note = (x, y, text, more) => ({x, y, text, showarrow: false, font: {size: 12}, ...more});
+    const annotations = axes.flatMap((axis, i) => flat ? [
+      note(0.5, i, axis.label, {yanchor: "bottom", yshift: 7, font: {size: 12, color: css("--soft")}}),
+      note(0, i, axis.bottom, {xanchor: "left", yanchor: "top", yshift: -5}),
+      note(1, i, axis.top, {xanchor: "right", yanchor: "top", yshift: -5})] : [
+      note(i, 1.03, axis.top, {yanchor: "bottom"}), note(i, -0.03, axis.bottom, {yanchor: "top"})]);
+    const steps = {tickvals: axes.map((_, i) => i), range: [-0.35, axes.length - 0.65]};
+    draw("parallel", traces, flat ? {margin: {l: 12, r: 12, t: 24, b: 24}, annotations,
+      xaxis: {visible: false, range: [-0.04, 1.04]},
+      yaxis: {...steps, range: [axes.length - 0.5, -0.5], showticklabels: false}} :
+      {margin: {l: 40, r: 48, t: 34, b: 76}, annotations,
+        xaxis: {...steps, ticktext: axes.map(a => a.label.replace("_", "<br>")), tickangle: 0},
+        yaxis: {visible: false, range: [-0.14, 1.14]}});
   }
 
   function scaleOf(key, read) {
@@ -143,7 +159,8 @@
     const curve = advice.more_search.best_so_far;
     draw("progress", [{mode: "lines+markers", x: curve.map(p => p[0] / 60), y: curve.map(p => 100 * p[1]),
       line: {shape: "hv", color: css("--accent")}, marker: {size: 5, color: css("--accent")},
-      hovertemplate: "%{x:.1f} min: %{y:.1f} %<extra></extra>"}],
+      name: "best trial so far", hovertemplate: "%{x:.1f} min: %{y:.1f} %<extra></extra>"},
+      guessing(curve.map(p => p[0] / 60))],
       {xaxis: {title: {text: "minutes of search"}}, yaxis: {title: {text: "best accuracy so far, %"}}});
   }
 

@@ -13,10 +13,10 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from pipelines.platform.numbers import (
+    date,
     duration,
     in_points,
     percent,
-    percent_with_margin,
     points,
     size,
 )
@@ -44,7 +44,7 @@ def render(advice: Mapping[str, Any]) -> str:
         reason=escape(chosen["reason"]), supporting="".join(
             f'<p class="small">{escape(text)}</p>' for text in supporting if text),
         depths_lead=escape(_depths_lead(advice)), depths_label=escape(_depths_label(advice)),
-        depths_table=_depths_table(advice), parallel_width=_parallel_width(advice),
+        bars=escape(_bars(advice)), depths_table=_depths_table(advice),
         importance_note=escape(_importance_note(advice)),
         more=escape(advice["more_search"]["words"]), money=_money(advice),
         forecast=_forecast(advice), method=escape(_method(advice)), data=data,
@@ -59,17 +59,33 @@ def _headline(chosen: Mapping[str, Any]) -> str:
 def _meta(advice: Mapping[str, Any]) -> str:
     kinds = [each["kind"] for each in advice["trials"]]
     stopped = sum(each["status"] == "pruned" for each in advice["trials"])
-    return (f"{len(advice['tasks'])} tasks · {kinds.count('search')} trials, {stopped} stopped "
-            f"early · {kinds.count('final')} final runs, {kinds.count('bound')} with separate "
-            f"heads · {duration(advice['search_seconds'])} of search")
+    counts = {kind: kinds.count(kind) for kind in ("search", "final", "bound")}
+    return (f"{date(advice['finished'])} · {len(advice['tasks'])} tasks · {counts['search']} "
+            f"trials, {stopped} stopped early · {counts['final']} final runs, {counts['bound']} "
+            f"with separate heads · {duration(advice['search_seconds'])} of search")
 
 
 def _depths_lead(advice: Mapping[str, Any]) -> str:
     seeds = len(advice["recommendation"]["accuracy"]["values"])
+    images = sum(advice["held_out_images"])
     return ("For each depth, its best trial run again under "
-            f"{seeds} seed{'s' * (seeds > 1)} that the search did not use, on held-out images. "
-            "“Behind heads” is the accuracy that sharing one generator costs. “Ridge” is the "
-            "held-out accuracy of plain ridge regression on the pooled features of that depth.")
+            f"{seeds} seed{'s' * (seeds > 1)} that the search did not use, on {images:,} held-out "
+            f"images of all tasks. Guessing is right for {percent(advice['chance'])}. "
+            f"{interval_of(advice)}. “Behind heads” is the accuracy that sharing one generator "
+            "costs. “Ridge” is the held-out accuracy of plain ridge regression on the pooled "
+            "features of that depth.")
+
+
+def interval_of(advice: Mapping[str, Any]) -> str:
+    """A sentence about the intervals: which doubts they count."""
+    seeds = len(advice["recommendation"]["accuracy"]["values"])
+    return ("Intervals are 95 % over images and seeds" if seeds > 1 else
+            "Intervals are 95 % over images; with one seed, the seed is not in them")
+
+
+def _bars(advice: Mapping[str, Any]) -> str:
+    seeds = len(advice["recommendation"]["accuracy"]["values"])
+    return ("Bars are 95 % intervals over held-out images" + " and seeds" * (seeds > 1))
 
 
 def _depths_label(advice: Mapping[str, Any]) -> str:
@@ -78,30 +94,48 @@ def _depths_label(advice: Mapping[str, Any]) -> str:
 
 
 def _depths_table(advice: Mapping[str, Any]) -> str:
-    rows = []
+    """Accuracies by depth, and below them costs."""
+    accuracies, costs = [], []
     for each in advice["depths"]:
-        test, behind = each["test_accuracy"], each["behind_separate_heads"]
-        counts = each["counts"]
-        rows.append([f"{each['depth']} · {escape(each['freeze'])}", _with_margin(each["accuracy"]),
-                     _with_margin(test) if test else "–",
-                     points(behind["mean"], signed=True) if behind else "–",
-                     percent(each["ridge"]),
-                     duration(each["seconds"]), size(each["feature_bytes"]),
-                     f"{each['serving_macs'] / 1e6:.0f} M", size(each["bytes_per_task"]),
-                     f"{counts['finished']} + {counts['pruned']}"])
-    table = data_table(["Freeze", "Held-out accuracy", "Test accuracy", "Behind heads, points",
-                        "Ridge", "Training", "Features", "Serving, multiply-adds", "Stored a task",
-                        "Trials + stopped"], rows)
+        test, behind, counts = each["test_accuracy"], each["behind_separate_heads"], each["counts"]
+        name = f"{each['depth']} · {escape(each['freeze'])}"
+        accuracies.append([name, _with_interval(each["accuracy"]),
+                           _above(each["accuracy"], advice["chance"]),
+                           _with_interval(test) if test else "–",
+                           _points(behind) if behind else "–", percent(each["ridge"])])
+        costs.append([name, duration(each["seconds"]), size(each["feature_bytes"]),
+                      f"{each['serving_macs'] / 1e6:.0f} M", size(each["bytes_per_task"]),
+                      f"{counts['finished']} + {counts['pruned']}"])
+    accuracies.append(["Guessing", percent(advice["chance"]), "0.0", percent(advice["chance"]),
+                       "–", percent(advice["chance"])])
+    tables = (data_table(["Freeze", "Held-out accuracy", "Above guessing, points",
+                          "Test accuracy", "Behind heads, points", "Ridge"], accuracies, "stack")
+              + data_table(["Freeze", "Training", "Features", "Serving, multiply-adds",
+                            "Stored a task", "Trials + stopped"], costs, "stack"))
     marker = f'<tr><th scope="row">{advice["recommendation"]["depth"]} ·'
-    return table.replace(marker, marker.replace("<tr>", '<tr class="chosen">'))
+    return tables.replace(marker, marker.replace("<tr>", '<tr class="chosen">'))
 
 
-def _with_margin(interval: Mapping[str, Any]) -> str:
-    return percent_with_margin(interval["mean"], interval["low"])
+def _with_interval(interval: Mapping[str, Any]) -> str:
+    """An accuracy and its interval, which ends at 0 and 100 %, as HTML."""
+    return _two_lines(percent(interval["mean"]), max(0.0, interval["low"]),
+                      min(1.0, interval["high"]))
 
 
-def _parallel_width(advice: Mapping[str, Any]) -> str:
-    return f"{max(320, 84 * (len(advice['space']) + 1))}px"
+def _above(accuracy: Mapping[str, Any], chance: float) -> str:
+    """An accuracy above guessing with its interval, as HTML."""
+    return _two_lines(points(accuracy["mean"] - chance, signed=True),
+                      max(0.0, accuracy["low"]) - chance, min(1.0, accuracy["high"]) - chance)
+
+
+def _points(interval: Mapping[str, Any]) -> str:
+    """A difference in points with its interval, as HTML."""
+    return _two_lines(points(interval["mean"], signed=True), max(-1.0, interval["low"]),
+                      min(1.0, interval["high"]))
+
+
+def _two_lines(value: str, low: float, high: float) -> str:
+    return f"<span>{value}<small>{points(low)} to {points(high)}</small></span>"
 
 
 def _importance_note(advice: Mapping[str, Any]) -> str:
@@ -118,15 +152,15 @@ def _money(advice: Mapping[str, Any]) -> str:
     rows = [[escape(row["way"]), percent(row["accuracy"]), duration(row["retraining_seconds"]),
              _price(row["retraining"]), _price(row["computing_a_year"]),
              _price(row["storage_a_year"]), _price(row["a_year"])] for row in money["rows"]]
-    table = data_table(["Way", "Accuracy", "A retraining takes", "A retraining costs",
-                        "Computing a year", "Storage a year", "A year"], rows)
+    table = data_table(["Way", f"Accuracy (guessing {percent(advice['chance'])})",
+                        "A retraining takes", "A retraining costs", "Computing a year",
+                        "Storage a year", "A year"], rows, "stack")
     prices = money["prices"]
     lead = (f"At {prices['gpu_hour']:g} an hour of the machine, {prices['gib_month']:g} a GiB and "
             f"month, and {prices['tasks_a_month']:g} new tasks a month.")
     return ('<section aria-labelledby="money-title"><h2 id="money-title">Costs</h2>'
             f"<p>{escape(lead)}</p>"
-            '<div class="scroll" tabindex="0" role="region" aria-label="Table of costs">'
-            f'{table}</div><p class="note">{escape(money["assumes"])} For retraining everything '
+            f'{table}<p class="note">{escape(money["assumes"])} For retraining everything '
             "the last retraining of the year is shown.</p></section>")
 
 
@@ -136,8 +170,10 @@ def _forecast(advice: Mapping[str, Any]) -> str:
              f"{stage['cka_first']:.2f}", f"{stage['cka_second']:.2f}", percent(stage["kept"]),
              "yes" if stage["worth_trying"] else "doubtful",
              percent(measured.get(stage["depth"]))] for stage in advice["forecast"]["stages"]]
+    guessing = [1 / len(task["classes"]) for task in advice["tasks"][:2]]
+    rows.append(["Guessing", *map(percent, guessing), *["–"] * 4, percent(advice["chance"])])
     table = data_table(["Depth", "Probe, first task", "Probe, second", "CKA, first",
-                        "CKA, second", "Kept", "Worth trying", "Measured"], rows)
+                        "CKA, second", "Kept", "Worth trying", "Measured"], rows, "stack")
     correlation = advice["forecast"]["rank_correlation"]
     judged = ("" if correlation is None else " Its ranks and those of the measured accuracy "
               f"correlate by {correlation:+.2f} (Spearman; 1 is the same order).")
@@ -146,8 +182,7 @@ def _forecast(advice: Mapping[str, Any]) -> str:
             "task that the trunk was not trained on." + judged)
     return ('<section aria-labelledby="forecast-title"><h2 id="forecast-title">Forecast</h2>'
             f"<p>{escape(lead)}</p>"
-            '<div class="scroll" tabindex="0" role="region" aria-label="Table of the forecast">'
-            f"{table}</div></section>")
+            f"{table}</section>")
 
 
 def _method(advice: Mapping[str, Any]) -> str:

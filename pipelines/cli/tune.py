@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from partialhn.config import Config, Sections
-from pipelines.platform.numbers import in_points, percent, percent_with_margin, size
+from pipelines.platform.numbers import in_points, percent, percent_with_interval, size
 from pipelines.search.settings import SearchConfig
 
 
@@ -36,20 +36,24 @@ class Tune(Sections):
 
 def summary(advice: dict[str, Any], output: str) -> list[str]:
     """The recommendation and the table of depths as lines for a terminal."""
+    from pipelines.advice.page import interval_of
+
     chosen = advice["recommendation"]
     lines = [f"freeze depth {chosen['depth']} ({chosen['freeze']})", "", chosen["reason"],
              *([chosen["preferred"]] if chosen["preferred"] else []), chosen["confidence"],
              chosen["separate_heads"], chosen["ridge"], advice["more_search"]["words"], "",
-             "depth  trials  accuracy            test     seconds   features  behind heads   ridge"]
+             "depth  trials  accuracy                 test     seconds   features  behind heads   "
+             "ridge"]
     for row in advice["depths"]:
         accuracy, test = row["accuracy"], row["test_accuracy"]
         tested = percent(test["mean"] if test else None)
         behind = row["behind_separate_heads"]
         lines.append(
             f"{row['depth']:>5}  {sum(row['counts'].values()):>6}  "
-            f"{percent_with_margin(accuracy['mean'], accuracy['low']):<15}  {tested:>10}  "
-            f"{row['seconds']:>8.1f}  {size(row['feature_bytes']):>9}  "
+            f"{percent_with_interval(accuracy['mean'], accuracy['low'], accuracy['high']):<22} "
+            f"{tested:>7}  {row['seconds']:>8.1f}  {size(row['feature_bytes']):>9}  "
             f"{in_points(behind['mean']) if behind else '–':>12}  {percent(row['ridge']):>6}")
+    lines.append(f"Guessing is right for {percent(advice['chance'])}. {interval_of(advice)}.")
     if advice["money"]:
         lines += ["", "a year" + " " * 46 + "a retraining    a year"]
         lines += [f"  {row['way']:<50}{row['retraining']:>12.2f}{row['a_year']:>10.2f}"

@@ -5,8 +5,11 @@ The only binary unit is the GiB of options that carry it in their names (`--cach
 `--price-gib-month`) and of the free space that is compared with them.
 """
 
+import datetime
 import math
 
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September",
+          "October", "November", "December")
 UNKNOWN = "–"
 """The sign in place of a number that was not measured."""
 
@@ -44,6 +47,11 @@ def percent_with_margin(mean: float, low: float | None) -> str:
     return f"{100 * mean:.1f}{margin(mean, low)} %"
 
 
+def percent_with_interval(mean: float, low: float, high: float) -> str:
+    """An accuracy and its interval, which ends at 0 and 100 %: 61.1 % (30.4 to 91.9)."""
+    return f"{percent(mean)} ({points(max(0.0, low))} to {points(min(1.0, high))})"
+
+
 def duration(seconds: float | None) -> str:
     """A time in the units a person would use: 3.2 s, 45 s, 2 min 5 s, 3 h 10 min."""
     if seconds is None:
@@ -67,3 +75,19 @@ def size(n_bytes: float | None) -> str:
     power = next((p for p in (1, 2, 3) if n_bytes < 999.5 * 1000 ** p), 4)
     value, unit = n_bytes / 1000 ** power, ("kB", "MB", "GB", "TB")[power - 1]
     return f"{value:.1f} {unit}" if value < 99.5 else f"{value:.0f} {unit}"
+
+
+def now() -> str:
+    """The time, as results keep it: 2026-11-27T15:04Z."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%MZ")
+
+
+def date(time: str | None) -> str:
+    """A time of `now` for people: 27 November 2026, 15:04 UTC. Empty where there is none."""
+    if not time:
+        return ""
+    try:
+        found = datetime.datetime.strptime(time, "%Y-%m-%dT%H:%MZ")
+    except (TypeError, ValueError):
+        return ""
+    return f"{found.day} {MONTHS[found.month - 1]} {found.year}, {found:%H:%M} UTC"

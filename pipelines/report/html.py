@@ -3,12 +3,15 @@
 Arguments named html are already escaped.
 """
 
+import re
 from collections.abc import Sequence
+from html import unescape
 from pathlib import Path
 from string import Template
 
 from pipelines.report.charts import HEAT_BINS, escape
 
+_TAG = re.compile("<[^>]*>")
 NAMED_LINES = 8
 """Up to this many tasks every line of a chart has its own colour and label."""
 
@@ -66,11 +69,18 @@ def key(*entries: tuple[str, str]) -> str:
 
 
 def data_table(heads: Sequence[str], rows: Sequence[Sequence[str]], css: str = "") -> str:
-    """A table; heads and cells are HTML, the first column is the row's header."""
+    """A table; heads and cells are HTML, the first column is the row's header.
+
+    With css "stack" every row becomes a block on a phone: its header, then a line for each cell
+    with the name of its column.
+    """
+    names = [""] * len(heads) if css != "stack" else [
+        f' data-label="{escape(unescape(_TAG.sub("", head)))}"' for head in heads]
     css = f' class="{css}"' if css else ""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
     body = "".join(f'<tr><th scope="row">{row[0]}</th>'
-                   + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows)
+                   + "".join(f"<td{name}>{cell}</td>" for name, cell in
+                             zip(names[1:], row[1:], strict=True)) + "</tr>" for row in rows)
     return f"<table{css}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 

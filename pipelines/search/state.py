@@ -13,9 +13,11 @@ its last state.
 import concurrent.futures
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow.fs as pafs
 
 from partialhn.errors import IntegrityError
@@ -80,6 +82,16 @@ class Measured:
     bytes_per_task: int
     """Bytes that each task adds to the checkpoint."""
     device: str
+    right: tuple[str, ...] | None = None
+    """For every task, which held-out images got the right class at the end: `pack_answers`. Final
+    runs and baselines only; records of earlier versions lack it."""
+
+    def answers(self, images_T: Sequence[int]) -> list[npt.NDArray[np.bool_]] | None:
+        """`right` as one array for each task, of so many images; None where it was not kept."""
+        if self.right is None:
+            return None
+        return [unpack_answers(text, count)
+                for text, count in zip(self.right, images_T, strict=True)]
 
     @property
     def accuracy(self) -> float:
@@ -120,6 +132,17 @@ class TrialRecord:
     def to_json(self) -> bytes:
         """The record's file."""
         return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=1).encode()
+
+
+def pack_answers(right_N: npt.NDArray[np.bool_]) -> str:
+    """Right and wrong answers as text: 8 images in two hexadecimal digits."""
+    return np.packbits(right_N).tobytes().hex()
+
+
+def unpack_answers(text: str, images: int) -> npt.NDArray[np.bool_]:
+    """The answers to so many images that `pack_answers` made into text."""
+    packed = np.frombuffer(bytes.fromhex(text), np.uint8)
+    return np.unpackbits(packed, count=images).astype(np.bool_)
 
 
 class SearchState:
@@ -230,7 +253,8 @@ def parse_record(where: str, fields: Mapping[str, Any]) -> TrialRecord:
 def parse_measured(fields: Mapping[str, Any]) -> Measured:
     """The measurements from plain values."""
     values = dict(fields)
-    test_row = values.pop("test_row")
+    test_row, right = values.pop("test_row"), values.pop("right", None)
     return Measured(tasks=tuple(values.pop("tasks")),
                     rows=tuple(tuple(row) for row in values.pop("rows")),
-                    test_row=None if test_row is None else tuple(test_row), **values)
+                    test_row=None if test_row is None else tuple(test_row),
+                    right=None if right is None else tuple(right), **values)

@@ -26,13 +26,13 @@ from partialhn.networks.precision import configure_torch
 from partialhn.run import TrunkAndHead, cut_network
 from partialhn.strategies.base import Strategy
 from partialhn.strategies.partial_hn import PartialHypernet
-from partialhn.training.experience import TaskFeatures, evaluate
+from partialhn.training.experience import TaskFeatures, answer, evaluate
 from partialhn.training.learner import Learner
 from partialhn.training.records import TaskRecord
 from partialhn.training.steps import recorder_for
 from pipelines.features.produce import open_store
 from pipelines.platform.storage import Storage
-from pipelines.search.state import Measured, TrialPlan
+from pipelines.search.state import Measured, TrialPlan, pack_answers
 
 STATE_SECONDS = 10.0
 """Seconds between two stored states; a killed trial loses at most this time or one epoch."""
@@ -165,11 +165,13 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, 
               meter: _Meter) -> Measured:
     depth, views = config.backbone.depth, config.features.views
     done = len(learner.finished)
-    test_row = None
+    test_row = right = None
     if plan.kind != "search" and done == len(bench.tasks):
         tests = [open_features(bench, (depth, name, "test")) for name, _ in bench.tasks]
         test_row = tuple(evaluate(learner.strategy, index, test)
                          for index, test in enumerate(tests))
+        right = tuple(_right(bench, depth, learner.strategy, index)
+                      for index in range(done))
     strategy = learner.strategy
     own = [strategy.task_bytes(index) for index in range(done)]
     state = sum(value.numel() * value.element_size()
@@ -187,7 +189,14 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, 
         serving_macs=int(cut.macs["trunk"] + cut.macs["head"]) + _generating(strategy),
         head_bytes=4 * (strategy.head.weight_count + strategy.head.norm_length),
         checkpoint_bytes=state, bytes_per_task=round(sum(own) / len(own)),
-        device="cpu" if bench.device == "cpu" else torch.cuda.get_device_name())
+        device="cpu" if bench.device == "cpu" else torch.cuda.get_device_name(), right=right)
+
+
+def _right(bench: Bench, depth: int, strategy: Strategy, index: int) -> str:
+    """Which held-out images of a task get the right class: `pack_answers`."""
+    held_out = open_features(bench, (depth, bench.tasks[index][0], "validation"))
+    logits_NK, y_N = answer(strategy, index, held_out)
+    return pack_answers((logits_NK.argmax(1) == y_N).numpy())
 
 
 def _share(place: Place, manifest: Manifest, views: int) -> int:

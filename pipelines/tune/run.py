@@ -144,7 +144,8 @@ class _Search:
             "whole_network": self.state.keep("whole_network", lambda: self._remote(
                 whole_network_seconds, self.config, self.experiences[0], self.bench.device,
                 self.threads)),
-            "ridge": self._ridge()}
+            "ridge": self._ridge(), "held_out_images": self._images("validation"),
+            "test_images": self._images("test")}
         self.packing = self._pack()
         results = Results(self.state, self.settings, self.space, registry, survey, self.log)
         self._trials(results)
@@ -216,6 +217,11 @@ class _Search:
                 known |= self.state.keep(name, functools.partial(
                     self._remote, ridge_accuracies, self.bench, new))
         return known
+
+    def _images(self, split: str) -> list[int]:
+        """Images of a split, by task."""
+        depth = self.rounds.depths[0]
+        return [self.bench.manifests[depth, name, split].rows for name, _ in self.bench.tasks]
 
     def _remote(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The answer of a function that runs on the cluster, with a trial's resources."""

@@ -52,7 +52,8 @@ def sample():
                 "tasks": [{"name": name, "classes": ["x", "y"], "fingerprint": name,
                            "train_images": 100} for name in "ab"]}
     survey = {"forecast": stages, "shifts": {"b": 0.3}, "ridge": {"2": 0.5, "3": 0.63, "4": 0.4},
-              "whole_network": {"seconds_per_image": 0.01, "bytes_per_image": 1000.0}}
+              "whole_network": {"seconds_per_image": 0.01, "bytes_per_image": 1000.0},
+              "held_out_images": [100, 100], "test_images": [50, 50]}
     return advice_fields(settings, space, records, results_by_depth(records, goal.score), goal,
                          survey, 600.0)
 

@@ -72,7 +72,11 @@ def test_every_trial_is_a_record_once(folder):
     finals = [each for each in found if each.plan.kind != "search"]
     assert len(finals) == 4
     assert all(each.finished and each.measured.test_row for each in finals)
-    assert not any(each.measured.test_row for each in search)
+    assert not any(each.measured.test_row or each.measured.right for each in search)
+    images = json.loads((folder / "advice" / "advice.json").read_text())["held_out_images"]
+    for each in finals:
+        right = [float(answers.mean()) for answers in each.measured.answers(images)]
+        assert right == pytest.approx(each.measured.rows[-1]), "the answers are those measured"
     assert not list((folder / "store" / "searches" / "digits" / "running").iterdir())
 
 

@@ -1,9 +1,11 @@
 """The advice against numbers worked by hand."""
 
 import dataclasses
+import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from partialhn.config import BackboneConfig, Config
@@ -20,12 +22,15 @@ from pipelines.advice.decide import (
     results_by_depth,
 )
 from pipelines.advice.facts import advice_fields
+from pipelines.advice.held_out import HeldOut
 from pipelines.advice.money import GIB, Prices, Way, yearly
 from pipelines.advice.page import render
+from pipelines.platform.numbers import points
 from pipelines.search.depths import find_depths
 from pipelines.search.sampling import Goal
 from pipelines.search.settings import SearchConfig
 from pipelines.search.space import parse_space
+from pipelines.search.state import pack_answers, parse_record
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("search_samples.py")))
 record, measured = SAMPLES["record"], SAMPLES["measured"]
@@ -71,8 +76,6 @@ def test_the_best_trial_of_each_depth_and_its_final_runs():
     assert [each.plan.id for each in middle.finals] == ["final-0001-s1", "final-0001-s2"]
     assert middle.accuracy.mean == pytest.approx(0.795)
     assert middle.per_task == pytest.approx([0.79, 0.80])
-    assert middle.lost().mean == pytest.approx(0.80 - 0.795)
-    assert middle.lost().values == pytest.approx([0.005, 0.005])
 
 
 def test_a_depth_without_a_finished_trial_is_left_out():
@@ -184,15 +187,63 @@ def test_the_forecast_is_judged_by_ranks():
 # Words ---------------------------------------------------------------------------------------
 
 
-def test_the_reason_says_what_is_kept_saved_needed_and_lost_further_down():
+MANY, FEW = HeldOut((100_000, 100_000), 0.5), HeldOut((20, 20), 0.5)
+
+
+def test_the_reason_says_what_is_lost_saved_needed_and_lost_further_down():
     found = by_depth()
-    text = words.reason(found, found[1], {"b": 0.3}, STAGES)
+    text = words.reason(found, found[1], {"b": 0.3}, STAGES, MANY)
     assert text == (
-        "Freezing through layer3 keeps 99.4 % of the accuracy of the best model (freezing through "
-        "layer1), trains 4.0 times faster and needs 1.1 GB of stored features. Going deeper "
-        "(freezing everything but the classifier) costs 10.0 points, most on task 'b' (20.0 "
-        "points), which differs most from the first: 30 % of the variance of its features lies "
-        "outside that of the first task.")
+        "Freezing through layer3 loses 0.5 points (95 % interval 0.3 to 0.7) against the most "
+        "accurate depth (freezing through layer1), trains 4.0 times faster and needs 1.1 GB of "
+        "stored features. Going deeper (freezing everything but the classifier) costs 10.0 points "
+        "(95 % interval 9.7 to 10.3), most on task 'b' (20.0 points), which differs most from the "
+        "first: 30 % of the variance of its features lies outside that of the first task.")
+
+
+def test_few_images_tell_nothing_and_the_reason_says_how_many_would():
+    found = by_depth()
+    text = words.reason(found, found[1], {"b": 0.3}, STAGES, FEW)
+    lost = FEW.ahead(found[0], found[1])
+    assert not lost.tells
+    assert (f"loses 0.5 points (95 % interval {points(lost.low)} to {points(lost.high)}; too few "
+            f"to tell: {lost.more_images():,} more held-out images would)") in text
+    assert "keeps" not in text
+    assert "most on task" not in text, "nothing is told task by task that the whole does not tell"
+    for share, tells in ((1.05, True), (0.9, False)):
+        enough = round(share * (40 + lost.more_images()) / 2)
+        assert HeldOut((enough, enough), 0.5).ahead(found[0], found[1]).tells is tells
+
+
+def test_answers_to_the_same_images_are_paired():
+    """Every image that depth 3 gets right depth 1 gets right, so few images tell one of them."""
+    def trial(name, depth, right):
+        packed = (pack_answers(np.arange(400) < right),) * 2
+        return [record(name, depth, (right / 400,) * 2, right=packed),
+                *(record(f"final-{name}-s{seed}", depth, (right / 400,) * 2, kind="final",
+                         seed=seed, right=packed) for seed in (1, 2))]
+    found = results_by_depth(trial("0000", 1, 320) + trial("0001", 3, 304), GOAL.score)
+    held_out = HeldOut((400, 400), 0.5)
+    paired = held_out.ahead(found[0], found[1])
+    assert paired.mean == pytest.approx(0.04)
+    assert paired.tells
+    assert held_out.ahead_by_task(found[0], found[1])[1].tells
+    bare = [dataclasses.replace(each, finals=tuple(
+        dataclasses.replace(final, measured=dataclasses.replace(final.measured, right=None))
+        for final in each.finals)) for each in found]
+    assert held_out.ahead(bare[0], bare[1]).half > 2 * paired.half
+
+
+def test_a_record_keeps_its_answers():
+    written = record("final-0000-s1", kind="final",
+                     right=(pack_answers(np.arange(9) % 2 == 0), pack_answers(np.arange(3) > 0)))
+    stored = parse_record("here", json.loads(written.to_json()))
+    assert stored == written
+    assert [each.tolist() for each in stored.measured.answers((9, 3))] == [
+        [True, False] * 4 + [True], [False, True, True]]
+    old = json.loads(written.to_json())
+    del old["measured"]["right"]
+    assert parse_record("here", old).measured.answers((9, 3)) is None
 
 
 def test_the_words_for_a_depth_are_the_names_of_the_network_that_is_cut():
@@ -205,12 +256,12 @@ def test_the_words_for_a_depth_are_the_names_of_the_network_that_is_cut():
 
 def test_the_reason_names_blocks_where_the_network_is_cut_at_blocks():
     found = by_depth()
-    text = words.reason(found, found[1], {}, BLOCKS)
-    assert text.startswith("Freezing through layer1.1 keeps 99.4 % of the accuracy of the best "
-                           "model (freezing through stem)")
+    text = words.reason(found, found[1], {}, BLOCKS, MANY)
+    assert text.startswith("Freezing through layer1.1 loses 0.5 points (95 % interval 0.3 to 0.7) "
+                           "against the most accurate depth (freezing through stem)")
     assert "Going deeper (freezing through layer2.0) costs 10.0 points" in text
-    assert "No deeper depth was compared." in words.reason(found[:2], found[1], {}, BLOCKS)
-    assert words.reason(found[2:], found[2], {}, STAGES).endswith("stored features.")
+    assert "No deeper depth was compared." in words.reason(found[:2], found[1], {}, BLOCKS, MANY)
+    assert words.reason(found[2:], found[2], {}, STAGES, MANY).endswith("stored features.")
 
 
 @pytest.mark.parametrize(("other", "depths", "subject"), [
@@ -219,20 +270,23 @@ def test_the_reason_names_blocks_where_the_network_is_cut_at_blocks():
 def test_the_next_shallower_depth_is_named_by_its_distance(other, depths, subject):
     found = results_by_depth([record("0000", other, (0.7, 0.7), 20.0),
                               record("0001", 4, (0.8, 0.8), 10.0)], GOAL.score)
-    assert f"{subject} takes 2.0 times as long to train and gains nothing." in words.reason(
-        found, found[1], {}, globals()[depths])
+    assert (f"{subject} takes 2.0 times as long to train and is 10.0 points (95 % interval 9.7 to "
+            "10.3) less accurate.") in words.reason(found, found[1], {}, globals()[depths], MANY)
 
 
 def test_a_task_that_does_not_differ_most_is_not_blamed():
     found = by_depth()
-    assert "differs" not in words.reason(found, found[1], {"b": 0.3, "c": 0.4}, STAGES)
+    text = words.reason(found, found[1], {"b": 0.3, "c": 0.4}, STAGES, MANY)
+    assert "most on task 'b'" in text
+    assert "differs" not in text
 
 
 def test_the_reason_for_the_most_accurate_depth():
     found = by_depth()
-    text = words.reason(found, found[0], {}, STAGES)
-    assert text.startswith("Freezing through layer1 gives the best accuracy, 80.0 %")
-    assert "costs 0.5 points" in text
+    text = words.reason(found, found[0], {}, STAGES, MANY)
+    assert text.startswith("Freezing through layer1 has the best accuracy that was measured, "
+                           "80.0 %")
+    assert "costs 0.5 points (95 % interval 0.3 to 0.7), most on task 'a'" in text
 
 
 def test_how_sure_it_is():
@@ -241,26 +295,56 @@ def test_how_sure_it_is():
     assert words.preferred(found[1], 1, 0.012, STAGES) == (
         "Freezing through layer1 is ahead by less than the 95 % margin of the seeds (1.2 points), "
         "so the cheaper depth is recommended.")
-    assert "Each seed alone recommends the same depth (2 of 2)" in words.sure(
-        found[1], {3: 2}, STAGES)
-    assert "1 of the 2 seeds alone" in words.sure(found[1], {3: 1, 1: 1}, STAGES)
+    said = words.sure(found[1], {3: 2}, STAGES, MANY)
+    # the seeds differ by 0.4 points: t(1) 12.706 * 0.2 points = 2.5 points each way
+    assert said.startswith(
+        "Its held-out accuracy is 79.5 % (95 % interval 77.0 % to 82.0 %), 29.5 points above "
+        "guessing (50.0 %), on 200,000 held-out images and 2 seeds.")
+    assert "Each seed alone recommends the same depth (2 of 2)" in said
+    assert "1 of the 2 seeds alone" in words.sure(found[1], {3: 1, 1: 1}, STAGES, MANY)
     assert ("None of the 2 seeds alone recommend the same depth (the others: freeze 2 through "
-            "layer1)") in words.sure(found[1], {1: 2}, STAGES)
-    assert "not known" in words.sure(found[1], {}, STAGES)
-    assert words.beside_separate_heads(found[1]) == (
+            "layer1)") in words.sure(found[1], {1: 2}, STAGES, MANY)
+    bare = dataclasses.replace(found[1], finals=())
+    assert "not known" in words.sure(bare, {}, STAGES, MANY)
+
+
+def test_one_seed_does_not_vote():
+    one = dataclasses.replace(by_depth()[1], finals=by_depth()[1].finals[:1])
+    said = words.sure(one, {3: 1}, STAGES, MANY)
+    assert "1 of 1" not in said
+    assert "One seed does not show how much the result depends on the seed" in said
+
+
+def test_an_accuracy_that_guessing_may_reach_is_not_called_learned():
+    near = HeldOut((20, 20), 0.75)
+    said = words.sure(by_depth()[1], {3: 2}, STAGES, near)
+    more = near.above_chance(by_depth()[1]).more_images()
+    assert "4.5 points above guessing (75.0 %)" in said
+    assert "Whether it is better than guessing: too few to tell: " in said
+    assert f"{more:,} more held-out images would" in said or "more seeds" in said
+
+
+def test_beside_separate_heads_it_says_how_far_and_how_sure():
+    found = by_depth()
+    assert words.beside_separate_heads(found[1], MANY) == (
         "Against one separate head a task, which stores 1.0 MB a task instead of 1.0 kB, it is "
-        "0.5 points behind.")
+        "0.5 points (95 % interval 0.3 to 0.7) behind.")
+    assert "too few to tell" in words.beside_separate_heads(found[1], FEW)
 
 
 def test_plain_ridge_is_named_where_it_wins():
     found = by_depth()  # 0.8, 0.795 and 0.695 are the accuracies of depths 1, 3 and 4
-    assert words.beside_ridge(found, {"1": 0.7, "3": 0.815, "4": 0.715}) == (
+    said = words.beside_ridge(found, {"1": 0.7, "3": 0.85, "4": 0.745}, MANY)
+    assert said.startswith(
         "Plain ridge regression on pooled features (--strategy ridge), which needs no training, is "
-        "better at depth 3 by 2.0 points and at depth 4 by 2.0 points.")
-    assert words.beside_ridge(found, {"1": 0.7, "3": 0.785, "4": 0.6}) == (
+        "better at depth 3 by 5.5 points (95 % interval ")
+    assert "and at depth 4 by 5.0 points" in said
+    assert "may be better at depth 3 by 5.5 points" in words.beside_ridge(
+        found, {"1": 0.7, "3": 0.85, "4": 0.6}, FEW)
+    assert words.beside_ridge(found, {"1": 0.7, "3": 0.75, "4": 0.6}, MANY).startswith(
         "Plain ridge regression on pooled features is nowhere better; it is nearest at depth 3, "
-        "1.0 point behind.")
-    assert words.beside_ridge(found, {}) == ""
+        "4.5 points (95 % interval ")
+    assert words.beside_ridge(found, {}, MANY) == ""
 
 
 def test_whether_to_search_on():
@@ -303,7 +387,8 @@ SURVEY = {"forecast": [{"depth": depth, "probe_first": 0.6, "probe_second": 0.5,
                         "cka_second": 0.2, "kept": kept, "worth_trying": kept > 0.6}
                        for depth, kept in ((1, 0.9), (3, 0.8), (4, 0.5))],
           "shifts": {"b": 0.3}, "ridge": {"1": 0.7, "3": 0.812, "4": 0.7},
-          "whole_network": {"seconds_per_image": 0.01, "bytes_per_image": 1000.0}}
+          "whole_network": {"seconds_per_image": 0.01, "bytes_per_image": 1000.0},
+          "held_out_images": [100, 100], "test_images": [50, 50]}
 
 
 def fields(records=None, backbone="slim_resnet18", **options):
@@ -322,7 +407,10 @@ def test_the_advice_recommends_and_explains():
     assert chosen["votes"] == {"3": 2}
     assert advice["money"] is None
     assert [each["ridge"] for each in advice["depths"]] == [0.7, 0.812, 0.7]
-    assert "better at depth 3 by" in chosen["ridge"]
+    assert "may be better at depth 3 by" in chosen["ridge"]
+    assert advice["chance"] == 0.5
+    assert chosen["above_chance"]["mean"] == pytest.approx(0.295)
+    assert chosen["behind_best"]["low"] < 0 < chosen["behind_best"]["high"]
     assert [each["share_of_best"] for each in advice["depths"]] == pytest.approx(
         [1, 0.79375 / 0.8 + 0.0015625, 0.86875], abs=0.002)
     assert advice["depths"][1]["test_accuracy"]["mean"] == pytest.approx(0.75)
