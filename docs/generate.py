@@ -23,7 +23,7 @@ import partialhn
 from partialhn.config import Config
 from partialhn.presets import PRESETS
 from pipelines.cli.main import COMMANDS
-from pipelines.retrain.gate import Policy
+from pipelines.gate import Policy
 from pipelines.retrain.validate import ArrivalPolicy
 from pipelines.settings import Group
 

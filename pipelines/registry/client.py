@@ -58,7 +58,7 @@ class Placing:
     token: int | None = None
     """Fencing token of the lease under which the version was created."""
     decision: Mapping[str, Any] | None = None
-    """The gate's decision (`pipelines.retrain.gate.Decision.fields`); None without a gate."""
+    """The gate's decision (`pipelines.gate.Decision.fields`); None without a gate."""
     champion: bool = True
     """False: only the task's alias moves to a promoted version, and the champion stays."""
 

@@ -50,7 +50,7 @@ class Move:
     """Fencing token of the lease under which this is written."""
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     decision: Mapping[str, Any] | None = None
-    """The gate's decision and its numbers (`pipelines.retrain.gate.Decision.fields`)."""
+    """The gate's decision and its numbers (`pipelines.gate.Decision.fields`)."""
 
 
 @dataclasses.dataclass(frozen=True)

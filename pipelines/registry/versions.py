@@ -115,7 +115,7 @@ class Version:
 
     @property
     def decision(self) -> dict[str, Any] | None:
-        """The gate's decision (`pipelines.retrain.gate.Decision.fields`); None without a gate."""
+        """The gate's decision (`pipelines.gate.Decision.fields`); None without a gate."""
         text = self.tags.get(DECISION)
         return json.loads(text) if text else None
 

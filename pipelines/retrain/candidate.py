@@ -22,12 +22,12 @@ from partialhn.training import lineage
 from partialhn.training.experience import evaluate
 from partialhn.training.result import stream_metrics
 from partialhn.training.slots import Slot, open_task_features
+from pipelines.gate import GateFacts, Policy
 from pipelines.registry.client import Placing
 from pipelines.registry.history import Move, aliases
 from pipelines.registry.package import Contents
 from pipelines.registry.versions import Registration, Version, task_alias
 from pipelines.retrain.context import PassContext
-from pipelines.retrain.gate import GateFacts, Policy
 from pipelines.retrain.journal import Decided, chain_to
 
 WORK = "retrain"

@@ -36,11 +36,11 @@ from partialhn.training.forgetting import (
 from partialhn.training.records import Forgotten, TaskRecord
 from partialhn.training.result import model_sizes
 from partialhn.training.slots import open_task_features
+from pipelines.gate import Decision, Policy, decide_without
 from pipelines.registry import package
 from pipelines.registry.history import this_user
 from pipelines.retrain.candidate import register
 from pipelines.retrain.context import PassContext
-from pipelines.retrain.gate import Decision, Policy, decide_without
 from pipelines.retrain.journal import Decided, forgotten_by
 from pipelines.retrain.outcome import PassOutcome
 from pipelines.retrain.run import Log, Pass, with_pass

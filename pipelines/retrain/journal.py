@@ -50,7 +50,7 @@ class Decided:
     network: str
     """Key of the stored network from which the trunk was cut; empty for a supplied one."""
     decision: Mapping[str, Any]
-    """The gate's decision (`pipelines.retrain.gate.Decision.fields`)."""
+    """The gate's decision (`pipelines.gate.Decision.fields`)."""
     seconds: Mapping[str, float]
     """Wall seconds by phase."""
     added_bytes: Mapping[str, int]

@@ -11,6 +11,7 @@ from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.pretrain import network_key
 from partialhn.training.slots import Slot, slots_of
 from pipelines.execution.choose import open_execution
+from pipelines.gate import Policy, decide
 from pipelines.retrain.candidate import (
     example_of,
     feature_seconds,
@@ -19,7 +20,6 @@ from pipelines.retrain.candidate import (
     register,
 )
 from pipelines.retrain.context import PassContext
-from pipelines.retrain.gate import Policy, decide
 from pipelines.retrain.inbox import Inbox
 from pipelines.retrain.journal import Decided
 from pipelines.retrain.outcome import PassOutcome

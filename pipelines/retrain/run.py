@@ -20,6 +20,7 @@ from partialhn.naming import digest_text
 from partialhn.presets import preset
 from partialhn.run import check, with_depth_number
 from partialhn.training.result import Clock
+from pipelines.gate import Policy, read_policy
 from pipelines.platform.lease import Lease, LeaseLostError
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage, open_storage
@@ -30,7 +31,6 @@ from pipelines.registry.versions import CHAMPION, Version, chain_of
 from pipelines.retrain.adopt import Adoption, adoption
 from pipelines.retrain.candidate import register
 from pipelines.retrain.context import PassContext, cut_of, hashes_path
-from pipelines.retrain.gate import Policy, read_policy
 from pipelines.retrain.inbox import Inbox, Problem
 from pipelines.retrain.journal import Decided, Journal, chain_to, forgotten_by
 from pipelines.retrain.learning import Learning

@@ -14,7 +14,7 @@ from partialhn.config import Config, load_config
 from partialhn.presets import PRESETS
 from pipelines.cli.main import COMMANDS, _parse
 from pipelines.demo import demo_config
-from pipelines.retrain.gate import Policy, load_policy
+from pipelines.gate import Policy, load_policy
 from pipelines.search.space import load_space
 from pipelines.settings import Group
 from tests.docs.pages import PAGES, ROOT, blocks_of, shell_lines

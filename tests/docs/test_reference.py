@@ -11,7 +11,7 @@ import pytest
 from partialhn.config import Config
 from partialhn.presets import PRESETS
 from pipelines.cli.main import COMMANDS, _parse
-from pipelines.retrain.gate import Policy
+from pipelines.gate import Policy
 from pipelines.retrain.validate import ArrivalPolicy
 from pipelines.settings import Group
 from tests.docs.pages import ROOT

@@ -10,10 +10,10 @@ import pytest
 
 from partialhn.errors import InputError, IntegrityError
 from pipelines.doctor import check_champion
+from pipelines.gate import GateFacts, Policy, decide
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import Placing, connect
 from pipelines.registry.history import Move, StaleTokenError
-from pipelines.retrain.gate import GateFacts, Policy, decide
 from pipelines.show import show
 
 FACTS = GateFacts("four-five", 2, {"zero-one": 0.4, "two-three": 0.9, "four-five": 0.9},

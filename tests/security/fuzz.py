@@ -33,9 +33,9 @@ from partialhn.errors import InputError, IntegrityError
 from partialhn.evaluation.answer_sample import SCHEMA, check_sample, read_sample
 from partialhn.features.manifest import FeatureRecipe
 from partialhn.features.store import FeatureStore
+from pipelines.gate import load_policy
 from pipelines.platform.storage import open_storage
 from pipelines.registry.history import History, Move
-from pipelines.retrain.gate import load_policy
 
 HEADROOM = 1024 ** 3
 """Bytes of address space that reading may take beyond what is loaded."""

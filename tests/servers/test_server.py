@@ -9,10 +9,10 @@ import psycopg2
 import pytest
 
 from partialhn.errors import InputError
+from pipelines.gate import GateFacts, Policy, decide
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import Placing, connect
 from pipelines.registry.history import Move
-from pipelines.retrain.gate import GateFacts, Policy, decide
 from tests.processes import partialhn
 
 

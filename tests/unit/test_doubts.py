@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from partialhn.evaluation.doubts import doubts
+from pipelines.gate import Decision, GateFacts, Policy, decide
 from pipelines.report.facts import read_facts
 from pipelines.report.text import text_summary
 from pipelines.report.verdict import verdict
-from pipelines.retrain.gate import Decision, GateFacts, Policy, decide
 from pipelines.retrain.outcome import PassOutcome
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("report_samples.py")))

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from partialhn.errors import InputError
-from pipelines.retrain.gate import Decision, GateFacts, Policy, decide, load_policy
+from pipelines.gate import Decision, GateFacts, Policy, decide, load_policy
 
 NOTHING = Policy(max_loss_on_earlier_task=None, min_above_chance=None)
 FACTS = GateFacts("new", classes=4, after={"a": 0.90, "b": 0.70, "new": 0.60},

@@ -15,7 +15,7 @@ LAYERS = {
                   "data networks presets", "features",
                   "detector", "strategies task_inference", "checkpoints", "predict", "evaluation",
                   "training", "run", "benchmarks notebook"),
-    "pipelines": ("settings", "platform", "report", "features registry benchmarks",
+    "pipelines": ("settings", "gate platform", "report", "features registry benchmarks",
                   "search execution doctor show serving", "label_images advice train retrain",
                   "tune upkeep demo register_stream", "cli"),
 }
