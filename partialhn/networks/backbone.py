@@ -40,6 +40,9 @@ class Backbone:
     """Attribute of the body that is the classifier, an nn.Linear."""
     layout: Layout = "BCHW"
     """Order of the dimensions of what the blocks pass on."""
+    call: str = ""
+    """The call that builds the same body with the library that has it, for `classes` and `size`;
+    empty where none has it."""
 
 
 def find_backbone(name: str) -> Backbone:

@@ -98,7 +98,7 @@ class Head(nn.Module):
                  precision: Precision = "float32", generate: str = "all") -> None:
         super().__init__()
         self.width, self.precision, self._layout = cut.width, precision, cut.feature_layout
-        self._at_pixels = not len(cut.trunk.stages)
+        self._at_pixels, self.is_linear = not len(cut.trunk.stages), False
         self._feature_channels = cut.channels
         self.matrices: tuple[GeneratedTensor, ...] = ()
         if not len(cut.stages):
@@ -154,7 +154,7 @@ class Head(nn.Module):
 
     def train(self, mode: bool = True) -> "Head":
         """Batch norm uses the batch's own statistics while training."""
-        cast(nn.Module, self.__dict__["_skeleton"]).train(mode)
+        self.blocks.train(mode)
         return super().train(mode)
 
     @property
@@ -170,7 +170,7 @@ class Head(nn.Module):
         return bare
 
     def _become_linear(self, width: int) -> None:
-        self.width, self.matrices, self._layout = width, (), "BCHW"
+        self.width, self.matrices, self._layout, self.is_linear = width, (), "BCHW", True
         self._kept = []
         self._set_vectors(_names(["1"], "weight", "bias"), [(width,), (width,)])
         norm = TaskBatchNorm(width)
@@ -205,13 +205,17 @@ class Head(nn.Module):
         folded = scale / (variance + self.get_buffer("epsilons")).sqrt()
         return torch.cat([folded, shift - folded * mean, others])
 
-    def embed(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
-        """Features to pooled features of the last block, (B, F); for weights without vectors,
-        to cells of the features themselves.
-        """
-        if not len(weights.norm):
-            side = math.isqrt(weights.classifier_KF.shape[1] // self._feature_channels)
-            return nn.functional.adaptive_avg_pool2d(z_BCHW, side).flatten(1)
+    @property
+    def blocks(self) -> nn.Module:
+        """The blocks' structure on the meta device, without their numbers."""
+        return cast(nn.Module, self.__dict__["_skeleton"])
+
+    def side(self, weights: HeadWeights) -> int:
+        """Cells along each side of a feature map that weights without vectors see."""
+        return math.isqrt(weights.classifier_KF.shape[1] // self._feature_channels)
+
+    def tensors(self, weights: HeadWeights) -> dict[str, Tensor]:
+        """Every tensor of `blocks` by name, with one task's weights in place."""
         parts = torch.split(weights.norm, self._vector_sizes)
         tensors = weights.matrices | {
             name: part.view(shape) for name, shape, part
@@ -225,7 +229,16 @@ class Head(nn.Module):
                 statistics = torch.cat([torch.zeros_like(one_less), one_less])
             parts = torch.split(statistics, self._statistic_widths * 2)
             tensors |= dict(zip(self._statistic_names, parts, strict=True))
-        blocks = cast(nn.Module, self.__dict__["_skeleton"])
+        return tensors
+
+    def embed(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
+        """Features to pooled features of the last block, (B, F); for weights without vectors,
+        to cells of the features themselves.
+        """
+        if not len(weights.norm):
+            return nn.functional.adaptive_avg_pool2d(z_BCHW, self.side(weights)).flatten(1)
+        tensors = self.tensors(weights)
+        blocks = self.blocks
         precision = self.precision if self.training and self.matrices else "float32"
         z = from_map(z_BCHW, self._layout)
         with autocast_to(precision, z_BCHW.device):

@@ -186,8 +186,9 @@ def find(name: str) -> Backbone:
     if family is None or not isinstance(classifier, str):
         raise InputError(f"backbone is 'timm:{name}', which is a {kind}; allowed: the classes "
                          f"{', '.join(FAMILIES)} of timm with one linear classifier")
+    size = ", img_size={size}" if family.takes_size else ""
     return Backbone(functools.partial(_build, name, family.takes_size), family.blocks, classifier,
-                    family.layout)
+                    family.layout, f"timm.create_model('{name}', num_classes={{classes}}{size})")
 
 
 def _class_of(body: nn.Module) -> str:

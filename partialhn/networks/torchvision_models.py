@@ -67,7 +67,7 @@ def _swin(body: nn.Module) -> Blocks:
 
 def _vit_stem(parts: Any, images_BCHW: Tensor) -> Tensor:
     z_BNC = parts._process_input(images_BCHW)
-    z_BNC = torch.cat([parts.class_token.expand(len(z_BNC), -1, -1), z_BNC], dim=1)
+    z_BNC = torch.cat([parts.class_token.expand(z_BNC.shape[0], -1, -1), z_BNC], dim=1)
     return cast(Tensor, z_BNC + parts.encoder.pos_embedding)
 
 
@@ -114,8 +114,10 @@ def find(name: str) -> Backbone:
         raise InputError(f"backbone is 'torchvision:{name}'; allowed: a classifier of torchvision "
                          f"of the families {', '.join(FAMILIES)}, such as {', '.join(near)}")
     family, classifier = line
-    return Backbone(functools.partial(_build, name, family.takes_size), family.blocks, classifier,
-                    family.layout)
+    size = ", image_size={size}" if family.takes_size else ""
+    return Backbone(
+        functools.partial(_build, name, family.takes_size), family.blocks, classifier,
+        family.layout, f"torchvision.models.get_model('{name}', num_classes={{classes}}{size})")
 
 
 def _family(name: str) -> tuple[Family, str] | None:

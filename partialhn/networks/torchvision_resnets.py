@@ -17,7 +17,8 @@ def _build(name: str, classes: int, input_size: int) -> nn.Module:
 
 
 def _resnet(name: str) -> Backbone:
-    return Backbone(functools.partial(_build, name), residual_stages, classifier="fc")
+    return Backbone(functools.partial(_build, name), residual_stages, classifier="fc",
+                    call=f"torchvision.models.get_model('{name}', num_classes={{classes}})")
 
 
 RESNET18, RESNET34, RESNET50 = _resnet("resnet18"), _resnet("resnet34"), _resnet("resnet50")

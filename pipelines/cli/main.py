@@ -23,7 +23,17 @@ from partialhn.errors import InputError, IntegrityError
 from partialhn.json_files import read_object
 from partialhn.plugins import Table
 from partialhn.presets import preset
-from pipelines.cli import backbones, doctor, features, models, reproduce, retrain, serve, tune
+from pipelines.cli import (
+    backbones,
+    doctor,
+    export,
+    features,
+    models,
+    reproduce,
+    retrain,
+    serve,
+    tune,
+)
 from pipelines.settings import Group, OutputConfig, mask_password
 
 
@@ -179,7 +189,8 @@ class Demo:
 COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report, "show": Show,
                             "demo": Demo, **models.COMMANDS, **retrain.COMMANDS,
                             **serve.COMMANDS, **tune.COMMANDS, **features.COMMANDS,
-                            **reproduce.COMMANDS, **backbones.COMMANDS, **doctor.COMMANDS}
+                            **reproduce.COMMANDS, **backbones.COMMANDS, **doctor.COMMANDS,
+                            **export.COMMANDS}
 """Every command by name: a class with a `run` method, or a `Group` of such classes."""
 
 

@@ -99,6 +99,24 @@ def test_help_lists_every_option_with_its_default(command, words, kind):
             assert found[1] == shown(default), option
 
 
+def test_a_network_is_exported(command, learned, tmp_path):
+    file = tmp_path / "deep" / "0.safetensors"
+
+    def export(*words):
+        return command("export", "--model", "models:/digits@champion", "--task", "0", "--format",
+                       "safetensors", "--output", file, "--storage", learned.output.storage, *words)
+
+    code, out, err = export()
+    assert code == 0, err
+    assert f"{file}: task '0' (" in out
+    assert "resize to 16 x 16, bilinear" in out
+    refused(export(), "0.safetensors' exists", "--overwrite")
+    code, out, err = export("--overwrite", "--json")
+    assert code == 0, err
+    assert json.loads(out)["model"] == "models:/digits/3"
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
 # Exit codes ----------------------------------------------------------------------------------
 
 

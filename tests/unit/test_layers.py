@@ -13,10 +13,11 @@ ROOT = Path(__file__).parents[2]
 LAYERS = {
     "partialhn": ("errors naming", "plugins", "tables", "config json_files pixels",
                   "data networks presets", "features",
-                  "detector", "strategies task_inference", "checkpoints", "predict", "evaluation",
-                  "training", "run", "benchmarks notebook"),
+                  "detector", "strategies task_inference", "checkpoints", "predict",
+                  "evaluation export", "training", "run", "benchmarks notebook"),
     "pipelines": ("settings", "gate platform", "report", "features registry benchmarks",
-                  "search execution doctor show serving", "label_images advice train retrain",
+                  "search execution doctor show serving",
+                  "label_images export_model advice train retrain",
                   "tune upkeep demo register_stream", "cli"),
 }
 """The folders (and the files beside them) of each package, lowest row first. A file imports from

@@ -1,0 +1,1 @@
+"""Exports: a task's network as an ordinary file that runs without this package."""

@@ -1,0 +1,224 @@
+"""A task's whole network as ordinary modules: pixels of 0..1 to logits.
+
+The trunk and a generated head are put together once, with the head's weights in place, so that
+other libraries can trace the result. Batch norms of a task become PyTorch's own.
+
+Legend: B batch, C channels, H W spatial, F features before the classifier, K classes of a task,
+L most classes of a task, T tasks, P tasks of one kind.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from partialhn.networks.backbone import Layout, pooled, to_map
+from partialhn.networks.head import Head, HeadWeights, TaskBatchNorm
+from partialhn.networks.trunk import Trunk
+
+ABSENT = -1e9
+"""The logit of a class that a task does not have: softmax turns it into 0."""
+
+
+class FrozenPart(nn.Module):
+    """Normalisation of the pixels and the trunk's blocks.
+
+    Gives what the last block gives; with every block frozen that is pooled, (B, F).
+    """
+
+    mean_C: Tensor
+    std_C: Tensor
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.register_buffer("mean_C", trunk.mean_C)
+        self.register_buffer("std_C", trunk.std_C)
+        self.stages = nn.Sequential(*trunk.stages)
+        self._whole = trunk.freeze_depth == len(trunk.names)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        z = self.stages((pixels_BCHW - self.mean_C[:, None, None]) / self.std_C[:, None, None])
+        return pooled(z) if self._whole else cast(Tensor, z)
+
+
+class Cells(nn.Module):
+    """The mean of each of side x side cells of the trunk's features, as one row an image."""
+
+    def __init__(self, side: int, layout: Layout) -> None:
+        super().__init__()
+        self.side, self._layout = side, layout
+
+    def forward(self, z: Tensor) -> Tensor:
+        if z.dim() == 2:
+            return z
+        return nn.functional.adaptive_avg_pool2d(to_map(z, self._layout), self.side).flatten(1)
+
+
+class Pooling(nn.Module):
+    """The features before the classifier (B, F), from what the last block gave."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return pooled(z)
+
+
+class TaskNetwork(nn.Module):
+    """One task's network: pixels_BCHW, float32 of 0..1, to logits_BK.
+
+    Args:
+        trunk: the frozen part; its modules are shared with the network.
+        head: the head of the task's strategy.
+        weights: the head's weights for the task.
+    """
+
+    def __init__(self, trunk: Trunk, head: Head, weights: HeadWeights) -> None:
+        super().__init__()
+        side = cells_side(head, weights)
+        self.trunk = FrozenPart(trunk)
+        self.head: nn.Module = Pooling() if side is None else Cells(side, trunk.layout)
+        if side is None:
+            self.head = nn.Sequential(*own_blocks(head, weights), Pooling())
+        weight_KF, bias_K = linear_part(head, weights)
+        self.classifier = nn.Linear(weight_KF.shape[1], len(weight_KF))
+        with torch.no_grad():
+            self.classifier.weight.copy_(weight_KF)
+            self.classifier.bias.copy_(bias_K)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        return cast(Tensor, self.classifier(self.head(self.trunk(pixels_BCHW))))
+
+
+class TaskNetworks(nn.Module):
+    """The networks of all tasks in one: pixels_BCHW and the task's index to logits_BL.
+
+    The trunk runs once; the task chooses the head's weights. Classes that a task lacks have the
+    logit ABSENT.
+
+    Args:
+        trunk: the frozen part; its modules are shared with the network.
+        head: the head of the tasks' strategy.
+        weights: the head's weights for each of T tasks.
+    """
+
+    def __init__(self, trunk: Trunk, head: Head, weights: Sequence[HeadWeights]) -> None:
+        super().__init__()
+        self.trunk = FrozenPart(trunk)
+        classes = max(len(own.bias_K) for own in weights)
+        sides = [cells_side(head, own) for own in weights]
+        self.kinds = nn.ModuleList(
+            _Heads(head, trunk.layout, side, weights,
+                   [task for task, own in enumerate(sides) if own == side], classes)
+            for side in dict.fromkeys(sides))
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels_BCHW: Tensor, task: Tensor) -> Tensor:
+        z, task_1 = self.trunk(pixels_BCHW), task.reshape(1)
+        logits_BL = cast(Tensor, self.kinds[0](z, task_1))
+        for kind in list(self.kinds)[1:]:
+            mine_1 = cast(_Heads, kind).mine_T.index_select(0, task_1)
+            logits_BL = torch.where(mine_1[:, None], kind(z, task_1), logits_BL)
+        return logits_BL
+
+
+class _Heads(nn.Module):
+    """The heads of those tasks that are of one kind, with their weights one behind the other."""
+
+    mine_T: Tensor
+    row_T: Tensor
+
+    def __init__(self, head: Head, layout: Layout, side: int | None,
+                 weights: Sequence[HeadWeights], tasks: list[int], classes: int) -> None:
+        super().__init__()
+        mine_T = torch.zeros(len(weights), dtype=torch.bool)
+        row_T = torch.zeros(len(weights), dtype=torch.int64)
+        mine_T[tasks], row_T[tasks] = True, torch.arange(len(tasks))
+        self.register_buffer("mine_T", mine_T)
+        self.register_buffer("row_T", row_T)
+        self._cells = None if side is None else Cells(side, layout)
+        self._names: dict[str, tuple[str, bool]] = {}
+        if side is None:
+            self.__dict__["_blocks"] = copy.deepcopy(head.blocks).eval()
+            values = [head.tensors(weights[task]) for task in tasks]
+            for index, name in enumerate(values[0]):
+                self._keep(name, f"tensor_{index}", [value[name] for value in values])
+        linear = [linear_part(head, weights[task]) for task in tasks]
+        self._keep("weight_KF", "weight_PKF", [_padded(weight_KF, classes, 0.0)
+                                               for weight_KF, _ in linear])
+        self._keep("bias_K", "bias_PK", [_padded(bias_K, classes, ABSENT) for _, bias_K in linear])
+
+    def _keep(self, name: str, buffer: str, values: list[Tensor]) -> None:
+        """Keeps one tensor of every task; where all are equal, once."""
+        alike = all(torch.equal(value, values[0]) for value in values[1:])
+        self.register_buffer(buffer, (values[0] if alike else torch.stack(values)).detach())
+        self._names[name] = buffer, alike
+
+    def forward(self, z: Tensor, task_1: Tensor) -> Tensor:
+        row_1 = self.row_T.index_select(0, task_1)
+        tensors = {name: self.get_buffer(buffer) if alike
+                   else self.get_buffer(buffer).index_select(0, row_1)[0]
+                   for name, (buffer, alike) in self._names.items()}
+        weight_KF, bias_K = tensors.pop("weight_KF"), tensors.pop("bias_K")
+        if self._cells is None:
+            z = pooled(torch.func.functional_call(
+                cast(nn.Module, self.__dict__["_blocks"]), tensors, (z,), strict=True))
+        else:
+            z = self._cells(z)
+        return nn.functional.linear(z, weight_KF, bias_K)
+
+
+def cells_side(head: Head, weights: HeadWeights) -> int | None:
+    """Cells along each side of the features that a linear head sees; None for a head of blocks."""
+    if not len(weights.norm):
+        return head.side(weights)
+    return 1 if head.is_linear else None
+
+
+def linear_part(head: Head, weights: HeadWeights) -> tuple[Tensor, Tensor]:
+    """The classifier (K, F) and its bias (K,), which take over a linear head's norm."""
+    weight_KF, bias_K = weights.classifier_KF.detach(), weights.bias_K.detach()
+    if head.is_linear and len(weights.norm):
+        norm = weights.norm.detach()
+        scale_F, shift_F = (norm if weights.statistics is None
+                            else head.fold(norm, weights.statistics)).chunk(2)
+        weight_KF, bias_K = weight_KF * scale_F, bias_K + weight_KF @ shift_F
+    return weight_KF, bias_K
+
+
+def own_blocks(head: Head, weights: HeadWeights) -> nn.Sequential:
+    """The head's blocks as modules that own one task's weights."""
+    blocks = cast(nn.Sequential, copy.deepcopy(head.blocks))
+    named = {**dict(blocks.named_parameters()), **dict(blocks.named_buffers())}
+    values: dict[int, Tensor] = {}
+    for name, value in head.tensors(weights).items():
+        value = value.detach().clone()
+        is_parameter = isinstance(named[name], nn.Parameter)
+        values[id(named[name])] = nn.Parameter(value, False) if is_parameter else value
+    for module in blocks.modules():  # every place of a tensor that several modules share
+        for own in cast(tuple[dict[str, Tensor | None], ...],
+                        (module._parameters, module._buffers)):
+            own.update({kind: values[id(empty)] for kind, empty in own.items()
+                        if empty is not None})
+    _plain_norms(blocks)
+    return blocks.eval()
+
+
+def _plain_norms(module: nn.Module) -> None:
+    """Replaces a task's batch norms by PyTorch's own, which calculate the same."""
+    for name, child in module.named_children():
+        if isinstance(child, TaskBatchNorm):
+            norm = nn.BatchNorm2d(len(child.weight), child.epsilon)
+            norm.weight, norm.bias = child.weight, child.bias
+            norm.running_mean = child.get_buffer("mean")
+            norm.running_var = child.get_buffer("variance")
+            setattr(module, name, norm)
+        else:
+            _plain_norms(child)
+
+
+def _padded(value: Tensor, rows: int, filling: float) -> Tensor:
+    if len(value) == rows:
+        return value
+    rest = value.new_full((rows - len(value), *value.shape[1:]), filling)
+    return torch.cat([value, rest])
