@@ -158,6 +158,11 @@ class BackboneConfig:
     """Where the trunk's weights come from: train (trained on the first task); timm:NAME,
     hf-hub:OWNER/NAME or torchvision:NAME:WEIGHTS (downloaded); package:efficientnet-lite0; or a
     file of weights, safetensors or a PyTorch checkpoint."""
+    adapt_trunk: bool = False
+    """Whether a network of other weights than train is trained once more on the first task, all of
+    it and at a low rate, before the trunk is frozen. Its budget is the trunk's own."""
+    adapt_learning_rate: float = 3e-5
+    """Peak learning rate of adapt_trunk."""
     trunk_epochs: int | None = None
     """Passes over the first task's images while the trunk is trained. Default: 15, and more or
     fewer where these are less than trunk_min_steps or more than trunk_max_steps; training then
@@ -175,6 +180,11 @@ class BackboneConfig:
     float32."""
     trunk_seed: int = 0
     """Seed of the trunk's first weights and of its batches."""
+
+    @property
+    def trains_trunk(self) -> bool:
+        """Whether weights of the trunk are learned on the first task."""
+        return self.trunk == "train" or self.adapt_trunk
 
     @property
     def depth(self) -> int:
@@ -204,6 +214,11 @@ class BackboneConfig:
         _require(self.trunk_learning_rate > 0, "trunk_learning_rate", self.trunk_learning_rate,
                  "more than 0")
         _require(self.trunk_seed >= 0, "trunk_seed", self.trunk_seed, "0 or more")
+        _require(self.adapt_learning_rate > 0, "adapt_learning_rate", self.adapt_learning_rate,
+                 "more than 0")
+        _require(self.trunk != "train" or not self.adapt_trunk, "adapt_trunk", self.adapt_trunk,
+                 "false where trunk is train, which is trained on the first task anyway; a trunk "
+                 "from a file of weights, timm:NAME or torchvision:NAME:WEIGHTS can be adapted")
 
 
 @dataclasses.dataclass(frozen=True)

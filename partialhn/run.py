@@ -26,7 +26,6 @@ from partialhn.networks.backbone import Network, build_network, from_map
 from partialhn.networks.cut import CutNetwork, depth_number
 from partialhn.networks.head import Head, HeadStart, check_feature_size, head_start
 from partialhn.networks.precision import configure_torch
-from partialhn.networks.tensors import hash_tensors
 from partialhn.networks.trunk import Trunk, multiply_adds
 from partialhn.strategies import STRATEGIES, Strategy
 from partialhn.training import lineage
@@ -80,12 +79,7 @@ def cut_network(config: Config, network: Network) -> TrunkAndHead:
                         hypernet.generate),
         head_start(cut, hypernet.norm, config.train.seed, hypernet.generate),
         {"trunk": below, "head": above, "frozen_share": below / (below + above)},
-        network_fingerprint(network))
-
-
-def network_fingerprint(network: Network) -> str:
-    """SHA-256 of all that a trunk is cut from: weights but the classifier's, and image geometry."""
-    return hash_tensors(network.without_classifier(), network.pixels.geometry)
+        network.fingerprint())
 
 
 def with_depth_number(config: Config) -> Config:

@@ -74,7 +74,7 @@ def _say_nothing(line: str) -> None:
 
 def _copy_network(run: StreamRun, storage: Storage) -> None:
     """Copies the trained network, so that `train` and `retrain` find it."""
-    if run.config.backbone.trunk == "train":
+    if run.config.backbone.trains_trunk:
         key = network_key(run.config, run.experiences[0])
         target = storage.path("trunks", key)
         if checkpoint.read_fields(storage.filesystem, target) is None:

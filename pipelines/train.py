@@ -27,7 +27,6 @@ from partialhn.run import (
     TrunkAndHead,
     check,
     cut_network,
-    network_fingerprint,
     with_depth_number,
     work_name,
 )
@@ -101,7 +100,7 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
         experiences = before.ordered(experiences)
         stored = load_network(config, experiences[0], storage.filesystem, storage.root)
         continuation = compare(before, config, experiences,
-                               network_fingerprint(stored) if stored else None)
+                               stored.fingerprint() if stored else None)
         for line in continuation.check(replace=output.replace):
             log(line)
         work = work_name(config, experiences)

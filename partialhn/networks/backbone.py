@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from partialhn.errors import InputError
 from partialhn.networks.table import BACKBONES
+from partialhn.networks.tensors import hash_tensors
 from partialhn.pixels import Pixels
 from partialhn.plugins import load_object
 
@@ -129,6 +130,12 @@ class Network(nn.Module):
     def without_classifier(self) -> dict[str, Tensor]:
         """All weights and statistics by name, except the classifier's."""
         return without_classifier(self.name, self.state_dict())
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that a trunk is cut from: the weights but for the classifier's, and the
+        way an image becomes the input.
+        """
+        return hash_tensors(self.without_classifier(), self.pixels.geometry)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return self.through(self.blocks().values(), images_BCHW)

@@ -1,4 +1,5 @@
-"""The network from which the trunk is cut: trained on the first task, or supplied by the user.
+"""The network from which the trunk is cut: trained on the first task, supplied by the user, or
+supplied and then adapted to the first task.
 
 A trained network is stored under a key that everything about its training determines. So the same
 training is never repeated, and an interrupted one is resumed after the last epoch that was kept.
@@ -34,6 +35,8 @@ from partialhn.networks.backbone import (
 )
 from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import tensors_below
+from partialhn.pixels import Pixels
+from partialhn.training.adaptation import start_classifier
 from partialhn.training.budget import BestState, held_out_loss, trunk_budget
 from partialhn.training.choice import FEW
 from partialhn.training.image_batches import Classification, ImageBatches, Labelled
@@ -61,10 +64,11 @@ BATCH = 256
 def network_optimiser(network: Network, config: BackboneConfig) -> torch.optim.Optimizer:
     """AdamW over all parameters of the network; its learning rate is a tensor."""
     device = network.mean_C.device
-    rate = torch.tensor(config.trunk_learning_rate, dtype=_rate_type(device), device=device)
-    return torch.optim.AdamW([{"params": list(network.parameters()), "lr": rate,
-                               "peak": config.trunk_learning_rate}], fused=True,
-                             capturable=device.type == "cuda", weight_decay=TRUNK_WEIGHT_DECAY)
+    peak = config.adapt_learning_rate if config.adapt_trunk else config.trunk_learning_rate
+    rate = torch.tensor(peak, dtype=_rate_type(device), device=device)
+    return torch.optim.AdamW([{"params": list(network.parameters()), "lr": rate, "peak": peak}],
+                             fused=True, capturable=device.type == "cuda",
+                             weight_decay=TRUNK_WEIGHT_DECAY)
 
 
 def _rate_type(device: torch.device) -> torch.dtype:
@@ -138,7 +142,14 @@ def network_key_of(config: Config, data: str, transform: str, classes: int) -> s
         "classes": classes, "input_size": config.data.input_size,
         "augment": config.features.augment, "stream_seed": config.data.stream_seed}
     del fields["freeze_depth"]
+    if config.backbone.adapt_trunk:  # the weights name the network, wherever their file lies
+        fields["trunk"] = _supplied(config, classes).fingerprint()
     return digest(fields, 32)
+
+
+def _supplied(config: Config, classes: int) -> Network:
+    backbone = config.backbone
+    return supplied_network(backbone.trunk, backbone.backbone, classes, config.data.input_size)
 
 
 def load_network(config: Config, first: Experience, filesystem: pafs.FileSystem,
@@ -147,10 +158,8 @@ def load_network(config: Config, first: Experience, filesystem: pafs.FileSystem,
 
     Raises: InputError for a supplied network that cannot be read or does not fit.
     """
-    backbone = config.backbone
-    if backbone.trunk != "train":
-        return supplied_network(backbone.trunk, backbone.backbone, len(first.classes),
-                                config.data.input_size)
+    if not config.backbone.trains_trunk:
+        return _supplied(config, len(first.classes))
     return stored_network(config, network_key(config, first), filesystem, root)
 
 
@@ -161,17 +170,20 @@ def stored_network(config: Config, key: str, filesystem: pafs.FileSystem,
         folder = Path(scratch) / "network"
         if not checkpoint.fetch(filesystem, f"{root}/trunks/{key}", folder):
             return None
-        tensors, _ = checkpoint.load(folder, "network")
+        tensors, fields = checkpoint.load(folder, "network")
     name = config.backbone.backbone
     network = build_network(name, len(tensors[f"{classifier_prefix(name)}bias"]),
                             input_size=config.data.input_size)
     network.load_state_dict(tensors)
+    network.pixels = Pixels.from_fields(fields.get("pixels", {}))
+    network.notes = tuple(fields.get("notes", ()))
     return network
 
 
 def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, root: str,
                 device: torch.device | str = "cpu") -> Iterator[EpochRecord]:
-    """Trains the network on the first task and stores it; yields a record per epoch.
+    """Trains the network on the first task, or adapts the supplied one to it, and stores it; yields
+    a record per epoch.
 
     A thread writes its state beside the steps, at most every `KEEP_SECONDS`, and after the last
     finished epoch where the caller stops.
@@ -180,17 +192,16 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
     """
     backbone = config.backbone
     target = f"{root}/trunks/{network_key(config, first)}"
-    data = config.data
-    images, held_out = _decoded(config, first, first.train), None
+    network = _first_network(config, len(first.classes))
+    images, held_out = _decoded(config, first, first.train, network.pixels), None
     if backbone.trunk_epochs is None and len(first.validation):
-        held_out = _decoded(config, first, first.validation)
+        held_out = _decoded(config, first, first.validation, network.pixels)
         if _count(images, held_out) < FEW * len(first.classes):  # too few to hold some out
             images, held_out = Labelled(*(torch.cat(pair) for pair in zip(
                 images, held_out, strict=True))), None
-    network = build_network(backbone.backbone, len(first.classes), backbone.trunk_seed,
-                            data.input_size)
-    network.set_normalisation(*(pixel_statistics if data.input_size <= SMALL
-                                else counted_statistics)(images.images_NCHW))
+    if not backbone.adapt_trunk:
+        network.set_normalisation(*(pixel_statistics if config.data.input_size <= SMALL
+                                    else counted_statistics)(images.images_NCHW))
     network.to(device)
     optimiser = network_optimiser(network, backbone)
     epochs_done, best = 0, BestState()
@@ -202,6 +213,8 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
             load_optimiser(optimiser, network.named_parameters(), tensors)
             epochs_done = fields["epochs_done"]
             best = BestState(fields.get("losses", ()), tensors_below(tensors, "best."))
+        elif backbone.adapt_trunk:
+            start_classifier(network, *images, len(first.classes))
         recorder = recorder_for(torch.device(device), config.compute.cuda_graphs)
         with StateKeeper(filesystem, f"{target}.partial", "partial network") as keeper:
             for record in train_network(network, images, backbone, config.features.augment,
@@ -212,7 +225,9 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
                 state |= {f"best.{key}": value for key, value in best.tensors.items()}
                 keeper.offer(state, {"epochs_done": record.epoch, "losses": list(best.losses)})
                 yield record
-        checkpoint.save(folder, "network", network.state_dict(), {})
+        checkpoint.save(folder, "network", network.state_dict(),
+                        {"pixels": network.pixels.fields(), "notes": network.notes}
+                        if backbone.adapt_trunk else {})
         checkpoint.upload(folder, filesystem, target)
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_dir(f"{target}.partial")
@@ -228,11 +243,18 @@ def _classes(images: Labelled) -> int:
     return len(torch.unique(images.y_N))
 
 
-def _decoded(config: Config, first: Experience, table: ImageTable) -> Labelled:
+def _first_network(config: Config, classes: int) -> Network:
+    """The network before the first task: supplied, or freshly initialised."""
+    backbone = config.backbone
+    return (_supplied(config, classes) if backbone.adapt_trunk else
+            build_network(backbone.backbone, classes, backbone.trunk_seed, config.data.input_size))
+
+
+def _decoded(config: Config, first: Experience, table: ImageTable, pixels: Pixels) -> Labelled:
     data = config.data
     decoding = decode if data.input_size <= SMALL else decode_to_file
     decoded = decoding(table, data.input_size, first.transform, data.on_bad_image,
-                       data.max_image_pixels, data.stream_seed)
+                       data.max_image_pixels, data.stream_seed, pixels)
     return Labelled(decoded.images_BCHW,
                     torch.from_numpy(table.label_N[decoded.index_B.numpy()]))
 

@@ -56,19 +56,22 @@ class Execution(abc.ABC):
         `on_record` is called with the record of every epoch, as soon as it ends.
         """
         arguments = (self.config, first, self.storage.filesystem, self.storage.root)
-        network = load_network(*arguments)
-        if network is not None:
-            source = self.config.backbone.trunk
-            self.progress.line("trunk: already trained" if source == "train" else
-                               f"trunk: {source}, {network.pixels.described()}")
+        backbone, network = self.config.backbone, load_network(*arguments)
+        if network is None:
+            if backbone.adapt_trunk:
+                self.progress.line(f"trunk: {backbone.trunk} is adapted to {first.name!r}")
+            for record in self._fit_network(first):
+                self.progress.trunk(record)
+                on_record(record)
+            network = load_network(*arguments)
+            assert network is not None
+        elif backbone.trunk == "train":
+            self.progress.line("trunk: already trained")
+        if backbone.trunk != "train":
+            self.progress.line(f"trunk: {backbone.trunk}, {network.pixels.described()}"
+                               + ", adapted to the first task" * backbone.adapt_trunk)
             for note in network.notes:
                 self.progress.line(note)
-            return network
-        for record in self._fit_network(first):
-            self.progress.trunk(record)
-            on_record(record)
-        network = load_network(*arguments)
-        assert network is not None
         return network
 
     def features(self, jobs: Sequence[FeatureJob], cut: TrunkAndHead) -> tuple[list[Manifest], int]:

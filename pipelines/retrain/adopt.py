@@ -111,7 +111,7 @@ def _manifests(storage: Storage, version: Version) -> dict[Split, Manifest]:
 
 def _network_key(storage: Storage, config: Config, first: Version) -> str:
     """The key of the stored network of a stream; empty for a supplied one."""
-    if config.backbone.trunk != "train":
+    if not config.backbone.trains_trunk:
         return ""
     manifests = _manifests(storage, first)
     if "train" not in manifests:

@@ -62,12 +62,12 @@ class Learning:
 
     def _parts(self, first: CheckedArrival) -> tuple[str, TrunkAndHead]:
         """Key of the stream's network, and the network cut; a new stream trains it on `first`."""
-        context, supplied = self.context, self.context.config.backbone.trunk != "train"
+        context, trained = self.context, self.context.config.backbone.trains_trunk
         assert first.experience is not None
         if self.base:
             key, cut = self.base[0].network, context.cut(self.base)
         else:
-            key = "" if supplied else network_key(context.config, first.experience)
+            key = network_key(context.config, first.experience) if trained else ""
             cut = cut_network(context.config, self.execution.network(first.experience))
         context.clock.lap("trunk")
         return key, cut
