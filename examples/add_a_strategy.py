@@ -33,7 +33,7 @@ class Averaged(SharedHead):
 
 if __name__ == "__main__":
     phn.register_strategy("averaged", Averaged)
-    stream = phn.Stream("digits", tasks=5, input_size=16, epochs=4, strategy="averaged",
-                        folder="averaged-stream")
+    stream = phn.Stream("digits", tasks=5, input_size=16, trunk_epochs=4, epochs=4,
+                        strategy="averaged", folder="averaged-stream")
     stream.learn()
     print(stream.accuracy_matrix)

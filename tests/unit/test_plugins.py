@@ -171,9 +171,3 @@ def test_every_line_of_the_tables_can_be_used(tmp_path):
 
 def test_number_types_of_the_option_are_those_that_can_be_stored():
     assert typing.get_args(FeatureDtype) == tuple(DTYPES)
-
-
-def test_the_example_learns_with_its_own_strategy(tmp_path):
-    done = python(tmp_path, str(ROOT / "examples" / "add_a_strategy.py"))
-    assert done.returncode == 0, done.stderr
-    assert len((ROOT / "examples" / "add_a_strategy.py").read_text().splitlines()) < 45
