@@ -153,8 +153,14 @@ class Head(nn.Module):
             self._kept.append((name, buffer))
 
     def train(self, mode: bool = True) -> "Head":
-        """Batch norm uses the batch's own statistics while training."""
-        self.blocks.train(mode)
+        """Batch norm of maps uses the batch's own statistics while training.
+
+        Batch norm of vectors, which some networks have before the classifier, keeps the network's
+        statistics: they belong to no task.
+        """
+        for layer in self.blocks.train(mode).modules():
+            if isinstance(layer, nn.BatchNorm1d):
+                layer.eval()
         return super().train(mode)
 
     @property

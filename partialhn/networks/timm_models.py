@@ -24,6 +24,7 @@ from partialhn.networks.division import (
     with_ending,
     without_chance,
 )
+from partialhn.networks.traced import Plan, plan_of
 
 
 def _vit_stem(parts: Any, images_BCHW: Tensor) -> Tensor:
@@ -179,16 +180,49 @@ def find(name: str) -> Backbone:
         raise InputError(f"backbone is 'timm:{name}', which timm {library.__version__} does not "
                          f"have; near it: {', '.join(near) or 'nothing'}")
     with torch.device("meta"):  # a structure without numbers
-        kind = _class_of(library.create_model(name, pretrained=False))
-    family = FAMILIES.get(kind)
+        body = library.create_model(name, pretrained=False, num_classes=2)
     settings = library.get_pretrained_cfg(name)
     classifier = getattr(settings, "classifier", None)
-    if family is None or not isinstance(classifier, str):
-        raise InputError(f"backbone is 'timm:{name}', which is a {kind}; allowed: the classes "
-                         f"{', '.join(FAMILIES)} of timm with one linear classifier")
-    size = ", img_size={size}" if family.takes_size else ""
-    return Backbone(functools.partial(_build, name, family.takes_size), family.blocks, classifier,
-                    family.layout, f"timm.create_model('{name}', num_classes={{classes}}{size})")
+    if not isinstance(classifier, str) or not isinstance(body.get_submodule(classifier), nn.Linear):
+        raise InputError(f"backbone is 'timm:{name}', a {type(body).__name__} whose classifier is "
+                         f"{classifier!r}; allowed: a network of timm with one linear classifier")
+    family = FAMILIES.get(_class_of(body))
+    takes_size = family.takes_size if family else bool(settings.fixed_input_size)
+    size = ", img_size={size}" if takes_size else ""
+    recipe = f"timm.create_model('{name}', num_classes={{classes}}{size})"
+    if family:
+        return Backbone(functools.partial(_build, name, takes_size), family.blocks, classifier,
+                        family.layout, recipe)
+    plan = _plan(body, name, settings.input_size[-1])
+    return Backbone(functools.partial(_build_traced, name, takes_size, plan),
+                    functools.partial(plan.divide, classifier=classifier), classifier, plan.layout,
+                    recipe)
+
+
+def _plan(body: nn.Module, name: str, size: int) -> Plan:
+    """The division of a network of a class that `FAMILIES` lacks."""
+    try:
+        return plan_of(body, f"timm:{name}", size)
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        raise InputError(f"backbone is 'timm:{name}', a {type(body).__name__}, whose blocks are "
+                         f"not found: {type(error).__name__}: {error}; allowed: the classes "
+                         f"{', '.join(FAMILIES)} of timm, or one whose blocks follow one another"
+                         ) from error
+
+
+def _build_traced(name: str, takes_size: bool, plan: Plan, classes: int,
+                  input_size: int) -> nn.Module:
+    with torch.device("meta"):
+        structure = _build(name, takes_size, classes, input_size)
+    try:
+        holds = plan.holds(structure, input_size)
+    except (AssertionError, RuntimeError) as error:
+        raise _no_such_size(name, input_size, error) from error
+    if not holds:
+        raise InputError(f"backbone timm:{name} cannot be cut for input_size {input_size}, where "
+                         "it calculates between its blocks; allowed: the size of its weights, "
+                         f"{timm().get_pretrained_cfg(name).input_size[-1]}, or another one")
+    return _build(name, takes_size, classes, input_size)
 
 
 def _class_of(body: nn.Module) -> str:
@@ -201,11 +235,17 @@ def _build(name: str, takes_size: bool, classes: int, input_size: int) -> nn.Mod
     options = {"img_size": input_size} if takes_size else {}
     try:
         body = timm().create_model(name, pretrained=False, num_classes=classes, **options)
-        patch = getattr(getattr(body, "patch_embed", None), "patch_size", (1, 1))
-        if input_size % patch[0]:
-            raise ValueError(f"its patches are {patch[0]} pixels wide")
+        patch = getattr(getattr(body, "patch_embed", None), "patch_size", 1) if takes_size else 1
+        width = patch[0] if isinstance(patch, tuple) else patch
+        if input_size % width:
+            raise ValueError(f"its patches are {width} pixels wide")
     except (ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
-        raise InputError(f"backbone timm:{name} cannot be built for input_size {input_size}: "
-                         f"{type(error).__name__}: {error}; allowed: a multiple of its patches"
-                         ) from error
+        raise _no_such_size(name, input_size, error) from error
     return without_chance(body)
+
+
+def _no_such_size(name: str, input_size: int, error: Exception) -> InputError:
+    return InputError(f"backbone timm:{name} cannot be built for input_size {input_size}: "
+                      f"{type(error).__name__}: {error}; allowed: a multiple of its patches, or "
+                      f"the size of its weights, "
+                      f"{timm().get_pretrained_cfg(name).input_size[-1]}")
