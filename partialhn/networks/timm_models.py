@@ -183,7 +183,8 @@ def find(name: str) -> Backbone:
         body = library.create_model(name, pretrained=False, num_classes=2)
     settings = library.get_pretrained_cfg(name)
     classifier = getattr(settings, "classifier", None)
-    if not isinstance(classifier, str) or not isinstance(body.get_submodule(classifier), nn.Linear):
+    if not isinstance(classifier, str) or not isinstance(
+            dict(body.named_modules()).get(classifier), nn.Linear):
         raise InputError(f"backbone is 'timm:{name}', a {type(body).__name__} whose classifier is "
                          f"{classifier!r}; allowed: a network of timm with one linear classifier")
     family = FAMILIES.get(_class_of(body))

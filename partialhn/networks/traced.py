@@ -98,7 +98,8 @@ def plan_of(body: Any, name: str, size: int) -> Plan:
                          "module gives the next; allowed: a network whose blocks follow one "
                          "another")
     parts = [part for step in path for part in _expanded(body, step, steps)]
-    layout = next((found for step in reversed(parts) if (found := _layout(step.shape))), "BCHW")
+    layout: Layout = next((found for step in reversed(parts) if (found := _layout(step.shape))),
+                          "BCHW")
     groups: list[list[Step]] = []
     for step in parts:
         complete = groups and _layout(groups[-1][-1].shape) == layout and any(
@@ -141,9 +142,13 @@ def _record(body: Any, size: int) -> tuple[list[Step], State, State]:
                 lambda _, given, named, name=name: enter(name, given, named), with_kwargs=True))
             handles.append(module.register_forward_hook(
                 lambda _, __, given, name=name: leave(name, given)))
-    head = body.forward_head
-    body.forward_head = lambda z, *rest, **named: (ends.append(state(z)),
-                                                   head(z, *rest, **named))[1]
+    forward_head = body.forward_head
+
+    def noted_head(z: Tensor, *rest: Any, **named: Any) -> Any:
+        ends.append(state(z))
+        return forward_head(z, *rest, **named)
+
+    body.forward_head = noted_head
     try:
         start = state(images_BCHW)
         body.eval()(images_BCHW)

@@ -97,7 +97,8 @@ def train_network(network: Network, images: Labelled, config: BackboneConfig, ki
                            passes=budget.passes, warped=few)
     factor_S = torch.tensor(rate_factors("cosine", batches.steps * budget.epochs),
                             dtype=torch.float64)[batches.steps * epochs_done:]
-    rates_SG = (factor_S * config.trunk_learning_rate)[:, None].to(_rate_type(device))
+    peak_G = torch.tensor([group["peak"] for group in optimiser.param_groups], dtype=torch.float64)
+    rates_SG = (factor_S[:, None] * peak_G).to(_rate_type(device))
     steps = Steps(Classification(network, config.trunk_precision, TRUNK_LABEL_SMOOTHING),
                   optimiser, rates_SG.to(device), recorder if batches.resident else None)
     for epoch in range(epochs_done + 1, budget.epochs + 1):
