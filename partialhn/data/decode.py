@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 import warnings
 from collections.abc import Sequence
 from typing import Literal
@@ -124,20 +125,48 @@ def decode_images(images: Sequence[bytes], ids: Sequence[str], size: int,
     pixels_BHWC = np.empty((len(images), size, size, 3), dtype=np.uint8)
     index: list[int] = []
     bad: list[BadImage] = []
-    for place, (encoded, image_id) in enumerate(zip(images, ids, strict=True)):
-        try:
-            with warnings.catch_warnings(action="ignore"):  # odd metadata is no news
+    with _WITHOUT_WARNINGS:  # odd metadata is no news
+        for place, (encoded, image_id) in enumerate(zip(images, ids, strict=True)):
+            try:
                 image = _decode_one(encoded, size, max_pixels, pixels)
-        except _BadImageError as error:
-            if on_bad == "error":
-                raise InputError(f"image {image_id} {error}; mend it or take it away, or leave "
-                                 "out such images with on_bad_image skip") from error
-            bad.append(BadImage(image_id, str(error)))
-            continue
-        pixels_BHWC[len(index)] = np.asarray(corruptions.corrupt(image, names, encoded, seed))
-        index.append(place)
+            except _BadImageError as error:
+                if on_bad == "error":
+                    raise InputError(f"image {image_id} {error}; mend it or take it away, or leave "
+                                     "out such images with on_bad_image skip") from error
+                bad.append(BadImage(image_id, str(error)))
+                continue
+            pixels_BHWC[len(index)] = np.asarray(corruptions.corrupt(image, names, encoded, seed))
+            index.append(place)
     pixels_BCHW = np.ascontiguousarray(pixels_BHWC[:len(index)].transpose(0, 3, 1, 2))
     return Decoded(torch.from_numpy(pixels_BCHW), torch.tensor(index, dtype=torch.int64), bad)
+
+
+class _WithoutWarnings:
+    """Silences warnings while any thread is in it.
+
+    `warnings.catch_warnings` alone would leave them silenced where two threads leave in the order
+    in which they came.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._outermost = warnings.catch_warnings(action="ignore")
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._outermost = warnings.catch_warnings(action="ignore")
+                self._outermost.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._outermost.__exit__(None, None, None)
+
+
+_WITHOUT_WARNINGS = _WithoutWarnings()
 
 
 class _BadImageError(Exception):
@@ -191,4 +220,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise _BadImageError(f"has 32-bit values (mode {image.mode}), whose range is not known; "
                              "allowed: 8 or 16 bits a channel")
+    if image.mode == "RGB":
+        image.load()  # convert would copy it
+        return image
     return image.convert("RGB")

@@ -43,6 +43,7 @@ class Trunk(nn.Module):
         self.register_buffer("std_C", network.std_C.clone())
         self.stages = nn.ModuleList(stages)
         self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # convolutions take half the time so on a CPU
         self.eval()
 
     normalise = Network.normalise
@@ -65,6 +66,7 @@ class Trunk(nn.Module):
         with torch.no_grad():
             z = self.normalise(images_BCHW)  # type: ignore[misc]
             yield 0, z
+            z = z.contiguous(memory_format=torch.channels_last)
             for depth, stage in enumerate(self.stages, 1):
                 z = stage(z)
                 yield depth, to_map(pooled(z) if depth == len(self.names) else z, self.layout)
