@@ -18,7 +18,8 @@ from partialhn.config import Config, StrategyName
 from partialhn.data.datasets import open_stream
 from partialhn.data.experience import Experience
 from partialhn.detector.detector import Detector
-from partialhn.features.extract import FeatureJob, precompute
+from partialhn.features.extract import precompute
+from partialhn.features.jobs import FeatureJob
 from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
 from partialhn.naming import digest_text

@@ -22,7 +22,7 @@ from torch import Tensor
 from partialhn.data.decode import decode
 from partialhn.data.image_table import ImageTable
 from partialhn.features import codec
-from partialhn.features.extract import FeatureJob
+from partialhn.features.jobs import FeatureJob
 from partialhn.networks.trunk import Trunk, run_trunk_at
 
 PROBED = 64

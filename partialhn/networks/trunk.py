@@ -6,7 +6,7 @@ Legend: B batch, C channels, H W spatial, F features before the classifier.
 import collections
 import copy
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -108,14 +108,51 @@ def multiply_adds(module: nn.Module, z_BCHW: Tensor) -> int:
 
 
 MICRO_BATCH = 64
+"""Images that go through the trunk together on a CPU, and wherever an answer is asked for."""
+MOST_TOGETHER, BYTES_TOGETHER = 512, 2 << 30
+"""Images that go through it together on a GPU: as many as their largest outputs take so many bytes,
+as float32. The free memory has no say: it would change the last bits of features."""
+
+
+def images_together(trunk: Trunk) -> int:
+    """Number of images that go through the trunk together where features are stored."""
+    if trunk.mean_C.device.type != "cuda":
+        return MICRO_BATCH
+    largest = [0]
+
+    def look(module: nn.Module, given: object, z: object) -> None:
+        del module, given
+        if isinstance(z, Tensor):
+            largest[0] = max(largest[0], z.numel())
+
+    hooks = [module.register_forward_hook(look) for module in trunk.modules()]
+    feature_shape(trunk, torch.empty(1, 3, trunk.input_size, trunk.input_size))
+    for hook in hooks:
+        hook.remove()
+    fitting = BYTES_TOGETHER // (4 * max(1, largest[0]))
+    return min(MOST_TOGETHER, max(MICRO_BATCH, fitting // MICRO_BATCH * MICRO_BATCH))
+
+
+def outputs_at(trunk: Trunk, depths: Collection[int], images_BCHW: Tensor,
+               together: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields (depth, z_BCHW) for each of the depths, from one pass on the trunk's device.
+
+    B is at most `together`. The batch is filled up to that number: a convolution may round
+    differently for another one, and so an image's features are the same bits whatever other images
+    there are.
+    """
+    count, deepest = len(images_BCHW), max(depths)
+    if count < together:
+        images_BCHW = nn.functional.pad(images_BCHW, [0] * 7 + [together - count])
+    for depth, z_BCHW in trunk.outputs(images_BCHW):
+        if depth in depths:
+            yield depth, z_BCHW[:count]
+        if depth == deepest:
+            return
 
 
 def run_trunk(trunk: Trunk, images_BCHW: Tensor) -> Tensor:
-    """z_BCHW of uint8 images, computed in batches of one size whatever B is.
-
-    A convolution may round differently for another batch size. As the last batch is filled up, the
-    features of an image are the same bits whatever other images there are.
-    """
+    """z_BCHW of uint8 images on the CPU, computed in batches of `MICRO_BATCH` whatever B is."""
     return run_trunk_at(trunk, {trunk.freeze_depth}, images_BCHW)[0][trunk.freeze_depth]
 
 
@@ -131,18 +168,12 @@ def run_trunk_at(trunk: Trunk, depths: Iterable[int],
         depth: torch.empty(0, *feature_shape(trunk.upto(depth), images_BCHW)) for depth in seconds}
     for begin in range(0, total, MICRO_BATCH):
         start = time.perf_counter()
-        chunk_BCHW = images_BCHW[begin:begin + MICRO_BATCH]
-        count = len(chunk_BCHW)
-        if count < MICRO_BATCH:
-            chunk_BCHW = nn.functional.pad(chunk_BCHW, [0] * 7 + [MICRO_BATCH - count])
-        for depth, z_BCHW in trunk.outputs(chunk_BCHW.to(device)):
-            if depth in seconds:
-                if depth not in features:
-                    features[depth] = torch.empty(total, *z_BCHW.shape[1:])
-                features[depth][begin:begin + count] = z_BCHW[:count]
-                seconds[depth] += time.perf_counter() - start
-            if depth == max(seconds):
-                break
+        chunk_BCHW = images_BCHW[begin:begin + MICRO_BATCH].to(device)
+        for depth, z_BCHW in outputs_at(trunk, seconds.keys(), chunk_BCHW, MICRO_BATCH):
+            if depth not in features:
+                features[depth] = torch.empty(total, *z_BCHW.shape[1:])
+            features[depth][begin:begin + len(z_BCHW)] = z_BCHW
+            seconds[depth] += time.perf_counter() - start
     return features, seconds
 
 

@@ -11,7 +11,7 @@ import partialhn
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.evaluation.metrics import StreamMetrics, summarise
-from partialhn.features.extract import SPLITS
+from partialhn.features.jobs import SPLITS
 from partialhn.training.learner import Learner
 from partialhn.training.records import EpochRecord, TaskRecord, class_incremental
 from partialhn.training.slots import Slot

@@ -10,8 +10,9 @@ from collections.abc import Callable, Container, Mapping, Sequence
 
 from partialhn.config import Config
 from partialhn.data.experience import Experience, refreshed, replaces, task_of
-from partialhn.features.extract import FeatureJob, Split, feature_jobs, find_features
+from partialhn.features.extract import feature_jobs, find_features
 from partialhn.features.feature_set import FeatureSet, join
+from partialhn.features.jobs import FeatureJob, Split
 from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
 from partialhn.networks.trunk import Trunk

@@ -14,7 +14,7 @@ from typing import Any
 
 from partialhn.config import Config
 from partialhn.data.experience import Experience
-from partialhn.features.extract import FeatureJob
+from partialhn.features.jobs import FeatureJob
 from partialhn.features.manifest import Manifest
 from partialhn.naming import digest_text
 from partialhn.networks.backbone import Network

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from partialhn.errors import InputError
-from partialhn.features.extract import JobGroup, ShardPlace, ShardResult, compute_shards
+from partialhn.features.jobs import JobGroup, ShardPlace, ShardResult
 from partialhn.features.manifest import parse_shard
+from partialhn.features.shards import compute_shards
 from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import Trunk
 from pipelines.features.produce import Run, open_store

@@ -14,18 +14,15 @@ from partialhn.config import ComputeConfig
 from partialhn.features.cache import ShardCache
 from partialhn.features.cost import described, plan
 from partialhn.features.extract import (
-    FeatureJob,
-    JobGroup,
-    ShardPlace,
-    ShardResult,
     check_trunk,
     commit_groups,
-    compute_shards,
     find_features,
     group_jobs,
     shard_places,
 )
+from partialhn.features.jobs import FeatureJob, JobGroup, ShardPlace, ShardResult
 from partialhn.features.manifest import Manifest, Shard
+from partialhn.features.shards import compute_shards
 from partialhn.features.store import FeatureStore
 from partialhn.networks.trunk import Trunk
 from pipelines.features.in_use import InUse

@@ -11,7 +11,7 @@ from typing import Any
 from partialhn.checkpoints import checkpoint
 from partialhn.config import Config
 from partialhn.errors import InputError
-from partialhn.features.extract import SPLITS, Split
+from partialhn.features.jobs import SPLITS, Split
 from partialhn.features.manifest import Manifest
 from partialhn.training import lineage
 from partialhn.training.pretrain import network_key_of

@@ -16,7 +16,7 @@ from typing import Any
 
 from partialhn.data.experience import task_of
 from partialhn.errors import IntegrityError
-from partialhn.features.extract import Split
+from partialhn.features.jobs import Split
 from partialhn.features.manifest import FeatureRecipe
 from partialhn.features.store import FeatureStore
 from partialhn.training.records import Forgotten

@@ -27,7 +27,7 @@ from partialhn.data.experience import Experience, task_of
 from partialhn.data.image_table import ImageTable
 from partialhn.data.layout import read_sets
 from partialhn.errors import InputError, IntegrityError
-from partialhn.features.extract import SPLITS
+from partialhn.features.jobs import SPLITS
 from pipelines.platform.storage import Storage
 from pipelines.retrain.inbox import DECLARATION, Arrival, Problem
 

@@ -18,7 +18,8 @@ from partialhn.data.experience import Experience
 from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shift
 from partialhn.evaluation.linear_probe import ridge_accuracy
 from partialhn.features.codec import DTYPES
-from partialhn.features.extract import SPLITS, feature_jobs
+from partialhn.features.extract import feature_jobs
+from partialhn.features.jobs import SPLITS
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network, build_network
 from partialhn.networks.cut import CutNetwork

@@ -34,7 +34,8 @@ from partialhn.data.datasets import open_stream
 from partialhn.data.decode import decode
 from partialhn.features.batches import Workers, epoch_batches
 from partialhn.features.cache import SETTLED_SECONDS
-from partialhn.features.extract import compute_shards, feature_jobs, precompute, shard_places
+from partialhn.features.extract import feature_jobs, precompute, shard_places
+from partialhn.features.shards import compute_shards
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
