@@ -35,6 +35,8 @@ DTYPES: Mapping[str, tuple[torch.dtype, type[np.generic], pa.DataType]] = {
 """By name: as a tensor, as numpy sees its bytes, and as Arrow keeps it."""
 COMPRESSIONS = ("none", "lz4")
 _LEVELS = 127
+_CHECKED = 64
+"""Images whose numbers are checked at a time."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,14 +130,24 @@ def _quantised(z_NVCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_finite(z_NVCHW: Tensor, ids: Sequence[str], dtype: str) -> None:
     """Raises InputError naming the first image whose features are not finite."""
-    least_N, most_N = z_NVCHW.flatten(1).aminmax(dim=1)  # NaN wins; no copy as isfinite makes
-    finite_N = torch.isfinite(least_N) & torch.isfinite(most_N)
+    finite_N = torch.cat([_finite(part) for part in z_NVCHW.split(_CHECKED)])
     if not finite_N.all():
         first = int((~finite_N).nonzero()[0])
         raise InputError(f"the features of image {ids[first]} are not finite as {dtype}, and "
                          f"those of {int((~finite_N).sum()) - 1} more images of its shard; "
                          "allowed: a trunk whose features are finite, or --feature-dtype "
                          "float32 or bfloat16 where they are only too large for float16")
+
+
+def _finite(z_NVCHW: Tensor) -> Tensor:
+    """Whether all numbers of each image are finite: finite_N, by their bits.
+
+    For 16-bit numbers `isfinite` and `aminmax` take thirty times as long as this on a CPU.
+    """
+    whole = torch.int32 if z_NVCHW.dtype is torch.float32 else torch.int16
+    infinite = int(torch.tensor(torch.inf, dtype=z_NVCHW.dtype).view(whole))
+    magnitude_NF = z_NVCHW.flatten(1).view(whole) & torch.iinfo(whole).max
+    return magnitude_NF.amax(1) < infinite
 
 
 def _scale(schema: pa.Schema, channels: int) -> Tensor:

@@ -30,10 +30,12 @@ from partialhn.features.codec import DTYPES
 from partialhn.features.jobs import FeatureJob, JobGroup, ShardPlace, ShardResult
 from partialhn.features.link import Link, link_to
 from partialhn.features.store import FeatureStore
-from partialhn.networks.trunk import MICRO_BATCH, Trunk, images_together, outputs_at
+from partialhn.networks.trunk import Trunk, images_together, outputs_at
 
 READERS = max(4, os.cpu_count() or 1)
 """Threads that read and decode ahead of the trunk: all cores, and some more where files are far."""
+PIECE = 64
+"""Images that are decoded by a thread at a time."""
 MOST_AHEAD, BYTES_AHEAD = 16, 128 * 1024 ** 2
 """Largest number of pieces that are decoded ahead of the trunk, and bytes of their pixels; one for
 each reader at least."""
@@ -135,7 +137,7 @@ def ahead(pool: concurrent.futures.Executor, work: Callable[[Item], Done], items
 def _pieces_ahead(groups: Sequence[JobGroup]) -> int:
     """Number of pieces to decode ahead of the trunk, by the bytes of their pixels."""
     side = max((group[0].recipe.input_size for group in groups), default=1)
-    return max(READERS, min(MOST_AHEAD, BYTES_AHEAD // (MICRO_BATCH * 3 * side * side)))
+    return max(READERS, min(MOST_AHEAD, BYTES_AHEAD // (PIECE * 3 * side * side)))
 
 
 def _behind(groups: Sequence[JobGroup], trunk: Trunk) -> tuple[int, int]:
@@ -213,7 +215,7 @@ class _Shard:
 
     def pieces(self) -> Iterator[range]:
         """The rows of each piece; a single piece where nothing is missing."""
-        step = MICRO_BATCH if self.missing else len(self.table)
+        step = PIECE if self.missing else len(self.table)
         for start in range(0, len(self.table), step):
             yield range(start, min(start + step, len(self.table)))
 
@@ -262,7 +264,7 @@ class _Shard:
 
     def compute(self, trunk: Trunk, pieces: Sequence[_Piece], together: int, link: Link,
                 copying: _Copying) -> None:
-        """Sends pieces through the trunk as one batch; they come in order."""
+        """Sends pieces through the trunk, so many images at a time; they come in order."""
         for piece in pieces:
             self._kept += piece.kept_N.tolist()
             self._bad += piece.bad
@@ -276,11 +278,14 @@ class _Shard:
             start = link.mark()
             images_BCHW = vary(plain_BCHW, variation.of(
                 list(itertools.islice(varied, len(variation.tensors())))))
-            for depth, z_BCHW in outputs_at(trunk, self._features.keys(), images_BCHW, together):
-                features = self._features[depth]
-                features.marks.append((start, link.mark()))
-                self._copies.append(copying.submit(link.fetch(
-                    z_BCHW, features.target(view, len(z_BCHW)), stays=depth == deepest)))
+            for batch_BCHW in torch.split(images_BCHW, together):
+                for depth, z_BCHW in outputs_at(trunk, self._features.keys(), batch_BCHW,
+                                                together):
+                    features = self._features[depth]
+                    features.marks.append((start, link.mark()))
+                    self._copies.append(copying.submit(link.fetch(
+                        z_BCHW, features.target(view, len(z_BCHW)), stays=depth == deepest)))
+                start = link.mark()
 
     def write(self, store: FeatureStore, link: Link) -> ShardResult:
         """Writes the missing shards, and forgets their features."""
@@ -307,7 +312,7 @@ def _batches(decoded: Iterable[tuple[tuple[_Shard, range], _Piece | None]],
     for (shard, rows), piece in decoded:
         some += [] if piece is None else [piece]
         shard.is_whole = rows.stop >= len(shard.table)
-        if shard.is_whole or (len(some) + 1) * MICRO_BATCH > together:
+        if shard.is_whole or (len(some) + 1) * PIECE > together:
             yield shard, some
             some = []
 

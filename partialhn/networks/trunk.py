@@ -108,29 +108,31 @@ def multiply_adds(module: nn.Module, z_BCHW: Tensor) -> int:
 
 
 MICRO_BATCH = 64
-"""Images that go through the trunk together on a CPU, and wherever an answer is asked for."""
-MOST_TOGETHER, BYTES_TOGETHER = 512, 2 << 30
-"""Images that go through it together on a GPU: as many as their largest outputs take so many bytes,
-as float32. The free memory has no say: it would change the last bits of features."""
+"""Largest number of images that go through the trunk together on a CPU, and wherever an answer is
+asked for."""
+LEAST_TOGETHER, PIXELS_TOGETHER = 4, 64 * 32 * 32
+"""Fewer where images are large: so many pixels, but so many images. What a layer gives then stays
+in the cache, and in memory that is not asked for anew each time."""
+MOST_TOGETHER, SHARE_OF_A_GPU, BYTES_A_PIXEL = 512, 1 / 16, 64
+"""Where a GPU computes features, so many images at most, and so many that the largest output takes
+that share of its whole memory, at a guess of so many bytes for a pixel of the image. The memory
+that is free has no say: the last bits of features depend on the batch."""
+
+
+def micro_batch(side: int) -> int:
+    """Images of `side` pixels that go through the trunk together: a power of two."""
+    fitting = max(LEAST_TOGETHER, min(MICRO_BATCH, PIXELS_TOGETHER // side ** 2))
+    return 1 << fitting.bit_length() - 1
 
 
 def images_together(trunk: Trunk) -> int:
-    """Number of images that go through the trunk together where features are stored."""
-    if trunk.mean_C.device.type != "cuda":
-        return MICRO_BATCH
-    largest = [0]
-
-    def look(module: nn.Module, given: object, z: object) -> None:
-        del module, given
-        if isinstance(z, Tensor):
-            largest[0] = max(largest[0], z.numel())
-
-    hooks = [module.register_forward_hook(look) for module in trunk.modules()]
-    feature_shape(trunk, torch.empty(1, 3, trunk.input_size, trunk.input_size))
-    for hook in hooks:
-        hook.remove()
-    fitting = BYTES_TOGETHER // (4 * max(1, largest[0]))
-    return min(MOST_TOGETHER, max(MICRO_BATCH, fitting // MICRO_BATCH * MICRO_BATCH))
+    """Images that go through the trunk together where features are stored: a power of two."""
+    device, side = trunk.mean_C.device, trunk.input_size
+    if device.type != "cuda":
+        return micro_batch(side)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    fitting = int(memory * SHARE_OF_A_GPU) // (BYTES_A_PIXEL * side ** 2)
+    return 1 << max(MICRO_BATCH, min(MOST_TOGETHER, fitting)).bit_length() - 1
 
 
 def outputs_at(trunk: Trunk, depths: Collection[int], images_BCHW: Tensor,
@@ -152,7 +154,7 @@ def outputs_at(trunk: Trunk, depths: Collection[int], images_BCHW: Tensor,
 
 
 def run_trunk(trunk: Trunk, images_BCHW: Tensor) -> Tensor:
-    """z_BCHW of uint8 images on the CPU, computed in batches of `MICRO_BATCH` whatever B is."""
+    """z_BCHW of uint8 images on the CPU, computed in batches of `micro_batch` whatever B is."""
     return run_trunk_at(trunk, {trunk.freeze_depth}, images_BCHW)[0][trunk.freeze_depth]
 
 
@@ -166,10 +168,11 @@ def run_trunk_at(trunk: Trunk, depths: Iterable[int],
     seconds = dict.fromkeys(depths, 0.0)
     features = {} if total else {
         depth: torch.empty(0, *feature_shape(trunk.upto(depth), images_BCHW)) for depth in seconds}
-    for begin in range(0, total, MICRO_BATCH):
+    together = micro_batch(images_BCHW.shape[2])
+    for begin in range(0, total, together):
         start = time.perf_counter()
-        chunk_BCHW = images_BCHW[begin:begin + MICRO_BATCH].to(device)
-        for depth, z_BCHW in outputs_at(trunk, seconds.keys(), chunk_BCHW, MICRO_BATCH):
+        chunk_BCHW = images_BCHW[begin:begin + together].to(device)
+        for depth, z_BCHW in outputs_at(trunk, seconds.keys(), chunk_BCHW, together):
             if depth not in features:
                 features[depth] = torch.empty(total, *z_BCHW.shape[1:])
             features[depth][begin:begin + len(z_BCHW)] = z_BCHW

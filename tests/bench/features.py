@@ -23,8 +23,10 @@ import time
 import uuid
 from pathlib import Path
 
+import earlier
 import numpy as np
 import torch
+from PIL import Image
 from pyarrow.fs import LocalFileSystem
 from rows import clock, compare, log, row, write
 
@@ -32,6 +34,8 @@ from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig, 
 from partialhn.data.augment import augment
 from partialhn.data.datasets import open_stream
 from partialhn.data.decode import decode
+from partialhn.data.experience import Experience
+from partialhn.data.image_table import ImageTable
 from partialhn.features.batches import Workers, epoch_batches
 from partialhn.features.cache import SETTLED_SECONDS
 from partialhn.features.extract import feature_jobs, precompute, shard_places
@@ -40,7 +44,7 @@ from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
 from partialhn.networks.precision import configure_torch
-from partialhn.networks.trunk import MICRO_BATCH
+from partialhn.networks.trunk import images_together
 from partialhn.run import cut_network
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
@@ -50,6 +54,10 @@ from pipelines.platform.storage import open_storage
 
 CONFIG = Config(DataConfig(tasks=1), BackboneConfig(freeze_depth=3),
                 FeatureConfig(shard_rows=256))
+
+
+PHOTOGRAPHED = (("torchvision:resnet18", 2), ("torchvision:resnet18", 6))
+"""Networks and depths for photographs."""
 
 
 def precomputing(folder: Path, experience, depth: int, rounds: int, device: torch.device):
@@ -77,7 +85,7 @@ def precomputing(folder: Path, experience, depth: int, rounds: int, device: torc
 
     def bare() -> None:
         for view_BCHW in seen:
-            for chunk_BCHW in torch.split(view_BCHW, MICRO_BATCH):
+            for chunk_BCHW in torch.split(view_BCHW, images_together(trunk)):
                 trunk(chunk_BCHW)
 
     wall = functools.partial(clock, device)
@@ -88,6 +96,61 @@ def precomputing(folder: Path, experience, depth: int, rounds: int, device: torc
     yield row(f"features/precompute/depth{depth}", "the bare trunk on pixels as it sees them; the "
               "ratio is of throughputs (wall clock)", ratio, 0.9, at_least=True, median_ms=mine,
               baseline_ms=theirs, spread=round(spread, 3))
+    if device.type == "cpu":
+        theirs, mine, ratio, spread = compare(bare, ours, rounds, 1, time.thread_time)
+        yield row(f"features/trunk-thread/depth{depth}", "the bare trunk; processor time of the "
+                  "thread in which the trunk runs", ratio, 0.9, at_least=True, median_ms=mine,
+                  baseline_ms=theirs, spread=round(spread, 3))
+
+
+def photographs(folder: Path, count: int):
+    """JPEGs of 500x375 as an experience, for a network that takes 224x224."""
+    rng, files = np.random.default_rng(0), []
+    (folder / "jpegs").mkdir(exist_ok=True)
+    for number in range(count):
+        coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(int)
+        noisy = (smooth + rng.integers(-12, 12, smooth.shape)).clip(0, 255).astype(np.uint8)
+        files.append(str(folder / "jpegs" / f"{number:05d}.jpg"))
+        Image.fromarray(noisy).save(files[-1], quality=85)
+    table = ImageTable(LocalFileSystem(), tuple(files), range(count), [-1] * count, [0] * count)
+    return Experience("photographs", ("x",), table, table.take([]), table.take([]))
+
+
+def resizing(folder: Path, rounds: int, device: torch.device, name: str, depth: int,
+             count: int = 192):
+    """JPEGs of 500x375 to stored features, against the way of commit 4084f75 and the bare trunk."""
+    config = dataclasses.replace(
+        CONFIG, data=dataclasses.replace(CONFIG.data, input_size=224),
+        features=dataclasses.replace(CONFIG.features, views=1, shard_rows=64))
+    experience = photographs(folder, count)
+    network = build_network(name, 2, input_size=224)
+    trunk = CutNetwork.of(network, depth).trunk.to(device)
+    job = feature_jobs(config, [experience], trunk)[0]
+    images_BCHW = decode(experience.train, 224).images_BCHW.to(device)
+
+    def store() -> FeatureStore:
+        return FeatureStore(LocalFileSystem(), str(folder / uuid.uuid4().hex))
+
+    def ours() -> None:
+        for _ in compute_shards(store(), trunk, [(job,)], shard_places([(job,)])):
+            pass
+
+    def bare() -> None:
+        for chunk_BCHW in torch.split(images_BCHW, images_together(trunk)):
+            trunk(chunk_BCHW)
+
+    wall, label = functools.partial(clock, device), f"{name.rpartition(':')[2]}/depth{depth}"
+    for kind, about, first, timer, goal in (
+            ("earlier", "commit 4084f75's way, in images a second (wall clock)",
+             lambda: earlier.features(store(), trunk, job), wall, 1.5),
+            ("earlier-processor", "commit 4084f75's way, in images a second of processor time",
+             lambda: earlier.features(store(), trunk, job), time.process_time, None),
+            ("bare", "the bare trunk (wall clock)", bare, wall, None)):
+        theirs, mine, ratio, spread = compare(first, ours, rounds, 1, timer)
+        yield row(f"features/jpeg224/{label}/{kind}", about, ratio, goal, at_least=True,
+                  median_ms=mine, baseline_ms=theirs, spread=round(spread, 3),
+                  images_a_second=round(1e3 * count / mine, 1))
 
 
 def reading(folder: Path, features, rounds: int):
@@ -201,6 +264,7 @@ def main() -> None:
         manifests, _ = precompute(store, trunk, feature_jobs(CONFIG, [experience], trunk)[:1])
         for group in (*(precomputing(folder, experience, depth, rounds, device)
                         for depth in (1, 3)),
+                      *(resizing(folder, rounds, device, *cut) for cut in PHOTOGRAPHED),
                       reading(folder, store.open(manifests[0]), 5 * rounds),
                       training(folder, experience, rounds, 1 if options.quick else 3)):
             for made in group:

@@ -10,7 +10,7 @@ from partialhn.errors import InputError
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
 from partialhn.networks.tensors import hash_tensors
-from partialhn.networks.trunk import MICRO_BATCH, multiply_adds, run_trunk
+from partialhn.networks.trunk import micro_batch, multiply_adds, run_trunk
 
 
 def trunk_of(network, depth):
@@ -41,7 +41,7 @@ def test_trunk_then_stages_is_the_whole_network(any_network, images, depth):
 @pytest.mark.parametrize("depth", range(5))
 def test_features_are_the_same_bits_in_any_company(network, images, depth):
     trunk = trunk_of(network, depth)
-    assert MICRO_BATCH == 64
+    assert [micro_batch(side) for side in (16, 32, 40, 64, 224)] == [64, 64, 32, 16, 4]
     whole = run_trunk(trunk, images)
     assert torch.equal(run_trunk(trunk, images[:1]), whole[:1])
     assert torch.equal(run_trunk(trunk, images[5:6]), whole[5:6])

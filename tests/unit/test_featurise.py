@@ -443,7 +443,7 @@ def test_pieces_give_the_bits_of_the_whole(tmp_path, store, trunk, images, with_
 
 def test_pixels_and_features_are_never_held_whole(store, trunk, jobs, monkeypatch):
     """The trunk gets one piece at a time, and no more pieces are decoded ahead than it says."""
-    monkeypatch.setattr(computing, "MICRO_BATCH", 2)
+    monkeypatch.setattr(computing, "PIECE", 2)
     monkeypatch.setattr(computing, "MOST_AHEAD", 4)
     monkeypatch.setattr(computing, "READERS", 4)
     monkeypatch.setattr(computing, "images_together", lambda _: 2)
