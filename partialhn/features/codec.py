@@ -130,7 +130,7 @@ def _quantised(z_NVCHW: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_finite(z_NVCHW: Tensor, ids: Sequence[str], dtype: str) -> None:
     """Raises InputError naming the first image whose features are not finite."""
-    finite_N = torch.cat([_finite(part) for part in z_NVCHW.split(_CHECKED)])
+    finite_N = torch.cat([_finite(part) for part in torch.split(z_NVCHW, _CHECKED)])
     if not finite_N.all():
         first = int((~finite_N).nonzero()[0])
         raise InputError(f"the features of image {ids[first]} are not finite as {dtype}, and "
