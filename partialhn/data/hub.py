@@ -70,8 +70,12 @@ def _converted(name: str, chosen: str | None, folder: Path) -> Folder:
     except Exception as error:  # the library and its clients raise anything
         if not isinstance(error, ValueError) and _cached_snapshot(name):
             return _as_snapshot(name, chosen, snapshot, None)
+        reason = " ".join(str(error).split())
+        if isinstance(error, ValueError):  # it is there, but not in this form
+            raise InputError(f"data set {name!r} cannot be read as it is named: {reason}; allowed: "
+                             f"hf:{name}:CONFIG with one of its configurations") from error
         raise InputError(
-            f"data set {name!r} cannot be fetched: {error}; allowed without a network: a clone as "
+            f"data set {name!r} cannot be fetched: {reason}; allowed without a network: a clone as "
             f"data FOLDER or hf:FOLDER:CONFIG, made elsewhere by hf download {name} --repo-type "
             "dataset --local-dir FOLDER, or a copy of the library's cache in HF_HOME") from error
     return Folder(folder)
