@@ -21,6 +21,7 @@ from tyro.conf import Positional
 
 import partialhn
 from partialhn.config import Config
+from partialhn.environment import VARIABLES
 from partialhn.presets import PRESETS
 from pipelines.cli.main import COMMANDS
 from pipelines.gate import Policy
@@ -114,6 +115,11 @@ def configuration_page() -> str:
             ("Policy, section inbox", ArrivalPolicy, "Limits on what arrives.")):
         lines += ["", f"## {title}", "", inspect.getdoc(kind) or "", "", text, "",
                   *option_table(kind, dataclasses.fields(kind), keys=True)]
+    lines += ["", "## Environment", "", "Variables of other libraries that touch an option. "
+              "An explicit option wins; `partialhn doctor` shows the variables that are set.", "",
+              "| variable | option | it |", "|---|---|---|"]
+    lines += [f"| {', '.join(f'`{name}`' for name in variable.names)} | {variable.option} "
+              f"| {variable.effect} |" for variable in VARIABLES]
     return "\n".join(lines)
 
 

@@ -399,7 +399,8 @@ class ComputeConfig:
     """Whether a GPU records a step once for each task and replays it, where one worker learns and
     the task's features fit on the device."""
     ray_address: str | None = None
-    """Ray cluster to join (auto, or ray://host:10001), or local for a Ray of this run's own.
+    """Ray cluster to join (auto: that of RAY_ADDRESS or of this machine; or ray://host:10001), or
+    local for a Ray of this run's own.
     Default: no Ray where workers and feature_workers are 1, otherwise local."""
     cache: str | None = None
     """Folder on each machine for copies of remote features, shared by all runs there; default:

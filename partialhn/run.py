@@ -18,6 +18,7 @@ from partialhn.config import Config, StrategyName
 from partialhn.data.datasets import open_stream
 from partialhn.data.experience import Experience
 from partialhn.detector.detector import Detector
+from partialhn.environment import check_threads
 from partialhn.features.extract import precompute
 from partialhn.features.jobs import FeatureJob
 from partialhn.features.manifest import Manifest
@@ -97,12 +98,13 @@ def with_depth_number(config: Config) -> Config:
 
 
 def check(config: Config, network: Network | None = None) -> None:
-    """Checks that the configured networks fit together, before anything is read or trained.
+    """Checks what can be checked before anything is read or trained: networks, strategies, threads.
 
     network: the configured network, where it is at hand; it is built otherwise.
 
     Raises: InputError naming the option that does not fit.
     """
+    check_threads(config.compute.threads)
     network = network or build_network(config.backbone.backbone, 2,
                                        input_size=config.data.input_size)
     cut = CutNetwork.of(network, config.backbone.depth)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from partialhn.config import ComputeConfig
+from partialhn.environment import check_threads, set_variables
 from pipelines.features.produce import cache_folder
 from pipelines.platform.cluster import start_ray
 from pipelines.platform.storage import Storage
@@ -22,6 +23,7 @@ from pipelines.platform.text import table
 from pipelines.registry.client import connect
 from pipelines.registry.connection import chosen_uri, sqlite_file
 from pipelines.registry.versions import CHAMPION
+from pipelines.settings import mask_password
 
 MAX_SKEW = 60.0
 """Largest allowed difference in seconds between a machine's clock and the storage's; leases and
@@ -77,12 +79,14 @@ def lines(checks: Sequence[DoctorCheck]) -> list[str]:
 
 
 def check_machine(place: str, storage: Storage, compute: ComputeConfig) -> list[DoctorCheck]:
-    """Checks this machine: storage, clock, packages, GPUs and free space."""
+    """Checks this machine: storage, clock, packages, environment, GPUs and free space."""
     checks: list[tuple[str, Callable[[], str], str]] = [
         ("storage", lambda: _storage(storage), "see the message; every machine needs the same "
          "access, with keys from its own AWS environment, profile or role"),
         ("clock", lambda: _clock(storage), "set the clock (chrony, ntpd)"),
         ("packages", _packages, "install the same requirements.lock on every machine"),
+        ("environment", lambda: _environment(compute), "unset the variable, or leave the option "
+         "out"),
         ("GPUs", lambda: _gpus(compute), "check the driver and CUDA_VISIBLE_DEVICES, or give "
          "--device cpu"),
         ("cache", lambda: _room(_cache_folder(compute), MIN_CACHE), "free some disk, or name "
@@ -191,6 +195,13 @@ def _clock(storage: Storage) -> str:
 def _packages() -> str:
     found = [f"{name} {metadata.version(name)}" for name in PACKAGES]
     return ", ".join([*found, f"python {platform.python_version()}"])
+
+
+def _environment(compute: ComputeConfig) -> str:
+    """The variables of other libraries that are set and touch an option of ours."""
+    check_threads(compute.threads)
+    return "; ".join(f"{name}={mask_password(value)} {variable.effect} ({variable.option})"
+                     for name, value, variable in set_variables()) or "no variable that matters"
 
 
 def _gpus(compute: ComputeConfig) -> str:

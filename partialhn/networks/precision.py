@@ -5,6 +5,7 @@ import contextlib
 import torch
 
 from partialhn.config import Precision
+from partialhn.environment import keep_float32
 from partialhn.errors import InputError
 
 
@@ -14,6 +15,7 @@ def configure_torch(threads: int | None = None) -> None:
     threads: CPU threads; None leaves PyTorch's number. Denormal numbers are flushed to zero, and
     on a GPU float32 stays float32: by default PyTorch lets convolutions round to TF32.
     """
+    keep_float32()
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.set_flush_denormal(True)
     torch.backends.cuda.matmul.fp32_precision = "ieee"

@@ -12,6 +12,7 @@ import functools
 import os
 import random
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -78,6 +79,8 @@ class KeylessS3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
             arguments |= {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme}
         if options.region:
             arguments["region"] = options.region
+        if proxy := _proxy(options):  # boto3 reads it by itself
+            arguments["proxy_options"] = proxy
         if bundle := os.environ.get("AWS_CA_BUNDLE"):  # boto3 reads it by itself
             arguments["tls_ca_file_path"] = bundle
         super().__init__(**arguments)
@@ -96,6 +99,16 @@ class KeylessS3(pyarrow.fs.S3FileSystem):  # type: ignore[misc]
                           buffer_size: int | None = None) -> pyarrow.NativeFile:  # noqa: ARG002
         """As `open_input_file`: file names do not cause decompression."""
         return self.open_input_file(path)
+
+
+def _proxy(options: S3Options) -> str | None:
+    """The proxy that the environment names for the service, unless NO_PROXY leaves it out."""
+    service = options.endpoint or f"https://s3.{options.region or 'us-east-1'}.amazonaws.com"
+    parts = urlsplit(service)
+    if urllib.request.proxy_bypass(parts.netloc):
+        return None
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    return proxy if proxy is None or "://" in proxy else f"http://{proxy}"
 
 
 def _retried(read: Callable[[], bytes]) -> bytes:

@@ -69,7 +69,10 @@ def open_client(storage: Storage, tracking_uri: str | None,
     if database and not create and not database.exists():
         raise InputError(f"there is no registry at {uri}; give the --storage or --tracking-uri of "
                          "the `partialhn train` that registered the stream")
-    _send_artifacts_to(storage, is_server=uri.startswith(("http://", "https://")))
+    is_server = uri.startswith(("http://", "https://"))
+    if not is_server:
+        _refuse_workspaces(uri)
+    _send_artifacts_to(storage, is_server=is_server)
     try:
         _check_server(uri)  # before the imports, which take seconds
     except OSError as error:
@@ -90,6 +93,14 @@ def open_client(storage: Storage, tracking_uri: str | None,
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         raise _no_answer(uri, error) from None
     return client, uri
+
+
+def _refuse_workspaces(uri: str) -> None:
+    """Raises InputError where MLflow would write a database that others cannot open any more."""
+    if os.environ.get("MLFLOW_ENABLE_WORKSPACES", "").lower() in ("1", "true"):
+        raise InputError(f"MLFLOW_ENABLE_WORKSPACES is set, so the database {mask_password(uri)} "
+                         "would get workspaces, and processes without the variable could not open "
+                         "it; allowed: unset it, or an MLflow server as tracking_uri")
 
 
 def _send_artifacts_to(storage: Storage, *, is_server: bool) -> None:

@@ -130,7 +130,7 @@ class Runs:
         params = [Param(key, _parameter(value)) for key, value in _flat(values)]
         new = [param for param in params if param.key not in logged]
         for start in range(0, len(new), 100):
-            self._client.log_batch(run_id, params=new[start:start + 100])
+            self._client.log_batch(run_id, params=new[start:start + 100], synchronous=True)
         if new:
             self._client.log_dict(run_id, dict(values), "config.json")
 
@@ -143,7 +143,8 @@ class Runs:
         metrics = [Metric(key, float(value) if math.isfinite(value) else math.nan, now, step)
                    for key, value, step in points]
         for start in range(0, len(metrics), 1000):
-            self._client.log_batch(run_id, metrics=metrics[start:start + 1000])
+            self._client.log_batch(run_id, metrics=metrics[start:start + 1000],
+                                   synchronous=True)
 
 
 def pages(search: Callable[..., Any], *arguments: Any) -> Iterator[Any]:

@@ -15,7 +15,7 @@ def test_a_sound_machine_passes_and_nothing_is_left_behind(ray_cluster, command,
     assert code == 0, out
     assert found["passed"]
     seen = {(each["place"].split()[0], each["what"]) for each in found["checks"]}
-    machine = {"storage", "clock", "packages", "GPUs", "cache", "/dev/shm"}
+    machine = {"storage", "clock", "packages", "environment", "GPUs", "cache", "/dev/shm"}
     assert seen >= {(place, what) for place in ("driver", "node") for what in machine}
     assert ("driver", "MLflow") in seen
     assert not (store / "mlflow.db").exists(), "looking makes no registry"
