@@ -9,9 +9,9 @@ K classes of the task, L most classes of a task.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +52,30 @@ class Answer:
     classes: tuple[str, ...]
     probabilities: tuple[float, ...]
     """Probability of each class, in the order of `classes`."""
+    task_probability: float | None = None
+    """Probability of the task among all tasks, where it was inferred; None where it was given."""
+
+
+class AutoAccuracy(NamedTuple):
+    """Shares of a stream's test images, mean over its tasks, where nobody says the task."""
+
+    task: float
+    """Share whose task is inferred correctly."""
+    right: float
+    """Share that get the right class."""
+    given: float
+    """The same share where the task is given."""
+
+    @staticmethod
+    def from_fields(fields: object) -> "AutoAccuracy | None":
+        """From the metrics of `partialhn.evaluation.task_inference_metrics.without_task_id`; None
+        where they are missing.
+        """
+        keys = ("task_accuracy", "acc", "acc_given")
+        if not isinstance(fields, Mapping) or not all(
+                isinstance(fields.get(key), float | int) for key in keys):
+            return None
+        return AutoAccuracy(*(float(fields[key]) for key in keys))
 
 
 class Predictor:
@@ -101,6 +125,14 @@ class Predictor:
         elif self.model.inference is None:
             raise InputError(f"task is {AUTO!r}, but this model was trained without task "
                              f"inference; allowed: {', '.join(self.tasks)}, or train it again")
+
+    @property
+    def auto_accuracy(self) -> AutoAccuracy | None:
+        """Accuracy of `auto` on the stream's test images; None where it was not measured."""
+        chain = self.model.facts.get("chain")
+        record = chain.get("record") if isinstance(chain, Mapping) else None
+        found = record.get("without_id") if isinstance(record, Mapping) else None
+        return AutoAccuracy.from_fields(found) if self.model.inference else None
 
     def head_weights(self, index: int) -> HeadWeights:
         """The head weights of a slot, generated at the first call."""
@@ -174,9 +206,11 @@ class Predictor:
         known_B = torch.ones(len(tasks), dtype=torch.bool)
         auto_U = torch.nonzero(index_B < 0)[:, 0]
         p_by_row: dict[int, Tensor] = {}
+        task_p_by_row: dict[int, float] = {}
         if len(auto_U):
             inferred = self._infer(z_BCHW[auto_U])
             index_B[auto_U], known_B[auto_U] = inferred.slot_B, inferred.known_B
+            task_p_by_row = dict(zip(auto_U.tolist(), inferred.task_p_B.tolist(), strict=True))
             if inferred.p_BL is not None:
                 p_by_row = dict(zip(auto_U.tolist(), inferred.p_BL.double(), strict=True))
         slot_of_row = dict(enumerate(index_B.tolist()))
@@ -185,7 +219,7 @@ class Predictor:
             z_RCHW = z_BCHW[torch.tensor(rows, device=z_BCHW.device)]
             logits_RK = self.model.strategy.head(z_RCHW, self.head_weights(slot))
             p_by_row |= zip(rows, logits_RK.softmax(1).cpu().double(), strict=True)
-        return [self._answer(slot, bool(known_B[row]), p_by_row[row])
+        return [self._answer(slot, bool(known_B[row]), p_by_row[row], task_p_by_row.get(row))
                 for row, slot in slot_of_row.items()]
 
     def _infer(self, z_BCHW: Tensor) -> Inferred:
@@ -194,10 +228,10 @@ class Predictor:
         return infer(self.model.inference, self.model.strategy.head, slots,
                      [self.head_weights(slot) for slot in slots], z_BCHW)
 
-    def _answer(self, slot: int, known: bool, p_L: Tensor) -> Answer:
+    def _answer(self, slot: int, known: bool, p_L: Tensor, task_p: float | None) -> Answer:
         """The answer of a slot with probabilities p_L, of which those after its classes are 0."""
         info = self.model.tasks[slot]
         p_K = p_L[:len(info.classes)]
         best = int(p_K.argmax())
         return Answer(task_of(info.name), info.classes[best] if known else None, float(p_K[best]),
-                      info.classes, tuple(p_K.tolist()))
+                      info.classes, tuple(p_K.tolist()), task_p)

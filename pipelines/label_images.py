@@ -24,6 +24,7 @@ from partialhn.errors import InputError
 from partialhn.predict import Predictor
 from partialhn.task_inference import AUTO, NONE
 from pipelines.platform.storage import Storage, open_storage
+from pipelines.platform.text import auto_line
 from pipelines.registry.client import connect
 from pipelines.registry.versions import Version
 from pipelines.serving.drift import NEW_TASK_SHARE
@@ -36,7 +37,7 @@ EXAMPLES = 5
 SCHEMA = pa.schema([
     ("id", pa.string()), ("task", pa.string()), ("label", pa.string()),
     ("probability", pa.float64()), ("classes", pa.list_(pa.string())),
-    ("probabilities", pa.list_(pa.float64()))])
+    ("probabilities", pa.list_(pa.float64())), ("task_probability", pa.float64())])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,8 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
                        storage: str = "partialhn-store", tracking_uri: str | None = None,
                        on_bad_image: Literal["error", "skip"] = "error", record: bool = False,
                        progress: Callable[[int, int], None] | None = None,
-                       image_column: str | None = None) -> Predicted:
+                       image_column: str | None = None,
+                       log: Callable[[str], None] | None = None) -> Predicted:
     """Labels all images of a folder, a file or a Parquet file with the classes of one task.
 
     Args:
@@ -81,13 +83,15 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
         output: Parquet file to write, local or s3://; it appears only when complete. Columns:
             id (the image's path below `images`, with #row for Parquet), task, label,
             probability, and classes and probabilities (lists in the same order). With task
-            auto, task is each image's likeliest, and label is null for an image of no known task.
+            auto, task is each image's likeliest, task_probability its probability among all
+            tasks, and label is null for an image of no known task.
         storage: the storage that `partialhn train` was given, with the default registry.
         tracking_uri: MLflow server or database, as for `partialhn train`.
         on_bad_image: an unreadable image is an error, or is skipped and listed.
         record: keep a bounded sample of trunk features (no images) in the storage, for drift.
         progress: called with the number of images done and of all images.
         image_column: the column of images in Parquet files; default: image or img.
+        log: called with a line before the first image, where task is auto.
 
     Raises: InputError for an unknown model, task or path, or naming an unreadable image.
     """
@@ -103,6 +107,8 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
     predictor.check_task(task)
     name = AUTO if task == AUTO else task_of(
         predictor.model.tasks[predictor.task_index(task)].name)
+    if log and task == AUTO:
+        log(auto_line(predictor.auto_accuracy))
     recorder = FeatureRecorder(store, version.stream) if record else None
     label = _Labeller(predictor, name, on_bad_image, recorder)
     counts, bad, unknown, done = Counter[str](), list[BadImage](), list[str](), 0
@@ -149,8 +155,9 @@ class _Labeller:
         answers = self.predictor.answers(z_BCHW, [self.task] * len(z_BCHW))
         if self.recorder and answers:
             self.recorder.add(self.predictor.model.trunk.fingerprint(), z_BCHW, answers)
-        columns = zip(*((a.task, a.label, a.probability, a.classes, a.probabilities)
-                        for a in answers), strict=True) if answers else [[]] * 5
+        columns = zip(*((a.task, a.label, a.probability, a.classes, a.probabilities,
+                         a.task_probability) for a in answers), strict=True
+                      ) if answers else [[]] * 6
         return pa.table([[ids[i] for i in decoded.index_B], *map(list, columns)],
                         schema=SCHEMA), decoded.bad
 

@@ -314,7 +314,8 @@ class Registrar:
             weights_hash=checkpoint.load(folder, "model")[1]["weights_hash"],
             acc=metrics["acc"], learning_accuracy=metrics["learning_accuracy"],
             forgetting=metrics["forgetting"], storage=job.storage.uri,
-            prefix=self._lineage_ids[index], parent=self._lineage_ids[index - 1] if index else ""),
+            prefix=self._lineage_ids[index], parent=self._lineage_ids[index - 1] if index else "",
+            without_task_id=record.without_id),
             Contents(folder, record.task, experience.test.take([0]).read()[0],
                      self._sample(index)), placing)
         job.registry.end_run(run)

@@ -38,6 +38,8 @@ class Joint(NamedTuple):
     """Index of the task, int64."""
     p_BL: Tensor
     """Probabilities of that task's classes; zero after its last class."""
+    task_p_B: Tensor
+    """Probability of that task among all tasks."""
 
 
 def mixed(powers: Powers, head_BK: Tensor, detector_BK: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ def answer(log_p_B_TK: Sequence[Tensor], powers: Powers,
             best_B[won_R], winner_B[won_R] = score_R[better_R], task
             p_BL[won_R] = torch.nn.functional.pad(within_RK[better_R].exp(),
                                                   (0, p_BL.shape[1] - within_RK.shape[1]))
-    return Joint(winner_B, p_BL)
+    return Joint(winner_B, p_BL, task_BT.gather(1, winner_B[:, None])[:, 0].exp())
 
 
 def _opinions(head_SK: Tensor, detector_SK: Tensor, most: int) -> Tensor:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def label(predictor: Predictor, images: "Images", task: str) -> "pd.DataFrame":
-    """One row an image in the order given: id, label and probability; with `auto` also the task.
+    """One row an image in the order given: id, label and probability; with `auto` also the task
+    and its probability among all tasks.
 
     Raises: InputError for an unknown task or an image that cannot be used.
     """
@@ -30,4 +31,8 @@ def label(predictor: Predictor, images: "Images", task: str) -> "pd.DataFrame":
                           "label": pd.Series([answer.label for answer in answers], dtype=object),
                           "probability": pd.Series([answer.probability for answer in answers],
                                                    dtype=float)})
-    return table if task == AUTO else table.drop(columns="task")
+    if task != AUTO:
+        return table.drop(columns="task")
+    table["task_probability"] = pd.Series([answer.task_probability for answer in answers],
+                                          dtype=float)
+    return table

@@ -6,7 +6,6 @@ Imports nothing heavy before a command runs, so that `--help` is fast. Exit code
 
 import dataclasses
 import io
-import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -34,7 +33,8 @@ from pipelines.cli import (
     serve,
     tune,
 )
-from pipelines.settings import Group, OutputConfig, mask_password
+from pipelines.cli.next_steps import next_steps
+from pipelines.settings import Group, OutputConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Predict:
     input: str
     """Images: a folder (with its sub-folders), an image file or a Parquet file; local or s3://."""
     output: str = "preds.parquet"
-    """Parquet file to write: id, task, label, probability, classes, probabilities."""
+    """Parquet file to write: id, task, label, probability, classes, probabilities, and with task
+    auto the probability of the task."""
     storage: str = "partialhn-store"
     """The storage that train was given, with the default registry."""
     tracking_uri: str | None = None
@@ -88,7 +89,7 @@ class Predict:
 
         done = predict_to_parquet(self.model, self.task, self.input, self.output, self.storage,
                                   self.tracking_uri, self.on_bad_image, self.record,
-                                  image_column=self.image_column)
+                                  image_column=self.image_column, log=print)
         print(f"{done.images} images of task {done.task!r} labelled by {done.model_uri}: "
               + ", ".join(f"{label} {count}" for label, count in done.labels.items()))
         for line in done.not_used:
@@ -196,17 +197,11 @@ COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report
 
 def next_commands(output: OutputConfig, result: dict[str, Any]) -> list[str]:
     """Commands that a user may want to run after training."""
-    where = ("" if output.storage == OutputConfig.storage
-             else f" --storage {shlex.quote(output.storage)}")
-    if output.tracking_uri:
-        where += f" --tracking-uri {shlex.quote(mask_password(output.tracking_uri))}"
     first = result["tasks"][0]
     classes = ", ".join(first["classes"][:8]) + ", ..." * (len(first["classes"]) > 8)
-    return ["next:",
-            f"  partialhn report --name {output.name}{where}",
-            f"  partialhn show --name {output.name}{where}",
-            f"  partialhn predict --model {result['model_uri']} --task {first['name']} "
-            f"--input NEW_IMAGES{where}",
+    return [*next_steps((f"report --name {output.name}", f"show --name {output.name}",
+                         f"predict --model {result['model_uri']} --task {first['name']} "
+                         "--input NEW_IMAGES"), output.storage, output.tracking_uri),
             f"  (task {first['name']} has the classes {classes}; show lists those of every task)"]
 
 

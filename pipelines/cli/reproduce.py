@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from partialhn import __version__
 from partialhn.benchmarks.catalogue import SizeName, find_benchmark
 from partialhn.config import ComputeConfig
 from partialhn.errors import InputError
+from pipelines.cli.next_steps import next_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,19 @@ class Reproduce:
             (out / name).write_text(text, encoding="utf-8")
         print(f"\n{texts['table.md']}\n{verdict(table)}")
         print("written: " + ", ".join(str(out / name) for name in texts))
+        print("\n".join(self._next()))
         return 3 if any(row.as_expected is False for row in table) else 0
+
+
+    def _next(self) -> list[str]:
+        """The same benchmark in the next size, and its stream learned or searched."""
+        data = shlex.quote(self.data)
+        larger = {"smoke": "cpu", "cpu": "full"}.get(self.size)
+        commands = [f"train --preset {self.benchmark} --data {data} --name STREAM",
+                    f"tune --preset {self.benchmark} --data {data}"]
+        if larger:
+            commands.insert(0, f"reproduce {self.benchmark} --data {data} --size {larger}")
+        return next_steps(commands)
 
 
 COMMANDS: dict[str, Any] = {"reproduce": Reproduce}

@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import re
-import shlex
 import sys
 import time
 from typing import Any
 
 from partialhn.errors import InputError
+from pipelines.cli.next_steps import next_steps
 from pipelines.settings import RetrainConfig
 
 
@@ -46,11 +46,13 @@ class Retrain:
             print(json.dumps(done.fields()))
         else:
             print("\n".join(done.lines()))
-            if done.learned and not self.watch:
-                where = ("" if self.retrain.storage == RetrainConfig.storage
-                         else f" --storage {shlex.quote(self.retrain.storage)}")
-                print("\n".join(["next:", *(f"  partialhn {command} --name {done.stream}{where}"
-                                            for command in ("models list", "report", "show"))]))
+            if (done.learned or done.adopted) and not self.watch:
+                commands = [f"{command} --name {done.stream}" for command in
+                            ("models list", "report", "show")]
+                if done.stopped:
+                    commands.append(f"models promote --name {done.stream} --force --why REASON")
+                print("\n".join(next_steps(commands, self.retrain.storage,
+                                           self.retrain.tracking_uri)))
         return done.exit_code
 
 

@@ -1,9 +1,11 @@
 """The command `partialhn tune`, which searches for the best freeze depth."""
 
 import dataclasses
+import shlex
 from typing import Any
 
 from partialhn.config import Config, Sections
+from pipelines.cli.next_steps import next_steps
 from pipelines.platform.numbers import in_points, percent, percent_with_interval, size
 from pipelines.search.settings import SearchConfig
 
@@ -32,6 +34,17 @@ class Tune(Sections):
         if "recommendation" in advice:
             print()
             print("\n".join(summary(advice, self.search.output)))
+        print("\n".join(next_commands(advice, self.search)))
+
+
+def next_commands(advice: dict[str, Any], search: SearchConfig) -> list[str]:
+    """Commands that a user may want to run after a search, or after a forecast."""
+    if "recommendation" not in advice:
+        return ["next: the same command without --forecast-only, which runs the trials"]
+    file = f"{search.output}/{advice['recommendation']['config_file']}"
+    return next_steps((f"train --config {shlex.quote(file)} --name STREAM",
+                       f"tune --resume {search.resume or search.name} --budget 30min"),
+                      search.storage, search.tracking_uri)
 
 
 def summary(advice: dict[str, Any], output: str) -> list[str]:
@@ -58,8 +71,7 @@ def summary(advice: dict[str, Any], output: str) -> list[str]:
         lines += ["", "a year" + " " * 46 + "a retraining    a year"]
         lines += [f"  {row['way']:<50}{row['retraining']:>12.2f}{row['a_year']:>10.2f}"
                   for row in advice["money"]["rows"]]
-    return [*lines, "", f"advice: {output}/advice.html, {output}/advice.json", "next:",
-            f"  partialhn train --config {output}/{chosen['config_file']} --name STREAM"]
+    return [*lines, "", f"advice: {output}/advice.html, {output}/advice.json"]
 
 
 COMMANDS: dict[str, Any] = {"tune": Tune}

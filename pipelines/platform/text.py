@@ -1,6 +1,8 @@
-"""Tables as plain text."""
+"""Tables and sentences as plain text."""
 
 from collections.abc import Sequence
+
+from pipelines.platform.numbers import percent
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -8,3 +10,16 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows]
+
+
+def auto_line(accuracy: tuple[float, float, float] | None) -> str:
+    """How often task auto is right, in words.
+
+    accuracy: shares of test images whose task was found, that got the right class, and that got it
+    with the task given; None where nobody measured it.
+    """
+    if accuracy is None:
+        return "task auto: how often it is right was not measured for this model"
+    task, right, given = accuracy
+    return (f"task auto finds the right task for {percent(task)} of this stream's test images and "
+            f"the right class for {percent(right)}; with the task given, {percent(given)}")

@@ -41,7 +41,7 @@ def details(registry: Registry, name: str, version: str) -> dict[str, Any]:
         "classes": json.loads(shown.tags["classes"]),
         "trunk_fingerprint": shown.tags["trunk_fingerprint"], "storage": shown.tags["storage"],
         "forgotten": [str(gone) for gone in shown.forgotten],
-        "decision": shown.decision, "history": moves}
+        "without_task_id": shown.without_task_id, "decision": shown.decision, "history": moves}
 
 
 def moves(registry: Registry, name: str) -> dict[str, Any]:

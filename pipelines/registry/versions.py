@@ -47,16 +47,18 @@ class Registration:
     tasks were learned, oldest first."""
     forgotten: tuple[Mapping[str, Any], ...] = ()
     """The tasks that it has forgotten (`partialhn.training.records.Forgotten`)."""
+    without_task_id: Mapping[str, float] | None = None
+    """Accuracy of task auto on the test images, as in result.json; None: not measured."""
 
     def tags(self) -> dict[str, str]:
-        """The fields as strings for MLflow; tuples become JSON lists, empty ones of the last two
-        fields no tag.
+        """The fields as strings for MLflow; tuples and mappings become JSON, and the last three
+        fields no tag where they are empty.
         """
         fields = dataclasses.asdict(self)
-        for key in ("stands_on", "forgotten"):
+        for key in ("stands_on", "forgotten", "without_task_id"):
             if not fields[key]:
                 del fields[key]
-        return {key: json.dumps(value) if isinstance(value, tuple) else str(value)
+        return {key: json.dumps(value) if isinstance(value, tuple | dict) else str(value)
                 for key, value in fields.items()}
 
 
@@ -107,6 +109,12 @@ class Version:
     def forgotten(self) -> tuple[Forgotten, ...]:
         """The tasks that it has forgotten, oldest first."""
         return tuple(map(Forgotten.from_fields, json.loads(self.tags.get("forgotten", "[]"))))
+
+    @property
+    def without_task_id(self) -> dict[str, float] | None:
+        """As `Registration.without_task_id`; None where its version was registered without it."""
+        text = self.tags.get("without_task_id")
+        return json.loads(text) if text else None
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -163,7 +163,8 @@ def _registration(context: PassContext, tasks: Sequence[Decided], summary: Strea
         storage=context.storage.uri, prefix=new.prefix, parent=new.parent,
         stands_on=tuple(task.stands_for or task.prefix for task in tasks[:-1]
                         ) if new.forgotten else (),
-        forgotten=tuple(fields["facts"].get(lineage.FORGOTTEN, ())))
+        forgotten=tuple(fields["facts"].get(lineage.FORGOTTEN, ())),
+        without_task_id=fields["facts"]["chain"]["record"]["without_id"])
 
 
 def _placing(context: PassContext, new: Decided) -> Placing:

@@ -11,14 +11,12 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import json
 import logging
 import re
 import signal
 import socket
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +34,7 @@ from pipelines.registry.client import connect
 from pipelines.serving.http import Limits, Metrics, Reply, build_app
 from pipelines.serving.live import FeatureRecorder
 from pipelines.serving.model import ModelSource, RegistrySource, ServedModel
+from pipelines.serving.watcher import Watcher, healthz
 
 MAX_BATCH = 64
 """Largest number of images in one batch."""
@@ -102,11 +101,13 @@ class Server:
     def health(self) -> dict[str, Any]:
         """The body of /healthz."""
         loaded = self.model.current
+        accuracy = loaded.predictor.auto_accuracy
         record = self.recorder.state() if self.recorder else None
         return {"status": "serving", "version": loaded.version, "since": loaded.since,
                 "age_seconds": round(time.time() - loaded.since, 1),
                 "tasks": loaded.predictor.tasks,
                 "auto": loaded.predictor.model.inference is not None,
+                "auto_accuracy": accuracy._asdict() if accuracy else None,
                 "reload": self.model.reload, "recording": record}
 
     def __del__(self) -> None:
@@ -165,7 +166,9 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
     with running(bind(source, options), options):
         log(f"serving {version.uri} ({source.uri}) at http://{options.host}:{options.port}/predict "
             "(also /healthz, /metrics); stop with Ctrl-C or SIGTERM")
-        _wait_for_signal(_Watcher(options, str(version.version), log))
+        watcher = Watcher(healthz(options.host, options.port), str(version.version), log)
+        watcher.say_accuracy()
+        _wait_for_signal(watcher, options.reload_seconds)
         log("stopping: requests in progress are completed first")
 
 
@@ -221,38 +224,12 @@ def _last_reason(error: Exception) -> str:
     return (named or lines or [type(error).__name__])[-1][:400]
 
 
-class _Watcher:
-    """Asks the server's /healthz, and prints a line when it has another model."""
-
-    def __init__(self, options: ServeOptions, version: str, log: Callable[[str], None]) -> None:
-        host = "127.0.0.1" if options.host in ("0.0.0.0", "") else options.host
-        self.uri, self.seconds = f"http://{host}:{options.port}/healthz", options.reload_seconds
-        self._version, self._log, self._failure = version, log, ""
-
-    def look(self) -> None:
-        """Prints what has changed since the last call."""
-        try:
-            with urllib.request.urlopen(self.uri, timeout=5) as response:
-                health = json.loads(response.read())
-        except (OSError, ValueError):  # busy, or about to stop: the next look will tell
-            return
-        now = time.strftime("%H:%M:%S")
-        if health["version"] != self._version:
-            self._log(f"{now} now serving version {health['version']} instead of {self._version}")
-            self._version = health["version"]
-        failure = str(health["reload"].get("error", ""))
-        if failure and failure != self._failure:
-            self._log(f"{now} still serving version {self._version}, because checking for a new "
-                      f"one failed: {failure}")
-        self._failure = failure
-
-
-def _wait_for_signal(watcher: _Watcher) -> None:
+def _wait_for_signal(watcher: Watcher, seconds: float) -> None:
     stop = threading.Event()
     earlier_handlers = {number: signal.signal(number, lambda *_: stop.set())
                         for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        while not stop.wait(watcher.seconds):
+        while not stop.wait(seconds):
             watcher.look()
     finally:
         for number, handler in earlier_handlers.items():

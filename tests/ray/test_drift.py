@@ -13,6 +13,8 @@ from partialhn.data import corruptions
 from partialhn.data.datasets import open_stream
 from partialhn.predict import Predictor
 from pipelines.label_images import predict_to_parquet
+from pipelines.platform.storage import open_storage
+from pipelines.registry.client import connect
 
 pytestmark = pytest.mark.slow
 
@@ -90,12 +92,18 @@ def test_predict_infers_the_task_of_each_image(learned, experiences, live, comma
                             learned.output.storage)
     assert code == 0, text
     assert "60 images of task 'auto'" in text
+    measured = learned.result["without_task_id"]
+    assert text.startswith(
+        f"task auto finds the right task for {100 * measured['task_accuracy']:.1f} % of this "
+        f"stream's test images and the right class for {100 * measured['acc']:.1f} %; with the "
+        f"task given, {100 * measured['acc_given']:.1f} %\n")
     rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
     expected = ["0"] * 20 + ["1"] * 20 + ["2"] * 20
     assert np.mean([row["task"] == task for row, task in zip(rows, expected, strict=True)]) > 0.6
     for row in rows:
         assert row["label"] is None or row["label"] in row["classes"]
         assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert 0 < row["task_probability"] <= 1
 
 
 def test_the_result_says_what_no_task_id_costs(learned):
@@ -104,6 +112,10 @@ def test_the_result_says_what_no_task_id_costs(learned):
     assert measured["acc"] <= measured["acc_given"]
     assert measured["acc_given"] == pytest.approx(learned.result["acc"], abs=1e-6)
     assert 0 <= measured["rejection_auroc"] <= 1
+    registry = connect(open_storage(learned.output.storage), learned.result["tracking_uri"])
+    told = registry.resolve(MODEL).without_task_id
+    assert {key: told[key] for key in ("acc", "acc_given", "task_accuracy")} == {
+        key: measured[key] for key in ("acc", "acc_given", "task_accuracy")}
 
 
 def test_the_registered_model_takes_auto(learned, experiences):

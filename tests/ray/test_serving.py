@@ -163,6 +163,8 @@ def test_one_request_may_mix_tasks_and_leave_them_open(server, predictor, images
     status, found = server.ask_json({"images": encoded, "task": "auto"})
     expected = predictor.predict_auto([image for image, _ in pairs])
     assert [answer["task"] for answer in found["predictions"]] == [e.task for e in expected]
+    assert [answer["task_probability"] for answer in found["predictions"]] == pytest.approx(
+        [e.task_probability for e in expected], abs=1e-4)
     right = [answer["task"] == task for answer, (_, task) in
              zip(found["predictions"], pairs, strict=True)]
     assert np.mean(right) > 0.6
@@ -317,6 +319,9 @@ def test_stops_when_told_and_keeps_what_it_recorded(server, learned, predictor):
     assert server.process.wait(60) == 0, server.lines.read_text()
     said = server.lines.read_text()
     assert "stopping" in said
+    assert "task auto finds the right task for" in said
+    assert "now serving version 2 instead of 3" in said
+    assert "still serving version 3, because checking for a new one failed" in said
     assert "Traceback" not in said
     live = read_live(open_storage(server.storage), "digits",
                      predictor.model.trunk.fingerprint(), hours=1)

@@ -238,6 +238,9 @@ def test_heads_are_asked_only_where_they_can_change_the_answer():
     assert torch.equal(joint.task_B, every.amax(2).argmax(1))
     assert torch.equal(joint.p_BL.argmax(1), every[torch.arange(400), joint.task_B].argmax(1))
     torch.testing.assert_close(joint.p_BL.sum(1), torch.ones(400))
+    torch.testing.assert_close(joint.task_p_B, torch.stack([
+        log_p_BM[row, [slice(3), slice(3, 7), slice(7, 12)][task]].exp().sum()
+        for row, task in enumerate(joint.task_B.tolist())]))
     assert 400 <= sum(asked) < 0.9 * 2 * 400
 
 
@@ -286,8 +289,13 @@ def test_a_saved_model_infers_the_same(cut, config, learner, tasks, tmp_path):
     assert before == after
     assert {answer.task for answer in after} <= {"a", "b", "c"}
     assert all(abs(sum(answer.probabilities) - 1) < 1e-5 for answer in after)
+    assert all(0 < answer.task_probability <= 1 for answer in after)
     mixed_up = Predictor(model).answers(z_BCHW[:4], ["auto", "b", "auto", "a"])
-    assert (mixed_up[0], mixed_up[1].task, mixed_up[3].task) == (before[0], "b", "a")
+    first, share = mixed_up[0], before[0].task_probability
+    assert first.task_probability == pytest.approx(share, abs=1e-5)  # rounds by the batch
+    assert dataclasses.replace(first, task_probability=share) == before[0]
+    assert (mixed_up[1].task, mixed_up[3].task) == ("b", "a")
+    assert [answer.task_probability is None for answer in mixed_up] == [False, True, False, True]
 
 
 def test_an_interrupted_stream_ends_with_the_same_statistics(cut, tasks, config, learner):

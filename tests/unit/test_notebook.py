@@ -221,7 +221,8 @@ def test_answers_agree_with_the_saved_model(stream, digits, tmp_path):
     np.testing.assert_array_equal(found["probability"].to_numpy(dtype=np.float32),
                                   loaded.probabilities_BK.max(1))
     auto = stream.predict(digits)
-    assert list(auto.columns) == ["id", "task", "label", "probability"]
+    assert list(auto.columns) == ["id", "task", "label", "probability", "task_probability"]
+    assert auto["task_probability"].between(0, 1).all()
     assert set(auto["task"]) <= {"0", "1", "2"}
     stream.save(tmp_path / "model")  # again, over its own
     (tmp_path / "mine").mkdir()

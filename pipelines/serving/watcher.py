@@ -1,0 +1,60 @@
+"""The lines that `partialhn serve` prints while it runs: a line for each model that it loads."""
+
+import json
+import time
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from pipelines.platform.text import auto_line
+
+
+def healthz(host: str, port: int) -> str:
+    """The address of a server's /healthz, as this machine reaches it."""
+    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{port}/healthz"
+
+
+class Watcher:
+    """Asks a server's /healthz, and prints a line when it has another model.
+
+    Args:
+        uri: address of /healthz.
+        version: the version that was loaded first.
+        log: called with each line.
+    """
+
+    def __init__(self, uri: str, version: str, log: Callable[[str], None]) -> None:
+        self.uri = uri
+        self._version, self._log, self._failure = version, log, ""
+
+    def say_accuracy(self) -> None:
+        """Prints how often the model is right where nobody says the task."""
+        health = self._health()
+        if health and health["auto"]:
+            accuracy = health["auto_accuracy"]
+            self._log(auto_line(tuple(accuracy.values()) if accuracy else None))
+
+    def _health(self) -> dict[str, Any] | None:
+        """The body of /healthz; None where the server is busy or about to stop."""
+        try:
+            with urllib.request.urlopen(self.uri, timeout=5) as response:
+                health: dict[str, Any] = json.loads(response.read())
+        except (OSError, ValueError):
+            return None
+        return health
+
+    def look(self) -> None:
+        """Prints what has changed since the last call."""
+        health = self._health()
+        if health is None:  # the next look will tell
+            return
+        now = time.strftime("%H:%M:%S")
+        if health["version"] != self._version:
+            self._log(f"{now} now serving version {health['version']} instead of {self._version}")
+            self._version = health["version"]
+            self.say_accuracy()
+        failure = str(health["reload"].get("error", ""))
+        if failure and failure != self._failure:
+            self._log(f"{now} still serving version {self._version}, because checking for a new "
+                      f"one failed: {failure}")
+        self._failure = failure
