@@ -9,15 +9,16 @@ from pipelines.registry.client import connect
 from pipelines.registry.versions import CHAMPION, Version, chain_of, challenger_of
 from pipelines.settings import mask_password
 
-_COLUMNS = ("task", "name", "classes", "version", "acc", "learned", "forgotten", "aliases")
+_COLUMNS = ("task", "name", "classes", "version", "accuracy",
+            "when learned", "forgotten", "aliases")
 
 
 def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None = None) -> str:
     """A table of the champion's tasks, one row for each.
 
-    Accuracies are shares of the test images, for the model after each task: `acc` is the mean over
-    the tasks so far, `learned` the mean directly after each task was learned, `forgotten` the mean
-    loss since then.
+    Accuracies are shares of the test images, for the model after each task: `accuracy` is the mean
+    over the tasks so far, `when learned` the mean directly after each task was learned, `forgotten`
+    the mean loss since then.
 
     Raises: InputError for an unknown stream, listing the known ones.
     """
@@ -31,8 +32,8 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
              f"model    models:/{name}@{CHAMPION} = version {champion.version} "
              f"({champion.task_index + 1} tasks)",
              f"mlflow   {mask_password(registry.tracking_uri)}",
-             f"work     {champion.tags['work']}"
-             + (f" ({older} versions from other work or weights are not shown)" if older else ""),
+             f"inputs   {champion.tags['work']} (a name for its options and data)"
+             + (f"; {older} versions of other options or data are not shown" if older else ""),
              *(f"forgotten {text}" for text in map(str, champion.forgotten)),
              *_refused(versions), "", *table([_COLUMNS, *map(_row, current)]), "",
              f"trunk {champion.tags['trunk_fingerprint']}", "features in"]

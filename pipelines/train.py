@@ -131,7 +131,7 @@ def _as_begun(given: Config, storage: Storage, stream: str, log: Log) -> Config:
     if config != given:
         log(f"{stream}: begun with the defaults of 0.1.0 (epochs {config.train.epochs}, "
             f"trunk_epochs {config.backbone.trunk_epochs}), which its new tasks keep; a stream of "
-            "another --name has budgets that fit each task")
+            "another --name chooses them for each task")
     return config
 
 

@@ -61,7 +61,7 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, log: Log) -> lis
         for done, cell in enumerate(missing, len(cells) - len(missing) + 1):
             fields = bench.learn(cell)
             _write(folder / f"{cell.name}.json", fields)
-            log(f"{done}/{len(cells)} {cell.name}: ACC {fields['acc']:.3f}, forgetting "
+            log(f"{done}/{len(cells)} {cell.name}: accuracy {fields['acc']:.3f}, forgotten "
                 f"{fields['forgetting']:.3f}, {fields['cpu_seconds']:.1f} s")
     return [_read(folder / f"{cell.name}.json") for cell in cells]
 

@@ -106,8 +106,10 @@ def described(plans: Sequence[DepthPlan]) -> list[str]:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
              for row in rows]
     return [f"features of {plans[0].images} images, {plans[0].views} views of each to learn from:",
-            *lines, "(seconds to compute and store them by one process, and epochs until that is "
-            f"cheaper than the trunk again each epoch, measured here on at most {PROBED} images)"]
+            *lines, "seconds: what one process needs to compute and store them; cheaper after: the "
+            "epochs from which on",
+            "storing costs less than running the trunk again in every epoch; measured here on at "
+            f"most {PROBED} images"]
 
 
 def _store(z_NCHW: Tensor, job: FeatureJob) -> tuple[float, float, float]:

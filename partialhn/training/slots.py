@@ -98,7 +98,7 @@ def open_task_features(store: FeatureStore, slots: Sequence[Slot],
     tasks = []
     for index, slot in enumerate(slots):
         test = joined(index, "test")
-        assert test is not None, f"slot {slot.name} has no test features"
+        assert test is not None, f"task {slot.name} has no test features"
         train, validation = ((joined(index, "train"), joined(index, "validation"))
                              if learn is None or index in learn else (None, None))
         tasks.append(TaskFeatures(slot.name, len(slot.classes), train, validation, test,

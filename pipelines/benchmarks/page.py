@@ -81,7 +81,7 @@ def _findings(questions: Sequence[tuple[str, Sequence[str]]]) -> str:
 def _table(table: Sequence[Row], unit: str) -> str:
     heads, lines = table_columns(table, unit)
     return section("Every strategy at every depth",
-                   "ACC is the mean accuracy over all tasks at the end of the stream, with the "
+                   "Accuracy is the mean over all tasks at the end of the stream, with the "
                    "task given. Intervals are 95 % over seeds.",
                    '<div class="scroll" tabindex="0" role="region" aria-label="all strategies">'
                    + data_table([escape(head) for head in heads],

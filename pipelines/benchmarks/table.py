@@ -41,7 +41,7 @@ def table_markdown(rows: Sequence[Row], unit: str) -> str:
 
 def table_columns(rows: Sequence[Row], unit: str) -> tuple[list[str], list[list[str]]]:
     """Heads and cells of the table for people. unit: stage or block, which depths count."""
-    heads = ["strategy", f"frozen {unit}s", "ACC", "learned", "forgotten, points",
+    heads = ["strategy", f"frozen {unit}s", "accuracy", "when learned", "forgotten, points",
              "partial hypernetwork ahead by, points", "a task adds", "processor time", "recorded"]
     cells = [
         [row.label, str(row.depth), _percent(row.acc), _percent(row.learning_accuracy),
@@ -60,11 +60,11 @@ def verdict(rows: Sequence[Row]) -> str:
     known = [row for row in rows if row.expected is not None]
     outside = [row.key for row in known if not row.as_expected]
     if not known:
-        return "no run of this size is recorded, so there is no expected range"
+        return "no earlier run of this size is recorded to compare with"
     if not outside:
-        return f"all {len(known)} rows with a recorded range lie in it"
-    return f"{len(outside)} of {len(known)} rows lie outside of the recorded range: " + ", ".join(
-        outside)
+        return f"all {len(known)} accuracies lie in the range of the recorded runs"
+    return (f"{len(outside)} of {len(known)} accuracies lie outside of the range of the recorded "
+            "runs: " + ", ".join(outside))
 
 
 def _recorded(row: Row) -> str:

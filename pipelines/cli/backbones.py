@@ -92,8 +92,8 @@ def _sources() -> str:
     from partialhn.networks.table import BACKBONES
 
     return "\n".join((
-        "cut at four stages: " + ", ".join(BACKBONES),
-        "cut at every block: partialhn:slim_resnet18, torchvision:NAME, timm:NAME",
+        "frozen up to one of four stages: " + ", ".join(BACKBONES),
+        "frozen up to any block: partialhn:slim_resnet18, torchvision:NAME, timm:NAME",
         "  partialhn backbones 'torchvision:*'         lists names that match a pattern",
         "  partialhn backbones timm:tf_efficientnet_lite0   shows the depths of one network"))
 

@@ -129,7 +129,7 @@ class PruneFeatures:
                 print(f"{features.key}  {size(features.bytes)}  "
                       f"{age_text(features.age)} old  {what}")
                 total, count = total + features.bytes * (not users), count + (not users)
-        print(f"{count} keys, {size(total)} "
+        print(f"{count} set{'s' * (count != 1)} of features, {size(total)} "
               + ("deleted" if self.delete else "would be deleted; to delete them, give --delete"))
         return 0
 

@@ -99,7 +99,8 @@ class Predict:
         if done.unknown:
             print(f"images of no known task, for example: {', '.join(done.unknown)}")
         if done.new_task:
-            print("a new task seems to be here; put labelled images of it into the inbox")
+            print("so many of them may be images of a new task; put labelled images of it into the "
+                  "inbox")
         print(f"predictions: {done.output}")
 
 

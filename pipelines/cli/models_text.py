@@ -5,10 +5,14 @@ from typing import Any
 
 from pipelines.platform.text import table
 
+LABELS = {"acc": "accuracy", "learning_accuracy": "when learned", "forgetting": "forgotten",
+          "work": "options and data"}
+"""Words for the keys of a version whose own name says little."""
+
 
 def versions_text(found: Mapping[str, Any]) -> str:
     """A table of versions, and below it the reasons for which the gate refused some."""
-    rows = [("version", "task", "acc", "learned", "forgotten", "gate", "aliases")]
+    rows = [("version", "task", "accuracy", "when learned", "forgotten", "gate", "aliases")]
     for row in found["versions"]:
         rows.append((str(row["version"]), row["task"], f"{row['acc']:.3f}",
                      f"{row['learning_accuracy']:.3f}", f"{row['forgetting']:.3f}",
@@ -26,7 +30,7 @@ def version_text(found: Mapping[str, Any]) -> str:
         value = found[key]
         shown = ", ".join(value) if isinstance(value, list) else (
             f"{value:.3f}" if isinstance(value, float) else str(value))
-        lines.append(f"{key.replace('_', ' '):<18} {shown}")
+        lines.append(f"{LABELS.get(key, key).replace('_', ' '):<18} {shown}")
     lines += [f"{'forgotten':<18} {text}" for text in found["forgotten"]]
     return "\n".join([*lines, "", *decision_lines(found["decision"]), "",
                       *_move_lines(found["history"])])
@@ -75,7 +79,7 @@ def decision_lines(decision: Mapping[str, Any] | None) -> list[str]:
 
 
 def _move_lines(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    rows = [("#", "time", "who", "kind", "alias", "move", "acc", "why")]
+    rows = [("#", "time", "who", "kind", "alias", "move", "accuracy", "why")]
     for entry in entries:
         acc = entry["metrics"].get("acc")
         rows.append((str(entry["seq"]), entry["time"], entry["who"], entry["kind"], entry["alias"],

@@ -21,8 +21,8 @@ class Reproduce:
 
     Benchmarks: noisy-cifar, split-cifar10, split-cifar100, split-tiny-imagenet. Runs in one
     process; finished cells are kept, so the same command goes on where it stopped. Writes
-    report.html, table.csv, table.md, plots.svg, result.json and the cells. Exit code 3: a row lies
-    outside of its recorded range.
+    report.html, table.csv, table.md, plots.svg, result.json and the cells. Exit code 3: an
+    accuracy lies outside of the range of the recorded runs.
     """
 
     benchmark: Positional[str]

@@ -105,11 +105,13 @@ class Lease:
         """Returns the token. Raises: LeaseLostError if this process no longer holds the lease."""
         newest = self._newest()
         if newest != self.token:
-            raise LeaseLostError(f"lease {self.token} of {self._folder} was taken over by another "
-                                 f"process with lease {newest}")
+            raise LeaseLostError(f"another process has taken over the work in {self._folder} (its "
+                                 f"lease is number {newest}, ours was {self.token}); it goes on "
+                                 "from what is finished")
         if time.monotonic() - self._renewed_at > 0.9 * self.seconds:
-            raise LeaseLostError(f"lease {self.token} of {self._folder} could not be renewed for "
-                                 f"{self.seconds:g} s")
+            raise LeaseLostError(f"this process could not show for {self.seconds:g} s that it "
+                                 f"still works in {self._folder} (lease {self.token}), so another "
+                                 "one may begin; start the same command again")
         return self.token
 
     def release(self) -> None:

@@ -8,7 +8,7 @@ from partialhn.config import Config
 from partialhn.evaluation.metrics import StreamMetrics
 from partialhn.features.manifest import Manifest
 from partialhn.training.records import EpochRecord, TaskRecord
-from pipelines.platform.numbers import size
+from pipelines.platform.numbers import in_points, percent, size
 
 QUIET_SECONDS = 5.0
 """Seconds between two lines about epochs when the output is not a terminal."""
@@ -79,8 +79,8 @@ class Progress:
                    new: bool) -> None:
         """Shows a version that is registered now, or was registered before."""
         words = "registered" if new else "already registered:"
-        self.line(f"  {words} {uri} (task {record.task!r}): ACC {summary.accuracy:.1%}, "
-                  f"forgetting {summary.forgetting:.1%}")
+        self.line(f"  {words} {uri} (task {record.task!r}): accuracy {percent(summary.accuracy)} "
+                  f"over the tasks so far, {in_points(summary.forgetting)} forgotten")
 
     def _time_left(self, key: str, record: EpochRecord, epochs: int) -> str:
         """The time left of this task, estimated from its latest epochs."""

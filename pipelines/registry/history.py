@@ -193,6 +193,6 @@ def _check_token(move: Move, entries: Sequence[Entry]) -> None:
         return
     newest = max((entry.move.token or 0 for entry in entries), default=0)
     if move.token < newest:
-        raise StaleTokenError(f"alias {move.alias!r} is not moved: this process has lost its lease "
-                              f"(fencing token {move.token}), and the history already has an entry "
-                              f"with token {newest}. Start the same command again")
+        raise StaleTokenError(f"alias {move.alias!r} is not moved, because another process has "
+                              f"taken over the stream meanwhile (its lease is number {newest}, "
+                              f"ours was {move.token}); start the same command again")

@@ -22,7 +22,8 @@ def without_id(facts: Facts) -> str:
     rows = [[f"{escape(name)}<small>{escape(note)}</small>", percent(measured[key])]
             for key, name, note in METHODS if key in measured]
     notes = f"{_after_each(facts)} {_detection(measured)}".strip()
-    return section("Without a task id", lead, data_table(["Task inferred by", "Right class"], rows),
+    return section("Where nobody says the task", lead,
+                   data_table(["Task inferred by", "Right class"], rows),
                    f'<p class="meta after">{escape(notes)}</p>')
 
 
@@ -31,7 +32,7 @@ def _after_each(facts: Facts) -> str:
     found = facts.result.get("class_incremental") or {}
     if "average_incremental" not in found:
         return ""
-    return (f"Class-incremental accuracy after each task: "
+    return (f"The same accuracy after each task (class-incremental): "
             f"{', '.join(percent(value) for value in found['after_task'])}; average "
             f"{percent(found['average_incremental'])}.")
 
@@ -53,8 +54,10 @@ def without_id_line(facts: Facts) -> list[str]:
         return []
     auroc = measured.get("rejection_auroc")
     average = (facts.result.get("class_incremental") or {}).get("average_incremental")
-    return [f"Without a task id: accuracy {percent(measured['acc'])}, task inferred correctly for "
-            f"{percent(measured['task_accuracy'])}"
-            + ("" if auroc is None else f"; unknown tasks: AUROC {auroc:.2f}"),
+    return [f"Where nobody says the task: accuracy {percent(measured['acc'])}, the right task for "
+            f"{percent(measured['task_accuracy'])}",
             *([] if average is None else
-              [f"Class-incremental accuracy, average after each task: {percent(average)}"])]
+              [f"The same accuracy, mean over the moments after each task: {percent(average)}"]),
+            *([] if auroc is None else
+              ["Images of tasks not yet learned are told from the others with an AUROC of "
+               f"{auroc:.2f} (0.50 is guessing)"])]

@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pipelines.platform.numbers import duration, points, size
+from pipelines.platform.numbers import UNKNOWN, duration, in_points, percent, size
 from pipelines.report.auto import without_id_line
 from pipelines.report.charts import row_label, shorten
 from pipelines.report.facts import Facts, dig, read_facts
@@ -70,14 +70,13 @@ def _compressed(facts: Facts) -> list[str]:
 
 
 def _methods(facts: Facts) -> list[str]:
-    lines = [f"{'':24}{'ACC %':>9}{'learned %':>11}{'forgotten':>11}{'BWT':>8}"
-             f"{'per task':>12}{'training':>14}"]
+    lines = [f"{'':24}{'accuracy':>10}{'when learned':>14}{'forgotten':>13}{'a task adds':>13}"
+             f"{'training':>14}"]
     for method in (facts.ours, *facts.baselines.values()):
-        signed = "–" if method.bwt is None else points(method.bwt, signed=True)
-        lines.append(f"{shorten(_clean(method.label), 23):24}{points(method.acc):>9}"
-                     f"{points(method.learning_accuracy):>11}{points(method.forgetting):>11}"
-                     f"{signed:>8}{size(method.bytes_per_task):>12}"
-                     f"{duration(method.seconds):>14}")
+        lost = UNKNOWN if method.forgetting is None else in_points(method.forgetting)
+        lines.append(f"{shorten(_clean(method.label), 23):24}{percent(method.acc):>10}"
+                     f"{percent(method.learning_accuracy):>14}{lost:>13}"
+                     f"{size(method.bytes_per_task):>13}{duration(method.seconds):>14}")
     return lines
 
 

@@ -164,7 +164,7 @@ def _registration(context: PassContext, tasks: Sequence[Decided], summary: Strea
         stands_on=tuple(task.stands_for or task.prefix for task in tasks[:-1]
                         ) if new.forgotten else (),
         forgotten=tuple(fields["facts"].get(lineage.FORGOTTEN, ())),
-        without_task_id=fields["facts"]["chain"]["record"]["without_id"])
+        without_task_id=fields["facts"]["chain"]["record"].get("without_id"))
 
 
 def _placing(context: PassContext, new: Decided) -> Placing:

@@ -204,8 +204,8 @@ def _pooled(store: FeatureStore, manifest: Manifest) -> np.ndarray:
 
 def table(report: DriftReport) -> Sequence[str]:
     """The report as lines for a terminal."""
-    lines = [f"{report.model_uri}, asked in the last {report.hours:g} hours",
-             f"{'task':24}{'asked':>9}{'compared':>10}{'with':>7}{'p-value':>11}{'distance':>10}"]
+    lines = [f"{report.model_uri}, images of the last {report.hours:g} hours against held-out ones",
+             f"{'task':24}{'images':>9}{'compared':>10}{'with':>7}{'p-value':>11}{'distance':>10}"]
     for task in report.tasks:
         numbers = f"{'-':>11}{'-':>10}  too few (at least {FEWEST})"
         if task.p_value is not None:
@@ -217,6 +217,6 @@ def table(report: DriftReport) -> Sequence[str]:
         lines.append(f"{report.unknown} images sent with task auto "
                      f"({percent(report.unknown_share)} of all) seemed to belong to no known task")
     if report.new_task:
-        lines.append(f"a new task seems to be here: more than {percent(report.new_task_share)}; "
-                     "put labelled images of it into the inbox")
+        lines.append(f"they are more than {percent(report.new_task_share)}, so they may be images "
+                     "of a new task; put labelled images of it into the inbox")
     return lines

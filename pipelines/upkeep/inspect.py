@@ -14,7 +14,7 @@ from pipelines.platform.storage import Storage
 from pipelines.upkeep.prune import age_text, stored
 from pipelines.upkeep.references import References
 
-_COLUMNS = ("key", "state", "rows", "shape VCHW", "dtype", "size", "age", "needed by")
+_COLUMNS = ("key", "state", "rows", "shape", "dtype", "size", "age", "needed by")
 
 
 def listing(storage: Storage, needed: References) -> list[str]:
@@ -30,7 +30,9 @@ def listing(storage: Storage, needed: References) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in rows]
-    return [*lines, f"{len(rows) - 1} keys, {size(total)}"]
+    count = len(rows) - 1
+    return [*lines, f"{count} set{'s' * (count > 1)} of features, {size(total)}; shape: views x "
+                    "channels x height x width"]
 
 
 def _described(store: FeatureStore, key: str) -> tuple[str, str, str, str]:

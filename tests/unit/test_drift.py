@@ -86,7 +86,7 @@ def test_many_images_of_no_known_task_are_a_new_task():
     report = DriftReport("models:/s/3", 24, 0.01, (cats,), unknown=40)
     assert report.unknown_share == 0.4
     assert report.fields()["new_task"]
-    assert "a new task seems to be here: more than 20.0 %" in table(report)[-1]
+    assert "they are more than 20.0 %, so they may be images of a new task" in table(report)[-1]
     assert not DriftReport("models:/s/3", 24, 0.01, (cats,), 40, new_task_share=0.5).new_task
     few = TaskDrift("cats", 5, 5, 600, None, None, False)
     assert not DriftReport("models:/s/3", 24, 0.01, (few,), unknown=29).new_task, "too few to say"

@@ -43,7 +43,7 @@ def test_list_tells_finished_from_unfinished(command):
     rows = {line.split()[0]: line.split() for line in out.splitlines()}
     assert rows[RECIPE.key][1:5] == ["complete", "10", "2x3x2x2", "float16"]
     assert rows[dataclasses.replace(RECIPE, seed=1).key][1] == "partial"
-    assert out.splitlines()[-1].startswith("2 keys, ")
+    assert out.splitlines()[-1].startswith("2 sets of features, ")
 
 
 def test_an_empty_store_says_so(tmp_path, capsys):

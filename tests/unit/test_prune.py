@@ -94,7 +94,8 @@ def test_nothing_is_deleted_unless_it_is_said(storage, add, prune):
     assert (code, keys(storage)) == (0, {old, new})
     assert re.search(rf"{old}  [\d.]+ k?B  40d old  would be deleted", out)
     assert new not in out
-    assert re.fullmatch(r"1 keys, [\d.]+ k?B would be deleted; to delete them, give --delete",
+    assert re.fullmatch(r"1 set of features, [\d.]+ k?B would be deleted; to delete them, "
+                        "give --delete",
                         out.splitlines()[-1])
     code, out, _ = prune("--older-than", "30d", "--delete")
     assert (code, keys(storage)) == (0, {new})

@@ -368,11 +368,11 @@ def test_the_training_stage_says_how_much_of_it_was_ours():
 def test_what_it_costs_not_to_know_the_task_is_said():
     result = sample()
     page, text = render(result), text_summary(result)
-    assert "Without a task id" in page
+    assert "Where nobody says the task" in page
     assert "42.1" in page
     assert "AUROC of 0.71" in page
-    assert "Without a task id: accuracy 42.1 %, task inferred correctly for 57.3 %" in text
+    assert "Where nobody says the task: accuracy 42.1 %, the right task for 57.3 %" in text
     assert "AUROC 0.71" in text
     assert "average after each task: 53.6 %" in text
     del result["without_task_id"]
-    assert "Without a task id" not in render(result) + text_summary(result)
+    assert "Where nobody says the task" not in render(result) + text_summary(result)

@@ -82,7 +82,7 @@ def test_smoke_on_photographs_goes_on_where_it_stopped(tmp_path, capsys):
              "--out", str(tmp_path / "out")]
     assert run(words) == 0
     first = capsys.readouterr().out
-    assert "no run of this size is recorded" in first
+    assert "no earlier run of this size is recorded" in first
     table = list(csv.DictReader((tmp_path / "out" / "table.csv").read_text().splitlines()))
     assert {row["strategy"] for row in table if row["depth"] == "3"} == set(EVERY)
     assert all(0 <= float(row["class_incremental"]) <= 1 for row in table)
