@@ -61,7 +61,7 @@ def test_other_aliases_are_not_mixed_up(history):
 def test_a_lost_lease_cannot_write(history):
     history.append(champion(1, token=3), "r")
     history.append(champion(2), "r")
-    with pytest.raises(StaleTokenError, match=r"lost its lease .*token 2.* token 3"):
+    with pytest.raises(StaleTokenError, match=r"taken over .* number 3, ours was 2"):
         history.append(champion(3, token=2), "r")
     assert history.append(champion(3, token=3), "r").seq == 3
     assert history.append(champion(4, token=4), "r").seq == 4

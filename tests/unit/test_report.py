@@ -372,7 +372,7 @@ def test_what_it_costs_not_to_know_the_task_is_said():
     assert "42.1" in page
     assert "AUROC of 0.71" in page
     assert "Where nobody says the task: accuracy 42.1 %, the right task for 57.3 %" in text
-    assert "AUROC 0.71" in text
-    assert "average after each task: 53.6 %" in text
+    assert "an AUROC of 0.71 (0.50 is guessing)" in text
+    assert "mean over the moments after each task: 53.6 %" in text
     del result["without_task_id"]
     assert "Where nobody says the task" not in render(result) + text_summary(result)
