@@ -180,7 +180,7 @@ def test_again_trains_nothing_and_decodes_nothing(learned, tmp_path, command):
         assert result[key] == learned.result[key], key
     assert "trunk: already trained" in out
     assert not re.search(r"\bepoch \d", out)
-    for part in ("ACC", "forgotten", "partialhn report --name digits", f"result: {path}"):
+    for part in ("accuracy", "forgotten", "partialhn report --name digits", f"result: {path}"):
         assert part in out
 
 
