@@ -18,7 +18,7 @@ from typing import Any
 from partialhn.checkpoints import checkpoint
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
-from partialhn.data.experience import Experience, all_not_used
+from partialhn.data.experience import Experience, all_not_used, leaks
 from partialhn.errors import InputError
 from partialhn.evaluation.answer_sample import write_sample
 from partialhn.networks.backbone import Network
@@ -103,6 +103,9 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
                                stored.fingerprint() if stored else None)
         for line in continuation.check(replace=output.replace):
             log(line)
+        for name, count in leaks(experiences).items():
+            log(f"task {name!r}: {count:,} test images are training images too (the same bytes), "
+                "so its accuracy says too much")
         work = work_name(config, experiences)
         beginning = pool.submit(_begin, connecting, config, output, work)
         clock.lap("startup")
@@ -244,6 +247,7 @@ class Job:
         phases = {key: round(value, 3) for key, value in self.clock.laps.items()}
         fields["not_used"] = [dataclasses.asdict(note)
                               for note in all_not_used(self.experiences)]
+        fields["test_images_in_training"] = leaks(self.experiences)
         fields["seconds"] |= {"stages": phases, "total": round(sum(phases.values()), 3)}
         self.registry.log_result(self.parent, fields)
         with tempfile.TemporaryDirectory() as scratch:

@@ -121,9 +121,11 @@ def _with_held_out(images: ImageSet, config: DataConfig) -> ImageSet:
     """All three parts; the missing ones are drawn from the training images."""
     if config.images_per_class is not None:
         images = first_of_each_class(images, config.images_per_class)
-    train, validation, test = images.train, images.validation, images.test
-    if test is None:
+    train, validation, test, note = images.train, images.validation, images.test, images.not_used
+    if test is None and validation is not None:
         test, validation = validation, None
+        note = note and note.with_note("no split is named test, so the validation split is the "
+                                       "test split, and validation images are held out")
     if test is None:
         drawn_N = held_out(train.label_N, config.test, "test", images.classes, config.stream_seed)
         train, test = train.take(~drawn_N), train.take(drawn_N)
@@ -131,7 +133,7 @@ def _with_held_out(images: ImageSet, config: DataConfig) -> ImageSet:
         drawn_N = held_out(train.label_N, config.validation, "validation", images.classes,
                            config.stream_seed)
         train, validation = train.take(~drawn_N), train.take(drawn_N)
-    return ImageSet(images.where, images.classes, train, validation, test, images.not_used)
+    return ImageSet(images.where, images.classes, train, validation, test, note)
 
 
 def _experience(name: str, images: ImageSet, transform: str) -> Experience:

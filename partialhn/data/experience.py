@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
+import numpy as np
+
 from partialhn.data.image_table import ImageTable
 from partialhn.data.listing import NotUsed
 from partialhn.naming import digest
@@ -30,6 +32,11 @@ class Experience:
         """SHA-256 (hex) of everything that determines the task's data; its name does not."""
         return digest([self.train.fingerprint(), self.validation.fingerprint(),
                        self.test.fingerprint(), list(self.classes), self.transform])
+
+    def test_images_in_training(self) -> int:
+        """Number of test images that are training images too, byte for byte."""
+        seen_N = np.concatenate([self.train.image_hashes(), self.validation.image_hashes()])
+        return int(np.isin(self.test.image_hashes(), seen_N).sum())
 
 
 RESERVED = ("auto", "none")
@@ -69,3 +76,9 @@ def all_not_used(experiences: Sequence[Experience]) -> list[NotUsed]:
     """Files and classes that are not used, once for each data set of the experiences."""
     notes = {task.not_used.where: task.not_used for task in experiences if task.not_used}
     return list(notes.values())
+
+
+def leaks(experiences: Sequence[Experience]) -> dict[str, int]:
+    """Numbers of test images that are training images too, by task, where there are any."""
+    counts = {task.name: task.test_images_in_training() for task in experiences}
+    return {name: count for name, count in counts.items() if count}

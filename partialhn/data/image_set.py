@@ -57,7 +57,19 @@ def assemble(where: str, found: FoundSplits, limit: int | None) -> ImageSet:
               for name, split in splits.items()}
     names, tables, absent = _present(where, classes[:keep], tables)
     return ImageSet(where, names, tables["train"], tables.get("validation"), tables.get("test"),
-                    NotUsed(where, found.unused, absent, found.notes))
+                    NotUsed(where, found.unused, absent, (*found.notes, *_alike(names))))
+
+
+def _alike(classes: Sequence[str]) -> list[str]:
+    """A note for each pair of classes whose names differ in case or spaces only."""
+    first: dict[str, str] = {}
+    notes = []
+    for name in classes:
+        other = first.setdefault(" ".join(name.casefold().split()), name)
+        if other != name:
+            notes.append(f"the classes {other!r} and {name!r} differ in case or spaces only, and "
+                         "are two classes")
+    return notes
 
 
 def _present(where: str, classes: Sequence[str], tables: dict[str, ImageTable],

@@ -102,17 +102,22 @@ class ImageTable:
 
         Reads every image the first time it is asked for.
         """
-        return self._fingerprint
+        return self._hashed[0]
+
+    def image_hashes(self) -> npt.NDArray[np.uint64]:
+        """The first 8 bytes of each image's SHA-256, read together with the fingerprint."""
+        return self._hashed[1]
 
     @functools.cached_property
-    def _fingerprint(self) -> str:
+    def _hashed(self) -> tuple[str, npt.NDArray[np.uint64]]:
         digest_N = [b""] * len(self)
         for position_n, chunk in self.chunks():
             for position, image in zip(position_n, chunk, strict=True):
                 digest_N[position] = hashlib.sha256(image).digest()
         whole = hashlib.sha256(b"".join(digest_N))
         whole.update(self.label_N.astype("<i8").tobytes())
-        return whole.hexdigest()
+        starts = b"".join(digest[:8] for digest in digest_N)
+        return whole.hexdigest(), np.frombuffer(starts, np.uint64)
 
     def chunks(self) -> Iterator[tuple[IntArray, list[bytes]]]:
         """Positions and their encoded images, one file or one Parquet row group at a time."""

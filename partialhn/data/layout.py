@@ -6,7 +6,8 @@ tasks, or class folders; nothing is decoded.
 Shape suffix: N images of a split.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -183,7 +184,37 @@ def _list_paths(filesystem: Any, root: str, data: str,
             raise InputError(f"data {data!r} is a file; allowed: a folder, or a file ending in "
                              f"{' '.join(suffixes)}")
         return None
+    if isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        return sorted(_walk(Path(root), "", []))
     found = filesystem.get_file_info(pyarrow.fs.FileSelector(root, recursive=True))
     paths = (entry.path[len(root):].lstrip("/")
              + "/" * (entry.type == pyarrow.fs.FileType.Directory) for entry in found)
     return sorted(path for path in paths if not is_junk(path))
+
+
+def _walk(folder: Path, base: str, above: list[tuple[int, int]]) -> Iterator[str]:
+    """Paths below a local folder; links are followed, and junk is left out.
+
+    Arrow leaves out links to nothing, goes round in circles, and takes a pipe for a file. Raises:
+    InputError for these, and for a folder that cannot be read.
+    """
+    try:
+        stat = folder.stat()
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise InputError(f"folder {folder} cannot be read: {error.strerror}") from error
+    place = (stat.st_dev, stat.st_ino)
+    if place in above:
+        raise InputError(f"{folder} is a link to a folder that contains it; allowed: links to "
+                         "folders elsewhere")
+    for entry in entries:
+        if is_junk(entry.name):
+            continue
+        if entry.is_dir():
+            yield f"{base}{entry.name}/"
+            yield from _walk(folder / entry.name, f"{base}{entry.name}/", [*above, place])
+        elif entry.is_file():
+            yield base + entry.name
+        else:
+            kind = "a link to nothing" if entry.is_symlink() else "no regular file"
+            raise InputError(f"{folder / entry.name} is {kind}; allowed: files, and links to them")

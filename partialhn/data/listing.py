@@ -17,8 +17,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", "
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test",
                "val": "validation", "valid": "validation", "validation": "validation"}
 """Words that name a split."""
-UNCLEAR_WORDS = ("dev", "eval", "evaluation", "holdout", "heldout")
-"""Words that name a split too, but different ones with different people."""
+UNCLEAR_WORDS = ("traintest", "testtrain", "dev", "eval", "evaluation", "holdout", "heldout")
+"""Words that name two splits, or different ones with different people."""
 COMMON_WORDS = ("set", "data", "dataset", "split", "images", "image", "imgs", "img", "files",
                 "folder", "part")
 """Words that a folder's name may have beside the word for its split, such as `train_set`."""
@@ -48,6 +48,10 @@ class NotUsed:
 
     def __bool__(self) -> bool:
         return bool(self.files or self.classes or self.notes)
+
+    def with_note(self, note: str) -> "NotUsed":
+        """The same with one more note."""
+        return dataclasses.replace(self, notes=(*self.notes, note))
 
     def lines(self) -> list[str]:
         """Text for people, a line for each kind of thing."""

@@ -16,7 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from partialhn.data.listing import is_junk, is_left_by_file_system, split_of_folder
+from partialhn.data.listing import (
+    is_junk,
+    is_left_by_file_system,
+    is_metadata,
+    split_of_folder,
+)
 from partialhn.naming import digest
 from pipelines.platform.local_files import StoredFile
 from pipelines.platform.storage import Storage
@@ -223,10 +228,12 @@ def _is_data(path: str, part: str) -> bool:
 
 
 def _is_data_set(folder: str, files: Sequence[StoredFile]) -> bool:
-    """Whether a folder without a marker looks like a data set: has a split or a Parquet file."""
+    """Whether a folder without a marker looks like a data set: has a split, a Parquet file, or a
+    table beside images.
+    """
     tops = [file.path[len(folder) + 1:].partition("/") for file in files]
     return any((slash and split_of_folder(top)) or top.lower().endswith(".parquet")
-               for top, slash, _ in tops)
+               or (not slash and is_metadata(top)) for top, slash, _ in tops)
 
 
 def _is_plain(path: str) -> bool:

@@ -288,6 +288,9 @@ class Pass:
                     self.inbox.reject(arrival, self.policy_id, problems)
                 continue
             assert checked.experience is not None
+            if checked.experience.not_used:
+                self.done.not_used += [line.removeprefix("not used in ") for line in
+                                       checked.experience.not_used.lines()]
             ready.append(checked)
             hashes[arrival.slot] = checked.hashes
             classes[arrival.task] = checked.experience.classes

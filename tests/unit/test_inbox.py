@@ -97,8 +97,18 @@ def test_ready_by_a_quiet_period(world):
     for file in world.root.rglob("*.png"):
         os.utime(file, (1000, 1000))
     world.put("fresh", ready=None)
+    table = world.root / "table"
+    table.mkdir()
+    for number in range(6):
+        (table / f"{number}.png").write_bytes(png(number))
+    (table / "metadata.csv").write_text("file_name,label\n" + "".join(
+        f"{number}.png,00{number % 2}\n" for number in range(6)))
+    for file in table.iterdir():
+        os.utime(file, (2000, 2000))
     arrivals, waiting = world.scan(quiet=5)
-    assert [each.slot for each in arrivals] == ["old"]
+    assert [each.slot for each in arrivals] == ["old", "table"]
+    checked = check_arrival(world.storage, arrivals[1], DATA, ArrivalPolicy(), {}, None)
+    assert checked.experience.classes == ("000", "001")
     assert len(waiting) == 1
     assert waiting[0].startswith("fresh: changed ")
 

@@ -55,7 +55,8 @@ def test_any_word_of_a_file_may_name_its_split(name, split):
 
 @pytest.mark.parametrize("names", [
     ["train-test.parquet"], ["a-train.parquet", "a-dev.parquet"], ["cars-eval.parquet"],
-    ["holdout.parquet"], ["a-train.parquet", "a.parquet"], ["validation_of_test.parquet"],
+    ["holdout.parquet"], ["traintest.parquet"], ["a-train.parquet", "a.parquet"],
+    ["validation_of_test.parquet"],
 ])
 def test_a_file_that_does_not_say_its_split_clearly_is_refused(names):
     with pytest.raises(InputError, match=names[-1].split(".", maxsplit=1)[0]):

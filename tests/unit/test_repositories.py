@@ -14,6 +14,7 @@ from partialhn.config import DataConfig
 from partialhn.data.card import matching
 from partialhn.data.columns import Columns
 from partialhn.data.datasets import open_stream
+from partialhn.data.experience import leaks
 from partialhn.data.layout import list_images, open_images, read_sets
 from partialhn.errors import InputError
 from tests.unit.test_listing import png, put_images, put_rows
@@ -381,6 +382,51 @@ def test_pointers_and_mixtures_are_refused(tmp_path):
     put_images(tmp_path / "mixed" / "train")
     put_rows(tmp_path / "mixed" / "train" / "rows.parquet")
     refused("in one split; allowed: one of both", tmp_path / "mixed")
+
+
+@pytest.mark.parametrize(("name", "put", "message"), [
+    ("x.png", lambda path, _: path.symlink_to("/nowhere/x.png"), "x.png is a link to nothing"),
+    ("again", lambda path, root: path.symlink_to(root / "train"), "a folder that contains it"),
+    ("pipe.png", lambda path, _: os.mkfifo(path), "pipe.png is no regular file"),
+])
+def test_what_only_looks_like_a_file_is_refused(tmp_path, name, put, message):
+    put_images(tmp_path / "train")
+    put(tmp_path / "train" / "a" / name, tmp_path)
+    refused(message, tmp_path)
+
+
+def test_links_to_files_and_folders_are_followed(tmp_path):
+    put_images(tmp_path / "elsewhere")
+    (tmp_path / "set" / "train" / "b").mkdir(parents=True)
+    (tmp_path / "set" / "train" / "a").symlink_to(tmp_path / "elsewhere" / "a")
+    (tmp_path / "set" / "train" / "b" / "1.png").symlink_to(tmp_path / "elsewhere/b/1.png")
+    (tmp_path / "set" / ".git").mkdir()
+    (tmp_path / "set" / ".git" / "HEAD").symlink_to("nothing")
+    assert len(read_sets(str(tmp_path / "set")).train) == 7
+
+
+def test_names_that_are_nearly_the_same_and_missing_splits_are_told(tmp_path):
+    put_images(tmp_path / "train", ("cat", "Cat", "dog"))
+    put_images(tmp_path / "val", ("cat", "Cat", "dog"), count=1)
+    (task,) = open_stream(DataConfig(data=str(tmp_path), tasks=1), tmp_path)
+    assert (len(task.classes), len(task.test)) == (3, 3)
+    alike, moved = task.not_used.notes
+    assert alike.startswith("the classes 'Cat' and 'cat' differ in case or spaces only")
+    assert moved.startswith("no split is named test, so the validation split is the test split")
+
+
+def test_test_images_that_are_training_images_too_are_counted(tmp_path):
+    put_images(tmp_path / "train", ("a", "b"))
+    put_images(tmp_path / "test", ("a",), count=4)
+    (tmp_path / "test" / "b").mkdir()
+    (tmp_path / "test" / "b" / "new.png").write_bytes(png(200))
+    tasks = open_stream(DataConfig(data=str(tmp_path), tasks=1), tmp_path)
+    assert leaks(tasks) == {"0": 4}
+    (tmp_path / "other" / "train").mkdir(parents=True)
+    for number in range(20):
+        (tmp_path / "other/train" / "ab"[number % 2]).mkdir(exist_ok=True)
+        (tmp_path / "other/train" / "ab"[number % 2] / f"{number}.png").write_bytes(png(number))
+    assert leaks(open_stream(DataConfig(data=str(tmp_path / "other"), tasks=1), tmp_path)) == {}
 
 
 # ---- hf:
