@@ -47,6 +47,8 @@ class LabelledSplit:
     """The column of labels; empty where folders are the labels."""
     notes: tuple[str, ...] = ()
     """How the labels were found, where a user may expect another way."""
+    unlabelled: tuple[str, ...] = ()
+    """Images that a table beside them has no row for; a note says so."""
 
 
 def folder_split(filesystem: Any, folder: str, inside: Sequence[str]) -> LabelledSplit:

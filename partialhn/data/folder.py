@@ -98,7 +98,7 @@ class _Folder:
         if len({*map(tuple, tops.values())}) > 1:
             notes.append(f"labels are the column {self.labels.column!r} of "
                          f"{self.labels.tables[0]}, not the names of folders")
-        return dataclasses.replace(split, notes=tuple(notes))
+        return dataclasses.replace(split, notes=tuple(notes), unlabelled=tuple(left))
 
 
 def read_splits(tree: Tree, card: Card, columns: Columns,
@@ -193,6 +193,7 @@ def _finished(folder: _Folder, splits: dict[str, LabelledSplit], notes: list[str
     used += [README] if folder.card.path else []
     for split in splits.values():
         used += split.paths or [path[len(folder.tree.root) + 1:] for path in split.images.files]
+        used += split.unlabelled
         notes = [*notes, *split.notes]
     notes += missing_pieces(sorted(path for path in used if parquet_paths([path])))
     for own, rows in folder.card.rows.items():

@@ -205,6 +205,7 @@ def test_images_without_a_row_are_told_and_rows_without_a_file_refused(tmp_path)
     assert (len(images.train), labels_of(images)) == (4, CODES)
     assert "1 images have no row in train/metadata.csv and are left out, the first is "\
         "train/extra.png" in images.not_used.notes
+    assert not images.not_used.files, "said once"
     (tmp_path / "train" / "2.png").unlink()
     refused("has 1 rows whose file is not there, the first is train/2.png", tmp_path)
 
