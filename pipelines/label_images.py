@@ -27,13 +27,10 @@ from pipelines.platform.storage import Storage, open_storage
 from pipelines.platform.text import auto_line
 from pipelines.registry.client import connect
 from pipelines.registry.versions import Version
-from pipelines.serving.drift import NEW_TASK_SHARE
-from pipelines.serving.live import FeatureRecorder
+from pipelines.serving.live import EXAMPLES, FeatureRecorder, seems_new
 
 BATCH = 256
 """Number of images labelled at a time."""
-EXAMPLES = 5
-"""Number of ids of images of no known task that are listed."""
 SCHEMA = pa.schema([
     ("id", pa.string()), ("task", pa.string()), ("label", pa.string()),
     ("probability", pa.float64()), ("classes", pa.list_(pa.string())),
@@ -64,7 +61,8 @@ class Predicted:
     @property
     def new_task(self) -> bool:
         """Whether so many images are strange that a new task seems to be here."""
-        return self.labels.get(NONE, 0) > NEW_TASK_SHARE * max(1, self.images)
+        strange = self.labels.get(NONE, 0)
+        return seems_new(strange, strange / max(1, self.images))
 
 
 def predict_to_parquet(model: str, task: str, images: str, output: str,
@@ -154,7 +152,8 @@ class _Labeller:
         z_BCHW = self.predictor.features(decoded.images_BCHW)
         answers = self.predictor.answers(z_BCHW, [self.task] * len(z_BCHW))
         if self.recorder and answers:
-            self.recorder.add(self.predictor.model.trunk.fingerprint(), z_BCHW, answers)
+            self.recorder.add(self.predictor.model.trunk.fingerprint(), z_BCHW, answers,
+                              lambda row: ids[decoded.index_B[row]])
         columns = zip(*((a.task, a.label, a.probability, a.classes, a.probabilities,
                          a.task_probability) for a in answers), strict=True
                       ) if answers else [[]] * 6

@@ -1,10 +1,13 @@
 """The commands `partialhn serve` and `partialhn drift`."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
 from pipelines.settings import RetrainConfig
+
+if TYPE_CHECKING:
+    from pipelines.serving.drift import DriftReport
 
 DRIFTS = 3
 """Exit code of `drift` if a task drifts."""
@@ -87,6 +90,9 @@ class Drift:
     """Print JSON instead of a table."""
     retrain: bool = False
     """If a task drifts, start one pass of retrain, which learns the tasks in the inbox."""
+    propose: bool = False
+    """If a new task seems to be here, open a folder for it in the inbox, with a note and without
+    images. Nothing is learned until labelled images and _READY are in it."""
 
     def run(self) -> int:
         import json
@@ -96,9 +102,22 @@ class Drift:
         report = find_drift(self.name, self.storage, self.tracking_uri, alpha=self.alpha,
                             hours=self.hours, new_task_share=self.new_task_share)
         print(json.dumps(report.fields(), indent=1) if self.json else "\n".join(table(report)))
+        if self.propose:
+            self._propose(report)
         if report.drifts and self.retrain:
             self._retrain()
         return DRIFTS if report.drifts or report.new_task else 0
+
+    def _propose(self, report: "DriftReport") -> None:
+        import sys
+
+        from pipelines.platform.storage import open_storage
+        from pipelines.retrain.proposal import WHAT_TO_DO, propose
+
+        folder = propose(open_storage(self.storage), self.name, report)
+        if folder is not None:
+            print(f"proposed: {folder}; {WHAT_TO_DO}",
+                  file=sys.stderr if self.json else sys.stdout)
 
     def _retrain(self) -> None:
         import sys

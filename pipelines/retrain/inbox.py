@@ -27,7 +27,9 @@ from pipelines.platform.local_files import StoredFile
 from pipelines.platform.storage import Storage
 
 READY, REJECTED, DECLARATION = "_READY", "_REJECTED.json", "task.yaml"
-_MARKERS = (READY, REJECTED)
+PROPOSED = "_PROPOSED.json"
+"""The note of a folder that `drift --propose` has opened (`pipelines.retrain.proposal`)."""
+_MARKERS = (READY, REJECTED, PROPOSED)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 NAME_RULE = "letters, digits, _ . and -, a letter or digit first, at most 100 characters"
 MAX_FILES = 5_000_000
@@ -141,9 +143,12 @@ class Inbox:
         """The arrival in a folder, or the reason why it is not ready; empty if it is no arrival."""
         marker = self._storage.stat(f"{folder}/{READY}")
         name = f"{task}/{part}" if part else task
+        files = self._data(folder, part)
+        if marker is None and not files and self._storage.exists(f"{folder}/{PROPOSED}"):
+            return (f"{name}: is proposed by `partialhn drift`, because a new task seems to be "
+                    f"here; its {PROPOSED} says what to do")
         if marker is None and quiet_minutes is None and not part:
             return f"{name}: has no {READY} marker yet"
-        files = self._data(folder, part)
         if marker is None:
             if not files or not _is_data_set(folder, files):
                 return ""  # the folder of a class, or of anything else but a data set

@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import re
 import signal
@@ -36,6 +37,8 @@ from pipelines.serving.live import FeatureRecorder
 from pipelines.serving.model import ModelSource, RegistrySource, ServedModel
 from pipelines.serving.watcher import Watcher, healthz
 
+ID_DIGITS = 16
+"""Digits of an image's SHA-256 that name it where it belongs to no known task."""
 MAX_BATCH = 64
 """Largest number of images in one batch."""
 HARMLESS = "Task ServeController.graceful_shutdown failed"
@@ -91,7 +94,10 @@ class Server:
             self.metrics.images.labels(answer.task).inc()
         self.metrics.unknown.inc(sum(answer.label is None for answer in batch.answers))
         if self.recorder and batch.answers:
-            self.recorder.add(batch.loaded.trunk, batch.z_BCHW, batch.answers)
+            answered = [image for image, reply in zip(images, batch.replies, strict=True)
+                        if not isinstance(reply, InputError)]
+            self.recorder.add(batch.loaded.trunk, batch.z_BCHW, batch.answers,
+                              lambda row: hashlib.sha256(answered[row]).hexdigest()[:ID_DIGITS])
         return [(batch.loaded, reply) for reply in batch.replies]
 
     def check_task(self, task: str) -> None:

@@ -32,17 +32,19 @@ from pipelines.platform.numbers import percent
 from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Registry, connect
 from pipelines.registry.versions import Version, chain_of
-from pipelines.serving.live import Live, read_live
+from pipelines.serving.live import (
+    EXAMPLES,
+    FEWEST,
+    NEW_TASK_SHARE,
+    Live,
+    read_live,
+    seems_new,
+)
 
 COMPONENTS = 16
 """Largest number of principal components that are tested."""
 REFERENCE_ROWS = 2048
 """Largest number of held-out images in each split of a task that are used as reference."""
-NEW_TASK_SHARE = 0.2
-"""A share of images of no known task above this means that a new task seems to be here: four times
-the share that the detector rejects by default where all images are of known tasks."""
-FEWEST = 30
-"""Smallest number of live images for a test; a task with fewer is listed but not tested."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,9 @@ class DriftReport:
     """Number of images sent with task auto that seemed to belong to no known task."""
     new_task_share: float = NEW_TASK_SHARE
     """Share of such images above which a new task seems to be here."""
+    examples: tuple[str, ...] = ()
+    """Ids of some of these images: the path below the input of `predict`, or the first 16 digits
+    of the SHA-256 of what `serve` was sent."""
 
     @property
     def drifts(self) -> bool:
@@ -94,13 +99,14 @@ class DriftReport:
     @property
     def new_task(self) -> bool:
         """Whether so many images are strange that a new task seems to be here."""
-        return self.unknown >= FEWEST and self.unknown_share > self.new_task_share
+        return seems_new(self.unknown, self.unknown_share, self.new_task_share)
 
     def fields(self) -> dict[str, Any]:
         """The fields as plain values for JSON."""
         return {"model_uri": self.model_uri, "hours": self.hours, "alpha": self.alpha,
                 "drift": self.drifts, "unknown_images": self.unknown,
                 "unknown_share": self.unknown_share, "new_task": self.new_task,
+                "unknown_examples": list(self.examples),
                 "tasks": [task.fields() for task in self.tasks]}
 
 
@@ -134,7 +140,7 @@ def find_drift(name: str, storage: str, tracking_uri: str | None = None, *,
     tested = max(1, sum(task.p_value is not None for task in comparisons))
     tasks = tuple(_corrected(task, tested, alpha) for task in comparisons)
     return DriftReport(champion.uri, hours, alpha, tasks, unknown.seen if unknown else 0,
-                       new_task_share)
+                       new_task_share, unknown.ids[-EXAMPLES:] if unknown else ())
 
 
 def _task_versions(registry: Registry, champion: Version) -> dict[str, Version]:
@@ -215,7 +221,8 @@ def table(report: DriftReport) -> Sequence[str]:
                      + numbers)
     if report.unknown:
         lines.append(f"{report.unknown} images sent with task auto "
-                     f"({percent(report.unknown_share)} of all) seemed to belong to no known task")
+                     f"({percent(report.unknown_share)} of all) seemed to belong to no known task"
+                     + (f", for example {', '.join(report.examples)}" if report.examples else ""))
     if report.new_task:
         lines.append(f"they are more than {percent(report.new_task_share)}, so they may be images "
                      "of a new task; put labelled images of it into the inbox")

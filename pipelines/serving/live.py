@@ -1,10 +1,11 @@
 """Recording live traffic: a limited sample of each task's pooled trunk features.
 
-    <root>/live/<stream>/<trunk>/<writer>.parquet     task, seen, z
+    <root>/live/<stream>/<trunk>/<writer>.parquet     task, seen, z, id
 
-For each task a reservoir holds at most CAPACITY rows; every image predicted so far is in it with
-the same probability (Vitter 1985, algorithm R). No image is stored. A writer replaces its own
-file; only the newest KEEP files of a trunk are kept.
+The id names the image, where it seems to belong to no known task. For each task a reservoir holds
+at most CAPACITY rows; every image predicted so far is in it with the same probability (Vitter 1985,
+algorithm R). No image is stored. A writer replaces its own file; only the newest KEEP files of a
+trunk are kept.
 
 Legend: B images, C channels of pooled features.
 """
@@ -14,7 +15,7 @@ import io
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ MAX_TASKS = 4096
 """Largest number of tasks in one writer's file."""
 KEEP = 32
 """Number of files of a trunk that are kept."""
+NEW_TASK_SHARE = 0.2
+"""A share of images of no known task above this means that a new task seems to be here: four times
+the share that the detector rejects by default where all images are of known tasks."""
+FEWEST = 30
+"""Smallest number of live images for a test, and of strange ones for a new task."""
+EXAMPLES = 5
+"""Number of ids of images of no known task that are listed."""
 FLUSH_SECONDS = 60.0
 MAX_FILE_BYTES = 1 << 30
 
@@ -45,13 +53,15 @@ class _Reservoir:
 
     seen: int = 0
     rows: list[np.ndarray] = dataclasses.field(default_factory=list)
+    ids: list[str] = dataclasses.field(default_factory=list)
 
-    def add(self, z_C: np.ndarray, rng: np.random.Generator) -> None:
+    def add(self, z_C: np.ndarray, image: str, rng: np.random.Generator) -> None:
         self.seen += 1
         if len(self.rows) < CAPACITY:
             self.rows.append(z_C)
+            self.ids.append(image)
         elif (index := int(rng.integers(self.seen))) < CAPACITY:
-            self.rows[index] = z_C
+            self.rows[index], self.ids[index] = z_C, image
 
 
 class FeatureRecorder:
@@ -69,17 +79,22 @@ class FeatureRecorder:
         self._error = ""
         self._writing: threading.Thread | None = None
 
-    def add(self, trunk: str, z_BCHW: torch.Tensor, answers: Sequence[Answer]) -> None:
-        """Adds a batch; images that seemed to belong to no task are recorded as task `none`."""
+    def add(self, trunk: str, z_BCHW: torch.Tensor, answers: Sequence[Answer],
+            name: Callable[[int], str] = lambda _: "") -> None:
+        """Adds a batch; images that seemed to belong to no task are recorded as task `none`.
+
+        name: gives the id of the image in a row; it is asked for images of no known task.
+        """
         z_BC = pooled(z_BCHW).cpu().half().numpy()
         with self._lock:
             if trunk != self._trunk:  # features of different trunks cannot be compared
                 self._trunk, self._tasks = trunk, {}
                 self.writer = uuid.uuid4().hex[:16]
-            for z_C, answer in zip(z_BC, answers, strict=True):
+            for row, (z_C, answer) in enumerate(zip(z_BC, answers, strict=True)):
                 task = NONE if answer.label is None else answer.task
                 if task in self._tasks or len(self._tasks) < MAX_TASKS:
-                    self._tasks.setdefault(task, _Reservoir()).add(z_C, self._rng)
+                    image = name(row) if task == NONE else ""
+                    self._tasks.setdefault(task, _Reservoir()).add(z_C, image, self._rng)
         idle = self._writing is None or not self._writing.is_alive()
         if time.monotonic() - self._flushed > self._flush_seconds and idle:
             self._flushed = time.monotonic()
@@ -93,10 +108,16 @@ class FeatureRecorder:
         self._try_flush()
 
     def state(self) -> dict[str, Any]:
-        """The state for /healthz: number of rows by task, and the last error of writing."""
+        """The state for /healthz: number of rows by task, the last error of writing, share and
+        example ids of the images of no known task, and whether a new task seems to be here.
+        """
         with self._lock:
             rows = {task: len(reservoir.rows) for task, reservoir in self._tasks.items()}
-        return {"rows": rows, "error": self._error or None}
+            strange = self._tasks.get(NONE, _Reservoir())
+            asked = sum(reservoir.seen for reservoir in self._tasks.values())
+            share, examples = strange.seen / max(1, asked), strange.ids[-EXAMPLES:]
+        return {"rows": rows, "error": self._error or None, "unknown_share": round(share, 4),
+                "unknown_examples": examples, "new_task": seems_new(strange.seen, share)}
 
     def flush(self) -> str | None:
         """Writes the sample; returns its path, or None if it is empty."""
@@ -127,6 +148,13 @@ class Live:
     """Pooled features, float32."""
     seen: int
     """Number of images predicted, from which the sample was drawn."""
+    ids: tuple[str, ...] = ()
+    """Ids of images of no known task, the newest last."""
+
+
+def seems_new(strange: int, share: float, limit: float = NEW_TASK_SHARE) -> bool:
+    """Whether so many images are strange that a new task seems to be here."""
+    return strange >= FEWEST and share > limit
 
 
 def read_live(storage: Storage, stream: str, trunk: str, hours: float) -> dict[str, Live]:
@@ -151,7 +179,7 @@ def _join(samples: Sequence[Live]) -> Live:
     rng = np.random.default_rng(0)
     kept = [live.z_BC[rng.permutation(len(live.z_BC))[:max(1, round(size * live.seen / total))]]
             for live in samples]
-    return Live(np.concatenate(kept), total)
+    return Live(np.concatenate(kept), total, tuple(image for live in samples for image in live.ids))
 
 
 def _table(tasks: dict[str, _Reservoir]) -> pa.Table:
@@ -161,7 +189,8 @@ def _table(tasks: dict[str, _Reservoir]) -> pa.Table:
     return pa.table({
         "task": pa.array(np.repeat(list(tasks), sizes)),
         "seen": pa.array(np.repeat([reservoir.seen for reservoir in tasks.values()], sizes)),
-        "z": values})
+        "z": values,
+        "id": pa.array([image for reservoir in tasks.values() for image in reservoir.ids])})
 
 
 def _write(storage: Storage, path: str, table: pa.Table) -> None:
@@ -205,13 +234,17 @@ def _read(storage: Storage, info: Any) -> dict[str, Live]:
         with storage.filesystem.open_input_file(info.path) as source:
             file = pq.ParquetFile(source)
             _check_size(file.metadata, info.path)
-            table = file.read(columns=["task", "seen", "z"])
+            known = ["id"] * ("id" in file.schema_arrow.names)  # version 0.1.0 wrote none
+            table = file.read(columns=["task", "seen", "z", *known])
         column = table["z"].combine_chunks()
         z_NC = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
         task_N, seen_N = np.array(table["task"].to_pylist()), table["seen"].to_numpy()
+        id_N = np.array(table["id"].to_pylist() if known else [""] * len(table), dtype=str)
     except (pa.ArrowException, KeyError, ValueError, AttributeError) as error:
         raise IntegrityError(f"recorded features {info.path} cannot be read: {error}") from error
     if not np.isfinite(z_NC).all():
         raise IntegrityError(f"recorded features {info.path} hold values that are no numbers")
     return {str(task): Live(z_NC[task_N == task].astype(np.float32),
-                            int(seen_N[task_N == task][0])) for task in np.unique(task_N)}
+                            int(seen_N[task_N == task][0]),
+                            tuple(filter(None, id_N[task_N == task].tolist())))
+            for task in np.unique(task_N)}

@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
+from pipelines.platform.numbers import percent
 from pipelines.platform.text import auto_line
 
 
@@ -26,6 +27,7 @@ class Watcher:
     def __init__(self, uri: str, version: str, log: Callable[[str], None]) -> None:
         self.uri = uri
         self._version, self._log, self._failure = version, log, ""
+        self._said_new = False
 
     def say_accuracy(self) -> None:
         """Prints how often the model is right where nobody says the task."""
@@ -58,3 +60,10 @@ class Watcher:
             self._log(f"{now} still serving version {self._version}, because checking for a new "
                       f"one failed: {failure}")
         self._failure = failure
+        record = health["recording"] or {}
+        if record.get("new_task") and not self._said_new:
+            self._log(f"{now} a new task seems to be here: {percent(record['unknown_share'])} of "
+                      "the images belong to no known task, for example (SHA-256) "
+                      f"{', '.join(record['unknown_examples'])}; `partialhn drift --propose` "
+                      "opens a folder for it in the inbox")
+        self._said_new = bool(record.get("new_task"))

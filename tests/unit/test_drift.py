@@ -68,13 +68,14 @@ def test_the_table_tells_which_task():
     report = DriftReport("models:/s/3", 24, 0.01, (
         TaskDrift("cats", 900, 512, 600, 1.2e-9, 0.41, True),
         TaskDrift("dogs", 80, 80, 600, 0.7, 0.08, False),
-        TaskDrift("hats", 3, 3, 600, None, None, False)), unknown=7)
+        TaskDrift("hats", 3, 3, 600, None, None, False)), 7, examples=("x.png", "y.png"))
     lines = table(report)
     assert "DRIFTS" in lines[2]
     assert "1.2e-09" in lines[2]
     assert lines[3].endswith("same")
     assert "too few" in lines[4]
-    assert "7 images" in lines[5]
+    assert lines[5].endswith("7 images sent with task auto (0.7 % of all) seemed to belong to no "
+                             "known task, for example x.png, y.png")
     assert report.drifts
     assert report.fields()["tasks"][0]["task"] == "cats"
     assert not report.new_task

@@ -1,9 +1,11 @@
 """What arrives: when it is ready, in which order, and what is refused before any training."""
 
+import dataclasses
 import io
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +17,14 @@ from partialhn.config import DataConfig
 from partialhn.errors import InputError, IntegrityError
 from pipelines.platform.storage import open_storage
 from pipelines.retrain.inbox import Inbox
+from pipelines.retrain.proposal import propose
 from pipelines.retrain.validate import (
     ArrivalPolicy,
     check_arrival,
     read_hashes,
     write_hashes,
 )
+from pipelines.serving.drift import DriftReport, TaskDrift
 
 DATA = DataConfig(data="inbox", input_size=16)
 
@@ -90,6 +94,28 @@ def test_ready_by_marker_then_by_natural_name(world):
     assert [each.slot for each in arrivals] == ["early", "task-9", "task-10", "late"]
     assert waiting == ["unfinished: has no _READY marker yet"]
     assert [each.slot for each in world.scan(learned={"early", "late"})[0]] == ["task-9", "task-10"]
+
+
+def test_a_proposal_waits_for_labelled_images(world):
+    cats = TaskDrift("cats", 60, 60, 600, 0.7, 0.08, False)
+    report = DriftReport("models:/s/3", 24, 0.01, (cats,), 40, examples=("a.png", "b.png"))
+    assert propose(world.storage, "s", dataclasses.replace(report, unknown=5)) is None
+    folder = propose(world.storage, "s", report)
+    assert propose(world.storage, "s", report) == folder, "it still waits"
+    assert propose(world.storage, "other", report) == f"{folder}-2"
+    note = json.loads((Path(folder) / "_PROPOSED.json").read_text())
+    assert (note["share"], note["examples"]) == (0.4, ["a.png", "b.png"])
+    name = Path(folder).name
+    for quiet in (None, 5):
+        arrivals, waiting = world.scan(quiet=quiet)
+        assert arrivals == []
+        assert [text.split(",")[0] for text in waiting] == [
+            f"{each}: is proposed by `partialhn drift`" for each in (name, f"{name}-2")]
+    world.put(name, ready=None)
+    assert world.scan()[1][0] == f"{name}: has no _READY marker yet"
+    world.ready(name)
+    assert not world.check().problems
+    assert propose(world.storage, "s", report) != folder
 
 
 def test_ready_by_a_quiet_period(world):

@@ -34,14 +34,29 @@ def storage(tmp_path):
 def test_what_is_written_is_read(storage):
     recorder = FeatureRecorder(storage, "s")
     recorder.add(TRUNK, batch(range(5)), [*answers("a", 3), *answers("b/2", 1),
-                                          *answers("a", 1, None)])
+                                          *answers("a", 1, None)], lambda row: f"image {row}")
     path = recorder.flush()
     found = read_live(storage, "s", TRUNK, hours=1)
     assert {task: (sorted(each.z_BC[:, 0].tolist()), each.seen)
             for task, each in found.items()} == {
         "a": ([0, 1, 2], 3), "b/2": ([3], 1), "none": ([4], 1)}
     assert found["a"].z_BC.shape == (3, 3)
-    assert set(pq.read_schema(path).names) == {"task", "seen", "z"}
+    assert {task: each.ids for task, each in found.items()} == {
+        "a": (), "b/2": (), "none": ("image 4",)}
+    table = pq.read_table(path)
+    assert set(table.schema.names) == {"task", "seen", "z", "id"}
+    pq.write_table(table.drop_columns("id"), path)  # as version 0.1.0 wrote it
+    assert read_live(storage, "s", TRUNK, hours=1)["none"].ids == ()
+
+
+def test_many_strange_images_are_said_with_examples(storage):
+    recorder = FeatureRecorder(storage, "s")
+    recorder.add(TRUNK, batch(range(60)), [*answers("a", 31), *answers("a", 29, None)], str)
+    assert not recorder.state()["new_task"], "too few to say"
+    recorder.add(TRUNK, batch(range(1)), answers("a", 1, None), lambda row: "the last")
+    state = recorder.state()
+    assert (state["new_task"], state["unknown_share"]) == (True, round(30 / 61, 4))
+    assert state["unknown_examples"] == ["56", "57", "58", "59", "the last"]
 
 
 def test_the_sample_is_bounded_and_every_image_has_the_same_chance(storage):
@@ -53,7 +68,7 @@ def test_the_sample_is_bounded_and_every_image_has_the_same_chance(storage):
         rows = recorder._tasks["a"].rows
         assert len(rows) == CAPACITY
         kept += [float(row[0]) for row in rows]
-    assert recorder.state() == {"rows": {"a": CAPACITY}, "error": None}
+    assert recorder.state()["rows"] == {"a": CAPACITY}
     quarters = np.histogram(kept, bins=4, range=(0, 2048))[0] / len(kept)
     np.testing.assert_allclose(quarters, 0.25, atol=0.03)
 
