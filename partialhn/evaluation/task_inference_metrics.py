@@ -51,6 +51,31 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
     return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
 
+@torch.no_grad()
+def right_without_task(strategy: Strategy, inference: Inference, tests: Sequence[FeatureSet]
+                       ) -> list[Tensor]:
+    """For every task, which of its test images get the right class where nobody says the task.
+
+    One bool (N,) for each task. Every task has one slot.
+    """
+    strategy.eval()
+    slots = range(len(tests))
+    weights = [strategy.weights(slot) for slot in slots]
+    right = []
+    for task, features in enumerate(tests):
+        found = []
+        for rows_B in torch.split(torch.arange(len(features)), IMAGES):
+            rows_B = rows_B.to(features.y_N.device)
+            z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B)).to(
+                weights[0].bias_K.device)
+            inferred = infer(inference, strategy.head, slots, weights, z_BCHW)
+            assert inferred.p_BL is not None, "a detector gives probabilities"
+            found.append((inferred.slot_B == task)
+                         & (inferred.p_BL.argmax(1) == features.y_N[rows_B].cpu()))
+        right.append(torch.cat(found))
+    return right
+
+
 def _alone(inference: Inference, slots: Sequence[int], task: int, z_NCHW: Tensor,
            given_N: Tensor) -> Tensor:
     """The class of each image by the detector without the heads; -1 where it takes another task

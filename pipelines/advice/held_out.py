@@ -27,6 +27,8 @@ class HeldOut:
     def of(settings: Mapping[str, Any], survey: Mapping[str, Any]) -> "HeldOut":
         """The images that a survey counted, for the tasks of the settings."""
         guesses = [1 / len(task["classes"]) for task in settings["tasks"]]
+        if settings["options"].get("unknown_task"):  # among the classes of all tasks
+            guesses = [1 / sum(len(task["classes"]) for task in settings["tasks"])]
         return HeldOut(tuple(survey["held_out_images"]), sum(guesses) / len(guesses))
 
     @property

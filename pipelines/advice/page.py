@@ -77,10 +77,14 @@ def _depths_lead(advice: Mapping[str, Any]) -> str:
 
 
 def interval_of(advice: Mapping[str, Any]) -> str:
-    """A sentence about the intervals: which doubts they count."""
+    """Sentences about the accuracies: which doubts their intervals count, and whether the task is
+    given; without the last full stop.
+    """
     seeds = len(advice["recommendation"]["accuracy"]["values"])
-    return ("Intervals are 95 % over images and seeds" if seeds > 1 else
-            "Intervals are 95 % over images; with one seed, the seed is not in them")
+    unknown = ("An answer is right if it is the right class among those of all tasks, since nobody "
+               "says the task (--unknown-task). " if advice["options"].get("unknown_task") else "")
+    return unknown + ("Intervals are 95 % over images and seeds" if seeds > 1 else
+                      "Intervals are 95 % over images; with one seed, the seed is not in them")
 
 
 def _bars(advice: Mapping[str, Any]) -> str:

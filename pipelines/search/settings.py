@@ -40,6 +40,9 @@ class SearchConfig:
     objective: Objective | None = None
     """accuracy: the most accurate depth. cost: the cheapest within max-loss of it. balanced
     (default): each doubling of the cost must gain max-loss of accuracy."""
+    unknown_task: bool = False
+    """Judge trials by class-incremental accuracy: answers over the classes of all tasks, where
+    nobody says the task. A resumed search goes on as it was started."""
     max_loss: float | None = None
     """Accuracy that may be given up for cost, 0 to 1; default: 0.01, one point."""
     depths: tuple[int | str, ...] | None = None
@@ -108,7 +111,8 @@ class SearchConfig:
     def remembered(self) -> dict[str, Any]:
         """The options that belong to the search, with their defaults."""
         return {key: default if getattr(self, key) is None else getattr(self, key)
-                for key, default in DEFAULTS.items()} | self.prices()
+                for key, default in DEFAULTS.items()} | self.prices() | {
+                    "unknown_task": self.unknown_task}
 
     def prices(self) -> dict[str, Any]:
         """The options for the table of costs."""
@@ -124,8 +128,11 @@ class SearchConfig:
             given = getattr(self, key)
             _require(given is None or given == saved[key], key, given,
                      f"{saved[key]!r}, as the search was started with; or another --name")
+        began_with = saved.get("unknown_task", False)  # searches of version 0.1.0 lack it
+        _require(not self.unknown_task or began_with, "unknown_task", self.unknown_task,
+                 "False, as the search was started with; or another --name")
         given = {key: getattr(self, key) for key in saved if getattr(self, key) is not None}
-        return dict(saved) | given
+        return dict(saved) | given | {"unknown_task": began_with}
 
 
 @dataclasses.dataclass(frozen=True)

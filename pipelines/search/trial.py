@@ -10,15 +10,18 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from partialhn.checkpoints import checkpoint
 from partialhn.config import ComputeConfig, Config
+from partialhn.detector.detector import Detector
 from partialhn.errors import InputError
+from partialhn.evaluation.task_inference_metrics import right_without_task
 from partialhn.features.feature_set import FeatureSet
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network
@@ -26,7 +29,7 @@ from partialhn.networks.precision import configure_torch
 from partialhn.run import TrunkAndHead, cut_network
 from partialhn.strategies.base import Strategy
 from partialhn.strategies.partial_hn import PartialHypernet
-from partialhn.training.experience import TaskFeatures, answer, evaluate
+from partialhn.training.experience import TaskFeatures, answer
 from partialhn.training.learner import Learner
 from partialhn.training.records import TaskRecord
 from partialhn.training.steps import recorder_for
@@ -56,6 +59,8 @@ class Bench:
     threads: int
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     """Where a node keeps copies of remote features."""
+    unknown_task: bool = False
+    """Whether trials are judged by their answers where nobody says the task."""
 
 
 def run_trial(choice: dict[str, Any], bench: Bench) -> None:
@@ -80,7 +85,8 @@ def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
     config = Config.from_dict(plan.config)
     cut = cut_network(config, bench.network)
     tasks = [_task(bench, config, name, classes) for name, classes in bench.tasks]
-    learner = Learner(cut.strategy(config), config.train, bench.device,
+    detector = Detector(config.train.detector_features) if bench.unknown_task else None
+    learner = Learner(cut.strategy(config), config.train, bench.device, inference=detector,
                       recorder=recorder_for(torch.device(bench.device), config.compute.cuda_graphs))
     meter = _Meter()
     folder = f"{bench.folder}/{plan.id}"
@@ -89,6 +95,8 @@ def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
         yield _measured(plan, bench, config, cut, learner, meter)
     kept = time.monotonic()
     for record in learner.learn(tasks):
+        if isinstance(record, TaskRecord):
+            meter.rows.append(_row(learner, tasks))
         meter.lap(isinstance(record, TaskRecord))
         if isinstance(record, TaskRecord) or time.monotonic() - kept > STATE_SECONDS:
             _keep(bench, folder, learner, meter)
@@ -99,10 +107,12 @@ def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
 
 
 class _Meter:
-    """Processor time of this process, split into training and evaluation."""
+    """Accuracies, and processor time of this process, split into training and evaluation."""
 
     def __init__(self) -> None:
         self.training, self.evaluating = 0.0, 0.0
+        self.rows: list[tuple[float, ...]] = []
+        """Held-out accuracies of every task so far, after each task."""
         self.start()
 
     def start(self) -> None:
@@ -146,7 +156,8 @@ def _keep(bench: Bench, folder: str, learner: Learner, meter: _Meter) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch) / "state"
         checkpoint.save(local, "trial", tensors, {
-            "learner": fields, "training": meter.training, "evaluating": meter.evaluating})
+            "learner": fields, "training": meter.training, "evaluating": meter.evaluating,
+            "rows": meter.rows})
         checkpoint.upload(local, bench.storage.filesystem, folder)
 
 
@@ -159,6 +170,7 @@ def _restore(bench: Bench, folder: str, learner: Learner, meter: _Meter) -> None
         tensors, fields = checkpoint.load(local, "trial")
         learner.restore(tensors, fields["learner"])
         meter.training, meter.evaluating = fields["training"], fields["evaluating"]
+        meter.rows = [tuple(row) for row in fields["rows"]]
 
 
 def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, learner: Learner,
@@ -168,10 +180,9 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, 
     test_row = right = None
     if plan.kind != "search" and done == len(bench.tasks):
         tests = [open_features(bench, (depth, name, "test")) for name, _ in bench.tasks]
-        test_row = tuple(evaluate(learner.strategy, index, test)
-                         for index, test in enumerate(tests))
-        right = tuple(_right(bench, depth, learner.strategy, index)
-                      for index in range(done))
+        test_row = tuple(_mean(right_N) for right_N in _right(learner, tests))
+        held_out = [open_features(bench, (depth, name, "validation")) for name, _ in bench.tasks]
+        right = tuple(pack_answers(right_N.numpy()) for right_N in _right(learner, held_out))
     strategy = learner.strategy
     own = [strategy.task_bytes(index) for index in range(done)]
     state = sum(value.numel() * value.element_size()
@@ -179,7 +190,7 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, 
     used = [(place, bench.manifests[place]) for place in bench.manifests if place[0] == depth]
     return Measured(
         tasks=tuple(name for name, _ in bench.tasks),
-        rows=tuple(record.accuracy_row for record in learner.finished), test_row=test_row,
+        rows=tuple(meter.rows), test_row=test_row,
         train_seconds=sum(record.train_seconds for record in learner.finished),
         processor_seconds=meter.training,
         evaluate_seconds=sum(record.evaluate_seconds for record in learner.finished),
@@ -192,11 +203,27 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, 
         device="cpu" if bench.device == "cpu" else torch.cuda.get_device_name(), right=right)
 
 
-def _right(bench: Bench, depth: int, strategy: Strategy, index: int) -> str:
-    """Which held-out images of a task get the right class: `pack_answers`."""
-    held_out = open_features(bench, (depth, bench.tasks[index][0], "validation"))
-    logits_NK, y_N = answer(strategy, index, held_out)
-    return pack_answers((logits_NK.argmax(1) == y_N).numpy())
+def _row(learner: Learner, tasks: Sequence[TaskFeatures]) -> tuple[float, ...]:
+    """Held-out accuracies of every task so far, after the task that was just learned."""
+    if learner.inference is None:
+        return learner.finished[-1].accuracy_row
+    held_out = [task.test for task in tasks[:len(learner.finished)]]
+    return tuple(map(_mean, _right(learner, held_out)))
+
+
+def _right(learner: Learner, tests: Sequence[FeatureSet]) -> list[Tensor]:
+    """For every task, which images get the right class: without the task if it is inferred."""
+    if learner.inference is not None:
+        return right_without_task(learner.strategy, learner.inference, tests)
+    found = []
+    for index, test in enumerate(tests):
+        logits_NK, y_N = answer(learner.strategy, index, test)
+        found.append(logits_NK.argmax(1) == y_N)
+    return found
+
+
+def _mean(right_N: Tensor) -> float:
+    return right_N.float().mean().item()
 
 
 def _share(place: Place, manifest: Manifest, views: int) -> int:

@@ -205,11 +205,16 @@ class _Search:
         return Bench(self.storage, self.network,
                      tuple((each.name, len(each.classes)) for each in experiences), manifests,
                      f"{self.state.folder}/running", "cuda" if self.need.gpus else "cpu",
-                     self.threads, compute)
+                     self.threads, compute, self.settings["options"]["unknown_task"])
 
     def _ridge(self) -> dict[str, float]:
-        """Held-out accuracy of ridge regression by depth, measured once for each round's depths."""
+        """Held-out accuracy of ridge regression by depth, measured once for each round's depths.
+
+        It is given the task, so where trials are not, it has no place beside them.
+        """
         known: dict[str, float] = {}
+        if self.bench.unknown_task:
+            return known
         for index, each in enumerate(self.rounds.all):
             new = [depth for depth in each.depths if str(depth) not in known]
             name = f"ridge-{index}" if index else "ridge"
