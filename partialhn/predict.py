@@ -87,6 +87,10 @@ class Predictor:
         model.trunk.to(self._device)
         model.strategy.to(self._device)
         self._weights: dict[int, HeadWeights] = {}
+        self._slots: dict[str, int] = {}
+        """The newest slot of each task, oldest task first."""
+        for index, slot in enumerate(model.tasks):
+            self._slots[task_of(slot.name)] = index
 
     @staticmethod
     def load(folder: str | Path, device: torch.device | str = "cpu") -> "Predictor":
@@ -96,17 +100,19 @@ class Predictor:
     @property
     def tasks(self) -> list[str]:
         """Names of the tasks, oldest first; a refreshed task is listed once."""
-        return list(dict.fromkeys(task_of(task.name) for task in self.model.tasks))
+        return list(self._slots)
 
     def task_index(self, task: str) -> int:
         """Index of the slot that is used for a task, given by name or by its index in `tasks`.
 
         For a refreshed task it is the newest slot. Raises: InputError listing the tasks.
         """
-        if task not in self.tasks and task.isdecimal() and int(task) < len(self.tasks):
+        if task not in self._slots and task.isdecimal() and int(task) < len(self._slots):
             task = self.tasks[int(task)]
-        for index, slot in reversed(list(enumerate(self.model.tasks))):
-            if task in (task_of(slot.name), slot.name):
+        if task in self._slots:
+            return self._slots[task]
+        for index, slot in enumerate(self.model.tasks):
+            if task == slot.name:
                 return index
         for forgotten in self.model.facts.get("forgotten", ()):
             if task == forgotten["task"]:
@@ -224,7 +230,7 @@ class Predictor:
 
     def _infer(self, z_BCHW: Tensor) -> Inferred:
         assert self.model.inference is not None, "check_task has refused auto"
-        slots = [self.task_index(task) for task in self.tasks]
+        slots = list(self._slots.values())
         return infer(self.model.inference, self.model.strategy.head, slots,
                      [self.head_weights(slot) for slot in slots], z_BCHW)
 

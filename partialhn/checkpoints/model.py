@@ -80,6 +80,8 @@ class Model:
             known = tensors_below(tensors, "inference.")
             empty = Detector(config.train.detector_features, config.train.false_alarms)
             inference = stored_inference(known, len(tasks), empty) if known else None
+            if isinstance(inference, Detector):
+                inference.see(strategy.eval())
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError,
                 OverflowError) as error:  # InputError is a ValueError
             raise IntegrityError(f"checkpoint {folder} does not fit this version of partialhn: "

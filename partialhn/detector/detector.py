@@ -5,13 +5,14 @@ and keeps a few held-out images. The classifier is the closed form of `fitted.py
 combines it with the heads. Tasks in any order give the same detector, bit for bit. A task that is
 taken out leaves the detector that never had it.
 
-Legend: B images, T tasks, K classes of a task, M classes of all tasks, D expanded features,
-S sampled images, P = D (D + 1) / 2.
+Legend: B images, T tasks, K classes of a task, M classes of all tasks, L most classes of a
+task, D expanded features, S sampled images, P = D (D + 1) / 2.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -43,10 +44,23 @@ class _Prepared:
     """All that an answer about some of the slots needs."""
 
     fitted: Fitted
-    classes: tuple[int, ...]
-    """Classes of each task."""
+    column_TL: Tensor
+    """Column of each class of each task; after a task's last class, one more than there are."""
     powers: Powers
     threshold: float
+
+
+class Reference(Protocol):
+    """A strategy that can apply the network's own head (`partialhn.strategies.base.Strategy`)."""
+
+    @property
+    def reference_norm(self) -> Tensor | None:
+        """The vectors of the network's own head; None where there is no such head."""
+        ...
+
+    def reference_features(self, z_BCHW: Tensor, norm: Tensor) -> Tensor:
+        """Pooled features (B, F) of the network's own head."""
+        ...
 
 
 class Detector:
@@ -63,6 +77,10 @@ class Detector:
         self.features, self.false_alarms = features, false_alarms
         self.expansion: Expansion | None = None
         """None before the first task."""
+        self.reference_norm: Tensor | None = None
+        """The vectors of the network's own head, where the detector sees what it makes of an
+        image."""
+        self._embed: Callable[[Tensor], Tensor] | None = None
         self.slots: list[dict[str, Tensor]] = []
         """The statistics that belong to a slot alone, by the names in `OWN`."""
         self.scatter_P: Tensor | None = None
@@ -72,6 +90,20 @@ class Detector:
     def __len__(self) -> int:
         return len(self.slots)
 
+    def see(self, strategy: Reference) -> None:
+        """Lets the detector see an image as the network's own head does, if tasks start from it.
+
+        A detector that has a task goes on as it was begun.
+        """
+        if self.expansion is None:
+            self.reference_norm = strategy.reference_norm
+        norm = self.reference_norm
+        if norm is None:
+            return
+        self._embed = lambda z_BCHW: strategy.reference_features(z_BCHW, norm)
+        if self.expansion is not None:
+            self.expansion = Expansion.from_tensor(self.expansion.tensor(), self._embed)
+
     def statistics(self, train: FeatureSet, held_out: FeatureSet | None, classes: int,
                    head: HeadLogits | None = None, refreshes: int | None = None) -> TaskStatistics:
         """The statistics of the next slot, for `add_task`.
@@ -79,7 +111,7 @@ class Detector:
         refreshes: the earlier slot of the same task, whose images are the first ones of `train`.
         Its scatter matrix is computed again and taken off; the result is the change of the sum.
         """
-        expansion = self.expansion or expansion_of(train.shape_CHW, self.features)
+        expansion = self.expansion or expansion_of(train.shape_CHW, self.features, self._embed)
         found = statistics(expansion, train, held_out, classes, head)
         if refreshes is None:
             return found
@@ -89,7 +121,7 @@ class Detector:
     def add_task(self, task: TaskStatistics, refreshes: int | None = None) -> None:
         """Adds the next slot, from the result of `statistics`."""
         if self.expansion is None:
-            self.expansion = Expansion.from_tensor(task.expansion)
+            self.expansion = Expansion.from_tensor(task.expansion, self._embed)
         self.slots.append({name: getattr(task, name) for name in OWN})
         if refreshes is not None:
             self._empty(refreshes)
@@ -139,11 +171,10 @@ class Detector:
         task (B,), and its likeliest class (B,).
         """
         prepared = self._prepare(slots)
-        best_TB2 = [log_p_BK.max(1) for log_p_BK in
-                    self._by_task(prepared, prepared.fitted.white(self._expanded(z_BCHW)))]
-        task_B = torch.stack([best.values for best in best_TB2]).argmax(0)
-        class_TB = torch.stack([best.indices for best in best_TB2])
-        return task_B, class_TB.gather(0, task_B[None])[0]
+        log_p_BTL = self._by_task(prepared, prepared.fitted.white(self._expanded(z_BCHW)))
+        best_BT2 = log_p_BTL.max(2)
+        task_B = best_BT2.values.argmax(1)
+        return task_B, best_BT2.indices.gather(1, task_B[:, None])[:, 0]
 
     def strangeness(self, slots: Sequence[int], z_BCHW: Tensor) -> Tensor:
         """How little each image resembles any class of the slots: (B,), 0 and more."""
@@ -167,6 +198,8 @@ class Detector:
             fits = len(self.scatter_P) and int(self.scatter_P.abs().max()) <= limit
             named |= {"expansion": self.expansion.tensor(),
                       "scatter": self.scatter_P.int() if fits else self.scatter_P}
+        if self.reference_norm is not None:
+            named["reference_norm"] = self.reference_norm
         return named
 
     @staticmethod
@@ -181,6 +214,7 @@ class Detector:
         try:
             detector.expansion = Expansion.from_tensor(tensors["expansion"])
             detector.features = detector.expansion.features
+            detector.reference_norm = tensors.get("reference_norm")
             detector.scatter_P = tensors["scatter"].long()
             for slot in range(slots):
                 detector.slots.append({name: tensors[f"{name}.{slot}"] for name in OWN})
@@ -221,10 +255,13 @@ class Detector:
         assert self.expansion is not None
         return self.expansion(z_BCHW)
 
-    def _by_task(self, prepared: _Prepared, white_BD: Tensor) -> list[Tensor]:
-        """Log-probabilities among the classes of all tasks: (B, K) for each task."""
+    def _by_task(self, prepared: _Prepared, white_BD: Tensor) -> Tensor:
+        """Log-probabilities among the classes of all tasks (B, T, L), infinite negative after a
+        task's last class.
+        """
         log_p_BM = prepared.fitted.log_probabilities(white_BD)
-        return list(torch.split(log_p_BM, list(prepared.classes), dim=1))
+        none_B1 = log_p_BM.new_full((len(log_p_BM), 1), -torch.inf)
+        return torch.cat([log_p_BM, none_B1], 1)[:, prepared.column_TL]
 
     def _prepare(self, slots: Sequence[int]) -> _Prepared:
         """The solved classifier for some slots, kept until the statistics change.
@@ -261,7 +298,14 @@ class Detector:
                     for each, log_p, start, count in zip(own, log_p_SM, first, classes,
                                                          strict=True)
                     if len(each["sample_head_SK"])]
-        return _Prepared(fitted.single(), tuple(classes), fit_powers(opinions), threshold)
+        return _Prepared(fitted.single(), _columns(first, classes), fit_powers(opinions), threshold)
+
+
+def _columns(first: Sequence[int], classes: Sequence[int]) -> Tensor:
+    """`_Prepared.column_TL` from the first column of each task and its number of classes."""
+    rows = [[start + place if place < count else sum(classes) for place in range(max(classes))]
+            for start, count in zip(first, classes, strict=True)]
+    return torch.tensor(rows)
 
 
 def _within(log_p_SM: Tensor, start: int, classes: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""The detector's classifier, solved from its statistics: a Gaussian a class with one covariance.
+"""The detector's classifier, solved from its statistics: ridge regression over all classes.
 
-Linear discriminant analysis on expanded features, over the classes of all tasks. The kept samples
-choose what the sums cannot say: the shrinkage of the covariance, and the sharpness of the
-probabilities.
+Targets are one for an image's class and zero for the others, every class counts alike, and the
+penalty is the shrinkage of the covariance within classes. In coordinates that this covariance
+whitens, with class means m (M, D), the weights are (I + m m^T / M)^-1 m. The kept samples choose
+what the sums cannot say: the shrinkage, and the sharpness of the probabilities.
 
 Legend: B images, S sampled images of all tasks, M classes of all tasks, D expanded features.
 """
@@ -15,6 +16,8 @@ from torch import Tensor
 
 SHRINKAGES = tuple(10.0 ** (power / 2) for power in range(-6, 3))
 """Isotropic parts of the covariance that are tried, in units of its mean eigenvalue."""
+SHARPEST = 100.0
+"""Largest factor on the scores."""
 FEW = 8
 """Fewer samples than this choose nothing: the middle of `SHRINKAGES` is taken."""
 
@@ -27,8 +30,11 @@ class Fitted:
     whiten_DD: Tensor
     mean_MD: Tensor
     """Whitened class means."""
+    weight_MD: Tensor
+    """Weights of whitened features for the score of each class; not a number for a class without
+    images."""
     sharpness: float
-    """Factor on the classes' log-likelihoods."""
+    """Factor on the classes' scores."""
     shrinkage: float
     usual: float
     """Largest squared distance of a sampled image to its nearest class mean."""
@@ -39,7 +45,8 @@ class Fitted:
 
     def log_probabilities(self, white_BD: Tensor) -> Tensor:
         """Log-probabilities of all classes (B, M), from whitened features."""
-        return (self.sharpness * _likelihoods(white_BD, self.mean_MD)).log_softmax(1)
+        score_BM = (white_BD @ self.weight_MD.T).nan_to_num(nan=-torch.inf)
+        return (self.sharpness * score_BM).log_softmax(1)
 
     def strangeness(self, white_BD: Tensor) -> Tensor:
         """How little an image resembles any class: (B,), 0 and more.
@@ -55,13 +62,14 @@ class Fitted:
 
     def _nearest(self, white_BD: Tensor) -> Tensor:
         """Squared distance to the nearest class mean, (B,)."""
-        likelihood_BM = _likelihoods(white_BD, self.mean_MD)
-        return white_BD.square().sum(1) - 2 * likelihood_BM.amax(1)
+        nearer_BM = white_BD @ self.mean_MD.T - self.mean_MD.square().sum(1) / 2
+        return white_BD.square().sum(1) - 2 * nearer_BM.nan_to_num(nan=-torch.inf).amax(1)
 
     def single(self) -> "Fitted":
         """The same in float32, for answers."""
         return dataclasses.replace(self, centre_D=self.centre_D.float(),
-                                   whiten_DD=self.whiten_DD.float(), mean_MD=self.mean_MD.float())
+                                   whiten_DD=self.whiten_DD.float(), mean_MD=self.mean_MD.float(),
+                                   weight_MD=self.weight_MD.float())
 
 
 def fit(scatter_DD: Tensor, images: int, mean_MD: Tensor, sample_SD: Tensor,
@@ -85,7 +93,8 @@ def fit(scatter_DD: Tensor, images: int, mean_MD: Tensor, sample_SD: Tensor,
     if len(sample_y_S) < FEW:
         best = len(options) // 2
     inverse_D, sharp = (values_D + SHRINKAGES[best] * scale).rsqrt(), options[best][1]
-    fitted = Fitted(centre_D, vectors_DD * inverse_D, turned_MD * inverse_D, sharp,
+    white_MD = turned_MD * inverse_D
+    fitted = Fitted(centre_D, vectors_DD * inverse_D, white_MD, _weights(white_MD), sharp,
                     SHRINKAGES[best], math.inf)
     if not len(turned_SD):
         return fitted
@@ -97,36 +106,40 @@ def _option(values_D: Tensor, scale: Tensor, shrinkage: float, turned_MD: Tensor
             turned_SD: Tensor, sample_y_S: Tensor) -> tuple[float, float]:
     """Cross-entropy of the samples under one shrinkage, and the sharpness that it takes."""
     inverse_D = (values_D + shrinkage * scale).rsqrt()
-    likelihood_SM = _likelihoods(turned_SD * inverse_D, turned_MD * inverse_D)
-    present_M = torch.isfinite(likelihood_SM).all(0)
+    present_M = ~turned_MD.isnan().any(1)
     if len(sample_y_S) < FEW or int(present_M.sum()) < 2:
         return 0.0, 1.0
     place_M = present_M.long().cumsum(0) - 1  # absent classes have no column in what follows
-    likelihood_SM, y_S = likelihood_SM[:, present_M], place_M[sample_y_S]
-    sharp = sharpness(likelihood_SM, y_S)
-    return float(torch.nn.functional.cross_entropy(sharp * likelihood_SM, y_S)), sharp
+    score_SM, y_S = (turned_SD * inverse_D) @ _weights(
+        turned_MD[present_M] * inverse_D).T, place_M[sample_y_S]
+    sharp = sharpness(score_SM, y_S)
+    return float(torch.nn.functional.cross_entropy(sharp * score_SM, y_S)), sharp
 
 
-def _likelihoods(white_BD: Tensor, mean_MD: Tensor) -> Tensor:
-    """Log-likelihoods of the classes (B, M), but for a term that is the same for all of them."""
-    likelihood_BM = white_BD @ mean_MD.T - mean_MD.square().sum(1) / 2
-    return likelihood_BM.nan_to_num(nan=-torch.inf)
+def _weights(white_MD: Tensor) -> Tensor:
+    """The ridge weights of whitened class means; not a number for a class without images."""
+    present_M = ~white_MD.isnan().any(1)
+    known_MD = white_MD[present_M]
+    products_MM = known_MD @ known_MD.T / max(1, len(known_MD))
+    weight_MD = torch.full_like(white_MD, torch.nan)
+    weight_MD[present_M] = torch.linalg.solve(
+        torch.eye(len(known_MD), dtype=white_MD.dtype) + products_MM, known_MD)
+    return weight_MD
 
 
-def sharpness(likelihood_SM: Tensor, y_S: Tensor) -> float:
-    """The factor on log-likelihoods, 0.001 to 1, whose softmax gives the labels the smallest
-    cross-entropy. Expanded features depend on each other more than a Gaussian can say, so the
-    plain likelihoods are far too sure.
+def sharpness(score_SM: Tensor, y_S: Tensor) -> float:
+    """The factor on scores, 0.001 to 100, whose softmax gives the labels the smallest
+    cross-entropy.
     """
-    own_S = likelihood_SM.gather(1, y_S[:, None])[:, 0]
+    own_S = score_SM.gather(1, y_S[:, None])[:, 0]
 
     def slope(factor: float) -> float:  # of the cross-entropy, which is convex in the factor
-        p_SM = (factor * likelihood_SM).softmax(1)
-        return float(((p_SM * likelihood_SM).sum(1) - own_S).mean())
+        p_SM = (factor * score_SM).softmax(1)
+        return float(((p_SM * score_SM).sum(1) - own_S).mean())
 
-    low, high = math.log(1e-3), 0.0
-    if slope(1.0) < 0:
-        return 1.0
+    low, high = math.log(1e-3), math.log(SHARPEST)
+    if slope(SHARPEST) < 0:
+        return SHARPEST
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)

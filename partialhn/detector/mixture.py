@@ -77,21 +77,21 @@ def fit_powers(tasks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Powers:
     return Powers(head, detector)
 
 
-def answer(log_p_B_TK: Sequence[Tensor], powers: Powers,
-           head: Callable[[int, Tensor], Tensor]) -> Joint:
+def answer(log_p_BTL: Tensor, powers: Powers, head: Callable[[int, Tensor], Tensor]) -> Joint:
     """The likeliest class among the `HEADS` likeliest tasks, by its task.
 
-    log_p_B_TK: for each task the detector's log-probabilities (B, K) among the classes of all
-    tasks. head: index of a task and rows (R,) to the log-probabilities (R, K) of the task's head.
+    log_p_BTL: the detector's log-probabilities among the classes of all tasks, infinite negative
+    after a task's last class. head: index of a task and rows (R,) to the log-probabilities (R, K)
+    of the task's head.
 
     No class of a task is likelier than the task. So the heads are asked from the likeliest task on,
     until the next task is less likely than the best class so far.
     """
-    task_BT = torch.stack([log_p_BK.logsumexp(1) for log_p_BK in log_p_B_TK], 1)
-    B, T = task_BT.shape
+    task_BT = log_p_BTL.logsumexp(2)
+    B, T, L = log_p_BTL.shape
     order_BT = task_BT.argsort(dim=1, descending=True, stable=True)
     best_B, winner_B = torch.full((B,), -torch.inf), torch.zeros(B, dtype=torch.int64)
-    p_BL = torch.zeros(B, max(log_p_BK.shape[1] for log_p_BK in log_p_B_TK))
+    p_BL = torch.zeros(B, L)
     for place in range(min(T, HEADS)):
         next_B = task_BT.gather(1, order_BT[:, place:place + 1])[:, 0]
         asked_B = (next_B > best_B) | (place == 0)
@@ -99,14 +99,15 @@ def answer(log_p_B_TK: Sequence[Tensor], powers: Powers,
             break
         for task in sorted(set(order_BT[asked_B, place].tolist())):
             rows_R = torch.nonzero(asked_B & (order_BT[:, place] == task))[:, 0]
-            own_RK = log_p_B_TK[task][rows_R]
-            within_RK = mixed(powers, head(task, rows_R), own_RK - task_BT[rows_R, task, None])
+            head_RK = head(task, rows_R)
+            own_RK = log_p_BTL[rows_R, task, :head_RK.shape[1]]
+            within_RK = mixed(powers, head_RK, own_RK - task_BT[rows_R, task, None])
             score_R = task_BT[rows_R, task] + within_RK.amax(1)
             better_R = (score_R > best_B[rows_R]) | (place == 0)
             won_R = rows_R[better_R]
             best_B[won_R], winner_B[won_R] = score_R[better_R], task
             p_BL[won_R] = torch.nn.functional.pad(within_RK[better_R].exp(),
-                                                  (0, p_BL.shape[1] - within_RK.shape[1]))
+                                                  (0, L - within_RK.shape[1]))
     return Joint(winner_B, p_BL, task_BT.gather(1, winner_B[:, None])[:, 0].exp())
 
 

@@ -43,10 +43,15 @@ class HeadWeights(NamedTuple):
 
 
 class HeadStart(NamedTuple):
-    """The weights of a head before its first step: matrices in its order, and norm."""
+    """The weights of a head before its first step: matrices in its order, and norm.
+
+    statistics: running means, then variances, of the network's own batch norms (none where it has
+    no batch norm); None where the weights are not the network's own.
+    """
 
     matrices: list[Tensor]
     norm: Tensor
+    statistics: Tensor | None = None
 
 
 class TaskBatchNorm(nn.Module):
@@ -312,6 +317,9 @@ def head_start(cut: CutNetwork, norm: Norm, seed: int, generate: str = "all") ->
     norms = [layer for layer in blocks.modules() if isinstance(layer, nn.BatchNorm2d)]
     scales = [layer.weight.detach() for layer in norms]
     shifts = [layer.bias.detach() for layer in norms]
+    kept = [value for part in ("running_mean", "running_var") for layer in norms
+            if (value := getattr(layer, part)) is not None]
+    statistics = torch.cat([value.detach() for value in kept]) if kept else torch.empty(0)
     if norm != "batch" and norms:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -322,7 +330,8 @@ def head_start(cut: CutNetwork, norm: Norm, seed: int, generate: str = "all") ->
     matrix_ids = {id(value) for _, value in matrices(blocks)}
     others = [value.detach().flatten() for value in blocks.parameters()
               if id(value) not in own | matrix_ids and is_vector(value)]
-    return HeadStart(chosen, torch.cat([*scales, *shifts, *others]))
+    return HeadStart(chosen, torch.cat([*scales, *shifts, *others]),
+                     statistics if norm == "batch" or not norms else None)
 
 
 def check_feature_size(norm: Norm, cut: CutNetwork, input_size: int) -> None:

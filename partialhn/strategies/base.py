@@ -160,6 +160,17 @@ class Strategy(nn.Module):
         del tasks
         return []
 
+    @property
+    def reference_norm(self) -> Tensor | None:
+        """The vectors of the network's own head, in a strategy that has learned nothing yet and
+        whose `reference_features` no task changes; otherwise None.
+        """
+        return None
+
+    def reference_features(self, z_BCHW: Tensor, norm: Tensor) -> Tensor:
+        """Pooled features (B, F) of the network's own head. norm: its `reference_norm`."""
+        raise NotImplementedError
+
     def weights(self, task: int) -> HeadWeights:
         """omega_t: the head's weights for a task."""
         raise NotImplementedError

@@ -88,6 +88,7 @@ class PartialHypernet(Strategy):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.hypernet = build_generator(options, head.matrices)
+        self._residual = options.residual
         if options.residual:
             self.hypernet.set_base(start.matrices)
         self.register_buffer("next_norm", start.norm.clone())
@@ -168,6 +169,24 @@ class PartialHypernet(Strategy):
             return ["the hypernetwork's parameters, which all tasks share"]
         first = 0 in tasks and not self.hypernet.inherits(0)
         return ["the hypernetwork's base, to which every other task adds"] if first else []
+
+    @property
+    def reference_norm(self) -> Tensor | None:
+        """As the base class: where every task starts from the network's own weights."""
+        statistics = self.start.statistics
+        if (self.hypernet.starts_from != "network" or not self._residual
+                or not self.hypernet.tensors or statistics is None):
+            return None
+        start = self.start.norm.detach()
+        return self.head.fold(start, statistics) if len(statistics) else start
+
+    @torch.no_grad()
+    def reference_features(self, z_BCHW: Tensor, norm: Tensor) -> Tensor:
+        base = [row_CD.view(tensor.shape) for tensor, row_CD
+                in zip(self.head.matrices, self.hypernet.base, strict=True)]
+        none = z_BCHW.new_zeros(1, self.head.width, dtype=torch.float32)
+        return self.head.embed(z_BCHW, HeadWeights(
+            self.head.named(base), norm.to(z_BCHW.device), none, none[:, 0]))
 
     def _forget_first(self) -> None:
         cast(ColumnGenerator, self.hypernet).fix_base()

@@ -8,7 +8,7 @@ which the other tasks add, or parameters that all tasks share.
 import dataclasses
 from collections.abc import Sequence
 
-from partialhn.checkpoints.model import Model, TaskInfo, empty_parts
+from partialhn.checkpoints.model import Model, empty_parts
 from partialhn.data.experience import task_of
 from partialhn.detector.detector import Detector
 from partialhn.errors import InputError
@@ -53,25 +53,28 @@ def without_slots(model: Model, slots: Sequence[int], train: FeatureSet | None) 
     trunk.pixels = model.trunk.pixels
     tasks = tuple(task for slot, task in enumerate(model.tasks) if slot not in slots)
     strategy.load_tasks([len(task.classes) for task in tasks], model.strategy.state_without(slots))
-    return Model(model.config, trunk, strategy.requires_grad_(False).eval(), tasks,
-                 inference=_inference_without(model.inference, model.tasks, slots, train))
+    strategy.requires_grad_(False).eval()
+    task = task_of(model.tasks[slots[0]].name)
+    inference = _copy_of(model.inference, task)
+    if inference is not None:
+        if train is None:
+            raise InputError(f"task {task!r} cannot be forgotten: its stored training features are "
+                             "missing, which have to be taken off the detector's sums; allowed: to "
+                             "restore them, or a new stream without it")
+        inference.see(strategy)
+        inference.forget(slots, train)
+    return Model(model.config, trunk, strategy, tasks, inference=inference)
 
 
-def _inference_without(inference: Inference | None, tasks: Sequence[TaskInfo],
-                       slots: Sequence[int], train: FeatureSet | None) -> Inference | None:
+def _copy_of(inference: Inference | None, task: str) -> Detector | None:
+    """A copy of a model's detector, to take the task out of it."""
     if inference is None:
         return None
-    task = task_of(tasks[slots[0]].name)
     if not isinstance(inference, Detector):
         raise InputError(f"task {task!r} cannot be forgotten: the model has the task inference of "
                          "version 0.1.0, whose sums are rounded; allowed: a new stream without it")
-    if train is None:
-        raise InputError(f"task {task!r} cannot be forgotten: its stored training features are "
-                         "missing, which have to be taken off the detector's sums; allowed: to "
-                         "restore them, or a new stream without it")
     found = Detector.from_tensors(inference.tensors(), len(inference))
     found.false_alarms = inference.false_alarms
-    found.forget(slots, train)
     return found
 
 

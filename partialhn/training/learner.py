@@ -135,6 +135,8 @@ class Learner:
         task = tasks[index]
         assert task.train is not None, f"task {task.name} has no training features"
         self.strategy.eval()
+        if isinstance(inference, Detector):
+            inference.see(self.strategy)
         weights = self.strategy.weights(index)
 
         def logits(z_BCHW: Tensor) -> Tensor:
@@ -149,6 +151,8 @@ class Learner:
         """Adds a task's features to task inference; returns metrics from before and after that."""
         if self.inference is None:
             return None
+        if isinstance(self.inference, Detector):
+            self.inference.see(self.strategy.eval())
         if measured is None:
             measured = self.measure_task(tasks, index, self.inference)
         tests = [task.test for task in tasks[:index + 1]]

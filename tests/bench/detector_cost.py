@@ -7,7 +7,8 @@ same pieces with every channel scaled by a factor of the task's own, so that no 
 alike. The heads are those of the trunk's network with a classifier in closed form. Milliseconds of
 one thread: medians of rounds in which a request with the task given and one without it alternate,
 trunk included, one image and 16 images a request; `heads` is the mean number of heads that an
-image asks. Prints a Markdown table; --plot FILE draws it.
+image asks; `held` are the bytes that a server holds of the solved detector and of all heads. Prints
+a Markdown table; --plot FILE draws it.
 """
 
 import argparse
@@ -140,8 +141,9 @@ def main():
     run = stream(chosen.data, chosen.work)
     torch.set_grad_enabled(False)
     strategy, detector, rows = run.cut.strategy(run.config).eval(), Detector(), []
-    print("| tasks | right class | adding a task | solving | stored | given, 1 | auto / given, 1 | "
-          "given, 16 | auto / given, 16 | heads |\n" + "|---" * 10 + "|", flush=True)
+    print("| tasks | right class | adding a task | solving | stored | held | given, 1 | "
+          "auto / given, 1 | given, 16 | auto / given, 16 | heads |\n" + "|---" * 11 + "|",
+          flush=True)
     for count in chosen.tasks:
         seconds = [add(strategy, detector, run, place)
                    for place in range(len(detector), count)]
@@ -154,24 +156,41 @@ def main():
                                     inference=detector))
         one, many = (measure(predictor, run, count, images) for images in (1, 16))
         stored = sum(value.nbytes for value in detector.tensors().values())
-        rows.append((count, one[1] / one[0], many[1] / many[0]))
+        adding = 1000 * statistics.median(seconds)
+        memory = held(predictor, detector, count)
+        rows.append((count, one[1] / one[0], many[1] / many[0], adding, 1000 * solving,
+                     stored / 1e6, memory / 1e6))
         print(f"| {count} | {100 * accuracy(predictor, run, count):.0f} % | "
-              f"{1000 * statistics.median(seconds):.0f} ms | {1000 * solving:.0f} ms | "
-              f"{stored / 1e6:.1f} MB | {one[0]:.1f} ms | {one[1] / one[0]:.2f} | "
+              f"{adding:.0f} ms | {1000 * solving:.0f} ms | "
+              f"{stored / 1e6:.1f} MB | {memory / 1e6:.0f} MB | "
+              f"{one[0]:.1f} ms | {one[1] / one[0]:.2f} | "
               f"{many[0]:.1f} ms | {many[1] / many[0]:.2f} | {many[2]:.2f} |", flush=True)
     if chosen.plot:
         draw(rows, chosen.plot)
 
 
+def held(predictor, detector, count):
+    """Bytes of the solved detector and of the weights of all heads."""
+    fitted = detector._prepare(range(count)).fitted
+    solved = sum(value.nbytes for value in vars(fitted).values() if torch.is_tensor(value))
+    return solved + sum(
+        sum(matrix.nbytes for matrix in weights.matrices.values()) + weights.norm.nbytes
+        + weights.classifier_KF.nbytes for weights in map(predictor.head_weights, range(count)))
+
+
 def draw(rows, path):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for column, label in ((1, "1 image a request"), (2, "16 images a request")):
-        axes.plot([row[0] for row in rows], [row[column] for row in rows], "o-", label=label)
-    axes.set(xlabel="tasks of five classes", ylabel="time without the task / with it", ylim=0)
-    axes.legend()
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    panels = (("time without the task / with it", (1, "1 image a request"),
+               (2, "16 images a request")),
+              ("milliseconds", (3, "adding a task"), (4, "solving")),
+              ("megabytes", (5, "stored"), (6, "held by a server")))
+    for axes, (title, *lines) in zip(figure.subplots(1, 3), panels, strict=True):
+        for column, label in lines:
+            axes.plot([row[0] for row in rows], [row[column] for row in rows], "o-", label=label)
+        axes.set(xlabel="tasks of five classes", ylabel=title, ylim=0)
+        axes.legend()
     figure.savefig(path)
 
 

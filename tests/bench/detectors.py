@@ -22,7 +22,7 @@ from partialhn.data.decode import decode_images
 from partialhn.detector.detector import Detector
 from partialhn.detector.expansion import Expansion
 from partialhn.evaluation.task_inference_metrics import auroc
-from partialhn.features.closed_form import pooled_cells
+from partialhn.features.closed_form import fit_ridge, pooled_cells
 from partialhn.networks.trunk import run_trunk
 from partialhn.presets import preset
 from partialhn.run import StreamRun
@@ -147,12 +147,57 @@ class RanPac(Linear):
         return (x_BF @ self.weight).relu() @ self.solved_MK
 
 
+class Nearest(Linear):
+    """The most frequent class of the ten nearest training images; the distance of the tenth is the
+    strangeness (Sun et al. 2022)."""
+
+    NEIGHBOURS = 10
+
+    def solve(self, classes):
+        self.x_NF, self.total = torch.nn.functional.normalize(self.x_NF, dim=1), classes
+
+    def scores(self, x_BF):
+        near_BK = (torch.nn.functional.normalize(x_BF, dim=1) @ self.x_NF.T).topk(self.NEIGHBOURS)
+        votes_BM = torch.nn.functional.one_hot(self.y_N[near_BK.indices], self.total).sum(1)
+        self.strange_B = 1 - near_BK.values[:, -1]
+        return votes_BM + near_BK.values[:, :1] / 10  # the nearest decides between equal votes
+
+    def __call__(self, z_BCHW):
+        task_B, class_B, _ = super().__call__(z_BCHW)
+        return task_B, class_B, self.strange_B
+
+
+class Vim(Linear):
+    """Ridge regression; strangeness is what lies outside the features' principal half, as one more
+    logit against the others' energy (Wang et al. 2022)."""
+
+    def solve(self, classes):
+        fitted = fit_ridge(self.x_NF, self.y_N, classes).sharpened(self.y_N)
+        self.weight_MF, self.bias_M = fitted.weight_KF, fitted.bias_K
+        self.origin_F = -torch.linalg.pinv(self.weight_MF) @ self.bias_M
+        around_NF = self.x_NF - self.origin_F
+        vectors_FF = torch.linalg.eigh(around_NF.T @ around_NF).eigenvectors
+        self.outside_FR = vectors_FF[:, :len(vectors_FF) // 2]
+        largest_N = self.scores(self.x_NF).amax(1)
+        self.alpha = largest_N.mean() / (around_NF @ self.outside_FR).norm(dim=1).mean()
+
+    def scores(self, x_BF):
+        return x_BF @ self.weight_MF.T + self.bias_M
+
+    def __call__(self, z_BCHW):
+        task_B, class_B, _ = super().__call__(z_BCHW)
+        x_BF = pooled(z_BCHW).double()
+        residual_B = ((x_BF - self.origin_F) @ self.outside_FR).norm(dim=1)
+        return task_B, class_B, self.alpha * residual_B - self.scores(x_BF).logsumexp(1)
+
+
 class Ours:
     """The detector, alone or with the heads."""
 
     def __init__(self, learned, count, heads):
         self.learned, self.heads, self.slots = learned, heads, range(count)
         self.detector = Detector(learned.run.config.train.detector_features)
+        self.detector.see(learned.strategy)
         for place in self.slots:
             task = learned.tasks[place]
             self.detector.add_task(self.detector.statistics(
@@ -179,11 +224,14 @@ METHODS = {
     "version 0.1.0": First,
     "shared covariance": SharedCovariance,
     f"RanPAC, {RANPAC}": RanPac,
+    "10 nearest images": Nearest,
+    "ridge regression, ViM": Vim,
     "detector alone": lambda learned, count: Ours(learned, count, heads=False),
     "detector and heads": lambda learned, count: Ours(learned, count, heads=True)}
 
 
-NO_HEADS = ("shared covariance", f"RanPAC, {RANPAC}", "detector alone")
+NO_HEADS = ("shared covariance", f"RanPAC, {RANPAC}", "10 nearest images", "ridge regression, ViM",
+            "detector alone")
 """Methods that no seed changes: the seed is that of the heads."""
 
 

@@ -23,6 +23,7 @@ from partialhn.detector.statistics import (
 from partialhn.errors import InputError, IntegrityError
 from partialhn.evaluation.task_inference_metrics import auroc, rejection_auroc, without_task_id
 from partialhn.features.feature_set import join
+from partialhn.networks.cut import CutNetwork
 from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
 from partialhn.training.learner import Learner
@@ -170,23 +171,29 @@ def test_a_class_without_images_is_never_the_answer(measured, tasks):
     assert torch.isfinite(detector.strangeness((0, 1), plain(tasks[0].test))).all()
 
 
-def test_the_classifier_is_that_of_scikit_learn():
-    """With the true covariance, linear discriminant analysis is the likeliest class."""
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
+def test_the_classifier_is_ridge_regression():
+    """Its weights are those of one-hot targets where every class counts alike."""
     rng = np.random.default_rng(0)
     y_N = np.repeat(np.arange(3), 60)
     x_NF = rng.normal(size=(180, 4)) @ rng.normal(size=(4, 4)) + 0.7 * rng.normal(size=(3, 4))[y_N]
     means = np.stack([x_NF[y_N == label].mean(0) for label in range(3)])
     centred = x_NF - means[y_N]
-    x_NF, means, centred = map(torch.from_numpy, (x_NF, means, centred))
-    fitted = fit(centred.T @ centred, 180, means, x_NF[:7], torch.from_numpy(y_N[:7]))
-    assert fitted.shrinkage == SHRINKAGES[len(SHRINKAGES) // 2], "seven samples choose nothing"
-    fitted = fit(centred.T @ centred, 180, means, x_NF, torch.from_numpy(y_N))
-    expected = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3).fit(x_NF, y_N)
-    logits = fitted.log_probabilities(fitted.white(x_NF))
-    assert (logits.argmax(1).numpy() == expected.predict(x_NF)).mean() > 0.97
-    assert fitted.sharpness > 0.7, "the data is Gaussian, so its likelihoods are right"
+    scatter = centred.T @ centred
+    few = fit(*map(torch.from_numpy, (scatter,)), 180, torch.from_numpy(means),
+              torch.from_numpy(x_NF[:7]), torch.from_numpy(y_N[:7]))
+    assert few.shrinkage == SHRINKAGES[len(SHRINKAGES) // 2], "seven samples choose nothing"
+    fitted = fit(torch.from_numpy(scatter), 180, torch.from_numpy(means), torch.from_numpy(x_NF),
+                 torch.from_numpy(y_N))
+    around = x_NF - means.mean(0)
+    penalty = fitted.shrinkage * np.trace(scatter / 180) / 4
+    weights = np.linalg.solve(around.T @ around / 180 + penalty * np.eye(4),
+                              around.T @ np.eye(3)[y_N] / 180)
+    logits = torch.from_numpy(3 * fitted.sharpness * around @ weights)
+    torch.testing.assert_close(fitted.log_probabilities(fitted.white(torch.from_numpy(x_NF))),
+                               logits.log_softmax(1))
+    best = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y_N))
+    for factor in (0.9, 1.1):
+        assert torch.nn.functional.cross_entropy(factor * logits, torch.from_numpy(y_N)) > best
 
 
 def opinions(rng, images, classes, clear):
@@ -220,6 +227,8 @@ def test_heads_are_asked_only_where_they_can_change_the_answer():
     rng = np.random.default_rng(0)
     log_p_BM = torch.from_numpy(3 * rng.normal(size=(400, 12))).log_softmax(1).float()
     log_p = list(torch.split(log_p_BM, [3, 4, 5], dim=1))
+    log_p_BTL = torch.stack([torch.nn.functional.pad(part, (0, 5 - part.shape[1]), value=-torch.inf)
+                             for part in log_p], 1)
     heads = [torch.from_numpy(2 * rng.normal(size=part.shape)).log_softmax(1).float()
              for part in log_p]
     powers, asked = Powers(0.7, 0.4), []
@@ -227,7 +236,7 @@ def test_heads_are_asked_only_where_they_can_change_the_answer():
     def head(task, rows_R):
         asked.append(len(rows_R))
         return heads[task][rows_R]
-    joint = answer(log_p, powers, head)
+    joint = answer(log_p_BTL, powers, head)
     every = torch.stack([torch.nn.functional.pad(
         (part.logsumexp(1, keepdim=True) + mixed(powers, own, part - part.logsumexp(
             1, keepdim=True))), (0, 5 - part.shape[1]), value=-torch.inf)
@@ -346,3 +355,31 @@ def test_rows_are_spread_evenly(length, count, places):
 
 def test_statistics_travel_as_tensors(measured):
     assert TaskStatistics(**measured[0]._asdict()).images is measured[0].images
+
+
+def test_where_tasks_start_from_the_network_its_own_head_is_seen_too(cut, network, config, tasks,
+                                                                     tmp_path):
+    """Pooled features of the whole network, from the stored features of the cut."""
+    config = dataclasses.replace(config, hypernet=dataclasses.replace(
+        config.hypernet, starts_from="network"))
+    learner = Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train,
+                      inference=Detector(FEATURES))
+    list(learner.learn(tasks[:2]))
+    detector, z_BCHW = learner.inference, plain(tasks[0].test)
+    blocks = CutNetwork.of(network, 3).stages
+    expected_BF = z_BCHW
+    for block in blocks:
+        expected_BF = block(expected_BF)
+    torch.testing.assert_close(
+        learner.strategy.reference_features(z_BCHW, detector.reference_norm),
+        expected_BF.mean((2, 3)), rtol=1e-4, atol=1e-4)
+    C, F = z_BCHW.shape[1], expected_BF.shape[1]
+    assert (detector.expansion.embedded, detector.expansion.width) == (F, 2 * C + F + FEATURES)
+    Model(config, cut.trunk, learner.strategy, INFOS[:2], inference=detector).save(tmp_path / "m")
+    loaded = Model.load(tmp_path / "m").inference
+    assert torch.equal(loaded.strangeness((0, 1), z_BCHW), detector.strangeness((0, 1), z_BCHW))
+    never = Detector(FEATURES)
+    never.see(STRATEGIES["partial_hn"](cut.head, cut.start, config).eval())
+    never.add_task(never.statistics(tasks[1].train, tasks[1].validation, 2))
+    detector.forget([0], tasks[0].train)
+    assert torch.equal(detector.scatter_P, never.scatter_P)
