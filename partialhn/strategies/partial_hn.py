@@ -184,9 +184,9 @@ class PartialHypernet(Strategy):
     def reference_features(self, z_BCHW: Tensor, norm: Tensor) -> Tensor:
         base = [row_CD.view(tensor.shape) for tensor, row_CD
                 in zip(self.head.matrices, self.hypernet.base, strict=True)]
-        none = z_BCHW.new_zeros(1, self.head.width, dtype=torch.float32)
-        return self.head.embed(z_BCHW, HeadWeights(
-            self.head.named(base), norm.to(z_BCHW.device), none, none[:, 0]))
+        none = base[0].new_zeros(1, self.head.width)
+        return self.head.embed(z_BCHW.to(none.device), HeadWeights(
+            self.head.named(base), norm.to(none.device), none, none[:, 0]))
 
     def _forget_first(self) -> None:
         cast(ColumnGenerator, self.hypernet).fix_base()
