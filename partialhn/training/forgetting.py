@@ -37,7 +37,7 @@ def id_without(lineage_id: str, task: str) -> str:
 def stays(model: Model, slots: Sequence[int]) -> tuple[str, ...]:
     """The parts, in words, that learned from these slots and stay when they are forgotten."""
     trunk = ["the trunk, which was trained on it"] * (
-        0 in slots and model.config.backbone.trunk == "train")
+        0 in slots and model.config.backbone.trains_trunk)
     return (*trunk, *model.strategy.shared_with(slots))
 
 
