@@ -38,7 +38,7 @@ def _waiting(storage: Storage, stream: str) -> str | None:
     """The folder of the stream's proposal that has no image yet."""
     inbox = storage.path("inbox")
     for name in storage.folders(inbox):
-        files = storage.list(f"{inbox}/{name}")
+        files = list(storage.list(f"{inbox}/{name}"))
         if ([file.path.rpartition("/")[2] for file in files] == [PROPOSED]
                 and _note(storage, files[0].path).get("stream") == stream):
             return f"{inbox}/{name}"
