@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from partialhn.data.listing import (
+    image_paths,
     is_junk,
     is_left_by_file_system,
     is_metadata,
@@ -105,6 +106,7 @@ class Inbox:
                      if split_of_folder(name) is None and not is_junk(name)
                      and not name.startswith("_")]
             candidates = [("", folder)] + [(part, f"{folder}/{part}") for part in parts]
+            left: list[str] = []
             for part, candidate in candidates:
                 slot = f"{task}/{part}" if part else task
                 if slot in learned:
@@ -116,6 +118,12 @@ class Inbox:
                     arrivals.append(arrival)
                 elif arrival:
                     waiting.append(arrival)
+                elif part and any(image_paths([file.path]) for file in self._data(candidate, part)):
+                    left.append(part)
+            if left and (task in learned or self._storage.exists(f"{folder}/{READY}")):
+                waiting.append(f"{task}: the images in its folders {', '.join(left[:5])} belong to "
+                               f"no arrival; allowed: {task}/train/<class>/<image>, or "
+                               f"{task}/NAME/train/<class>/<image> with {READY} in NAME")
         return Contents(sorted(arrivals, key=_order), waiting, not_used)
 
     def _misplaced(self) -> list[str]:

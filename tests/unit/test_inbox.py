@@ -181,6 +181,23 @@ def test_files_of_a_learned_task_that_are_not_those_learned(world):
     assert [line.split(":")[0] for line in not_used("cats/2026-11")] == ["cats/2026-11"]
 
 
+def test_images_that_belong_to_no_arrival(world):
+    for label in "ab":
+        (world.root / "cats" / label).mkdir(parents=True)
+        (world.root / "cats" / label / "1.png").write_bytes(png(1))
+    assert world.scan() == ([], ["cats: has no _READY marker yet"])
+    world.ready("cats")
+    arrivals, [line] = world.scan()
+    assert arrivals == []
+    assert line.startswith("cats: the images in its folders a, b belong to no arrival; allowed:")
+    world.put("dogs")
+    world.put("dogs/2026-11", first=500)
+    shutil.copytree(world.root / "dogs" / "train", world.root / "dogs" / "dev")
+    arrivals, waiting = world.scan(learned={"dogs"})
+    assert [each.slot for each in arrivals] == ["dogs/2026-11"]
+    assert waiting[1].startswith("dogs: the images in its folders dev belong to no arrival")
+
+
 def test_an_arrival_of_a_task_that_train_has_learned(world):
     world.put("cats")
     [line] = world.inbox.scan({"cats": ""}).not_used
