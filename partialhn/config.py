@@ -23,6 +23,7 @@ from partialhn.plugins import Table
 from partialhn.strategies.table import TABLE as STRATEGIES
 from partialhn.strategies.table import needs_every_task
 
+Arithmetic = Literal["ieee", "tf32", "bfloat16"]
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 ClassOrder = Literal["shuffled", "given"]
 Compression = Literal["none", "lz4"]
@@ -175,9 +176,13 @@ class BackboneConfig:
     """Number of images in a step of the trunk's training."""
     trunk_learning_rate: float = 3e-3
     """Peak learning rate of the trunk's training (AdamW, warm-up, cosine)."""
+    trunk_arithmetic: Arithmetic = "ieee"
+    """Arithmetic of the trunk, in its training and in every feature. ieee: float32. tf32: float32
+    whose products a GPU rounds to 19 bits (a CPU computes as with ieee). bfloat16: products of
+    bfloat16. Features of another arithmetic are stored under another key."""
     trunk_precision: Precision = "float32"
-    """Number type of matrices and norms while the trunk is trained; a trained trunk computes in
-    float32."""
+    """Number type while the trunk is trained, with features in float32: bfloat16 is how a trunk was
+    trained before trunk_arithmetic, which takes its place."""
     trunk_seed: int = 0
     """Seed of the trunk's first weights and of its batches."""
 
@@ -185,6 +190,11 @@ class BackboneConfig:
     def trains_trunk(self) -> bool:
         """Whether weights of the trunk are learned on the first task."""
         return self.trunk == "train" or self.adapt_trunk
+
+    @property
+    def training_arithmetic(self) -> Arithmetic:
+        """Arithmetic of the trunk's training."""
+        return "bfloat16" if self.trunk_precision == "bfloat16" else self.trunk_arithmetic
 
     @property
     def depth(self) -> int:

@@ -44,6 +44,7 @@ from partialhn.training.slots import (
     slots_of,
     stored_slots,
 )
+from partialhn.training.steps import StepRecorder, recorder_for
 
 Report = Callable[[EpochRecord | TaskRecord], None]
 
@@ -237,7 +238,8 @@ class StreamRun:
         self.clock.lap("features")
         learner = Learner(self.cut.strategy(self.config), self.config.train, self.device,
                           inference=Detector(self.config.train.detector_features,
-                                             self.config.train.false_alarms))
+                                             self.config.train.false_alarms),
+                          recorder=self._recorder())
         if self.known:
             learner.restore(*lineage.state(self.filesystem, self.folder, self.known))
         self._learner = learner
@@ -259,11 +261,14 @@ class StreamRun:
         """Learns the same tasks by the strategies to compare with; yields strategy and record."""
         for name in self.config.train.compare:
             baseline = Learner(self.cut.strategy(with_strategy(self.config, name)),
-                               self.config.train, self.device)
+                               self.config.train, self.device, recorder=self._recorder())
             for record in baseline.learn(self.tasks):
                 yield name, record
             self._baselines[name] = Outcome.of(baseline)
         self.clock.lap("train")
+
+    def _recorder(self) -> StepRecorder | None:
+        return recorder_for(self.device, self.config.compute.cuda_graphs)
 
     def slots(self) -> list[Slot]:
         """Every task with the features of it that are stored."""

@@ -77,6 +77,7 @@ class Model:
                                 tensors_below(tensors, "strategy."))
             trunk.load_state_dict(tensors_below(tensors, "trunk."), strict=True)
             trunk.pixels = Pixels.from_fields(fields.get("pixels", {}))
+            trunk.arithmetic = config.backbone.trunk_arithmetic
             known = tensors_below(tensors, "inference.")
             empty = Detector(config.train.detector_features, config.train.false_alarms)
             inference = stored_inference(known, len(tasks), empty) if known else None

@@ -76,9 +76,17 @@ class FeatureSet:
         return sum(shard.nbytes for shard in self.shards)
 
     def to(self, device: torch.device) -> "FeatureSet":
-        """The features as one tensor on the device."""
-        whole = self.shards[0] if len(self.shards) == 1 else torch.cat(self.shards)
-        return FeatureSet(self.manifest, [whole.to(device)], self.y_N.to(device), self.ids,
+        """The features as one tensor on the device, copied there shard by shard: the host never
+        holds them as a whole beside the mapped files, unless it is the device.
+        """
+        if len(self.shards) == 1:
+            whole = self.shards[0].to(device)
+        else:
+            whole = torch.empty(len(self), *self.shards[0].shape[1:], dtype=self.shards[0].dtype,
+                                device=device)
+            for start, shard in zip(self._starts, self.shards, strict=False):
+                whole[start:start + len(shard)] = shard
+        return FeatureSet(self.manifest, [whole], self.y_N.to(device), self.ids,
                           self.scales and self.scales.to(device))
 
     def first_views(self, views: int) -> "FeatureSet":

@@ -14,6 +14,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from partialhn.config import Arithmetic
 from partialhn.errors import InputError
 from partialhn.networks.table import BACKBONES
 from partialhn.networks.tensors import hash_tensors
@@ -81,6 +82,11 @@ def pooled(z: Tensor) -> Tensor:
     return z if z.dim() == 2 else z.mean((2, 3))
 
 
+def named_arithmetic(kind: Arithmetic) -> str:
+    """What an arithmetic adds to a name; ieee, the only one of version 0.1.0, adds nothing."""
+    return "" if kind == "ieee" else f"/{kind}"
+
+
 class Network(nn.Module):
     """A whole backbone: normalisation of the pixels, the blocks, pooling and a classifier.
 
@@ -95,6 +101,8 @@ class Network(nn.Module):
         super().__init__()
         self.name, self.backbone, self.input_size = name, find_backbone(name), input_size
         self.body, self.pixels = body, Pixels()
+        self.arithmetic: Arithmetic = "ieee"
+        """Arithmetic of the trunk that is cut from it."""
         self.notes: tuple[str, ...] = ()
         """What a user should know about weights that somebody else trained."""
         self.register_buffer("mean_C", torch.tensor(self.pixels.mean))
@@ -132,10 +140,11 @@ class Network(nn.Module):
         return without_classifier(self.name, self.state_dict())
 
     def fingerprint(self) -> str:
-        """SHA-256 of all that a trunk is cut from: the weights but for the classifier's, and the
-        way an image becomes the input.
+        """SHA-256 of all that a trunk is cut from: the weights but for the classifier's, the way an
+        image becomes the input, and the arithmetic.
         """
-        return hash_tensors(self.without_classifier(), self.pixels.geometry)
+        return hash_tensors(self.without_classifier(),
+                            self.pixels.geometry + named_arithmetic(self.arithmetic))
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return self.through(self.blocks().values(), images_BCHW)

@@ -1,10 +1,11 @@
 """Settings of PyTorch: the device, CPU threads, denormal numbers, TF32, and bfloat16."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
-from partialhn.config import Precision
+from partialhn.config import Arithmetic, Precision
 from partialhn.environment import keep_float32
 from partialhn.errors import InputError
 
@@ -43,3 +44,28 @@ def autocast_to(precision: Precision,
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
+
+
+def arithmetic_of(kind: Arithmetic,
+                  device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which convolutions and matrix products have this arithmetic.
+
+    ieee changes nothing: `configure_torch` has set it. tf32 exists on a GPU alone.
+    """
+    if kind == "bfloat16":
+        return autocast_to("bfloat16", device)
+    return _tf32() if kind == "tf32" and device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    """Products of float32 may be rounded to TF32 in this process."""
+    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        for place, kind in zip(places, before, strict=True):
+            place.fp32_precision = kind

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from partialhn.networks.backbone import Network, pooled, to_map
+from partialhn.networks.backbone import Network, named_arithmetic, pooled, to_map
+from partialhn.networks.precision import arithmetic_of
 from partialhn.networks.tensors import hash_tensors
 
 
@@ -39,6 +40,8 @@ class Trunk(nn.Module):
         """Names of all blocks of the whole network, in order."""
         self.pixels = network.pixels
         """How an image becomes the square that the trunk takes; mean and std are the buffers."""
+        self.arithmetic = network.arithmetic
+        """Arithmetic of its products; what it gives is float32."""
         self.register_buffer("mean_C", network.mean_C.clone())
         self.register_buffer("std_C", network.std_C.clone())
         self.stages = nn.ModuleList(stages)
@@ -68,8 +71,10 @@ class Trunk(nn.Module):
             yield 0, z
             z = z.contiguous(memory_format=torch.channels_last)
             for depth, stage in enumerate(self.stages, 1):
-                z = stage(z)
-                yield depth, to_map(pooled(z) if depth == len(self.names) else z, self.layout)
+                with arithmetic_of(self.arithmetic, z.device):
+                    z = stage(z)
+                last = pooled(z.float()) if depth == len(self.names) else z.float()
+                yield depth, to_map(last, self.layout)
 
     def upto(self, freeze_depth: int) -> "Trunk":
         """The trunk of the same network at this depth or a shallower one.
@@ -87,10 +92,11 @@ class Trunk(nn.Module):
         return shallower
 
     def fingerprint(self) -> str:
-        """Hash of the architecture, the depth and every weight and statistic."""
+        """Hash of the architecture, the depth, every weight and statistic, and the arithmetic."""
         return hash_tensors({key: value for key, value in self.state_dict().items()
                              if not key.endswith("num_batches_tracked")},
-                            f"{self.name}/{self.freeze_depth}")
+                            f"{self.name}/{self.freeze_depth}"
+                            + named_arithmetic(self.arithmetic))
 
 
 def multiply_adds(module: nn.Module, z_BCHW: Tensor) -> int:

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from partialhn.config import Augment, Precision
+from partialhn.config import Arithmetic, Augment
 from partialhn.data.augment import Variation, draw, vary
 from partialhn.features.batches import RESIDENT_BYTES, StepRows, prefetched
 from partialhn.networks.backbone import Network
-from partialhn.networks.precision import autocast_to
+from partialhn.networks.precision import arithmetic_of
 
 
 class Labelled(NamedTuple):
@@ -108,13 +108,13 @@ class Classification(nn.Module):
 
     Args:
         network: the network; it stays on its device.
-        precision: number type of its matrices and norms.
+        arithmetic: arithmetic of its products.
         label_smoothing: as cross_entropy takes it.
     """
 
-    def __init__(self, network: Network, precision: Precision, label_smoothing: float) -> None:
+    def __init__(self, network: Network, arithmetic: Arithmetic, label_smoothing: float) -> None:
         super().__init__()
-        self.network, self.precision = network, precision
+        self.network, self.arithmetic = network, arithmetic
         self.label_smoothing = label_smoothing
         self._blocks = list(network.blocks().values())  # once: a step must not divide the body
 
@@ -125,7 +125,7 @@ class Classification(nn.Module):
         images_BCHW, y_B, variation: the fields of an `ImageBatch`. terms_3 is detached.
         """
         images_BCHW = vary(images_BCHW, Variation(*variation))
-        with autocast_to(self.precision, images_BCHW.device):
+        with arithmetic_of(self.arithmetic, images_BCHW.device):
             logits_BK = self.network.through(self._blocks, images_BCHW).float()
         loss = nn.functional.cross_entropy(logits_BK, y_B, label_smoothing=self.label_smoothing)
         shown, correct = loss.detach(), (logits_BK.argmax(1) == y_B).sum()

@@ -99,7 +99,7 @@ def train_network(network: Network, images: Labelled, config: BackboneConfig, ki
                             dtype=torch.float64)[batches.steps * epochs_done:]
     peak_G = torch.tensor([group["peak"] for group in optimiser.param_groups], dtype=torch.float64)
     rates_SG = (factor_S[:, None] * peak_G).to(_rate_type(device))
-    steps = Steps(Classification(network, config.trunk_precision, TRUNK_LABEL_SMOOTHING),
+    steps = Steps(Classification(network, config.training_arithmetic, TRUNK_LABEL_SMOOTHING),
                   optimiser, rates_SG.to(device), recorder if batches.resident else None)
     for epoch in range(epochs_done + 1, budget.epochs + 1):
         if budget.patience is not None and budget.is_over(best.losses):
@@ -160,7 +160,9 @@ def load_network(config: Config, first: Experience, filesystem: pafs.FileSystem,
     Raises: InputError for a supplied network that cannot be read or does not fit.
     """
     if not config.backbone.trains_trunk:
-        return _supplied(config, len(first.classes))
+        network = _supplied(config, len(first.classes))
+        network.arithmetic = config.backbone.trunk_arithmetic
+        return network
     return stored_network(config, network_key(config, first), filesystem, root)
 
 
@@ -178,6 +180,7 @@ def stored_network(config: Config, key: str, filesystem: pafs.FileSystem,
     network.load_state_dict(tensors)
     network.pixels = Pixels.from_fields(fields.get("pixels", {}))
     network.notes = tuple(fields.get("notes", ()))
+    network.arithmetic = config.backbone.trunk_arithmetic
     return network
 
 

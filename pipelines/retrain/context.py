@@ -97,6 +97,7 @@ def network_of(storage: Storage, config: Config, key: str) -> Network:
     if network is None:
         raise InputError(f"the stream's trunk {key} is not in {storage.uri}/trunks; "
                          "allowed: the --storage with which the stream was started")
+    network.arithmetic = backbone.trunk_arithmetic
     return network
 
 

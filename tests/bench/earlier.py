@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from partialhn.data.augment import augment
+from partialhn.networks.backbone import pooled, to_map
 from partialhn.training.image_batches import Labelled
 from partialhn.training.optimiser import rate_factors
 from partialhn.training.pretrain import TRUNK_LABEL_SMOOTHING
@@ -73,7 +74,8 @@ def through(trunk, images_BCHW: torch.Tensor) -> torch.Tensor:
     z_BCHW = trunk.normalise(images_BCHW)
     for stage in trunk.stages:
         z_BCHW = stage(z_BCHW)
-    return z_BCHW
+    whole = len(trunk.stages) == len(trunk.names)
+    return to_map(pooled(z_BCHW) if whole else z_BCHW, trunk.layout)
 
 
 def trunk_pass(network, images: Labelled, batch: int, optimiser, number: int, rate: float,

@@ -26,7 +26,7 @@ from pathlib import Path
 import earlier
 import numpy as np
 import torch
-from PIL import Image
+from photographs import photographs
 from pyarrow.fs import LocalFileSystem
 from rows import clock, compare, log, row, write
 
@@ -34,8 +34,6 @@ from partialhn.config import BackboneConfig, ComputeConfig, Config, DataConfig, 
 from partialhn.data.augment import augment
 from partialhn.data.datasets import open_stream
 from partialhn.data.decode import decode
-from partialhn.data.experience import Experience
-from partialhn.data.image_table import ImageTable
 from partialhn.features.batches import Workers, epoch_batches
 from partialhn.features.cache import SETTLED_SECONDS
 from partialhn.features.extract import feature_jobs, precompute, shard_places
@@ -101,20 +99,6 @@ def precomputing(folder: Path, experience, depth: int, rounds: int, device: torc
         yield row(f"features/trunk-thread/depth{depth}", "the bare trunk; processor time of the "
                   "thread in which the trunk runs", ratio, 0.9, at_least=True, median_ms=mine,
                   baseline_ms=theirs, spread=round(spread, 3))
-
-
-def photographs(folder: Path, count: int):
-    """JPEGs of 500x375 as an experience, for a network that takes 224x224."""
-    rng, files = np.random.default_rng(0), []
-    (folder / "jpegs").mkdir(exist_ok=True)
-    for number in range(count):
-        coarse = Image.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((500, 375), Image.Resampling.BICUBIC)).astype(int)
-        noisy = (smooth + rng.integers(-12, 12, smooth.shape)).clip(0, 255).astype(np.uint8)
-        files.append(str(folder / "jpegs" / f"{number:05d}.jpg"))
-        Image.fromarray(noisy).save(files[-1], quality=85)
-    table = ImageTable(LocalFileSystem(), tuple(files), range(count), [-1] * count, [0] * count)
-    return Experience("photographs", ("x",), table, table.take([]), table.take([]))
 
 
 def resizing(folder: Path, rounds: int, device: torch.device, name: str, depth: int,
