@@ -31,6 +31,8 @@ LIMITS = {
     "backbone.trunk_batch_size": [1],
     "backbone.trunk_learning_rate": [0.0, -1.0, math.nan],
     "backbone.trunk_seed": [-1],
+    "backbone.adapt_trunk": [True],
+    "backbone.adapt_learning_rate": [0.0],
     "backbone.trunk_precision": ["half"],
     "backbone.trunk_arithmetic": ["float32"],
     "features.views": [0, 65],
@@ -229,6 +231,7 @@ def test_work_hash_names_everything_else():
         "backbone.trunk_epochs": 2, "backbone.trunk_min_steps": 3,
         "backbone.trunk_max_steps": 500, "backbone.trunk_batch_size": 2,
         "backbone.trunk_learning_rate": 0.1, "backbone.trunk_seed": 1,
+        "backbone.adapt_learning_rate": 0.1,
         "backbone.trunk_precision": "bfloat16", "backbone.trunk_arithmetic": "tf32",
         "features.views": 3,
         "features.augment": "flip", "features.feature_dtype": "float32", "features.shard_rows": 2,
@@ -246,7 +249,7 @@ def test_work_hash_names_everything_else():
         "train.detector_features": 9, "train.false_alarms": 0.1,
     }
     ours = {key for key in every_key() if not key.startswith("compute.")}
-    ours -= {"data.data", "data.image_column", "data.label_column", "features.compression"}
+    ours -= {"backbone.adapt_trunk", "data.data", "data.image_column", "data.label_column", "features.compression"}
     assert changes.keys() == ours
     hashes = [config.work_hash()] + [changed(config, key, value).work_hash()
                                      for key, value in changes.items()]
