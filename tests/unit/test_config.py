@@ -249,7 +249,8 @@ def test_work_hash_names_everything_else():
         "train.detector_features": 9, "train.false_alarms": 0.1,
     }
     ours = {key for key in every_key() if not key.startswith("compute.")}
-    ours -= {"backbone.adapt_trunk", "data.data", "data.image_column", "data.label_column", "features.compression"}
+    ours -= {"backbone.adapt_trunk", "data.data", "data.image_column", "data.label_column",
+             "features.compression"}
     assert changes.keys() == ours
     hashes = [config.work_hash()] + [changed(config, key, value).work_hash()
                                      for key, value in changes.items()]
