@@ -182,6 +182,8 @@ def mapped(file: IO[bytes]) -> pa.Buffer:
     A lock on the file lasts as long as the content is in use, because the mapping keeps a handle
     of the same open file.
     """
+    if not os.fstat(file.fileno()).st_size:
+        return pa.py_buffer(b"")  # nothing that could be mapped
     return pa.py_buffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
 
 

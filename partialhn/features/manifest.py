@@ -123,6 +123,8 @@ def parse_shard(fields: dict[str, Any]) -> Shard:
     shard = Shard(**fields | {"bad": bad})
     if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
         raise ValueError(f"name is {shard.name!r}")
+    if not isinstance(shard.sha256, str):
+        raise ValueError(f"sha256 is {shard.sha256!r}")
     for key in ("rows", "bytes"):
         if type(getattr(shard, key)) is not int or getattr(shard, key) < 0:
             raise ValueError(f"{key} is {getattr(shard, key)!r}")

@@ -2,18 +2,27 @@
 
 The whole network is trained once more at a low rate, on the first task alone ("first session
 adaptation", Panos et al. 2023). Its new classifier starts as ridge regression on the network's own
-features: with a random one, the first steps would distort them (Kumar et al. 2022).
+features: with a random one, the first steps would distort them (Kumar et al. 2022). Its batch
+norms keep the statistics of the images that the weights are from: those of few images of one task
+cost more accuracy than the adaptation gains (docs/measurements/pretrained.md).
 
 Legend: N images, B batch, C channels, H W spatial, F features before the classifier, K classes.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from partialhn.features.closed_form import fit_ridge
 from partialhn.networks.backbone import Network, pooled
 
 BATCH = 64
+
+
+def keep_statistics(network: Network) -> None:
+    """Lets batch norms use the statistics that they have, until `train()` is called again."""
+    for layer in network.modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()
 
 
 @torch.no_grad()

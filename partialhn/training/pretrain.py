@@ -36,7 +36,7 @@ from partialhn.networks.backbone import (
 from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import tensors_below
 from partialhn.pixels import Pixels
-from partialhn.training.adaptation import start_classifier
+from partialhn.training.adaptation import keep_statistics, start_classifier
 from partialhn.training.budget import BestState, held_out_loss, trunk_budget
 from partialhn.training.choice import FEW
 from partialhn.training.image_batches import Classification, ImageBatches, Labelled
@@ -106,6 +106,8 @@ def train_network(network: Network, images: Labelled, config: BackboneConfig, ki
             break
         start = time.perf_counter()
         network.train()
+        if config.adapt_trunk:
+            keep_statistics(network)
         terms_3 = steps.terms_3.zero_()
         batches.begin(epoch)
         for _ in range(batches.steps):

@@ -39,7 +39,7 @@ from pipelines.platform.s3 import s3_client
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.retrain.journal import Journal
-from tests.support import small_config
+from tests.support import SECRETS, names_of_files_without_secrets, small_config
 
 TASKS = {"a": (0, 1), "b": (2, 3), "c": (4, 5)}
 CONFIG = small_config(data={"data": "inbox"}, compute={"ray_address": "local"}).to_dict()
@@ -58,6 +58,7 @@ class Stream:
     storage: str
     tracking_uri: str | None = None
     servers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def words(self) -> list[str]:
@@ -71,10 +72,11 @@ class Stream:
         return (self.root / "log.txt").read_text()
 
 
-def local(root: Path) -> Stream:
-    """A stream in a folder, its tasks in the inbox."""
+def local(root: Path, ray_folder: Path) -> Stream:
+    """A stream in a folder, its tasks in the inbox; its passes have credentials of nobody."""
     put_tasks(root)
-    return Stream(root, str(root / "store"))
+    return Stream(root, str(root / "store"),
+                  environment=SECRETS | {"RAY_TMPDIR": str(ray_folder)})
 
 
 def put_tasks(root: Path) -> None:
@@ -98,7 +100,8 @@ class Started:
         self.log = (stream.root / "log.txt").open("a")
         self.process = subprocess.Popen(
             [PARTIALHN, "retrain", *stream.words, "--config", stream.root / "config.yaml"],
-            stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, cwd=stream.root)
+            stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True, cwd=stream.root,
+            env=os.environ | stream.environment)
         self.seen: dict[int, psutil.Process] = {}
 
     def below(self) -> list[psutil.Process]:
@@ -210,17 +213,25 @@ def undisturbed(tmp_path_factory):
     return run_stream(config, root / "oracle").model.weights_hash()
 
 
+@pytest.fixture
+def ray_folder():
+    """Ray's sockets need a short path."""
+    folder = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_anywhere(undisturbed, tmp_path, kills):
+def test_killed_anywhere(undisturbed, tmp_path, ray_folder, kills):
     """Begun anew after so many kills, or when a stream is learned before: each has a trunk and
-    features to be killed in.
+    features to be killed in. Nothing that is left behind, logs of Ray included, has a credential.
     """
     dealt, seed = dict.fromkeys(WHOM, 0), 0
     while sum(dealt.values()) < kills:
         root = tmp_path / str(seed)
         root.mkdir()
-        stream = local(root)
+        stream = local(root, ray_folder)
         left = kills - sum(dealt.values())
         # two kills come early, to end soon; fifty come in every phase of a pass
         quiet = PASS if kills > 2 else PASS / 3
@@ -230,6 +241,8 @@ def test_killed_anywhere(undisturbed, tmp_path, kills):
         seed += 1
         (tmp_path / "dealt.json").write_text(json.dumps(dealt | {"streams": seed}))
     assert sum(dealt.values()) >= kills
+    assert {"mlflow.db", "log.txt", "raylet.out"} <= names_of_files_without_secrets(tmp_path,
+                                                                                   ray_folder)
 
 
 # Servers -------------------------------------------------------------------------------------

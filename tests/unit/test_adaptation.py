@@ -10,7 +10,14 @@ from partialhn.errors import InputError
 from partialhn.networks.backbone import build_network
 from partialhn.run import run_stream
 from partialhn.training.adaptation import start_classifier
-from partialhn.training.pretrain import fit_network, load_network, network_key
+from partialhn.training.image_batches import Labelled
+from partialhn.training.pretrain import (
+    fit_network,
+    load_network,
+    network_key,
+    network_optimiser,
+    train_network,
+)
 
 LOCAL = pafs.LocalFileSystem()
 
@@ -116,6 +123,19 @@ def image_tensors():
     y_N = torch.arange(40) % 2
     noise = torch.randint(0, 100, (40, 3, 32, 32), generator=generator)
     return (noise + 100 * y_N[:, None, None, None]).to(torch.uint8), y_N
+
+
+def test_batch_norms_keep_their_statistics(image_tensors):
+    images, config = Labelled(*image_tensors), configured("x.pt", adapt_trunk=True).backbone
+    network = build_network("slim_resnet18", 2)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    (_,) = train_network(network, images, config, "none", network_optimiser(network, config))
+    after = network.state_dict()
+    assert not torch.equal(after["body.layer1.0.bn1.weight"], before["body.layer1.0.bn1.weight"])
+    statistics = [name for name in after if "running" in name or "tracked" in name]
+    assert statistics
+    for name in statistics:
+        assert torch.equal(after[name], before[name]), name
 
 
 def test_a_stream_is_learned_on_the_adapted_trunk(adapted):
