@@ -87,7 +87,7 @@ def test_a_holder_that_cannot_write_stops_by_itself(storage, monkeypatch):
     monkeypatch.setattr(held, "_write_beat", lambda expires: (_ for _ in ()).throw(OSError))
     assert held.acquire() is None
     time.sleep(0.7)
-    with pytest.raises(LeaseLostError, match="could not show for 0.6 s"):
+    with pytest.raises(LeaseLostError, match=r"could not show for 0\.6 s"):
         held.check()
     held._stop.set()
 
