@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 
 from partialhn.data import corruptions
 from partialhn.data.image_table import ImageTable
+from partialhn.data.listing import POINTER
 from partialhn.errors import InputError
 from partialhn.pixels import Pixels
 
@@ -29,6 +30,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 PLAIN = Pixels()
 """The whole central square of an image."""
+MIN_16_BIT = 4096
+"""Largest value that an image of 16 bits must reach, unless it is black: 16 of 256 grey levels."""
 PIECE = 256
 """Images that `decode_to_file` decodes at a time."""
 _FILTERS = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR,
@@ -180,6 +183,8 @@ def _decode_one(encoded: bytes, size: int, max_pixels: int, pixels: Pixels) -> I
     """
     if not encoded:
         raise _BadImageError("is empty")
+    if encoded.startswith(POINTER):
+        raise _BadImageError("is a pointer of Git LFS and not the image; git lfs pull fetches it")
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             width, height = image.size
@@ -214,9 +219,17 @@ def _box(width: int, height: int, pixels: Pixels) -> tuple[float, float, float, 
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any 8- or 16-bit mode as RGB; transparency is dropped."""
+    """Any 8- or 16-bit mode as RGB; transparency is dropped.
+
+    Values of 10 or 12 bits in 16 are refused: divided by 256, hardly any grey levels are left.
+    """
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        grey_HW = np.asarray(image)
+        if 0 < grey_HW.max() < MIN_16_BIT:
+            raise _BadImageError(f"has 16 bits a value, but none above {grey_HW.max()}, so it "
+                                 "would be almost black; allowed: values that fill the 16 bits, "
+                                 "or 8 bits")
+        return Image.fromarray((grey_HW >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise _BadImageError(f"has 32-bit values (mode {image.mode}), whose range is not known; "
                              "allowed: 8 or 16 bits a channel")

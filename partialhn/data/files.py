@@ -19,6 +19,7 @@ from partialhn.data.columns import ANY, Columns, class_names, features_of, image
 from partialhn.data.image_table import ImageTable, sound
 from partialhn.data.listing import (
     COMMON_WORDS,
+    POINTER,
     SUFFIXES,
     image_paths,
     is_image_content,
@@ -28,10 +29,6 @@ from partialhn.data.listing import (
 )
 from partialhn.data.metadata import Labels
 from partialhn.errors import InputError
-
-POINTER = b"version https://git-lfs.github.com/spec/"
-"""Start of the file that stands for a large file which Git LFS has not fetched."""
-
 
 @dataclasses.dataclass(frozen=True)
 class LabelledSplit:

@@ -27,6 +27,8 @@ JUNK = ("@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found",
 """Files and folders that file systems and network drives leave everywhere."""
 CONTROL = ("task.yaml",)
 """Files of the inbox that belong to no data set; its markers begin with an underscore."""
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""Start of the file that stands for a large file which Git LFS has not fetched."""
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Tables about the images beside them."""
 _JUNK = frozenset(name.casefold() for name in JUNK)

@@ -465,6 +465,18 @@ def test_any_mode_becomes_rgb(mode, form):
     assert abs(difference).mean() < 6
 
 
+@pytest.mark.parametrize("largest", [255, 1023, 4095])
+def test_few_bits_in_16_are_refused_and_not_made_black(largest):
+    values = np.arange(64).reshape(8, 8) * largest // 63
+    image = encoded(Image.fromarray(values.astype(np.uint16)))
+    bad = decode_images([image], ["x"], 8, on_bad="skip").bad[0]
+    assert bad.reason.startswith(f"has 16 bits a value, but none above {largest}")
+    black, bright = (encoded(Image.fromarray(np.full((8, 8), value, np.uint16)))
+                     for value in (0, 4096))
+    assert decode_images([black, bright], ["x", "y"], 8).images_BCHW.amax((1, 2, 3)).tolist() == [
+        0, 16]
+
+
 @pytest.mark.parametrize(("size", "close"), [((64, 32), 0.5), ((300, 200), 0.5),
                                              ((32, 64), 0.5), ((40, 333), 4), ((8, 9), 8)])
 def test_shorter_side_is_resized_and_the_centre_kept(size, close):
@@ -566,6 +578,11 @@ def test_damage_anywhere_is_a_bad_image_and_nothing_worse(recwarn):
     assert len(decoded.images_BCHW) + len(decoded.bad) == len(images)
     assert 0 < len(decoded.bad) < len(images)
     assert not recwarn.list
+
+
+def test_a_pointer_of_git_lfs_says_so():
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    assert "git lfs pull" in decode_images([pointer], ["x"], 8, on_bad="skip").bad[0].reason
 
 
 def test_decoding_nothing():
