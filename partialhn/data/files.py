@@ -30,6 +30,7 @@ from partialhn.data.listing import (
 from partialhn.data.metadata import Labels
 from partialhn.errors import InputError
 
+
 @dataclasses.dataclass(frozen=True)
 class LabelledSplit:
     """Images with the labels as found: whole numbers, or names."""
