@@ -174,7 +174,7 @@ def decide(policy: Policy, facts: GateFacts) -> Decision:
         _at_least(f"accuracy above chance ({chance:.3f})", policy.min_above_chance, new - chance),
         None if policy.min_above_chance is None else _at_most(
             f"p-value of guessing ({facts.images} test images)", policy.max_p_value,
-            _p_value(new, chance, facts.images)),
+            None if facts.images is None else p_value(new, chance, facts.images)),
         _at_least("accuracy minus linear probe" + ("" if facts.linear_probe is None else
                                                    f" ({facts.linear_probe:.3f})"),
                   policy.min_against_linear_probe,
@@ -212,10 +212,10 @@ def _decision(policy: Policy, facts: GateFacts, checks: list[tuple[str, bool]]) 
                     policy, facts.doubts)
 
 
-def _p_value(accuracy: float, chance: float, images: int | None) -> float | None:
-    """The probability that guessing gets as many images right; None if nothing was measured."""
-    if images is None or not math.isfinite(accuracy):
-        return None
+def p_value(accuracy: float, chance: float, images: int) -> float:
+    """The probability that guessing gets as many images right; NaN for an accuracy of NaN."""
+    if not math.isfinite(accuracy):
+        return math.nan
     return float(bdtrc(round(accuracy * images) - 1, images, chance))
 
 

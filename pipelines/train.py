@@ -42,6 +42,7 @@ from partialhn.training.result import (
     result_fields,
     stream_metrics,
 )
+from partialhn.training.review import review
 from partialhn.training.slots import Slot, featured_slots
 from pipelines.execution.base import Execution, our_outcome
 from pipelines.execution.choose import open_execution
@@ -53,6 +54,7 @@ from pipelines.execution.continuation import (
 )
 from pipelines.execution.open_data import open_data
 from pipelines.features.produce import open_store
+from pipelines.platform.numbers import now
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Placing, Registry, connect
@@ -226,7 +228,11 @@ class Job:
             "tracking_uri": mask_password(self.registry.tracking_uri),
             "model_uri": f"models:/{self.output.name}@{CHAMPION}",
             "champion": registrar.champion(), "continues": self.continuation.fields(),
-            "versions": registrar.version_fields()}
+            "versions": registrar.version_fields(), "finished": now()}
+        ours = outcomes[self.config.train.strategy]
+        fields["review"] = review(model, registrar.slots, open_store(
+            self.storage, self.config.compute), ours.finished[-1].accuracy_row, ours.epochs,
+            {each.name: each.test for each in self.experiences})
         for row, seconds in zip(fields["seconds"]["per_task"], registrar.seconds, strict=True):
             row["register"] = round(seconds, 3)
         self._publish(fields)

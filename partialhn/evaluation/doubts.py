@@ -2,8 +2,10 @@
 
 import math
 
+from partialhn.evaluation.certainty import difference
+
 CLEARLY = 2.0
-"""Standard errors beyond which a difference is not chance."""
+"""Standard errors beyond which an accuracy is not that of guessing."""
 
 
 def doubts(accuracy: float, images: int | None, classes: int, held_out: float | None = None,
@@ -24,8 +26,8 @@ def doubts(accuracy: float, images: int | None, classes: int, held_out: float | 
         found.append(f"its accuracy of {accuracy:.1%} is close to guessing ({chance:.1%}): do not "
                      "use it; it needs more images or more steps (--min-steps, --trunk-min-steps)")
     if held_out is not None and ridge is not None and held_out_images:
-        error = math.sqrt(max(ridge * (1 - ridge), 1e-4) / held_out_images)
-        if ridge - held_out > CLEARLY * error:
+        ahead = difference([[ridge]], [[held_out]], [held_out_images])
+        if ahead.mean > 0 and ahead.tells:
             found.append(f"ridge regression, which needs no training, is right for {ridge:.1%} of "
                          f"its held-out images, this head for {held_out:.1%}: train it longer, or "
                          "leave out --epochs and --closed-form")

@@ -139,7 +139,7 @@ def _points(interval: Mapping[str, Any]) -> str:
 
 
 def _two_lines(value: str, low: float, high: float) -> str:
-    return f"<span>{value}<small>{points(low)} to {points(high)}</small></span>"
+    return f'<span>{value}<small class="range">{points(low)} to {points(high)}</small></span>'
 
 
 def _importance_note(advice: Mapping[str, Any]) -> str:

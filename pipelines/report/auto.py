@@ -21,6 +21,9 @@ def without_id(facts: Facts) -> str:
             f"{percent(measured['acc_given'])} of the same images get the right class.")
     rows = [[f"{escape(name)}<small>{escape(note)}</small>", percent(measured[key])]
             for key, name, note in METHODS if key in measured]
+    classes = sum(len(task.get("classes") or ()) for task in facts.details)
+    if classes:
+        rows.append([f"Guessing<small>one of {classes:,} classes</small>", percent(1 / classes)])
     notes = f"{_after_each(facts)} {_detection(measured)}".strip()
     return section("Where nobody says the task", lead,
                    data_table(["Task inferred by", "Right class"], rows),

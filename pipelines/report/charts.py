@@ -16,6 +16,10 @@ import numpy.typing as npt
 WIDTH = 400
 WITH_TEXT = 25
 """Up to this many tasks a heat map cell carries its number."""
+WHOLE = 60
+"""Up to this many tasks every cell of a heat map is one task."""
+BLOCKS = 50
+"""Cells along each side beyond that, at most."""
 HEAT_BINS = 10
 
 
@@ -90,38 +94,83 @@ def accuracy_ticks(values: npt.ArrayLike) -> list[float]:
 
 
 def heat_map(key: str, names: Sequence[str], accuracy_TT: npt.NDArray[np.float64],
-             description: str) -> str:
-    """The accuracy matrix; its numbers are written in the cells up to `WITH_TEXT` tasks."""
+             description: str, guessing: Sequence[float] = ()) -> str:
+    """The accuracy matrix; its numbers are written in the cells up to `WITH_TEXT` tasks.
+
+    Beyond `WHOLE` tasks, neighbours are drawn as one cell with their mean. guessing: accuracy of
+    guessing on every task, for a last row; empty where it is unknown.
+    """
+    group = 1 if len(names) <= WHOLE else math.ceil(len(names) / BLOCKS)
+    spans = [range(first, min(first + group, len(names))) for first in range(0, len(names), group)]
+    if group > 1:
+        names = [f"{names[span[0]]} to {names[span[-1]]}" for span in spans]
+        accuracy_TT = _block_means(accuracy_TT, spans)
+        guessing = [float(np.mean([guessing[task] for task in span])) for span in spans
+                    ] if guessing else ()
     n_tasks = len(names)
     with_text, narrow = n_tasks <= WITH_TEXT, n_tasks <= 10
-    left = 96.0 if with_text else 30.0
+    left = 96.0 if with_text else 58.0
     cell = (WIDTH - left) / n_tasks if narrow or not with_text else 30.0
     high = min(cell, 36.0)
     width, top = left + cell * n_tasks, 34.0
-    low, step = heat_scale(accuracy_TT)
+    low, step = heat_scale(np.concatenate([accuracy_TT.flatten(), guessing]))
     body = [text(max(left, 76), 12, "accuracy on task →"), text(0, 12, "after task ↓")]
-    every = 1 if with_text else tick_step(n_tasks)
+    every = 1 if with_text else tick_step(len(spans) * group) // group or 1
     for j in range(0, n_tasks, every):
-        body.append(text(left + (j + 0.5) * cell, top - 7, j, anchor="middle"))
-        label = shorten(row_label(j, names[j]), 14) if with_text else str(j)
+        body.append(text(left + (j + 0.5) * cell, top - 7, spans[j][0], anchor="middle"))
+        label = shorten(row_label(j, names[j]), 14) if with_text else str(spans[j][0])
         body.append(f"<g><title>{escape(names[j])}</title>"
                     + text(left - 8, top + (j + 0.5) * high + 4, label, anchor="end") + "</g>")
-    gap = 1.5 if with_text else 0.0
-    for i in range(n_tasks):
-        for j in range(i + 1):
-            bin_index = min(HEAT_BINS - 1, max(0, int((accuracy_TT[i, j] - low) / step + 1e-9)))
-            x, y = left + j * cell, top + i * high
-            tip = f"after {names[i]}: {100 * accuracy_TT[i, j]:.1f} % on {names[j]}"
-            cell_svg = (f'<rect x="{number(x)}" y="{number(y)}" width="{cell - gap:.2f}" '
-                        f'height="{high - gap:.2f}" class="h{bin_index}"/>')
-            if with_text:
-                shown = f"{100 * accuracy_TT[i, j]:.{1 if narrow else 0}f}"
-                cell_svg += text(x + (cell - gap) / 2, y + (high - gap) / 2 + 4, shown,
-                                 f"cell t{bin_index}", "middle")
-            body.append(f"<g><title>{escape(tip)}</title>{cell_svg}</g>")
+    draw = _Cells(left, top, cell, high, low, step, 1.5 if with_text else 0.0,
+                  (1 if narrow else 0) if with_text else None)
+    body += [draw.cell(i, j, accuracy_TT[i, j], f"after {names[i]}: "
+                       f"{100 * accuracy_TT[i, j]:.1f} % on {names[j]}")
+             for i in range(n_tasks) for j in range(i + 1)]
     bottom = top + high * n_tasks
+    if guessing:
+        draw = dataclasses.replace(draw, top=bottom + 8, high=max(high, 16.0))
+        body.append(text(left - 8, bottom + 12 + draw.high / 2, "guessing", anchor="end"))
+        body += [draw.cell(0, j, share, f"guessing: {100 * share:.1f} % on {names[j]}")
+                 for j, share in enumerate(guessing)]
+        bottom += 8 + draw.high
     body.append(_heat_legend(left, bottom + 12, min(width - left, 300.0), low, step))
     return svg(key, "Accuracy matrix", description, bottom + 42, body, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cells:
+    """The cells of a heat map: place and size, colour scale, decimals of numbers (None: none)."""
+
+    left: float
+    top: float
+    wide: float
+    high: float
+    low: float
+    step: float
+    gap: float
+    digits: int | None
+
+    def cell(self, i: int, j: int, share: float, tip: str) -> str:
+        """One cell in row i and column j, with a tooltip."""
+        shade = min(HEAT_BINS - 1, max(0, int((share - self.low) / self.step + 1e-9)))
+        x, y = self.left + j * self.wide, self.top + i * self.high
+        drawn = (f'<rect x="{number(x)}" y="{number(y)}" width="{self.wide - self.gap:.2f}" '
+                 f'height="{self.high - self.gap:.2f}" class="h{shade}"/>')
+        if self.digits is not None:
+            drawn += text(x + (self.wide - self.gap) / 2, y + (self.high - self.gap) / 2 + 4,
+                          f"{100 * share:.{self.digits}f}", f"cell t{shade}", "middle")
+        return f"<g><title>{escape(tip)}</title>{drawn}</g>"
+
+
+def _block_means(accuracy_TT: npt.NDArray[np.float64],
+                 spans: Sequence[range]) -> npt.NDArray[np.float64]:
+    """The mean of what was measured in every block of tasks; NaN above the diagonal."""
+    means = np.full((len(spans), len(spans)), np.nan)
+    for i, rows in enumerate(spans):
+        for j, columns in enumerate(spans[:i + 1]):
+            means[i, j] = np.nanmean(accuracy_TT[rows[0]:rows[-1] + 1,
+                                                 columns[0]:columns[-1] + 1])
+    return means
 
 
 def row_label(index: int, name: str) -> str:
@@ -151,7 +200,7 @@ def line_chart(key: str, title: str, description: str, lines: Sequence[Line],
                y_ticks: Sequence[float], tick_format: str, x_ticks: Sequence[tuple[float, str]],
                x_label: str, right: float = 12, borders: Sequence[float] = ()) -> str:
     """Lines over a common x; `borders` are thin vertical rules, `right` is room for labels."""
-    left, top, height, bottom = 44.0, 14.0, 250.0, 214.0
+    left, top, height, bottom = 46.0, 14.0, 250.0, 214.0
     xs = [x for line in lines for x, _ in line.points]
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
     y_low, y_high = y_ticks[0], y_ticks[-1]
@@ -167,7 +216,7 @@ def line_chart(key: str, title: str, description: str, lines: Sequence[Line],
     for tick in y_ticks:
         _, y = place(x_low, tick)
         body.append(f'<path class="grid" d="M{number(left)} {number(y)}H{number(WIDTH - right)}"/>')
-        body.append(text(left - 6, y + 4, tick_format.format(tick), anchor="end"))
+        body.append(text(left - 6, y + 4, _tick(tick_format, tick), anchor="end"))
     for at, label in x_ticks:
         body.append(text(place(at, y_low)[0], bottom + 16, label, anchor="middle"))
     body.append(text((left + WIDTH - right) / 2, height - 3, x_label, anchor="middle"))
@@ -177,6 +226,11 @@ def line_chart(key: str, title: str, description: str, lines: Sequence[Line],
     body += [text(x_end, y + 4, line.label, f"lb {line.css}-t")
              for y, line in _spread(ends, top, bottom)]
     return svg(key, title, description, height, body)
+
+
+def _tick(tick_format: str, value: float) -> str:
+    """The text of a tick; per cent as everywhere on the page: 57 %."""
+    return tick_format.format(value).replace("%", " %")
 
 
 def _line(line: Line, spots: Sequence[tuple[float, float]]) -> str:
@@ -205,7 +259,7 @@ def _spread(ends: Sequence[tuple[float, Line]], top: float, bottom: float,
 def bar_chart(key: str, title: str, description: str, bars: Sequence[Bar], longest: float,
               limit: tuple[float, str] | None = None, right: float = 76) -> str:
     """Horizontal bars with their number beside them; `limit` is a marked value and its name."""
-    left, row, top = 104.0, 22.0, 22.0 if limit else 6.0
+    left, row, top = 112.0, 22.0, 22.0 if limit else 6.0
     scale = (WIDTH - right - left) / max(longest, 1e-9)
     bottom = top + row * len(bars)
     body = [f'<path class="base" d="M{number(left)} {number(top)}V{number(bottom)}"/>']
@@ -239,7 +293,7 @@ def column_chart(key: str, title: str, description: str, bars: Sequence[Bar],
     for tick in ticks:
         y = bottom - tick / ticks[-1] * (bottom - top)
         body.append(f'<path class="grid" d="M{number(left)} {number(y)}H{number(WIDTH - right)}"/>')
-        body.append(text(left - 6, y + 4, tick_format.format(tick), anchor="end"))
+        body.append(text(left - 6, y + 4, _tick(tick_format, tick), anchor="end"))
     every = tick_step(len(bars))
     for k, bar in enumerate(bars):
         x, y = left + (k + 0.5) * pitch - thick / 2, bottom

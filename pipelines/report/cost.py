@@ -35,18 +35,37 @@ def training(facts: Facts) -> str:
         top = max(y for line in loss for _, y in line.points)
         figures.append(figure("Training loss, epoch by epoch", _epoch_chart(
             "loss", "Training loss", loss, charts.nice_ticks(0, top), "{:.3g}", tasks),
-            "Loss including the penalty that protects earlier tasks. It should fall while a task "
-            "is trained, and end about as low for late tasks as for early ones."))
+            "Cross-entropy in nats, with the penalty that protects earlier tasks. It should fall "
+            "while a task is trained, and end about as low for late tasks as for early ones."))
     if learned or held_out:
+        guessing = _guessing(facts, tasks)
         legend = key(*([("--mute", "training images")] if learned else []),
-                     *([("--accent", "held-out images")] if held_out else []))
-        ticks = charts.accuracy_ticks([y for line in learned + held_out for _, y in line.points])
+                     *([("--accent", "held-out images")] if held_out else []),
+                     *([("--soft", "guessing")] if guessing else []))
+        shown = guessing + learned + held_out
+        ticks = charts.accuracy_ticks([y for line in shown for _, y in line.points])
         figures.append(figure("Accuracy while training, epoch by epoch", legend + _epoch_chart(
-            "accuracy", "Accuracy while training", learned + held_out, ticks, "{:.0%}", tasks),
+            "accuracy", "Accuracy while training", shown, ticks, "{:.0%}", tasks),
             "A gap between the two is over-fitting: the model fits the training images better "
             "than others."))
     lead = f"{total:,} epochs in all, {total / len(tasks):.3g} a task; {how}."
     return section("Training", lead, pair(*figures))
+
+
+def _guessing(facts: Facts, tasks: Mapping[int, Records]) -> list[Line]:
+    """The accuracy of guessing: of every task, or the mean of all that lie on top of each other."""
+    chance_T = facts.guessing
+    if not chance_T or max(tasks) >= len(chance_T):
+        return []
+    if len(tasks) > IN_A_ROW:
+        last = max(record["epoch"] for records in tasks.values() for record in records)
+        mean = float(np.mean([chance_T[task] for task in tasks]))
+        return [Line(((1.0, mean), (float(max(last, 2)), mean)), "l-chance", "",
+                     f"guessing: {percent(mean)}, mean of all tasks")]
+    starts = _starts(tasks)
+    return [Line(((starts[task] + 0.6, chance_T[task]),
+                  (starts[task] + len(records) + 0.4, chance_T[task])), "l-chance", "",
+                 f"guessing: {percent(chance_T[task])}") for task, records in tasks.items()]
 
 
 def _epochs_by_task(facts: Facts) -> dict[int, Records]:

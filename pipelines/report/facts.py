@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from partialhn.errors import InputError
 from partialhn.evaluation import metrics
+from partialhn.evaluation.certainty import Estimate, difference
 from partialhn.evaluation.doubts import doubts
 from partialhn.strategies.table import label_of
 from partialhn.training.records import Forgotten
@@ -57,13 +58,19 @@ class Facts:
         return float(np.mean([1 / n for n in counts])) if all(counts) else None
 
     @property
-    def standard_error(self) -> float | None:
-        """Binomial standard error of ACC from the finite test sets, None where unknown."""
+    def guessing(self) -> tuple[float, ...]:
+        """Accuracy of guessing on every task; empty where the classes of one are unknown."""
+        counts = [len(task.get("classes") or ()) for task in self.details]
+        return tuple(1 / n for n in counts) if all(counts) else ()
+
+    @property
+    def behind_heads(self) -> Estimate | None:
+        """`gap` with its interval; None where the test images or the heads' tasks are unknown."""
+        rows = dig(self.result, "bounds", "separate_heads", "accuracy_matrix")
         counts = [task.get("test_images") or 0 for task in self.details]
-        if not all(counts):
+        if self.gap is None or not rows or not all(counts) or len(rows[-1]) != len(counts):
             return None
-        last_T = self.accuracy_TT[-1]
-        return float(np.sqrt((last_T * (1 - last_T) / counts).sum()) / len(counts))
+        return difference([rows[-1]], [self.accuracy_TT[-1].tolist()], counts)
 
     @property
     def gap(self) -> float | None:

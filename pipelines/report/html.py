@@ -33,9 +33,13 @@ def base_css() -> str:
     return Path(__file__).with_name("base.css").read_text(encoding="utf-8")
 
 
-def section(title: str, lead: str, *html: str) -> str:
-    """A part of the page: title and lead are plain text, the rest is HTML."""
-    return (f"<section><h2>{escape(title)}</h2><p>{escape(lead)}</p>"
+def section(title: str, lead: str, *html: str, paper: bool = True) -> str:
+    """A part of the page: title and lead are plain text, the rest is HTML.
+
+    paper: whether it is printed, too.
+    """
+    css = "" if paper else ' class="aside"'
+    return (f"<section{css}><h2>{escape(title)}</h2><p>{escape(lead)}</p>"
             + "".join(part for part in html if part) + "</section>")
 
 

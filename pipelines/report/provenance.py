@@ -34,22 +34,28 @@ def usage(facts: Facts) -> str:
     versions = list(facts.result.get("versions") or [])
     return section("How to use it", f"The current model is {uri}. Every task registered a "
                    "version that knows the tasks up to it; any of them can be loaded.",
-                   pair(left, _going_back(uri, tracking, versions)), _versions(versions))
+                   pair(left, _going_back(uri, facts, versions)),
+                   _versions(versions), paper=False)
 
 
-def _going_back(uri: str, tracking: object, versions: Sequence[Mapping[str, Any]]) -> str:
+def _going_back(uri: str, facts: Facts, versions: Sequence[Mapping[str, Any]]) -> str:
+    """The command that makes the version before the current one current, for good."""
     named = re.fullmatch(r"models:/(?P<name>[^@]+)@(?P<alias>[^@/]+)", uri)
-    if named is None or not versions:
+    numbers = [str(each.get("version")) for each in versions]
+    champion = str(facts.result.get("champion") or (numbers or [""])[-1])
+    earlier = numbers[:numbers.index(champion)] if champion in numbers else []
+    if named is None or not earlier:
         return ""
-    earlier = versions[max(len(versions) - 2, 0)]
-    version = str(earlier.get("version"))
+    version, storage = earlier[-1], facts.result.get("storage")
+    tracking = facts.result.get("tracking_uri")
+    words = [f"partialhn models rollback --name {shlex.quote(named['name'])}",
+             f"--to {shlex.quote(version)} --why REASON"]
+    words += [f"--storage {shlex.quote(mask_password(str(storage)))}"] if storage else []
+    words += [f"--tracking-uri {shlex.quote(mask_password(str(tracking)))}"] if tracking else []
     load = f"models:/{named['name']}/{version}"
-    server = f"\n    {mask_password(str(tracking))!r}" if tracking else ""
-    move = (f"from mlflow import MlflowClient\n\nclient = MlflowClient({server})\n"
-            "client.set_registered_model_alias(\n"
-            f"    {named['name']!r}, {named['alias']!r}, {version!r})")
     return ("<div><h3>An earlier version, named in place of the current one</h3>" + _code(load)
-            + f"<h3>Go back: make it “{escape(named['alias'])}” again</h3>{_code(move)}</div>")
+            + f"<h3>Go back: make version {escape(version)} the current one again</h3>"
+            + _code(" \\\n    ".join(words)) + "</div>")
 
 
 def _versions(versions: Sequence[Mapping[str, Any]]) -> str:
@@ -86,7 +92,7 @@ def configuration(facts: Facts) -> str:
              if value is not None and value != ""]
     return section("Configuration and provenance", "Settings that repeat the run, and hashes that "
                    "show whether it is the same.", facts_list(known), _options(result),
-                   _feature_keys(result))
+                   _feature_keys(result), paper=False)
 
 
 def _options(result: Mapping[str, Any]) -> str:

@@ -1,38 +1,59 @@
 """The report's sections on accuracy: every task over time, forgetting, and the baselines."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from pipelines.platform.numbers import duration, percent, points, size
+from pipelines.platform.numbers import UNKNOWN, duration, in_points, percent, points, size
 from pipelines.report import charts
 from pipelines.report.charts import Bar, Line, escape, shorten
 from pipelines.report.facts import FORGETTING_LIMIT, Facts, break_even
 from pipelines.report.html import NAMED_LINES, data_table, figure, pair, section
+from pipelines.report.judged import Judged
+from pipelines.report.sure import missing
 
 LISTED_BARS = 25
 LISTED_IMAGES = 100
+LISTED_TASKS = 12
+"""Tasks that the table shows before it is unfolded."""
+
+
+def tasks_table(facts: Facts, judged: Sequence[Judged]) -> str:
+    """Every task with its accuracy, guessing, ridge regression and the gate's answer."""
+    refused = sum(each.refused for each in judged)
+    lead = ("“At the end” is the accuracy on a task's test images now, with its 95 % interval. "
+            "“Ridge” is ridge regression on the same features, which needs no training. ")
+    lead += (f"The gate would refuse {refused} of {len(judged)} tasks." if refused else
+             "The gate would refuse none." if all(each.decision for each in judged) else "")
+    table = _task_table(facts, judged)
+    if len(facts.tasks) <= LISTED_TASKS:
+        return section("The tasks", lead, table, _bad_images(facts))
+    order = sorted(range(len(judged)), key=lambda j: (not judged[j].refused, _margin(judged[j])))
+    first = sorted(order[:LISTED_TASKS])
+    lead += f" Listed first are the {LISTED_TASKS} with the least accuracy above guessing."
+    return section("The tasks", lead, _task_table(facts, judged, first),
+                   f"<details><summary>All {len(facts.tasks)} tasks as a table</summary>{table}"
+                   "</details>", _bad_images(facts))
+
+
+def _margin(task: Judged) -> float:
+    return task.accuracy - (task.chance or 0.0)
 
 
 def task_by_task(facts: Facts) -> str:
-    """The accuracy matrix, its columns as lines, the forgetting, and the list of tasks."""
+    """The accuracy matrix, its columns as lines, and the forgetting."""
     n_tasks, summary = len(facts.tasks), facts.metrics
     if n_tasks == 1:
-        return section("Task by task", "With one task there is no order of learning to show and "
-                       "nothing to forget; both appear with the second task.", _task_table(facts),
-                       _bad_images(facts))
+        return section("Over time", "With one task there is no order of learning to show and "
+                       "nothing to forget; both appear with the second task.")
     lead = (f"The mean accuracy of a task is {percent(summary.learning_accuracy)} right after its "
             f"own training, and {percent(summary.accuracy)} once all {n_tasks} are learned.")
-    heat = _heat_figure(facts)
-    lines, lost, listing = _line_figure(facts), _forgotten_figure(facts), _task_table(facts)
+    heat, lines, lost = _heat_figure(facts), _line_figure(facts), _forgotten_figure(facts)
     if n_tasks <= 10:
-        listing = f"<div><h3>The tasks</h3>{listing}</div>"
-        return section("Task by task", lead, pair(heat, lines), pair(lost, listing),
-                       _bad_images(facts))
-    listing = f"<details><summary>All {n_tasks} tasks as a table</summary>{listing}</details>"
+        return section("Over time", lead, pair(heat, f"<div>{lines}{lost}</div>"))
     if n_tasks > charts.WITH_TEXT:
-        return section("Task by task", lead, pair(f"<div>{heat}{lines}</div>", lost), listing,
-                       _bad_images(facts))
-    return section("Task by task", lead, f'<div class="wide">{heat}</div>', pair(lines, lost),
-                   listing, _bad_images(facts))
+        return section("Over time", lead, pair(f"<div>{heat}{lines}</div>", lost))
+    return section("Over time", lead, f'<div class="wide">{heat}</div>', pair(lines, lost))
 
 
 def _heat_figure(facts: Facts) -> str:
@@ -40,11 +61,14 @@ def _heat_figure(facts: Facts) -> str:
     drawing = charts.heat_map(
         "matrix", facts.tasks, table_TT,
         f"Row i, column j: accuracy on task j after training task i. {n_tasks} tasks; values from "
-        f"{percent(float(np.nanmin(table_TT)))} to {percent(float(np.nanmax(table_TT)))}.")
+        f"{percent(float(np.nanmin(table_TT)))} to {percent(float(np.nanmax(table_TT)))}.",
+        facts.guessing)
     css = "scroll" if 10 < n_tasks <= charts.WITH_TEXT else ""
     return figure("Accuracy on every task after every task, in per cent", drawing,
                   "A column shows one task through time, from the diagonal (just learned) down to "
-                  "the last row (now). An even column means nothing was lost.", css,
+                  "the last row (now). An even column means nothing was lost."
+                  + (f" Each cell is the mean of up to {-(-n_tasks // charts.BLOCKS)} tasks."
+                     if n_tasks > charts.WHOLE else ""), css,
                   natural=96 + 30 * n_tasks if css else 0)
 
 
@@ -66,12 +90,17 @@ def _line_figure(facts: Facts) -> str:
     mean = tuple((float(i), float(table_TT[i, :i + 1].mean())) for i in range(n_tasks))
     if not named:
         lines.append(Line(mean, "l-mean", "mean", "mean over the tasks learned so far"))
+    chance_T = facts.guessing
+    if chance_T:
+        lines.insert(0, Line(tuple((float(i), float(np.mean(chance_T[:i + 1])))
+                                   for i in range(n_tasks)), "l-chance", "guessing",
+                             "guessing: mean over the tasks learned so far"))
     every = charts.tick_step(n_tasks)
     drawing = charts.line_chart(
         "over-time", "Accuracy of each task over time",
         f"One line a task, starting when it is learned. The mean over learned tasks goes from "
         f"{percent(mean[0][1])} to {percent(mean[-1][1])}.", lines,
-        charts.accuracy_ticks(table_TT[np.tril_indices(n_tasks)]), "{:.0%}",
+        charts.accuracy_ticks([*table_TT[np.tril_indices(n_tasks)], *chance_T]), "{:.0%}",
         [(float(i), str(i)) for i in range(0, n_tasks, every)], "after training task", right=88)
     caption = ("A flat line is a task that is kept; a falling one is being forgotten."
                + ("" if named else " Bold: mean over the tasks learned so far; orange, if any: "
@@ -117,20 +146,56 @@ def _best(facts: Facts, j: int) -> float:
     return float(facts.accuracy_TT[j:, j].max())
 
 
-def _task_table(facts: Facts) -> str:
+def _task_table(facts: Facts, judged: Sequence[Judged], places: Sequence[int] = ()) -> str:
+    """A row for each task, or for those at some places."""
     rows = []
-    for j, (name, task) in enumerate(zip(facts.tasks, facts.details, strict=True)):
-        classes = [str(label) for label in task.get("classes") or ()]
-        about = shorten(", ".join(classes[:12]) + (", …" if len(classes) > 12 else ""), 90)
-        if task.get("transform") not in (None, "none"):
-            about += f" · images: {task['transform']}"
-        title = f"{escape(charts.row_label(j, name))}<small>{escape(about)}</small>"
+    for j in places or range(len(facts.tasks)):
+        task, found = facts.details[j], judged[j]
         images = " / ".join(f"{task[part]:,}" if task.get(part) is not None else "–"
                             for part in ("train_images", "test_images"))
-        rows.append([title, images, percent(facts.accuracy_TT[j, j]),
-                     percent(facts.accuracy_TT[-1, j])])
-    return data_table(["Task and classes", "Images: train / test", "When learned", "At the end"],
-                      rows)
+        interval = ("" if found.interval is None else
+                    f'<small class="range">{points(found.interval[0])} to '
+                    f"{points(found.interval[1])}</small>")
+        rows.append([_title(facts, j), images, percent(facts.accuracy_TT[j, j]),
+                     f"<span>{percent(found.accuracy)}{interval}</span>", percent(found.chance),
+                     _ridge(found), _gate(found)])
+    return data_table(["Task and classes", "Images: train / test", "When learned", "At the end",
+                       "Guessing", "Ridge", "By the gate"], rows, "stack")
+
+
+def _title(facts: Facts, j: int) -> str:
+    task = facts.details[j]
+    classes = [str(label) for label in task.get("classes") or ()]
+    about = shorten(", ".join(classes[:12]) + (", …" if len(classes) > 12 else ""), 90)
+    if task.get("transform") not in (None, "none"):
+        about += f" · images: {task['transform']}"
+    return f"{escape(charts.row_label(j, facts.tasks[j]))}<small>{escape(about)}</small>"
+
+
+def _ridge(task: Judged) -> str:
+    """Ridge regression beside the head, as HTML."""
+    if task.ridge is None:
+        return "not measured"
+    if task.ridge.solved:
+        return "solved by it"
+    ahead = task.ridge.ahead
+    note = missing(ahead, task.ridge.images) or (
+        f"{in_points(abs(ahead.mean))} {'behind' if ahead.mean > 0 else 'ahead'}, 95 % interval "
+        f"{points(abs(ahead.mean) - ahead.half)} to {points(abs(ahead.mean) + ahead.half)}")
+    on = "" if task.ridge.images == "test images" else "on held-out images: "
+    return f"<span>{percent(task.ridge.ridge)}<small>{escape(on + note)}</small></span>"
+
+
+def _gate(task: Judged) -> str:
+    """The gate's answer, as HTML."""
+    if task.decision is None:
+        return UNKNOWN
+    if not task.refused:
+        return "takes it"
+    text = "; ".join(task.refusals())
+    if more := task.more_images():
+        text += f"; {more:,} more test images with this accuracy would pass"
+    return f'<span class="limit-hit">refuses it<small>{escape(text)}</small></span>'
 
 
 def baselines(facts: Facts) -> str:
@@ -142,8 +207,9 @@ def baselines(facts: Facts) -> str:
                        "stored features are used again.")
     methods = [facts.ours, *facts.baselines.values()]
     heads = ["", f'<span class="ours">{escape(facts.ours.label)}</span>',
-             *[escape(method.label) for method in methods[1:]]]
-    rows = [[f"{label}<small>{note}</small>", *[show(getattr(m, field)) for m in methods]]
+             *[escape(method.label) for method in methods[1:]], "Guessing"]
+    rows = [[f"{label}<small>{note}</small>", *[show(getattr(m, field)) for m in methods],
+             percent(facts.chance) if show is percent else UNKNOWN]
             for label, note, field, show in (
         ("Accuracy at the end", "ACC: mean over all tasks", "acc", percent),
         ("Accuracy when learned", "LA: right after each task", "learning_accuracy", percent),
@@ -161,4 +227,4 @@ def baselines(facts: Facts) -> str:
         after = (f'<p class="meta after">The part that all tasks share takes '
                  f"{size(shared)} once; with it, the model is smaller than separate heads from "
                  f"{pays} task{'s' * (pays > 1)} on (this stream: {len(facts.tasks)}).</p>")
-    return section("Baselines", lead, data_table(heads, rows, "bounds"), after)
+    return section("Baselines", lead, data_table(heads, rows, "stack"), after)

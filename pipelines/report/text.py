@@ -8,6 +8,8 @@ from pipelines.platform.numbers import UNKNOWN, duration, in_points, percent, si
 from pipelines.report.auto import without_id_line
 from pipelines.report.charts import row_label, shorten
 from pipelines.report.facts import Facts, dig, read_facts
+from pipelines.report.judged import judge, mean_interval
+from pipelines.report.sure import interval_in_percent
 
 COLUMNS = 100
 NBSP = "\u00a0"
@@ -30,7 +32,8 @@ def text_summary(result: Mapping[str, Any]) -> str:
     head += [f"seed {result['seed']}"] if result.get("seed") is not None else []
     blocks = [[shorten(", ".join(head), COLUMNS)],
               _matrix(facts) if len(facts.tasks) <= WHOLE_MATRIX else _compressed(facts),
-              _doubts(facts), _methods(facts), without_id_line(facts), _costs(facts)]
+              _doubts(facts), [*_methods(facts), *_sure(facts)], without_id_line(facts),
+              _costs(facts)]
     text = "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
     return text.translate(PLAIN)
 
@@ -78,6 +81,21 @@ def _methods(facts: Facts) -> list[str]:
                      f"{percent(method.learning_accuracy):>14}{lost:>13}"
                      f"{size(method.bytes_per_task):>13}{duration(method.seconds):>14}")
     return lines
+
+
+def _sure(facts: Facts) -> list[str]:
+    """The accuracy of guessing, the interval of our accuracy, and the answer of the gate."""
+    judged = judge(facts)
+    interval, refused = mean_interval(judged), sum(each.refused for each in judged)
+    words = []
+    if interval:
+        images = sum(each.images or 0 for each in judged)
+        words.append(f"ACC has a {interval_in_percent(*interval)} ({images:,} test images)")
+    if facts.chance is not None:
+        words.append(f"guessing gets {percent(facts.chance)}")
+    if refused:
+        words.append(f"the gate would refuse {refused} of {len(judged)} tasks")
+    return textwrap.wrap(f"{'; '.join(words)}.", COLUMNS) if words else []
 
 
 def _costs(facts: Facts) -> list[str]:

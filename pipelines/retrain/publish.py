@@ -4,10 +4,15 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from partialhn.checkpoints.model import Model
+from partialhn.evaluation.answer_sample import read_sample
 from partialhn.training import lineage
-from partialhn.training.result import model_sizes, peak_rss_bytes, result_fields
+from partialhn.training.result import Outcome, model_sizes, peak_rss_bytes, result_fields
+from partialhn.training.review import review, sample_examples
+from partialhn.training.slots import Slot
+from pipelines.platform.numbers import now
 from pipelines.registry.versions import CHAMPION
 from pipelines.report.page import write_report
 from pipelines.retrain.candidate import WORK
@@ -43,7 +48,11 @@ def publish(context: PassContext, base: Sequence[Decided]) -> None:
         "checkpoint_bytes": size, "device": "see the tasks' runs",
         "peak_rss_bytes": peak_rss_bytes(), "storage": context.storage.uri,
         "tracking_uri": registry.tracking_uri, "model_uri": f"models:/{name}@{CHAMPION}",
-        "versions": versions}
+        "versions": versions, "finished": now()}
+    fields["review"] = _review(context, base, model, slots, outcome)
+    policies = [task.decision["policy"] for task in base if task.decision.get("policy")]
+    if policies:
+        fields["policy"] = policies[-1]
     if gone := forgotten_by(base):
         fields["forgotten"] = [dataclasses.asdict(task) for task in gone.values()]
     context.lease.check()
@@ -54,3 +63,22 @@ def publish(context: PassContext, base: Sequence[Decided]) -> None:
         registry.log_file(parent, write_report(fields, Path(scratch) / "report.html"))
     registry.end_run(parent)
     context.journal.append(context.lease, "published", {"prefix": lineage_ids[-1]})
+
+
+def _review(context: PassContext, base: Sequence[Decided], model: Model, slots: Sequence[Slot],
+            outcome: Outcome) -> list[dict[str, Any]]:
+    """A closer look at the tasks, for the report; example images are those of the stored samples,
+    which a task that was taken over does not have.
+    """
+    if len(model.tasks) != len(slots):
+        return []
+    reviews = review(model, slots, context.store, outcome.finished[-1].accuracy_row,
+                     outcome.epochs, {})
+    for each in reviews:
+        path = context.sample(base[each["index"]].prefix)
+        if context.storage.exists(path):
+            with tempfile.TemporaryDirectory() as scratch:
+                sample = Path(scratch) / "sample.parquet"
+                sample.write_bytes(context.storage.read_bytes(path))
+                each["examples"] = sample_examples(read_sample(sample).to_pylist())
+    return reviews

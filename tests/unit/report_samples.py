@@ -101,7 +101,7 @@ def sample(n_tasks=5, level=0.66, drop=0.0008, gap=0.012, n_epochs=10, n_classes
                       + (["champion"] if i == n_tasks - 1 else [])}
                      for i, name in enumerate(names)],
         "tracking_uri": "sqlite:////data/partialhn/mlflow.db", "storage": "/data/partialhn",
-        "partialhn_version": "0.1.0",
+        "partialhn_version": "0.1.0", "finished": "2026-11-27T15:48Z",
         "versions_of_libraries": {"torch": "2.11.0", "ray": "2.52.1", "mlflow": "3.10.0"},
         "device": "cpu", "weights_hash": "5d1f0a4c9e3b27f8",
     }
