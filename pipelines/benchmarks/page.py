@@ -8,11 +8,11 @@ from partialhn.benchmarks.comparison import Row, rows
 from partialhn.errors import InputError
 from partialhn.networks.table import cut_unit
 from pipelines.benchmarks import findings
-from pipelines.benchmarks.plots import plots_svg
+from pipelines.benchmarks.plots import Panel, colours, panel_svg, panels
 from pipelines.benchmarks.table import table_columns, verdict
-from pipelines.platform.numbers import percent, points
+from pipelines.platform.numbers import date, percent, points
 from pipelines.report.charts import escape
-from pipelines.report.html import data_table, facts_list, figure, page, section
+from pipelines.report.html import data_table, facts_list, figure, page, pair, section
 
 KEPT = ("label", "strategy", "depth", "seed", "acc", "learning_accuracy", "forgetting",
         "accuracy_matrix", "bytes_per_task", "cpu_seconds", "feature_bytes", "tasks", "task_shift",
@@ -24,10 +24,9 @@ SETTINGS = (("tasks", "data", "tasks"), ("images a class", "data", "images_per_c
             ("epochs a task", "train", "epochs"), ("rehearsal memory, images", "train", "buffer"))
 
 
-def benchmark_page(result: Mapping[str, Any], drawn: str | None = None) -> str:
+def benchmark_page(result: Mapping[str, Any]) -> str:
     """The page of a `result.json` that `reproduce` wrote.
 
-    drawn: the output of `plots_svg` for it; drawn here where it is not given.
     Raises: InputError for anything else.
     """
     try:
@@ -35,11 +34,11 @@ def benchmark_page(result: Mapping[str, Any], drawn: str | None = None) -> str:
         table = rows(cells, expected(name, size))
         own, unit = config["backbone"]["freeze_depth"], cut_unit(config["backbone"]["backbone"])
         tasks = findings.task_rows(cells)
-        parts = [_header(name, size, table, cells),
+        parts = [_header(result, table),
                  _findings(_answers(table, cells, tasks, own, unit)),
-                 _table(table, unit),
-                 _drawings(drawn or plots_svg(table, cells, own, unit)),
-                 _tasks(tasks, findings.depths_of(cells)), _provenance(result, table)]
+                 _table(table, unit, cells), _drawings(table, panels(table, cells, own, unit)),
+                 _tasks(tasks, findings.depths_of(cells), chance_of(cells)),
+                 _provenance(result, table)]
     except (KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
         raise InputError(f"the result cannot be shown as a benchmark ({error!r}); allowed: a "
                          "result.json that reproduce wrote, with this version") from error
@@ -61,11 +60,17 @@ def _answers(table: Sequence[Row], cells: Sequence[Mapping[str, Any]],
             if any(texts)]
 
 
-def _header(name: str, size: str, table: Sequence[Row],
-            cells: Sequence[Mapping[str, Any]]) -> str:
+def chance_of(cells: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Accuracy of guessing on every task."""
+    return [1 / len(task["classes"]) for task in cells[0]["tasks"]]
+
+
+def _header(result: Mapping[str, Any], table: Sequence[Row]) -> str:
+    name, size, cells = result["pack"], result["size"], result["cells"]
     tasks, seeds = len(cells[0]["tasks"]), len({cell["seed"] for cell in cells})
     meta = [f"{tasks} tasks", f"{len({row.label for row in table})} strategies",
-            f"{seeds} seed{'s' * (seeds > 1)}", f"{len(cells)} streams learned"]
+            f"{seeds} seed{'s' * (seeds > 1)}", f"{len(cells)} streams learned",
+            *([found] if (found := date(result.get("finished"))) else [])]
     return ('<header><p class="over">partialhn · comparison of strategies</p>'
             f"<h1>{escape(name)}, {escape(size)}</h1>"
             f'<p class="meta">{escape(" · ".join(meta))}</p></header>')
@@ -78,38 +83,39 @@ def _findings(questions: Sequence[tuple[str, Sequence[str]]]) -> str:
     return f'<div class="verdict good"><h2>Findings</h2>{html}</div>'
 
 
-def _table(table: Sequence[Row], unit: str) -> str:
-    heads, lines = table_columns(table, unit)
+def _table(table: Sequence[Row], unit: str, cells: Sequence[Mapping[str, Any]]) -> str:
+    chance_T = chance_of(cells)
+    heads, lines = table_columns(table, unit, sum(chance_T) / len(chance_T))
+    several = any(row.acc.low is not None for row in table)
     return section("Every strategy at every depth",
                    "Accuracy is the mean over all tasks at the end of the stream, with the "
-                   "task given. Intervals are 95 % over seeds.",
-                   '<div class="scroll" tabindex="0" role="region" aria-label="all strategies">'
-                   + data_table([escape(head) for head in heads],
-                                [[escape(cell) for cell in line] for line in lines], "broad")
-                   + "</div>")
+                   "task given. " + ("± is half of a 95 % interval over seeds." if several else
+                                     "One seed was run, so there are no intervals."),
+                   data_table([escape(head) for head in heads],
+                              [[escape(cell) for cell in line] for line in lines], "stack"))
 
 
-def _drawings(svg: str) -> str:
+def _drawings(table: Sequence[Row], charts: Sequence[Panel]) -> str:
+    key = "".join(f'<li><i style="background:{colour}"></i>{escape(label)}</li>'
+                  for colour, label in colours(table))
+    drawn = [figure(chart.title, panel_svg(chart), chart.caption) for chart in charts]
     return section("Charts", "Each strategy has one colour in all charts.",
-                   figure("Accuracy, cost and forgetting", svg[svg.index("<svg"):],
-                          "Bars of forgetting show how far each task fell below its best "
-                          "accuracy by the end.", "scroll", 760))
+                   f'<ul class="key">{key}</ul>', pair(*drawn[:2]), pair(*drawn[2:]))
 
 
-def _tasks(tasks: Sequence[findings.TaskRow], depths: Sequence[int]) -> str:
-    heads = ["task", "images", "shift from the first",
+def _tasks(tasks: Sequence[findings.TaskRow], depths: Sequence[int],
+           chance_T: Sequence[float]) -> str:
+    heads = ["task", "images", "shift from the first", "guessing",
              *(f"accuracy, depth {depth}" for depth in depths), "loss by depth, points"]
     lines = [[escape(row.name), "as they are" if row.transform == "none" else
-              escape(row.transform), percent(row.shift, 0),
+              escape(row.transform), percent(row.shift, 0), percent(chance),
               *map(percent, row.accuracy), points(row.lost)]
-             for row in tasks]
+             for row, chance in zip(tasks, chance_T, strict=True)]
     return section("Task by task",
                    "The hypernetwork's accuracy right after each task. “Shift from the "
                    "first”: the share of the variance of a task's features outside of the "
                    "directions that hold 90 % of the variance of the first task's features, which "
-                   "the trunk was trained on.",
-                   '<div class="scroll" tabindex="0" role="region" aria-label="tasks">'
-                   + data_table(heads, lines, "broad") + "</div>")
+                   "the trunk was trained on.", data_table(heads, lines, "stack"))
 
 
 def _provenance(result: Mapping[str, Any], table: Sequence[Row]) -> str:

@@ -29,18 +29,19 @@ def table_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def table_markdown(rows: Sequence[Row], unit: str) -> str:
+def table_markdown(rows: Sequence[Row], unit: str, chance: float) -> str:
     """The table for people: per cent and points, with 95 % intervals over seeds.
 
-    unit: stage or block, which depths count.
+    unit: stage or block, which depths count. chance: accuracy of guessing.
     """
-    heads, cells = table_columns(rows, unit)
+    heads, cells = table_columns(rows, unit, chance)
     lines = [heads, ["---"] * len(heads), *cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def table_columns(rows: Sequence[Row], unit: str) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells of the table for people. unit: stage or block, which depths count."""
+def table_columns(rows: Sequence[Row], unit: str,
+                  chance: float) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells of the table for people; arguments as for `table_markdown`."""
     heads = ["strategy", f"frozen {unit}s", "accuracy", "when learned", "forgotten, points",
              "partial hypernetwork ahead by, points", "a task adds", "processor time", "recorded"]
     cells = [
@@ -52,7 +53,8 @@ def table_columns(rows: Sequence[Row], unit: str) -> tuple[list[str], list[list[
         heads.insert(3, "without the task")
         for row, line in zip(rows, cells, strict=True):
             line.insert(3, "" if row.class_incremental is None else percent(row.class_incremental))
-    return heads, cells
+    last = ["guessing", "", percent(chance)]
+    return heads, [*cells, last + [""] * (len(heads) - len(last))]
 
 
 def verdict(rows: Sequence[Row]) -> str:

@@ -117,6 +117,9 @@ class Report:
     benchmark: Annotated[str | None, tyro.conf.arg(aliases=["--pack"])] = None
     """Write the page of a benchmark instead: the folder, or the result.json, that reproduce
     wrote."""
+    policy: str | None = None
+    """YAML file with the limits by which the report judges, as for retrain; default: those of the
+    stream's passes of retrain, or else the gate's defaults."""
     storage: str = "partialhn-store"
     """The storage that train was given, with the default registry."""
     tracking_uri: str | None = None
@@ -136,8 +139,15 @@ class Report:
             html = benchmark_page(_read_result(path / "result.json" if path.is_dir() else path,
                                           "reproduce"))
         else:
-            html = render(self._fields())
+            html = render(self._fields() | self._judged_by())
         print(f"report: {write_page(html, self.output)}")
+
+    def _judged_by(self) -> dict[str, Any]:
+        if self.policy is None:
+            return {}
+        from pipelines.gate import load_policy
+
+        return {"policy": dataclasses.asdict(load_policy(self.policy))}
 
     def _fields(self) -> dict[str, Any]:
         if self.result is None:

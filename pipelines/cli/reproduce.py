@@ -53,9 +53,10 @@ class Reproduce:
         from partialhn.benchmarks.comparison import rows
         from partialhn.benchmarks.reproduce import run_cells
         from partialhn.networks.table import cut_unit
-        from pipelines.benchmarks.page import KEPT, benchmark_page
+        from pipelines.benchmarks.page import KEPT, benchmark_page, chance_of
         from pipelines.benchmarks.plots import plots_svg
         from pipelines.benchmarks.table import table_csv, table_markdown, verdict
+        from pipelines.platform.numbers import now
 
         benchmark = find_benchmark(self.benchmark)
         out = Path(self.out or f"reproduce/{self.benchmark}-{self.size}")
@@ -66,14 +67,15 @@ class Reproduce:
                           lambda line: print(line, flush=True))
         table = rows(cells, expected(self.benchmark, self.size))
         result = {"pack": self.benchmark, "size": self.size, "config": config.to_dict(),
-                  "partialhn_version": __version__,
+                  "partialhn_version": __version__, "finished": now(),
                   "rows": [dataclasses.asdict(row) for row in table],
                   "cells": [{key: cell[key] for key in KEPT} for cell in cells]}
         unit = cut_unit(config.backbone.backbone)
-        drawn = plots_svg(table, cells, config.backbone.depth, unit)
+        chance_T = chance_of(cells)
         texts = {"result.json": json.dumps(result, indent=1), "table.csv": table_csv(table),
-                 "table.md": table_markdown(table, unit),
-                 "plots.svg": drawn, "report.html": benchmark_page(result, drawn)}
+                 "table.md": table_markdown(table, unit, sum(chance_T) / len(chance_T)),
+                 "plots.svg": plots_svg(table, cells, config.backbone.depth, unit),
+                 "report.html": benchmark_page(result)}
         for name, text in texts.items():
             (out / name).write_text(text, encoding="utf-8")
         print(f"\n{texts['table.md']}\n{verdict(table)}")

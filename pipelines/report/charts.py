@@ -20,6 +20,8 @@ WHOLE = 60
 """Up to this many tasks every cell of a heat map is one task."""
 BLOCKS = 50
 """Cells along each side beyond that, at most."""
+NARROW = 10
+"""Up to this many tasks a heat map with numbers fits a phone."""
 HEAT_BINS = 10
 
 
@@ -94,8 +96,8 @@ def accuracy_ticks(values: npt.ArrayLike) -> list[float]:
 
 
 def heat_map(key: str, names: Sequence[str], accuracy_TT: npt.NDArray[np.float64],
-             description: str, guessing: Sequence[float] = ()) -> str:
-    """The accuracy matrix; its numbers are written in the cells up to `WITH_TEXT` tasks.
+             description: str, guessing: Sequence[float] = (), most: int = WITH_TEXT) -> str:
+    """The accuracy matrix; its numbers are written in the cells up to `most` tasks.
 
     Beyond `WHOLE` tasks, neighbours are drawn as one cell with their mean. guessing: accuracy of
     guessing on every task, for a last row; empty where it is unknown.
@@ -108,7 +110,7 @@ def heat_map(key: str, names: Sequence[str], accuracy_TT: npt.NDArray[np.float64
         guessing = [float(np.mean([guessing[task] for task in span])) for span in spans
                     ] if guessing else ()
     n_tasks = len(names)
-    with_text, narrow = n_tasks <= WITH_TEXT, n_tasks <= 10
+    with_text, narrow = n_tasks <= most, n_tasks <= NARROW
     left = 96.0 if with_text else 58.0
     cell = (WIDTH - left) / n_tasks if narrow or not with_text else 30.0
     high = min(cell, 36.0)

@@ -48,19 +48,8 @@ def pair(*html: str) -> str:
     return f'<div class="pair">{"".join(html)}</div>'
 
 
-def figure(title: str, html: str, caption: str, css: str = "", natural: int = 0) -> str:
-    """A drawing with title and caption.
-
-    With css "scroll" it is never drawn smaller than `natural` pixels: on a phone it scrolls
-    inside a box of its own.
-    """
-    if css == "scroll":
-        limits = f"min-width:{natural}px;max-width:{1.25 * natural:.0f}px"
-        html = html.replace("<svg ", f'<svg style="{limits}" ', 1)
-        html = (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(title)}">'
-                f"{html}</div>")
-    elif css:
-        html = f'<div class="{css}">{html}</div>'
+def figure(title: str, html: str, caption: str) -> str:
+    """A drawing with title and caption."""
     return (f"<figure><h3>{escape(title)}</h3>{html}"
             f"<figcaption>{escape(caption)}</figcaption></figure>")
 

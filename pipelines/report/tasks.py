@@ -58,18 +58,19 @@ def task_by_task(facts: Facts) -> str:
 
 def _heat_figure(facts: Facts) -> str:
     table_TT, n_tasks = facts.accuracy_TT, len(facts.tasks)
-    drawing = charts.heat_map(
-        "matrix", facts.tasks, table_TT,
-        f"Row i, column j: accuracy on task j after training task i. {n_tasks} tasks; values from "
-        f"{percent(float(np.nanmin(table_TT)))} to {percent(float(np.nanmax(table_TT)))}.",
-        facts.guessing)
-    css = "scroll" if 10 < n_tasks <= charts.WITH_TEXT else ""
+    about = (f"Row i, column j: accuracy on task j after training task i. {n_tasks} tasks; values "
+             f"from {percent(float(np.nanmin(table_TT)))} to "
+             f"{percent(float(np.nanmax(table_TT)))}.")
+    drawing = charts.heat_map("matrix", facts.tasks, table_TT, about, facts.guessing)
+    if charts.NARROW < n_tasks <= charts.WITH_TEXT:  # the numbers need more room than a phone has
+        small = charts.heat_map("matrix-small", facts.tasks, table_TT, about, facts.guessing,
+                                charts.NARROW)
+        drawing = f'<div class="on-wide">{drawing}</div><div class="on-phone">{small}</div>'
     return figure("Accuracy on every task after every task, in per cent", drawing,
                   "A column shows one task through time, from the diagonal (just learned) down to "
                   "the last row (now). An even column means nothing was lost."
                   + (f" Each cell is the mean of up to {-(-n_tasks // charts.BLOCKS)} tasks."
-                     if n_tasks > charts.WHOLE else ""), css,
-                  natural=96 + 30 * n_tasks if css else 0)
+                     if n_tasks > charts.WHOLE else ""))
 
 
 def _line_figure(facts: Facts) -> str:

@@ -90,7 +90,8 @@ def _sure(facts: Facts) -> list[str]:
     words = []
     if interval:
         images = sum(each.images or 0 for each in judged)
-        words.append(f"ACC has a {interval_in_percent(*interval)} ({images:,} test images)")
+        words.append(f"The accuracy has a {interval_in_percent(*interval)} ({images:,} test "
+                     "images)")
     if facts.chance is not None:
         words.append(f"guessing gets {percent(facts.chance)}")
     if refused:

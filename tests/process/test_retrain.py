@@ -193,6 +193,10 @@ def test_more_data_of_a_task_makes_a_slot_on_top_of_the_champion(life):
     result = stream.registry.result("digits")
     assert [task["name"] for task in result["tasks"]] == ["a", "b", "a/2026-11", "b/=2026-12"]
     assert result["weights_hash"] == version.tags["weights_hash"]
+    assert result["policy"]["min_above_chance"] == 0.3, "that of the stream's passes"
+    assert [each["task"] for each in result["review"]] == [
+        "a", "b", "a/2026-11", "b/=2026-12"]
+    assert all(each["examples"] for each in result["review"]), "from the stored samples"
 
 
 def test_what_is_sent_again_is_not_used_and_said(life):

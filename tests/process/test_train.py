@@ -1,5 +1,7 @@
 """The main job in one process: the numbers of the oracle, no Ray, and SIGKILL on the way."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -9,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.run import run_stream
+from partialhn.training.review import EXAMPLES
 from pipelines.execution import local
 from pipelines.features.in_use import records
 from pipelines.platform.storage import open_storage
@@ -99,10 +103,31 @@ def check(folder: Path, oracle: dict) -> dict:
     return result
 
 
+def check_review(result: dict) -> None:
+    """Right answers, wrong ones, confused classes and examples are those of the accuracies."""
+    assert [each["task"] for each in result["review"]] == ["0", "1"]
+    for each, task, accuracy in zip(result["review"], result["tasks"],
+                                    result["accuracy_matrix"][-1], strict=True):
+        wrong = sum(pair["images"] for pair in each["confused"])
+        assert each["images"] == task["test_images"]
+        assert 1 - wrong / each["images"] == pytest.approx(accuracy), "two classes: all is kept"
+        shown = each["examples"]
+        assert {shot["label"] for shot in shown} <= set(task["classes"])
+        rights = [shot["label"] == shot["answer"] for shot in shown]
+        assert sum(rights) == min(EXAMPLES, each["images"] - wrong)
+        assert len(rights) - sum(rights) == min(EXAMPLES, wrong)
+        assert all(Image.open(io.BytesIO(base64.b64decode(shot["image"]))).size == (64, 64)
+                   for shot in shown)
+        ridge = each["ridge"]
+        ahead = ridge["only_ours"] - ridge["only_ridge"]
+        assert accuracy - ridge["accuracy"] == pytest.approx(ahead)
+
+
 def test_the_numbers_of_the_oracle_without_ray(place, oracle):
     done = command(place)
     assert done.returncode == 0, done.stderr
-    check(place, oracle)
+    result = check(place, oracle)
+    check_review(result)
     assert done.stderr.splitlines()[-1] == "RAY []"
     for part in ("trunk  epoch 2/2", "times the images  seconds  cheaper after", "features  shard ",
                  "task 2 '1' learned", "registered models:/digits/2"):

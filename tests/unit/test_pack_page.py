@@ -104,7 +104,7 @@ def test_the_page_says_it_and_escapes_names(tmp_path, capsys):
     assert "rank correlation +1.00" in page
     assert "t&lt;4&gt;" in page
     assert "t<4>" not in page
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 4
     assert "http:" not in page.replace("http://www.w3.org", "")
     assert set(KEPT) <= set(cells()[0])
     file = str(tmp_path / "result.json")
