@@ -92,7 +92,7 @@ def _table(table: Sequence[Row], unit: str, cells: Sequence[Mapping[str, Any]]) 
                    "task given. " + ("± is half of a 95 % interval over seeds." if several else
                                      "One seed was run, so there are no intervals."),
                    data_table([escape(head) for head in heads],
-                              [[escape(cell) for cell in line] for line in lines], "stack"))
+                              [[escape(cell) for cell in line] for line in lines], "stack broad"))
 
 
 def _drawings(table: Sequence[Row], charts: Sequence[Panel]) -> str:
@@ -115,7 +115,7 @@ def _tasks(tasks: Sequence[findings.TaskRow], depths: Sequence[int],
                    "The hypernetwork's accuracy right after each task. “Shift from the "
                    "first”: the share of the variance of a task's features outside of the "
                    "directions that hold 90 % of the variance of the first task's features, which "
-                   "the trunk was trained on.", data_table(heads, lines, "stack"))
+                   "the trunk was trained on.", data_table(heads, lines, "stack broad"))
 
 
 def _provenance(result: Mapping[str, Any], table: Sequence[Row]) -> str:

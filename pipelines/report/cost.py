@@ -49,7 +49,7 @@ def training(facts: Facts) -> str:
             "A gap between the two is over-fitting: the model fits the training images better "
             "than others."))
     lead = f"{total:,} epochs in all, {total / len(tasks):.3g} a task; {how}."
-    return section("Training", lead, pair(*figures))
+    return section("Training", lead, pair(*figures), paper=False)
 
 
 def _guessing(facts: Facts, tasks: Mapping[int, Records]) -> list[Line]:

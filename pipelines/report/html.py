@@ -65,9 +65,9 @@ def data_table(heads: Sequence[str], rows: Sequence[Sequence[str]], css: str = "
     """A table; heads and cells are HTML, the first column is the row's header.
 
     With css "stack" every row becomes a block on a phone: its header, then a line for each cell
-    with the name of its column.
+    with the name of its column. With "stack broad", for many columns, on a tablet too.
     """
-    names = [""] * len(heads) if css != "stack" else [
+    names = [""] * len(heads) if "stack" not in css else [
         f' data-label="{escape(unescape(_TAG.sub("", head)))}"' for head in heads]
     css = f' class="{css}"' if css else ""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)

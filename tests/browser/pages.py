@@ -31,10 +31,22 @@ def weak_texts(browser, selector):
     return browser.value(_WEAK.replace("SELECTOR", repr(selector)))
 
 
+_OUTSIDE = """
+[...document.querySelectorAll('body *')].filter(node => {
+  const box = node.getBoundingClientRect();
+  return box.width > 0 && (box.right > window.innerWidth + 1 || box.left < -1);
+}).map(node => `${node.tagName} ${node.id} ${node.textContent.slice(0, 40)}`)
+"""
+"""Elements that are cut at the right or left: also those that one has to scroll to inside a box."""
+
+
 def check_shown(browser, page, events, width):
-    """The page is no wider than its window, prints nothing, and asks for nothing but itself."""
+    """The page is no wider than its window and nothing in it is cut; it writes nothing to the
+    console, and asks for nothing but itself.
+    """
     wide = browser.value("[document.documentElement.scrollWidth, window.innerWidth]")
     assert wide[0] <= wide[1] == width
+    assert browser.value(_OUTSIDE) == []
     assert [event for event in events if event.get("method") in TROUBLE] == []
     asked = {event["params"]["request"]["url"] for event in events
              if event.get("method") == "Network.requestWillBeSent"}
