@@ -212,8 +212,8 @@ def baselines(facts: Facts) -> str:
     rows = [[f"{label}<small>{note}</small>", *[show(getattr(m, field)) for m in methods],
              percent(facts.chance) if show is percent else UNKNOWN]
             for label, note, field, show in (
-        ("Accuracy at the end", "ACC: mean over all tasks", "acc", percent),
-        ("Accuracy when learned", "LA: right after each task", "learning_accuracy", percent),
+        ("Accuracy at the end", "mean over all tasks", "acc", percent),
+        ("Accuracy when learned", "right after each task", "learning_accuracy", percent),
         ("Forgetting, points", "mean drop from the best accuracy", "forgetting", points),
         ("Backward transfer, points", "BWT; positive is a gain", "bwt",
          lambda value: points(value, signed=True)),

@@ -33,11 +33,15 @@ def weak_texts(browser, selector):
 
 _OUTSIDE = """
 [...document.querySelectorAll('body *')].filter(node => {
-  const box = node.getBoundingClientRect();
-  return box.width > 0 && (box.right > window.innerWidth + 1 || box.left < -1);
+  if (node.closest('#js-plotly-tester, .js-plotly-plot svg')) return false;  // plotly's own care
+  const box = node.getBoundingClientRect(), svg = node.ownerSVGElement;
+  const room = svg ? svg.getBoundingClientRect() : {left: 0, right: window.innerWidth};
+  return box.width > 0 && (box.right > room.right + 1 || box.left < room.left - 1);
 }).map(node => `${node.tagName} ${node.id} ${node.textContent.slice(0, 40)}`)
 """
-"""Elements that are cut at the right or left: also those that one has to scroll to inside a box."""
+"""Elements that are cut at the right or left, by the window or by their drawing: also those that
+one has to scroll to inside a box.
+"""
 
 
 def check_shown(browser, page, events, width):
