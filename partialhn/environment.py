@@ -1,7 +1,9 @@
 """Environment variables of the libraries beneath that touch an option of ours, in one table.
 
-An explicit option wins over a variable, or the run is refused where it cannot. What each variable
-does was found by running it; `partialhn doctor` shows those that are set.
+An explicit option wins over a variable, or the run is refused where it cannot. The effects of
+MLflow's database, S3 and OpenMP variables were found by running them; those of Ray, of an MLflow
+server, of Hugging Face and of NVIDIA_TF32_OVERRIDE (no GPU was at hand) by reading. `partialhn
+doctor` shows the variables that are set.
 """
 
 import dataclasses

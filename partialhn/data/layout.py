@@ -96,6 +96,8 @@ def read_sets(data: str, limit: int | None = None, filesystem: Any = None, *,
 
 def _task(tree: Tree, columns: Columns, arrivals_beside: bool) -> FoundSplits | None:
     card = read_card(tree.filesystem, tree.root, tree.listing, None)
+    if not arrivals_beside:
+        tree, card = _inner(tree, card)
     return read_splits(tree, card, columns, arrivals_beside)
 
 

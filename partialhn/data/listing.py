@@ -20,7 +20,7 @@ SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing":
 UNCLEAR_WORDS = ("traintest", "testtrain", "dev", "eval", "evaluation", "holdout", "heldout")
 """Words that name two splits, or different ones with different people."""
 COMMON_WORDS = ("set", "data", "dataset", "split", "images", "image", "imgs", "img", "files",
-                "folder", "part")
+                "folder", "part", "parquet")
 """Words that a folder's name may have beside the word for its split, such as `train_set`."""
 JUNK = ("@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "lost+found",
         "System Volume Information", "__MACOSX", "Thumbs.db", "desktop.ini")

@@ -348,6 +348,19 @@ def test_folders_that_say_two_things_are_refused(tmp_path, places, message):
     refused(message, tmp_path)
 
 
+def test_splits_and_tasks_in_folders_of_their_own(tmp_path):
+    put_rows(tmp_path / "spark" / "train.parquet" / "part-0.parquet", (0, 1) * 9)
+    put_rows(tmp_path / "spark" / "test.parquet" / "part-0.parquet")
+    images = read_sets(str(tmp_path / "spark"))
+    assert (len(images.train), len(images.test)) == (18, 12)
+    for name in ("cats", "dogs"):
+        put_rows(tmp_path / "tasks" / name / "data" / "train-00000-of-00001.parquet")
+        put_readme(tmp_path / "tasks" / name, CONFIG[CONFIG.index("dataset_info"):])
+    tasks = read_sets(str(tmp_path / "tasks"))
+    assert {name: task.classes for name, task in tasks.items()} == dict.fromkeys(
+        ("cats", "dogs"), ("cat", "dog"))
+
+
 def test_what_is_merged_or_missing_is_told(tmp_path):
     for inner in ("animals/cat", "animals/dog", "cars"):
         put_images(tmp_path / "folders" / "train" / inner, (".",))
