@@ -109,7 +109,10 @@ def _subject(predictor: Predictor, task: str, format: FormatName, origin: str) -
     own, facts, weights_of_task = None, dict[str, Any](), predictor.head_weights(slot)
     if format == "safetensors":
         reason = why_not(model, weights_of_task)
-        own = None if reason else own_network(model, weights_of_task)
+        try:
+            own = None if reason else own_network(model, weights_of_task)
+        except RuntimeError as error:  # of a network from another package
+            reason = f"its tensors do not fit {model.trunk.name} of its library: {error}"
         call = own and own.backbone.call.format(classes=len(model.tasks[slot].classes),
                                                 size=model.config.data.input_size)
         facts = {"loads_into": call, "why_not": reason}

@@ -15,7 +15,7 @@ from partialhn.networks.head import HeadWeights
 def own_network(model: Model, weights: HeadWeights) -> Network:
     """The backbone with K classes, a task's weights in place.
 
-    Check `why_not` first.
+    Check `why_not` first. Raises: RuntimeError where tensors do not fit after all.
     """
     trunk, head = model.trunk, model.strategy.head
     network = build_network(trunk.name, len(weights.bias_K), input_size=trunk.input_size)

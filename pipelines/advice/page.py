@@ -71,9 +71,9 @@ def _depths_lead(advice: Mapping[str, Any]) -> str:
     return ("For each depth, its best trial run again under "
             f"{seeds} seed{'s' * (seeds > 1)} that the search did not use, on {images:,} held-out "
             f"images of all tasks. Guessing is right for {percent(advice['chance'])}. "
-            f"{interval_of(advice)}. “Behind heads” is the accuracy that sharing one generator "
-            "costs. “Ridge” is the held-out accuracy of plain ridge regression on the pooled "
-            "features of that depth.")
+            f"{interval_of(advice)}. “Behind separate heads” is how much more accurate a whole "
+            "head of its own for each task is. “Ridge” is the held-out accuracy of plain ridge "
+            "regression on the pooled features of that depth.")
 
 
 def interval_of(advice: Mapping[str, Any]) -> str:
@@ -113,7 +113,8 @@ def _depths_table(advice: Mapping[str, Any]) -> str:
     accuracies.append(["Guessing", percent(advice["chance"]), "0.0", percent(advice["chance"]),
                        "–", percent(advice["chance"])])
     tables = (data_table(["Freeze", "Held-out accuracy", "Above guessing, points",
-                          "Test accuracy", "Behind heads, points", "Ridge"], accuracies, "stack")
+                          "Test accuracy", "Behind separate heads, points", "Ridge"], accuracies,
+                         "stack")
               + data_table(["Freeze", "Training", "Features", "Serving, multiply-adds",
                             "Stored a task", "Trials + stopped"], costs, "stack"))
     marker = f'<tr><th scope="row">{advice["recommendation"]["depth"]} ·'

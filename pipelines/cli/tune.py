@@ -55,8 +55,8 @@ def summary(advice: dict[str, Any], output: str) -> list[str]:
     lines = [f"freeze depth {chosen['depth']} ({chosen['freeze']})", "", chosen["reason"],
              *([chosen["preferred"]] if chosen["preferred"] else []), chosen["confidence"],
              chosen["separate_heads"], chosen["ridge"], advice["more_search"]["words"], "",
-             "depth  trials  accuracy                 test     seconds   features  behind heads   "
-             "ridge"]
+             "depth  trials  accuracy                 test     seconds   features  "
+             "behind separate heads   ridge"]
     for row in advice["depths"]:
         accuracy, test = row["accuracy"], row["test_accuracy"]
         tested = percent(test["mean"] if test else None)
@@ -65,7 +65,7 @@ def summary(advice: dict[str, Any], output: str) -> list[str]:
             f"{row['depth']:>5}  {sum(row['counts'].values()):>6}  "
             f"{percent_with_interval(accuracy['mean'], accuracy['low'], accuracy['high']):<22} "
             f"{tested:>7}  {row['seconds']:>8.1f}  {size(row['feature_bytes']):>9}  "
-            f"{in_points(behind['mean']) if behind else '–':>12}  {percent(row['ridge']):>6}")
+            f"{in_points(behind['mean']) if behind else '–':>21}  {percent(row['ridge']):>6}")
     lines.append(f"Guessing is right for {percent(advice['chance'])}. {interval_of(advice)}.")
     if advice["money"]:
         lines += ["", "a year" + " " * 46 + "a retraining    a year"]

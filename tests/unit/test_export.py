@@ -265,6 +265,7 @@ def test_an_existing_file_is_replaced_on_purpose(mixed, tmp_path):
 @pytest.mark.parametrize(("backbone", "depth"), [
     ("timm:vit_tiny_patch16_224", 9), ("timm:vit_small_patch16_dinov3", 9),
     ("timm:convnext_atto", 8), ("timm:swin_tiny_patch4_window7_224", 9),
+    ("timm:test_byobnet", 2), ("timm:test_mambaout", 5), ("timm:test_vit_relpos", 5),
     ("timm:tf_efficientnet_lite0", 12), ("timm:mobilenetv3_small_050", 10),
     ("torchvision:vit_b_32", 11), ("torchvision:swin_t", 12), ("torchvision:convnext_tiny", 16),
     ("torchvision:efficientnet_b0", 15), ("torchvision:mobilenet_v2", 15)])
