@@ -230,20 +230,24 @@ def evaluate(strategy: Strategy, task_index: int, features: FeatureSet) -> float
 
 
 @torch.no_grad()
-def answer(strategy: Strategy, task_index: int, features: FeatureSet,
-           batch_size: int = 256) -> tuple[Tensor, Tensor]:
+def answer(strategy: Strategy, task_index: int, features: FeatureSet, batch_size: int = 256,
+           rows_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """logits_NK and labels y_N of the plain view of a split, on the CPU; the weights are generated
     once.
+
+    rows_N: the images to answer; default: all of them.
     """
     strategy.eval()
     weights = strategy.weights(task_index)
     device = weights.bias_K.device
     features = features if device.type == "cpu" else _resident(features, device)
-    parts = []
-    for rows_B in torch.split(torch.arange(len(features), device=features.y_N.device), batch_size):
+    if rows_N is None:
+        rows_N = torch.arange(len(features))
+    rows_N, parts = rows_N.to(features.y_N.device), []
+    for rows_B in torch.split(rows_N, batch_size):
         z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B)).to(device)
         parts.append(strategy.head(z_BCHW, weights))
-    return torch.cat(parts).cpu(), features.y_N.cpu()
+    return torch.cat(parts).cpu(), features.y_N[rows_N].cpu()
 
 
 def _resident(features: FeatureSet, device: torch.device) -> FeatureSet:

@@ -36,6 +36,8 @@ NEWEST = 4
 """So many of them are the newest; the others are those with the least accuracy above guessing."""
 EXAMPLES = 4
 """Images with a right answer, and as many with a wrong one, of every reviewed task."""
+LOOKED = 1000
+"""Most test images of a task that are answered again, evenly spread."""
 CONFUSED = 5
 """Pairs of classes that are kept of every task."""
 LARGEST = 16 << 20
@@ -74,13 +76,14 @@ def review(model: Model, slots: Sequence[Slot], store: FeatureStore,
     reviews = []
     for place, features in zip(places, opened, strict=True):
         slot = slots[place]
-        logits_NK, y_N = answer(strategy, place, features.test)
+        rows_N = _evenly(len(features.test), LOOKED)
+        logits_NK, y_N = answer(strategy, place, features.test, rows_N=rows_N)
         predicted_N = logits_NK.argmax(1)
         reviews.append({
             "task": slot.name, "index": place, "images": len(y_N),
             "confused": _confused(predicted_N, y_N, slot.classes),
-            "ridge": _beside_ridge(features, predicted_N) if place in beside else None,
-            "examples": _examples(features.test, logits_NK, y_N, slot.classes,
+            "ridge": _beside_ridge(features, predicted_N, rows_N) if place in beside else None,
+            "examples": _examples(features.test, rows_N, logits_NK, y_N, slot.classes,
                                   tests.get(slot.name))})
     return reviews
 
@@ -94,14 +97,15 @@ def _wants_ridge(slot: Slot, last: EpochRecord | None) -> bool:
     return train is not None and train.bytes <= LARGEST and not (last and last.solved)
 
 
-def _beside_ridge(features: TaskFeatures, predicted_N: Tensor) -> dict[str, float] | None:
+def _beside_ridge(features: TaskFeatures, predicted_N: Tensor,
+                  rows_N: Tensor) -> dict[str, float] | None:
     """Test accuracy of ridge regression, and the shares that one of the two alone gets right."""
     train, test = features.train, features.test
     if train is None or not len(train) or not len(test):
         return None
     classifier = fit_ridge(pooled_cells(train, 1), train.y_N.cpu(), features.classes)
-    y_N = test.y_N.cpu()
-    ridge_N = classifier.logits(pooled_cells(test, 1).double()).argmax(1) == y_N
+    y_N = test.y_N.cpu()[rows_N]
+    ridge_N = classifier.logits(pooled_cells(test, 1)[rows_N].double()).argmax(1) == y_N
     ours_N = predicted_N == y_N
     return {"accuracy": _share(ridge_N), "only_ours": _share(ours_N & ~ridge_N),
             "only_ridge": _share(ridge_N & ~ours_N)}
@@ -123,16 +127,17 @@ def _confused(predicted_N: Tensor, y_N: Tensor, classes: Sequence[str]) -> list[
             for place in order if wrong.flatten()[place] > 0]
 
 
-def _examples(test: FeatureSet, logits_NK: Tensor, y_N: Tensor, classes: Sequence[str],
-              table: ImageTable | None) -> list[dict[str, Any]]:
-    """Images with right and with wrong answers, spread over the test images."""
+def _examples(test: FeatureSet, rows_N: Tensor, logits_NK: Tensor, y_N: Tensor,
+              classes: Sequence[str], table: ImageTable | None) -> list[dict[str, Any]]:
+    """Images with right and with wrong answers, spread over the answered test images."""
     if table is None or not len(y_N):
         return []
     probability_N, predicted_N = logits_NK.softmax(1).max(1)
     right_N = (predicted_N == y_N).numpy()
-    places = _places(test, table)
+    known = _places(test, table)
+    places = [known.get(row, -1) for row in rows_N.tolist()]
     rows = [row for row in (*_spread(np.flatnonzero(right_N)), *_spread(np.flatnonzero(~right_N)))
-            if row in places and int(table.label_N[places[row]]) == int(y_N[row])]
+            if places[row] >= 0 and int(table.label_N[places[row]]) == int(y_N[row])]
     images = table.take([places[row] for row in rows]).read()
     return [example(image, classes[int(y_N[row])], classes[int(predicted_N[row])],
                     float(probability_N[row])) for row, image in zip(rows, images, strict=True)]
@@ -160,8 +165,13 @@ def sample_examples(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _spread(rows: npt.NDArray[np.int64]) -> list[int]:
     """At most `EXAMPLES` of some rows, evenly spread."""
-    places = np.linspace(0, len(rows) - 1, min(EXAMPLES, len(rows))).round().astype(int)
-    return [int(row) for row in rows[places]]
+    return [int(row) for row in rows[_evenly(len(rows), EXAMPLES).numpy()]]
+
+
+def _evenly(count: int, most: int) -> Tensor:
+    """At most so many of the numbers below `count`, evenly spread."""
+    places = torch.linspace(0, max(count - 1, 0), min(count, most), dtype=torch.float64)
+    return places.round().long()
 
 
 def example(image: bytes, label: str, given: str, probability: float) -> dict[str, Any]:

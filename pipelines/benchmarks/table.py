@@ -36,7 +36,9 @@ def table_markdown(rows: Sequence[Row], unit: str, chance: float) -> str:
     """
     heads, cells = table_columns(rows, unit, chance)
     lines = [heads, ["---"] * len(heads), *cells]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    several = any(row.acc.low is not None for row in rows)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + (
+        "\n± is half of a 95 % interval over seeds.\n" if several else "")
 
 
 def table_columns(rows: Sequence[Row], unit: str,

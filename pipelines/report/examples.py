@@ -37,7 +37,7 @@ def _task(review: Mapping[str, Any]) -> str:
     shown = [each for each in review.get("examples") or []
              if _BASE64.fullmatch(str(each.get("image") or ""))]
     shots = "".join(map(_shot, shown))
-    return (f'<div class="shots-of"><h3>{escape(review.get("task"))}</h3>'
+    return (f'<div class="shots-of"><h3>Task “{escape(review.get("task"))}”</h3>'
             f"<p>{escape(_confused(review.get('confused') or []))}</p>"
             + (f'<ul class="shots">{shots}</ul>' if shots else "") + "</div>")
 

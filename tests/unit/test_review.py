@@ -10,6 +10,7 @@ from partialhn.training.review import (
     NEWEST,
     REVIEWED,
     _confused,
+    _evenly,
     example,
     reviewed_tasks,
     sample_examples,
@@ -54,3 +55,11 @@ def test_a_sample_gives_right_and_wrong_examples():
 
 def test_an_image_that_cannot_be_decoded_has_no_picture():
     assert example(b"no image", "cat", "cat", 0.5)["image"] == ""
+
+
+def test_answers_are_spread_over_many_images():
+    assert _evenly(5, 1000).tolist() == [0, 1, 2, 3, 4]
+    assert _evenly(0, 1000).tolist() == []
+    many = _evenly(50_000, 1000)
+    assert (len(many), many[0], many[-1]) == (1000, 0, 49_999)
+    assert (many.diff() >= 50).all()
