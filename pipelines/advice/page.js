@@ -108,7 +108,7 @@
               text: points.map(p => `${axes[p[0]].label}: ${axes[p[0]].text(trial)}`),
               hovertemplate: "trial %{customdata}<br>%{text}<extra></extra>"};
     });
-    const note = (x, y, text, more) => ({x, y, text, showarrow: false, font: {size: 12}, ...more});
+    const note = (x, y, text, more) => ({x, y, text, showarrow: false, font: {size: 12}, bgcolor: css("--paper"), borderpad: 1, ...more});
     const annotations = axes.flatMap((axis, i) => flat ? [
       note(0.5, i, axis.label, {yanchor: "bottom", yshift: 7, font: {size: 12, color: css("--soft")}}),
       note(0, i, axis.bottom, {xanchor: "left", yanchor: "top", yshift: -5}),

@@ -8,6 +8,8 @@ from pipelines.report.html import data_table, section
 METHODS = (("acc_detector", "Trunk features alone", "the detector over the classes of all tasks"),
            ("acc_entropy", "Heads alone", "the most certain head, on fewer images"),
            ("acc_combined", "Both", "task auto"))
+LISTED = 12
+"""Up to this many tasks every accuracy is listed."""
 
 
 def without_id(facts: Facts) -> str:
@@ -35,8 +37,10 @@ def _after_each(facts: Facts) -> str:
     found = facts.result.get("class_incremental") or {}
     if "average_incremental" not in found:
         return ""
-    return (f"The same accuracy after each task (class-incremental): "
-            f"{', '.join(percent(value) for value in found['after_task'])}; average "
+    values = [percent(value) for value in found["after_task"]]
+    listed = ", ".join(values) if len(values) <= LISTED else (
+        f"from {values[0]} after the first to {values[-1]} after the last")
+    return (f"The same accuracy after each task (class-incremental): {listed}; average "
             f"{percent(found['average_incremental'])}.")
 
 
