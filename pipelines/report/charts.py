@@ -111,7 +111,7 @@ def heat_map(key: str, names: Sequence[str], accuracy_TT: npt.NDArray[np.float64
                     ] if guessing else ()
     n_tasks = len(names)
     with_text, narrow = n_tasks <= most, n_tasks <= NARROW
-    left = 96.0 if with_text else 58.0
+    left = 108.0 if with_text else 66.0
     cell = (WIDTH - left) / n_tasks if narrow or not with_text else 30.0
     high = min(cell, 36.0)
     width, top = left + cell * n_tasks, 34.0

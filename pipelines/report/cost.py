@@ -157,7 +157,7 @@ def _stage_figure(facts: Facts) -> str:
                 f"{name}: {value:.2f} s") for name, value in known]
     drawing = charts.bar_chart("stages", "Seconds per stage", ", ".join(
         f"{name} {duration(value)}" for name, value in known), bars,
-        max(value for _, value in known), right=104)
+        max(value for _, value in known), right=128)
     train, own = dict(known).get("train", 0.0), facts.ours.seconds
     beside = facts.baselines and own is not None and train > 1.05 * own
     return figure("Time per stage", drawing, "Start-up, data, trunk and features are paid once "

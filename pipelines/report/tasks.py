@@ -102,7 +102,7 @@ def _line_figure(facts: Facts) -> str:
         f"One line a task, starting when it is learned. The mean over learned tasks goes from "
         f"{percent(mean[0][1])} to {percent(mean[-1][1])}.", lines,
         charts.accuracy_ticks([*table_TT[np.tril_indices(n_tasks)], *chance_T]), "{:.0%}",
-        [(float(i), str(i)) for i in range(0, n_tasks, every)], "after training task", right=88)
+        [(float(i), str(i)) for i in range(0, n_tasks, every)], "after training task", right=98)
     caption = ("A flat line is a task that is kept; a falling one is being forgotten."
                + ("" if named else " Bold: mean over the tasks learned so far; orange, if any: "
                   "the task that lost most."))
