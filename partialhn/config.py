@@ -27,6 +27,7 @@ Arithmetic = Literal["ieee", "tf32", "bfloat16"]
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 ClassOrder = Literal["shuffled", "given"]
 Compression = Literal["none", "lz4"]
+DeviceName = Literal["auto", "cpu", "gpu"]
 FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
 Generator = Literal["columns", "bilinear", "additive"]
 Norm = Literal["batch", "instance", "group", "layer"]
@@ -399,7 +400,7 @@ class ComputeConfig:
     compare with, to the same bits as one worker would. Where tasks depend on each other (another
     generator than columns, or starts_from previous) it is batches. batches: each takes a part of
     every batch, for few tasks that take long."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
+    device: DeviceName = "auto"
     """Device of each worker. gpu: one GPU for each worker. auto: gpu where there is one."""
     feature_workers: int = 1
     """Number of workers that compute features, each with its own copy of the trunk."""

@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from partialhn.config import DeviceName
 from partialhn.data.decode import BadImage
 from partialhn.data.experience import task_of
 from partialhn.data.image_table import ImageTable
 from partialhn.data.layout import list_images
 from partialhn.errors import InputError
+from partialhn.networks.precision import choose_device, configure_torch
 from partialhn.predict import Predictor
 from partialhn.task_inference import AUTO, NONE
 from pipelines.platform.storage import Storage, open_storage
@@ -70,7 +72,8 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
                        on_bad_image: Literal["error", "skip"] = "error", record: bool = False,
                        progress: Callable[[int, int], None] | None = None,
                        image_column: str | None = None,
-                       log: Callable[[str], None] | None = None) -> Predicted:
+                       log: Callable[[str], None] | None = None,
+                       device: DeviceName = "cpu") -> Predicted:
     """Labels all images of a folder, a file or a Parquet file with the classes of one task.
 
     Args:
@@ -90,14 +93,19 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
         progress: called with the number of images done and of all images.
         image_column: the column of images in Parquet files; default: image or img.
         log: called with a line before the first image, where task is auto.
+        device: where the model predicts.
 
-    Raises: InputError for an unknown model, task or path, or naming an unreadable image.
+    Raises: InputError for an unknown model, task or path, a GPU that is not there, or naming an
+    unreadable image.
     """
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        configure_torch()
     source = open_storage(images)
     table, not_used = list_images(source.root, source.filesystem, image_column)
     store = open_storage(storage)
     registry = connect(store, tracking_uri, create=False)
-    predictor, version = registry.load_predictor(model)
+    predictor, version = registry.load_predictor(model, chosen)
     target = open_storage(output)
     if target.is_local and Path(target.root).is_dir():
         raise InputError(f"output {output!r} is a folder; allowed: a file to write, for example "

@@ -174,7 +174,7 @@ def run_trunk_at(trunk: Trunk, depths: Iterable[int],
     seconds = dict.fromkeys(depths, 0.0)
     features = {} if total else {
         depth: torch.empty(0, *feature_shape(trunk.upto(depth), images_BCHW)) for depth in seconds}
-    together = micro_batch(images_BCHW.shape[2])
+    together = micro_batch(images_BCHW.shape[2]) if device.type != "cuda" else MICRO_BATCH
     for begin in range(0, total, together):
         start = time.perf_counter()
         chunk_BCHW = images_BCHW[begin:begin + together].to(device)

@@ -17,7 +17,7 @@ from tyro.conf import OmitArgPrefixes
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from partialhn import __version__
-from partialhn.config import Config, Sections, load_config
+from partialhn.config import Config, DeviceName, Sections, load_config
 from partialhn.errors import InputError, IntegrityError
 from partialhn.json_files import read_object
 from partialhn.plugins import Table
@@ -83,13 +83,17 @@ class Predict:
     """Keep a bounded sample of trunk features (no images) in the storage, for drift."""
     image_column: str | None = None
     """Column of the images in Parquet files; default: image or img."""
+    device: DeviceName = "cpu"
+    """Where the model predicts: cpu, gpu, or auto (a GPU if there is one). Probabilities of the two
+    differ by rounding."""
 
     def run(self) -> None:
         from pipelines.label_images import predict_to_parquet
 
         done = predict_to_parquet(self.model, self.task, self.input, self.output, self.storage,
                                   self.tracking_uri, self.on_bad_image, self.record,
-                                  image_column=self.image_column, log=print)
+                                  image_column=self.image_column, log=print,
+                                  device=self.device)
         print(f"{done.images} images of task {done.task!r} labelled by {done.model_uri}: "
               + ", ".join(f"{label} {count}" for label, count in done.labels.items()))
         for line in done.not_used:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from partialhn.config import DeviceName
 from partialhn.errors import InputError
 from pipelines.settings import RetrainConfig
 
@@ -36,6 +37,8 @@ class Serve:
     """Seconds between two checks of the version that the alias points to."""
     threads: int = 1
     """CPU threads that compute a batch."""
+    device: DeviceName = "cpu"
+    """Where batches are computed: cpu, gpu, or auto (a GPU if the cluster has one)."""
     max_body_bytes: int = 8 << 20
     """Largest body of a request, in bytes; larger ones are refused (413)."""
     max_image_pixels: int = 25_000_000
@@ -62,7 +65,8 @@ class Serve:
         limits = Limits(body_bytes=self.max_body_bytes, pixels=self.max_image_pixels,
                         waiting=self.max_waiting, images=min(Limits.images, self.max_waiting))
         serve_model(RegistrySource(self.model, self.storage, self.tracking_uri),
-                    ServeOptions(self.host, self.port, self.reload_seconds, self.threads, limits),
+                    ServeOptions(self.host, self.port, self.reload_seconds, self.threads, limits,
+                                 device=self.device),
                     self.record, self.ray_address)
 
 

@@ -38,6 +38,7 @@ from pipelines.registry.versions import (
 from pipelines.settings import mask_password
 
 if TYPE_CHECKING:
+    import torch
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
@@ -153,8 +154,11 @@ class Registry(Runs):
                          + _listed(alias for v in versions for alias in v.aliases)
                          + "; versions: " + _listed(str(v.version) for v in versions))
 
-    def load_predictor(self, model_uri: str) -> tuple["Predictor", Version]:
+    def load_predictor(self, model_uri: str,
+                       device: "torch.device | str" = "cpu") -> tuple["Predictor", Version]:
         """Downloads a version's checkpoint and loads it without MLflow's model classes.
+
+        device: where it predicts.
 
         Raises: InputError for an unknown model; IntegrityError for a damaged checkpoint.
         """
@@ -163,7 +167,7 @@ class Registry(Runs):
         version = self.resolve(model_uri)
         with tempfile.TemporaryDirectory() as folder:
             model = self.download_sound(version, folder)
-            return Predictor.load(package.artifact(model, "checkpoint")), version
+            return Predictor.load(package.artifact(model, "checkpoint"), device), version
 
     def require_sound(self, version: Version) -> None:
         """Raises IntegrityError, as `download_sound`, if a version's files are damaged."""

@@ -25,6 +25,7 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
 
+from partialhn.config import DeviceName
 from partialhn.errors import InputError
 from partialhn.networks.precision import configure_torch
 from partialhn.predict import Answer
@@ -34,7 +35,7 @@ from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.serving.http import Limits, Metrics, Reply, build_app
 from pipelines.serving.live import FeatureRecorder
-from pipelines.serving.model import ModelSource, RegistrySource, ServedModel
+from pipelines.serving.model import ModelSource, RegistrySource, ServedModel, served_on
 from pipelines.serving.watcher import Watcher, healthz
 
 ID_DIGITS = 16
@@ -60,6 +61,8 @@ class ServeOptions:
     limits: Limits = dataclasses.field(default_factory=Limits)
     record: tuple[str, str] | None = None
     """Storage and stream for the sample of features; None records nothing."""
+    device: DeviceName = "cpu"
+    """Where batches are computed; auto: on a GPU if the cluster has one."""
 
 
 class Server:
@@ -132,7 +135,7 @@ def bind(source: ModelSource, options: ServeOptions) -> serve.Application:
         max_ongoing_requests=options.limits.waiting + 64, max_queued_requests=256,
         backpressure_config={"retry_after_s": 1},
         graceful_shutdown_timeout_s=DRAIN_SECONDS, graceful_shutdown_wait_loop_s=0.5,
-        ray_actor_options={"num_cpus": 1},
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if options.device == "gpu" else 0},
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False))
     bound: serve.Application = deployment.bind(source, options)
     return bound
@@ -168,6 +171,9 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
         options = dataclasses.replace(options, record=_record(source))
     log(f"{version.uri} (task {version.task!r}): files as registered; starting Ray")
     start_ray(ray_address)
+    device = served_on(options.device, cluster_gpus())
+    source = dataclasses.replace(source, device=device)
+    options = dataclasses.replace(options, device=device)
     log("loading the model and testing it")
     with running(bind(source, options), options):
         log(f"serving {version.uri} ({source.uri}) at http://{options.host}:{options.port}/predict "
@@ -176,6 +182,13 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
         watcher.say_accuracy()
         _wait_for_signal(watcher, options.reload_seconds)
         log("stopping: requests in progress are completed first")
+
+
+def cluster_gpus() -> float:
+    """GPUs of the cluster that this process belongs to."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0))
 
 
 @contextlib.contextmanager

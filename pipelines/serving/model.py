@@ -16,7 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
+from partialhn.config import DeviceName
 from partialhn.errors import InputError
+from partialhn.networks.precision import choose_device
 from partialhn.predict import Answer, Predictor
 from partialhn.task_inference import AUTO
 from pipelines.platform.storage import open_storage
@@ -81,6 +83,7 @@ class RegistrySource:
     """models:/NAME@ALIAS or models:/NAME/VERSION."""
     storage: str
     tracking_uri: str | None = None
+    device: DeviceName = "cpu"
     _registry: Registry | None = dataclasses.field(default=None, repr=False)
 
     def newest(self) -> str:
@@ -89,7 +92,7 @@ class RegistrySource:
 
     def load(self) -> tuple[Predictor, str]:
         """Downloads and loads the version."""
-        predictor, version = self._connected().load_predictor(self.uri)
+        predictor, version = self._connected().load_predictor(self.uri, choose_device(self.device))
         return predictor, str(version.version)
 
     def _connected(self) -> Registry:
@@ -99,6 +102,17 @@ class RegistrySource:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_registry": None}
+
+
+def served_on(wanted: DeviceName, gpus: float) -> DeviceName:
+    """Cpu or gpu, for a cluster with so many GPUs.
+
+    Raises: InputError if a GPU is required and the cluster has none.
+    """
+    if wanted == "gpu" and gpus < 1:
+        raise InputError("device is 'gpu', but the cluster has no GPU; allowed: auto, cpu, or gpu "
+                         "in a cluster with one")
+    return "gpu" if wanted != "cpu" and gpus >= 1 else "cpu"
 
 
 class ServedModel:
