@@ -356,7 +356,8 @@ class TrainConfig:
     """Strength of the distillation from the head as it was before the task (lwf only)."""
     detector_features: int = 500
     """Number of random features of the detector, which finds the task where the caller gives none.
-    A model stores 2 D^2 bytes for it, D being this number and twice the trunk's channels."""
+    A model stores 2 D^2 bytes for it, D being this number, twice the trunk's channels and, on a
+    trunk that was trained elsewhere, the width of the network's last block."""
     false_alarms: float = 0.05
     """Share of the images of known tasks that task auto may take for images of no known task."""
 
