@@ -140,7 +140,7 @@ def sharpness(score_SM: Tensor, y_S: Tensor) -> float:
     low, high = math.log(1e-3), math.log(SHARPEST)
     if slope(SHARPEST) < 0:
         return SHARPEST
-    for _ in range(40):
+    for _ in range(20):  # to 1e-5 of the factor
         middle = (low + high) / 2
         low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
     return math.exp((low + high) / 2)
