@@ -104,7 +104,7 @@ def decode(content: pa.Buffer, dtype: str, rows: int, shape_VCHW: Sequence[int])
     y_N, ids = labels.to_numpy(), table["id"].to_pylist()
     if len(y_N) != rows or len(ids) != rows:
         raise ValueError(f"it holds {len(y_N)} labels for {rows} rows")
-    z_NVCHW = _as_tensor(flat.reshape(rows, *shape_VCHW)).view(kind)
+    z_NVCHW = as_tensor(flat.reshape(rows, *shape_VCHW)).view(kind)
     scale_C = _scale(table.schema, shape_VCHW[1]) if kind is torch.int8 else None
     return Block(z_NVCHW, scale_C, y_N, ids)
 
@@ -115,7 +115,7 @@ def spilled(block: Block) -> Block:
     with tempfile.TemporaryFile() as file:
         flat.view(torch.uint8).numpy().tofile(file)
         file.flush()
-        bytes_ = _as_tensor(np.frombuffer(mapped(file), np.uint8))
+        bytes_ = as_tensor(np.frombuffer(mapped(file), np.uint8))
     return dataclasses.replace(block, z_NVCHW=bytes_.view(flat.dtype).view(block.z_NVCHW.shape))
 
 
@@ -158,7 +158,7 @@ def _scale(schema: pa.Schema, channels: int) -> Tensor:
     return scale_C
 
 
-def _as_tensor(values: np.ndarray) -> Tensor:
+def as_tensor(values: np.ndarray) -> Tensor:
     """A tensor over read-only mapped memory; it is only ever gathered from."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -102,16 +102,17 @@ def compute_shards(store: FeatureStore, trunk: Trunk, groups: Sequence[JobGroup]
         writers.shutdown()
 
 
-def decode_shard(store: FeatureStore, jobs: JobGroup, place: ShardPlace) -> DecodedShard:
-    """Reads and decodes the images of a shard on all cores, for another process that computes it.
+def decode_shard(store: FeatureStore, jobs: JobGroup, place: ShardPlace,
+                 threads: int = 1) -> DecodedShard:
+    """Reads and decodes the images of a shard, for another process that computes it.
 
     There are none where some writer has finished the shards of all jobs. Raises: InputError naming
     an image that cannot be read, if on_bad_image is error.
     """
     shard = _Shard(store, jobs, place, None)
-    with concurrent.futures.ThreadPoolExecutor(READERS, "shard") as readers:
+    with concurrent.futures.ThreadPoolExecutor(threads, "shard") as readers:
         rows = list(shard.pieces()) if shard.missing else []
-        parts = [part for _, part in ahead(readers, shard.pixels, rows, READERS)]
+        parts = [part for _, part in ahead(readers, shard.pixels, rows, 2 * threads)]
     side = jobs[0].recipe.input_size
     return DecodedShard(
         torch.cat([torch.empty(0, 3, side, side, dtype=torch.uint8),

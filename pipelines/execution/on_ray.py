@@ -133,7 +133,13 @@ class RayExecution(Execution):
 
     def _featurise(self) -> Run:
         workers = self.config.compute.feature_workers
-        return on_ray(workers, self.gpu, self._threads(workers))
+        return on_ray(workers, self.gpu, self._threads(workers), self._decoders())
+
+    def _decoders(self) -> int:
+        """Actors that decode on the cluster's CPUs for those with the trunk on a GPU."""
+        import ray
+
+        return max(1, int(ray.cluster_resources().get("CPU", 0)) - 1) if self.gpu else 0
 
     def _learn(self, assignment: Assignment, on_record: OnRecord) -> dict[str, Any]:
         """Starts one run of Ray Train; its records come through an actor on the driver's node."""

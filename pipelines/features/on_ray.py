@@ -1,4 +1,5 @@
-"""Computes feature shards with Ray Data: a pool of actors, each of which loads the trunk once.
+"""Computes feature shards with Ray Data: a pool of actors, each of which loads the trunk once, and
+before it, where they have GPUs, a pool that decodes.
 
 One row of the Ray dataset is one shard of one group of jobs.
 """
@@ -12,10 +13,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
+from partialhn.data.decode import BadImage
 from partialhn.errors import InputError
+from partialhn.features.codec import as_tensor
 from partialhn.features.jobs import JobGroup, ShardPlace, ShardResult
 from partialhn.features.manifest import parse_shard
-from partialhn.features.shards import compute_shards
+from partialhn.features.shards import DecodedShard, compute_shards, decode_shard
 from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import Trunk
 from pipelines.features.produce import Run, open_store
@@ -26,13 +32,33 @@ ATTEMPTS = 3
 TOGETHER = 8
 """Largest number of shards that an actor gets at once, so that it can read and write some while
 another is in the trunk."""
+DECODED_TOGETHER = 2
+"""The same for shards that others have decoded: all of their pixels are in its memory."""
 HARMLESS = "has constructor arguments in the object store and max_restarts > 0"
 """Part of a warning at every start of an actor pool; harmless, because the arguments live as long
 as the dataset."""
 
 
+class Decoder:
+    """The actor of the first operator where the trunk has a GPU: decodes whole shards on a CPU."""
+
+    def __init__(self, storage: Storage, groups: Sequence[JobGroup]) -> None:
+        configure_torch(1)
+        self.store, self.groups = open_store(storage), groups
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        for place in _places(batch):
+            try:
+                yield _pixels_row(place, decode_shard(self.store, self.groups[place[0]], place))
+            except InputError as error:
+                yield _pixels_row(place, None, str(error))
+
+
 class Featuriser:
-    """The actor: computes and writes shards, and returns their records."""
+    """The actor with the trunk: computes and writes shards, and returns their records.
+
+    It decodes their images itself, unless a `Decoder` did.
+    """
 
     def __init__(self, storage: Storage, trunk: Trunk, groups: Sequence[JobGroup], device: str,
                  threads: int) -> None:
@@ -40,15 +66,50 @@ class Featuriser:
         self.store = open_store(storage)
         self.trunk, self.groups = trunk.to(device), groups
 
-    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        places = list(zip(batch["group"].tolist(), batch["shard"].tolist(), strict=True))
+    def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
+        places = _places(batch)
+        errors = batch["error"].to_pylist() if "error" in batch.column_names else []
         try:
-            for (group, index), shards, decoded in compute_shards(self.store, self.trunk,
-                                                                  self.groups, places):
+            for error in filter(None, errors):
+                raise InputError(error)
+            for (group, index), shards, decoded in compute_shards(
+                    self.store, self.trunk, self.groups, places, _pixels_of(batch, places)):
                 written = json.dumps([dataclasses.asdict(shard) for shard in shards])
                 yield _row(group, index, written, decoded, "")
         except InputError as error:  # only the user can correct it, so Ray must not try again
             yield _row(*places[0], "", 0, str(error))
+
+
+def _places(batch: pa.Table) -> list[ShardPlace]:
+    return list(zip(batch["group"].to_pylist(), batch["shard"].to_pylist(), strict=True))
+
+
+def _pixels_row(place: ShardPlace, decoded: DecodedShard | None, error: str = "") -> pa.Table:
+    """A decoded shard as a table of one row; its pixels are not copied again on their way."""
+    values, facts = np.empty(0, np.uint8), "{}"
+    if decoded is not None:
+        values = decoded.images_NCHW.numpy().reshape(-1)
+        facts = json.dumps({"shape": decoded.images_NCHW.shape, "kept": decoded.kept_N.tolist(),
+                            "bad": [(bad.id, bad.reason) for bad in decoded.bad],
+                            "seconds": decoded.seconds})
+    ends = pa.py_buffer(np.array([0, len(values)], np.int64))
+    pixels = pa.Array.from_buffers(pa.large_binary(), 1, [None, ends, pa.py_buffer(values)])
+    return pa.table({"group": [place[0]], "shard": [place[1]], "facts": [facts], "error": [error],
+                     "pixels": pixels})
+
+
+def _pixels_of(batch: pa.Table, places: Sequence[ShardPlace]
+               ) -> dict[ShardPlace, DecodedShard] | None:
+    """The decoded shards of a batch; None where nobody decoded them."""
+    if "pixels" not in batch.column_names:
+        return None
+    found = {}
+    for place, cell, text in zip(places, batch["pixels"], batch["facts"].to_pylist(), strict=True):
+        facts = json.loads(text)
+        pixels_NCHW = np.frombuffer(cell.as_buffer() or b"", np.uint8).reshape(facts["shape"])
+        found[place] = DecodedShard(as_tensor(pixels_NCHW), np.array(facts["kept"], np.int64),
+                                    [BadImage(*bad) for bad in facts["bad"]], facts["seconds"])
+    return found
 
 
 def _row(group: int, shard: int, written: str, decoded: int, error: str) -> dict[str, Any]:
@@ -57,8 +118,12 @@ def _row(group: int, shard: int, written: str, decoded: int, error: str) -> dict
             "error": [error]}
 
 
-def on_ray(workers: int = 1, gpu: bool = False, threads: int = 1) -> Run:
-    """A `Run` with that many actors; if one dies, its unfinished shards are computed again."""
+def on_ray(workers: int = 1, gpu: bool = False, threads: int = 1, decoders: int = 0) -> Run:
+    """A `Run` with that many actors; if one dies, its unfinished shards are computed again.
+
+    decoders: actors on CPUs that decode for those with the trunk; Ray Data holds them back where
+    the trunk is slower. 0: the actors with the trunk decode in threads.
+    """
     def run(storage: Storage, trunk: Trunk, groups: Sequence[JobGroup],
             places: Sequence[ShardPlace]) -> Iterator[ShardResult]:
         from ray.exceptions import RayActorError
@@ -67,7 +132,7 @@ def on_ray(workers: int = 1, gpu: bool = False, threads: int = 1) -> Run:
         for attempt in range(ATTEMPTS):
             try:
                 for row in _start(storage, trunk, groups, tuple(unfinished), workers, gpu,
-                                  threads):
+                                  threads, decoders):
                     if row["error"]:
                         raise InputError(row["error"])
                     place = int(row["group"]), int(row["shard"])
@@ -84,7 +149,7 @@ def on_ray(workers: int = 1, gpu: bool = False, threads: int = 1) -> Run:
 
 
 def _start(storage: Storage, trunk: Trunk, groups: Sequence[JobGroup], todo: Sequence[ShardPlace],
-           workers: int, gpu: bool, threads: int) -> Iterator[dict[str, Any]]:
+           workers: int, gpu: bool, threads: int, decoders: int) -> Iterator[dict[str, Any]]:
     """Yields a row as soon as its shard is finished."""
     import ray.data
 
@@ -94,8 +159,14 @@ def _start(storage: Storage, trunk: Trunk, groups: Sequence[JobGroup], todo: Seq
     context.execution_options.verbose_progress = False
     items = [{"group": number, "shard": index} for number, index in todo]
     together = min(TOGETHER, max(1, len(todo) // (4 * workers)))
+    if decoders:
+        together = min(together, DECODED_TOGETHER)
     rows: Any = ray.data.from_items(items, override_num_blocks=-(-len(todo) // together))
-    written = rows.map_batches(Featuriser, batch_size=together,
+    if decoders:
+        rows = rows.map_batches(Decoder, batch_size=1, batch_format="pyarrow", num_cpus=1,
+                                concurrency=min(decoders, len(todo)),
+                                fn_constructor_args=(storage, groups))
+    written = rows.map_batches(Featuriser, batch_size=together, batch_format="pyarrow",
                                concurrency=min(workers, len(todo)), num_gpus=1 if gpu else 0,
                                fn_constructor_args=(storage, trunk, groups,
                                                     "cuda" if gpu else "cpu", threads))

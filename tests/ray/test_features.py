@@ -25,14 +25,16 @@ def experiences(small, tmp_path_factory):
     return stream
 
 
+@pytest.mark.parametrize("actors", [{"workers": 2}, {"workers": 1, "decoders": 1}])
 def test_depths_in_one_pass_are_the_bytes_of_a_single_process(ray_cluster, small, changed, trunk,
-                                                              experiences, tmp_path):
+                                                              experiences, tmp_path, actors):
+    """Also where other actors decode."""
     config = changed(small, features={"shard_rows": 100})
     storage = open_storage(str(tmp_path / "ray"))
     jobs = feature_jobs(config, experiences, trunk, [2, 4])
     images = sum(len(getattr(experiences[0], part)) for part in ("train", "validation", "test"))
     seen = []
-    manifests, decoded = compute_features(storage, trunk, jobs, on_ray(workers=2),
+    manifests, decoded = compute_features(storage, trunk, jobs, on_ray(**actors),
                                           progress=lambda *counts: seen.append(counts))
     assert decoded == images
     assert seen[-1] == (sum(job.shards for job in jobs[:3]),) * 2
@@ -43,7 +45,7 @@ def test_depths_in_one_pass_are_the_bytes_of_a_single_process(ray_cluster, small
         found = [m for job, m in zip(jobs, manifests, strict=True) if job.depth == depth]
         assert [[s.sha256 for s in m.shards] for m in found] == [
             [s.sha256 for s in m.shards] for m in wanted]
-    again, decoded = compute_features(storage, trunk, jobs[::-1], on_ray(workers=2))
+    again, decoded = compute_features(storage, trunk, jobs[::-1], on_ray(**actors))
     assert (again[::-1], decoded) == (manifests, 0)
     rows = np.unique([manifest.rows for manifest in manifests[:3]])
     assert rows.sum() <= images
