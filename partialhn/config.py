@@ -163,7 +163,7 @@ class BackboneConfig:
     adapt_trunk: bool = False
     """Whether a network of other weights than train is trained once more on the first task, all of
     it and at a low rate, before the trunk is frozen. Its budget is the trunk's own."""
-    adapt_learning_rate: float = 3e-5
+    adapt_learning_rate: float = 1e-4
     """Peak learning rate of adapt_trunk."""
     trunk_epochs: int | None = None
     """Passes over the first task's images while the trunk is trained. Default: 15, and more or
