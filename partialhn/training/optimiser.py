@@ -3,8 +3,10 @@
 Legend: S steps, G parameter groups.
 """
 
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,38 @@ from torch import Tensor, nn
 from partialhn.config import Schedule, TrainConfig
 from partialhn.strategies import Strategy
 from partialhn.training.steps import WARM_UP
+
+
+class _Plain(torch.optim.Optimizer):
+    """torch's methods without their wrappers for compiled programs.
+
+    The first call of such a wrapper imports torch's compiler, which takes four seconds of the
+    processor. Nothing here is compiled, and the operations are the same.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _ADD_GROUP(self, param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        _ZERO_GRAD(self, set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        return _STEP(self, closure)
+
+
+class Adam(_Plain, torch.optim.Adam):
+    """`torch.optim.Adam`, quick to start."""
+
+
+class AdamW(_Plain, torch.optim.AdamW):
+    """`torch.optim.AdamW`, quick to start."""
+
+
+_ADD_GROUP: Callable[..., Any] = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+_ZERO_GRAD: Callable[..., Any] = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+_STEP: Callable[..., Any] = inspect.unwrap(torch.optim.Adam.step)
+"""AdamW is an Adam with another decay of weights, and has the same method."""
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer,
@@ -49,7 +83,7 @@ def make_optimiser(strategy: Strategy, config: TrainConfig) -> torch.optim.Optim
     device = next(value.device for value in strategy.parameters() if value.requires_grad)
     for group in groups:
         group["lr"] = torch.tensor(group["peak"], device=device)
-    return torch.optim.Adam(groups, fused=True, capturable=device.type == "cuda")
+    return Adam(groups, fused=True, capturable=device.type == "cuda")
 
 
 def learning_rates(optimiser: torch.optim.Optimizer, schedule: Schedule, steps: int) -> Tensor:

@@ -41,6 +41,7 @@ from partialhn.training.budget import BestState, held_out_loss, trunk_budget
 from partialhn.training.choice import FEW
 from partialhn.training.image_batches import Classification, ImageBatches, Labelled
 from partialhn.training.optimiser import (
+    AdamW,
     load_optimiser,
     optimiser_tensors,
     rate_factors,
@@ -66,9 +67,8 @@ def network_optimiser(network: Network, config: BackboneConfig) -> torch.optim.O
     device = network.mean_C.device
     peak = config.adapt_learning_rate if config.adapt_trunk else config.trunk_learning_rate
     rate = torch.tensor(peak, dtype=_rate_type(device), device=device)
-    return torch.optim.AdamW([{"params": list(network.parameters()), "lr": rate, "peak": peak}],
-                             fused=True, capturable=device.type == "cuda",
-                             weight_decay=TRUNK_WEIGHT_DECAY)
+    return AdamW([{"params": list(network.parameters()), "lr": rate, "peak": peak}], fused=True,
+                 capturable=device.type == "cuda", weight_decay=TRUNK_WEIGHT_DECAY)
 
 
 def _rate_type(device: torch.device) -> torch.dtype:

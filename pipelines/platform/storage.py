@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -97,6 +98,27 @@ class Storage:
     def put_if_absent(self, path: str, content: bytes) -> bool:
         """Writes a file unless it exists; of several writers exactly one gets True."""
         return self._files.put_if_absent(path, content)
+
+    def path_of(self, uri: str) -> str | None:
+        """The path, in `filesystem`, of what a URI names; None where that is another filesystem."""
+        if self.is_local:
+            path = unquote(urlsplit(uri).path) if uri.startswith("file:") else uri
+            return path if path.startswith("/") else None
+        return uri.removeprefix("s3://") if uri.startswith(f"{self.uri}/") else None
+
+    def download(self, path: str, target: Path) -> None:
+        """Copies a file, or a folder with everything in it, to a local path.
+
+        Raises: FileNotFoundError if there is neither.
+        """
+        files = [path] if self.stat(path) else [file.path for file in self.list(path)]
+        if not files:
+            raise FileNotFoundError(path)
+        for file in files:
+            copy = target / file[len(path):].lstrip("/")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with self.filesystem.open_input_stream(file) as source, copy.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
 
     def delete(self, path: str) -> None:
         """Deletes a file, or a folder with everything in it; does nothing if there is none."""

@@ -6,16 +6,14 @@ It may run at any time, in several processes at once. This project moves aliases
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from partialhn.errors import InputError
 from pipelines.platform.storage import Storage
+from pipelines.registry.connection import Connection
 from pipelines.registry.history import Entry, History, Move, aliases
-from pipelines.registry.runs import pages
+from pipelines.registry.reading import RegisteredModel
 from pipelines.registry.versions import CHAMPION, is_ours
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
 
 PLACE = "history"
 """Tag of a registered model that holds the URI of its history."""
@@ -50,8 +48,8 @@ class Repair:
 class Aliases:
     """The aliases of all streams of a registry, with their histories in one storage."""
 
-    def __init__(self, client: "MlflowClient", storage: Storage) -> None:
-        self._client, self._storage = client, storage
+    def __init__(self, connection: Connection, storage: Storage) -> None:
+        self._connection, self._storage = connection, storage
         self._histories: dict[str, History] = {}
 
     def history(self, stream: str) -> History:
@@ -103,9 +101,9 @@ class Aliases:
         model = self._model(stream)
         history = self._open(model)
         if PLACE not in model.tags:
-            _contended(self._client.set_registered_model_tag, stream, PLACE, history.uri)
+            _contended(self._connection.client.set_registered_model_tag, stream, PLACE, history.uri)
         entry = history.append(move, _identity(model))
-        if entry is not None or _current(model, move.alias) != move.to:
+        if entry is not None or model.aliases.get(move.alias) != move.to:
             self._set_from_history(stream, move.alias)
         return entry
 
@@ -142,7 +140,7 @@ class Aliases:
         model = self._find(stream)
         if model is None:
             return []
-        current = {alias: int(version) for alias, version in model.aliases.items()
+        current = {alias: version for alias, version in model.aliases.items()
                    if is_ours(alias)}
         wanted = aliases(self._open(model).entries())
         return [(alias, current.get(alias), wanted.get(alias), alias in wanted)
@@ -157,9 +155,9 @@ class Aliases:
         want = self._wanted(stream, alias)
         for _ in range(ATTEMPTS):
             if want is None:
-                _contended(self._client.delete_registered_model_alias, stream, alias)
+                _contended(self._connection.client.delete_registered_model_alias, stream, alias)
             else:
-                _contended(self._client.set_registered_model_alias, stream, alias, str(want))
+                _contended(self._connection.client.set_registered_model_alias, stream, alias, str(want))
             was_set_to, want = want, self._wanted(stream, alias)
             if was_set_to == want:
                 return
@@ -179,7 +177,7 @@ class Aliases:
             self._histories[stream] = History(self._storage, stream)
         return self._histories[stream]
 
-    def _open(self, model: Any) -> History:
+    def _open(self, model: RegisteredModel) -> History:
         history = self._history(model.name)
         place = model.tags.get(PLACE, history.uri)
         name = place.rpartition("/")[2]
@@ -203,7 +201,7 @@ class Aliases:
 
         A model that was renamed keeps its time of creation, which the history entries hold.
         """
-        renamed = [model.name for model in pages(self._client.search_registered_models)
+        renamed = [model.name for model in self._connection.reader.models()
                    if _identity(model) == entry.registry]
         where = self._history(stream).uri
         if renamed:
@@ -214,17 +212,10 @@ class Aliases:
                 "registry; allowed: the --tracking-uri with which it was registered, another "
                 "--name or, if the model was deleted, to delete that folder")
 
-    def _find(self, stream: str) -> Any:
-        from mlflow.exceptions import MlflowException
+    def _find(self, stream: str) -> RegisteredModel | None:
+        return self._connection.reader.model(stream)
 
-        try:
-            return self._client.get_registered_model(stream)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return None
-
-    def _model(self, stream: str) -> Any:
+    def _model(self, stream: str) -> RegisteredModel:
         model = self._find(stream)
         if model is None:
             raise InputError(f"stream {stream!r} is not in the registry; `partialhn train` or "
@@ -232,15 +223,7 @@ class Aliases:
         return model
 
     def _exists(self, stream: str, version: int) -> bool:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.get_model_version(stream, str(version))
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            return False
-        return True
+        return self._connection.reader.version(stream, version) is not None
 
 
 def _contended(write: Callable[..., Any], *arguments: str) -> None:
@@ -260,12 +243,7 @@ def _contended(write: Callable[..., Any], *arguments: str) -> None:
                 raise
 
 
-def _current(model: Any, alias: str) -> int | None:
-    """The version that MLflow's alias points to, or None."""
-    return int(model.aliases[alias]) if alias in model.aliases else None
-
-
-def _identity(model: Any) -> str:
+def _identity(model: RegisteredModel) -> str:
     """Distinguishes a registered model from one of the same name in another registry."""
     return str(model.creation_timestamp)
 

@@ -20,10 +20,11 @@ from partialhn.errors import InputError, IntegrityError
 from pipelines.platform.storage import Storage
 from pipelines.registry import package
 from pipelines.registry.aliases import BY_HAND, Aliases
-from pipelines.registry.connection import open_client
+from pipelines.registry.connection import Connection
 from pipelines.registry.history import Entry, Kind, Move, aliases
 from pipelines.registry.package import Contents
-from pipelines.registry.runs import Runs, pages
+from pipelines.registry.reading import OURS, RegisteredModel
+from pipelines.registry.runs import Runs
 from pipelines.registry.versions import (
     CHALLENGER,
     CHAMPION,
@@ -39,8 +40,6 @@ from pipelines.settings import mask_password
 
 if TYPE_CHECKING:
     import torch
-    from mlflow import MlflowClient
-    from mlflow.entities.model_registry import ModelVersion
 
     from partialhn.predict import Predictor
 
@@ -65,16 +64,17 @@ class Placing:
 
 
 def connect(storage: Storage, tracking_uri: str | None = None, create: bool = True) -> "Registry":
-    """Connects to MLflow. Raises: InputError, as `pipelines.registry.connection.open_client`."""
-    return Registry(*open_client(storage, tracking_uri, create), storage)
+    """Connects to a registry. Raises: InputError, as `pipelines.registry.connection.open_client`."""
+    return Registry(Connection(storage, tracking_uri, create), storage)
 
 
 class Registry(Runs):
-    """This project's access to MLflow through one explicit client: runs, versions, aliases."""
+    """This project's access to MLflow: runs, versions, aliases."""
 
-    def __init__(self, client: "MlflowClient", tracking_uri: str, storage: Storage) -> None:
-        super().__init__(client, tracking_uri, storage)
-        self.aliases = Aliases(client, storage)
+    def __init__(self, connection: Connection, storage: Storage) -> None:
+        super().__init__(connection, storage)
+        self._reader = connection.reader
+        self.aliases = Aliases(connection, storage)
 
     def register_task(self, run_id: str, record: Registration, contents: Contents,
                       placing: Placing | None = None) -> Version:
@@ -91,9 +91,9 @@ class Registry(Runs):
         self._create_model(record.stream)
         self.aliases.reconcile(record.stream)
         tags = record.tags() | _decision_tags(placing.decision)
-        number = self._number_of(record.stream, record.prefix)
-        if number is None:
-            number = self._add_version(run_id, tags, contents, record)
+        known = self.version_of(record.stream, record.prefix)
+        number = (known.version if known is not None
+                  else self._add_version(run_id, tags, contents, record))
         if placing.decision is not None:
             self._client.log_dict(run_id, dict(placing.decision), "gate.json")
             for key in (GATE, DECISION):  # this decision may be a new one, by another policy
@@ -117,15 +117,12 @@ class Registry(Runs):
 
         Raises: InputError for an unknown stream.
         """
-        aliases_of: dict[int, list[str]] = {}
-        for alias, number in self._registered(name).aliases.items():
-            aliases_of.setdefault(int(number), []).append(alias)
-        return [_version_of(version, aliases_of.get(int(version.version), []))
-                for version in self._search(f"name = '{name}'")]
+        self._registered(name)
+        return self._reader.versions(name)
 
     def streams(self) -> list[str]:
         """Names of all registered models."""
-        return [model.name for model in pages(self._client.search_registered_models)]
+        return [model.name for model in self._reader.models()]
 
     def knows(self, name: str) -> bool:
         """Whether a stream is registered."""
@@ -133,8 +130,15 @@ class Registry(Runs):
 
     def version_of(self, name: str, lineage_id: str) -> Version | None:
         """The version of the model with a lineage id, or None."""
-        number = self._number_of(name, lineage_id)
-        return None if number is None else self._version(name, number)
+        return next(iter(self._reader.versions(name, lineage_id)), None)
+
+    def holder(self, name: str, alias: str) -> Version | None:
+        """The version that has an alias; None if there is none or it is not this project's.
+
+        Raises: InputError for an unknown stream.
+        """
+        number = self._registered(name).aliases.get(alias)
+        return None if number is None else self._ours(name, number)
 
     def resolve(self, model_uri: str) -> Version:
         """The version that models:/<name>@<alias> or models:/<name>/<version> refers to.
@@ -145,12 +149,13 @@ class Registry(Runs):
         if not match:
             raise InputError(f"model is {model_uri!r}; allowed: models:/NAME@champion, "
                              "models:/NAME@task-TASK or models:/NAME/VERSION")
-        versions = self.versions(match["name"])
-        for version in versions:
-            if match["alias"] in version.aliases or match["version"] == str(version.version):
-                return version
-        wanted = f"alias {match['alias']!r}" if match["alias"] else f"version {match['version']}"
-        raise InputError(f"model {match['name']!r} has no {wanted}; aliases: "
+        name, alias, number = match["name"], match["alias"], match["version"]
+        found = self.holder(name, alias) if alias else self._ours(name, int(number))
+        if found is not None:
+            return found
+        versions = self.versions(name)
+        wanted = f"alias {alias!r}" if alias else f"version {number}"
+        raise InputError(f"model {name!r} has no {wanted}; aliases: "
                          + _listed(alias for v in versions for alias in v.aliases)
                          + "; versions: " + _listed(str(v.version) for v in versions))
 
@@ -217,16 +222,24 @@ class Registry(Runs):
         """MLflow's access to the folder of a version."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        source = self._client.get_model_version_download_uri(version.stream, str(version.version))
-        return get_artifact_repository(source, tracking_uri=self.tracking_uri,
+        return get_artifact_repository(self._reader.source(version), tracking_uri=self.tracking_uri,
                                        registry_uri=self.tracking_uri)
 
     def download(self, version: Version, folder: str | Path) -> Path:
         """Downloads a version's folder (`pipelines.registry.package`) into a local folder."""
+        return self._fetch(self._reader.source(version), Path(folder) / "model")
+
+    def _fetch(self, uri: str, target: Path) -> Path:
+        """A local copy of a folder or file of the artifact store.
+
+        What lies in the stream's own storage is copied without MLflow, whose import takes seconds.
+        """
+        if (path := self._storage.path_of(uri)) is not None:
+            self._storage.download(path, target)
+            return target
         from mlflow.artifacts import download_artifacts
 
-        source = self._client.get_model_version_download_uri(version.stream, str(version.version))
-        return Path(download_artifacts(artifact_uri=source, dst_path=str(folder),
+        return Path(download_artifacts(artifact_uri=uri, dst_path=str(target.parent),
                                        tracking_uri=self.tracking_uri))
 
     def result(self, name: str) -> dict[str, Any]:
@@ -234,23 +247,23 @@ class Registry(Runs):
 
         Raises: InputError if the stream is unknown or its run has not ended.
         """
-        from mlflow.artifacts import download_artifacts
-
         champion = self.resolve(f"models:/{name}@{CHAMPION}")
-        parent = self._client.get_run(champion.run_id).data.tags["mlflow.parentRunId"]
-        if not any(file.path == "result.json" for file in self._client.list_artifacts(parent)):
+        parent = self._reader.parent_run(champion.run_id)
+        uri = f"{self._reader.artifacts_of(parent)}/result.json"
+        path = self._storage.path_of(uri)
+        if not (self._storage.exists(path) if path is not None else any(
+                file.path == "result.json" for file in self._client.list_artifacts(parent))):
             raise InputError(f"stream {name!r} has no result yet, because its run has not ended; "
                              "to finish it, start the same `partialhn train` again")
         with tempfile.TemporaryDirectory() as folder:
-            path = download_artifacts(run_id=parent, artifact_path="result.json", dst_path=folder,
-                                      tracking_uri=self.tracking_uri)
-            result: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-        refused = challenger_of(self.versions(name))
+            copy = self._fetch(uri, Path(folder) / "result.json")
+            result: dict[str, Any] = json.loads(copy.read_text(encoding="utf-8"))
+        refused = challenger_of([version for version in (champion, self.holder(name, CHALLENGER))
+                                 if version is not None])
         if refused is not None:
             result["challenger"] = {"version": refused.version, "task": refused.task,
                                     "decision": refused.decision}
         return result
-
 
     def _create_model(self, stream: str) -> None:
         from mlflow.exceptions import MlflowException
@@ -261,19 +274,16 @@ class Registry(Runs):
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _search(self, where: str) -> list["ModelVersion"]:
-        """MLflow's records of the versions that this project registered, oldest first."""
-        versions = pages(self._client.search_model_versions, where)
-        return sorted((version for version in versions if "task_index" in version.tags),
-                      key=lambda version: int(version.version))
-
-    def _number_of(self, name: str, lineage_id: str) -> int | None:
-        versions = self._search(f"name = '{name}' and tags.prefix = '{lineage_id}'")
-        return int(versions[0].version) if versions else None
+    def _ours(self, name: str, number: int) -> Version | None:
+        """A version that this project registered. Raises: InputError for an unknown stream."""
+        self._registered(name)
+        found = self._reader.version(name, number)
+        return found if found is not None and OURS in found.tags else None
 
     def _version(self, name: str, number: int) -> Version:
-        version = self._client.get_model_version(name, str(number))
-        return _version_of(version, version.aliases)
+        found = self._reader.version(name, number)
+        assert found is not None, f"version {number} of {name} exists"
+        return found
 
     def _aliases_to_take(self, version: Version, work: str, placing: Placing) -> list[str]:
         if not placing.promote:
@@ -290,15 +300,13 @@ class Registry(Runs):
                 to_take.append(alias)
         return to_take
 
-    def _registered(self, name: str) -> Any:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return self._client.get_registered_model(name)
-        except MlflowException as error:
+    def _registered(self, name: str) -> RegisteredModel:
+        model = self._reader.model(name)
+        if model is None:
             raise InputError(f"stream is {name!r}, which is not in the registry "
                              f"{mask_password(self.tracking_uri)}; allowed: "
-                             + _listed(self.streams())) from error
+                             + _listed(self.streams()))
+        return model
 
     def _add_version(self, run_id: str, tags: dict[str, str], contents: Contents,
                      record: Registration) -> int:
@@ -322,11 +330,6 @@ class Registry(Runs):
         version = self._client.create_model_version(record.stream, source=source, run_id=run_id,
                                                     tags=tags, model_id=logged.model_id)
         return int(version.version)
-
-
-def _version_of(record: "ModelVersion", aliases: Sequence[str]) -> Version:
-    return Version(record.name, int(record.version), record.run_id or "", tuple(sorted(aliases)),
-                   dict(record.tags))
 
 
 def _decision_tags(decision: Mapping[str, Any] | None) -> dict[str, str]:

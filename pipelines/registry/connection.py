@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import logging
 import os
+import re
 import sqlite3
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -13,10 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
 from pipelines.platform.storage import Storage
+from pipelines.registry.reading import ClientReader, Reader, sqlite_reader
 from pipelines.settings import mask_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+_PLAIN = re.compile(r"sqlite:///([^:?%#][^?%#]*)")
 
 
 def default_tracking_uri(storage: Storage) -> str:
@@ -37,6 +43,8 @@ def sqlite_file(uri: str) -> Path | None:
     """
     if not uri.startswith(("sqlite:", "sqlite+")):
         return None
+    if plain := _PLAIN.fullmatch(uri):  # without the import of a second
+        return Path(plain[1])
     from sqlalchemy.engine import make_url
     from sqlalchemy.exc import ArgumentError
 
@@ -55,6 +63,34 @@ def exists(storage: Storage, tracking_uri: str | None) -> bool:
     """Whether there may be a registry already: a server, or a database that is not a new file."""
     database = sqlite_file(chosen_uri(storage, tracking_uri))
     return database is None or database.exists()
+
+
+class Connection:
+    """A registry that is there: read at once, and written through MLflow's client.
+
+    The client of a SQLite registry is made when it is first used, since MLflow's import takes
+    seconds.
+    """
+
+    def __init__(self, storage: Storage, tracking_uri: str | None, create: bool) -> None:
+        """Raises: InputError, as `open_client`."""
+        self.uri = chosen_uri(storage, tracking_uri)
+        self._arguments = storage, tracking_uri, create
+        self._client: MlflowClient | None = None
+        self._opening = threading.Lock()
+        database = sqlite_file(self.uri)
+        reader = sqlite_reader(database) if database and database.exists() else None
+        if reader is not None:
+            _send_artifacts_to(storage, is_server=False)
+        self.reader: Reader = reader or ClientReader(self.client)
+
+    @property
+    def client(self) -> "MlflowClient":
+        """MLflow's client. Raises: InputError, as `open_client`."""
+        with self._opening:
+            if self._client is None:
+                self._client, _ = open_client(*self._arguments)
+            return self._client
 
 
 def open_client(storage: Storage, tracking_uri: str | None,

@@ -16,7 +16,6 @@ from pipelines.platform.storage import Storage
 from pipelines.registry.aliases import Repair
 from pipelines.registry.client import Registry
 from pipelines.registry.history import Entry, Move, previous
-from pipelines.registry.repair import repair
 from pipelines.registry.versions import CHAMPION, Version, task_alias
 
 
@@ -71,7 +70,7 @@ def promote(registry: Registry, name: str, version: str, why: str, force: bool) 
     move = Move(CHAMPION, candidate.version, "promoted", why or "promoted by hand",
                 metrics=candidate.metrics, decision=decision)
     alias = task_alias(task_of(candidate.task))
-    if not any(alias in other.aliases for other in registry.versions(name)):
+    if registry.holder(name, alias) is None:
         registry.aliases.move(name, dataclasses.replace(move, alias=alias))
     entry = registry.aliases.move(name, move)
     return _moved(registry, name, entry, repaired)
@@ -124,6 +123,8 @@ def _bring_back_aliases(registry: Registry, entries: Sequence[Entry], version: V
 
 def repaired(registry: Registry, storage: Storage, name: str, version: str) -> dict[str, Any]:
     """Sets the aliases as the history says, and writes the damaged files of a version again."""
+    from pipelines.registry.repair import repair  # imports torch, which takes seconds
+
     aliases = _reconcile(registry, name)
     found = find(registry, name, version)
     lines = [*aliases, *repair(registry, storage, found)]

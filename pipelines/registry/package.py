@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from partialhn import __version__
 from partialhn.errors import IntegrityError
 
@@ -60,12 +62,9 @@ def artifact(folder: Path, name: str) -> Path:
 
     Raises: IntegrityError if the file does not name it, or names a path outside of the folder.
     """
-    from mlflow.models import Model
-
     try:
-        saved = Model.load(str(folder)).flavors["python_function"]["artifacts"]
-        path: Path = (folder / saved[name]["path"]).resolve()
-    except Exception as error:  # with a damaged YAML file, MLflow's reader can raise anything
+        path: Path = (folder / _artifacts(folder)[name]["path"]).resolve()
+    except Exception as error:  # a damaged YAML file can hold anything
         raise IntegrityError(f"the MLmodel file in {folder} names no {name}: {error!r}") from error
     if not path.is_relative_to(folder.resolve()):
         raise IntegrityError(f"the MLmodel file in {folder} places its {name} outside of that "
@@ -75,9 +74,14 @@ def artifact(folder: Path, name: str) -> Path:
 
 def has_artifact(folder: Path, name: str) -> bool:
     """Whether a downloaded version has an artifact of this name."""
-    from mlflow.models import Model
+    return name in _artifacts(folder)
 
-    return name in Model.load(str(folder)).flavors.get("python_function", {}).get("artifacts", {})
+
+def _artifacts(folder: Path) -> dict[str, Any]:
+    """The artifacts that a version's MLmodel file lists, by name; MLflow is not imported."""
+    model = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
+    found: dict[str, Any] = model["flavors"]["python_function"].get("artifacts", {})
+    return found
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

@@ -8,13 +8,14 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
 from partialhn.naming import digest_text
 from pipelines.platform.storage import Storage
+from pipelines.registry.connection import Connection
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,9 +30,21 @@ _EPOCH_KEYS = ("loss", "cross_entropy", "regulariser", "accuracy", "validation_a
 class Runs:
     """This project's access to the runs of MLflow, through one explicit client."""
 
-    def __init__(self, client: "MlflowClient", tracking_uri: str, storage: Storage) -> None:
-        self._client, self.tracking_uri, self._storage = client, tracking_uri, storage
-        self._is_server = tracking_uri.startswith(("http://", "https://"))
+    def __init__(self, connection: Connection, storage: Storage) -> None:
+        self._connection, self._storage = connection, storage
+        self.tracking_uri = connection.uri
+        self._is_server = connection.uri.startswith(("http://", "https://"))
+
+    @property
+    def _client(self) -> "MlflowClient":
+        return self._connection.client
+
+    def open(self) -> None:
+        """Makes MLflow's client, if it is not made yet.
+
+        Raises: InputError, as `pipelines.registry.connection.open_client`.
+        """
+        _ = self._client
 
     def stream_run(self, name: str, work: str, config: Mapping[str, Any]) -> str:
         """ID of the parent run of a stream's work, created if new; logs its configuration."""
@@ -145,16 +158,6 @@ class Runs:
         for start in range(0, len(metrics), 1000):
             self._client.log_batch(run_id, metrics=metrics[start:start + 1000],
                                    synchronous=True)
-
-
-def pages(search: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-    """All results of one of MLflow's search functions, page after page."""
-    token = None
-    while True:
-        page = search(*arguments, page_token=token)
-        yield from page
-        if not (token := page.token):
-            return
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.platform.storage import Storage
-from pipelines.registry.connection import open_client
-from pipelines.registry.runs import Runs, pages
+from pipelines.registry.connection import Connection
+from pipelines.registry.reading import pages
+from pipelines.registry.runs import Runs
 
 
 def connect_search(storage: Storage, tracking_uri: str | None = None) -> "SearchRuns":
     """Connects to MLflow, as `pipelines.registry.connection.open_client` says."""
-    return SearchRuns(*open_client(storage, tracking_uri, create=True), storage)
+    return SearchRuns(Connection(storage, tracking_uri, create=True), storage)
 
 
 class SearchRuns(Runs):
