@@ -414,6 +414,9 @@ class ComputeConfig:
     """Ray cluster to join (auto: that of RAY_ADDRESS or of this machine; or ray://host:10001), or
     local for a Ray of this run's own.
     Default: no Ray where workers and feature_workers are 1, otherwise local."""
+    re_evaluate: bool = False
+    """Measure every earlier task again after each task, although its weights, its stored features
+    and the code are the same; without it a few are, and all if one of them differs."""
     cache: str | None = None
     """Folder on each machine for copies of remote features, shared by all runs there; default:
     ~/.cache/partialhn/features."""

@@ -24,6 +24,7 @@ from partialhn.data.experience import task_of
 from partialhn.errors import InputError
 from partialhn.networks.head import HeadWeights
 from partialhn.networks.trunk import run_trunk
+from partialhn.strategies.heads import Heads
 from partialhn.task_inference import AUTO, Inferred, infer
 
 
@@ -79,41 +80,34 @@ class AutoAccuracy(NamedTuple):
 
 
 class Predictor:
-    """A loaded model for predictions; it generates each task's head weights once and keeps them."""
+    """A loaded model for predictions; it keeps the head weights of the tasks last asked for."""
 
     def __init__(self, model: Model, device: torch.device | str = "cpu") -> None:
         self.model = model
         self._device = torch.device(device)
         model.trunk.to(self._device)
         model.strategy.to(self._device)
-        self._weights: dict[int, HeadWeights] = {}
-        self._slots: dict[str, int] = {}
-        """The newest slot of each task, oldest task first."""
-        for index, slot in enumerate(model.tasks):
-            self._slots[task_of(slot.name)] = index
+        self.tasks: list[str] = list(dict.fromkeys(task_of(task.name) for task in model.tasks))
+        """Names of the tasks, oldest first; a refreshed task is listed once."""
+        self._slots = {name: index for index, slot in enumerate(model.tasks)
+                       for name in (slot.name, task_of(slot.name))}
+        """The slot of each name; of a task's name, the newest."""
+        self._newest = Heads(model.strategy, [self._slots[task] for task in self.tasks])
 
     @staticmethod
     def load(folder: str | Path, device: torch.device | str = "cpu") -> "Predictor":
         """Reads a checkpoint folder. Raises: IntegrityError if it is damaged."""
         return Predictor(Model.load(Path(folder)), device)
 
-    @property
-    def tasks(self) -> list[str]:
-        """Names of the tasks, oldest first; a refreshed task is listed once."""
-        return list(self._slots)
-
     def task_index(self, task: str) -> int:
         """Index of the slot that is used for a task, given by name or by its index in `tasks`.
 
         For a refreshed task it is the newest slot. Raises: InputError listing the tasks.
         """
-        if task not in self._slots and task.isdecimal() and int(task) < len(self._slots):
-            task = self.tasks[int(task)]
         if task in self._slots:
             return self._slots[task]
-        for index, slot in enumerate(self.model.tasks):
-            if task == slot.name:
-                return index
+        if task.isdecimal() and int(task) < len(self.tasks):
+            return self._slots[self.tasks[int(task)]]
         for forgotten in self.model.facts.get("forgotten", ()):
             if task == forgotten["task"]:
                 why = f" ({forgotten['why']})" if forgotten["why"] else ""
@@ -141,10 +135,8 @@ class Predictor:
         return AutoAccuracy.from_fields(found) if self.model.inference else None
 
     def head_weights(self, index: int) -> HeadWeights:
-        """The head weights of a slot, generated at the first call."""
-        if index not in self._weights:
-            self._weights[index] = self.model.strategy.weights(index)
-        return self._weights[index]
+        """The head weights of a slot."""
+        return self._newest.of_task(index)
 
     def decode(self, images: Sequence[bytes], ids: Sequence[str],
                on_bad: Literal["error", "skip"] = "error",
@@ -230,9 +222,8 @@ class Predictor:
 
     def _infer(self, z_BCHW: Tensor) -> Inferred:
         assert self.model.inference is not None, "check_task has refused auto"
-        slots = list(self._slots.values())
-        return infer(self.model.inference, self.model.strategy.head, slots,
-                     [self.head_weights(slot) for slot in slots], z_BCHW)
+        slots = [self._slots[task] for task in self.tasks]
+        return infer(self.model.inference, self.model.strategy.head, slots, self._newest, z_BCHW)
 
     def _answer(self, slot: int, known: bool, p_L: Tensor, task_p: float | None) -> Answer:
         """The answer of a slot with probabilities p_L, of which those after its classes are 0."""

@@ -102,7 +102,7 @@ def check_registry(storage: Storage, tracking_uri: str | None) -> DoctorCheck:
         uri = chosen_uri(storage, tracking_uri)
         if (file := sqlite_file(uri)) and not file.exists():
             return f"none yet; the first run creates {uri}"
-        connect(storage, tracking_uri)
+        connect(storage, tracking_uri).open()
         return f"MLflow {metadata.version('mlflow')} answers"
 
     return _run_check("driver", "MLflow", connect_to_mlflow, "start the server or give the right "

@@ -63,6 +63,8 @@ class RetrainConfig:
     """A folder without a _READY marker is ready if nothing in it has changed for so long."""
     learn_again: tuple[str, ...] = ()
     """Names of forgotten tasks (`partialhn models forget-task`) to learn again from the inbox."""
+    re_evaluate: bool = False
+    """Measure every earlier task again, although nothing that it depends on has changed."""
     dry_run: bool = False
     """Print the actions of a pass without taking them."""
 

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from partialhn.detector.detector import Detector
 from partialhn.features.feature_set import FeatureSet
+from partialhn.networks.head import HeadWeights
 from partialhn.strategies import Strategy
+from partialhn.strategies.heads import Heads
 from partialhn.task_inference import Inference, entropies, infer, pooled
 
 IMAGES = 2048
 """Most test images that are measured, of all tasks together; this bounds the cost."""
-HEAD_RUNS = 4 * IMAGES
+HEAD_RUNS = IMAGES
 """Most head evaluations of the entropy method, which evaluates every head on every image: more
 tasks mean fewer images."""
 
@@ -31,24 +33,25 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
     acc), and known_rejected (share of the images, all of known tasks, rejected as unknown).
     """
     strategy.eval()
-    weights = [strategy.weights(slot) for slot in slots]
-    rows = []
-    for task, slot in enumerate(slots):
-        z_NCHW, y_N = _some(tests[slot], IMAGES // len(slots))
-        z_NCHW = z_NCHW.to(weights[0].bias_K.device)
-        given_N = strategy.head(z_NCHW, weights[task]).argmax(1).cpu()
-        inferred = infer(inference, strategy.head, slots, weights, z_NCHW)
-        found_N = inferred.slot_B == slot
-        class_N = given_N if inferred.p_BL is None else inferred.p_BL.argmax(1)
-        row = {"acc_given": _share(given_N == y_N), "acc": _share(found_N & (class_N == y_N)),
-               "task_accuracy": _share(found_N), "known_rejected": _share(~inferred.known_B),
-               "acc_detector": _share(_alone(inference, slots, task, z_NCHW, given_N) == y_N)}
-        if heads_alone:
-            few_F = _spread(len(y_N), HEAD_RUNS // len(slots) ** 2)
-            surest_F = entropies(strategy.head, weights, z_NCHW[few_F]).argmin(1).cpu()
-            row["acc_entropy"] = _share((given_N == y_N)[few_F] & (surest_F == task))
-        rows.append(row | {"acc_combined": row["acc"]})
-    return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    weights = Heads(strategy, slots)
+    some = [_some(tests[slot], IMAGES // len(slots)) for slot in slots]
+    sizes = [len(y_n) for _, y_n in some]
+    task_N = torch.arange(len(slots)).repeat_interleave(torch.tensor(sizes))
+    z_NCHW = torch.cat([z_nCHW for z_nCHW, _ in some]).to(next(strategy.parameters()).device)
+    given_N = torch.cat([strategy.head(z_nCHW, own).argmax(1).cpu() for z_nCHW, own
+                         in zip(torch.split(z_NCHW, sizes), weights, strict=True)])
+    y_N = torch.cat([y_n for _, y_n in some])
+    right_N = given_N == y_N
+    inferred = infer(inference, strategy.head, slots, weights, z_NCHW)
+    found_N = inferred.slot_B == torch.tensor(slots)[task_N]
+    class_N = given_N if inferred.p_BL is None else inferred.p_BL.argmax(1)
+    shares = {"acc_given": right_N, "acc": found_N & (class_N == y_N), "task_accuracy": found_N,
+              "known_rejected": ~inferred.known_B,
+              "acc_detector": _alone(inference, slots, task_N, z_NCHW, given_N) == y_N}
+    means = {key: _mean_over_tasks(true_N, sizes) for key, true_N in shares.items()}
+    if heads_alone:
+        means["acc_entropy"] = _by_heads(strategy, weights, z_NCHW, right_N, sizes)
+    return means | {"acc_combined": means["acc"]}
 
 
 @torch.no_grad()
@@ -60,7 +63,7 @@ def right_without_task(strategy: Strategy, inference: Inference, tests: Sequence
     """
     strategy.eval()
     slots = range(len(tests))
-    weights = [strategy.weights(slot) for slot in slots]
+    weights = Heads(strategy, slots)
     right = []
     for task, features in enumerate(tests):
         found = []
@@ -76,17 +79,38 @@ def right_without_task(strategy: Strategy, inference: Inference, tests: Sequence
     return right
 
 
-def _alone(inference: Inference, slots: Sequence[int], task: int, z_NCHW: Tensor,
+def _mean_over_tasks(true_N: Tensor, sizes: Sequence[int]) -> float:
+    shares = [_share(true_n) for true_n in torch.split(true_N, list(sizes))]
+    return sum(shares) / len(shares)
+
+
+def _by_heads(strategy: Strategy, weights: Sequence[HeadWeights], z_NCHW: Tensor, right_N: Tensor,
+              sizes: Sequence[int]) -> float:
+    """Accuracy where the surest head decides, on some images of the tasks; where there are more
+    tasks than fit into HEAD_RUNS, on one image of some of them.
+    """
+    tasks = len(weights)
+    chosen = range(0, tasks, -(-tasks ** 2 // HEAD_RUNS))
+    first = [sum(sizes[:task]) for task in range(tasks)]
+    few = {task: first[task] + _spread(sizes[task], HEAD_RUNS // tasks ** 2) for task in chosen}
+    few_F = torch.cat(list(few.values()))
+    task_F = torch.cat([torch.full((len(own),), task) for task, own in few.items()])
+    surest_F = entropies(strategy.head, weights, z_NCHW[few_F]).argmin(1).cpu()
+    return _mean_over_tasks(right_N[few_F] & (surest_F == task_F),
+                            [len(own) for own in few.values()])
+
+
+def _alone(inference: Inference, slots: Sequence[int], task_N: Tensor, z_NCHW: Tensor,
            given_N: Tensor) -> Tensor:
     """The class of each image by the detector without the heads; -1 where it takes another task
-    than `task`. given_N: the classes by the task's head, which is what `TaskInference` has.
+    than its own. given_N: the classes by the task's head, which is what `TaskInference` has.
     """
     if isinstance(inference, Detector):
         found_N, class_N = inference.classify(slots, z_NCHW)
     else:
         found_N, class_N = inference.distances(
             pooled(z_NCHW))[:, list(slots)].argmin(1), given_N
-    return torch.where(found_N == task, class_N, -1)
+    return torch.where(found_N == task_N, class_N, -1)
 
 
 def rejection_auroc(inference: Inference, known: Sequence[FeatureSet], unknown: FeatureSet,

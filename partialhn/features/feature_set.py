@@ -53,12 +53,19 @@ class FeatureSet:
     ids: list[str]
     scales: Scales | None = None
     """Scales of int8 features; None for other number types."""
+    joined: tuple[str, ...] = ()
+    """Keys of the sets that were joined; empty for a single one."""
 
     def __post_init__(self) -> None:
         self._starts = np.cumsum([0] + [len(shard) for shard in self.shards])
 
     def __len__(self) -> int:
         return len(self.y_N)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Keys of the stored features."""
+        return self.joined or (self.manifest.key,)
 
     @property
     def views(self) -> int:
@@ -126,4 +133,5 @@ def join(sets: Sequence[FeatureSet]) -> FeatureSet | None:
               (features.scales.scale_SC if features.scales else [None] * len(features.shards))]
     return FeatureSet(sets[0].manifest, shards, torch.cat([features.y_N for features in sets]),
                       [name for features in sets for name in features.ids],
-                      Scales.of(scales, [len(shard) for shard in shards]))
+                      Scales.of(scales, [len(shard) for shard in shards]),
+                      tuple(key for features in sets for key in features.keys))

@@ -191,7 +191,7 @@ class ColumnGenerator(Generator):
             return ()
         return tuple(torch.addmm(before_CD, v_Cd.to(x_d) * x_d, A_Dd.to(x_d).T)
                      for before_CD, x_d, (v_Cd, A_Dd)
-                     in zip(inherited, code.view(-1, self.width), self._columns(task)(),
+                     in zip(inherited, code.view(-1, self.width), self.of_task(task)(),
                             strict=True))
 
     def begin(self, task: int) -> None:
@@ -203,7 +203,7 @@ class ColumnGenerator(Generator):
     def finish(self, task: int) -> Tensor | None:
         if not self.inherits(task) or not self.tensors:
             return None
-        return self._columns(task).pack().flatten()
+        return self.of_task(task).pack().flatten()
 
     def task_bytes(self, task: int) -> int:
         return packed_bytes(self._shapes, self.width) if self.inherits(task) else 0
@@ -217,7 +217,8 @@ class ColumnGenerator(Generator):
     def _shapes(self) -> list[tuple[int, int]]:
         return [(tensor.rows, tensor.row_length) for tensor in self.tensors]
 
-    def _columns(self, task: int) -> Columns:
+    def of_task(self, task: int) -> Columns:
+        """The columns of a task that has some."""
         return cast(Columns, self.columns[task - self._without])
 
     @property

@@ -22,6 +22,7 @@ from partialhn.features.closed_form import LinearClassifier
 from partialhn.networks.head import Head, HeadStart, HeadWeights
 from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
 from partialhn.networks.shared_generators import AdditiveGenerator, BilinearGenerator
+from partialhn.networks.tensors import hash_tensors
 from partialhn.strategies.base import OwnNorm, Strategy, renumbered
 
 FIRST_FORGOTTEN = "first_forgotten"
@@ -98,6 +99,8 @@ class PartialHypernet(Strategy):
         """Weights that the running task starts from; they do not change while it is learned."""
         self._earlier: Tensor | None = None
         """Codes of the tasks before the running one; they do not change while it is learned."""
+        self._base: str | None = None
+        """Hash of the generator's base."""
 
     def new_task(self, classes: int, refreshes: int | None) -> HypernetTask:
         """A task that starts where the generator says, and from the norm of the first task, or of
@@ -192,6 +195,19 @@ class PartialHypernet(Strategy):
         cast(ColumnGenerator, self.hypernet).fix_base()
         self.register_buffer(FIRST_FORGOTTEN, torch.tensor(True))
 
+    def answers_by(self, task: int) -> str | None:
+        if not self.independent:
+            return None
+        if self._base is None:
+            self._base = hash_tensors({str(index): base for index, base
+                                       in enumerate(self.hypernet.base)})
+        own = {f"task.{name}": value for name, value in self.tasks[task].state_dict().items()}
+        if self.hypernet.inherits(task):
+            columns = cast(ColumnGenerator, self.hypernet).of_task(task)
+            own |= {f"columns.{name}": value for name, value in columns.state_dict().items()}
+        start = self._start(task) if self.hypernet.inherits(task) else -1
+        return hash_tensors(own, self._base if start < 0 else self.answers_by(start) or "")
+
     def begin(self, task: int) -> None:
         super().begin(task)
         self.hypernet.begin(task)
@@ -247,8 +263,8 @@ class PartialHypernet(Strategy):
         return int(self._own(task).get_buffer("start"))
 
     def _forget(self) -> None:
-        """Drops the cached weights and codes, which are then generated again."""
-        self._inherited, self._earlier = None, None
+        """Drops what is kept of weights and codes, which is then generated again."""
+        self._inherited, self._earlier, self._base = None, None, None
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
         self._forget()  # it would stay where it was: on another device, or of another number type

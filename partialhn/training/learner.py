@@ -22,7 +22,8 @@ from partialhn.networks.tensors import tensors_below
 from partialhn.strategies import Strategy
 from partialhn.task_inference import Inference, LearnedTask, add_measured, measure, stored_inference
 from partialhn.training.budget import BestState
-from partialhn.training.experience import TaskFeatures, evaluate, fit_experience
+from partialhn.training.experience import TaskFeatures, fit_experience
+from partialhn.training.measured import accuracy_row
 from partialhn.training.optimiser import (
     load_optimiser,
     make_optimiser,
@@ -37,14 +38,15 @@ class Learner:
 
     def __init__(self, strategy: Strategy, config: TrainConfig, device: torch.device | str = "cpu",
                  workers: Workers | None = None, inference: Detector | None = None,
-                 recorder: StepRecorder | None = None) -> None:
+                 recorder: StepRecorder | None = None, *, re_evaluate: bool = False) -> None:
         """`inference`: an empty detector, if task inference is to be learned too.
 
-        `recorder`: as in `fit_experience`.
+        `recorder`: as in `fit_experience`. `re_evaluate`: measure earlier tasks again, although
+        they cannot have changed.
         """
         self.strategy, self.config = strategy.to(device), config
         self.inference: Inference | None = inference
-        self.recorder = recorder
+        self.recorder, self.re_evaluate = recorder, re_evaluate
         self.device = torch.device(device)
         self.workers = workers or Workers()
         self.epochs: list[EpochRecord] = []
@@ -123,10 +125,13 @@ class Learner:
                   measured: dict[str, Tensor] | None = None) -> TaskRecord:
         """Measures the newly trained task and all earlier ones."""
         index, start = len(self.finished), time.perf_counter()
-        row = tuple(evaluate(self.strategy, j, tasks[j].test) for j in range(index + 1))
+        row, measured_now = accuracy_row(
+            self.strategy, [task.test for task in tasks[:index + 1]], self.finished,
+            re_evaluate=self.re_evaluate)
         without_id = self._learn_inference(tasks, index, measured)
         self.finished.append(TaskRecord(tasks[index].name, index, row, self.train_seconds,
-                                        time.perf_counter() - start, without_id))
+                                        time.perf_counter() - start, without_id,
+                                        measured_now))
         return self.finished[-1]
 
     def measure_task(self, tasks: Sequence[TaskFeatures], index: int,

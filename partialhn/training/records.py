@@ -48,6 +48,9 @@ class TaskRecord:
     `partialhn.evaluation.task_inference_metrics.without_task_id` on the tasks so far, and
     rejection_auroc (how well this task's images were distinguished from those of earlier tasks
     before it was learned). Version 0.1.0 measured the former after the last task only."""
+    measured: dict[str, str] | None = None
+    """Grounds (`partialhn.training.measured`) of the accuracies that were measured for this record,
+    by the index of the task; the others were carried over. None in records of version 0.1.0."""
 
     @staticmethod
     def from_fields(fields: Mapping[str, Any]) -> "TaskRecord":

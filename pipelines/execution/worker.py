@@ -146,7 +146,8 @@ class Worker:
         a = self.assignment
         return Learner(a.cut.strategy(with_strategy(a.config, name)), a.config.train,
                        self.device, workers, inference,
-                       recorder_for(self.device, a.config.compute.cuda_graphs))
+                       recorder_for(self.device, a.config.compute.cuda_graphs),
+                       re_evaluate=a.config.compute.re_evaluate)
 
     def _detector(self) -> Detector:
         """An empty detector."""

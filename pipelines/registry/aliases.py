@@ -153,11 +153,12 @@ class Aliases:
         Every writer sets the alias after its entry, so the last one to set it finds no newer entry.
         """
         want = self._wanted(stream, alias)
+        client = self._connection.client
         for _ in range(ATTEMPTS):
             if want is None:
-                _contended(self._connection.client.delete_registered_model_alias, stream, alias)
+                _contended(client.delete_registered_model_alias, stream, alias)
             else:
-                _contended(self._connection.client.set_registered_model_alias, stream, alias, str(want))
+                _contended(client.set_registered_model_alias, stream, alias, str(want))
             was_set_to, want = want, self._wanted(stream, alias)
             if was_set_to == want:
                 return

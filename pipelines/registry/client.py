@@ -64,7 +64,7 @@ class Placing:
 
 
 def connect(storage: Storage, tracking_uri: str | None = None, create: bool = True) -> "Registry":
-    """Connects to a registry. Raises: InputError, as `pipelines.registry.connection.open_client`."""
+    """Connects to a registry. Raises: InputError, as `connection.open_client`."""
     return Registry(Connection(storage, tracking_uri, create), storage)
 
 
@@ -139,6 +139,13 @@ class Registry(Runs):
         """
         number = self._registered(name).aliases.get(alias)
         return None if number is None else self._ours(name, number)
+
+    def aliases_of(self, name: str) -> dict[int, tuple[str, ...]]:
+        """The aliases of each version that has some. Raises: InputError for an unknown stream."""
+        found: dict[int, tuple[str, ...]] = {}
+        for alias, number in sorted(self._registered(name).aliases.items()):
+            found[number] = (*found.get(number, ()), alias)
+        return found
 
     def resolve(self, model_uri: str) -> Version:
         """The version that models:/<name>@<alias> or models:/<name>/<version> refers to.

@@ -23,6 +23,7 @@ from partialhn.training.records import Forgotten
 from partialhn.training.slots import Slot
 from pipelines.platform.lease import Lease, LeaseLostError
 from pipelines.platform.storage import Storage
+from pipelines.registry.versions import Version
 from pipelines.settings import check_name
 
 FORMAT = 1
@@ -89,7 +90,7 @@ class Event:
     kind: str
     """One of founded (holds the stream's configuration), pass (a pass starts), decided (a task),
     adopted (a task that `partialhn train` learned), forgot (the tasks that are kept where one was
-    forgotten), published (a new report)."""
+    forgotten), registered (versions of decided tasks), published (a new report)."""
     fields: Mapping[str, Any]
 
 
@@ -130,6 +131,23 @@ class Journal:
                 newest.pop(decided.prefix, None)
                 newest[decided.prefix] = decided
         return list(newest.values())
+
+    def versions(self) -> dict[str, tuple[int, str]]:
+        """Number and run of the registered version of each model, by lineage id.
+
+        A model that is missing here may be registered: the pass may have been killed.
+        """
+        return {lineage_id: (int(number), str(run_id)) for event in self.events()
+                if event.kind == "registered"
+                for lineage_id, number, run_id in event.fields["versions"]}
+
+    def note_versions(self, lease: Lease, versions: Sequence[Version]) -> None:
+        """Notes that models are registered, so that no later pass asks the registry for them."""
+        known = self.versions()
+        new = [[version.tags["prefix"], version.version, version.run_id] for version in versions
+               if version.tags["prefix"] not in known]
+        if new:
+            self.append(lease, "registered", {"versions": new})
 
     def config(self) -> dict[str, Any] | None:
         """The configuration with which the stream was started; None before its first pass."""

@@ -1,7 +1,7 @@
 """Learns the waiting tasks on top of the champion's tasks; the gate decides on each of them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from partialhn.data.experience import task_of
 from partialhn.features.extract import feature_jobs
@@ -12,6 +12,7 @@ from partialhn.training.pretrain import network_key
 from partialhn.training.slots import Slot, slots_of
 from pipelines.execution.choose import open_execution
 from pipelines.gate import Policy, decide
+from pipelines.registry.versions import Version
 from pipelines.retrain.candidate import (
     example_of,
     feature_seconds,
@@ -30,8 +31,11 @@ class Learning:
     """The learning phase of one pass."""
 
     def __init__(self, context: PassContext, base: Sequence[Decided], policy: Policy,
-                 policy_id: str, done: PassOutcome) -> None:
-        """base: the champion's tasks, on top of which new tasks are learned."""
+                 policy_id: str, done: PassOutcome, registry_answers: Callable[[], None]) -> None:
+        """base: the champion's tasks, on top of which new tasks are learned. registry_answers:
+        waits until the registry can be written to, and raises its error.
+        """
+        self.registry_answers = registry_answers
         self.context, self.base, self.done = context, list(base), done
         self.policy, self.policy_id = policy, policy_id
         self.execution = open_execution(context.config, context.storage, context.stream,
@@ -51,6 +55,7 @@ class Learning:
                 slots = self._slots(waiting, cut)
                 lineage_ids = lineage_ids_of(context.config, cut.network, slots,
                                        [task.prefix for task in self.base])
+                self.registry_answers()
                 self.context.lease.check()
                 self.execution.learn(cut, slots, lineage_ids, lambda *_: None)
                 context.clock.lap("learn")
@@ -87,13 +92,15 @@ class Learning:
 
         If one is stopped, returns the tasks after it, which must be learned again without it.
         """
-        first = len(slots) - len(waiting)
+        first, registered = len(slots) - len(waiting), list[Version]()
+        still_waiting: list[CheckedArrival] = []
         for offset, checked in enumerate(waiting):
             index = first + offset
             new = self._decide(checked, slots[:index + 1], learned[:index + 1], network)
             self.context.journal.append(self.context.lease, "decided", dataclasses.asdict(new))
             self.context.lease.check()
             version = register(self.context, self.context.journal.decided(), new)
+            registered.append(version)
             Inbox(self.context.storage).accept(checked.arrival)
             self.done.learned.append({
                 "slot": new.slot, "stream": self.context.stream, "version": version.version,
@@ -101,14 +108,14 @@ class Learning:
                 "added_bytes": dict(new.added_bytes), "prefix": new.prefix})
             if not new.passed:
                 known_tasks = {task_of(task.slot) for task in self.base}
-                still_waiting = []
                 for other in waiting[offset + 1:]:  # a refresh of the stopped task must wait
                     if not other.arrival.part or other.arrival.task in known_tasks:
                         still_waiting.append(other)
                         known_tasks.add(other.arrival.task)
-                return still_waiting
+                break
             self.base.append(new)
-        return []
+        self.context.journal.note_versions(self.context.lease, registered)
+        return still_waiting
 
     def _decide(self, checked: CheckedArrival, slots: Sequence[Slot],
                 learned: Sequence[lineage.Learned], network: str) -> Decided:

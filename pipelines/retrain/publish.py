@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from partialhn.checkpoints.model import Model
+from partialhn.data.experience import task_of
 from partialhn.evaluation.answer_sample import read_sample
 from partialhn.training import lineage
 from partialhn.training.result import Outcome, model_sizes, peak_rss_bytes, result_fields
 from partialhn.training.review import review, sample_examples
 from partialhn.training.slots import Slot
 from pipelines.platform.numbers import now
-from pipelines.registry.versions import CHAMPION
+from pipelines.registry.versions import CHAMPION, Version
 from pipelines.report.page import write_report
 from pipelines.retrain.candidate import WORK
 from pipelines.retrain.context import PassContext
@@ -24,6 +25,20 @@ def published(journal: Journal) -> str:
     """Lineage id of the model in the newest report; empty before the first report."""
     return next((str(event.fields["prefix"]) for event in reversed(journal.events())
                  if event.kind == "published"), "")
+
+
+def _versions(context: PassContext, base: Sequence[Decided]) -> list[dict[str, Any]]:
+    """The entries `versions` of result.json. The registry is asked only for what the log lacks."""
+    noted, wanted = context.journal.versions(), {task.prefix for task in base}
+    if wanted - noted.keys():
+        context.journal.note_versions(context.lease, [
+            version for version in context.registry.versions(context.stream)
+            if version.tags["prefix"] in wanted])
+        noted = context.journal.versions()
+    aliases_of = context.registry.aliases_of(context.stream)
+    return [Version(context.stream, number, run_id, aliases_of.get(number, ()),
+                    {"task": task_of(task.slot)}).fields()
+            for task in base for number, run_id in [noted[task.prefix]]]
 
 
 def publish(context: PassContext, base: Sequence[Decided]) -> None:
@@ -41,8 +56,7 @@ def publish(context: PassContext, base: Sequence[Decided]) -> None:
         size = sum(file.stat().st_size for file in copy.iterdir())
     fields = result_fields(context.config, slots, cut.macs, 0,
                            {context.config.train.strategy: outcome}, context.clock.laps)
-    versions = [version.fields() for version in registry.versions(name)
-                if version.tags.get("prefix") in lineage_ids]
+    versions = _versions(context, base)
     fields |= model_sizes(model) | {
         "name": name, "work": lineage_ids[-1][:12], "weights_hash": model.weights_hash(),
         "checkpoint_bytes": size, "device": "see the tasks' runs",

@@ -8,6 +8,7 @@ next pass completes one that was killed at any point. Several waiting tasks are 
 of Ray Train. If the gate stops one of them, those after it are learned again without it.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,8 @@ from pipelines.retrain.validate import ArrivalPolicy, CheckedArrival, check_arri
 from pipelines.settings import RetrainConfig
 
 Log = Callable[[str], None]
+READERS = 16
+"""Small files that are read from the storage at once."""
 
 
 def retrain(settings: RetrainConfig, log: Log = print) -> PassOutcome:
@@ -66,6 +69,9 @@ def with_pass(settings: RetrainConfig, work: Callable[["Pass"], None],
         found = _adoption(registry, storage, settings.name, journal)
         config = _config(settings, journal.config() or (found.config.to_dict() if found else None))
         check(config)
+        if settings.re_evaluate:
+            config = dataclasses.replace(config, compute=dataclasses.replace(
+                config.compute, re_evaluate=True))
         try:
             work(Pass(settings, storage, config, policy, arrivals, journal, registry, outcome,
                       Progress(config, log), clock))
@@ -89,18 +95,21 @@ def _registry(settings: RetrainConfig, storage: Storage, journal: Journal) -> Re
     return registry
 
 
-def _chain(registry: Registry | None, stream: str) -> list[Version]:
-    """The champion and the versions that it was learned from; empty before the first pass."""
+def _champion(registry: Registry | None, stream: str) -> Version | None:
+    """The champion; None before the first pass."""
     if registry is None or not registry.knows(stream):
-        return []
-    versions = registry.versions(stream)
-    return next((chain_of(versions, version) for version in versions
-                 if CHAMPION in version.aliases), [])
+        return None
+    return registry.holder(stream, CHAMPION)
 
 
 def _adoption(registry: Registry | None, storage: Storage, stream: str,
               journal: Journal) -> Adoption | None:
-    return adoption(storage, stream, _chain(registry, stream), journal.decided())
+    """What the log lacks of the champion's tasks; only then are versions asked for."""
+    champion, logged = _champion(registry, stream), journal.decided()
+    if registry is None or champion is None or (
+            champion.tags["prefix"] in {task.prefix for task in logged}):
+        return None
+    return adoption(storage, stream, chain_of(registry.versions(stream), champion), logged)
 
 
 def _config(settings: RetrainConfig, founded: Mapping[str, Any] | None) -> Config:
@@ -203,7 +212,10 @@ class Pass:
         waiting = self._arrivals(base)
         self.clock.lap("look")
         if waiting:
-            base = Learning(context, base, self.policy, self.policy_id, self.done).run(waiting)
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                opening = pool.submit(context.registry.open)  # takes seconds; features meanwhile
+                base = Learning(context, base, self.policy, self.policy_id, self.done,
+                                opening.result).run(waiting)
         self.conclude(context, base)
 
     def conclude(self, context: PassContext, base: Sequence[Decided]) -> None:
@@ -211,16 +223,16 @@ class Pass:
         if base and published(self.journal) != base[-1].prefix:
             publish(context, base)
             self.clock.lap("report")
-        champion = _chain(self.registry, self.settings.name)
-        self.done.champion = champion[-1].version if champion else None
+        champion = _champion(self.registry, self.settings.name)
+        self.done.champion = champion.version if champion else None
 
     def _adoption(self) -> Adoption | None:
         return _adoption(self.registry, self.storage, self.settings.name, self.journal)
 
     def _base(self, decided: Sequence[Decided]) -> list[Decided]:
         """The tasks of the champion, on top of which new tasks are learned."""
-        champion = _chain(self.registry, self.settings.name)
-        return chain_to(decided, champion[-1].tags["prefix"]) if champion else []
+        champion = _champion(self.registry, self.settings.name)
+        return chain_to(decided, champion.tags["prefix"]) if champion else []
 
     def _repair(self, context: PassContext) -> list[Decided]:
         """Completes an interrupted pass: sets aliases, registers versions that only the log has."""
@@ -231,17 +243,29 @@ class Pass:
         if decided and aliases.keeps_history(name):
             promoted = {entry.move.to for entry in aliases.history(name).entries()
                         if entry.move.alias == CHAMPION}
-        registered = context.registry.versions(name) if context.registry.knows(name) else []
+        noted = self.journal.versions()
+        doubtful = [task for task in decided if not (task.adopted or task.stands_for)
+                    and task.prefix not in noted]
+        registered = (context.registry.versions(name)
+                      if doubtful and context.registry.knows(name) else [])
         versions = {version.tags.get("prefix", ""): version for version in registered}
-        for task in decided:
+        for task in doubtful:
             version = versions.get(task.prefix)
-            if task.adopted or task.stands_for:
-                continue
             if version is None or (task.passed and version.version not in promoted):
                 context.lease.check()
                 version = register(context, decided, task)
+                versions[task.prefix] = version
                 self.done.repaired.append(f"{task.slot} was learned, now {version.uri}")
+        self.journal.note_versions(context.lease, [versions[task.prefix] for task in doubtful])
         return self._base(decided)
+
+    def _hashes(self, base: Sequence[Decided]) -> dict[str, Any]:
+        """Hashes of the images of the champion's tasks, by slot."""
+        tasks = [task for task in base if task.fingerprint]
+        paths = [hashes_path(self.storage, self.settings.name, task.fingerprint) for task in tasks]
+        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+            hashes = pool.map(lambda path: read_hashes(self.storage, path), paths)
+            return {task.slot: found for task, found in zip(tasks, hashes, strict=True)}
 
     def _arrivals(self, base: Sequence[Decided]) -> list[CheckedArrival]:
         """The arrivals to learn, in order: ready, not decided before, and without problems."""
@@ -271,9 +295,7 @@ class Pass:
                 self.done.waiting.append(f"{arrival.slot}: its task is not learned yet")
                 continue
             if not hashes:
-                hashes = {task.slot: read_hashes(self.storage, hashes_path(
-                    self.storage, self.settings.name, task.fingerprint))
-                          for task in base if task.fingerprint}
+                hashes = self._hashes(base)
             problems: Sequence[Problem] = self.inbox.name_problems(arrival, list(classes))
             if not problems:
                 checked = check_arrival(self.storage, arrival, self.config.data,

@@ -78,6 +78,43 @@ def test_a_refused_version_is_challenger_and_says_why(three):
     assert REASON in text
 
 
+def test_the_tables_say_what_the_client_says(three):
+    from mlflow import MlflowClient
+
+    from pipelines.registry.reading import ClientReader, SqliteReader
+
+    three._client.delete_model_version("digits", "1")
+    three._client.create_registered_model("another")
+    tables, client = three._connection.reader, ClientReader(three._client)
+    assert isinstance(tables, SqliteReader)
+    assert isinstance(three._client, MlflowClient)
+    assert tables.models() == client.models()
+    assert tables.model("no such model") is client.model("no such model") is None
+    found = tables.versions("digits")
+    assert found == client.versions("digits")
+    assert [version.version for version in found] == [2, 3]
+    lineage_id = found[1].tags["prefix"]
+    assert tables.versions("digits", lineage_id) == client.versions("digits", lineage_id)
+    assert tables.versions("digits", "no such id") == []
+    for number in (1, 2, 3, 4):
+        assert tables.version("digits", number) == client.version("digits", number)
+    assert tables.source(found[0]) == client.source(found[0])
+    run = found[0].run_id
+    assert tables.parent_run(run) == client.parent_run(run)
+    assert tables.artifacts_of(run) == client.artifacts_of(run)
+
+
+def test_reading_imports_neither_mlflow_nor_torch(three, tmp_path):
+    program = ("import sys; from pipelines.cli.main import run; "
+               "assert run(sys.argv[1:]) == 0; "
+               "assert not {'mlflow', 'torch', 'sqlalchemy'} & sys.modules.keys()")
+    for words in (["models", "list"], ["models", "show"], ["models", "history"], ["show"]):
+        done = subprocess.run([sys.executable, "-c", program, *words, "--name", "digits",
+                               "--storage", str(tmp_path / "store")], capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_registering_again_writes_nothing_new(three, digit_tasks):
     before = kinds(three)
     for index in (0, 1):
