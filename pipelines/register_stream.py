@@ -8,7 +8,7 @@ each learned task as `pipelines.train` does, and the report is written. `Stream.
 from collections.abc import Sequence
 from pathlib import Path
 
-from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints import checkpoint, shared
 from partialhn.run import StreamRun, work_name
 from partialhn.training.lineage import Learned
 from partialhn.training.pretrain import network_key
@@ -98,4 +98,4 @@ def _copy_models(source: str, known: Sequence[Learned], storage: Storage, folder
     for learned in known:
         target = f"{folder}/{learned.prefix}"
         if checkpoint.read_fields(storage.filesystem, target) is None:
-            checkpoint.upload(Path(source) / learned.prefix, storage.filesystem, target)
+            shared.copy_model(Path(source), learned.prefix, storage.filesystem, folder)

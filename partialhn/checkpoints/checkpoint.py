@@ -60,10 +60,14 @@ def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
             filesystem.move(draft, path)
 
 
-def fetch(filesystem: pafs.FileSystem, source: str, folder: Path) -> bool:
-    """Copies a checkpoint folder from any filesystem; returns False if there is no complete one."""
+def fetch(filesystem: pafs.FileSystem, source: str, folder: Path, *,
+          fields_alone: bool = False) -> bool:
+    """Copies a checkpoint folder from any filesystem; returns False if there is no complete one.
+
+    fields_alone: without the tensors file.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (FIELDS, TENSORS):
+    for name in (FIELDS,) if fields_alone else (FIELDS, TENSORS):
         try:
             with filesystem.open_input_file(f"{source}/{name}") as stream:
                 (folder / name).write_bytes(stream.readall())

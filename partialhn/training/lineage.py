@@ -1,6 +1,7 @@
 """The lineage of a model: its configuration and the tasks so far determine it.
 
-    <folder>/<lineage_id>/model.safetensors, model.json     the model after a task
+    <folder>/<lineage_id>/model.json    the model after a task
+    <folder>/objects/                   tensors that models share (`partialhn.checkpoints.shared`)
 
 A lineage id is a hash of the lineage id before it, the options that the task is learned with, and
 the task's data. It is stored as `prefix` in model files, registry tags and logs.
@@ -17,7 +18,7 @@ from typing import Any
 import pyarrow.fs as pafs
 from torch import Tensor
 
-from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints import checkpoint, shared
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.data.experience import Experience, task_of
@@ -116,7 +117,8 @@ def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: st
     model.facts |= {"chain": fields} | _still_forgotten(model, learned, filesystem, folder)
     with tempfile.TemporaryDirectory() as scratch:
         model.save(Path(scratch) / "model")
-        checkpoint.upload(Path(scratch) / "model", filesystem, f"{folder}/{learned.prefix}")
+        shared.upload(Path(scratch) / "model", "model", filesystem, folder, learned.prefix,
+                      learned.parent)
 
 
 def _still_forgotten(model: Model, learned: Learned, filesystem: pafs.FileSystem,
@@ -151,8 +153,11 @@ def outcome_of(learned: Sequence[Learned]) -> Outcome:
 
 def fetch_model(filesystem: pafs.FileSystem, folder: str, lineage_id: str, target: Path) -> Path:
     """A local copy of the model after a task. Raises: IntegrityError if it is not stored."""
-    if not checkpoint.fetch(filesystem, f"{folder}/{lineage_id}", target):
+    fields = checkpoint.read_fields(filesystem, f"{folder}/{lineage_id}")
+    if fields is None or not checkpoint.fetch(filesystem, f"{folder}/{lineage_id}", target,
+                                              fields_alone=shared.PARTS in fields):
         raise IntegrityError(f"the learned model {lineage_id} is not at {folder}/{lineage_id}")
+    shared.complete(target, shared.reader(filesystem, folder))
     return target
 
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints import checkpoint, shared
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.features.jobs import SPLITS, Split
@@ -78,8 +78,9 @@ def _decided(storage: Storage, version: Version, learned: lineage.Learned,
     """The log's entry on a registered task."""
     manifests, record = _manifests(storage, version), learned.record
     seconds = sum(shard.seconds for manifest in manifests.values() for shard in manifest.shards)
-    size = sum(file.size for file in storage.list(
-        storage.path("runs", version.stream, "learned", learned.prefix)))
+    size = shared.added_bytes(storage.filesystem,
+                              storage.path("runs", version.stream, "learned"), learned.prefix,
+                              learned.parent)
     return Decided(
         record.task, version.classes, "", manifests["test"].recipe.transform,
         {split: dataclasses.asdict(manifest.recipe) for split, manifest in manifests.items()},

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+from partialhn.checkpoints import shared
 from partialhn.data.experience import task_of
 from partialhn.features.extract import feature_jobs
 from partialhn.run import TrunkAndHead, cut_network
@@ -125,8 +126,8 @@ class Learning:
         record, done = learned[-1].record, learned[-1]
         keep_sample(context, done.prefix, experience)
         facts = gate_facts(context, slots, learned, self.policy)
-        model_bytes = sum(file.size
-                          for file in context.storage.list(f"{context.folder}/{done.prefix}"))
+        model_bytes = shared.added_bytes(context.storage.filesystem, context.folder, done.prefix,
+                                         done.parent)
         return Decided(
             slot.name, slot.classes, slot.fingerprint, slot.transform,
             {split: dataclasses.asdict(manifest.recipe)

@@ -1,0 +1,212 @@
+"""Models that share tensors: each stores what is new and names the rest by its content.
+
+    <models>/<model>/model.json           the fields; `parts` names the files of the tensors
+    <models>/objects/<sha256>.safetensors  tensors that one or more models share
+
+A model of many tasks differs from the model before it in little: the tensors of one task, and a few
+that every task changes. Those become two new files, and the model names all files that together
+hold its tensors. Of a tensor that several files hold, the last one counts. `complete` puts the
+files together to a checkpoint folder as `partialhn.checkpoints.checkpoint` writes it.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file
+from torch import Tensor
+
+from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints.checkpoint import FIELDS, TENSORS
+from partialhn.errors import IntegrityError
+from partialhn.json_files import read_object
+from partialhn.networks.tensors import hash_tensors
+
+OBJECTS, PARTS = "objects", "parts"
+MOST_PARTS = 64
+"""Small parts of a model after which they are merged into one."""
+READERS = 16
+"""Parts that are read at once."""
+Part = dict[str, Any]
+"""Entry of `parts`: sha256 and bytes of an object, and how many parts were merged into it."""
+Read = Callable[[str], bytes]
+"""Content of an object by its SHA-256. Raises: FileNotFoundError."""
+_DIGESTS: dict[str, dict[str, str]] = {}
+"""Hash of each tensor of the objects that this process has seen, by the object's SHA-256."""
+
+
+def upload(folder: Path, kind: str, filesystem: pafs.FileSystem, models: str, model: str,
+           before: str) -> None:
+    """Stores a complete local checkpoint folder as a model that shares what it can.
+
+    models: folder of all models. before: the model that it was learned from; empty for none.
+    """
+    tensors, fields = checkpoint.load(folder, kind)
+    read = reader(filesystem, models)
+    known = _parts_of(filesystem, models, before) if before else []
+    digests = {name: hash_tensors({name: value}) for name, value in tensors.items()}
+    held: dict[str, str] = {}
+    for part in known:
+        held |= _digests(part["sha256"], read)
+    if any(name not in tensors for name in held):
+        known, held = [], {}  # another shape of model: nothing is shared
+    new = {name: value for name, value in tensors.items() if name not in held}
+    changed = {name: value for name, value in tensors.items()
+               if name in held and held[name] != digests[name]}
+    parts = _needed(known, set(changed), read) + [
+        _store(filesystem, models, chosen) for chosen in (new, changed) if chosen]
+    parts = _merged(parts, filesystem, models, read)
+    content = json.dumps(fields | {PARTS: parts}, indent=1).encode()
+    _write(filesystem, f"{models}/{model}/{FIELDS}", content)
+
+
+def complete(folder: Path, read: Read) -> None:
+    """Writes the tensors file of a local copy of a model that shares its tensors.
+
+    Raises: IntegrityError for a part that is missing or damaged.
+    """
+    fields = read_object(folder / FIELDS, f"checkpoint {folder}")
+    parts = fields.get(PARTS)
+    if parts is None or (folder / TENSORS).exists():
+        return
+    tensors: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        for found in pool.map(lambda part: _load(str(part["sha256"]), read), parts):
+            tensors |= found
+    draft = folder / f".{TENSORS}"
+    save_file(tensors, draft)
+    digest = hashlib.sha256(draft.read_bytes()).hexdigest()
+    if digest != fields.get("tensors_sha256"):  # another version of safetensors orders otherwise
+        text = json.dumps(fields | {"tensors_sha256": digest}, indent=1)
+        (folder / FIELDS).write_text(text, encoding="utf-8")
+    draft.replace(folder / TENSORS)
+
+
+def parts_of(fields: dict[str, Any]) -> list[str]:
+    """The objects that a model needs; none for one that holds its tensors itself."""
+    return [str(part["sha256"]) for part in fields.get(PARTS, [])]
+
+
+def reader(filesystem: pafs.FileSystem, models: str) -> Read:
+    """Reads the objects beside the models of a folder."""
+    def read(sha256: str) -> bytes:
+        with filesystem.open_input_file(f"{models}/{OBJECTS}/{sha256}.safetensors") as source:
+            return bytes(source.readall())
+    return read
+
+
+def copy_object(sha256: str, read: Read, filesystem: pafs.FileSystem, models: str) -> None:
+    """Copies an object to the models of another folder, unless it is there.
+
+    Raises: IntegrityError for a damaged object.
+    """
+    path = f"{models}/{OBJECTS}/{sha256}.safetensors"
+    if filesystem.get_file_info([path])[0].type == pafs.FileType.NotFound:
+        _write(filesystem, path, checked(sha256, read))
+
+
+def checked(sha256: str, read: Read) -> bytes:
+    """Content of an object. Raises: IntegrityError if it is missing or damaged."""
+    try:
+        content = read(sha256)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"the shared tensors {sha256[:12]}... are missing: {error}") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise IntegrityError(f"the shared tensors {sha256[:12]}... are damaged")
+    return content
+
+
+def added_bytes(filesystem: pafs.FileSystem, models: str, model: str, before: str) -> int:
+    """Bytes that storing a model has added to those of the model before it."""
+    stored = filesystem.get_file_info(pafs.FileSelector(f"{models}/{model}"))
+    known = {part["sha256"] for part in _parts_of(filesystem, models, before)} if before else set()
+    return sum(info.size for info in stored) + sum(
+        part["bytes"] for part in _parts_of(filesystem, models, model)
+        if part["sha256"] not in known)
+
+
+def _load(sha256: str, read: Read) -> dict[str, Tensor]:
+    try:
+        return load(checked(sha256, read))
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise IntegrityError(f"the shared tensors {sha256[:12]}... cannot be read: {error}"
+                             ) from error
+
+
+def _digests(sha256: str, read: Read) -> dict[str, str]:
+    if sha256 not in _DIGESTS:
+        _DIGESTS[sha256] = {name: hash_tensors({name: value})
+                            for name, value in _load(sha256, read).items()}
+    return _DIGESTS[sha256]
+
+
+def _parts_of(filesystem: pafs.FileSystem, models: str, model: str) -> list[Part]:
+    """The parts of a stored model; none where it holds its tensors itself, or is not stored."""
+    with contextlib.suppress(FileNotFoundError), filesystem.open_input_file(
+            f"{models}/{model}/{FIELDS}") as source:
+        return list(json.loads(source.readall()).get(PARTS, []))
+    return []
+
+
+def _needed(parts: Sequence[Part], changed: set[str], read: Read) -> list[Part]:
+    """The parts that hold at least one tensor that no later part and no change replaces."""
+    needed: list[Part] = []
+    replaced = set(changed)
+    for part in reversed(parts):
+        names = _digests(part["sha256"], read).keys()
+        if not names <= replaced:
+            needed.append(part)
+        replaced |= names
+    return needed[::-1]
+
+
+def _merged(parts: list[Part], filesystem: pafs.FileSystem, models: str, read: Read) -> list[Part]:
+    """The same tensors in fewer parts, where many small ones have come together."""
+    small = [place for place, part in enumerate(parts) if part["merged"] == 1]
+    if len(small) <= MOST_PARTS:
+        return parts
+    first, last = small[0] + 1, small[-1]  # the first part holds the trunk, the last what changes
+    tensors: dict[str, Tensor] = {}
+    for part in parts[first:last]:
+        if part["merged"] == 1:
+            tensors |= _load(part["sha256"], read)
+    pack = _store(filesystem, models, tensors) | {"merged": last - first}
+    return [*parts[:first], *[part for part in parts[first:last] if part["merged"] > 1], pack,
+            *parts[last:]]
+
+
+def _store(filesystem: pafs.FileSystem, models: str, tensors: dict[str, Tensor]) -> Part:
+    content = save(tensors)
+    sha256 = hashlib.sha256(content).hexdigest()
+    _DIGESTS[sha256] = {name: hash_tensors({name: value}) for name, value in tensors.items()}
+    copy_object(sha256, lambda _: content, filesystem, models)
+    return {"sha256": sha256, "bytes": len(content), "merged": 1}
+
+
+def _write(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    if local:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    draft = f"{path}.draft" if local else path  # S3 shows only complete objects
+    with filesystem.open_output_stream(draft) as sink:
+        sink.write(content)
+    if local:
+        filesystem.move(draft, path)
+
+
+def copy_model(source: Path, model: str, filesystem: pafs.FileSystem, models: str) -> None:
+    """Copies a model, with the objects that it needs, from a local folder of models to another."""
+    fields = read_object(source / model / FIELDS, f"checkpoint {source / model}")
+    if PARTS not in fields:
+        checkpoint.upload(source / model, filesystem, f"{models}/{model}")
+        return
+    read = reader(pafs.LocalFileSystem(), str(source))
+    for sha256 in parts_of(fields):
+        copy_object(sha256, read, filesystem, models)
+    _write(filesystem, f"{models}/{model}/{FIELDS}", (source / model / FIELDS).read_bytes())
