@@ -9,6 +9,8 @@ K classes of the task, L most classes of a task.
 """
 
 import dataclasses
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,6 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from partialhn.checkpoints import shared
+from partialhn.checkpoints.checkpoint import FIELDS, TENSORS
 from partialhn.checkpoints.model import Model
 from partialhn.data.decode import Decoded, decode_images
 from partialhn.data.experience import task_of
@@ -95,9 +99,19 @@ class Predictor:
         self._newest = Heads(model.strategy, [self._slots[task] for task in self.tasks])
 
     @staticmethod
-    def load(folder: str | Path, device: torch.device | str = "cpu") -> "Predictor":
-        """Reads a checkpoint folder. Raises: IntegrityError if it is damaged."""
-        return Predictor(Model.load(Path(folder)), device)
+    def load(folder: str | Path, device: torch.device | str = "cpu",
+             read: shared.Read | None = None) -> "Predictor":
+        """Reads a checkpoint folder, which stays as it is.
+
+        read: gives the tensors that the model shares with others, where the folder lacks them.
+        Raises: IntegrityError if something is missing or damaged.
+        """
+        if read is None or (Path(folder) / TENSORS).exists():
+            return Predictor(Model.load(Path(folder)), device)
+        with tempfile.TemporaryDirectory() as scratch:
+            shutil.copy(Path(folder) / FIELDS, scratch)
+            shared.complete(Path(scratch), read)
+            return Predictor(Model.load(Path(scratch)), device)
 
     def task_index(self, task: str) -> int:
         """Index of the slot that is used for a task, given by name or by its index in `tasks`.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints import checkpoint, shared
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.data.experience import Experience, all_not_used, leaks
@@ -327,7 +327,8 @@ class Registrar:
             prefix=self._lineage_ids[index], parent=self._lineage_ids[index - 1] if index else "",
             without_task_id=record.without_id),
             Contents(folder, record.task, experience.test.take([0]).read()[0],
-                     self._sample(index)), placing)
+                     self._sample(index),
+                     shared.reader(job.storage.filesystem, self.folder)), placing)
         job.registry.end_run(run)
         return version
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partialhn.checkpoints import shared
 from partialhn.data.experience import task_of
 from partialhn.errors import InputError, IntegrityError
 from pipelines.platform.storage import Storage
@@ -192,12 +193,16 @@ class Registry(Runs):
         Raises: IntegrityError that says which version is damaged, in what, and what to do.
         """
         try:
-            model = self.download(version, folder)
+            model = self.files(version, folder)
             found = (package.difference(json.loads(version.tags[FILES]), package.file_hashes(model))
                      if FILES in version.tags else "")
         except Exception as error:  # the artifact store's clients can raise anything
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             found = f"its files cannot be downloaded ({reason:.120})"
+        try:
+            found or self.complete(version, model)
+        except IntegrityError as error:
+            found = str(error)
         if found:
             raise IntegrityError(
                 f"{version.uri} (task {version.task!r}) is damaged: {found}; to write its files "
@@ -210,7 +215,7 @@ class Registry(Runs):
         """The hashes of a version's files as they are stored now; empty if there are none."""
         folder.mkdir()
         try:
-            return package.file_hashes(self.download(version, folder))
+            return package.file_hashes(self.files(version, folder))
         except Exception:  # the artifact store's clients can raise anything for what is missing
             return {}
 
@@ -233,8 +238,33 @@ class Registry(Runs):
                                        registry_uri=self.tracking_uri)
 
     def download(self, version: Version, folder: str | Path) -> Path:
-        """Downloads a version's folder (`pipelines.registry.package`) into a local folder."""
+        """Downloads a version into a local folder, which needs nothing else to be loaded.
+
+        Raises: IntegrityError for shared tensors that are missing or damaged.
+        """
+        model = self.files(version, folder)
+        self.complete(version, model)
+        return model
+
+    def files(self, version: Version, folder: str | Path) -> Path:
+        """Downloads a version's own files (`pipelines.registry.package`) into a local folder."""
         return self._fetch(self._reader.source(version), Path(folder) / "model")
+
+    def complete(self, version: Version, model: Path) -> None:
+        """Adds the tensors that a downloaded version shares with others.
+
+        Raises: IntegrityError if they are missing or damaged.
+        """
+        if (place := self.shared_place(version)) is not None:
+            shared.complete(package.artifact(model, "checkpoint"),
+                            shared.reader(self._storage.filesystem, place))
+
+    def shared_place(self, version: Version) -> str | None:
+        """The folder whose `objects` the version shares, in the storage's filesystem; None where
+        its files lie elsewhere, and are complete.
+        """
+        source = self._reader.source(version)
+        return self._storage.path_of(models_folder(source)) if "/models/" in source else None
 
     def _fetch(self, uri: str, target: Path) -> Path:
         """A local copy of a folder or file of the artifact store.
@@ -326,9 +356,15 @@ class Registry(Runs):
             model_type="partialhn")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"
+            place = models_folder(logged.artifact_location)
+            home, parts = self._storage.path_of(place), contents.parts()
+            shares = bool(parts and home and not self._is_server)
+            if shares and home and contents.read:
+                for sha256 in parts:
+                    shared.copy_object(sha256, contents.read, self._storage.filesystem, home)
             package.write(path, Model(artifact_path=logged.artifact_location, run_id=run_id,
                                       model_uuid=logged.model_id, model_id=logged.model_id),
-                          contents)
+                          contents, f"{place}/{shared.OBJECTS}" if shares else None)
             tags = tags | {FILES: json.dumps(package.file_hashes(path))}
             self._client.log_model_artifacts(logged.model_id, str(path))
         self._client.finalize_logged_model(logged.model_id, "READY")
@@ -337,6 +373,11 @@ class Registry(Runs):
         version = self._client.create_model_version(record.stream, source=source, run_id=run_id,
                                                     tags=tags, model_id=logged.model_id)
         return int(version.version)
+
+
+def models_folder(source: str) -> str:
+    """The folder of all models of a stream, from the URI of one: <folder>/models/<id>/artifacts."""
+    return source.rpartition("/models/")[0]
 
 
 def _decision_tags(decision: Mapping[str, Any] | None) -> dict[str, str]:

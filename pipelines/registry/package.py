@@ -2,7 +2,8 @@
 
     MLmodel, conda.yaml, requirements.txt, input_example.json   MLflow's own
     pyfunc_model.py                                             the serving script
-    artifacts/<checkpoint>/model.safetensors, model.json        the model
+    artifacts/<checkpoint>/model.json                           the model; its tensors lie in
+                                                                objects/, which versions share
     artifacts/sample.parquet                                    test images with predictions
 
 Nothing in it is pickled.
@@ -11,6 +12,7 @@ Nothing in it is pickled.
 import dataclasses
 import hashlib
 import io
+import shutil
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +21,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from partialhn import __version__
+from partialhn.checkpoints import shared
+from partialhn.checkpoints.checkpoint import FIELDS
 from partialhn.errors import IntegrityError
+from partialhn.json_files import read_object
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
@@ -40,21 +45,37 @@ class Contents:
     """An encoded image of the task, for the input example."""
     sample: Path | None = None
     """Test images with the model's predictions (`partialhn.evaluation.answer_sample`)."""
+    read: shared.Read | None = None
+    """Reads the tensors that the model shares with others; None for one that shares none."""
+
+    def parts(self) -> list[str]:
+        """The shared objects that the model needs; empty where it has to be stored whole."""
+        if self.read is None:
+            return []
+        return shared.parts_of(read_object(self.checkpoint / FIELDS, "checkpoint"))
 
 
-def write(path: Path, model: Any, contents: Contents) -> None:
-    """Writes the folder of the MLflow `Model` that is given as `model`."""
+def write(path: Path, model: Any, contents: Contents, objects: str | None = None) -> None:
+    """Writes the folder of the MLflow `Model` that is given as `model`.
+
+    objects: URI of the folder with the model's shared tensors, which are then left out.
+    """
     import mlflow.pyfunc
     import pandas as pd
 
     example = pd.DataFrame({"image": [_small(contents.image)], "task": [contents.task]})
     artifacts = {"checkpoint": str(contents.checkpoint)}
+    if objects is not None:
+        alone = path.parent / "fields" / contents.checkpoint.name
+        alone.mkdir(parents=True)
+        shutil.copy(contents.checkpoint / FIELDS, alone)
+        artifacts["checkpoint"] = str(alone)
     if contents.sample:
         artifacts["sample"] = str(contents.sample)
     mlflow.pyfunc.save_model(
         path, mlflow_model=model, python_model=str(Path(__file__).with_name("pyfunc_model.py")),
         artifacts=artifacts, pip_requirements=_requirements(), signature=signature(),
-        input_example=example)
+        input_example=example, model_config=None if objects is None else {"objects": objects})
 
 
 def artifact(folder: Path, name: str) -> Path:

@@ -12,6 +12,9 @@ likeliest class; null if the task was inferred and the image seems to belong to 
 class, in the same order, summing to 1).
 """
 
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlflow
@@ -28,7 +31,9 @@ class TaskClassifier(PythonModel):
     """Labels images with the classes of the task named in each row."""
 
     def load_context(self, context: Any) -> None:
-        self.predictor = Predictor.load(context.artifacts["checkpoint"])
+        folder = Path(context.artifacts["checkpoint"])
+        objects = (context.model_config or {}).get("objects")
+        self.predictor = Predictor.load(folder, read=_reader(folder, objects) if objects else None)
 
     def predict(self, context: Any, model_input: pd.DataFrame,
                 params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -64,6 +69,22 @@ class TaskClassifier(PythonModel):
             "classes": [list(prediction.classes)] * len(rows),
             "probabilities": probabilities_BK.tolist(),
         }, index=rows.index)
+
+
+def _reader(folder: Path, objects: str) -> Callable[[str], bytes]:
+    """Reads the tensors that versions share: beside this version where it was loaded from its
+    place, and otherwise from where it was registered, as MLflow reaches it.
+    """
+    beside = folder.parents[4] / "objects" if len(folder.parents) > 4 else folder
+
+    def read(sha256: str) -> bytes:
+        name = f"{sha256}.safetensors"
+        if (beside / name).is_file():
+            return (beside / name).read_bytes()
+        with tempfile.TemporaryDirectory() as scratch:
+            return Path(mlflow.artifacts.download_artifacts(
+                artifact_uri=f"{objects}/{name}", dst_path=scratch)).read_bytes()
+    return read
 
 
 mlflow.models.set_model(TaskClassifier())

@@ -5,13 +5,17 @@ of the bucket deletes. The models after each task lie in the storage as well, so
 are written again from there. Only files with the registered SHA-256 are ever written.
 """
 
+import contextlib
 import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from partialhn.checkpoints import shared
+from partialhn.checkpoints.checkpoint import FIELDS
 from partialhn.errors import IntegrityError
+from partialhn.json_files import read_object
 from partialhn.training import lineage
 from pipelines.platform.storage import Storage
 from pipelines.registry import package
@@ -41,11 +45,38 @@ def repair(registry: Registry, storage: Storage, version: Version) -> list[str]:
                 f"--name {version.stream}")
         for path in damaged:
             registry.write_file(version, path, sound[registered[path]])
+        objects = _repair_objects(registry, storage, version)
         added = sorted(set(found) - set(registered))
         for path in added:
             registry.delete_file(version, path)
-    return ([f"{version.uri}: {path} was written again" for path in damaged]
+    return ([f"{version.uri}: {path} was written again" for path in [*damaged, *objects]]
             + [f"{version.uri}: {path}, which was added later, was deleted" for path in added])
+
+
+def _repair_objects(registry: Registry, storage: Storage, version: Version) -> list[str]:
+    """Writes the damaged ones of a version's shared objects again; returns their names.
+
+    Raises: IntegrityError naming one that is damaged in both places.
+    """
+    place = registry.shared_place(version)
+    if place is None:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        model = registry.files(version, folder)
+        fields = read_object(package.artifact(model, "checkpoint") / FIELDS, version.uri)
+    stored = shared.reader(storage.filesystem, place)
+    learned = shared.reader(storage.filesystem, storage.path("runs", version.stream, "learned"))
+    written = []
+    for sha256 in shared.parts_of(fields):
+        with contextlib.suppress(IntegrityError):
+            shared.checked(sha256, stored)
+            continue
+        path = f"{place}/{shared.OBJECTS}/{sha256}.safetensors"
+        content = shared.checked(sha256, learned)
+        storage.delete(path)
+        shared.copy_object(sha256, lambda _, content=content: content, storage.filesystem, place)
+        written.append(path.rpartition("/")[2])
+    return written
 
 
 def _by_digest(storage: Storage, version: Version, folder: Path) -> dict[str, bytes]:

@@ -45,10 +45,15 @@ def verify(registry: Registry, version: Version) -> list[VersionCheck]:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model = registry.download(version, folder)
+            model = registry.files(version, folder)
         except Exception as error:  # the artifact store's clients can raise anything
             return [VersionCheck("files", False, f"cannot be downloaded: {error}")]
         files = _check_files(version, package.file_hashes(model))
+        try:
+            if files.passed:
+                registry.complete(version, model)
+        except IntegrityError as error:
+            files = VersionCheck("files", False, str(error))
         return [files, *_check_loaded(version, model)] if files.passed else [files]
 
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints import checkpoint, shared
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.data.decode import decode_images
@@ -129,7 +129,8 @@ def register(context: PassContext, decided: Sequence[Decided], new: Decided) -> 
                                  Path(scratch) / "model")
         sample = Path(scratch) / "sample.parquet"
         sample.write_bytes(context.storage.read_bytes(context.sample(new.prefix)))
-        contents = Contents(copy, task_of(new.slot), base64.b64decode(new.example), sample)
+        contents = Contents(copy, task_of(new.slot), base64.b64decode(new.example), sample,
+                            shared.reader(context.storage.filesystem, context.folder))
         version = registry.register_task(run, _registration(context, tasks, summary, copy),
                                          contents, _placing(context, new))
     registry.end_run(run)
