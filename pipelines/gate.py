@@ -19,6 +19,8 @@ from partialhn.errors import InputError
 
 TOLERANCE = 1e-9
 """Tolerance for rounding of decimal fractions; far less than one image of any test set."""
+LISTED = 100
+"""Most tasks of which a decision keeps every row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Decision:
     checks: tuple[str, ...]
     """Every limit of the policy, with the value found."""
     tasks: tuple[TaskVerdict, ...]
+    """At most about LISTED of the tasks."""
     policy: Policy
     warnings: tuple[str, ...] = ()
     """Sentences that a person must read whatever was decided."""
@@ -200,16 +203,33 @@ def _decision(policy: Policy, facts: GateFacts, checks: list[tuple[str, bool]]) 
     """The decision after `checks` and the losses of earlier tasks."""
     rows = tuple(_row(policy, task, facts.before.get(task), after)
                  for task, after in facts.after.items())
+    listed = _listed(rows)
     missing = sorted(set(facts.before) - set(facts.after))
     if policy.max_loss_on_earlier_task is not None:
         checks += [(f"task {row.task!r}: {row.before:.3f} -> {row.after:.3f}, loss "
                     f"{row.loss:.3f}, allowed at most {policy.max_loss_on_earlier_task:g}",
                     row.passed)
-                   for row in rows if row.before is not None]
+                   for row in listed if row.before is not None]
+        if len(listed) < len(rows):
+            checks.append((f"{len(rows) - len(listed)} more earlier tasks: loss at most "
+                           f"{policy.max_loss_on_earlier_task:g}", True))
         checks += [(f"task {task!r}: accuracy was not measured", False) for task in missing]
     reasons = tuple(text for text, holds in checks if not holds)
-    return Decision(not reasons, facts.task, reasons, tuple(text for text, _ in checks), rows,
+    return Decision(not reasons, facts.task, reasons, tuple(text for text, _ in checks), listed,
                     policy, facts.doubts)
+
+
+def _listed(rows: tuple[TaskVerdict, ...]) -> tuple[TaskVerdict, ...]:
+    """The rows that a decision keeps: all, or of many tasks the new one, every one that loses too
+    much, and those that lost most. Each decision would otherwise be longer than the one before.
+    """
+    if len(rows) <= LISTED:
+        return rows
+    worst = sorted((row for row in rows if row.passed and row.loss is not None),
+                   key=lambda row: -(row.loss or 0))[:LISTED]
+    kept = {row.task for row in worst}
+    return tuple(row for row in rows
+                 if row.loss is None or not row.passed or row.task in kept)
 
 
 def p_value(accuracy: float, chance: float, images: int) -> float:

@@ -89,6 +89,7 @@ def records_without(learned: Learned, slots: Sequence[int], lineage_id: str,
                 if slot not in slots)
     return Learned(
         lineage_id, parent,
-        dataclasses.replace(learned.record, task_index=index, accuracy_row=row, without_id=None),
+        dataclasses.replace(learned.record, task_index=index, accuracy_row=row, without_id=None,
+                            measured=None),
         tuple(dataclasses.replace(epoch, task_index=index) for epoch in learned.epochs),
         learned.task_bytes)

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from typing import Any, ClassVar
 
+from partialhn.errors import InputError
 from pipelines.settings import Group, RetrainConfig, check_name
 
 REFUSED = 3
@@ -195,13 +196,49 @@ class ForgetTask(Where):
         return done.exit_code
 
 
+@dataclasses.dataclass(frozen=True)
+class Prune(Where):
+    """Delete old versions, and the tensors that no other version needs; lists them first.
+
+    Always kept: the champion, the version before it, the challenger, and versions with aliases
+    that a person made. The learned models stay, so the stream goes on as before.
+    """
+
+    keep: int = 10
+    """Number of newest versions to keep."""
+    keep_aliases: bool = False
+    """Keep every version with an alias, those of the tasks too."""
+    delete: bool = False
+    """Delete the versions instead of listing them."""
+
+    def run(self) -> None:
+        from pipelines.platform.numbers import size
+        from pipelines.platform.storage import open_storage
+        from pipelines.upkeep.prune_versions import Pruned, choose, prune
+
+        if self.keep < 1:
+            raise InputError(f"keep is {self.keep}; allowed: 1 or more")
+        registry, storage = self.registry(), open_storage(self.storage)
+        chosen = choose(registry, storage, self.name, self.keep, self.keep_aliases)
+        done = (prune(registry, storage, self.name, chosen) if self.delete else
+                [Pruned(f"{version.uri} (task {version.task!r})", 0) for version in chosen])
+        rows = [dataclasses.asdict(each) for each in done]
+        word = "deleted" if self.delete else "would be deleted"
+        self.show({"stream": self.name, "deleted": self.delete, "versions": len(chosen),
+                   "rows": rows}, lambda _: "\n".join([
+                       *(f"{row['what']}  {word}" for row in rows),
+                       f"{len(chosen)} versions {word}"
+                       + (f", {size(sum(row['bytes'] for row in rows))}" if self.delete
+                          else "; to delete them, give --delete")]))
+
+
 class Models(Group):
-    """List, show, promote, roll back, verify and repair registered versions; forget a task."""
+    """List, show, promote, roll back, verify, repair and prune versions; forget a task."""
 
     COMMANDS: ClassVar[dict[str, Any]] = {
         "list": List, "show": ShowVersion, "history": ShowHistory, "promote": Promote,
         "rollback": Rollback, "verify": Verify, "repair": Repair,
-        "forget-task": ForgetTask}
+        "prune": Prune, "forget-task": ForgetTask}
 
 
 COMMANDS: dict[str, Any] = {"models": Models}

@@ -259,6 +259,14 @@ class Registry(Runs):
             shared.complete(package.artifact(model, "checkpoint"),
                             shared.reader(self._storage.filesystem, place))
 
+    def source_of(self, version: Version) -> str:
+        """URI of the version's own files."""
+        return self._reader.source(version)
+
+    def delete_version(self, version: Version) -> None:
+        """Deletes a version from MLflow, with the record of its model; its files stay."""
+        self._client.delete_model_version(version.stream, str(version.version))
+
     def shared_place(self, version: Version) -> str | None:
         """The folder whose `objects` the version shares, in the storage's filesystem; None where
         its files lie elsewhere, and are complete.

@@ -213,7 +213,7 @@ class Forgetting:
             newest = {task_of(slot.name): index for index, slot in enumerate(slots)}
             without_id = without_task_id(model.strategy, model.inference, tests,
                                          list(newest.values()))
-        return dataclasses.replace(record, accuracy_row=row, without_id=without_id)
+        return dataclasses.replace(record, accuracy_row=row, without_id=without_id, measured=None)
 
     def _decision(self, policy: Policy, row: Sequence[float]) -> Decision:
         """The gate's decision: each task that stays against the best that it ever had.

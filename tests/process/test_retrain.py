@@ -1,7 +1,9 @@
 """A stream's life through its inbox: tasks arrive, one is poisoned, one rolled back, one grows."""
 
 import dataclasses
+import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,18 @@ import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from partialhn.errors import InputError, IntegrityError
 from partialhn.run import run_stream
+from pipelines.platform.lease import Lease
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
+from pipelines.registry.models import repaired
+from pipelines.registry.verify import verify
 from pipelines.retrain import learning
 from pipelines.retrain.journal import Journal
 from pipelines.retrain.run import retrain
 from pipelines.settings import RetrainConfig
+from pipelines.upkeep.prune_versions import choose, prune
 from tests.processes import Forked, partialhn
 from tests.support import small_config
 
@@ -34,6 +41,14 @@ def put_task(inbox: Path, task: str, labels: tuple[int, int], rows=range(60), se
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels_NHW[number]).save(folder / f"{label}-{number:03d}.png")
     (inbox / task / "_READY").write_text("")
+
+
+def put_png(row: int) -> bytes:
+    """One image of a digit."""
+    sink = io.BytesIO()
+    pixels_HW = (load_digits().images[row] * 15.9).astype(np.uint8)
+    Image.fromarray(pixels_HW).save(sink, "PNG")
+    return sink.getvalue()
 
 
 class Stream:
@@ -233,8 +248,6 @@ def test_the_history_tells_the_whole_life(life):
 
 
 def test_a_stream_keeps_what_it_was_founded_with(life, tmp_path):
-    from partialhn.errors import InputError
-
     other = CONFIG.to_dict() | {"backbone": CONFIG.to_dict()["backbone"] | {"freeze_depth": 2}}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
     with pytest.raises(InputError, match=r"backbone.freeze_depth is 2.*started with 3"):
@@ -242,6 +255,74 @@ def test_a_stream_keeps_what_it_was_founded_with(life, tmp_path):
 
 
 # Two at the same second -----------------------------------------------------------------------
+
+
+def test_a_version_is_loaded_by_mlflow_alone_from_its_place_and_from_elsewhere(life, tmp_path):
+    """Its tensors lie beside it, and the place is known where it was copied away."""
+    import mlflow.pyfunc
+    import pandas as pd
+
+    stream, _ = life
+    registry, version = stream.registry, stream.versions()[-1]
+    source = Path(registry.source_of(version))
+    assert not list(source.rglob("model.safetensors"))
+    task, image = version.task, put_png(0)
+    expected = registry.load_predictor(version.uri)[0].predict([image], task)
+    shutil.copytree(source, tmp_path / "copy")
+    for folder in (source, tmp_path / "copy"):
+        loaded = mlflow.pyfunc.load_model(str(folder))
+        rows = loaded.predict(pd.DataFrame({"image": [image], "task": [task]}))
+        assert rows["label"].tolist() == expected.labels
+    assert not list(source.rglob("model.safetensors")), "loading leaves a version as it is"
+
+
+def test_damaged_shared_tensors_are_noticed_and_repaired(life):
+    stream, _ = life
+    registry, version = stream.registry, stream.versions()[-1]
+    objects = Path(registry.shared_place(version)) / "objects"
+    newest = max(objects.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    content = newest.read_bytes()
+    for damage in (content[:-1], None):
+        newest.unlink()
+        if damage is not None:
+            newest.write_bytes(damage)
+        with pytest.raises(IntegrityError, match=r"is damaged: the shared tensors \w+\.\.\. are"):
+            registry.require_sound(version)
+        assert [check.passed for check in verify(registry, version)] == [False]
+        lines = repaired(registry, stream.storage, "digits", str(version.version))["repaired"]
+        assert lines == [f"{version.uri}: {newest.name} was written again"]
+        assert newest.read_bytes() == content
+
+
+def test_pruning_leaves_what_is_needed_and_the_stream_goes_on(life):
+    stream, _ = life
+    registry, before = stream.registry, stream.versions()
+    champion = registry.holder("digits", "champion")
+    chosen = choose(registry, stream.storage, "digits", 1, keep_aliases=True)
+    assert all(not version.aliases for version in chosen)
+    chosen = choose(registry, stream.storage, "digits", 1, keep_aliases=False)
+    assert chosen
+    assert stream.versions() == before, "choosing deletes nothing"
+    with Lease(stream.storage, "digits") as lease:
+        assert lease.acquire() is None
+        with pytest.raises(InputError, match="is in use by"):
+            list(prune(registry, stream.storage, "digits", chosen))
+    first = prune(registry, stream.storage, "digits", chosen)
+    next(first)
+    first.close()  # as if it was killed
+    chosen = choose(registry, stream.storage, "digits", 1, keep_aliases=False)
+    list(prune(registry, stream.storage, "digits", chosen))
+    left = stream.versions()
+    assert {version.version for version in before} - {version.version for version in left}
+    assert registry.holder("digits", "champion") == champion
+    for version in left:
+        registry.require_sound(version)
+    assert not stream.registry.aliases.differences("digits")
+    assert stream.run().did_nothing, "what was pruned is not registered again"
+    put_task(stream.inbox, "later", (4, 9), rows=range(60))
+    learned = stream.run()
+    assert [task["slot"] for task in learned.learned] == ["later"]
+    registry.require_sound(stream.versions()[-1])
 
 
 def start(stream: Stream) -> Forked:

@@ -118,7 +118,7 @@ def test_a_damaged_record_is_named(grown):
     folder = grown[0] / "store" / "learned"
     filesystem, lineage_id = pafs.LocalFileSystem(), "f" * 32
     assert lineage.find(filesystem, str(folder), [lineage_id]) == []
-    shutil.copytree(next(folder.iterdir()), folder / lineage_id)
+    shutil.copytree(next(path.parent for path in folder.glob("*/model.json")), folder / lineage_id)
     with pytest.raises(IntegrityError, match=f"model {lineage_id} says it is"):
         lineage.find(filesystem, str(folder), [lineage_id])
     (folder / lineage_id / "model.json").write_text("{")
