@@ -132,8 +132,9 @@ def added_bytes(filesystem: pafs.FileSystem, models: str, model: str, before: st
 
 
 def _load(sha256: str, read: Read) -> dict[str, Tensor]:
+    content = checked(sha256, read)
     try:
-        return load(checked(sha256, read))
+        return load(content)
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise IntegrityError(f"the shared tensors {sha256[:12]}... cannot be read: {error}"
                              ) from error

@@ -25,6 +25,7 @@ from partialhn.notebook.registries import installed_registry
 from partialhn.predict import Predictor
 from partialhn.run import StreamRun, with_depth_number
 from partialhn.task_inference import AUTO
+from partialhn.training import lineage
 from partialhn.training.records import TaskRecord
 
 if TYPE_CHECKING:
@@ -202,7 +203,8 @@ class Stream:
     def model(self) -> Model:
         """The model after the newest task, as it is stored. Raises: InputError before the first."""
         self._require_a_task()
-        return Model.load(Path(self._run.folder) / self._run.known[-1].prefix)
+        return lineage.load_model(self._run.filesystem, self._run.folder,
+                                  self._run.known[-1].prefix)
 
     @property
     def weights_hash(self) -> str:

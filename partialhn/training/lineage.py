@@ -161,6 +161,12 @@ def fetch_model(filesystem: pafs.FileSystem, folder: str, lineage_id: str, targe
     return target
 
 
+def load_model(filesystem: pafs.FileSystem, folder: str, lineage_id: str) -> Model:
+    """The model after a task. Raises: IntegrityError if it is not stored, or damaged."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return Model.load(fetch_model(filesystem, folder, lineage_id, Path(scratch) / "model"))
+
+
 def state(filesystem: pafs.FileSystem, folder: str,
           learned: Sequence[Learned]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state from which `Learner.restore` goes on after the learned tasks."""
