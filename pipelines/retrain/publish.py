@@ -29,7 +29,8 @@ def published(journal: Journal) -> str:
 
 def _versions(context: PassContext, base: Sequence[Decided]) -> list[dict[str, Any]]:
     """The entries `versions` of result.json. The registry is asked only for what the log lacks."""
-    noted, wanted = context.journal.versions(), {task.prefix for task in base}
+    noted = context.journal.versions()
+    wanted = {task.prefix for task in base if not task.stands_for}  # others have no version
     if wanted - noted.keys():
         context.journal.note_versions(context.lease, [
             version for version in context.registry.versions(context.stream)
@@ -38,7 +39,8 @@ def _versions(context: PassContext, base: Sequence[Decided]) -> list[dict[str, A
     aliases_of = context.registry.aliases_of(context.stream)
     return [Version(context.stream, number, run_id, aliases_of.get(number, ()),
                     {"task": task_of(task.slot)}).fields()
-            for task in base for number, run_id in [noted[task.prefix]]]
+            for task in base if task.prefix in noted
+            for number, run_id in [noted[task.prefix]]]
 
 
 def publish(context: PassContext, base: Sequence[Decided]) -> None:
