@@ -126,9 +126,9 @@ def added_bytes(filesystem: pafs.FileSystem, models: str, model: str, before: st
     """Bytes that storing a model has added to those of the model before it."""
     stored = filesystem.get_file_info(pafs.FileSelector(f"{models}/{model}"))
     known = {part["sha256"] for part in _parts_of(filesystem, models, before)} if before else set()
-    return sum(info.size for info in stored) + sum(
-        part["bytes"] for part in _parts_of(filesystem, models, model)
-        if part["sha256"] not in known)
+    new = [int(part["bytes"]) for part in _parts_of(filesystem, models, model)
+           if part["sha256"] not in known]
+    return sum(new) + sum(int(info.size) for info in stored)
 
 
 def _load(sha256: str, read: Read) -> dict[str, Tensor]:

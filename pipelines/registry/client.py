@@ -200,7 +200,8 @@ class Registry(Runs):
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             found = f"its files cannot be downloaded ({reason:.120})"
         try:
-            found or self.complete(version, model)
+            if not found:
+                self.complete(version, model)
         except IntegrityError as error:
             found = str(error)
         if found:

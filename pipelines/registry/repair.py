@@ -72,9 +72,9 @@ def _repair_objects(registry: Registry, storage: Storage, version: Version) -> l
             shared.checked(sha256, stored)
             continue
         path = f"{place}/{shared.OBJECTS}/{sha256}.safetensors"
-        content = shared.checked(sha256, learned)
+        shared.checked(sha256, learned)  # before anything is deleted
         storage.delete(path)
-        shared.copy_object(sha256, lambda _, content=content: content, storage.filesystem, place)
+        shared.copy_object(sha256, learned, storage.filesystem, place)
         written.append(path.rpartition("/")[2])
     return written
 
