@@ -35,6 +35,9 @@ FEATURES = 500
 """Default number of random features (`docs/design/task-inference.md`)."""
 FALSE_ALARMS = 0.05
 """Share of the kept images of known tasks that the threshold of strangeness rejects."""
+MOST_SAMPLES = 16384
+"""Kept images of all tasks that the classifier is fitted with: its cost grows with their number
+times that of the classes."""
 OWN = tuple(name for name in TaskStatistics._fields if name not in ("scatter_P", "expansion"))
 """The statistics that stay a task's own; the scatter matrices are added up."""
 
@@ -280,7 +283,7 @@ class Detector:
     def _solve(self, slots: tuple[int, ...]) -> _Prepared:
         assert self.expansion is not None
         assert self.scatter_P is not None
-        own = [self.slots[slot] for slot in slots]
+        own = _some_samples([self.slots[slot] for slot in slots])
         classes = [len(each["mean_KD"]) for each in own]
         first = [sum(classes[:task]) for task in range(len(own))]
         y_S = torch.cat([each["sample_y_S"] + start
@@ -306,6 +309,15 @@ def _columns(first: Sequence[int], classes: Sequence[int]) -> Tensor:
     rows = [[start + place if place < count else sum(classes) for place in range(max(classes))]
             for start, count in zip(first, classes, strict=True)]
     return torch.tensor(rows)
+
+
+def _some_samples(slots: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The slots with at most about MOST_SAMPLES kept images of all of them, evenly spread."""
+    every = -(-sum(len(own["sample_y_S"]) for own in slots) // MOST_SAMPLES)
+    if every <= 1:
+        return slots
+    return [own | {name: own[name][::every] for name in ("sample_SD", "sample_y_S",
+                                                         "sample_head_SK")} for own in slots]
 
 
 def _within(log_p_SM: Tensor, start: int, classes: int) -> Tensor:

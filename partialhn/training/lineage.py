@@ -12,6 +12,7 @@ learns only the new ones. The images and features of the earlier tasks may be de
 import dataclasses
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from partialhn.training.slots import Slot
 FORMAT = 1
 FORGOTTEN = "forgotten"
 """Key of a model's facts: the fields of `Forgotten` for each task that it has forgotten."""
+READERS = 16
+"""Learned models whose fields are read at once."""
 MOST_READ = 32
 """Learned models of a stream that are read to find out what it was begun with."""
 BASELINE_OPTIONS = tuple(option for line in OWN.values() for option in line.options)
@@ -136,8 +139,12 @@ def _still_forgotten(model: Model, learned: Learned, filesystem: pafs.FileSystem
 def find(filesystem: pafs.FileSystem, folder: str, lineage_ids: Sequence[str]) -> list[Learned]:
     """The learned tasks, from the first up to the first that is not stored."""
     learned: list[Learned] = []
+    with ThreadPoolExecutor(READERS) as pool:  # a remote storage answers many at once
+        stored = pool.map(lambda lineage_id: checkpoint.read_fields(
+            filesystem, f"{folder}/{lineage_id}"), lineage_ids)
+        found = dict(zip(lineage_ids, stored, strict=True))
     for lineage_id in lineage_ids:
-        fields = checkpoint.read_fields(filesystem, f"{folder}/{lineage_id}")
+        fields = found[lineage_id]
         if fields is None:
             break
         learned.append(_parse(fields, lineage_id))

@@ -17,6 +17,7 @@ import socket
 import time
 import typing
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from partialhn.errors import IntegrityError
@@ -26,6 +27,8 @@ from pipelines.settings import check_name
 Kind = Literal["trained", "promoted", "rollback", "gate-rejected", "refresh", "forgot",
                "reconcile"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
+READERS = 16
+"""Entries that are read at once."""
 ATTEMPTS = 1000
 """How many numbers a writer tries; other writers would have to be faster each time."""
 _FILE = re.compile(r"(\d{8})\.json")
@@ -89,8 +92,8 @@ class History:
 
         Raises: IntegrityError for an entry that is missing or damaged.
         """
-        for seq in range(len(self._entries) + 1, self._last() + 1):
-            self._entries.append(self._read(seq))
+        with ThreadPoolExecutor(READERS) as pool:  # a remote storage answers many at once
+            self._entries += pool.map(self._read, range(len(self._entries) + 1, self._last() + 1))
         return list(self._entries)
 
     def append(self, move: Move, registry: str) -> Entry | None:

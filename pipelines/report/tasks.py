@@ -13,6 +13,8 @@ from pipelines.report.judged import Judged
 from pipelines.report.sure import missing
 
 LISTED_BARS = 25
+DRAWN = 100
+"""Most tasks of which the lines over time are drawn."""
 LISTED_IMAGES = 100
 LISTED_TASKS = 12
 """Tasks that the table shows before it is unfolded."""
@@ -78,13 +80,13 @@ def _line_figure(facts: Facts) -> str:
     drops = facts.metrics.forgetting_per_task
     worst = int(np.argmax(drops))
     named = n_tasks <= NAMED_LINES
-    lines = []
-    for j, name in enumerate(facts.tasks):
+    lines, drawn = [], _drawn(facts)
+    for j, name in [(j, facts.tasks[j]) for j in drawn]:
         css = f"l-{j}" if named else "l-old"
         label = shorten(charts.row_label(j, name), 12) if named else ""
         if not named and j == worst and drops[j] > FORGETTING_LIMIT:
             css, label = "l-worst", shorten(charts.row_label(j, name), 12)
-        lines.append(Line(tuple((float(i), float(table_TT[i, j])) for i in range(j, n_tasks)), css,
+        lines.append(Line(tuple((float(i), float(table_TT[i, j])) for i in drawn if i >= j), css,
                           label, f"{name}: {percent(table_TT[j, j])} when learned, "
                                  f"{percent(table_TT[-1, j])} at the end"))
     lines.sort(key=lambda line: line.css == "l-worst")
@@ -105,8 +107,24 @@ def _line_figure(facts: Facts) -> str:
         [(float(i), str(i)) for i in range(0, n_tasks, every)], "after training task", right=98)
     caption = ("A flat line is a task that is kept; a falling one is being forgotten."
                + ("" if named else " Bold: mean over the tasks learned so far; orange, if any: "
-                  "the task that lost most."))
+                  "the task that lost most.") + _left_out(drawn, n_tasks))
     return figure("Accuracy of each task over time", drawing, caption)
+
+
+def _drawn(facts: Facts) -> list[int]:
+    """The tasks that are drawn: all, or of many some that are evenly spread, with the first, the
+    last, and the one that lost most.
+    """
+    n_tasks = len(facts.tasks)
+    if n_tasks <= DRAWN:
+        return list(range(n_tasks))
+    spread = np.linspace(0, n_tasks - 1, DRAWN).round().astype(int).tolist()
+    return sorted({*spread, int(np.argmax(facts.metrics.forgetting_per_task))})
+
+
+def _left_out(drawn: Sequence[int], n_tasks: int) -> str:
+    return "" if len(drawn) == n_tasks else (
+        f" Drawn are {len(drawn)} of the {n_tasks} tasks, evenly spread.")
 
 
 def _forgotten_figure(facts: Facts) -> str:

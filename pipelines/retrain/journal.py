@@ -12,6 +12,7 @@ import json
 import re
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from partialhn.data.experience import task_of
@@ -27,6 +28,8 @@ from pipelines.registry.versions import Version
 from pipelines.settings import check_name
 
 FORMAT = 1
+READERS = 16
+"""Events that are read at once."""
 _FILE = re.compile(r"(\d{8})\.json")
 
 
@@ -104,8 +107,8 @@ class Journal:
 
     def events(self) -> list[Event]:
         """All events so far, oldest first. Raises: IntegrityError for a damaged or missing one."""
-        for number in range(len(self._events) + 1, self._last() + 1):
-            self._events.append(self._read(number))
+        with ThreadPoolExecutor(READERS) as pool:  # a remote storage answers many at once
+            self._events += pool.map(self._read, range(len(self._events) + 1, self._last() + 1))
         return list(self._events)
 
     def append(self, lease: Lease, kind: str, fields: Mapping[str, Any]) -> Event:
