@@ -17,7 +17,7 @@ from pipelines.platform.lease import Lease
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage
 from pipelines.registry.client import Registry
-from pipelines.retrain.journal import Decided, Journal
+from pipelines.retrain.journal import Decided, Journal, slots_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +70,9 @@ def cut_of(storage: Storage, stream: str, config: Config,
         raise InputError(f"the model after task {base[len(learned)].slot!r} is missing in "
                          f"{storage.uri_of('runs', stream, 'learned')}; allowed: the --storage "
                          "with which it was learned, or another --name")
-    for task in base:
-        if "test" not in task.with_features(store).manifests:
-            raise InputError(f"the stored test features of task {task.slot!r} are missing in "
+    for slot in slots_of(base, store):
+        if "test" not in slot.manifests:
+            raise InputError(f"the stored test features of task {slot.name!r} are missing in "
                              f"{storage.uri}/features; every pass measures every task, so restore "
                              "them or start a new stream with another --name")
     cut = cut_network(config, network_of(storage, config, base[0].network))

@@ -41,7 +41,7 @@ from pipelines.registry import package
 from pipelines.registry.history import this_user
 from pipelines.retrain.candidate import register
 from pipelines.retrain.context import PassContext
-from pipelines.retrain.journal import Decided, forgotten_by
+from pipelines.retrain.journal import Decided, forgotten_by, slots_of
 from pipelines.retrain.outcome import PassOutcome
 from pipelines.retrain.run import Log, Pass, with_pass
 from pipelines.settings import RetrainConfig
@@ -129,7 +129,7 @@ class Forgetting:
         self.context, self.base, self.task, self.why = context, base, task, why
         self.plan = Plan.of(base, task)
         context.cut(base)
-        self.slots = [each.with_features(context.store) for each in base]
+        self.slots = slots_of(base, context.store)
 
     def run(self, policy: Policy) -> list[Decided]:
         """Stores the models and lets the gate decide; returns the tasks of the new chain."""

@@ -178,6 +178,12 @@ class Journal:
             raise IntegrityError(f"event {path} cannot be read: {error!r}") from error
 
 
+def slots_of(tasks: Sequence[Decided], store: FeatureStore) -> list[Slot]:
+    """The slots of decided tasks, with those of their features that are stored."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda task: task.with_features(store), tasks))
+
+
 def chain_to(decided: Sequence[Decided], lineage_id: str) -> list[Decided]:
     """The tasks of the model with this lineage id, from its first task to its last.
 

@@ -24,6 +24,7 @@ from pipelines.retrain.candidate import (
 from pipelines.retrain.context import PassContext
 from pipelines.retrain.inbox import Inbox
 from pipelines.retrain.journal import Decided
+from pipelines.retrain.journal import slots_of as decided_slots
 from pipelines.retrain.outcome import PassOutcome
 from pipelines.retrain.validate import CheckedArrival, write_hashes
 
@@ -84,7 +85,7 @@ class Learning:
         jobs = feature_jobs(self.context.config, experiences, cut.trunk)
         manifests, _ = self.execution.features(jobs, cut)
         self.context.clock.lap("features")
-        slots = [task.with_features(self.context.store) for task in self.base]
+        slots = decided_slots(self.base, self.context.store)
         return slots + slots_of(experiences, jobs, manifests)
 
     def _decide_all(self, waiting: list[CheckedArrival], slots: Sequence[Slot],

@@ -18,7 +18,7 @@ from pipelines.registry.versions import CHAMPION, Version
 from pipelines.report.page import write_report
 from pipelines.retrain.candidate import WORK
 from pipelines.retrain.context import PassContext
-from pipelines.retrain.journal import Decided, Journal, forgotten_by
+from pipelines.retrain.journal import Decided, Journal, forgotten_by, slots_of
 
 
 def published(journal: Journal) -> str:
@@ -47,7 +47,7 @@ def publish(context: PassContext, base: Sequence[Decided]) -> None:
     """Logs the champion's matrix, result and report to the stream's run in MLflow."""
     registry, name, store = context.registry, context.stream, context.store
     cut = context.cut(base)
-    slots = [task.with_features(store) for task in base]
+    slots = slots_of(base, store)
     lineage_ids = [task.prefix for task in base]
     learned = lineage.find(context.storage.filesystem, context.folder, lineage_ids)
     outcome = lineage.outcome_of(learned)

@@ -124,9 +124,10 @@ class Stream:
     def bytes(self) -> int:
         """Bytes of everything that the product has stored."""
         inbox = self.storage.path("inbox")
-        return sum(file.size for file in self.storage.list(self.storage.root)
-                   if not file.path.startswith(inbox)) + (
-            self.folder / "mlflow.db").stat().st_size * (self.folder / "mlflow.db").exists()
+        database = self.folder / "mlflow.db"
+        return (database.stat().st_size if database.exists() else 0) + sum(
+            file.size for file in self.storage.list(self.storage.root)
+            if not file.path.startswith(inbox))
 
     def reading(self, task: int) -> dict[str, float]:
         """The commands that read, the memory of a server, and the size of the report."""

@@ -79,7 +79,7 @@ LIMITS = {
     "compute.cache_gib": [0],
 }
 FREE = {"data.task_transforms", "data.on_bad_image", "backbone.backbone", "backbone.trunk",
-        "hypernet.residual", "compute.ray_address", "compute.cuda_graphs"}
+        "hypernet.residual", "compute.ray_address", "compute.cuda_graphs", "compute.re_evaluate"}
 """Checked where they are used, or unlimited."""
 
 
@@ -214,7 +214,8 @@ def test_work_hash_ignores_what_changes_nothing():
     for key, value in [("compute.workers", 2), ("compute.device", "cpu"), ("compute.threads", 7),
                        ("compute.share", "batches"),
                        ("compute.ray_address", "auto"),
-                       ("compute.cuda_graphs", False), ("data.data", "/elsewhere"),
+                       ("compute.cuda_graphs", False), ("compute.re_evaluate", True),
+                       ("data.data", "/elsewhere"),
                        ("features.compression", "lz4")]:
         assert changed(config, key, value).work_hash() == config.work_hash()
 
