@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partialhn.checkpoints import shared
 from partialhn.data.experience import task_of
 from partialhn.errors import InputError, IntegrityError
 from pipelines.platform.storage import Storage
@@ -256,6 +255,8 @@ class Registry(Runs):
 
         Raises: IntegrityError if they are missing or damaged.
         """
+        from partialhn.checkpoints import shared  # torch takes seconds to import
+
         if (place := self.shared_place(version)) is not None:
             shared.complete(package.artifact(model, "checkpoint"),
                             shared.reader(self._storage.filesystem, place))
@@ -358,6 +359,8 @@ class Registry(Runs):
                      record: Registration) -> int:
         """Uploads the model and creates a version of it, with its tags, in one transaction."""
         from mlflow.models import Model
+
+        from partialhn.checkpoints import shared
 
         run = self._client.get_run(run_id)
         logged = self._client.create_logged_model(

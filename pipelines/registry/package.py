@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from partialhn import __version__
-from partialhn.checkpoints import shared
-from partialhn.checkpoints.checkpoint import FIELDS
 from partialhn.errors import IntegrityError
 from partialhn.json_files import read_object
 
 if TYPE_CHECKING:
+    from partialhn.checkpoints import shared
     from mlflow.models import ModelSignature
 
 MAX_EXAMPLE_BYTES = 32 * 1024
@@ -45,11 +44,14 @@ class Contents:
     """An encoded image of the task, for the input example."""
     sample: Path | None = None
     """Test images with the model's predictions (`partialhn.evaluation.answer_sample`)."""
-    read: shared.Read | None = None
+    read: "shared.Read | None" = None
     """Reads the tensors that the model shares with others; None for one that shares none."""
 
     def parts(self) -> list[str]:
         """The shared objects that the model needs; empty where it has to be stored whole."""
+        from partialhn.checkpoints import shared  # torch takes seconds to import
+        from partialhn.checkpoints.checkpoint import FIELDS
+
         if self.read is None:
             return []
         return shared.parts_of(read_object(self.checkpoint / FIELDS, "checkpoint"))
@@ -62,6 +64,8 @@ def write(path: Path, model: Any, contents: Contents, objects: str | None = None
     """
     import mlflow.pyfunc
     import pandas as pd
+
+    from partialhn.checkpoints.checkpoint import FIELDS
 
     example = pd.DataFrame({"image": [_small(contents.image)], "task": [contents.task]})
     artifacts = {"checkpoint": str(contents.checkpoint)}
