@@ -25,8 +25,9 @@ from partialhn.errors import IntegrityError
 from partialhn.json_files import read_object
 
 if TYPE_CHECKING:
-    from partialhn.checkpoints import shared
     from mlflow.models import ModelSignature
+
+    from partialhn.checkpoints import shared
 
 MAX_EXAMPLE_BYTES = 32 * 1024
 REQUIREMENTS = ("torch", "torchvision", "numpy", "pandas", "pillow", "pyarrow", "pyyaml",
