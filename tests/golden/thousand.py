@@ -151,7 +151,7 @@ class Stream:
 def timed(words: list[str], folder: Path) -> tuple[str, dict[str, float]]:
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, check=False,
-                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SystemExit(f"{words} failed:\n{done.stdout}\n{done.stderr}")
