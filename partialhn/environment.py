@@ -44,7 +44,10 @@ VARIABLES = (
     Variable(("OMP_THREAD_LIMIT", "OMP_DYNAMIC"), "threads",
              "leaves fewer threads than PyTorch reports, so it is refused where threads asks for "
              "more"),
-    Variable(("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"), "precision",
+    Variable(("NVIDIA_TF32_OVERRIDE",), "precision, trunk_arithmetic",
+             "0 lets no GPU use TF32, and is refused with trunk_arithmetic tf32; other values are "
+             "not used"),
+    Variable(("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",), "precision",
              "is not used: float32 stays float32"),
     Variable(("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"), "seed",
              "changes the last digits, so that a seed gives other weights"),
@@ -77,7 +80,16 @@ def check_threads(threads: int | None, environment: Mapping[str, str] = os.envir
                          "busy machine; allowed: threads 1, or unset the variable")
 
 
+def check_arithmetic(arithmetic: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Raises InputError where trunk_arithmetic is tf32 and NVIDIA's libraries would not use it."""
+    if arithmetic == "tf32" and environment.get("NVIDIA_TF32_OVERRIDE") == "0":
+        raise InputError("trunk_arithmetic is 'tf32', but NVIDIA_TF32_OVERRIDE is 0, with which no "
+                         "GPU uses it; allowed: ieee or bfloat16, or unset the variable")
+
+
 def keep_float32(environment: "os._Environ[str]" = os.environ) -> None:
-    """Overrules NVIDIA_TF32_OVERRIDE before a CUDA library reads it; 0 means no TF32 anywhere."""
+    """Takes away an NVIDIA_TF32_OVERRIDE that would put TF32 in the place of float32, before a CUDA
+    library reads it; 0 only forbids TF32, and stays.
+    """
     if environment.get("NVIDIA_TF32_OVERRIDE", "0") != "0":
-        environment["NVIDIA_TF32_OVERRIDE"] = "0"
+        del environment["NVIDIA_TF32_OVERRIDE"]

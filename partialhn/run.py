@@ -18,7 +18,7 @@ from partialhn.config import Config, StrategyName
 from partialhn.data.datasets import open_stream
 from partialhn.data.experience import Experience
 from partialhn.detector.detector import Detector
-from partialhn.environment import check_threads
+from partialhn.environment import check_arithmetic, check_threads
 from partialhn.features.extract import precompute
 from partialhn.features.jobs import FeatureJob
 from partialhn.features.manifest import Manifest
@@ -106,6 +106,7 @@ def check(config: Config, network: Network | None = None) -> None:
     Raises: InputError naming the option that does not fit.
     """
     check_threads(config.compute.threads)
+    check_arithmetic(config.backbone.trunk_arithmetic)
     network = network or build_network(config.backbone.backbone, 2,
                                        input_size=config.data.input_size)
     cut = CutNetwork.of(network, config.backbone.depth)

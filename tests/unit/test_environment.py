@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from partialhn.config import ComputeConfig, Config
+from partialhn.config import BackboneConfig, ComputeConfig, Config
 from partialhn.environment import VARIABLES, check_threads, keep_float32, set_variables
 from partialhn.errors import InputError
 from partialhn.run import check
@@ -35,7 +35,17 @@ def test_a_limit_on_threads_is_refused_where_the_option_asks_for_more(monkeypatc
         check(Config(compute=ComputeConfig(threads=threads)))
 
 
-@pytest.mark.parametrize(("value", "expected"), [(None, None), ("0", "0"), ("1", "0"), ("", "0")])
+def test_tf32_that_the_environment_forbids_is_refused(monkeypatch):
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    check(Config())
+    with pytest.raises(InputError, match="trunk_arithmetic is 'tf32', but NVIDIA_TF32_OVERRIDE is"):
+        check(Config(backbone=BackboneConfig(trunk_arithmetic="tf32")))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    check(Config(backbone=BackboneConfig(trunk_arithmetic="tf32")))
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, None), ("0", "0"), ("1", None),
+                                                 ("", None)])
 def test_float32_stays_float32(monkeypatch, value, expected):
     monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
     if value is not None:
