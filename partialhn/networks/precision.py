@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -19,8 +20,16 @@ def configure_torch(threads: int | None = None) -> None:
     keep_float32()
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.set_flush_denormal(True)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    for place in _places():
+        place.fp32_precision = "ieee"
+
+
+def _places() -> tuple[Any, ...]:
+    """Where PyTorch keeps what a GPU may do to float32. cuDNN's two must agree: an export of a
+    network refuses to run otherwise, on a CPU too.
+    """
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -60,7 +69,7 @@ def arithmetic_of(kind: Arithmetic,
 @contextlib.contextmanager
 def _tf32() -> Iterator[None]:
     """Products of float32 may be rounded to TF32 in this process."""
-    places = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    places = _places()
     before = [place.fp32_precision for place in places]
     for place in places:
         place.fp32_precision = "tf32"

@@ -134,7 +134,7 @@ def test_a_failure_that_is_not_the_users_is_1(command, learned, digit_folder, tm
     stored = [path for path in Path(learned.output.storage).rglob("*.safetensors")
               if "mlartifacts" in path.parts]
     whole = {path: path.read_bytes() for path in stored}
-    assert len(whole) == 3
+    assert whole
     try:
         for path, content in whole.items():
             path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

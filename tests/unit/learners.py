@@ -10,7 +10,8 @@ def weights_hash(learner):
 
 
 def measured(learner):
-    """Everything recorded but for seconds."""
+    """Everything recorded but for seconds, and the grounds of measurements, which name the device.
+    """
     return ([dataclasses.replace(record, seconds=0) for record in learner.epochs],
-            [dataclasses.replace(record, train_seconds=0, evaluate_seconds=0)
+            [dataclasses.replace(record, train_seconds=0, evaluate_seconds=0, measured=None)
              for record in learner.finished])

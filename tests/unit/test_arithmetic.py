@@ -10,6 +10,7 @@ from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import BackboneConfig
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
+from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import run_trunk
 from partialhn.run import cut_network
 from partialhn.training.pretrain import fit_network, load_network, network_key
@@ -65,3 +66,10 @@ def test_what_is_stored_comes_back_with_it(config, digits, images, tmp_path):
     strategy.finish(0)
     Model(config, cut.trunk, strategy, (TaskInfo("a", ("x", "y")),)).save(tmp_path / "model")
     assert torch.equal(run_trunk(Model.load(tmp_path / "model").trunk, images[:8]), wanted)
+
+
+def test_what_a_process_sets_up_is_no_mix():
+    """PyTorch refuses to say whether TF32 is allowed, which exports ask, where flags differ."""
+    configure_torch(1)
+    assert torch.backends.cudnn.allow_tf32 is False
+    assert torch.backends.cuda.matmul.allow_tf32 is False

@@ -131,7 +131,7 @@ def test_options_are_the_keys_of_the_configuration(tmp_path):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"epoch": 3}, "unknown option epoch; the nearest: epochs"),
-    ({"zzz": 3}, "unknown option zzz; allowed: augment, "),
+    ({"zzz": 3}, "unknown option zzz; allowed: adapt_learning_rate, "),
     ({"epochs": 0}, "epochs is 0; allowed: 1 or more"),
     ({"epochs": "3"}, "train.epochs is '3'; allowed: a value of type int"),
     ({"workers": 2}, "workers is 2; a Stream learns in this process"),

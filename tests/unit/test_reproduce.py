@@ -87,7 +87,7 @@ def test_smoke_on_photographs_goes_on_where_it_stopped(tmp_path, capsys):
     assert {row["strategy"] for row in table if row["depth"] == "3"} == set(EVERY)
     assert all(0 <= float(row["class_incremental"]) <= 1 for row in table)
     svg = (tmp_path / "out" / "plots.svg").read_text()
-    assert "solarise" in svg
+    assert "forgotten, points" in svg
     assert "partial_hn" in svg
     cells = sorted((tmp_path / "out" / "cells").rglob("*.json"))
     assert len(cells) == len(find_benchmark("noisy-cifar").cells("smoke"))

@@ -9,7 +9,8 @@ import pytest
 from pipelines.serving.watcher import Watcher, healthz
 
 ACCURACY = {"task": 0.615, "right": 0.302, "given": 0.556}
-FIRST = {"version": "3", "auto": True, "auto_accuracy": ACCURACY, "reload": {"state": "current"}}
+FIRST = {"version": "3", "auto": True, "auto_accuracy": ACCURACY, "reload": {"state": "current"},
+         "recording": None}
 
 
 @pytest.fixture
