@@ -20,14 +20,15 @@ def configure_torch(threads: int | None = None) -> None:
     keep_float32()
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.set_flush_denormal(True)
+    # the older of two interfaces first: an export of a network asks it, and it refuses to answer,
+    # on a CPU too, where it was left at its default and the newer one says something else
+    torch.backends.cudnn.allow_tf32 = False
     for place in _places():
         place.fp32_precision = "ieee"
 
 
 def _places() -> tuple[Any, ...]:
-    """Where PyTorch keeps what a GPU may do to float32. cuDNN's two must agree: an export of a
-    network refuses to run otherwise, on a CPU too.
-    """
+    """Where PyTorch keeps what a GPU may do to float32."""
     cudnn: Any = torch.backends.cudnn
     return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
 

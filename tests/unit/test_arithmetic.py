@@ -10,7 +10,7 @@ from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import BackboneConfig
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
-from partialhn.networks.precision import configure_torch
+from partialhn.networks.precision import _tf32, configure_torch
 from partialhn.networks.trunk import run_trunk
 from partialhn.run import cut_network
 from partialhn.training.pretrain import fit_network, load_network, network_key
@@ -70,6 +70,11 @@ def test_what_is_stored_comes_back_with_it(config, digits, images, tmp_path):
 
 def test_what_a_process_sets_up_is_no_mix():
     """PyTorch refuses to say whether TF32 is allowed, which exports ask, where flags differ."""
-    configure_torch(1)
-    assert torch.backends.cudnn.allow_tf32 is False
-    assert torch.backends.cuda.matmul.allow_tf32 is False
+    for _ in range(2):
+        configure_torch(1)
+        assert torch.backends.cudnn.allow_tf32 is False
+        assert torch.backends.cuda.matmul.allow_tf32 is False
+        with _tf32():
+            assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert torch.backends.cudnn.allow_tf32 is False
