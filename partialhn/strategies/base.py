@@ -146,8 +146,10 @@ class Strategy(nn.Module):
         classes: number of classes of each task. finished: number of tasks that are learned;
         default: all. Raises: RuntimeError for a state of other tasks.
         """
+        device = next(iter((*self.parameters(), *self.buffers())), torch.empty(0)).device
         for count in classes:
             self.add_task(count)
+        self.to(device)
         for task in range(len(classes) if finished is None else finished):
             self.finish(task)
         self.load_state_dict(state, strict=True)
