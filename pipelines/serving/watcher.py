@@ -14,6 +14,9 @@ def healthz(host: str, port: int) -> str:
     """The address of a server's /healthz, as this machine reaches it."""
     return f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{port}/healthz"
 
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks this machine's own server, which no proxy of the environment can reach."""
+
 
 class Watcher:
     """Asks a server's /healthz, and prints a line when it has another model.
@@ -39,7 +42,7 @@ class Watcher:
     def _health(self) -> dict[str, Any] | None:
         """The body of /healthz; None where the server is busy or about to stop."""
         try:
-            with urllib.request.urlopen(self.uri, timeout=5) as response:
+            with _DIRECT.open(self.uri, timeout=5) as response:
                 health: dict[str, Any] = json.loads(response.read())
         except (OSError, ValueError):
             return None

@@ -35,7 +35,8 @@ def server():
     listening.server_close()
 
 
-def test_each_reload_and_each_new_failure_is_one_line(server):
+def test_each_reload_and_each_new_failure_is_one_line(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")  # the server is asked without it
     handler, uri = server
     lines = []
     watcher = Watcher(uri, "3", lines.append)
