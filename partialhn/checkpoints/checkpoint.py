@@ -45,19 +45,22 @@ def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
 
     Older fields are deleted first, so that an interrupted copy never mixes old and new.
     """
-    local = isinstance(filesystem, pafs.LocalFileSystem)
-    if local:
-        Path(target).mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(f"{target}/{FIELDS}")
     for name in (TENSORS, FIELDS):
-        path = f"{target}/{name}"
-        draft = f"{path}.draft" if local else path  # S3 shows only complete objects
-        content = (folder / name).read_bytes()  # an error inside the stream would publish a part
-        with filesystem.open_output_stream(draft) as sink:
-            sink.write(content)
-        if local:
-            filesystem.move(draft, path)
+        write_whole(filesystem, f"{target}/{name}", (folder / name).read_bytes())
+
+
+def write_whole(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
+    """Writes a file, which nobody sees before it is complete; makes its folder."""
+    local = isinstance(filesystem, pafs.LocalFileSystem)
+    if local:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    draft = f"{path}.draft" if local else path  # S3 shows only complete objects
+    with filesystem.open_output_stream(draft) as sink:
+        sink.write(content)
+    if local:
+        filesystem.move(draft, path)
 
 
 def fetch(filesystem: pafs.FileSystem, source: str, folder: Path, *,

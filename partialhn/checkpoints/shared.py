@@ -23,7 +23,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from partialhn.checkpoints import checkpoint
-from partialhn.checkpoints.checkpoint import FIELDS, TENSORS
+from partialhn.checkpoints.checkpoint import FIELDS, TENSORS, write_whole
 from partialhn.errors import IntegrityError
 from partialhn.json_files import read_object
 from partialhn.networks.tensors import hash_tensors
@@ -63,7 +63,7 @@ def upload(folder: Path, kind: str, filesystem: pafs.FileSystem, models: str, mo
         _store(filesystem, models, chosen) for chosen in (new, changed) if chosen]
     parts = _merged(parts, filesystem, models, read)
     content = json.dumps(fields | {PARTS: parts}, indent=1).encode()
-    _write(filesystem, f"{models}/{model}/{FIELDS}", content)
+    write_whole(filesystem, f"{models}/{model}/{FIELDS}", content)
 
 
 def complete(folder: Path, read: Read) -> None:
@@ -108,7 +108,7 @@ def copy_object(sha256: str, read: Read, filesystem: pafs.FileSystem, models: st
     """
     path = f"{models}/{OBJECTS}/{sha256}.safetensors"
     if filesystem.get_file_info([path])[0].type == pafs.FileType.NotFound:
-        _write(filesystem, path, checked(sha256, read))
+        write_whole(filesystem, path, checked(sha256, read))
 
 
 def checked(sha256: str, read: Read) -> bytes:
@@ -190,17 +190,6 @@ def _store(filesystem: pafs.FileSystem, models: str, tensors: dict[str, Tensor])
     return {"sha256": sha256, "bytes": len(content), "merged": 1}
 
 
-def _write(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
-    local = isinstance(filesystem, pafs.LocalFileSystem)
-    if local:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    draft = f"{path}.draft" if local else path  # S3 shows only complete objects
-    with filesystem.open_output_stream(draft) as sink:
-        sink.write(content)
-    if local:
-        filesystem.move(draft, path)
-
-
 def copy_model(source: Path, model: str, filesystem: pafs.FileSystem, models: str) -> None:
     """Copies a model, with the objects that it needs, from a local folder of models to another."""
     fields = read_object(source / model / FIELDS, f"checkpoint {source / model}")
@@ -210,4 +199,4 @@ def copy_model(source: Path, model: str, filesystem: pafs.FileSystem, models: st
     read = reader(pafs.LocalFileSystem(), str(source))
     for sha256 in parts_of(fields):
         copy_object(sha256, read, filesystem, models)
-    _write(filesystem, f"{models}/{model}/{FIELDS}", (source / model / FIELDS).read_bytes())
+    write_whole(filesystem, f"{models}/{model}/{FIELDS}", (source / model / FIELDS).read_bytes())

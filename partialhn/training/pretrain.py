@@ -146,13 +146,23 @@ def network_key_of(config: Config, data: str, transform: str, classes: int) -> s
         "augment": config.features.augment, "stream_seed": config.data.stream_seed}
     del fields["freeze_depth"]
     if config.backbone.adapt_trunk:  # the weights name the network, wherever their file lies
-        fields["trunk"] = _supplied(config, classes).fingerprint()
+        fields["trunk"] = _supplied_weights(config, classes).fingerprint()
     return digest(fields, 32)
 
 
-def _supplied(config: Config, classes: int) -> Network:
+def _supplied_weights(config: Config, classes: int) -> Network:
     backbone = config.backbone
     return supplied_network(backbone.trunk, backbone.backbone, classes, config.data.input_size)
+
+
+def configured_supply(config: Config, classes: int = 2) -> Network:
+    """The supplied network with the configured arithmetic, as the trunk is cut from it.
+
+    Raises: InputError for one that cannot be read or does not fit.
+    """
+    network = _supplied_weights(config, classes)
+    network.arithmetic = config.backbone.trunk_arithmetic
+    return network
 
 
 def load_network(config: Config, first: Experience, filesystem: pafs.FileSystem,
@@ -162,9 +172,7 @@ def load_network(config: Config, first: Experience, filesystem: pafs.FileSystem,
     Raises: InputError for a supplied network that cannot be read or does not fit.
     """
     if not config.backbone.trains_trunk:
-        network = _supplied(config, len(first.classes))
-        network.arithmetic = config.backbone.trunk_arithmetic
-        return network
+        return configured_supply(config, len(first.classes))
     return stored_network(config, network_key(config, first), filesystem, root)
 
 
@@ -252,7 +260,7 @@ def _classes(images: Labelled) -> int:
 def _first_network(config: Config, classes: int) -> Network:
     """The network before the first task: supplied, or freshly initialised."""
     backbone = config.backbone
-    return (_supplied(config, classes) if backbone.adapt_trunk else
+    return (_supplied_weights(config, classes) if backbone.adapt_trunk else
             build_network(backbone.backbone, classes, backbone.trunk_seed, config.data.input_size))
 
 

@@ -7,10 +7,9 @@ from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import Network
-from partialhn.networks.supplied import supplied_network
 from partialhn.run import TrunkAndHead, cut_network
 from partialhn.training import lineage
-from partialhn.training.pretrain import stored_network
+from partialhn.training.pretrain import configured_supply, stored_network
 from partialhn.training.result import Clock
 from pipelines.features.produce import open_store
 from pipelines.platform.lease import Lease
@@ -90,14 +89,11 @@ def network_of(storage: Storage, config: Config, key: str) -> Network:
 
     Raises: InputError if it cannot be found.
     """
-    backbone = config.backbone
-    network = (stored_network(config, key, storage.filesystem, storage.root)
-               if key else supplied_network(backbone.trunk, backbone.backbone, 2,
-                                             config.data.input_size))
+    network = (stored_network(config, key, storage.filesystem, storage.root) if key
+               else configured_supply(config))
     if network is None:
         raise InputError(f"the stream's trunk {key} is not in {storage.uri}/trunks; "
                          "allowed: the --storage with which the stream was started")
-    network.arithmetic = backbone.trunk_arithmetic
     return network
 
 

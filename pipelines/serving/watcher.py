@@ -9,13 +9,13 @@ from typing import Any
 from pipelines.platform.numbers import percent
 from pipelines.platform.text import auto_line
 
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks this machine's own server, which no proxy of the environment can reach."""
+
 
 def healthz(host: str, port: int) -> str:
     """The address of a server's /healthz, as this machine reaches it."""
     return f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{port}/healthz"
-
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Asks this machine's own server, which no proxy of the environment can reach."""
 
 
 class Watcher:
