@@ -33,7 +33,6 @@ PROPOSED = "_PROPOSED.json"
 _MARKERS = (READY, REJECTED, PROPOSED)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 NAME_RULE = "letters, digits, _ . and -, a letter or digit first, at most 100 characters"
-MAX_FILES = 5_000_000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ They run as Ray tasks, so that features are read where they are stored; the resu
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shif
 from partialhn.evaluation.linear_probe import ridge_accuracy
 from partialhn.features.codec import DTYPES
 from partialhn.features.extract import feature_jobs
-from partialhn.features.jobs import SPLITS
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network, build_network
 from partialhn.networks.cut import CutNetwork
@@ -148,8 +147,3 @@ def whole_network_seconds(config: Config, first: Experience, device: str,
         spent, start = clock() - start, clock()
     return {"seconds_per_image": spent / len(y_N),
             "bytes_per_image": sum(map(len, table.read())) / len(table)}
-
-
-def image_counts(experiences: Sequence[Experience]) -> Mapping[str, int]:
-    """Images of all splits, by task."""
-    return {each.name: sum(len(getattr(each, split)) for split in SPLITS) for each in experiences}
