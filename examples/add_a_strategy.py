@@ -1,9 +1,6 @@
-"""A strategy of your own: a shared head whose weights are averaged with those of the task before.
+"""Your strategy: a head, averaged with the last one. Use: python examples/add_a_strategy.py."""
 
-python examples/add_a_strategy.py
-"""
-
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -16,6 +13,7 @@ class Averaged(SharedHead):
     """Fine-tunes a shared head, then averages its weights over the tasks."""
 
     label = "Averaged head"
+    options: ClassVar = {"share": 0.5}
 
     def begin(self, task: int) -> None:
         super().begin(task)
@@ -24,7 +22,7 @@ class Averaged(SharedHead):
     @torch.no_grad()
     def finish(self, task: int) -> None:
         for value, before in zip(self._shared(), self._before if task else (), strict=False):
-            value.lerp_(before, 0.5)
+            value.lerp_(before, self.settings["share"])
         super().finish(task)
 
     def _shared(self) -> list[nn.Parameter]:
@@ -34,6 +32,6 @@ class Averaged(SharedHead):
 if __name__ == "__main__":
     phn.register_strategy("averaged", Averaged)
     stream = phn.Stream("digits", tasks=5, input_size=16, trunk_epochs=4, epochs=4,
-                        strategy="averaged", folder="averaged-stream")
+                        strategy="averaged", strategy_options=["share=0.3"], folder="averaged")
     stream.learn()
     print(stream.accuracy_matrix)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from partialhn.data.table import register_data_form
     from partialhn.errors import InputError, IntegrityError
     from partialhn.evaluation.metrics import StreamMetrics
+    from partialhn.features.table import register_number_type
     from partialhn.networks.table import register_backbone
     from partialhn.notebook.display import TaskResult
     from partialhn.notebook.stream import Stream
@@ -33,7 +34,7 @@ __version__ = "0.1.0"
 __all__ = ["Config", "InputError", "IntegrityError", "Model", "Prediction", "Predictor",
            "RunResult", "Strategy", "Stream", "StreamMetrics", "TaskResult", "__version__",
            "load_config", "preset", "register_backbone", "register_data_form",
-           "register_strategy", "run_stream"]
+           "register_number_type", "register_strategy", "run_stream"]
 
 if not TYPE_CHECKING:  # a type checker that saw __getattr__ would accept every name
     _HOMES = {"Config": "config", "InputError": "errors", "IntegrityError": "errors",
@@ -42,6 +43,7 @@ if not TYPE_CHECKING:  # a type checker that saw __getattr__ would accept every 
               "StreamMetrics": "evaluation.metrics", "TaskResult": "notebook.display",
               "load_config": "config", "preset": "presets",
               "register_backbone": "networks.table", "register_data_form": "data.table",
+              "register_number_type": "features.table",
               "register_strategy": "strategies.table", "run_stream": "run"}
 
     def __getattr__(name):

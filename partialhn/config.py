@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import yaml
 
 from partialhn.errors import InputError
+from partialhn.features.table import NUMBER_TYPES
 from partialhn.naming import digest, named_sections
 from partialhn.networks.table import BACKBONES, cut_at_every_block
 from partialhn.plugins import Table
 from partialhn.strategies.table import TABLE as STRATEGIES
-from partialhn.strategies.table import needs_every_task
+from partialhn.strategies.table import check_options, needs_every_task
 
 Arithmetic = Literal["ieee", "tf32", "bfloat16"]
 Augment = Literal["none", "crop", "flip", "crop-flip"]
 ClassOrder = Literal["shuffled", "given"]
 Compression = Literal["none", "lz4"]
 DeviceName = Literal["auto", "cpu", "gpu"]
-FeatureDtype = Literal["float32", "float16", "bfloat16", "int8"]
 Generator = Literal["columns", "bilinear", "additive"]
 Norm = Literal["batch", "instance", "group", "layer"]
 Precision = Literal["float32", "bfloat16"]
@@ -38,6 +38,7 @@ StartTask = Literal["auto", "first", "previous", "network"]
 if TYPE_CHECKING:
     StrategyName = str
     BackboneName = str
+    FeatureDtype = str
 else:
     class _NameType(type):
         """Any str is an instance, so that nobody needs to wrap a name."""
@@ -62,6 +63,11 @@ else:
         """The name of a backbone."""
 
         table = BACKBONES
+
+    class FeatureDtype(Name):
+        """The name of a number type of stored features."""
+
+        table = NUMBER_TYPES
 
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
 
@@ -251,6 +257,8 @@ class FeatureConfig:
     """Number of images whose features are in one Arrow shard."""
 
     def __post_init__(self) -> None:
+        _require(self.feature_dtype in NUMBER_TYPES, "feature_dtype", self.feature_dtype,
+                 NUMBER_TYPES.allowed())
         _require(1 <= self.views <= 64, "views", self.views, "1 to 64")
         _require(self.shard_rows >= 1, "shard_rows", self.shard_rows, "1 or more")
         _require(self.views == 1 or self.augment != "none", "augment", self.augment,
@@ -354,6 +362,8 @@ class TrainConfig:
     """Strength of the penalty on changing weights that earlier tasks need (ewc only)."""
     lwf_strength: float = 1.0
     """Strength of the distillation from the head as it was before the task (lwf only)."""
+    strategy_options: tuple[str, ...] = ()
+    """Options that a strategy of another package declares, each as NAME=VALUE."""
     detector_features: int = 500
     """Number of random features of the detector, which finds the task where the caller gives none.
     A model stores 2 D^2 bytes for it, D being this number, twice the trunk's channels and, on a
@@ -388,6 +398,7 @@ class TrainConfig:
                  "0 to less than 1")
         _require(self.strategy not in self.compare, "compare", self.compare,
                  f"strategies other than the strategy {self.strategy!r} itself")
+        check_options(self.strategy_options, (self.strategy, *self.compare))
 
 
 @dataclasses.dataclass(frozen=True)

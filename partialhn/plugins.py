@@ -27,7 +27,7 @@ class Table(Mapping[str, Line], Generic[Line]):
 
     def __init__(self, option: str, group: str, own: Mapping[str, Line],
                  from_entry_point: Callable[[str, str], Line]) -> None:
-        self.option, self.group = option, group
+        self.option, self.group, self.own = option, group, dict(own)
         self._from_entry_point = from_entry_point
         self._lines = dict(own)
         self._origins = dict.fromkeys(own, "partialhn")

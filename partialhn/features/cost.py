@@ -124,7 +124,7 @@ def _store(z_NCHW: Tensor, job: FeatureJob) -> tuple[float, float, float]:
     block = codec.decode(pa.py_buffer(content), recipe.dtype, len(ids), (1, *z_NCHW.shape[1:]))
     block.z_NVCHW.float()
     read = time.perf_counter() - start
-    raw = z_NCHW.numel() * codec.DTYPES[recipe.dtype][0].itemsize
+    raw = z_NCHW.numel() * codec.number_type(recipe.dtype).tensor.itemsize
     size = raw if recipe.compression == "none" else min(raw, len(content))
     return size / len(ids), write / len(ids), read / len(ids)
 

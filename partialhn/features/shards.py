@@ -26,7 +26,7 @@ from partialhn.config import Augment
 from partialhn.data.augment import Variation, draw, vary
 from partialhn.data.decode import BadImage, decode_images
 from partialhn.data.image_table import ImageTable
-from partialhn.features.codec import DTYPES
+from partialhn.features.codec import number_type
 from partialhn.features.jobs import FeatureJob, JobGroup, ShardPlace, ShardResult
 from partialhn.features.link import Link, link_to
 from partialhn.features.store import FeatureStore
@@ -146,7 +146,7 @@ def _behind(groups: Sequence[JobGroup], trunk: Trunk) -> tuple[int, int]:
     if trunk.mean_C.device.type == "cpu":
         return BEHIND, COPIES
     largest = max((sum(job.recipe.shard_rows * job.recipe.views * math.prod(job.shape_CHW)
-                       * DTYPES[job.recipe.dtype][0].itemsize for job in group)
+                       * number_type(job.recipe.dtype).tensor.itemsize for job in group)
                    for group in groups), default=1)
     return max(BEHIND, min(BEHIND_A_GPU, BYTES_BEHIND // max(1, largest))), COPIES_OF_A_GPU
 
@@ -324,9 +324,9 @@ class _Features:
     def __init__(self, jobs: Iterable[FeatureJob], depth: int, rows: int) -> None:
         """rows: images of the shard, readable or not."""
         ours = [job for job in jobs if job.depth == depth]
-        kinds = {DTYPES[job.recipe.dtype][0] for job in ours}
-        self.kind = (kinds.pop() if len(kinds) == 1 and torch.int8 not in kinds
-                     else torch.float32)
+        kinds = {number_type(job.recipe.dtype) for job in ours}
+        self.kind = (kinds.pop().tensor if len(kinds) == 1 and not any(
+            kind.levels for kind in kinds) else torch.float32)
         """The stored number type, where no job needs another one or a scale over the shard."""
         self.marks: list[tuple[object, object]] = []
         """Where the device began and ended the work of each batch, its images included."""

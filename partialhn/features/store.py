@@ -31,7 +31,7 @@ from torch import Tensor
 
 from partialhn.errors import IntegrityError
 from partialhn.features.cache import ShardCache, check_content, is_verified, mapped, mark_settled
-from partialhn.features.codec import DTYPES, Block, decode, encode, spilled
+from partialhn.features.codec import Block, decode, encode, number_type, spilled
 from partialhn.features.feature_set import FeatureSet, Scales
 from partialhn.features.manifest import (
     MALFORMED,
@@ -145,7 +145,7 @@ class FeatureStore:
     def _open_shard(self, manifest: Manifest, shard: Shard) -> Block:
         content = self._content(manifest, shard)
         recipe, rows = manifest.recipe, manifest.rows
-        size = rows * math.prod(manifest.shape_VCHW) * DTYPES[recipe.dtype][0].itemsize
+        size = rows * math.prod(manifest.shape_VCHW) * number_type(recipe.dtype).tensor.itemsize
         try:
             block = decode(content, recipe.dtype, shard.rows, manifest.shape_VCHW)
             large = recipe.compression != "none" and size > SPILL_BYTES

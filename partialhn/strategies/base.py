@@ -5,7 +5,7 @@ Legend: F features before the classifier, K classes of a task.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from partialhn.features.batches import FeatureBatch
 from partialhn.features.closed_form import LinearClassifier
 from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.head import Head, HeadStart, HeadWeights
+from partialhn.strategies.table import Value, option_values
 
 LINEAR_RATE = 10.0
 """Factor on the learning rate where the head is one linear layer: at the rate that suits
@@ -43,6 +44,8 @@ class Strategy(nn.Module):
     needs_every_task = False
     """Whether each task needs the training features of all tasks before it, for strategies of
     other packages."""
+    options: ClassVar[Mapping[str, Value]] = {}
+    """Options of a strategy of another package, with their defaults; `settings` has the values."""
     takes_linear = False
     """Whether `take_linear` can replace a task's head."""
     closed_form = False
@@ -54,6 +57,7 @@ class Strategy(nn.Module):
     def __init__(self, head: Head, start: HeadStart, config: Config) -> None:
         super().__init__()
         self.head, self.start, self.seed = head, start, config.train.seed
+        self.settings = option_values(type(self).options, config.train.strategy_options)
         self.classes: list[int] = []
         self.tasks = nn.ModuleList()
 

@@ -2,15 +2,23 @@
 
 Options, the command line, benchmarks and reports take names and labels from here. Other packages
 add lines with `register_strategy` or with an entry point of the group `partialhn.strategies`.
+
+Such a strategy declares options of its own with their defaults, `options = {"share": 0.5}`, and a
+configuration sets them with `strategy_options: [share=0.3]`. A value has the type of its default.
 """
 
+import contextlib
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from partialhn.errors import InputError
 from partialhn.plugins import Table, load_object
 
 Depths = Literal["all", "frozen", "own"]
+Value = bool | int | float | str
+"""Value of an option that a strategy of another package declares."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,3 +123,70 @@ def needs_every_task(name: str) -> bool:
     if line.needs_every_task is None:
         return bool(getattr(line.load(name), "needs_every_task", False))
     return line.needs_every_task
+
+
+def declared_options(name: str) -> Mapping[str, Value]:
+    """The options that a strategy declares, with their defaults.
+
+    Raises: InputError for a default that no option can have.
+    """
+    options: Mapping[str, Value] = getattr(TABLE.find(name).load(name), "options", {})
+    for option, default in options.items():
+        if not isinstance(default, Value):
+            raise InputError(f"strategy {name!r} declares the option {option} with the default "
+                             f"{default!r}; allowed: a number, a text, true or false")
+    return options
+
+
+def check_options(given: Sequence[str], names: Sequence[str]) -> None:
+    """Checks options, each as NAME=VALUE, against the strategies of a run by name.
+
+    Raises: InputError for an option that no strategy declares, is given twice, or has no such
+    value.
+    """
+    if not given:
+        return
+    declared = {name: declared_options(name) for name in names}
+    known = {option for options in declared.values() for option in options}
+    parsed: set[str] = set()
+    for text in given:
+        option, equals, _ = text.partition("=")
+        if not equals or option not in known:
+            allowed = ", ".join(f"{option}={default} ({name})" for name, options in
+                                declared.items() for option, default in options.items())
+            raise InputError(f"strategy_options has {text!r}; allowed: "
+                             + (allowed or f"none with the strategy {', '.join(names)}, which "
+                                "declares no options of its own"))
+        if option in parsed:
+            raise InputError(f"strategy_options has {option} twice; allowed: one value for each")
+        parsed.add(option)
+    for options in declared.values():
+        option_values(options, given)
+
+
+def option_values(declared: Mapping[str, Value], given: Sequence[str]) -> dict[str, Value]:
+    """The value of each declared option: the given one, or its default.
+
+    given: options as NAME=VALUE; those of other strategies are left out.
+
+    Raises: InputError for a value of another type than the default's.
+    """
+    texts = dict(text.split("=", 1) for text in given)
+    return {option: _value(option, texts[option], default) if option in texts else default
+            for option, default in declared.items()}
+
+
+def _value(option: str, text: str, default: Value) -> Value:
+    """A text as a value of the default's type."""
+    if isinstance(default, bool):
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        kind = "true or false"
+    else:
+        with contextlib.suppress(ValueError):
+            value = type(default)(text)
+            if not isinstance(value, float) or math.isfinite(value):
+                return value
+        kind = {int: "a whole number", float: "a number"}[type(default)]
+    raise InputError(f"strategy_options has {option}={text}; allowed: {kind}, such as the default "
+                     f"{default}")

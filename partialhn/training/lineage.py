@@ -85,6 +85,7 @@ def settings_of(config: Config) -> dict[str, dict[str, Any]]:
     if config.train.strategy == "partial_hn":
         for key in BASELINE_OPTIONS:
             del values["train"][key]
+        values["train"].pop("strategy_options", None)  # of a strategy to compare with
     data = {key: values["data"][key] for key in ("input_size", "on_bad_image", "stream_seed",
                                                  "max_image_pixels")}
     backbone = {key: values["backbone"][key] for key in ("backbone", "freeze_depth")}

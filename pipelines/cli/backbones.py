@@ -35,7 +35,7 @@ class Backbones:
             return 0
         if any(character in self.name for character in "*?["):
             return self._list()
-        from partialhn.features.codec import DTYPES
+        from partialhn.features.codec import number_type
         from partialhn.networks.backbone import build_network
         from partialhn.networks.depths import depths_of, parameter_count
         from pipelines.platform.numbers import percent, size
@@ -45,7 +45,7 @@ class Backbones:
         pixels = self.input_size or _own_size(self.name)
         DataConfig(input_size=pixels)
         network = build_network(self.name, 2, input_size=pixels)
-        itemsize = DTYPES[self.feature_dtype][0].itemsize
+        itemsize = number_type(self.feature_dtype).tensor.itemsize
         rows = [["depth", "last frozen block", "features", "bytes an image", "frozen multiply-adds",
                  "generated weights"]]
         rows += [[str(depth.depth), depth.name, _shape(depth.shape_CHW, network.backbone.layout),

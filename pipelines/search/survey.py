@@ -17,7 +17,7 @@ from partialhn.data.decode import decode
 from partialhn.data.experience import Experience
 from partialhn.evaluation.forecast import ProbeTask, forecast, pooled, task_shift
 from partialhn.evaluation.linear_probe import ridge_accuracy
-from partialhn.features.codec import DTYPES
+from partialhn.features.codec import number_type
 from partialhn.features.extract import feature_jobs
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network, build_network
@@ -77,7 +77,7 @@ def depths_at_once(network: Network, config: Config, experiences: Sequence[Exper
     trunk = CutNetwork.of(network, max(possible)).trunk
     jobs = feature_jobs(config, experiences, trunk, possible)
     size = sum(len(job.table) * job.recipe.views * math.prod(job.shape_CHW)
-               * DTYPES[job.recipe.dtype][0].itemsize for job in jobs)
+               * number_type(job.recipe.dtype).tensor.itemsize for job in jobs)
     return possible if size <= ONE_PASS_BYTES else depths
 
 

@@ -21,12 +21,13 @@ import torch
 from pyarrow.fs import LocalFileSystem
 from rows import compare
 
-from partialhn.config import Compression, Config, FeatureDtype
+from partialhn.config import Compression, Config
 from partialhn.data.datasets import open_stream
 from partialhn.features.batches import Workers, epoch_batches
 from partialhn.features.cache import SETTLED_SECONDS
 from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
+from partialhn.features.table import OWN
 from partialhn.networks.precision import configure_torch
 from partialhn.presets import preset
 from partialhn.run import collect, cut_network
@@ -41,7 +42,7 @@ def variants(base: Config) -> dict[tuple[str, str], Config]:
     """The configuration with every number type and compression."""
     return {(dtype, compression): dataclasses.replace(base, features=dataclasses.replace(
                 base.features, feature_dtype=dtype, compression=compression))
-            for dtype in typing.get_args(FeatureDtype)
+            for dtype in OWN
             for compression in typing.get_args(Compression)}
 
 

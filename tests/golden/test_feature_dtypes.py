@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from partialhn.config import Compression, FeatureDtype
+from partialhn.config import Compression
+from partialhn.features.table import OWN
 
 RECORDED = json.loads((Path(__file__).parent / "feature-dtypes.json").read_text(encoding="utf-8"))
 ROWS = {(row["dtype"], row["compression"]): row for row in RECORDED["rows"]}
 
 
 def test_every_number_type_and_compression_was_measured():
-    assert ROWS.keys() == {(dtype, compression) for dtype in typing.get_args(FeatureDtype)
+    assert ROWS.keys() == {(dtype, compression) for dtype in OWN
                            for compression in typing.get_args(Compression)}
     assert RECORDED["command"].startswith("python tests/bench/dtypes.py")
 
 
-@pytest.mark.parametrize("dtype", typing.get_args(FeatureDtype))
+@pytest.mark.parametrize("dtype", OWN)
 def test_fewer_bytes_cost_no_accuracy_that_can_be_told(dtype):
     exact = ROWS["float32", "none"]
     for compression in typing.get_args(Compression):

@@ -68,7 +68,7 @@ LIMITS = {
     "train.learning_rate": [0.0, math.nan],
     "train.schedule": ["linear"],
     "train.precision": ["float16", "bf16"],
-    "train.label_smoothing": [-0.1, 0.6],
+    "train.label_smoothing": [-0.1, 0.6], "train.strategy_options": [["share=0.3"]],
     "train.seed": [-1],
     "compute.workers": [0],
     "compute.share": ["epochs"],
@@ -251,7 +251,7 @@ def test_work_hash_names_everything_else():
     }
     ours = {key for key in every_key() if not key.startswith("compute.")}
     ours -= {"backbone.adapt_trunk", "data.data", "data.image_column", "data.label_column",
-             "features.compression"}
+             "features.compression", "train.strategy_options"}
     assert changes.keys() == ours
     hashes = [config.work_hash()] + [changed(config, key, value).work_hash()
                                      for key, value in changes.items()]

@@ -1,32 +1,43 @@
-"""Tables of strategies, backbones and data forms, and what other packages add to them."""
+"""Tables of strategies, backbones, data forms and number types, and how others add to them."""
 
 import json
 import os
 import subprocess
 import sys
-import typing
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 
-from partialhn.config import BackboneConfig, Config, FeatureDtype, TrainConfig
+from partialhn.config import BackboneConfig, Config, FeatureConfig, TrainConfig
 from partialhn.data.table import FORMS, converted_folder
 from partialhn.errors import InputError
-from partialhn.features.codec import DTYPES
+from partialhn.features.codec import NumberType, decode, encode, number_type
+from partialhn.features.table import NUMBER_TYPES, register_number_type
 from partialhn.networks.backbone import build_network
 from partialhn.networks.table import BACKBONES
 from partialhn.strategies import STRATEGIES
 from partialhn.strategies.table import OWN, TABLE, label_of, needs_every_task, register_strategy
-from partialhn.training.lineage import BASELINE_OPTIONS
+from partialhn.training.lineage import BASELINE_OPTIONS, settings_of
 
 ROOT = Path(__file__).parents[2]
 CODE = '''
+import pyarrow as pa
 import sys
+import torch
+from partialhn.features.codec import NumberType
 from partialhn.data.library import convert_digits
 from partialhn.networks.slim_resnet18 import SLIM_RESNET18 as SMALL
 from partialhn.strategies.shared_head import SharedHead
 class Mine(SharedHead):
     label = "My strategy"
+    options = {"share": 0.5, "times": 2, "loud": False}
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        print("options", self.settings)
+DOUBLE = NumberType(torch.float64, pa.float64())
 def form(argument, cache_dir):
     print("form", argument)
     return convert_digits(cache_dir)
@@ -37,6 +48,8 @@ my_strategy = my_plugin:Mine
 my_backbone = my_plugin:SMALL
 [partialhn.data]
 my_form = my_plugin:form
+[partialhn.number_types]
+my_double = my_plugin:DOUBLE
 """
 SMALL = ["--tasks", "2", "--task-sizes", "2", "2", "--classes", "4", "--input-size", "16",
          "--trunk-epochs", "1", "--epochs", "1", "--views", "1", "--augment", "none",
@@ -70,14 +83,18 @@ def registered():
         TABLE.unregister(name)
 
 
-def test_an_installed_package_adds_a_strategy_a_backbone_and_a_data_form(tmp_path):
+def test_an_installed_package_adds_a_line_to_every_table(tmp_path):
     install(tmp_path)
     done = python(tmp_path, "-c", "from pipelines.cli.main import main; main()", "train",
                   "--data", "my_form:given",
-                  "--strategy", "my_strategy", "--backbone", "my_backbone", *SMALL)
+                  "--strategy", "my_strategy", "--backbone", "my_backbone", *SMALL,
+                  "--feature-dtype", "my_double", "--strategy-options", "share=0.25", "loud=true")
     assert done.returncode == 0, done.stderr
     assert "form given" in done.stdout
-    assert json.loads((tmp_path / "result.json").read_text())["strategy"] == "my_strategy"
+    assert "options {'share': 0.25, 'times': 2, 'loud': True}" in done.stdout
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["strategy"], result["config"]["features"]["feature_dtype"]) == (
+        "my_strategy", "my_double")
     code = ("from pathlib import Path; import partialhn as phn; from partialhn.config import *; "
             "r = phn.run_stream(phn.Config(DataConfig(data='my_form:a', task_sizes=(2, 2), "
             "classes=4, input_size=16, images_per_class=40), "
@@ -169,5 +186,82 @@ def test_every_line_of_the_tables_can_be_used(tmp_path):
         converted_folder("digits:x", tmp_path)
 
 
-def test_number_types_of_the_option_are_those_that_can_be_stored():
-    assert typing.get_args(FeatureDtype) == tuple(DTYPES)
+@pytest.fixture
+def number_types():
+    before = set(NUMBER_TYPES)
+    yield
+    for name in set(NUMBER_TYPES) - before:
+        NUMBER_TYPES.unregister(name)
+
+
+@pytest.mark.usefixtures("number_types")
+def test_a_number_type_is_one_line():
+    register_number_type("float64", NumberType(torch.float64, pa.float64()))
+    register_number_type("float8", NumberType(torch.float8_e4m3fn, pa.uint8()))
+    register_number_type("int8-7", NumberType(torch.int8, pa.int8(), levels=7))
+    z_NVCHW = torch.randn(5, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for name in NUMBER_TYPES:
+        assert FeatureConfig(feature_dtype=name).feature_dtype == name
+        shard = pa.py_buffer(encode(z_NVCHW, np.arange(5), list("abcde"), name, "none", "shard"))
+        block = decode(shard, name, 5, (2, 3, 4, 4))
+        assert block.z_NVCHW.dtype is number_type(name).tensor
+        read_NVCHW = block.z_NVCHW.float()
+        if block.scale_C is not None:
+            read_NVCHW = read_NVCHW * block.scale_C.view(1, 1, -1, 1, 1)
+        errors[name] = (read_NVCHW - z_NVCHW).abs().max().item()
+    assert errors["float64"] == errors["float32"] == 0
+    assert sorted(errors, key=errors.__getitem__)[2:] == ["float16", "bfloat16", "int8", "float8",
+                                                          "int8-7"]
+    assert encode_one(1e39, "float64")
+    with pytest.raises(InputError, match="not finite as float32"):
+        encode_one(1e39, "float32")
+
+
+def encode_one(value, name):
+    return encode(torch.full((1, 1, 1, 1, 1), value, dtype=torch.float64), np.zeros(1), ["a"],
+                  name, "none", "shard")
+
+
+@pytest.mark.usefixtures("number_types")
+def test_a_number_type_that_cannot_be_one_is_named():
+    with pytest.raises(InputError, match=r"torch\.float64 and float; allowed: two types"):
+        NumberType(torch.float64, pa.float32())
+    register_number_type("mine", dict)
+    with pytest.raises(InputError, match="number type 'mine' is a type; allowed: a partialhn"):
+        number_type("mine")
+    with pytest.raises(InputError, match="feature_dtype is 'x'; allowed: float32, float16"):
+        FeatureConfig(feature_dtype="x")
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (["share=half"], "share=half; allowed: a number, such as the default 0.5"),
+    (["share=nan"], "share=nan; allowed: a number"),
+    (["times=1.5"], "times=1.5; allowed: a whole number, such as the default 2"),
+    (["loud=1"], "loud=1; allowed: true or false"),
+    (["share"], r"'share'; allowed: share=0.5 \(mine\), times=2 \(mine\)"),
+    (["part=1"], r"'part=1'; allowed: share=0.5 \(mine\)"),
+    (["times=1", "times=2"], "times twice; allowed: one value for each")])
+def test_an_option_that_a_strategy_does_not_have_is_named(registered, given, message):
+    options = {"share": 0.5, "times": 2, "loud": False}
+    registered("mine", type("Mine", (STRATEGIES["naive"],), {"options": options}))
+    with pytest.raises(InputError, match=message):
+        TrainConfig(strategy="mine", strategy_options=given)
+    with pytest.raises(InputError, match="allowed: none with the strategy naive, which declares"):
+        TrainConfig(strategy="naive", strategy_options=given)
+
+
+def test_a_default_that_no_option_can_have_is_named(registered):
+    registered("odd", type("Odd", (STRATEGIES["naive"],), {"options": {"share": None}}))
+    with pytest.raises(InputError, match="'odd' declares the option share with the default None"):
+        TrainConfig(strategy="odd", strategy_options=["share=1"])
+
+
+def test_options_of_a_strategy_belong_to_the_names_of_what_it_learns(registered):
+    registered("mine", type("Mine", (STRATEGIES["naive"],), {"options": {"share": 0.5}}))
+    one, other = (Config(train=TrainConfig(strategy="mine", strategy_options=given))
+                  for given in ((), ("share=0.3",)))
+    assert settings_of(one) != settings_of(other)
+    assert "strategy_options" not in settings_of(one)["train"]
+    compared = Config(train=TrainConfig(compare=("mine",), strategy_options=("share=0.3",)))
+    assert settings_of(compared) == settings_of(Config()), "the product learns the same"
