@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
-from scipy.special import bdtrc
 
 from partialhn.config import build
 from partialhn.errors import InputError
 
 TOLERANCE = 1e-9
 """Tolerance for rounding of decimal fractions; far less than one image of any test set."""
-LISTED = 100
+LISTED = 32
 """Most tasks of which a decision keeps every row."""
 
 
@@ -236,7 +236,15 @@ def p_value(accuracy: float, chance: float, images: int) -> float:
     """The probability that guessing gets as many images right; NaN for an accuracy of NaN."""
     if not math.isfinite(accuracy):
         return math.nan
-    return float(bdtrc(round(accuracy * images) - 1, images, chance))
+    right = round(accuracy * images)
+    if right <= 0 or chance >= 1:
+        return 1.0
+    # the terms of the binomial distribution from `right` on, each from the one before
+    first = (math.lgamma(images + 1) - math.lgamma(right + 1) - math.lgamma(images - right + 1)
+             + right * math.log(chance) + (images - right) * math.log1p(-chance))
+    count = np.arange(right, images)
+    ratios = np.log((images - count) / (count + 1)) + math.log(chance) - math.log1p(-chance)
+    return min(1.0, float(np.exp(first + np.concatenate([[0.0], np.cumsum(ratios)])).sum()))
 
 
 def _row(policy: Policy, task: str, before: float | None, after: float) -> TaskVerdict:

@@ -111,6 +111,14 @@ def copy_object(sha256: str, read: Read, filesystem: pafs.FileSystem, models: st
         write_whole(filesystem, path, checked(sha256, read))
 
 
+def copy_objects(parts: Sequence[str], read: Read, filesystem: pafs.FileSystem,
+                 models: str) -> None:
+    """The same for many objects, several at once."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(lambda sha256: copy_object(sha256, read, filesystem, models), parts):
+            pass
+
+
 def checked(sha256: str, read: Read) -> bytes:
     """Content of an object. Raises: IntegrityError if it is missing or damaged."""
     try:
@@ -197,6 +205,5 @@ def copy_model(source: Path, model: str, filesystem: pafs.FileSystem, models: st
         checkpoint.upload(source / model, filesystem, f"{models}/{model}")
         return
     read = reader(pafs.LocalFileSystem(), str(source))
-    for sha256 in parts_of(fields):
-        copy_object(sha256, read, filesystem, models)
+    copy_objects(parts_of(fields), read, filesystem, models)
     write_whole(filesystem, f"{models}/{model}/{FIELDS}", (source / model / FIELDS).read_bytes())

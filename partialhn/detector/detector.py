@@ -36,8 +36,10 @@ FEATURES = 500
 FALSE_ALARMS = 0.05
 """Share of the kept images of known tasks that the threshold of strangeness rejects."""
 MOST_SAMPLES = 16384
-"""Kept images of all tasks that the classifier is fitted with: its cost grows with their number
-times that of the classes."""
+"""Kept images of all tasks that the classifier is fitted with, at most."""
+MOST_SCORES, LEAST_SAMPLES = 1 << 20, 512
+"""With many classes it is fitted with fewer images, but for the least number: the cost of the fit
+grows with images times classes, and it chooses four numbers."""
 OWN = tuple(name for name in TaskStatistics._fields if name not in ("scatter_P", "expansion"))
 """The statistics that stay a task's own; the scatter matrices are added up."""
 
@@ -312,12 +314,19 @@ def _columns(first: Sequence[int], classes: Sequence[int]) -> Tensor:
 
 
 def _some_samples(slots: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The slots with at most about MOST_SAMPLES kept images of all of them, evenly spread."""
-    every = -(-sum(len(own["sample_y_S"]) for own in slots) // MOST_SAMPLES)
+    """The slots with a bounded number of kept images of all of them, evenly spread."""
+    classes = sum(len(own["mean_KD"]) for own in slots)
+    most = min(MOST_SAMPLES, max(LEAST_SAMPLES, MOST_SCORES // max(1, classes)))
+    sizes = [len(own["sample_y_S"]) for own in slots]
+    every = -(-sum(sizes) // most)
     if every <= 1:
         return slots
-    return [own | {name: own[name][::every] for name in ("sample_SD", "sample_y_S",
-                                                         "sample_head_SK")} for own in slots]
+    chosen, before = [], 0
+    for own, size in zip(slots, sizes, strict=True):
+        chosen.append(own | {name: own[name][-before % every::every] for name in (
+            "sample_SD", "sample_y_S", "sample_head_SK")})
+        before += size
+    return chosen
 
 
 def _within(log_p_SM: Tensor, start: int, classes: int) -> Tensor:

@@ -120,10 +120,16 @@ def _weights(white_MD: Tensor) -> Tensor:
     """The ridge weights of whitened class means; not a number for a class without images."""
     present_M = ~white_MD.isnan().any(1)
     known_MD = white_MD[present_M]
-    products_MM = known_MD @ known_MD.T / max(1, len(known_MD))
+    M, D = known_MD.shape
     weight_MD = torch.full_like(white_MD, torch.nan)
+    if M > D:  # m (I + m^T m / M)^-1 is the same, with the smaller matrix
+        products_DD = known_MD.T @ known_MD / M
+        weight_MD[present_M] = torch.linalg.solve(
+            torch.eye(D, dtype=white_MD.dtype) + products_DD, known_MD, left=False)
+        return weight_MD
+    products_MM = known_MD @ known_MD.T / max(1, M)
     weight_MD[present_M] = torch.linalg.solve(
-        torch.eye(len(known_MD), dtype=white_MD.dtype) + products_MM, known_MD)
+        torch.eye(M, dtype=white_MD.dtype) + products_MM, known_MD)
     return weight_MD
 
 

@@ -14,14 +14,14 @@ Legend: S seeds, T tasks, N images of one task.
 import dataclasses
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
-from partialhn.evaluation.intervals import CONFIDENCE
+from partialhn.evaluation.intervals import CONFIDENCE, student_quantile
 
-Z = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
 MOST_SEEDS = 1000
 """The search for a sufficient number of seeds ends here."""
 Rows = Sequence[Sequence[float]]
@@ -108,8 +108,7 @@ class Estimate:
     def _seed_part(self, seeds: int) -> float:
         if len(self.values) < 2:
             return 0.0
-        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1))
-        return quantile**2 * float(np.var(self.values, ddof=1)) / seeds
+        return student_quantile(seeds - 1)**2 * float(np.var(self.values, ddof=1)) / seeds
 
 
 def share_interval(share: float, images: int) -> tuple[float, float]:

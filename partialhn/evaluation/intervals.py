@@ -4,11 +4,16 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from scipy import stats
-
 from partialhn.errors import InputError
 
 CONFIDENCE = 0.95
+
+
+def student_quantile(freedom: int) -> float:
+    """Half the width of the 95 % interval of Student's t with so many degrees of freedom."""
+    from scipy.special import stdtrit  # SciPy takes a second to import, and few processes need it
+
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Interval:
         if count == 1:
             return Interval(mean, None, None, tuple(values))
         spread = math.sqrt(sum((value - mean)**2 for value in values) / (count - 1) / count)
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * spread
+        half = student_quantile(count - 1) * spread
         return Interval(mean, mean - half, mean + half, tuple(values))
 
     @property

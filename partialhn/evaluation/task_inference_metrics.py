@@ -20,6 +20,8 @@ IMAGES = 2048
 HEAD_RUNS = IMAGES
 """Most head evaluations of the entropy method, which evaluates every head on every image: more
 tasks mean fewer images."""
+ASKED = 64
+"""Most tasks whose images are measured. Of more tasks some are, evenly spread, and the newest."""
 
 
 @torch.no_grad()
@@ -30,16 +32,17 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
     slots: the newest slot of each task. Keys: acc_given, acc (as `task auto` answers),
     task_accuracy (share of images whose task was inferred correctly), acc_detector (the detector
     without the heads), acc_entropy (the heads alone, if `heads_alone`), acc_combined (the same as
-    acc), and known_rejected (share of the images, all of known tasks, rejected as unknown).
+    acc), and known_rejected (share of the images, all of known tasks, rejected as unknown). Of
+    more than `ASKED` tasks the images of some are measured, and acc_entropy is left out.
     """
     strategy.eval()
-    weights = Heads(strategy, slots)
-    some = [_some(tests[slot], IMAGES // len(slots)) for slot in slots]
+    weights, asked = Heads(strategy, slots), _asked(len(slots))
+    some = [_some(tests[slots[place]], IMAGES // len(asked)) for place in asked]
     sizes = [len(y_n) for _, y_n in some]
-    task_N = torch.arange(len(slots)).repeat_interleave(torch.tensor(sizes))
+    task_N = torch.tensor(asked).repeat_interleave(torch.tensor(sizes))
     z_NCHW = torch.cat([z_nCHW for z_nCHW, _ in some]).to(next(strategy.parameters()).device)
-    given_N = torch.cat([strategy.head(z_nCHW, own).argmax(1).cpu() for z_nCHW, own
-                         in zip(torch.split(z_NCHW, sizes), weights, strict=True)])
+    given_N = torch.cat([strategy.head(z_nCHW, weights[place]).argmax(1).cpu() for z_nCHW, place
+                         in zip(torch.split(z_NCHW, sizes), asked, strict=True)])
     y_N = torch.cat([y_n for _, y_n in some])
     right_N = given_N == y_N
     inferred = infer(inference, strategy.head, slots, weights, z_NCHW)
@@ -49,7 +52,7 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
               "known_rejected": ~inferred.known_B,
               "acc_detector": _alone(inference, slots, task_N, z_NCHW, given_N) == y_N}
     means = {key: _mean_over_tasks(true_N, sizes) for key, true_N in shares.items()}
-    if heads_alone:
+    if heads_alone and len(slots) <= ASKED:
         means["acc_entropy"] = _by_heads(strategy, weights, z_NCHW, right_N, sizes)
     return means | {"acc_combined": means["acc"]}
 
@@ -86,8 +89,8 @@ def _mean_over_tasks(true_N: Tensor, sizes: Sequence[int]) -> float:
 
 def _by_heads(strategy: Strategy, weights: Sequence[HeadWeights], z_NCHW: Tensor, right_N: Tensor,
               sizes: Sequence[int]) -> float:
-    """Accuracy where the surest head decides, on some images of the tasks; where there are more
-    tasks than fit into HEAD_RUNS, on one image of some of them.
+    """Accuracy where the surest head decides, on some images of at most `ASKED` tasks; where there
+    are more tasks than fit into HEAD_RUNS, on one image of some of them.
     """
     tasks = len(weights)
     chosen = range(0, tasks, -(-tasks ** 2 // HEAD_RUNS))
@@ -119,8 +122,9 @@ def rejection_auroc(inference: Inference, known: Sequence[FeatureSet], unknown: 
 
     slots: the newest slot of each task. 0.5 is guessing, 1 is perfect.
     """
-    share = max(1, IMAGES // 2 // len(known))
-    inside_N = torch.cat([_strangeness(inference, slots, features, share) for features in known])
+    asked = _asked(len(known))
+    share = max(1, IMAGES // 2 // len(asked))
+    inside_N = torch.cat([_strangeness(inference, slots, known[place], share) for place in asked])
     outside_N = _strangeness(inference, slots, unknown, IMAGES // 2)
     return auroc(inside_N, outside_N)
 
@@ -140,6 +144,12 @@ def _strangeness(inference: Inference, slots: Sequence[int], features: FeatureSe
     if isinstance(inference, Detector):
         return inference.strangeness(slots, z_NCHW)
     return inference.distances(pooled(z_NCHW)).amin(1)
+
+
+def _asked(tasks: int) -> list[int]:
+    """Indices of the tasks whose images are measured: all, or `ASKED` evenly spread ones."""
+    places = torch.linspace(0, tasks - 1, min(tasks, ASKED), dtype=torch.float64)
+    return [int(place) for place in places.round()]
 
 
 def _some(features: FeatureSet, images: int) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from partialhn.training.optimiser import (
     make_optimiser,
     optimiser_tensors,
 )
-from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.records import EpochRecord, TaskRecord, is_measured_after
 from partialhn.training.steps import StepRecorder
 
 
@@ -51,6 +51,8 @@ class Learner:
         self.workers = workers or Workers()
         self.epochs: list[EpochRecord] = []
         self.finished: list[TaskRecord] = []
+        self._grounds: list[str | None] = []
+        """The grounds of the tasks' accuracies (`partialhn.training.measured`)."""
         self._optimiser: torch.optim.Optimizer | None = None
         self._best = BestState()
         """The best state of the running experience."""
@@ -126,7 +128,7 @@ class Learner:
         """Measures the newly trained task and all earlier ones."""
         index, start = len(self.finished), time.perf_counter()
         row, measured_now = accuracy_row(
-            self.strategy, [task.test for task in tasks[:index + 1]], self.finished,
+            self.strategy, [task.test for task in tasks[:index + 1]], self.finished, self._grounds,
             re_evaluate=self.re_evaluate)
         without_id = self._learn_inference(tasks, index, measured)
         self.finished.append(TaskRecord(tasks[index].name, index, row, self.train_seconds,
@@ -153,13 +155,19 @@ class Learner:
 
     def _learn_inference(self, tasks: Sequence[TaskFeatures], index: int,
                          measured: dict[str, Tensor] | None) -> dict[str, float] | None:
-        """Adds a task's features to task inference; returns metrics from before and after that."""
+        """Adds a task's features to task inference; returns metrics from before and after that.
+
+        None without task inference, and after most tasks of a long stream (`is_measured_after`).
+        """
         if self.inference is None:
             return None
         if isinstance(self.inference, Detector):
             self.inference.see(self.strategy.eval())
         if measured is None:
             measured = self.measure_task(tasks, index, self.inference)
+        if not is_measured_after(index, len(tasks)):
+            add_measured(self.inference, measured, tasks[index].refreshes)
+            return None
         tests = [task.test for task in tasks[:index + 1]]
         metrics = {}
         if index and tasks[index].refreshes is None:

@@ -10,6 +10,7 @@ learns only the new ones. The images and features of the earlier tasks may be de
 """
 
 import dataclasses
+import itertools
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -137,19 +138,22 @@ def _still_forgotten(model: Model, learned: Learned, filesystem: pafs.FileSystem
     return {FORGOTTEN: gone} if gone else {}
 
 
-def find(filesystem: pafs.FileSystem, folder: str, lineage_ids: Sequence[str]) -> list[Learned]:
-    """The learned tasks, from the first up to the first that is not stored."""
-    learned: list[Learned] = []
+def find(filesystem: pafs.FileSystem, folder: str, lineage_ids: Sequence[str],
+         known: dict[str, Learned] | None = None) -> list[Learned]:
+    """The learned tasks, from the first up to the first that is not stored.
+
+    known: what was found before in this folder; it is not read again, and what is found is added.
+    """
+    known = {} if known is None else known
+    unread = [lineage_id for lineage_id in lineage_ids if lineage_id not in known]
     with ThreadPoolExecutor(READERS) as pool:  # a remote storage answers many at once
         stored = pool.map(lambda lineage_id: checkpoint.read_fields(
-            filesystem, f"{folder}/{lineage_id}"), lineage_ids)
-        found = dict(zip(lineage_ids, stored, strict=True))
-    for lineage_id in lineage_ids:
-        fields = found[lineage_id]
-        if fields is None:
-            break
-        learned.append(_parse(fields, lineage_id))
-    return learned
+            filesystem, f"{folder}/{lineage_id}"), unread)
+        for lineage_id, fields in zip(unread, stored, strict=True):
+            if fields is not None:
+                known[lineage_id] = _parse(fields, lineage_id)
+    return [known[lineage_id] for lineage_id in itertools.takewhile(known.__contains__,
+                                                                    lineage_ids)]
 
 
 def outcome_of(learned: Sequence[Learned]) -> Outcome:
@@ -159,13 +163,18 @@ def outcome_of(learned: Sequence[Learned]) -> Outcome:
                    tuple(each.task_bytes for each in learned))
 
 
-def fetch_model(filesystem: pafs.FileSystem, folder: str, lineage_id: str, target: Path) -> Path:
-    """A local copy of the model after a task. Raises: IntegrityError if it is not stored."""
+def fetch_model(filesystem: pafs.FileSystem, folder: str, lineage_id: str, target: Path, *,
+                shared_apart: bool = False) -> Path:
+    """A local copy of the model after a task. Raises: IntegrityError if it is not stored.
+
+    shared_apart: without the tensors that it shares with other models.
+    """
     fields = checkpoint.read_fields(filesystem, f"{folder}/{lineage_id}")
     if fields is None or not checkpoint.fetch(filesystem, f"{folder}/{lineage_id}", target,
                                               fields_alone=shared.PARTS in fields):
         raise IntegrityError(f"the learned model {lineage_id} is not at {folder}/{lineage_id}")
-    shared.complete(target, shared.reader(filesystem, folder))
+    if not shared_apart:
+        shared.complete(target, shared.reader(filesystem, folder))
     return target
 
 

@@ -29,13 +29,17 @@ LENGTH = 16
 
 
 def accuracy_row(strategy: Strategy, tests: Sequence[FeatureSet], finished: Sequence[TaskRecord],
-                 *, re_evaluate: bool = False) -> tuple[tuple[float, ...], dict[str, str]]:
+                 known: list[str | None], *, re_evaluate: bool = False
+                 ) -> tuple[tuple[float, ...], dict[str, str]]:
     """Accuracy on the test images of every task so far, and the grounds of those measured now.
 
-    finished: the records of the tasks before the last one. re_evaluate: measure every task.
+    finished: the records of the tasks before the last one. known: the grounds of the first tasks
+    as they were after an earlier task of this process; those of the others are added.
+    re_evaluate: measure every task.
     """
     newest = len(tests) - 1
-    grounds = [_grounds(strategy, task, test) for task, test in enumerate(tests)]
+    known += [_grounds(strategy, task, tests[task]) for task in range(len(known), newest + 1)]
+    grounds = known
     held = {} if re_evaluate else _held(grounds[:newest], finished)
     again = _sample(sorted(held), newest)
     found = {task: evaluate(strategy, task, tests[task])

@@ -4,6 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+ALWAYS, AMONG = 64, 16
+"""Task inference is measured after each of so many first tasks, and then after one of `AMONG`: the
+cost of a run would otherwise grow with the square of its tasks."""
+
 
 @dataclasses.dataclass(frozen=True)
 class EpochRecord:
@@ -47,7 +51,8 @@ class TaskRecord:
     """Metrics of task inference, if it is learned: the result of
     `partialhn.evaluation.task_inference_metrics.without_task_id` on the tasks so far, and
     rejection_auroc (how well this task's images were distinguished from those of earlier tasks
-    before it was learned). Version 0.1.0 measured the former after the last task only."""
+    before it was learned). None after most tasks of a long stream (`is_measured_after`); version
+    0.1.0 measured the former after the last task only."""
     measured: dict[str, str] | None = None
     """Grounds (`partialhn.training.measured`) of the accuracies that were measured for this record,
     by the index of the task; the others were carried over. None in records of version 0.1.0."""
@@ -83,15 +88,24 @@ class Forgotten:
                 + (f" ({self.why})" if self.why else ""))
 
 
+def is_measured_after(task: int, tasks: int) -> bool:
+    """Whether task inference is measured after a task, by its index, in a run of so many tasks."""
+    return task < ALWAYS or (task + 1) % AMONG == 0 or task + 1 == tasks
+
+
 def class_incremental(finished: Sequence[TaskRecord]) -> dict[str, float]:
     """Accuracy where nobody says the task, over the classes of all tasks so far.
 
-    Keys: last (after the last task) and, where it was measured after every task,
-    average_incremental (the mean over tasks). Empty if the last task did not measure it.
+    Keys: last (after the last task) and, where it was measured after every task but those that
+    `is_measured_after` leaves out, average_incremental (the mean over the measured ones). Empty if
+    the last task did not measure it.
     """
-    accuracies = [record.without_id["acc"] for record in finished
-                  if record.without_id and "acc" in record.without_id]
-    if not finished or "acc" not in (finished[-1].without_id or {}):
+    after = {place: record.without_id["acc"] for place, record in enumerate(finished)
+             if record.without_id and "acc" in record.without_id}
+    last = len(finished) - 1
+    if last not in after:
         return {}
-    average = {"average_incremental": sum(accuracies) / len(accuracies)}
-    return {"last": accuracies[-1]} | (average if len(accuracies) == len(finished) else {})
+    if any(is_measured_after(place, len(finished)) and place not in after
+           for place in range(len(finished))):
+        return {"last": after[last]}
+    return {"last": after[last], "average_incremental": sum(after.values()) / len(after)}

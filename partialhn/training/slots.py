@@ -84,10 +84,12 @@ def open_task_features(store: FeatureStore, slots: Sequence[Slot],
     """
     opened: dict[str, FeatureSet] = {}
     names = [slot.name for slot in slots]
+    by_task: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        by_task.setdefault(task_of(name), []).append(index)
 
     def joined(index: int, split: Split) -> FeatureSet | None:
-        task = task_of(names[index])
-        of_task = [slot for slot in slots[:index + 1] if task_of(slot.name) == task]
+        of_task = [slots[place] for place in by_task[task_of(names[index])] if place <= index]
         first = max((place for place, slot in enumerate(of_task) if replaces(slot.name)), default=0)
         manifests = [slot.manifests[split] for slot in of_task[first:] if split in slot.manifests]
         for manifest in manifests:

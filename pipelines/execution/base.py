@@ -42,6 +42,8 @@ class Execution(abc.ABC):
         self.folder = storage.path("runs", stream, "learned")
         """Folder of the models after each task (`partialhn.training.lineage`)."""
         self.in_use = InUse(storage, f"stream {stream}")
+        self.known: dict[str, lineage.Learned] = {}
+        """The learned tasks that were read so far, by lineage id; their records never change."""
 
     def __enter__(self) -> "Execution":
         return self
@@ -84,7 +86,7 @@ class Execution(abc.ABC):
 
     def learned(self, lineage_ids: Sequence[str]) -> list[lineage.Learned]:
         """The tasks that earlier runs have learned."""
-        return lineage.find(self.storage.filesystem, self.folder, lineage_ids)
+        return lineage.find(self.storage.filesystem, self.folder, lineage_ids, self.known)
 
     def learn(self, cut: TrunkAndHead, slots: Sequence[Slot], lineage_ids: Sequence[str],
               on_record: OnRecord) -> dict[str, Any]:
@@ -106,7 +108,7 @@ class Execution(abc.ABC):
 
         return self._learn(Assignment(
             self.config, cut, tuple(slots), tuple(lineage_ids), self.storage, self.folder,
-            self._run(lineage_ids), self._threads(self.config.compute.workers)),
+            self._run(lineage_ids), self._threads(self.config.compute.workers), tuple(known)),
             show_and_pass_on)
 
     def forget_run(self, lineage_ids: Sequence[str]) -> None:

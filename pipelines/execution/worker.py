@@ -60,6 +60,8 @@ class Assignment:
     it finds there."""
     threads: int
     """CPU threads of a worker."""
+    known: tuple[lineage.Learned, ...] = ()
+    """The tasks that were learned before, so that no worker reads them again."""
     attempt: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     """Distinguishes this run from an earlier one in the same folder."""
 
@@ -108,7 +110,7 @@ class Worker:
         """
         a = self.assignment
         store = open_store(a.storage, a.config.compute)
-        known = lineage.find(a.storage.filesystem, a.folder, a.lineage_ids)
+        known = self._known()
         tasks = open_task_features(store, a.slots, self._own_tasks(len(known)))
         if self.by_tasks:
             with self.rank.failing_together():
@@ -117,6 +119,12 @@ class Worker:
             self._learn_all(tasks, known)
         return {"outcomes": self.outcomes, "peak_rss_bytes": peak_rss_bytes(),
                 "device": _device_name(self.device)}
+
+    def _known(self) -> list[lineage.Learned]:
+        """The tasks that are learned by now."""
+        a = self.assignment
+        return lineage.find(a.storage.filesystem, a.folder, a.lineage_ids,
+                            {learned.prefix: learned for learned in a.known})
 
     def _learn_all(self, tasks: list[TaskFeatures], known: list[lineage.Learned]) -> None:
         """Learns one strategy after the other, alone or together with all other workers."""
@@ -173,7 +181,7 @@ class Worker:
         baselines = BaselineShare(self.rank, tasks, a.config.train.compare,
                                   lambda baseline: self._new_learner(baseline, Workers()),
                                   self.host.send)
-        outcome = lineage.outcome_of(lineage.find(a.storage.filesystem, a.folder, a.lineage_ids))
+        outcome = lineage.outcome_of(self._known())
         self.outcomes = {name: outcome} | baselines.learn()
 
     def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
@@ -182,11 +190,14 @@ class Worker:
         if len(learner.finished) == len(tasks):
             self.outcomes[name] = Outcome.of(learner)
         for record in learner.learn(tasks):
-            if isinstance(record, TaskRecord) and name == self.assignment.config.train.strategy:
+            is_stored = (isinstance(record, TaskRecord)
+                         and name == self.assignment.config.train.strategy)
+            if is_stored:
                 self._keep_model(learner, record)
             if len(learner.finished) == len(tasks):
                 self.outcomes[name] = Outcome.of(learner)
-            self._keep_state(name, learner, record)
+            if not is_stored:  # a stored model is all that is needed to go on
+                self._keep_state(name, learner, record)
             self._send(name, record)
 
     def _send(self, name: str, record: EpochRecord | TaskRecord) -> None:
@@ -207,7 +218,9 @@ class Worker:
         lineage.keep(model, done, a.storage.filesystem, a.folder)
 
     def _keep_state(self, name: str, learner: Learner, record: EpochRecord | TaskRecord) -> None:
-        """Hands the state to the host: after each task, and when the last state is SECONDS old."""
+        """Hands the state to the host: after each task of a baseline, and when the last state is
+        SECONDS old.
+        """
         due = torch.tensor(float(time.monotonic() - self.last_kept > SECONDS),
                            device=self.device)
         if self.workers.world > 1:  # all workers must decide alike

@@ -372,8 +372,9 @@ class Registry(Runs):
             home, parts = self._storage.path_of(place), contents.parts()
             shares = bool(parts and home and not self._is_server)
             if shares and home and contents.read:
-                for sha256 in parts:
-                    shared.copy_object(sha256, contents.read, self._storage.filesystem, home)
+                shared.copy_objects(parts, contents.read, self._storage.filesystem, home)
+            elif parts and contents.read:
+                shared.complete(contents.checkpoint, contents.read)
             package.write(path, Model(artifact_path=logged.artifact_location, run_id=run_id,
                                       model_uuid=logged.model_id, model_id=logged.model_id),
                           contents, f"{place}/{shared.OBJECTS}" if shares else None)

@@ -92,8 +92,12 @@ class History:
 
         Raises: IntegrityError for an entry that is missing or damaged.
         """
-        with ThreadPoolExecutor(READERS) as pool:  # a remote storage answers many at once
-            self._entries += pool.map(self._read, range(len(self._entries) + 1, self._last() + 1))
+        if not self._entries:
+            with ThreadPoolExecutor(READERS) as pool:  # a remote storage answers many at once
+                self._entries += pool.map(self._read, range(1, self._last() + 1))
+        else:  # a listing of a long history takes longer than to look for the next number
+            while self._storage.exists(self._path(len(self._entries) + 1)):
+                self._entries.append(self._read(len(self._entries) + 1))
         return list(self._entries)
 
     def append(self, move: Move, registry: str) -> Entry | None:

@@ -9,11 +9,12 @@
 Nothing in it is pickled.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ class Contents:
     """The parts of a version's folder that come from this project."""
 
     checkpoint: Path
-    """Local checkpoint folder of the model."""
+    """Local checkpoint folder of the model; the tensors that it shares may be missing."""
     task: str
     image: bytes
     """An encoded image of the task, for the input example."""
@@ -77,10 +78,11 @@ def write(path: Path, model: Any, contents: Contents, objects: str | None = None
         artifacts["checkpoint"] = str(alone)
     if contents.sample:
         artifacts["sample"] = str(contents.sample)
-    mlflow.pyfunc.save_model(
-        path, mlflow_model=model, python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-        artifacts=artifacts, pip_requirements=_requirements(), signature=signature(),
-        input_example=example, model_config=None if objects is None else {"objects": objects})
+    with _requirements_taken_as_given():
+        mlflow.pyfunc.save_model(
+            path, mlflow_model=model, python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts=artifacts, pip_requirements=_requirements(), signature=signature(),
+            input_example=example, model_config=None if objects is None else {"objects": objects})
 
 
 def artifact(folder: Path, name: str) -> Path:
@@ -150,6 +152,25 @@ def _requirements() -> list[str]:
     """This package and its dependencies at the installed versions, without suffixes as +cu128."""
     return [f"partialhn=={__version__}",
             *(f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS)]
+
+
+@contextlib.contextmanager
+def _requirements_taken_as_given() -> Iterator[None]:
+    """Spares MLflow's comparison of the requirements with what is installed: they are the installed
+    versions, and for the comparison MLflow lists every file of every installed package.
+    """
+    from mlflow.utils import environment
+
+    name = "warn_dependency_requirement_mismatches"
+    compare = getattr(environment, name, None)
+    if compare is None:  # another release of MLflow, which may do without
+        yield
+        return
+    setattr(environment, name, lambda _: None)
+    try:
+        yield
+    finally:
+        setattr(environment, name, compare)
 
 
 def _small(image: bytes) -> bytes:

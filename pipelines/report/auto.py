@@ -37,9 +37,10 @@ def _after_each(facts: Facts) -> str:
     found = facts.result.get("class_incremental") or {}
     if "average_incremental" not in found:
         return ""
-    values = [percent(value) for value in found["after_task"]]
+    values = [percent(value) for value in found["after_task"] if value is not None]
     listed = ", ".join(values) if len(values) <= LISTED else (
-        f"from {values[0]} after the first to {values[-1]} after the last")
+        f"from {values[0]} after the first to {values[-1]} after the last, measured after "
+        f"{len(values)} tasks")
     return (f"The same accuracy after each task (class-incremental): {listed}; average "
             f"{percent(found['average_incremental'])}.")
 

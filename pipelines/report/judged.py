@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import bdtrc
 
 from partialhn.evaluation.certainty import (
     Estimate,
@@ -94,6 +93,8 @@ class Judged:
         policy = self.decision.policy
         if not self._likely(policy) or self._little_above(policy):
             return None
+        from scipy.special import bdtrc  # takes a quarter of a second to import
+
         count_n = np.arange(self.images, MOST)
         right_n = np.round(self.accuracy * count_n)
         enough_n = bdtrc(right_n - 1, count_n, self.chance) <= policy.max_p_value

@@ -7,8 +7,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from partialhn.checkpoints import checkpoint, shared
-from partialhn.checkpoints.model import Model
+from partialhn.checkpoints import shared
+from partialhn.checkpoints.checkpoint import FIELDS
 from partialhn.config import Config
 from partialhn.data.decode import decode_images
 from partialhn.data.experience import Experience, refreshed, task_of
@@ -17,6 +17,7 @@ from partialhn.evaluation.answer_sample import write_sample
 from partialhn.evaluation.doubts import doubts
 from partialhn.evaluation.linear_probe import linear_probe
 from partialhn.evaluation.metrics import StreamMetrics
+from partialhn.json_files import read_object
 from partialhn.predict import Predictor
 from partialhn.training import lineage
 from partialhn.training.experience import evaluate
@@ -50,20 +51,15 @@ def gate_facts(context: PassContext, slots: Sequence[Slot], learned: Sequence[li
     after = {name: rows[last][index] for name, index in newest_slot.items()}
     before = {name: max(row[index] for row in rows[index:last])
               for name, index in newest_slot.items() if name != task}
-    with tempfile.TemporaryDirectory() as scratch:
-        store = context.store
-        old = refreshed(names, last)
-        if old is not None:
-            copy = lineage.fetch_model(context.storage.filesystem, context.folder,
-                                       learned[last].prefix,
-                                     Path(scratch) / "model")
-            test = open_task_features(store, slots, ())[last].test
-            before[task] = evaluate(Model.load(copy).strategy, old, test)
-        probe = None
-        if policy.min_against_linear_probe is not None:
-            features = open_task_features(store, slots, (last,))[last]
-            assert features.train is not None
-            probe = linear_probe(features.train, features.test, len(slots[last].classes))
+    old = refreshed(names, last)
+    if old is not None:
+        test = open_task_features(context.store, slots, ())[last].test
+        before[task] = evaluate(context.model(learned[last].prefix)[0].strategy, old, test)
+    probe = None
+    if policy.min_against_linear_probe is not None:
+        features = open_task_features(context.store, slots, (last,))[last]
+        assert features.train is not None
+        probe = linear_probe(features.train, features.test, len(slots[last].classes))
     record = learned[last].record
     seconds = feature_seconds(slots[last]) + record.train_seconds + record.evaluate_seconds
     return GateFacts(task, len(slots[last].classes), after, before,
@@ -97,13 +93,22 @@ def example_of(experience: Experience, config: Config) -> str:
     return base64.b64encode(image).decode()
 
 
-def keep_sample(context: PassContext, lineage_id: str, experience: Experience) -> None:
-    """Stores test images of a task with its model's predictions, for `models verify`."""
+def keep_sample(context: PassContext, lineage_id: str, experience: Experience,
+                later: str = "") -> None:
+    """Stores test images of a task with its model's predictions, for `models verify`.
+
+    later: lineage id of a later model, which is asked instead if it answers for the task with the
+    same weights; of the tasks that are learned together, only the newest model is then loaded.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        copy = lineage.fetch_model(context.storage.filesystem, context.folder, lineage_id,
-                                 Path(scratch) / "model")
+        model = context.model(later or lineage_id)[0]
+        slots = [slot.name for slot in model.tasks]
+        place = slots.index(experience.name)
+        is_last = task_of(experience.name) not in map(task_of, slots[place + 1:])
+        if later and not (is_last and model.strategy.answers_by(place)):
+            model = context.model(lineage_id)[0]
         sample = Path(scratch) / "sample.parquet"
-        write_sample(sample, Predictor.load(copy), [experience])
+        write_sample(sample, Predictor(model), [experience])
         context.storage.put_if_absent(context.sample(lineage_id), sample.read_bytes())
 
 
@@ -114,8 +119,7 @@ def register(context: PassContext, decided: Sequence[Decided], new: Decided) -> 
     of the chain is missing.
     """
     tasks = chain_to(decided, new.prefix)
-    learned = lineage.find(context.storage.filesystem, context.folder,
-                           [task.prefix for task in tasks])
+    learned = context.learned(tasks)
     if len(learned) != len(tasks):
         raise IntegrityError(f"the log has a decision on {new.slot}, but only {len(learned)} of "
                              f"the {len(tasks)} models up to it are stored in {context.folder}")
@@ -126,7 +130,7 @@ def register(context: PassContext, decided: Sequence[Decided], new: Decided) -> 
     registry.log_task(run, [dataclasses.asdict(each) for each in learned[-1].epochs], metrics)
     with tempfile.TemporaryDirectory() as scratch:
         copy = lineage.fetch_model(context.storage.filesystem, context.folder, new.prefix,
-                                 Path(scratch) / "model")
+                                   Path(scratch) / "model", shared_apart=True)
         sample = Path(scratch) / "sample.parquet"
         sample.write_bytes(context.storage.read_bytes(context.sample(new.prefix)))
         contents = Contents(copy, task_of(new.slot), base64.b64decode(new.example), sample,
@@ -154,7 +158,7 @@ def _registration(context: PassContext, tasks: Sequence[Decided], summary: Strea
                   copy: Path) -> Registration:
     new, index = tasks[-1], len(tasks) - 1
     manifests = new.with_features(context.store).manifests.values()
-    fields = checkpoint.load(copy, "model")[1]
+    fields = read_object(copy / FIELDS, "checkpoint")
     return Registration(
         stream=context.stream, work=new.prefix[:12], task=task_of(new.slot), task_index=index,
         classes=new.classes, trunk_fingerprint=next(iter(new.recipes.values()))["trunk"],

@@ -1,8 +1,11 @@
 """The context of a retraining pass: a stream whose lease this process holds, and its folders."""
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
+from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.features.store import FeatureStore
@@ -11,12 +14,26 @@ from partialhn.run import TrunkAndHead, cut_network
 from partialhn.training import lineage
 from partialhn.training.pretrain import configured_supply, stored_network
 from partialhn.training.result import Clock
+from partialhn.training.slots import Slot
 from pipelines.features.produce import open_store
 from pipelines.platform.lease import Lease
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage
 from pipelines.registry.client import Registry
 from pipelines.retrain.journal import Decided, Journal, slots_of
+
+
+@dataclasses.dataclass
+class Seen:
+    """Stored things that a pass has read and that do not change while it holds the lease."""
+
+    learned: dict[str, lineage.Learned] = dataclasses.field(default_factory=dict)
+    """The records of learned tasks, by lineage id."""
+    slots: dict[str, Slot] = dataclasses.field(default_factory=dict)
+    """The slots of decided tasks with their stored features, by lineage id."""
+    cut: TrunkAndHead | None = None
+    model: tuple[str, Model, int] | None = None
+    """The model that was loaded last: its lineage id, itself, and the bytes of its files."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +48,7 @@ class PassContext:
     lease: Lease
     progress: Progress
     clock: Clock
+    seen: Seen = dataclasses.field(default_factory=Seen)
 
     @property
     def folder(self) -> str:
@@ -52,24 +70,57 @@ class PassContext:
 
     def cut(self, base: Sequence[Decided]) -> TrunkAndHead:
         """The network of a stream's tasks, cut. Raises: InputError, as `cut_of`."""
-        return cut_of(self.storage, self.stream, self.config, base)
+        if self.seen.cut is None:
+            self.seen.cut = cut_of(self.storage, self.stream, self.config, base, self.seen)
+        return self.seen.cut
+
+    def slots(self, base: Sequence[Decided]) -> list[Slot]:
+        """The slots of decided tasks, with those of their features that are stored."""
+        return _slots(base, self.store, self.seen)
+
+    def learned(self, base: Sequence[Decided]) -> list[lineage.Learned]:
+        """The records of decided tasks, from the first up to the first that is not stored."""
+        return lineage.find(self.storage.filesystem, self.folder, [task.prefix for task in base],
+                            self.seen.learned)
+
+    def model(self, lineage_id: str) -> tuple[Model, int]:
+        """The model after a task, and the bytes of its files.
+
+        Raises: IntegrityError if it is not stored, or damaged.
+        """
+        if self.seen.model is None or self.seen.model[0] != lineage_id:
+            self.seen.model = None  # two models need not be in memory at once
+            with tempfile.TemporaryDirectory() as scratch:
+                copy = lineage.fetch_model(self.storage.filesystem, self.folder, lineage_id,
+                                           Path(scratch) / "model")
+                size = sum(file.stat().st_size for file in copy.iterdir())
+                self.seen.model = lineage_id, Model.load(copy), size
+        return self.seen.model[1:]
 
 
-def cut_of(storage: Storage, stream: str, config: Config,
-           base: Sequence[Decided]) -> TrunkAndHead:
+def _slots(base: Sequence[Decided], store: FeatureStore, seen: Seen) -> list[Slot]:
+    new = [task for task in base if task.prefix not in seen.slots]
+    seen.slots |= {task.prefix: slot for task, slot in zip(new, slots_of(new, store), strict=True)}
+    return [seen.slots[task.prefix] for task in base]
+
+
+def cut_of(storage: Storage, stream: str, config: Config, base: Sequence[Decided],
+           seen: Seen | None = None) -> TrunkAndHead:
     """The network of a stream's tasks, cut; everything that a pass needs of these tasks is stored.
+
+    seen: gets what is read.
 
     Raises: InputError if the network, a model or test features of a task are missing, or if the
     supplied network is another one than that with which the tasks were learned.
     """
-    store = open_store(storage, config.compute)
+    store, seen = open_store(storage, config.compute), seen or Seen()
     learned = lineage.find(storage.filesystem, storage.path("runs", stream, "learned"),
-                           [task.prefix for task in base])
+                           [task.prefix for task in base], seen.learned)
     if len(learned) < len(base):
         raise InputError(f"the model after task {base[len(learned)].slot!r} is missing in "
                          f"{storage.uri_of('runs', stream, 'learned')}; allowed: the --storage "
                          "with which it was learned, or another --name")
-    for slot in slots_of(base, store):
+    for slot in _slots(base, store, seen):
         if "test" not in slot.manifests:
             raise InputError(f"the stored test features of task {slot.name!r} are missing in "
                              f"{storage.uri}/features; every pass measures every task, so restore "

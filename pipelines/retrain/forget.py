@@ -41,7 +41,7 @@ from pipelines.registry import package
 from pipelines.registry.history import this_user
 from pipelines.retrain.candidate import register
 from pipelines.retrain.context import PassContext
-from pipelines.retrain.journal import Decided, forgotten_by, slots_of
+from pipelines.retrain.journal import Decided, forgotten_by
 from pipelines.retrain.outcome import PassOutcome
 from pipelines.retrain.run import Log, Pass, with_pass
 from pipelines.settings import RetrainConfig
@@ -129,7 +129,7 @@ class Forgetting:
         self.context, self.base, self.task, self.why = context, base, task, why
         self.plan = Plan.of(base, task)
         context.cut(base)
-        self.slots = slots_of(base, context.store)
+        self.slots = context.slots(base)
 
     def run(self, policy: Policy) -> list[Decided]:
         """Stores the models and lets the gate decide; returns the tasks of the new chain."""
@@ -192,8 +192,7 @@ class Forgetting:
         source: lineage id of the model that it was made of. The newest is measured again.
         """
         context = self.context
-        (old,) = lineage.find(context.storage.filesystem, context.folder,
-                              [self.base[place].prefix])
+        (old,) = context.learned([self.base[place]])
         done = records_without(old, self.plan.gone, id_without(source, self.task),
                                chain[-1].prefix if chain else "")
         if lineage.FORGOTTEN in model.facts:
@@ -220,8 +219,7 @@ class Forgetting:
 
         row: accuracies of the slots that stay.
         """
-        learned = lineage.find(self.context.storage.filesystem, self.context.folder,
-                               [task.prefix for task in self.base])
+        learned = self.context.learned(self.base)
         newest = {task_of(self.base[place].slot): place for place in self.plan.kept}
         before = {task: max(each.record.accuracy_row[place] for each in learned[place:])
                   for task, place in newest.items()}

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,42 @@ class Contents:
     """Learned folders whose files are not those that were learned, with what to do."""
 
 
+class _Listing:
+    """The files of an inbox. On S3 all are listed at once: a long stream has many learned folders,
+    and a request for each of them takes longer.
+    """
+
+    def __init__(self, storage: Storage, inbox: str) -> None:
+        self._storage, self._inbox = storage, inbox
+        self._by_task: dict[str, list[StoredFile]] | None = None
+
+    def files(self, folder: str) -> list[StoredFile]:
+        """Every file below a folder of the inbox."""
+        if self._storage.is_local:
+            return list(self._storage.list(folder))
+        if self._by_task is None:
+            self._by_task = {}
+            for file in self._storage.list(self._inbox):
+                task = file.path[len(self._inbox) + 1:].partition("/")[0]
+                self._by_task.setdefault(task, []).append(file)
+        return [file for file in self._by_task.get(folder[len(self._inbox) + 1:].partition("/")[0],
+                                                   ()) if file.path.startswith(f"{folder}/")]
+
+    def folders(self, folder: str) -> tuple[str, ...]:
+        """Names of the folders directly below a folder of the inbox."""
+        if self._storage.is_local:
+            return self._storage.folders(folder)
+        below = (file.path[len(folder) + 1:].partition("/") for file in self.files(folder))
+        return tuple(sorted({name for name, slash, _ in below if slash}))
+
+
 class Inbox:
     """The inbox of a storage; only our own `_REJECTED.json` files in it are written or deleted."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self.folder = storage.path("inbox")
+        self._listing = _Listing(storage, self.folder)
 
     def scan(self, learned: Mapping[str, str], quiet_minutes: float | None = None) -> Contents:
         """Everything that lies in the inbox.
@@ -95,13 +125,13 @@ class Inbox:
         learned: the signatures of the arrivals that are learned already, by slot. quiet_minutes: a
         folder without a marker is ready if it has not changed for so long.
         """
-        now = self._storage.now()
+        now, self._listing = self._storage.now(), _Listing(self._storage, self.folder)
         arrivals, waiting, not_used = [], self._misplaced(), []
         for task in self._storage.folders(self.folder):
             if is_left_by_file_system(task):
                 continue
             folder = f"{self.folder}/{task}"
-            parts = [name for name in self._storage.folders(folder)
+            parts = [name for name in self._listing.folders(folder)
                      if split_of_folder(name) is None and not is_junk(name)
                      and not name.startswith("_")]
             candidates = [("", folder)] + [(part, f"{folder}/{part}") for part in parts]
@@ -117,7 +147,8 @@ class Inbox:
                     arrivals.append(arrival)
                 elif arrival:
                     waiting.append(arrival)
-                elif part and any(image_paths([file.path]) for file in self._data(candidate, part)):
+                elif part and any(image_paths([file.path]) for file in _data(
+                        self._listing.files(candidate), candidate, part)):
                     left.append(part)
             if left and (task in learned or self._storage.exists(f"{folder}/{READY}")):
                 waiting.append(f"{task}: the images in its folders {', '.join(left[:5])} belong to "
@@ -138,19 +169,15 @@ class Inbox:
 
         Files may be deleted once they are learned: an empty folder does not differ.
         """
-        files = self._data(folder, part)
+        files = _data(self._listing.files(folder), folder, part)
         return bool(files) and Arrival(task, part, folder, 0, files).signature != signature
-
-    def _data(self, folder: str, part: str) -> tuple[StoredFile, ...]:
-        return tuple(file for file in self._storage.list(folder)
-                     if _is_data(file.path[len(folder) + 1:], part))
 
     def _look(self, task: str, part: str, folder: str, now: float,
               quiet_minutes: float | None) -> Arrival | str:
         """The arrival in a folder, or the reason why it is not ready; empty if it is no arrival."""
-        marker = self._storage.stat(f"{folder}/{READY}")
+        marker = self._storage.stat(f"{folder}/{READY}")  # before its files are listed
         name = f"{task}/{part}" if part else task
-        files = self._data(folder, part)
+        files = _data(self._storage.list(folder), folder, part)
         if marker is None and not files and self._storage.exists(f"{folder}/{PROPOSED}"):
             return (f"{name}: is proposed by `partialhn drift`, because a new task seems to be "
                     f"here; its {PROPOSED} says what to do")
@@ -229,6 +256,11 @@ def _order(arrival: Arrival) -> tuple[Any, ...]:
     natural = [(int(piece), piece) if piece.isdigit() else (0, piece)
                for piece in re.split(r"(\d+)", arrival.slot)]
     return arrival.ready_at, natural
+
+
+def _data(files: Iterable[StoredFile], folder: str, part: str) -> tuple[StoredFile, ...]:
+    """Those of the files in a folder that belong to its arrival."""
+    return tuple(file for file in files if _is_data(file.path[len(folder) + 1:], part))
 
 
 def _is_data(path: str, part: str) -> bool:

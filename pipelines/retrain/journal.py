@@ -107,8 +107,12 @@ class Journal:
 
     def events(self) -> list[Event]:
         """All events so far, oldest first. Raises: IntegrityError for a damaged or missing one."""
-        with ThreadPoolExecutor(READERS) as pool:  # a remote storage answers many at once
-            self._events += pool.map(self._read, range(len(self._events) + 1, self._last() + 1))
+        if not self._events:
+            with ThreadPoolExecutor(READERS) as pool:  # a remote storage answers many at once
+                self._events += pool.map(self._read, range(1, self._last() + 1))
+        else:  # a listing of a long log takes longer than to look for the next number
+            while self._storage.exists(self._path(len(self._events) + 1)):
+                self._events.append(self._read(len(self._events) + 1))
         return list(self._events)
 
     def append(self, lease: Lease, kind: str, fields: Mapping[str, Any]) -> Event:

@@ -24,7 +24,6 @@ from pipelines.retrain.candidate import (
 from pipelines.retrain.context import PassContext
 from pipelines.retrain.inbox import Inbox
 from pipelines.retrain.journal import Decided
-from pipelines.retrain.journal import slots_of as decided_slots
 from pipelines.retrain.outcome import PassOutcome
 from pipelines.retrain.validate import CheckedArrival, write_hashes
 
@@ -42,6 +41,7 @@ class Learning:
         self.policy, self.policy_id = policy, policy_id
         self.execution = open_execution(context.config, context.storage, context.stream,
                                         context.progress)
+        self.execution.known = context.seen.learned
 
     def run(self, waiting: list[CheckedArrival]) -> list[Decided]:
         """Learns and registers the waiting tasks; returns the tasks of the champion afterwards."""
@@ -85,8 +85,7 @@ class Learning:
         jobs = feature_jobs(self.context.config, experiences, cut.trunk)
         manifests, _ = self.execution.features(jobs, cut)
         self.context.clock.lap("features")
-        slots = decided_slots(self.base, self.context.store)
-        return slots + slots_of(experiences, jobs, manifests)
+        return self.context.slots(self.base) + slots_of(experiences, jobs, manifests)
 
     def _decide_all(self, waiting: list[CheckedArrival], slots: Sequence[Slot],
                     learned: Sequence[lineage.Learned], network: str) -> list[CheckedArrival]:
@@ -98,7 +97,8 @@ class Learning:
         still_waiting: list[CheckedArrival] = []
         for offset, checked in enumerate(waiting):
             index = first + offset
-            new = self._decide(checked, slots[:index + 1], learned[:index + 1], network)
+            new = self._decide(checked, slots[:index + 1], learned[:index + 1], network,
+                               learned[-1].prefix)
             self.context.journal.append(self.context.lease, "decided", dataclasses.asdict(new))
             self.context.lease.check()
             version = register(self.context, self.context.journal.decided(), new)
@@ -120,12 +120,13 @@ class Learning:
         return still_waiting
 
     def _decide(self, checked: CheckedArrival, slots: Sequence[Slot],
-                learned: Sequence[lineage.Learned], network: str) -> Decided:
+                learned: Sequence[lineage.Learned], network: str, newest: str) -> Decided:
+        """Asks the gate. newest: lineage id of the newest model that was learned in this run."""
         context, experience, slot = self.context, checked.experience, slots[-1]
         assert experience is not None
         write_hashes(context.storage, context.hashes(experience.fingerprint), checked.hashes)
         record, done = learned[-1].record, learned[-1]
-        keep_sample(context, done.prefix, experience)
+        keep_sample(context, done.prefix, experience, newest)
         facts = gate_facts(context, slots, learned, self.policy)
         model_bytes = shared.added_bytes(context.storage.filesystem, context.folder, done.prefix,
                                          done.parent)

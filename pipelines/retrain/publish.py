@@ -18,7 +18,7 @@ from pipelines.registry.versions import CHAMPION, Version
 from pipelines.report.page import write_report
 from pipelines.retrain.candidate import WORK
 from pipelines.retrain.context import PassContext
-from pipelines.retrain.journal import Decided, Journal, forgotten_by, slots_of
+from pipelines.retrain.journal import Decided, Journal, forgotten_by
 
 
 def published(journal: Journal) -> str:
@@ -45,17 +45,12 @@ def _versions(context: PassContext, base: Sequence[Decided]) -> list[dict[str, A
 
 def publish(context: PassContext, base: Sequence[Decided]) -> None:
     """Logs the champion's matrix, result and report to the stream's run in MLflow."""
-    registry, name, store = context.registry, context.stream, context.store
+    registry, name = context.registry, context.stream
     cut = context.cut(base)
-    slots = slots_of(base, store)
+    slots = context.slots(base)
     lineage_ids = [task.prefix for task in base]
-    learned = lineage.find(context.storage.filesystem, context.folder, lineage_ids)
-    outcome = lineage.outcome_of(learned)
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = lineage.fetch_model(context.storage.filesystem, context.folder, lineage_ids[-1],
-                                 Path(scratch) / "model")
-        model = Model.load(copy)
-        size = sum(file.stat().st_size for file in copy.iterdir())
+    outcome = lineage.outcome_of(context.learned(base))
+    model, size = context.model(lineage_ids[-1])
     fields = result_fields(context.config, slots, cut.macs, 0,
                            {context.config.train.strategy: outcome}, context.clock.laps)
     versions = _versions(context, base)
