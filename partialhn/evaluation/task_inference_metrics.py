@@ -20,8 +20,8 @@ IMAGES = 2048
 HEAD_RUNS = IMAGES
 """Most head evaluations of the entropy method, which evaluates every head on every image: more
 tasks mean fewer images."""
-ASKED = 64
-"""Most tasks whose images are measured. Of more tasks some are, evenly spread, and the newest."""
+MOST_TASKS, ASKED = 64, 32
+"""If there are more than `MOST_TASKS`, the images of `ASKED` are measured, evenly spread."""
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
     task_accuracy (share of images whose task was inferred correctly), acc_detector (the detector
     without the heads), acc_entropy (the heads alone, if `heads_alone`), acc_combined (the same as
     acc), and known_rejected (share of the images, all of known tasks, rejected as unknown). Of
-    more than `ASKED` tasks the images of some are measured, and acc_entropy is left out.
+    more than `MOST_TASKS` tasks the images of some are measured, and acc_entropy is left out.
     """
     strategy.eval()
     weights, asked = Heads(strategy, slots), _asked(len(slots))
@@ -52,7 +52,7 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
               "known_rejected": ~inferred.known_B,
               "acc_detector": _alone(inference, slots, task_N, z_NCHW, given_N) == y_N}
     means = {key: _mean_over_tasks(true_N, sizes) for key, true_N in shares.items()}
-    if heads_alone and len(slots) <= ASKED:
+    if heads_alone and len(slots) <= MOST_TASKS:
         means["acc_entropy"] = _by_heads(strategy, weights, z_NCHW, right_N, sizes)
     return means | {"acc_combined": means["acc"]}
 
@@ -89,8 +89,8 @@ def _mean_over_tasks(true_N: Tensor, sizes: Sequence[int]) -> float:
 
 def _by_heads(strategy: Strategy, weights: Sequence[HeadWeights], z_NCHW: Tensor, right_N: Tensor,
               sizes: Sequence[int]) -> float:
-    """Accuracy where the surest head decides, on some images of at most `ASKED` tasks; where there
-    are more tasks than fit into HEAD_RUNS, on one image of some of them.
+    """Accuracy where the surest head decides, on some images of at most `MOST_TASKS` tasks; where
+    there are more tasks than fit into HEAD_RUNS, on one image of some of them.
     """
     tasks = len(weights)
     chosen = range(0, tasks, -(-tasks ** 2 // HEAD_RUNS))
@@ -147,8 +147,9 @@ def _strangeness(inference: Inference, slots: Sequence[int], features: FeatureSe
 
 
 def _asked(tasks: int) -> list[int]:
-    """Indices of the tasks whose images are measured: all, or `ASKED` evenly spread ones."""
-    places = torch.linspace(0, tasks - 1, min(tasks, ASKED), dtype=torch.float64)
+    """Indices of the tasks whose images are measured."""
+    count = tasks if tasks <= MOST_TASKS else ASKED
+    places = torch.linspace(0, tasks - 1, count, dtype=torch.float64)
     return [int(place) for place in places.round()]
 
 

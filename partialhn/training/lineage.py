@@ -116,14 +116,18 @@ def as_begun(config: Config, filesystem: pafs.FileSystem, folder: str) -> Config
     return config
 
 
-def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: str) -> None:
-    """Stores the model after a task, with the task's records in the model's facts."""
+def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: str) -> int:
+    """Stores the model after a task, with the task's records in the model's facts.
+
+    Returns the bytes that it would take alone.
+    """
     fields = dataclasses.asdict(learned)
     model.facts |= {"chain": fields} | _still_forgotten(model, learned, filesystem, folder)
     with tempfile.TemporaryDirectory() as scratch:
         model.save(Path(scratch) / "model")
         shared.upload(Path(scratch) / "model", "model", filesystem, folder, learned.prefix,
                       learned.parent)
+        return sum(file.stat().st_size for file in (Path(scratch) / "model").iterdir())
 
 
 def _still_forgotten(model: Model, learned: Learned, filesystem: pafs.FileSystem,

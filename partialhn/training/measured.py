@@ -29,7 +29,7 @@ LENGTH = 16
 
 
 def accuracy_row(strategy: Strategy, tests: Sequence[FeatureSet], finished: Sequence[TaskRecord],
-                 known: list[str | None], *, re_evaluate: bool = False
+                 known: list[str | None] | None = None, *, re_evaluate: bool = False
                  ) -> tuple[tuple[float, ...], dict[str, str]]:
     """Accuracy on the test images of every task so far, and the grounds of those measured now.
 
@@ -38,8 +38,8 @@ def accuracy_row(strategy: Strategy, tests: Sequence[FeatureSet], finished: Sequ
     re_evaluate: measure every task.
     """
     newest = len(tests) - 1
-    known += [_grounds(strategy, task, tests[task]) for task in range(len(known), newest + 1)]
-    grounds = known
+    grounds = [] if known is None else known
+    grounds += [_grounds(strategy, task, tests[task]) for task in range(len(grounds), newest + 1)]
     held = {} if re_evaluate else _held(grounds[:newest], finished)
     again = _sample(sorted(held), newest)
     found = {task: evaluate(strategy, task, tests[task])

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.data.experience import Experience
 from partialhn.features.jobs import FeatureJob
@@ -44,6 +45,9 @@ class Execution(abc.ABC):
         self.in_use = InUse(storage, f"stream {stream}")
         self.known: dict[str, lineage.Learned] = {}
         """The learned tasks that were read so far, by lineage id; their records never change."""
+        self.newest: tuple[str, Model, int] | None = None
+        """The model after the last task that this process has learned: its lineage id, itself, and
+        the bytes of its files."""
 
     def __enter__(self) -> "Execution":
         return self

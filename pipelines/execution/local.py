@@ -42,7 +42,10 @@ class LocalExecution(Execution):
 
     def _learn(self, assignment: Assignment, on_record: OnRecord) -> dict[str, Any]:
         with ProcessHost(self.storage, assignment.run, self.device, on_record) as host:
-            return Worker(assignment, host).run()
+            worker = Worker(assignment, host)
+            result = worker.run()
+        self.newest = worker.newest
+        return result
 
 
 class ProcessHost:

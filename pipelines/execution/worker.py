@@ -95,6 +95,9 @@ class Worker:
         configure_torch(assignment.threads)
         self.device, self.workers = host.device, host.workers
         self.outcomes: dict[str, Outcome] = {}
+        self.newest: tuple[str, Model, int] | None = None
+        """The model after the last task that was learned here: its lineage id, itself, and the
+        bytes of its files."""
         self.last_kept = time.monotonic()
         self.rank = WorkerRank(assignment.storage, assignment.run, assignment.folder,
                                assignment.attempt, self.workers.rank, self.workers.world)
@@ -215,7 +218,8 @@ class Worker:
                       inference=learner.inference)
         model.facts |= model_sizes(model)
         done = lineage.Learned.of(Outcome.of(learner), a.lineage_ids, record.task_index)
-        lineage.keep(model, done, a.storage.filesystem, a.folder)
+        size = lineage.keep(model, done, a.storage.filesystem, a.folder)
+        self.newest = done.prefix, model, size
 
     def _keep_state(self, name: str, learner: Learner, record: EpochRecord | TaskRecord) -> None:
         """Hands the state to the host: after each task of a baseline, and when the last state is

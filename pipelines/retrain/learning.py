@@ -62,6 +62,9 @@ class Learning:
                 self.execution.learn(cut, slots, lineage_ids, lambda *_: None)
                 context.clock.lap("learn")
                 learned = self.execution.learned(lineage_ids)
+                if (newest := self.execution.newest) is not None:
+                    newest[1].strategy.requires_grad_(False).eval()
+                    context.seen.model = newest
                 waiting = self._decide_all(waiting, slots, learned, key)
                 self.execution.forget_run(lineage_ids)
                 context.clock.lap("register")
