@@ -193,13 +193,11 @@ class Worker:
         if len(learner.finished) == len(tasks):
             self.outcomes[name] = Outcome.of(learner)
         for record in learner.learn(tasks):
-            is_stored = (isinstance(record, TaskRecord)
-                         and name == self.assignment.config.train.strategy)
-            if is_stored:
-                self._keep_model(learner, record)
             if len(learner.finished) == len(tasks):
                 self.outcomes[name] = Outcome.of(learner)
-            if not is_stored:  # a stored model is all that is needed to go on
+            if isinstance(record, TaskRecord) and name == self.assignment.config.train.strategy:
+                self._keep_model(learner, record)  # which is all that is needed to go on
+            else:
                 self._keep_state(name, learner, record)
             self._send(name, record)
 
