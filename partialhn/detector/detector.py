@@ -11,13 +11,13 @@ task, D expanded features, S sampled images, P = D (D + 1) / 2.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from partialhn.detector.expansion import Expansion, expansion_of
+from partialhn.detector.expansion import Embed, Expansion, expansion_of
 from partialhn.detector.fitted import Fitted, fit
 from partialhn.detector.mixture import Joint, Powers, answer, fit_powers
 from partialhn.detector.statistics import (
@@ -63,8 +63,9 @@ class Reference(Protocol):
         """The vectors of the network's own head; None where there is no such head."""
         ...
 
-    def reference_features(self, z_BCHW: Tensor, norm: Tensor) -> Tensor:
-        """Pooled features (B, F) of the network's own head."""
+    def reference_features(self, z_BCHW: Tensor, norm: Tensor,
+                           blocks: Sequence[int] | None = None) -> list[Tensor]:
+        """Pooled features (B, F) of blocks of the network's own head; of all where None."""
         ...
 
 
@@ -85,7 +86,7 @@ class Detector:
         self.reference_norm: Tensor | None = None
         """The vectors of the network's own head, where the detector sees what it makes of an
         image."""
-        self._embed: Callable[[Tensor], Tensor] | None = None
+        self._embed: Embed | None = None
         self.slots: list[dict[str, Tensor]] = []
         """The statistics that belong to a slot alone, by the names in `OWN`."""
         self.scatter_P: Tensor | None = None
@@ -105,7 +106,7 @@ class Detector:
         norm = self.reference_norm
         if norm is None:
             return
-        self._embed = lambda z_BCHW: strategy.reference_features(z_BCHW, norm)
+        self._embed = lambda z_BCHW, blocks: strategy.reference_features(z_BCHW, norm, blocks)
         if self.expansion is not None:
             self.expansion = Expansion.from_tensor(self.expansion.tensor(), self._embed)
 
@@ -169,7 +170,7 @@ class Detector:
             return (sharp * logits_RK).log_softmax(1).cpu()
 
         joint = answer(self._by_task(prepared, white_BD), prepared.powers, log_p)
-        return joint, prepared.fitted.strangeness(white_BD) <= prepared.threshold
+        return joint, prepared.fitted.strangeness(h_BD, white_BD) <= prepared.threshold
 
     def classify(self, slots: Sequence[int], z_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The detector's own answers, without any head: the place in `slots` of the likeliest
@@ -182,9 +183,9 @@ class Detector:
         return task_B, best_BT2.indices.gather(1, task_B[:, None])[:, 0]
 
     def strangeness(self, slots: Sequence[int], z_BCHW: Tensor) -> Tensor:
-        """How little each image resembles any class of the slots: (B,), 0 and more."""
-        fitted = self._prepare(slots).fitted
-        return fitted.strangeness(fitted.white(self._expanded(z_BCHW)))
+        """How little each image resembles any class of the slots, (B,): larger is stranger."""
+        fitted, h_BD = self._prepare(slots).fitted, self._expanded(z_BCHW)
+        return fitted.strangeness(h_BD, fitted.white(h_BD))
 
     def threshold(self, slots: Sequence[int]) -> float:
         """Strangeness beyond which an image seems to belong to no task of the slots."""
@@ -293,10 +294,11 @@ class Detector:
         sample_SD = torch.cat([each["sample_SD"] for each in own]).double()
         images = sum(int(each["images"][0]) for each in self.slots)
         fitted = fit(unpacked(self.scatter_P, self.expansion.width), images,
-                     torch.cat([each["mean_KD"] for each in own]).double(), sample_SD, y_S)
+                     torch.cat([each["mean_KD"] for each in own]).double(), sample_SD, y_S,
+                     self.expansion.own)
         white_SD = fitted.white(sample_SD)
         threshold = math.inf if not len(white_SD) else torch.quantile(
-            fitted.strangeness(white_SD), 1 - self.false_alarms).item()
+            fitted.strangeness(sample_SD, white_SD), 1 - self.false_alarms).item()
         sizes = [len(each["sample_y_S"]) for each in own]
         log_p_SM = torch.split(fitted.log_probabilities(white_SD), sizes)
         opinions = [(each["sample_head_SK"], _within(log_p, start, count), each["sample_y_S"])

@@ -5,11 +5,13 @@ penalty is the shrinkage of the covariance within classes. In coordinates that t
 whitens, with class means m (M, D), the weights are (I + m m^T / M)^-1 m. The kept samples choose
 what the sums cannot say: the shrinkage, and the sharpness of the probabilities.
 
-Legend: B images, S sampled images of all tasks, M classes of all tasks, D expanded features.
+Legend: B images, S sampled images of all tasks, M classes of all tasks, P of them that have images,
+D expanded features, T of them that are the trunk's own means and spreads.
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,45 @@ SHARPEST = 100.0
 """Largest factor on the scores."""
 FEW = 8
 """Fewer samples than this choose nothing: the middle of `SHRINKAGES` is taken."""
+OWN_SHRINKAGE = 0.01
+"""Isotropic part of the covariance of the trunk's own means and spreads."""
+
+
+class Usual(NamedTuple):
+    """Mean and standard deviation of a number over the sampled images."""
+
+    mean: float
+    spread: float
+
+    @staticmethod
+    def of(value_S: Tensor) -> "Usual":
+        """0 and 1 where there are too few samples to say."""
+        if len(value_S) < FEW:
+            return Usual(0.0, 1.0)
+        return Usual(value_S.mean().item(), max(value_S.std().item(), 1e-6))
+
+    def deviation(self, value_B: Tensor) -> Tensor:
+        """Values in standard deviations from the mean."""
+        return (value_B - self.mean) / self.spread
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Density:
+    """How usual the trunk's own means and spreads of an image are: one Gaussian a class, with one
+    covariance for all (Lee et al. 2018, arXiv 1807.03888).
+    """
+
+    whiten_TT: Tensor
+    mean_PT: Tensor
+    """Whitened class means."""
+
+    def distance(self, h_BD: Tensor) -> Tensor:
+        """Logarithm of the squared distance to the nearest class mean, (B,)."""
+        width = len(self.whiten_TT)
+        white_BT = h_BD[:, :width] @ self.whiten_TT
+        nearer_BP = white_BT @ self.mean_PT.T - self.mean_PT.square().sum(1) / 2
+        square_B = white_BT.square().sum(1) - 2 * nearer_BP.amax(1)
+        return square_B.clamp_min(1e-6).log()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,16 +69,17 @@ class Fitted:
 
     centre_D: Tensor
     whiten_DD: Tensor
-    mean_MD: Tensor
-    """Whitened class means."""
+    unit_PD: Tensor
+    """Whitened class means, of length 1."""
     weight_MD: Tensor
     """Weights of whitened features for the score of each class; not a number for a class without
     images."""
     sharpness: float
     """Factor on the classes' scores."""
     shrinkage: float
-    usual: float
-    """Largest squared distance of a sampled image to its nearest class mean."""
+    density: Density
+    angles: Usual = Usual(0.0, 1.0)
+    distances: Usual = Usual(0.0, 1.0)
 
     def white(self, h_BD: Tensor) -> Tensor:
         """Whitened features."""
@@ -48,37 +90,41 @@ class Fitted:
         score_BM = (white_BD @ self.weight_MD.T).nan_to_num(nan=-torch.inf)
         return (self.sharpness * score_BM).log_softmax(1)
 
-    def strangeness(self, white_BD: Tensor) -> Tensor:
-        """How little an image resembles any class: (B,), 0 and more.
+    def strangeness(self, h_BD: Tensor, white_BD: Tensor) -> Tensor:
+        """How little an image resembles any class, (B,): larger is stranger. white_BD: of h_BD.
 
-        One minus the largest cosine between the image and a class mean, seen from the mean of all:
-        it tells near strangers best. An image that is further from every class mean than any
-        sampled image has its distance added, as a share of the usual one.
+        Both of its parts are in standard deviations of the sampled images. The first is the largest
+        cosine between the image and a class mean, seen from the mean of all: it tells near
+        strangers best. The second is the trunk's own density, which tells noise, blur and drawings;
+        it counts from one deviation on, because it says nothing about near strangers.
         """
-        unit_BD, unit_MD = (torch.nn.functional.normalize(x, dim=1)
-                            for x in (white_BD, self.mean_MD.nan_to_num()))
-        further_B = (self._nearest(white_BD) / self.usual - 1).clamp_min(0)
-        return 1 - (unit_BD @ unit_MD.T).amax(1) + further_B
+        unit_BD = torch.nn.functional.normalize(white_BD, dim=1)
+        angle_B = self.angles.deviation(-(unit_BD @ self.unit_PD.T).amax(1))
+        return angle_B + (self.distances.deviation(self.density.distance(h_BD)) - 1).clamp_min(0)
 
-    def _nearest(self, white_BD: Tensor) -> Tensor:
-        """Squared distance to the nearest class mean, (B,)."""
-        nearer_BM = white_BD @ self.mean_MD.T - self.mean_MD.square().sum(1) / 2
-        return white_BD.square().sum(1) - 2 * nearer_BM.nan_to_num(nan=-torch.inf).amax(1)
+    def measured(self, h_SD: Tensor) -> "Fitted":
+        """The same, with what is usual for the sampled images h_SD."""
+        unit_SD = torch.nn.functional.normalize(self.white(h_SD), dim=1)
+        return dataclasses.replace(
+            self, angles=Usual.of(-(unit_SD @ self.unit_PD.T).amax(1)),
+            distances=Usual.of(self.density.distance(h_SD)))
 
     def single(self) -> "Fitted":
         """The same in float32, for answers."""
+        density = Density(self.density.whiten_TT.float(), self.density.mean_PT.float())
         return dataclasses.replace(self, centre_D=self.centre_D.float(),
-                                   whiten_DD=self.whiten_DD.float(), mean_MD=self.mean_MD.float(),
-                                   weight_MD=self.weight_MD.float())
+                                   whiten_DD=self.whiten_DD.float(), unit_PD=self.unit_PD.float(),
+                                   weight_MD=self.weight_MD.float(), density=density)
 
 
 def fit(scatter_DD: Tensor, images: int, mean_MD: Tensor, sample_SD: Tensor,
-        sample_y_S: Tensor) -> Fitted:
+        sample_y_S: Tensor, own: int) -> Fitted:
     """Solves the classifier, all in float64.
 
     scatter_DD: the sum over `images` images of (h - class mean)(h - class mean)^T. mean_MD: class
     means; not a number for a class without images, which is then never the answer. sample_y_S:
-    classes of the sampled images, among the M.
+    classes of the sampled images, among the M. own: how many of the D features are the trunk's own
+    means and spreads, T; they are the first ones.
     """
     values_D, vectors_DD = torch.linalg.eigh(scatter_DD / max(1, images))
     values_D = values_D.clamp_min(0)
@@ -93,13 +139,18 @@ def fit(scatter_DD: Tensor, images: int, mean_MD: Tensor, sample_SD: Tensor,
     if len(sample_y_S) < FEW:
         best = len(options) // 2
     inverse_D, sharp = (values_D + SHRINKAGES[best] * scale).rsqrt(), options[best][1]
-    white_MD = turned_MD * inverse_D
-    fitted = Fitted(centre_D, vectors_DD * inverse_D, white_MD, _weights(white_MD), sharp,
-                    SHRINKAGES[best], math.inf)
-    if not len(turned_SD):
-        return fitted
-    return dataclasses.replace(
-        fitted, usual=max(fitted._nearest(turned_SD * inverse_D).amax().item(), 1e-12))
+    white_MD, present_M = turned_MD * inverse_D, ~mean_MD.isnan().any(1)
+    unit_PD = torch.nn.functional.normalize(white_MD[present_M], dim=1)
+    density = _density(scatter_DD[:own, :own] / max(1, images), mean_MD[present_M, :own])
+    return Fitted(centre_D, vectors_DD * inverse_D, unit_PD, _weights(white_MD), sharp,
+                  SHRINKAGES[best], density).measured(sample_SD[known_S])
+
+
+def _density(covariance_TT: Tensor, mean_PT: Tensor) -> Density:
+    scale = OWN_SHRINKAGE * covariance_TT.diagonal().mean().clamp_min(1e-12)
+    lower_TT = torch.linalg.cholesky(covariance_TT + scale * torch.eye(len(covariance_TT)).double())
+    whiten_TT = torch.linalg.inv(lower_TT).T.contiguous()
+    return Density(whiten_TT, mean_PT @ whiten_TT)
 
 
 def _option(values_D: Tensor, scale: Tensor, shrinkage: float, turned_MD: Tensor,

@@ -12,7 +12,7 @@ Legend: B batch, C channels, H W spatial, F features before the classifier, K cl
 import copy
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from partialhn.config import Norm, Precision
 from partialhn.errors import InputError
-from partialhn.networks.backbone import from_map, pooled
+from partialhn.networks.backbone import from_map, pooled, to_map
 from partialhn.networks.cut import CutNetwork, skeleton
 from partialhn.networks.hypernet import GeneratedTensor
 from partialhn.networks.precision import autocast_to
@@ -255,6 +255,26 @@ class Head(nn.Module):
         with autocast_to(precision, z_BCHW.device):
             z = cast(Tensor, torch.func.functional_call(blocks, tensors, (z,), strict=True))
         return pooled(z.to(weights.classifier_KF.dtype))
+
+    def depths(self, z_BCHW: Tensor, weights: HeadWeights,
+               blocks: Sequence[int] | None = None) -> list[Tensor]:
+        """Features to pooled features of some blocks, (B, C of the block) each.
+
+        blocks: their numbers above the cut; None is all of them, and -1 the last, whose features
+        are those of `embed`. Blocks after the last one that is wanted do not run.
+        """
+        tensors, stages = self.tensors(weights), list(self.blocks.children())
+        wanted = range(len(stages)) if blocks is None else [block % len(stages) for block in blocks]
+        z, found = from_map(z_BCHW, self._layout), {}
+        for number, stage in enumerate(stages[:max(wanted) + 1]):
+            prefix = f"{number}."
+            own = {name.removeprefix(prefix): value for name, value in tensors.items()
+                   if name.startswith(prefix)}
+            z = cast(Tensor, torch.func.functional_call(stage, own, (z,), strict=True))
+            if number in wanted:
+                found[number] = (pooled(z) if number == len(stages) - 1
+                                 else to_map(z, self._layout).mean((2, 3)))
+        return [found[number].to(weights.classifier_KF.dtype) for number in wanted]
 
     def forward(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
         """Features z_BCHW to logits_BK with one task's weights."""

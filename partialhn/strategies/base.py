@@ -180,8 +180,12 @@ class Strategy(nn.Module):
         """
         return None
 
-    def reference_features(self, z_BCHW: Tensor, norm: Tensor) -> Tensor:
-        """Pooled features (B, F) of the network's own head. norm: its `reference_norm`."""
+    def reference_features(self, z_BCHW: Tensor, norm: Tensor,
+                           blocks: Sequence[int] | None = None) -> list[Tensor]:
+        """Pooled features of blocks of the network's own head, (B, C of the block) each.
+
+        norm: its `reference_norm`. blocks: their numbers, as `Head.depths` takes them.
+        """
         raise NotImplementedError
 
     def weights(self, task: int) -> HeadWeights:

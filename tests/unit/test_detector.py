@@ -8,7 +8,7 @@ import torch
 
 from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.detector.detector import Detector
-from partialhn.detector.expansion import Expansion, expansion_of
+from partialhn.detector.expansion import SEEN, Expansion, expansion_of, scaled, seen_blocks
 from partialhn.detector.fitted import SHRINKAGES, fit
 from partialhn.detector.mixture import DRAWN, POWER, Powers, answer, fit_powers, mixed
 from partialhn.detector.statistics import (
@@ -135,6 +135,7 @@ def test_a_task_that_is_taken_out_was_never_in(measured, tasks):
     for found, expected in zip(detector.classify((0, 2), z_BCHW), without.classify((0, 1), z_BCHW),
                                strict=True):
         assert torch.equal(found, expected)
+    assert torch.equal(detector.strangeness((0, 2), z_BCHW), without.strangeness((0, 1), z_BCHW))
     assert detector.slots[1]["mean_KD"].isnan().all()
     assert not detector.slots[1]["sample_SD"].numel()
 
@@ -180,10 +181,10 @@ def test_the_classifier_is_ridge_regression():
     centred = x_NF - means[y_N]
     scatter = centred.T @ centred
     few = fit(*map(torch.from_numpy, (scatter,)), 180, torch.from_numpy(means),
-              torch.from_numpy(x_NF[:7]), torch.from_numpy(y_N[:7]))
+              torch.from_numpy(x_NF[:7]), torch.from_numpy(y_N[:7]), 2)
     assert few.shrinkage == SHRINKAGES[len(SHRINKAGES) // 2], "seven samples choose nothing"
     fitted = fit(torch.from_numpy(scatter), 180, torch.from_numpy(means), torch.from_numpy(x_NF),
-                 torch.from_numpy(y_N))
+                 torch.from_numpy(y_N), 2)
     around = x_NF - means.mean(0)
     penalty = fitted.shrinkage * np.trace(scatter / 180) / 4
     weights = np.linalg.solve(around.T @ around / 180 + penalty * np.eye(4),
@@ -194,6 +195,25 @@ def test_the_classifier_is_ridge_regression():
     best = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y_N))
     for factor in (0.9, 1.1):
         assert torch.nn.functional.cross_entropy(factor * logits, torch.from_numpy(y_N)) > best
+
+
+def test_an_image_is_strange_by_its_direction_or_by_the_trunks_density():
+    rng = np.random.default_rng(0)
+    y_N = torch.arange(4).repeat_interleave(100)
+    mean_MD = torch.from_numpy(4 * np.eye(4, 12))
+    x_ND = mean_MD[y_N] + torch.from_numpy(rng.normal(size=(400, 12)))
+    centred = x_ND - mean_MD[y_N]
+    fitted = fit(centred.T @ centred, 400, mean_MD, x_ND[::2], y_N[::2], 6)
+    strange_N = fitted.strangeness(x_ND[1::2], fitted.white(x_ND[1::2]))
+    limit = torch.quantile(strange_N, 0.95)
+    beyond_D = mean_MD.mean(0) + 8 * (mean_MD[1] - mean_MD.mean(0))  # in the direction of class 1
+    elsewhere_D = mean_MD.mean(0) + 4 * torch.eye(12).double()[5]
+    strangers_BD = torch.stack([beyond_D, elsewhere_D])
+    assert (fitted.strangeness(strangers_BD, fitted.white(strangers_BD)) > limit).all()
+    near_B = fitted.density.distance(mean_MD[:, :12])
+    assert (near_B < fitted.density.distance(strangers_BD[:1])).all()
+    blind = dataclasses.replace(fitted, distances=fitted.distances._replace(mean=1e9))
+    assert blind.strangeness(strangers_BD[:1], fitted.white(strangers_BD[:1])) < limit
 
 
 def opinions(rng, images, classes, clear):
@@ -359,7 +379,7 @@ def test_statistics_travel_as_tensors(measured):
 
 def test_where_tasks_start_from_the_network_its_own_head_is_seen_too(cut, network, config, tasks,
                                                                      tmp_path):
-    """Pooled features of the whole network, from the stored features of the cut."""
+    """Pooled features of the network's later blocks, from the stored features of the cut."""
     config = dataclasses.replace(config, hypernet=dataclasses.replace(
         config.hypernet, starts_from="network"))
     learner = Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train,
@@ -367,14 +387,16 @@ def test_where_tasks_start_from_the_network_its_own_head_is_seen_too(cut, networ
     list(learner.learn(tasks[:2]))
     detector, z_BCHW = learner.inference, plain(tasks[0].test)
     blocks = CutNetwork.of(network, 3).stages
-    expected_BF = z_BCHW
-    for block in blocks:
-        expected_BF = block(expected_BF)
-    torch.testing.assert_close(
-        learner.strategy.reference_features(z_BCHW, detector.reference_norm),
-        expected_BF.mean((2, 3)), rtol=1e-4, atol=1e-4)
-    C, F = z_BCHW.shape[1], expected_BF.shape[1]
-    assert (detector.expansion.embedded, detector.expansion.width) == (F, 2 * C + F + FEATURES)
+    later = learner.strategy.reference_features(z_BCHW, detector.reference_norm)
+    expected = z_BCHW
+    for block, found_BF in zip(blocks, later, strict=True):
+        expected = block(expected)
+        torch.testing.assert_close(found_BF, expected.mean((2, 3)), rtol=1e-4, atol=1e-4)
+    (last_BF,) = learner.strategy.reference_features(z_BCHW, detector.reference_norm, (-1,))
+    assert torch.equal(last_BF, later[-1])
+    C, widths = z_BCHW.shape[1], tuple(found_BF.shape[1] for found_BF in later)
+    assert detector.expansion.widths == widths
+    assert detector.expansion.width == 2 * C + sum(widths) + FEATURES
     Model(config, cut.trunk, learner.strategy, INFOS[:2], inference=detector).save(tmp_path / "m")
     loaded = Model.load(tmp_path / "m").inference
     assert torch.equal(loaded.strangeness((0, 1), z_BCHW), detector.strangeness((0, 1), z_BCHW))
@@ -383,3 +405,18 @@ def test_where_tasks_start_from_the_network_its_own_head_is_seen_too(cut, networ
     never.add_task(never.statistics(tasks[1].train, tasks[1].validation, 2))
     detector.forget([0], tasks[0].train)
     assert torch.equal(detector.scatter_P, never.scatter_P)
+    earlier = Detector(FEATURES)  # as detectors were begun that saw the last block alone
+    earlier.expansion = Expansion.from_tensor(torch.tensor([C, 1, FEATURES, widths[-1]]))
+    earlier.reference_norm = never.reference_norm
+    earlier.see(learner.strategy)
+    assert earlier.expansion.tensor().tolist() == [C, 1, FEATURES, widths[-1]]
+    h_BD = earlier.expansion(z_BCHW)
+    assert torch.equal(h_BD[:, :2 * C], detector.expansion(z_BCHW)[:, :2 * C])
+    torch.testing.assert_close(h_BD[:, 2 * C:-FEATURES], scaled(last_BF))
+
+
+@pytest.mark.parametrize(("widths", "blocks"), [
+    ((), ()), ((192, 192, 192, 192, 320, 1280), (0, 1, 2, 3, 4)), ((2048, 2048, 2048), (2,)),
+    ((SEEN // 4,) * 8, (0, 2, 4, 7)), ((64,) * 3, (0, 1, 2))])
+def test_blocks_are_seen_as_far_as_their_channels_fit(widths, blocks):
+    assert seen_blocks(widths) == blocks
