@@ -34,14 +34,17 @@ class Usual(NamedTuple):
 
     @staticmethod
     def of(value_S: Tensor) -> "Usual":
-        """0 and 1 where there are too few samples to say."""
+        """`UNKNOWN` where there are too few samples to say."""
         if len(value_S) < FEW:
-            return Usual(0.0, 1.0)
+            return UNKNOWN
         return Usual(value_S.mean().item(), max(value_S.std().item(), 1e-6))
 
     def deviation(self, value_B: Tensor) -> Tensor:
         """Values in standard deviations from the mean."""
         return (value_B - self.mean) / self.spread
+
+
+UNKNOWN = Usual(0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,8 +81,8 @@ class Fitted:
     """Factor on the classes' scores."""
     shrinkage: float
     density: Density
-    angles: Usual = Usual(0.0, 1.0)
-    distances: Usual = Usual(0.0, 1.0)
+    angles: Usual = UNKNOWN
+    distances: Usual = UNKNOWN
 
     def white(self, h_BD: Tensor) -> Tensor:
         """Whitened features."""
