@@ -1,18 +1,20 @@
 """Tasks larger than memory: computed shard by shard, and learned from in an order of the seed's."""
 
 import dataclasses
+import itertools
 import os
+import struct
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
 from pyarrow.fs import LocalFileSystem
-from ray import cloudpickle
 
 from partialhn.config import DataConfig
 from partialhn.data.datasets import open_stream
@@ -28,57 +30,84 @@ from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 
 MIB = 1 << 20
-LARGE, LITTLE, VIEWS = 256 * MIB, 160 * MIB, 12
+LARGE, LITTLE, VIEWS = 128 * MIB, 96 * MIB, 12
 """Features of the large task, less memory than that, and the large task's views of an image."""
 CPU = torch.device("cpu")
 
 
 LIMITED = """
-import re, resource, sys, traceback
+import os, re, resource, struct, sys, traceback
 from pathlib import Path
+import cloudpickle
 import torch
-from ray import cloudpickle
+import partialhn.features.extract
+import partialhn.training.learner
 torch.set_num_threads(1)
-work = cloudpickle.load(sys.stdin.buffer)
-memory = int(sys.argv[1])
 layer = torch.nn.Conv2d(3, 8, 3)  # what a first step imports and sets up is no part of the task
 optimiser = torch.optim.Adam(layer.parameters(), fused=True)
 layer(torch.zeros(64, 3, 16, 16)).sum().backward()
 optimiser.step()
-try:
-    if memory:
-        status = Path("/proc/self/status").read_text()
-        now = 1024 * int(re.search(r"VmData:\\s+(\\d+)", status)[1])
-        resource.setrlimit(resource.RLIMIT_DATA, (now + memory,) * 2)
-    said = str(work())
-except BaseException:
-    said = traceback.format_exc()
-print(said)
+while header := sys.stdin.buffer.read(16):
+    memory, size = struct.unpack("qq", header)
+    content = sys.stdin.buffer.read(size)
+    if child := os.fork():
+        _, status = os.waitpid(child, 0)
+        if status:
+            print(f"ended with {status}", flush=True)
+        print("END", flush=True)
+        continue
+    try:
+        work = cloudpickle.loads(content)
+        if memory:
+            status = Path("/proc/self/status").read_text()
+            now = 1024 * int(re.search(r"VmData:\\s+(\\d+)", status)[1])
+            resource.setrlimit(resource.RLIMIT_DATA, (now + memory,) * 2)
+        said = str(work())
+    except BaseException:
+        said = traceback.format_exc()
+    print(said, flush=True)
+    os._exit(0)
 """
 
 
-def in_a_process_with(memory, work):
-    """What work() returns, as text, from a new process that may take so many bytes more than it
-    has (0: any); maps of files do not count. Arrow's own allocator would reserve address space
-    that it does not use, and that counts; so do a stack and a heap for each of as many threads as
-    the machine has processors, and what is given back inside a heap.
+@pytest.fixture(scope="module")
+def in_a_process_with():
+    """A function (memory, work): what work() returns, as text, from a new process that may take so
+    many bytes more than it has (0: any); maps of files do not count.
+
+    The processes are forked from one that has imported the packages. Arrow's own allocator would
+    reserve address space that it does not use, and that counts; so do a stack and a heap for each
+    of as many threads as the machine has processors, and what is given back inside a heap.
     """
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(memory)], check=False,
-                          input=cloudpickle.dumps(work), capture_output=True,
-                          env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system",
-                                            "ARROW_IO_THREADS": "1", "OMP_NUM_THREADS": "1",
-                                            "MALLOC_ARENA_MAX": "1",
-                                            "MALLOC_MMAP_THRESHOLD_": f"{MIB}"})
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout.decode().strip()
+    server = subprocess.Popen([sys.executable, "-c", LIMITED], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE,
+                              env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system",
+                                                "ARROW_IO_THREADS": "1", "OMP_NUM_THREADS": "1",
+                                                "MALLOC_ARENA_MAX": "1",
+                                                "MALLOC_MMAP_THRESHOLD_": f"{MIB}"})
+
+    def run(memory, work):
+        content = cloudpickle.dumps(work)
+        server.stdin.write(struct.pack("qq", memory, len(content)) + content)
+        server.stdin.flush()
+        lines = list(itertools.takewhile(lambda line: line not in (b"END\n", b""),
+                                         iter(server.stdout.readline, None)))
+        assert server.poll() is None, "the process that forks has ended"
+        return b"".join(lines).decode().strip()
+
+    yield run
+    server.communicate()
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert server.returncode == 0
 
 
 needs_limits = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
 
 @needs_limits
-def test_a_task_larger_than_memory_is_computed(tmp_path, network, with_options):
+def test_a_task_larger_than_memory_is_computed(tmp_path, network, with_options,
+                                               in_a_process_with):
     """400 MB of features of real digits, in a process that may take 250 MiB more than it has, 40 of
     them for the stacks of the threads that read and write, which count in full.
     """
@@ -130,7 +159,7 @@ def large(tmp_path_factory, network, tasks):
 def learned_weights(config, network, store, manifest, test, streamed):
     """What an epoch of a small share of steps leads to."""
     if streamed:
-        train_module.RESIDENT_BYTES = store_module.SPILL_BYTES = 32 * MIB
+        train_module.RESIDENT_BYTES = store_module.SPILL_BYTES = 16 * MIB
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1,
                                                                    batch_size=512))
     learner = Learner(cut_network(config, network).strategy(config), config.train)
@@ -140,8 +169,8 @@ def learned_weights(config, network, store, manifest, test, streamed):
 
 
 @needs_limits
-def test_a_task_larger_than_memory_is_learned_and_to_the_same_weights(large, config, network,
-                                                                      tasks):
+def test_a_task_larger_than_memory_is_learned_and_to_the_same_weights(
+        large, config, network, tasks, in_a_process_with):
     store, manifests = large
 
     def work(compression, streamed):
