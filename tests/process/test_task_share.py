@@ -27,7 +27,8 @@ from tests.process.share_worker import share
 from tests.processes import Ended, Forked
 from tests.support import small_config
 
-CONFIG = small_config(data={"tasks": 5}, backbone={"trunk_epochs": 1}, train={"batch_size": 32})
+CONFIG = small_config(data={"tasks": 5, "images_per_class": 60}, backbone={"trunk_epochs": 1},
+                      train={"batch_size": 32})
 
 
 @dataclasses.dataclass
