@@ -412,12 +412,16 @@ class ComputeConfig:
     compare with, to the same bits as one worker would. Where tasks depend on each other (another
     generator than columns, or starts_from previous) it is batches. batches: each takes a part of
     every batch, for few tasks that take long."""
+    tasks_at_once: int | None = None
+    """Number of tasks that a worker learns at once, each in a thread, where tasks do not depend on
+    each other. The result is the same. Default: as many as fit on a GPU, up to 8; on a CPU one."""
     device: DeviceName = "auto"
     """Device of each worker. gpu: one GPU for each worker. auto: gpu where there is one."""
     feature_workers: int = 1
     """Number of workers that compute features, each with its own copy of the trunk."""
     threads: int | None = None
-    """CPU threads of a worker; default: the machine's cores divided by the workers."""
+    """CPU threads of a worker; default: the machine's cores divided by the workers, and by
+    tasks_at_once where it is given."""
     cuda_graphs: bool = True
     """Whether a GPU records a step once for each task and replays it, where one worker learns and
     the task's features fit on the device."""
@@ -436,6 +440,8 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         _require(self.workers >= 1, "workers", self.workers, "1 or more")
+        _require(self.tasks_at_once is None or self.tasks_at_once >= 1, "tasks_at_once",
+                 self.tasks_at_once, "1 or more")
         _require(self.feature_workers >= 1, "feature_workers", self.feature_workers, "1 or more")
         _require(self.threads is None or self.threads >= 1, "threads", self.threads, "1 or more")
         _require(self.ray_address != "", "ray_address", self.ray_address,

@@ -67,6 +67,12 @@ class TrunkAndHead:
         """A fresh strategy as configured, before its first task."""
         return STRATEGIES[config.train.strategy](self.head, self.start, config)
 
+    def apart(self) -> "TrunkAndHead":
+        """The same with a head of its own, for another thread: while a head computes, it holds the
+        weights of one task.
+        """
+        return dataclasses.replace(self, head=copy.deepcopy(self.head))
+
 
 def cut_network(config: Config, network: Network) -> TrunkAndHead:
     """Cuts the network at the configured depth. Raises: InputError for one it does not have."""

@@ -174,28 +174,33 @@ class StepRows:
 
 
 class ResidentBatches(Batches):
-    """Batches of features that lie in one tensor on the device, selected there (`StepRows`)."""
+    """Batches of features that lie in one tensor on the device, selected there (`StepRows`).
+
+    What selects a batch is one tensor, so that it takes one operation to read: rows, views counted
+    through all rows, and labels.
+    """
 
     def __init__(self, features: FeatureSet, batch_size: int, workers: Workers,
                  passes: int = 1) -> None:
         super().__init__(features, batch_size, workers, passes)
         self._rows = StepRows(features.y_N.device)
+        self._y_N = features.y_N.cpu()
         self._loss_scale = 1.0
         self._seed: tuple[int, ...] = ()
         self._batches_read = 0
 
     def begin(self, seed: Sequence[int]) -> None:
         order = epoch_order(self._features, self._batch_size, seed, self._workers, self._passes)
-        self._rows.begin(order[:2])
+        index_EB = order.rows_EB * self._features.views + order.views_EB
+        self._rows.begin([torch.stack([index_EB, order.rows_EB, self._y_N[order.rows_EB]], 1)])
         self._loss_scale = order.loss_scale
         self._seed, self._batches_read = tuple(seed), 0
 
     def __call__(self) -> FeatureBatch:
-        rows_B, views_B = self._rows.next()
+        index_B, rows_B, y_B = self._rows.next()[0].unbind()
         seed = (*self._seed, self._batches_read)
         self._batches_read += 1
-        return FeatureBatch(self._features.gather(rows_B, views_B),
-                            self._features.y_N.index_select(0, rows_B), self._loss_scale, seed)
+        return FeatureBatch(self._features.gather_one(index_B, rows_B), y_B, self._loss_scale, seed)
 
 
 AnyBatch = TypeVar("AnyBatch", bound=tuple[Any, ...])

@@ -107,13 +107,17 @@ class FeatureSet:
 
     def gather(self, rows_B: Tensor, views_B: Tensor) -> Tensor:
         """z_BCHW as float32: row rows_B[b] seen through view views_B[b]."""
+        if len(self.shards) == 1:
+            return self.gather_one(rows_B * self.views + views_B, rows_B)
         z_BCHW = self._stored(rows_B, views_B)
         return z_BCHW if self.scales is None else self.scales.apply(z_BCHW, rows_B)
 
+    def gather_one(self, index_B: Tensor, rows_B: Tensor) -> Tensor:
+        """As `gather`, from a single shard. index_B: row times number of views, plus view."""
+        z_BCHW = self.shards[0].flatten(0, 1).index_select(0, index_B).float()
+        return z_BCHW if self.scales is None else self.scales.apply(z_BCHW, rows_B)
+
     def _stored(self, rows_B: Tensor, views_B: Tensor) -> Tensor:
-        if len(self.shards) == 1:
-            flat = self.shards[0].flatten(0, 1)
-            return flat.index_select(0, rows_B * self.views + views_B).float()
         z_BCHW = torch.empty(len(rows_B), *self.shape_CHW)
         shard_B = np.searchsorted(self._starts, rows_B.numpy(), side="right") - 1
         for index in np.unique(shard_B):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from partialhn.config import Arithmetic
 from partialhn.errors import InputError
+from partialhn.networks.draws import seeded
 from partialhn.networks.table import BACKBONES
 from partialhn.networks.tensors import hash_tensors
 from partialhn.pixels import Pixels
@@ -174,6 +175,5 @@ def build_network(name: str, classes: int, seed: int = 0, input_size: int = 32) 
     Raises: InputError for an unknown name, or an image size that the network cannot take.
     """
     backbone = find_backbone(name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return Network(name, backbone.build(classes, input_size), input_size)

@@ -13,7 +13,7 @@ import copy
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from partialhn.config import Norm, Precision
 from partialhn.errors import InputError
 from partialhn.networks.backbone import from_map, pooled, to_map
 from partialhn.networks.cut import CutNetwork, skeleton
+from partialhn.networks.draws import seeded
 from partialhn.networks.hypernet import GeneratedTensor
 from partialhn.networks.precision import autocast_to
 
@@ -252,6 +253,10 @@ class Head(nn.Module):
         blocks = self.blocks
         precision = self.precision if self.training and self.matrices else "float32"
         z = from_map(z_BCHW, self._layout)
+        if precision == "bfloat16" and self._rearranges(z):
+            z, tensors = Rearranged.apply(z), tensors | {
+                name: Rearranged.apply(value) for name, value in weights.matrices.items()
+                if value.dim() == 4}
         with autocast_to(precision, z_BCHW.device):
             z = cast(Tensor, torch.func.functional_call(blocks, tensors, (z,), strict=True))
         return pooled(z.to(weights.classifier_KF.dtype))
@@ -276,10 +281,29 @@ class Head(nn.Module):
                                  else to_map(z, self._layout).mean((2, 3)))
         return [found[number].to(weights.classifier_KF.dtype) for number in wanted]
 
+    def _rearranges(self, z: Tensor) -> bool:
+        """Whether maps and kernels get the layout in which a GPU convolves in bfloat16. Each
+        convolution would change the layout of all that it reads and writes.
+        """
+        return z.dim() == 4 and z.device.type == "cuda"
+
     def forward(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
         """Features z_BCHW to logits_BK with one task's weights."""
         return nn.functional.linear(self.embed(z_BCHW, weights), weights.classifier_KF,
                                     weights.bias_K)
+
+
+class Rearranged(torch.autograd.Function):
+    """x_BCHW in bfloat16 with channels last; the gradient has the type and layout of x_BCHW."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor) -> Tensor:
+        ctx.dtype = x_BCHW.dtype
+        return x_BCHW.to(torch.bfloat16, memory_format=torch.channels_last)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].to(ctx.dtype, memory_format=torch.contiguous_format)
 
 
 def is_vector(value: Tensor) -> bool:
@@ -341,8 +365,7 @@ def head_start(cut: CutNetwork, norm: Norm, seed: int, generate: str = "all") ->
             if (value := getattr(layer, part)) is not None]
     statistics = torch.cat([value.detach() for value in kept]) if kept else torch.empty(0)
     if norm != "batch" and norms:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             chosen = [nn.init.kaiming_normal_(torch.empty(value.shape), mode="fan_out",
                                               nonlinearity="relu") for value in chosen]
         scales, shifts = [x * 0 + 1 for x in scales], [x * 0 for x in shifts]

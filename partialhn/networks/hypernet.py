@@ -189,10 +189,20 @@ class ColumnGenerator(Generator):
         assert inherited is not None, f"task {task} needs the weights that it starts from"
         if not self.tensors:
             return ()
+        own = self.of_task(task)
+        if own.packed is None:
+            return own.generate(own.stacked(inherited), code)
         return tuple(torch.addmm(before_CD, v_Cd.to(x_d) * x_d, A_Dd.to(x_d).T)
                      for before_CD, x_d, (v_Cd, A_Dd)
-                     in zip(inherited, code.view(-1, self.width), self.of_task(task)(),
-                            strict=True))
+                     in zip(inherited, code.view(-1, self.width), own(), strict=True))
+
+    def start_rows(self, task: int, inherited: Rows) -> Rows:
+        """The weights that a task starts from, as `learning` takes them: once for all steps."""
+        return self.of_task(task).stacked(inherited) if self.tensors else ()
+
+    def learning(self, task: int, code: Tensor, start: Rows) -> Rows:
+        """As `forward`, with a gradient, for the task that is being learned."""
+        return self.of_task(task).generate(start, code) if self.tensors else ()
 
     def begin(self, task: int) -> None:
         """Only the task's own parameters get a gradient; without columns that is the base."""

@@ -15,6 +15,7 @@ from partialhn.errors import InputError
 from partialhn.features.batches import FeatureBatch
 from partialhn.features.closed_form import LinearClassifier
 from partialhn.features.feature_set import FeatureSet
+from partialhn.networks.draws import seeded
 from partialhn.networks.head import Head, HeadStart, HeadWeights
 from partialhn.strategies.table import Value, option_values
 
@@ -70,8 +71,7 @@ class Strategy(nn.Module):
         """
         if classes < 1:
             raise InputError(f"a task has {classes} classes; allowed: 1 or more")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed * 1_000_003 + len(self.classes))
+        with seeded(self.seed * 1_000_003 + len(self.classes)):
             own = self.new_task(classes, refreshes)
         if refreshes is not None:
             own.take_classifier(cast(Classifier, self.tasks[refreshes]))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from partialhn.config import Config, HypernetConfig
 from partialhn.errors import InputError
 from partialhn.features.closed_form import LinearClassifier
+from partialhn.networks.draws import seeded
 from partialhn.networks.head import Head, HeadStart, HeadWeights
 from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
 from partialhn.networks.shared_generators import AdditiveGenerator, BilinearGenerator
@@ -86,8 +87,7 @@ class PartialHypernet(Strategy):
         super().__init__(head, start, config)
         options = config.hypernet
         self.beta = options.beta
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             self.hypernet = build_generator(options, head.matrices)
         self._residual = options.residual
         if options.residual:
@@ -234,9 +234,10 @@ class PartialHypernet(Strategy):
             return HeadWeights({}, own.bias_K.new_empty(0, dtype=torch.float32),
                                own.linear_KF.float(), own.linear_K.float())
         if task == self._running and self.hypernet.inherits(task):
+            generator = cast(ColumnGenerator, self.hypernet)
             if self._inherited is None:
-                self._inherited = self._inherited_rows(task)
-            rows = self.hypernet(task, own.code, self._inherited)
+                self._inherited = generator.start_rows(task, self._inherited_rows(task))
+            rows = generator.learning(task, own.code, self._inherited)
         else:
             rows = self._rows(task)
         return own.weights({tensor.name: row_CD.view(tensor.shape) for tensor, row_CD

@@ -131,9 +131,9 @@ class _Run:
             self.steps.run_next(batches)
         mean = workers.sum_over_workers(totals / batches.steps) / workers.world
         correct = workers.sum_over_workers(torch.stack(
-            [totals[2], totals.new_tensor(batches.steps * batches.batch)]))
+            [totals[1], totals.new_tensor(batches.steps * batches.batch)]))
         seconds = time.perf_counter() - start
-        cross_entropy, regulariser = mean[0].item(), mean[1].item()
+        cross_entropy, regulariser = mean[0].item(), mean[2].item()
         if not math.isfinite(cross_entropy + regulariser):
             raise InputError(f"the loss of task {self.task.name!r} became "
                              f"{cross_entropy + regulariser} in epoch {epoch}; allowed: a finite "

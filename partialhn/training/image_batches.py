@@ -119,14 +119,13 @@ class Classification(nn.Module):
         self._blocks = list(network.blocks().values())  # once: a step must not divide the body
 
     def forward(self, images_BCHW: Tensor, y_B: Tensor,
-                *variation: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The loss (a scalar), and terms_3: cross-entropy, 0, number of correct answers.
+                *variation: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The loss, and its terms: cross-entropy and number of correct answers, both detached.
 
-        images_BCHW, y_B, variation: the fields of an `ImageBatch`. terms_3 is detached.
+        images_BCHW, y_B, variation: the fields of an `ImageBatch`.
         """
         images_BCHW = vary(images_BCHW, Variation(*variation))
         with arithmetic_of(self.arithmetic, images_BCHW.device):
             logits_BK = self.network.through(self._blocks, images_BCHW).float()
         loss = nn.functional.cross_entropy(logits_BK, y_B, label_smoothing=self.label_smoothing)
-        shown, correct = loss.detach(), (logits_BK.argmax(1) == y_B).sum()
-        return loss, torch.stack([shown, torch.zeros_like(shown), correct.float()])
+        return loss, (loss.detach(), (logits_BK.argmax(1) == y_B).sum(dtype=loss.dtype))

@@ -112,7 +112,7 @@ def train_network(network: Network, images: Labelled, config: BackboneConfig, ki
         batches.begin(epoch)
         for _ in range(batches.steps):
             steps.run_next(batches)
-        loss, _, correct = (terms_3 / batches.steps).tolist()
+        loss, correct, _ = (terms_3 / batches.steps).tolist()
         seconds, held_loss, held_accuracy = time.perf_counter() - start, None, None
         if budget.patience is not None and held_out is not None:
             held_loss, held_accuracy = _measure(network, held_out)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from partialhn.errors import InputError
 from partialhn.features.batches import FeatureBatch
+from partialhn.networks.draws import ALONE
 from partialhn.strategies import Strategy
 
 WARM_UP = 40
@@ -40,19 +41,24 @@ class Objective(nn.Module):
         self.strategy, self.task, self.label_smoothing = strategy, task, label_smoothing
 
     def forward(self, z_BCHW: Tensor, y_B: Tensor, loss_scale: float,
-                seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """The loss (a scalar), and terms_3: cross-entropy, regulariser, number of correct answers.
+                seed: tuple[int, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss, and its terms: cross-entropy, number of correct answers and, where there is
+        one, the regulariser. All are scalars; the terms are detached and float32.
 
-        z_BCHW, y_B, loss_scale, seed: the fields of a `FeatureBatch`. terms_3 is detached.
+        z_BCHW, y_B, loss_scale, seed: the fields of a `FeatureBatch`.
         """
         batch = FeatureBatch(z_BCHW, y_B, loss_scale, seed)
         logits_BK, regulariser = self.strategy.loss_terms(self.task, batch)
-        cross_entropy = loss_scale * nn.functional.cross_entropy(
-            logits_BK, y_B, label_smoothing=self.label_smoothing)
-        loss = cross_entropy if regulariser is None else cross_entropy + regulariser
-        correct = (logits_BK.argmax(1) == y_B).sum()
-        terms = [cross_entropy, loss - cross_entropy, correct]
-        return loss, torch.stack([term.detach().float() for term in terms])
+        cross_entropy = nn.functional.cross_entropy(logits_BK, y_B,
+                                                    label_smoothing=self.label_smoothing)
+        if loss_scale != 1:
+            cross_entropy = loss_scale * cross_entropy
+        loss, shown = cross_entropy, cross_entropy.detach()
+        terms = [shown, (logits_BK.argmax(1) == y_B).sum(dtype=shown.dtype)]
+        if regulariser is not None:
+            loss = cross_entropy + regulariser
+            terms.append(loss.detach() - shown)
+        return loss, tuple(terms)
 
 
 class StepRecorder(Protocol):
@@ -68,13 +74,16 @@ class StepRecorder(Protocol):
 class CudaGraphs:
     """Records steps as CUDA graphs of the current device.
 
-    The steps before the recorded one run on a CUDA stream of their own, as the recorded one does,
-    so that autograd keeps no state of another stream. Other threads may use the device meanwhile.
+    The steps before the recorded one run on the stream that the recorded one does, so that autograd
+    keeps no state of another stream. That is this thread's stream where it has its own
+    (`partialhn.training.together`). Other threads may use the device meanwhile.
     """
 
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+
     def prepare(self, body: Body) -> None:
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        outer = torch.cuda.current_stream()
+        stream, outer = self._own_stream(), torch.cuda.current_stream()
         stream.wait_stream(outer)
         with torch.cuda.stream(stream):
             body()
@@ -84,12 +93,23 @@ class CudaGraphs:
         """Records a step. Raises: InputError if CUDA or a library cannot record it."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with ALONE, torch.cuda.graph(graph, stream=self._own_stream(),
+                                         capture_error_mode="thread_local"):
                 body()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise InputError(f"cuda_graphs is true, but a step cannot be recorded: {error}; "
                              "allowed: false (--no-cuda-graphs)") from error
         return graph.replay
+
+    def _own_stream(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            current = torch.cuda.current_stream()
+            plain = current == torch.cuda.default_stream()
+            self._stream = (
+                torch.cuda.Stream() if plain else current)  # type: ignore[no-untyped-call]
+        return self._stream
 
 
 def recorder_for(device: torch.device, cuda_graphs: bool) -> StepRecorder | None:
@@ -102,14 +122,20 @@ class Steps:
 
     def __init__(self, objective: nn.Module, optimiser: torch.optim.Optimizer, rates_SG: Tensor,
                  recorder: StepRecorder | None = None) -> None:
-        """objective: takes a batch and gives the loss, and three terms to be summed, detached.
+        """objective: takes a batch and gives the loss, and up to three terms to be summed, as
+        `Objective` does.
 
         rates_SG: learning rates from the next step on, on the device, a column for each parameter
         group; the optimiser's own rates are tensors there.
         """
         self.terms_3 = torch.zeros(3, device=rates_SG.device)
-        """Sums of the objective's terms_3 over steps; the caller sets them to zero."""
+        """Sums of the objective's terms over steps; the caller sets them to zero."""
+        self._sums = self.terms_3.unbind()
         self._objective, self._optimiser, self._rates_SG = objective, optimiser, rates_SG
+        self._rates_1G = rates_SG.new_zeros(1, rates_SG.shape[1])
+        for index, group in enumerate(optimiser.param_groups):
+            group["lr"] = self._rates_1G[0, index]  # so that one operation sets all of them
+        self._one = torch.ones((), device=rates_SG.device)
         self._step_1 = torch.zeros(1, dtype=torch.int64, device=rates_SG.device)
         self._recorder, self._steps_run = recorder, 0
         self._replay: Body | None = None
@@ -130,12 +156,10 @@ class Steps:
         self._steps_run += 1
 
     def _run(self, next_batch: NextBatch) -> None:
-        rate_G = self._rates_SG.index_select(0, self._step_1)[0]
-        for rate, group in zip(rate_G, self._optimiser.param_groups, strict=True):
-            group["lr"].copy_(rate)
-        loss, terms_3 = self._objective(*next_batch())
+        torch.index_select(self._rates_SG, 0, self._step_1, out=self._rates_1G)
+        loss, terms = self._objective(*next_batch())
         self._optimiser.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss, self._one)
         self._optimiser.step()
-        self.terms_3 += terms_3
+        torch._foreach_add_(self._sums[:len(terms)], terms)
         self._step_1 += 1

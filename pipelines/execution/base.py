@@ -112,7 +112,9 @@ class Execution(abc.ABC):
 
         return self._learn(Assignment(
             self.config, cut, tuple(slots), tuple(lineage_ids), self.storage, self.folder,
-            self._run(lineage_ids), self._threads(self.config.compute.workers), tuple(known)),
+            self._run(lineage_ids), self._threads(
+                self.config.compute.workers * (self.config.compute.tasks_at_once or 1)),
+            tuple(known)),
             show_and_pass_on)
 
     def forget_run(self, lineage_ids: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ class Events:
         self._queue: list[tuple[str, Any]] = []
 
     def add(self, strategy: str, record: Any) -> None:
-        """Queues a record of a strategy."""
+        """Queues a record of a strategy, or a line for the user."""
         self._queue.append((strategy, record))
 
     def drain(self) -> list[tuple[str, Any]]:

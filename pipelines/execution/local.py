@@ -4,7 +4,7 @@ The state of the run is kept in the storage; a thread receives its records and r
 """
 
 import concurrent.futures
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class LocalExecution(Execution):
         return in_process(self.device)
 
     def _learn(self, assignment: Assignment, on_record: OnRecord) -> dict[str, Any]:
-        with ProcessHost(self.storage, assignment.run, self.device, on_record) as host:
+        with ProcessHost(self.storage, assignment.run, self.device, on_record,
+                         self.progress.line) as host:
             worker = Worker(assignment, host)
             result = worker.run()
         self.newest = worker.newest
@@ -57,10 +58,10 @@ class ProcessHost:
     """
 
     def __init__(self, storage: Storage, run: str, device: torch.device,
-                 on_record: OnRecord) -> None:
-        """run: folder of the run, as a path in the storage's filesystem."""
+                 on_record: OnRecord, show: Callable[[str], None]) -> None:
+        """run: folder of the run, as a path in the storage's filesystem. show: prints a line."""
         self.device, self.workers = device, Workers()
-        self._states, self._on_record = States(storage, run), on_record
+        self._states, self._on_record, self._show = States(storage, run), on_record, show
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "records")
         self._error: Exception | None = None
 
@@ -68,6 +69,9 @@ class ProcessHost:
         if self._error is not None:
             raise self._error
         self._thread.submit(self._pass_on, strategy, record)
+
+    def say(self, line: str) -> None:
+        self._thread.submit(self._show, line)
 
     def keep(self, state: Path | None) -> None:
         assert state is not None, "there is one worker"

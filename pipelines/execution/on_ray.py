@@ -60,6 +60,9 @@ class RayHost:
     def send(self, strategy: str, record: EpochRecord | TaskRecord) -> None:
         self._events.add.remote(strategy, record)
 
+    def say(self, line: str) -> None:
+        self._events.add.remote("", line)
+
     def keep(self, state: Path | None) -> None:
         import ray.train
 
@@ -154,7 +157,10 @@ class RayExecution(Execution):
             while True:
                 ended = running.done()
                 for strategy, record in ray.get(events.drain.remote()):
-                    on_record(strategy, record)
+                    if isinstance(record, str):
+                        self.progress.line(record)
+                    else:
+                        on_record(strategy, record)
                 if ended:
                     break
                 time.sleep(0.3)

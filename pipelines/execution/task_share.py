@@ -3,7 +3,9 @@
 A task depends only on the task that it starts from, so a worker needs only the model after that
 one. The first worker puts the learned tasks together; the model is bit for bit the one that a
 single worker would have learned. Each baseline is learned by one worker. Workers exchange results
-only through the storage and do not wait for each other at every step.
+only through the storage and do not wait for each other at every step. A worker that learns several
+tasks at once (`partialhn.training.together`) has a thread for each, and they exchange results in
+the same way.
 
     <run>/tasks/<lineage_id>/            a learned task that is not in a model yet
     <run>/tasks/<lineage_id>.running/    the state of a task that is being learned
@@ -36,11 +38,14 @@ from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Outcome
+from partialhn.training.together import Waiting
 from pipelines.execution.run_states import States
 from pipelines.platform.storage import Storage
 
 WAIT = 0.3
 """Seconds between two checks for the results of other workers."""
+SHORT_WAIT = 0.02
+"""The same where all that wait are threads of one process with a local storage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +63,8 @@ class WorkerRank:
     """This worker's number, from 0 to world - 1."""
     world: int
     """Number of workers."""
+    pause: float = WAIT
+    """Seconds between two checks for the results of others."""
 
     def own_tasks(self, known: int, count: int) -> range:
         """Indices of this worker's tasks among `count`, of which the first `known` are learned."""
@@ -76,7 +83,7 @@ class WorkerRank:
         """Waits a moment for the other workers. Raises: InputError if one of them gave up."""
         if self.storage.exists(self._failure):
             raise InputError(self.storage.read_text(self._failure))
-        time.sleep(WAIT)
+        time.sleep(self.pause)
 
     @property
     def _failure(self) -> str:
@@ -90,29 +97,34 @@ class TaskShare:
                  tasks: Sequence[TaskFeatures], new_learner: Callable[[], Learner],
                  new_detector: Callable[[], Detector],
                  send: Callable[[EpochRecord | TaskRecord], None], model: Learner | None,
-                 keep: Callable[[Learner, TaskRecord], None]) -> None:
+                 keep: Callable[[Learner, TaskRecord], None],
+                 go_on: Callable[[], None] = lambda: None) -> None:
         """Stores the arguments; nothing is learned yet.
 
         new_learner: creates an empty learner for a single task, and new_detector an empty detector
         for it. send: is called with every record;
         the epochs of a task come a second time, together, before its task record. model: on the
         first worker, the learner into which learned tasks are put; `keep` is called after each.
+        go_on: is called while this waits for others, and raises where they have failed.
         """
         self.worker, self.lineage_ids, self.tasks = worker, lineage_ids, tasks
         self._new_learner, self._new_detector = new_learner, new_detector
-        self._send, self._model, self._keep = send, model, keep
+        self._send, self._model, self._keep, self._go_on = send, model, keep, go_on
         self._folder = f"{worker.run}/tasks"
         self._filesystem = worker.storage.filesystem
 
-    def learn(self, known: int) -> None:
-        """Learns this worker's share of the tasks after the first `known`.
+    def learn(self, waiting: Waiting[int]) -> None:
+        """Learns tasks as long as some wait, and puts what is learned into the model in between.
 
-        Returns when all tasks are learned, also those of other workers. Raises: InputError for any
-        error that the user can correct, here or on another worker.
+        Raises: InputError for any error that the user can correct, here or on another worker.
         """
-        for index in self.worker.own_tasks(known, len(self.tasks)):
+        def learn(index: int) -> None:
             self._learn(index)
             self._load_learned()
+        waiting.work_off(learn)
+
+    def collect(self) -> None:
+        """Waits until all tasks are learned, also those of others. Raises: as `learn`."""
         self._wait_for(len(self.tasks) - 1)
 
     def _load_learned(self) -> None:
@@ -188,6 +200,7 @@ class TaskShare:
         """Waits for the model after a task. Raises: InputError if another worker gave up."""
         self._load_learned()
         while not self._is_kept(index):
+            self._go_on()
             self.worker.wait()
             self._load_learned()
 
@@ -208,22 +221,23 @@ class BaselineShare:
     def __init__(self, worker: WorkerRank, tasks: Sequence[TaskFeatures],
                  names: Sequence[StrategyName],
                  new_learner: Callable[[StrategyName], Learner],
-                 send: Callable[[StrategyName, EpochRecord | TaskRecord], None]) -> None:
+                 send: Callable[[StrategyName, EpochRecord | TaskRecord], None],
+                 go_on: Callable[[], None] = lambda: None) -> None:
+        """go_on: as in `TaskShare`."""
         self.worker, self.tasks, self.names = worker, tasks, names
-        self._new_learner, self._send = new_learner, send
+        self._new_learner, self._send, self._go_on = new_learner, send, go_on
 
-    def learn(self) -> dict[str, Outcome]:
-        """Learns this worker's share; returns all baselines' outcomes on the first worker, else {}.
+    def own_names(self) -> Sequence[StrategyName]:
+        """The baselines of this worker."""
+        return self.names[self.worker.world - 1 - self.worker.rank::self.worker.world]
+
+    def learn(self, name: StrategyName) -> None:
+        """Learns a baseline and stores its outcome, unless it is learned already.
 
         Raises: InputError, as `TaskShare.learn`.
         """
-        worker = self.worker
-        for name in self.names[worker.world - 1 - worker.rank::worker.world]:
-            if not worker.storage.exists(self._outcome_file(name)):
-                self._learn(name)
-        return {name: self._outcome(name) for name in self.names} if worker.rank == 0 else {}
-
-    def _learn(self, name: StrategyName) -> None:
+        if self.worker.storage.exists(self._outcome_file(name)):
+            return
         storage, learner = self.worker.storage, self._new_learner(name)
         states = States(storage, f"{self.worker.run}/bounds/{name}.running")
         restored = states.load("learner")
@@ -239,9 +253,11 @@ class BaselineShare:
                            json.dumps(dataclasses.asdict(Outcome.of(learner))))
         states.delete()
 
-    def _outcome(self, name: StrategyName) -> Outcome:
+    def outcome(self, name: StrategyName) -> Outcome:
+        """The outcome of a baseline, once it is learned."""
         file = self._outcome_file(name)
         while not self.worker.storage.exists(file):
+            self._go_on()
             self.worker.wait()
         return Outcome.from_fields(json.loads(self.worker.storage.read_text(file)))
 

@@ -4,10 +4,11 @@ A worker runs in a `Host`: this process (`local.ProcessHost`) or a worker proces
 (`on_ray.RayHost`). It sends every record to the host at once and stores a model after every
 finished task. It hands its state to the host at the end of each task, and every few seconds in
 between. Several workers divide independent tasks and baselines among themselves (`task_share`), or
-they divide every batch.
+they divide every batch. One worker may learn several tasks at once, each in a thread.
 """
 
 import dataclasses
+import functools
 import os
 import tempfile
 import time
@@ -34,11 +35,19 @@ from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Outcome, model_sizes, peak_rss_bytes
 from partialhn.training.slots import Slot, open_task_features
 from partialhn.training.steps import recorder_for
+from partialhn.training.together import Lanes, Waiting, at_once, needed_bytes
 from pipelines.execution.run_states import SECONDS
-from pipelines.execution.task_share import BaselineShare, TaskShare, WorkerRank
+from pipelines.execution.task_share import (
+    SHORT_WAIT,
+    WAIT,
+    BaselineShare,
+    TaskShare,
+    WorkerRank,
+)
 from pipelines.features.produce import open_store
 from pipelines.platform.storage import Storage
 
+Shares = tuple[TaskShare, BaselineShare]
 OnRecord = Callable[[str, EpochRecord | TaskRecord], None]
 """A function that is called with the name of the strategy and a record."""
 
@@ -86,6 +95,9 @@ class Host(Protocol):
     def fetch(self, folder: Path) -> bool:
         """Copies the newest state into a folder; returns False if there is none."""
 
+    def say(self, line: str) -> None:
+        """Shows the user a line."""
+
 
 class Worker:
     """Learns an assignment, or one worker's share of it."""
@@ -99,11 +111,14 @@ class Worker:
         """The model after the last task that was learned here: its lineage id, itself, and the
         bytes of its files."""
         self.last_kept = time.monotonic()
+        alone = self.workers.world == 1 and assignment.storage.is_local
         self.rank = WorkerRank(assignment.storage, assignment.run, assignment.folder,
-                               assignment.attempt, self.workers.rank, self.workers.world)
+                               assignment.attempt, self.workers.rank, self.workers.world,
+                               SHORT_WAIT if alone else WAIT)
         config = assignment.config
-        self.by_tasks = (self.workers.world > 1 and config.compute.share == "tasks"
+        self.by_tasks = (config.compute.share == "tasks"
                          and assignment.cut.strategy(config).independent)
+        """Whether tasks may be learned in any order, by any worker."""
 
     def run(self) -> dict[str, Any]:
         """Learns the tasks that are not learned yet, with the strategy and every baseline.
@@ -114,10 +129,13 @@ class Worker:
         a = self.assignment
         store = open_store(a.storage, a.config.compute)
         known = self._known()
-        tasks = open_task_features(store, a.slots, self._own_tasks(len(known)))
-        if self.by_tasks:
+        every = a.config.train.needs_every_task
+        tasks = open_task_features(store, a.slots, range(len(a.slots)) if every
+                                   else self._own_tasks(len(known)))
+        at_once = self._at_once(tasks, len(known))
+        if self.by_tasks and self.workers.world * at_once > 1:
             with self.rank.failing_together():
-                self._share(tasks, known)
+                self._share(tasks, known, at_once)
         else:
             self._learn_all(tasks, known)
         return {"outcomes": self.outcomes, "peak_rss_bytes": peak_rss_bytes(),
@@ -146,16 +164,23 @@ class Worker:
             self._learn(name, learner, tasks)
 
     def _own_tasks(self, known: int) -> range:
-        """The tasks whose training features this worker needs."""
+        """The tasks that this worker learns."""
         count = len(self.assignment.slots)
-        if self.assignment.config.train.needs_every_task:
-            return range(count)
         return self.rank.own_tasks(known, count) if self.by_tasks else range(known, count)
 
+    def _at_once(self, tasks: list[TaskFeatures], known: int) -> int:
+        """How many tasks this worker learns at once; the first is learned before all others."""
+        if not self.by_tasks:
+            return 1
+        later = [tasks[index] for index in self._own_tasks(known) if index]
+        return at_once(self.assignment.config.compute.tasks_at_once,
+                       [needed_bytes(task) for task in later], self.device, self.host.say)
+
     def _new_learner(self, name: StrategyName, workers: Workers,
-                     inference: Detector | None = None) -> Learner:
+                     inference: Detector | None = None, cut: TrunkAndHead | None = None) -> Learner:
+        """cut: that of a thread which learns beside others."""
         a = self.assignment
-        return Learner(a.cut.strategy(with_strategy(a.config, name)), a.config.train,
+        return Learner((cut or a.cut).strategy(with_strategy(a.config, name)), a.config.train,
                        self.device, workers, inference,
                        recorder_for(self.device, a.config.compute.cuda_graphs),
                        re_evaluate=a.config.compute.re_evaluate)
@@ -165,8 +190,9 @@ class Worker:
         train = self.assignment.config.train
         return Detector(train.detector_features, train.false_alarms)
 
-    def _share(self, tasks: list[TaskFeatures], known: list[lineage.Learned]) -> None:
-        """Learns whole tasks, one for each worker at a time; then whole baselines.
+    def _share(self, tasks: list[TaskFeatures], known: list[lineage.Learned],
+               count: int) -> None:
+        """Learns whole tasks, one for each worker at a time, or `count`; then whole baselines.
 
         The host's state is not used: all results are in the storage.
         """
@@ -178,14 +204,56 @@ class Worker:
                 model.restore(*lineage.state(a.storage.filesystem, a.folder, known))
         for done in known:
             self._send(name, done.record)
-        TaskShare(self.rank, a.lineage_ids, tasks, lambda: self._new_learner(name, Workers()),
-                  self._detector, lambda record: self.host.send(name, record), model,
-                  self._keep_model).learn(len(known))
-        baselines = BaselineShare(self.rank, tasks, a.config.train.compare,
-                                  lambda baseline: self._new_learner(baseline, Workers()),
-                                  self.host.send)
-        outcome = lineage.outcome_of(self._known())
-        self.outcomes = {name: outcome} | baselines.learn()
+        waiting = Waiting(self._own_tasks(len(known)), count, self.host.say)
+        if count == 1:
+            shares = self._shares(tasks, a.cut, model)
+            shares[0].learn(waiting)
+            shares[0].collect()
+            for baseline in shares[1].own_names():
+                shares[1].learn(baseline)
+        else:
+            shares = self._learn_at_once(tasks, waiting, model, count)
+        if self.workers.rank == 0:
+            outcome = lineage.outcome_of(self._known())
+            self.outcomes = {name: outcome} | {baseline: shares[1].outcome(baseline)
+                                               for baseline in a.config.train.compare}
+
+    def _learn_at_once(self, tasks: list[TaskFeatures], waiting: Waiting[int],
+                       model: Learner | None, count: int) -> Shares:
+        """Learns in `count` threads; this one puts what is learned into the model meanwhile."""
+        cuts = [self.assignment.cut.apart() for _ in range(count)]
+        with Lanes(count, self.device) as lanes:
+            shares = self._shares(tasks, self.assignment.cut, model, lanes.check)
+            baselines = Waiting(shares[1].own_names(), count, self.host.say)
+
+            def learn(cut: TrunkAndHead) -> None:
+                configure_torch(self.assignment.threads)
+                mine, bounds = self._shares(tasks, cut, None, lanes.go_on)
+                with self.rank.failing_together():
+                    mine.learn(waiting)
+                    baselines.work_off(bounds.learn)
+
+            for cut in cuts:
+                lanes.start(functools.partial(learn, cut))
+            shares[0].collect()
+            lanes.wait()
+        return shares
+
+    def _shares(self, tasks: list[TaskFeatures], cut: TrunkAndHead, model: Learner | None,
+                go_on: Callable[[], None] = lambda: None) -> Shares:
+        """The tasks and baselines, as this thread learns them. go_on: raises where it must end."""
+        a, name = self.assignment, self.assignment.config.train.strategy
+
+        def send(strategy: str, record: EpochRecord | TaskRecord) -> None:
+            go_on()
+            self.host.send(strategy, record)
+
+        def learner(strategy: StrategyName) -> Learner:
+            return self._new_learner(strategy, Workers(), cut=cut)
+
+        return (TaskShare(self.rank, a.lineage_ids, tasks, lambda: learner(name), self._detector,
+                          functools.partial(send, name), model, self._keep_model, go_on),
+                BaselineShare(self.rank, tasks, a.config.train.compare, learner, send, go_on))
 
     def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
         for done in learner.finished:

@@ -39,6 +39,16 @@ class Ready:
     root: Path
     weights: str
 
+    def at_once(self, count: int, **train) -> Assignment:
+        """The same to learn, by one worker that learns some tasks at once."""
+        config = self.assignment.config
+        return self.anew(config=dataclasses.replace(
+            config, compute=dataclasses.replace(config.compute, workers=1, tasks_at_once=count),
+            train=dataclasses.replace(config.train, **train)))
+
+    def alone(self, assignment: Assignment, *end) -> Ended:
+        return Forked(share, assignment, 0, 1, *end, cwd=self.root).wait(200)
+
     def run(self, assignment: Assignment, *ends: tuple) -> list[Ended]:
         """Two workers; `ends` says after which record which of them is killed."""
         started = [Forked(share, assignment, rank, 2, *(ends[rank] if ends else ()), cwd=self.root)
@@ -148,6 +158,36 @@ def test_what_stops_one_stops_the_other_with_the_same_words(ready):
         assert ended.returncode == 1
         assert ended.stderr.startswith(
             "error: the loss of task '0' became nan in epoch 1; allowed:")
+
+
+def test_tasks_learned_at_once_make_the_model_of_one_after_the_other_killed_or_not(ready):
+    """Three threads; the process is killed while it learns the tasks after the first."""
+    assignment = ready.at_once(3, compare=("naive",))
+    killed = ready.alone(assignment, 2, 2)
+    assert killed.returncode == -signal.SIGKILL
+    done = ready.alone(assignment)
+    assert done.returncode == 0, done.stderr
+    assert ready.hash_of(assignment) == ready.weights
+    lines = done.stdout.splitlines()
+    assert "partial_hn 0 1" not in lines, "the first task was learned before"
+    ends = [line for line in lines if line.startswith("partial_hn") and line.endswith("end")]
+    assert ends == [f"partial_hn {task} end" for task in range(5)]
+    wanted, found = (lineage.outcome_of(lineage.find(
+        each.storage.filesystem, each.folder, each.lineage_ids))
+        for each in (ready.assignment, assignment))
+    assert [dataclasses.replace(epoch, seconds=0) for epoch in found.epochs] == [
+        dataclasses.replace(epoch, seconds=0) for epoch in wanted.epochs]
+    assert found.accuracy_TT == wanted.accuracy_TT
+    assert [record.without_id for record in found.finished] == [
+        record.without_id for record in wanted.finished]
+    assert json.loads(lines[-1])["partial_hn"] == found.accuracy_TT
+    assert left(assignment) == ["naive.json"]
+
+
+def test_what_stops_a_thread_stops_the_worker_with_its_words(ready):
+    done = ready.alone(ready.at_once(3, learning_rate=1e30))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the loss of task '0' became nan in epoch 1; allowed:")
 
 
 @pytest.mark.parametrize(("known", "shares"), [

@@ -70,6 +70,7 @@ LIMITS = {
     "train.precision": ["float16", "bf16"],
     "train.label_smoothing": [-0.1, 0.6], "train.strategy_options": [["share=0.3"]],
     "train.seed": [-1],
+    "compute.tasks_at_once": [0],
     "compute.workers": [0],
     "compute.share": ["epochs"],
     "compute.device": ["tpu"],

@@ -1,0 +1,152 @@
+"""Several trainings at once: threads, their errors, and the room on a device."""
+
+import threading
+
+import pytest
+import torch
+
+from partialhn.networks.draws import seeded
+from partialhn.run import cut_network
+from partialhn.training import together
+from partialhn.training.learner import Learner
+from partialhn.training.together import Lanes, Stopped, Waiting, at_once, needed_bytes
+from tests.unit.learners import measured, weights_hash
+
+CPU = torch.device("cpu")
+GIB = 1 << 30
+
+
+def test_what_learns_at_once_learns_the_same_bits(network, tasks, with_options):
+    """Three seeds and three strategies, among them one with batch norm's statistics."""
+    configs = [with_options(train={"seed": seed, "strategy": name, "batch_size": 8},
+                            hypernet={"norm": norm})
+               for seed, name, norm in ((0, "partial_hn", "batch"), (1, "naive", "group"),
+                                        (2, "separate_heads", "batch"))]
+
+    def learner(config):
+        cut = cut_network(config, network)
+        return Learner(cut.apart().strategy(config), config.train)
+
+    alone = [learner(config) for config in configs]
+    for each in alone:
+        list(each.learn(tasks[:2]))
+    at_once = [learner(config) for config in configs]
+    with Lanes(3, CPU) as lanes:
+        for each in at_once:
+            lanes.start(lambda each=each: [lanes.go_on() for _ in each.learn(tasks[:2])])
+        lanes.wait()
+    for one, other in zip(alone, at_once, strict=True):
+        assert weights_hash(one) == weights_hash(other)
+        assert measured(one) == measured(other)
+
+
+def test_draws_follow_from_their_seed_whatever_other_threads_draw():
+    def draw(seed):
+        with seeded(seed):
+            return torch.cat([torch.randn(5) for _ in range(200)])
+
+    wanted, found = [draw(seed) for seed in range(8)], [None] * 8
+    before = torch.random.get_rng_state()
+
+    def put(seed):
+        found[seed] = draw(seed)
+
+    with Lanes(8, CPU) as lanes:
+        for seed in range(8):
+            lanes.start(lambda seed=seed: put(seed))
+    assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_an_error_of_one_thread_ends_the_others():
+    ended = []
+
+    def endless(lanes):
+        try:
+            while True:
+                lanes.go_on()
+        except Stopped:
+            ended.append(True)
+            raise
+
+    def fails():
+        raise ValueError("this one")
+
+    def together():
+        with Lanes(3, CPU) as lanes:
+            for _ in range(2):
+                lanes.start(lambda: endless(lanes))
+            lanes.start(fails)
+            lanes.wait()
+
+    with pytest.raises(ValueError, match="this one"):
+        together()
+    assert ended == [True, True]
+
+
+def test_every_item_is_done_by_one_lane():
+    waiting, done, both = Waiting(range(20), 2), [], threading.Barrier(2, timeout=30)
+    with Lanes(2, CPU) as lanes:
+        for _ in range(2):
+            lanes.start(lambda: (both.wait(), waiting.work_off(done.append)))
+        lanes.wait()
+    assert sorted(done) == list(range(20))
+
+
+def test_a_lane_without_memory_leaves_its_item_to_the_others():
+    """Two do not fit at once: one lane ends, the other does everything."""
+    lines, done, running = [], [], threading.Semaphore(1)
+    both = threading.Barrier(2, timeout=30)
+    waiting = Waiting(range(6), 2, lines.append)
+
+    def work(item):
+        if len(done) + len(lines) == 0:
+            both.wait()
+        if not running.acquire(blocking=len(lines) > 0):
+            raise torch.OutOfMemoryError
+        if not done:
+            while not lines:  # until the other one has tried
+                pass
+        done.append(item)
+        running.release()
+
+    with Lanes(2, CPU) as lanes:
+        for _ in range(2):
+            lanes.start(lambda: waiting.work_off(work))
+        lanes.wait()
+    assert sorted(done) == list(range(6))
+    assert len(lines) == 1
+    assert "too little memory" in lines[0]
+
+
+def test_what_fits_nowhere_is_an_error():
+    def work(_item):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Waiting([1], 1).work_off(work)
+
+
+@pytest.mark.parametrize(("wanted", "free", "needs", "count"), [
+    (None, 100, [1, 1], 1), (4, 100, [1, 1], 2), (4, 100, [1] * 9, 4), (4, 10, [3, 3, 1, 3], 2),
+    (3, 1, [5, 5, 5], 1), (2, 100, [], 1)])
+def test_only_as_many_as_memory_holds(monkeypatch, wanted, free, needs, count):
+    monkeypatch.setattr(together, "free_bytes", lambda device: free * GIB)
+    lines = []
+    assert at_once(wanted, [need * GIB for need in needs], CPU, lines.append) == count
+    assert bool(lines) == (count < min(wanted or 1, len(needs)))
+
+
+def test_a_gpu_learns_several_at_once_by_itself(monkeypatch):
+    monkeypatch.setattr(together, "free_bytes", lambda device: 60 * GIB)
+    cuda = torch.device("cuda")
+    assert at_once(None, [GIB] * 20, cuda) == together.AT_ONCE
+    assert at_once(1, [GIB] * 20, cuda) == 1
+    assert at_once(None, [12 * GIB] * 20, cuda) == 4
+
+
+def test_features_that_stay_on_the_host_take_no_room(tasks, monkeypatch):
+    held = needed_bytes(tasks[0])
+    assert held > tasks[0].train.nbytes
+    monkeypatch.setattr(together, "RESIDENT_BYTES", 0)
+    assert needed_bytes(tasks[0]) == together.WORKING_BYTES
