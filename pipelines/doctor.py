@@ -17,7 +17,7 @@ from typing import Any
 from partialhn.config import ComputeConfig
 from partialhn.environment import check_threads, set_variables
 from pipelines.features.produce import cache_folder
-from pipelines.platform.cluster import start_ray
+from pipelines.platform.cluster import cluster_nodes, start_ray, worker_device
 from pipelines.platform.storage import Storage
 from pipelines.platform.text import table
 from pipelines.registry.client import connect
@@ -61,7 +61,7 @@ def examine(storage: Storage, tracking_uri: str | None, compute: ComputeConfig,
     if name is not None:
         checks.append(check_champion(storage, tracking_uri, name))
     start_ray(compute.ray_address)
-    nodes = _ask_nodes(storage, compute)
+    nodes = [*_ask_nodes(storage, compute), check_device(compute)]
     return checks + nodes + check_versions([check for check in checks + nodes
                                             if check.what == "packages"])
 
@@ -78,8 +78,12 @@ def lines(checks: Sequence[DoctorCheck]) -> list[str]:
             else f"all {len(checks)} checks passed"]
 
 
-def check_machine(place: str, storage: Storage, compute: ComputeConfig) -> list[DoctorCheck]:
-    """Checks this machine: storage, clock, packages, environment, GPUs and free space."""
+def check_machine(place: str, storage: Storage, compute: ComputeConfig,
+                  gpus: int = 0) -> list[DoctorCheck]:
+    """Checks this machine: storage, clock, packages, environment, GPUs and free space.
+
+    gpus: GPUs that Ray counts here.
+    """
     checks: list[tuple[str, Callable[[], str], str]] = [
         ("storage", lambda: _storage(storage), "see the message; every machine needs the same "
          "access, with keys from its own AWS environment, profile or role"),
@@ -87,8 +91,8 @@ def check_machine(place: str, storage: Storage, compute: ComputeConfig) -> list[
         ("packages", _packages, "install the same requirements.lock on every machine"),
         ("environment", lambda: _environment(compute), "unset the variable, or leave the option "
          "out"),
-        ("GPUs", lambda: _gpus(compute), "check the driver and CUDA_VISIBLE_DEVICES, or give "
-         "--device cpu"),
+        ("GPUs", lambda: _gpus(gpus), "install PyTorch with CUDA there, check the driver and "
+         "CUDA_VISIBLE_DEVICES, or give --device cpu"),
         ("cache", lambda: _room(_cache_folder(compute), MIN_CACHE), "free some disk, or name "
          "another folder with --cache"),
         ("/dev/shm", lambda: _room(Path("/dev/shm"), MIN_SHM), "give the machine or container more "
@@ -122,6 +126,16 @@ def check_champion(storage: Storage, tracking_uri: str | None, name: str) -> Doc
     return _run_check("driver", "champion", check, "see the message")
 
 
+def check_device(compute: ComputeConfig) -> DoctorCheck:
+    """Checks that the cluster has a device for every worker; the driver needs none."""
+    def check() -> str:
+        gpus = worker_device(compute, cluster_nodes()).gpus
+        return f"one {'GPU' if gpus else 'CPU'} for each of {compute.workers} workers"
+
+    return _run_check("cluster", "device", check, "add machines, or ask for fewer workers or "
+                      "--device cpu")
+
+
 def check_versions(packages: Sequence[DoctorCheck]) -> list[DoctorCheck]:
     """Checks that every node has the driver's versions of the packages."""
     expected = packages[0].found
@@ -139,7 +153,8 @@ def _ask_nodes(storage: Storage, compute: ComputeConfig) -> list[DoctorCheck]:
     requests = [(node["NodeManagerAddress"],
                  remote.options(scheduling_strategy=NodeAffinitySchedulingStrategy(
                      node["NodeID"], soft=False)).remote(
-                         f"node {node['NodeManagerAddress']}", storage, compute))
+                         f"node {node['NodeManagerAddress']}", storage, compute,
+                         int(node["Resources"].get("GPU", 0))))
                 for node in ray.nodes() if node["Alive"]]
     checks: list[DoctorCheck] = []
     for address, reference in requests:
@@ -204,12 +219,12 @@ def _environment(compute: ComputeConfig) -> str:
                      for name, value, variable in set_variables()) or "no variable that matters"
 
 
-def _gpus(compute: ComputeConfig) -> str:
+def _gpus(counted: int) -> str:
     import torch
 
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    if not names and compute.device == "gpu":
-        raise RuntimeError("none, but device is gpu")
+    if len(names) < counted:
+        raise RuntimeError(f"Ray counts {counted}, PyTorch {torch.__version__} finds {len(names)}")
     return ", ".join(names) or "none"
 
 

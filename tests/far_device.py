@@ -5,6 +5,10 @@ for tensors of another device: what is made without saying where lies on the hos
 on both fails, as it does on a GPU. Copies, and indices on the host, are allowed there and here.
 """
 
+import contextlib
+import threading
+import weakref
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -19,6 +23,48 @@ MAY_MIX = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor,
 _setup_privateuseone_for_python_backend(NAME)
 
 
+class Memory:
+    """The memory of the device, which may be made small: then what does not fit is refused with
+    the error that PyTorch raises for a GPU.
+    """
+
+    def __init__(self):
+        self.limit, self.peak = None, 0
+        self.tensors = weakref.WeakSet()
+        self.one_at_a_time = threading.RLock()
+
+    @contextlib.contextmanager
+    def limited_to(self, nbytes):
+        """A context in which all new tensors together fit into so many bytes, and no more."""
+        self.tensors.clear()
+        self.limit, self.peak = nbytes, 0
+        try:
+            yield
+        finally:
+            self.limit = None
+
+    def take(self, tensor):
+        """Counts a new tensor. Raises: OutOfMemoryError where it does not fit."""
+        if self.limit is None:
+            return
+        with self.one_at_a_time:
+            asked = tensor.near.untyped_storage()
+            held = {storage.data_ptr(): storage.nbytes() for storage in
+                    (each.near.untyped_storage() for each in self.tensors)}
+            new = 0 if asked.data_ptr() in held else asked.nbytes()
+            free = self.limit - sum(held.values())
+            if new > free:
+                raise torch.OutOfMemoryError(
+                    f"far out of memory. Tried to allocate {new} bytes. The device has a total "
+                    f"capacity of {self.limit} bytes of which {free} bytes are free. If reserved "
+                    "but unallocated memory is large try another allocator.")
+            self.peak = max(self.peak, sum(held.values()) + new)
+            self.tensors.add(tensor)
+
+
+MEMORY = Memory()
+
+
 class Far(torch.Tensor):
     """A tensor of the device; `near` is where its numbers are."""
 
@@ -30,6 +76,7 @@ class Far(torch.Tensor):
 
     def __init__(self, near):
         self.near = near
+        MEMORY.take(self)
 
     def __repr__(self):
         return f"Far({self.near})"

@@ -15,6 +15,7 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar, cast
 
@@ -30,6 +31,7 @@ from partialhn.features.codec import number_type
 from partialhn.features.jobs import FeatureJob, JobGroup, ShardPlace, ShardResult
 from partialhn.features.link import Link, link_to
 from partialhn.features.store import FeatureStore
+from partialhn.networks.device_memory import explanation, is_out_of_memory, release
 from partialhn.networks.trunk import Trunk, images_together, outputs_at
 
 READERS = max(4, os.cpu_count() or 1)
@@ -69,13 +71,40 @@ def compute_shards(store: FeatureStore, trunk: Trunk, groups: Sequence[JobGroup]
     """Yields the shards of the places, in order; computes those that no writer has finished.
 
     `trunk` must be at least as deep as the deepest job; only the caller's thread uses it. pixels:
-    those of shards that are decoded already (`decode_shard`).
+    those of shards that are decoded already (`decode_shard`). Where the device has no memory for so
+    many images at once, half as many are tried once, with a warning.
 
-    Raises: InputError naming an image that cannot be read, if on_bad_image is error.
+    Raises: InputError naming an image that cannot be read, if on_bad_image is error;
+    DeviceMemoryError where half as many are still too many.
     """
-    link, together = link_to(trunk.mean_C.device), images_together(trunk)
+    device, whole = trunk.mean_C.device, images_together(trunk)
+    left = dict.fromkeys(places)
+    for together in (whole, max(1, whole // 2)):
+        try:
+            for result in _computed(store, trunk, groups, tuple(left), pixels or {}, together):
+                left.pop(result[0], None)
+                yield result
+            return
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            side = groups[0][0].recipe.input_size
+            problem = explanation(
+                error, f"features of {together} images of {side} x {side} pixels at once on "
+                f"device {device}", "a smaller input_size, or a device with more memory")
+        if together < whole or whole == 1:
+            raise problem
+        release(device)
+        warnings.warn(f"{problem}; computing the rest with half as many images at once",
+                      stacklevel=2)
+
+
+def _computed(store: FeatureStore, trunk: Trunk, groups: Sequence[JobGroup],
+              places: Iterable[ShardPlace], given: Mapping[ShardPlace, DecodedShard],
+              together: int) -> Iterator[ShardResult]:
+    """`compute_shards` with so many images at once."""
+    link = link_to(trunk.mean_C.device)
     behind, copies = _behind(groups, trunk)
-    given = pixels or {}
     writing: collections.deque[concurrent.futures.Future[ShardResult]] = collections.deque()
     readers = concurrent.futures.ThreadPoolExecutor(READERS, "shard")
     writers = concurrent.futures.ThreadPoolExecutor(behind, "shard")

@@ -45,6 +45,11 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda" if use_gpu else "cpu")
 
 
+def device_name(device: torch.device) -> str:
+    """The name of a device in results: a GPU's model, otherwise its kind."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def autocast_to(precision: Precision,
                 device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context in which convolutions and matrix products run in `precision`.

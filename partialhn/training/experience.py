@@ -23,6 +23,7 @@ from partialhn.errors import InputError
 from partialhn.features.batches import RESIDENT_BYTES, MappedBatches, ResidentBatches, Workers
 from partialhn.features.closed_form import accuracy
 from partialhn.features.feature_set import FeatureSet
+from partialhn.networks.device_memory import fits
 from partialhn.strategies import Strategy
 from partialhn.training.budget import BestState, Budget, held_out_loss, task_budget
 from partialhn.training.choice import can_choose, cells, few_images, is_chosen, solve
@@ -252,4 +253,4 @@ def answer(strategy: Strategy, task_index: int, features: FeatureSet, batch_size
 
 def _resident(features: FeatureSet, device: torch.device) -> FeatureSet:
     """The features as one tensor on the device if they fit; otherwise unchanged."""
-    return features.to(device) if features.nbytes <= RESIDENT_BYTES else features
+    return features.to(device) if fits(features.nbytes, RESIDENT_BYTES, device) else features

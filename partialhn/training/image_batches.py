@@ -17,6 +17,7 @@ from partialhn.config import Arithmetic, Augment
 from partialhn.data.augment import Variation, draw, vary
 from partialhn.features.batches import RESIDENT_BYTES, StepRows, prefetched
 from partialhn.networks.backbone import Network
+from partialhn.networks.device_memory import fits
 from partialhn.networks.precision import arithmetic_of
 
 
@@ -48,7 +49,8 @@ class ImageBatches:
         self._steps_of_a_pass = len(images.y_N) // self.batch
         self.steps = self._steps_of_a_pass * passes
         """Batches of an epoch; images that do not fill a last one are left out of a pass."""
-        self.resident = device.type == "cpu" or images.images_NCHW.nbytes <= RESIDENT_BYTES
+        self.resident = device.type == "cpu" or fits(images.images_NCHW.nbytes,
+                                                     RESIDENT_BYTES, device)
         """Whether the images lie on the device."""
         self._images = Labelled(*(tensor.to(device) for tensor in images)) if (
             self.resident) else images

@@ -18,6 +18,7 @@ from partialhn.config import TrainConfig
 from partialhn.detector.detector import Detector
 from partialhn.evaluation.task_inference_metrics import rejection_auroc, without_task_id
 from partialhn.features.batches import Workers
+from partialhn.networks.device_memory import explained
 from partialhn.networks.tensors import tensors_below
 from partialhn.strategies import Strategy
 from partialhn.task_inference import Inference, LearnedTask, add_measured, measure, stored_inference
@@ -95,7 +96,14 @@ class Learner:
         return sum(record.task_index == len(self.finished) for record in self.epochs)
 
     def fit_next(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord]:
-        """Trains the next task, from its last finished epoch on; measures no test accuracy."""
+        """Trains the next task, from its last finished epoch on; measures no test accuracy.
+
+        Raises: DeviceMemoryError if the device's memory does not suffice.
+        """
+        with explained(*self._memory_of(tasks[len(self.finished)])):
+            yield from self._fit_next(tasks)
+
+    def _fit_next(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord]:
         index = len(self.finished)
         task = tasks[index]
         if self._optimiser is None:
@@ -117,6 +125,15 @@ class Learner:
         self._optimiser = None
         self.train_seconds = time.perf_counter() - start + sum(
             record.seconds for record in self.epochs if record.task_index == index)
+
+    def _memory_of(self, task: TaskFeatures) -> tuple[str, str]:
+        """What training a task keeps on the device, and what makes it less."""
+        held = sum(features.nbytes for features in (task.train, task.validation)
+                   if features is not None)
+        return (f"training task {task.name!r} at batch_size {self.config.batch_size} with "
+                f"{held / 1e6:,.1f} MB of features on device {self.device}",
+                "a smaller batch_size, fewer views, a deeper freeze_depth, feature_dtype int8, or "
+                "a device with more memory")
 
     def _add_task(self, task: TaskFeatures) -> None:
         self.strategy.add_task(task.classes, task.refreshes)

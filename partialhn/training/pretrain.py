@@ -33,6 +33,7 @@ from partialhn.networks.backbone import (
     build_network,
     classifier_prefix,
 )
+from partialhn.networks.device_memory import explained
 from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import tensors_below
 from partialhn.pixels import Pixels
@@ -202,7 +203,8 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
     A thread writes its state beside the steps, at most every `KEEP_SECONDS`, and after the last
     finished epoch where the caller stops.
 
-    Raises: InputError naming an image that cannot be read.
+    Raises: InputError naming an image that cannot be read, or DeviceMemoryError if the device's
+    memory does not suffice.
     """
     backbone = config.backbone
     target = f"{root}/trunks/{network_key(config, first)}"
@@ -216,6 +218,15 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
     if not backbone.adapt_trunk:
         network.set_normalisation(*(pixel_statistics if config.data.input_size <= SMALL
                                     else counted_statistics)(images.images_NCHW))
+    with explained(*_memory_of(config, images, device)):
+        yield from _fit(config, network, images, held_out, filesystem, target, torch.device(device))
+
+
+def _fit(config: Config, network: Network, images: Labelled, held_out: Labelled | None,
+         filesystem: pafs.FileSystem, target: str,
+         device: torch.device) -> Iterator[EpochRecord]:
+    """Trains a network on the first task's images and stores it at `target`."""
+    backbone = config.backbone
     network.to(device)
     optimiser = network_optimiser(network, backbone)
     epochs_done, best = 0, BestState()
@@ -228,8 +239,8 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
             epochs_done = fields["epochs_done"]
             best = BestState(fields.get("losses", ()), tensors_below(tensors, "best."))
         elif backbone.adapt_trunk:
-            start_classifier(network, *images, len(first.classes))
-        recorder = recorder_for(torch.device(device), config.compute.cuda_graphs)
+            start_classifier(network, *images, len(network.classifier.bias))
+        recorder = recorder_for(device, config.compute.cuda_graphs)
         with StateKeeper(filesystem, f"{target}.partial", "partial network") as keeper:
             for record in train_network(network, images, backbone, config.features.augment,
                                         optimiser, held_out=held_out, epochs_done=epochs_done,
@@ -245,6 +256,15 @@ def fit_network(config: Config, first: Experience, filesystem: pafs.FileSystem, 
         checkpoint.upload(folder, filesystem, target)
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_dir(f"{target}.partial")
+
+
+def _memory_of(config: Config, images: Labelled,
+               device: torch.device | str) -> tuple[str, str]:
+    """What the training of the network keeps on the device, and what makes it less."""
+    return (f"training the trunk at trunk_batch_size {config.backbone.trunk_batch_size} with "
+            f"{images.images_NCHW.nbytes / 1e6:,.1f} MB of images on device {device}",
+            "a smaller trunk_batch_size or input_size, trunk_precision bfloat16, or a device with "
+            "more memory")
 
 
 def _count(images: Labelled, held_out: Labelled | None) -> int:

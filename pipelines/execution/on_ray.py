@@ -27,19 +27,22 @@ from partialhn.training.records import EpochRecord, TaskRecord
 from pipelines.execution.base import Execution
 from pipelines.execution.events import Events
 from pipelines.execution.worker import Assignment, OnRecord, Worker
-from pipelines.features.on_ray import on_ray
+from pipelines.features.on_ray import decoding_actors, on_ray
 from pipelines.features.produce import Run
+from pipelines.platform.cluster import WorkerDevice, cluster_nodes, worker_device
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage
 
 
 def learn(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """The Ray Train worker function; the config holds an `assignment` and the `events` actor.
+    """The Ray Train worker function; the config holds an `assignment`, the `events` actor, and the
+    `device` that the worker is to have.
 
     Returns the result of `Worker.run`, or a dict with an `error` message for the user.
     """
     try:
-        return Worker(loop_config["assignment"], RayHost(loop_config["events"])).run()
+        host = RayHost(loop_config["events"], loop_config["device"])
+        return Worker(loop_config["assignment"], host).run()
     except InputError as error:  # trying again would fail again
         return {"error": str(error)}
 
@@ -47,13 +50,15 @@ def learn(loop_config: dict[str, Any]) -> dict[str, Any]:
 class RayHost:
     """The worker's host in a worker process of Ray Train."""
 
-    def __init__(self, events: Any) -> None:
+    def __init__(self, events: Any, device: WorkerDevice) -> None:
+        """Raises: InputError if PyTorch finds no GPU where Ray counts one."""
         import ray.train
         from ray.train.torch import get_device
 
         context = ray.train.get_context()
         rank, world = context.get_world_rank(), context.get_world_size()
-        self.device: torch.device = get_device()
+        kind = device.here()
+        self.device: torch.device = get_device() if kind.type == "cuda" else kind
         self.workers = Workers(rank, world, _data_parallel, _sum) if world > 1 else Workers()
         self._events = events
 
@@ -95,32 +100,22 @@ class RayExecution(Execution):
     """Executes every phase on Ray; each survives the death of a worker or a node."""
 
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
-        """Chooses devices. Raises: InputError if the cluster has fewer of them than workers."""
-        import ray
-
+        """Chooses devices. Raises: InputError if the cluster has no room for the workers."""
         super().__init__(config, storage, stream, progress)
-        compute, resources = config.compute, ray.cluster_resources()
-        self.gpu = compute.device == "gpu" or (compute.device == "auto"
-                                               and resources.get("GPU", 0) >= compute.workers)
-        needed = "GPU" if self.gpu else "CPU"
-        if resources.get(needed, 0) < compute.workers:
-            raise InputError(f"workers is {compute.workers} with one {needed} each, but the "
-                             f"cluster has {resources.get(needed, 0):g}; allowed: as many workers "
-                             f"as there are {needed}s")
+        self.device = worker_device(config.compute, cluster_nodes())
 
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:
         """Trains in a Ray task; if its node dies, another resumes after the last kept epoch."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        remote: Any = ray.remote(num_returns="streaming", num_gpus=1 if self.gpu else 0,
-                            max_retries=0)(_train_trunk)
-        arguments = (self.config, first, self.storage.filesystem, self.storage.root,
-                     "cuda" if self.gpu else "cpu")
+        remote: Any = ray.remote(num_returns="streaming", num_gpus=self.device.gpus,
+                                 max_retries=0)(_train_trunk)
+        threads = self._threads(self.config.compute.workers)
         for attempt in range(MAX_FAILURES + 1):
             try:
-                for reference in remote.remote(arguments,
-                                               self._threads(self.config.compute.workers)):
+                for reference in remote.remote(self.config, first, self.storage, self.device,
+                                               threads):
                     record = ray.get(reference)
                     if isinstance(record, str):
                         raise InputError(record)
@@ -136,13 +131,8 @@ class RayExecution(Execution):
 
     def _featurise(self) -> Run:
         workers = self.config.compute.feature_workers
-        return on_ray(workers, self.gpu, self._threads(workers), self._decoders())
-
-    def _decoders(self) -> int:
-        """Actors that decode on the cluster's CPUs for those with the trunk on a GPU."""
-        import ray
-
-        return max(1, int(ray.cluster_resources().get("CPU", 0)) - 1) if self.gpu else 0
+        return on_ray(workers, self.device, self._threads(workers),
+                      decoding_actors(self.device, workers))
 
     def _learn(self, assignment: Assignment, on_record: OnRecord) -> dict[str, Any]:
         """Starts one run of Ray Train; its records come through an actor on the driver's node."""
@@ -171,14 +161,18 @@ class RayExecution(Execution):
 
     def _fit(self, assignment: Assignment, events: Any) -> dict[str, Any]:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
         folder, _, name = assignment.run.rpartition("/")
+        # Ray's own choice for a GPU, NCCL, takes time and memory of it, and one worker sends nothing
+        alone = self.config.compute.workers == 1 or self.device.kind == "cpu"
         train: Any = TorchTrainer  # its type annotations do not allow a return value
         trainer = train(
-            learn, train_loop_config={"assignment": assignment, "events": events},
+            learn, train_loop_config={"assignment": assignment, "events": events,
+                                      "device": self.device},
+            torch_config=TorchConfig(backend="gloo" if alone else None),
             scaling_config=ScalingConfig(num_workers=self.config.compute.workers,
-                                         use_gpu=self.gpu),
+                                         use_gpu=self.device.gpus > 0),
             run_config=RunConfig(name=name, storage_path=folder,
                                  storage_filesystem=self.storage.filesystem,
                                  failure_config=FailureConfig(max_failures=MAX_FAILURES),
@@ -188,11 +182,12 @@ class RayExecution(Execution):
         return returned
 
 
-def _train_trunk(arguments: Any, threads: int) -> Iterator[EpochRecord | str]:
+def _train_trunk(config: Config, first: Experience, storage: Storage, device: WorkerDevice,
+                 threads: int) -> Iterator[EpochRecord | str]:
     """The Ray task that trains the trunk; yields records, or at last an error message."""
     configure_torch(threads)
     try:
-        yield from fit_network(*arguments)
+        yield from fit_network(config, first, storage.filesystem, storage.root, device.here())
     except InputError as error:
         yield str(error)
 

@@ -26,7 +26,7 @@ from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.config import Config, StrategyName
 from partialhn.detector.detector import Detector
 from partialhn.features.batches import Workers
-from partialhn.networks.precision import configure_torch
+from partialhn.networks.precision import configure_torch, device_name
 from partialhn.run import TrunkAndHead, with_strategy
 from partialhn.training import lineage
 from partialhn.training.experience import TaskFeatures
@@ -291,10 +291,11 @@ class Worker:
         """Hands the state to the host: after each task of a baseline, and when the last state is
         SECONDS old.
         """
-        due = torch.tensor(float(time.monotonic() - self.last_kept > SECONDS),
-                           device=self.device)
+        due = time.monotonic() - self.last_kept > SECONDS
         if self.workers.world > 1:  # all workers must decide alike
-            torch.distributed.broadcast(due, 0)
+            first = torch.tensor(float(due), device=self.device)
+            torch.distributed.broadcast(first, 0)
+            due = bool(first)
         if isinstance(record, EpochRecord) and not due:
             return
         with tempfile.TemporaryDirectory() as scratch:
@@ -322,6 +323,6 @@ class Worker:
 
 
 def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device_name(device)
     return f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads a worker"

@@ -25,6 +25,7 @@ from partialhn.features.shards import DecodedShard, compute_shards, decode_shard
 from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import Trunk
 from pipelines.features.produce import Run, open_store
+from pipelines.platform.cluster import WorkerDevice, cluster_nodes
 from pipelines.platform.storage import Storage
 
 ATTEMPTS = 3
@@ -34,6 +35,8 @@ TOGETHER = 8
 another is in the trunk."""
 DECODED_TOGETHER = 2
 """The same for shards that others have decoded: all of their pixels are in its memory."""
+CPU = WorkerDevice()
+"""No GPU for the actors with the trunk."""
 HARMLESS = "has constructor arguments in the object store and max_restarts > 0"
 """Part of a warning at every start of an actor pool; harmless, because the arguments live as long
 as the dataset."""
@@ -60,11 +63,11 @@ class Featuriser:
     It decodes their images itself, unless a `Decoder` did.
     """
 
-    def __init__(self, storage: Storage, trunk: Trunk, groups: Sequence[JobGroup], device: str,
-                 threads: int) -> None:
+    def __init__(self, storage: Storage, trunk: Trunk, groups: Sequence[JobGroup],
+                 device: WorkerDevice, threads: int) -> None:
         configure_torch(threads)
         self.store = open_store(storage)
-        self.trunk, self.groups = trunk.to(device), groups
+        self.trunk, self.groups, self.device = trunk, groups, device
 
     def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
         places = _places(batch)
@@ -72,6 +75,7 @@ class Featuriser:
         try:
             for error in filter(None, errors):
                 raise InputError(error)
+            self.trunk.to(self.device.here())
             for (group, index), shards, decoded in compute_shards(
                     self.store, self.trunk, self.groups, places, _pixels_of(batch, places)):
                 written = json.dumps([dataclasses.asdict(shard) for shard in shards])
@@ -118,7 +122,17 @@ def _row(group: int, shard: int, written: str, decoded: int, error: str) -> dict
             "error": [error]}
 
 
-def on_ray(workers: int = 1, gpu: bool = False, threads: int = 1, decoders: int = 0) -> Run:
+def decoding_actors(device: WorkerDevice, workers: int) -> int:
+    """Number of actors that decode on the cluster's CPUs for so many with the trunk on a GPU, which
+    take a CPU each too. 0 where no CPU is left: those with the trunk decode themselves.
+    """
+    if not device.gpus:
+        return 0
+    return max(0, int(sum(node.cpus for node in cluster_nodes())) - workers)
+
+
+def on_ray(workers: int = 1, device: WorkerDevice = CPU, threads: int = 1,
+           decoders: int = 0) -> Run:
     """A `Run` with that many actors; if one dies, its unfinished shards are computed again.
 
     decoders: actors on CPUs that decode for those with the trunk; Ray Data holds them back where
@@ -131,7 +145,7 @@ def on_ray(workers: int = 1, gpu: bool = False, threads: int = 1, decoders: int 
         unfinished = dict.fromkeys(places)
         for attempt in range(ATTEMPTS):
             try:
-                for row in _start(storage, trunk, groups, tuple(unfinished), workers, gpu,
+                for row in _start(storage, trunk, groups, tuple(unfinished), workers, device,
                                   threads, decoders):
                     if row["error"]:
                         raise InputError(row["error"])
@@ -149,7 +163,8 @@ def on_ray(workers: int = 1, gpu: bool = False, threads: int = 1, decoders: int 
 
 
 def _start(storage: Storage, trunk: Trunk, groups: Sequence[JobGroup], todo: Sequence[ShardPlace],
-           workers: int, gpu: bool, threads: int, decoders: int) -> Iterator[dict[str, Any]]:
+           workers: int, device: WorkerDevice, threads: int,
+           decoders: int) -> Iterator[dict[str, Any]]:
     """Yields a row as soon as its shard is finished."""
     import ray.data
 
@@ -167,9 +182,8 @@ def _start(storage: Storage, trunk: Trunk, groups: Sequence[JobGroup], todo: Seq
                                 concurrency=min(decoders, len(todo)),
                                 fn_constructor_args=(storage, groups))
     written = rows.map_batches(Featuriser, batch_size=together, batch_format="pyarrow",
-                               concurrency=min(workers, len(todo)), num_gpus=1 if gpu else 0,
-                               fn_constructor_args=(storage, trunk, groups,
-                                                    "cuda" if gpu else "cpu", threads))
+                               concurrency=min(workers, len(todo)), num_gpus=device.gpus,
+                               fn_constructor_args=(storage, trunk, groups, device, threads))
     with without_lines(HARMLESS):
         yield from written.iter_rows()
 

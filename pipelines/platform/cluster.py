@@ -1,17 +1,90 @@
-"""Ray: decides whether a run needs it, and starts or joins it from this process."""
+"""Ray: decides whether a run needs it, starts or joins it from this process, and says what its
+nodes have.
 
+Ray counts GPUs, and PyTorch calculates on them. Only a worker asks PyTorch whether it has one: the
+driver may be a machine without.
+"""
+
+import dataclasses
 import os
 import socket
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from partialhn.config import ComputeConfig
 from partialhn.errors import InputError
+from pipelines.platform.packing import Room, described, workers_that_fit
+
+if TYPE_CHECKING:
+    import torch
 
 LOCAL = "local"
 """The address that stands for a local Ray which only this process uses."""
 START_ATTEMPTS = 3
 """How often Ray is started: it gives a node 30 s to come up, but a busy machine may need longer."""
+
+
+GPU = "cuda"
+"""PyTorch's kind of device on which a worker calculates that has one of Ray's GPUs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerDevice:
+    """The device of each worker of a run."""
+
+    kind: str = "cpu"
+    """PyTorch's kind of device."""
+    gpus: float = 0.0
+    """Ray's GPUs that a worker reserves, 0 to 1."""
+
+    @staticmethod
+    def with_share(gpus: float) -> "WorkerDevice":
+        """The device of a worker with that share of a GPU; 0: a CPU."""
+        return WorkerDevice(GPU, gpus) if gpus else WorkerDevice()
+
+    def here(self) -> "torch.device":
+        """The device, asked for in the worker's own process, which gets its share of the memory.
+
+        Raises: InputError if PyTorch finds no GPU where Ray counts one.
+        """
+        import torch
+
+        from partialhn.networks.device_memory import limit_share
+
+        if self.kind == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"Ray counts a GPU on {socket.gethostname()}, but PyTorch "
+                             f"{torch.__version__} finds none there; allowed: PyTorch with CUDA "
+                             "and a driver on every machine with a GPU, or device cpu")
+        device = torch.device(self.kind)
+        limit_share(device, self.gpus)
+        return device
+
+
+def worker_device(compute: ComputeConfig, nodes: Sequence[Room]) -> WorkerDevice:
+    """The device of each worker, from what the cluster's nodes have; this process may have another.
+
+    Raises: InputError for more workers than the cluster has room for, which Ray would wait for.
+    """
+    gpu = workers_that_fit(Room(1, 1, 0), nodes)
+    on_gpu = compute.device == "gpu" or (compute.device == "auto" and gpu >= compute.workers)
+    kind = "GPU" if on_gpu else "CPU"
+    room = gpu if on_gpu else workers_that_fit(Room(1, 0, 0), nodes)
+    feature_workers = compute.feature_workers if on_gpu else 1
+    for key, count in (("workers", compute.workers), ("feature_workers", feature_workers)):
+        if room < count:
+            raise InputError(f"{key} is {count} with one {kind}{' and one CPU' * on_gpu} each, but "
+                             f"the cluster has room for {room} ({described(nodes)}); allowed: as "
+                             f"many as there are {kind}s")
+    return WorkerDevice.with_share(1.0 if on_gpu else 0.0)
+
+
+def cluster_nodes() -> list[Room]:
+    """What each node of the cluster has."""
+    import ray
+
+    return [Room(each["Resources"].get("CPU", 0), each["Resources"].get("GPU", 0),
+                 each["Resources"].get("memory", 0)) for each in ray.nodes() if each["Alive"]]
 
 
 def needs_ray(compute: ComputeConfig) -> bool:

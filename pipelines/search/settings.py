@@ -66,7 +66,8 @@ class SearchConfig:
     cpus_per_trial: float = 1.0
     """CPUs of a trial, also its threads."""
     gpus_per_trial: float | None = None
-    """Share of a GPU of a trial; default: 0.25 where the cluster has a GPU."""
+    """Share of a GPU of a trial, and of its memory, 0 to 1; default: 0.25 where the cluster has a
+    GPU."""
     forecast_only: bool = False
     """Only forecast from the first two tasks which depths are worth trying; no trial runs."""
     price_gpu_hour: float | None = None
@@ -100,8 +101,8 @@ class SearchConfig:
             value = getattr(self, key)
             _require(value is None or low <= value <= high, key, value, f"{low:g} to {high:g}")
         _require(self.cpus_per_trial > 0, "cpus_per_trial", self.cpus_per_trial, "more than 0")
-        _require(self.gpus_per_trial is None or self.gpus_per_trial >= 0, "gpus_per_trial",
-                 self.gpus_per_trial, "0 or more")
+        _require(self.gpus_per_trial is None or 0 <= self.gpus_per_trial <= 1, "gpus_per_trial",
+                 self.gpus_per_trial, "0 to 1, since a trial learns in one process on one GPU")
         _require(self.depths is None or len(set(self.depths)) == len(self.depths) > 0, "depths",
                  self.depths, "different depths")
         _require((self.price_gpu_hour is None) == (self.price_gib_month is None),

@@ -27,8 +27,8 @@ from partialhn.training.image_batches import Labelled
 from partialhn.training.pretrain import network_optimiser, train_network
 from partialhn.training.steps import recorder_for
 from pipelines.features.in_use import InUse
-from pipelines.features.on_ray import on_ray
-from pipelines.features.produce import compute_features
+from pipelines.features.produce import Run, compute_features
+from pipelines.platform.cluster import WorkerDevice
 from pipelines.platform.storage import Storage
 from pipelines.search.trial import Bench, Place, open_features
 
@@ -40,11 +40,9 @@ ONE_PASS_BYTES = 4 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Computing:
-    """The resources that compute features."""
+    """How features are computed, and who is told."""
 
-    workers: int
-    gpu: bool
-    threads: int
+    run: Run
     progress: Callable[[int, int], None]
     log: Callable[[str], None]
     in_use: InUse
@@ -60,9 +58,8 @@ def depth_features(storage: Storage, network: Network, config: Config,
     """
     trunk = CutNetwork.of(network, max(depths)).trunk
     jobs = feature_jobs(config, experiences, trunk, depths)
-    manifests, decoded = compute_features(storage, trunk, jobs,
-                                          on_ray(on.workers, on.gpu, on.threads),
-                                          progress=on.progress, log=on.log, in_use=on.in_use)
+    manifests, decoded = compute_features(storage, trunk, jobs, on.run, progress=on.progress,
+                                          log=on.log, in_use=on.in_use)
     return {(job.depth, job.task, job.split): manifest
             for job, manifest in zip(jobs, manifests, strict=True)}, decoded
 
@@ -123,7 +120,7 @@ def _ridge_accuracy(bench: Bench, depth: int, name: str, classes: int) -> float:
                           open_features(bench, (depth, name, "validation")), classes)
 
 
-def whole_network_seconds(config: Config, first: Experience, device: str,
+def whole_network_seconds(config: Config, first: Experience, worker: WorkerDevice,
                           threads: int) -> dict[str, float]:
     """Seconds of an image in an epoch of training the whole network, and its stored bytes.
 
@@ -131,6 +128,7 @@ def whole_network_seconds(config: Config, first: Experience, device: str,
     as for trials, and wall-clock time on a GPU.
     """
     configure_torch(threads)
+    device = worker.here()
     table = first.train.take(range(min(TIMED_IMAGES, len(first.train))))
     decoded = decode(table, config.data.input_size, first.transform, "skip",
                      config.data.max_image_pixels, config.data.stream_seed)
@@ -138,9 +136,9 @@ def whole_network_seconds(config: Config, first: Experience, device: str,
     backbone = dataclasses.replace(config.backbone, trunk_epochs=2)
     network = build_network(backbone.backbone, len(first.classes),
                             input_size=config.data.input_size).to(device)
-    clock = time.process_time if device == "cpu" else time.perf_counter
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     start = clock()
-    recorder = recorder_for(torch.device(device), config.compute.cuda_graphs)
+    recorder = recorder_for(device, config.compute.cuda_graphs)
     for _ in train_network(network, Labelled(decoded.images_BCHW, y_N), backbone,
                            config.features.augment, network_optimiser(network, backbone),
                            recorder=recorder):

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from partialhn.checkpoints import checkpoint
@@ -25,7 +24,8 @@ from partialhn.evaluation.task_inference_metrics import right_without_task
 from partialhn.features.feature_set import FeatureSet
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network
-from partialhn.networks.precision import configure_torch
+from partialhn.networks.device_memory import DeviceMemoryError, release
+from partialhn.networks.precision import configure_torch, device_name
 from partialhn.run import TrunkAndHead, cut_network
 from partialhn.strategies.base import Strategy
 from partialhn.strategies.partial_hn import PartialHypernet
@@ -34,6 +34,7 @@ from partialhn.training.learner import Learner
 from partialhn.training.records import TaskRecord
 from partialhn.training.steps import recorder_for
 from pipelines.features.produce import open_store
+from pipelines.platform.cluster import WorkerDevice
 from pipelines.platform.storage import Storage
 from pipelines.search.state import Measured, TrialPlan, pack_answers
 
@@ -55,7 +56,7 @@ class Bench:
     """The stored features, with as many views as any trial uses."""
     folder: str
     """Where running trials keep their states, as a path in the storage's filesystem."""
-    device: str
+    device: WorkerDevice
     threads: int
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     """Where a node keeps copies of remote features."""
@@ -75,8 +76,18 @@ def run_trial(choice: dict[str, Any], bench: Bench) -> None:
             tune.report({"tasks_done": tasks_done, "accuracy": measured.accuracy, "failed": "",
                          "measured": json.dumps(dataclasses.asdict(measured))})
     except Exception as error:  # a second attempt would fail in the same way
-        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        tune.report({"tasks_done": tasks_done, "accuracy": 0.0, "measured": "", "failed": reason})
+        tune.report({"tasks_done": tasks_done, "accuracy": 0.0, "measured": "",
+                     "failed": _reason(error, bench)})
+
+
+def _reason(error: Exception, bench: Bench) -> str:
+    """Why a trial failed, in words."""
+    if not isinstance(error, InputError):
+        return f"{type(error).__name__}: {error}"
+    share = bench.device.gpus
+    if isinstance(error, DeviceMemoryError) and share:
+        return f"{error}, or more than {share:g} of a GPU for a trial (gpus_per_trial)"
+    return str(error)
 
 
 def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
@@ -86,8 +97,10 @@ def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
     cut = cut_network(config, bench.network)
     tasks = [_task(bench, config, name, classes) for name, classes in bench.tasks]
     detector = Detector(config.train.detector_features) if bench.unknown_task else None
-    learner = Learner(cut.strategy(config), config.train, bench.device, inference=detector,
-                      recorder=recorder_for(torch.device(bench.device), config.compute.cuda_graphs))
+    device = bench.device.here()
+    release(device)  # what an earlier trial of this process left
+    learner = Learner(cut.strategy(config), config.train, device, inference=detector,
+                      recorder=recorder_for(device, config.compute.cuda_graphs))
     meter = _Meter()
     folder = f"{bench.folder}/{plan.id}"
     _restore(bench, folder, learner, meter)
@@ -200,7 +213,7 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, 
         serving_macs=int(cut.macs["trunk"] + cut.macs["head"]) + _generating(strategy),
         head_bytes=4 * (strategy.head.weight_count + strategy.head.norm_length),
         checkpoint_bytes=state, bytes_per_task=round(sum(own) / len(own)),
-        device="cpu" if bench.device == "cpu" else torch.cuda.get_device_name(), right=right)
+        device=device_name(learner.device), right=right)
 
 
 def _row(learner: Learner, tasks: Sequence[TaskFeatures]) -> tuple[float, ...]:

@@ -26,12 +26,13 @@ from partialhn.run import with_depth_number
 from pipelines.execution.on_ray import RayExecution
 from pipelines.execution.open_data import open_data
 from pipelines.features.in_use import InUse
-from pipelines.platform.cluster import start_ray
+from pipelines.features.on_ray import decoding_actors, on_ray
+from pipelines.platform.cluster import WorkerDevice, cluster_nodes, start_ray
+from pipelines.platform.packing import Packing, Room, pack
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage, open_storage
 from pipelines.search.checks import check_search, check_stream, on_this_machine, settled
 from pipelines.search.depths import find_depths
-from pipelines.search.packing import Packing, Room, pack
 from pipelines.search.rounds import add_round, load_rounds
 from pipelines.search.sampling import Goal, Proposals, TrialSource
 from pipelines.search.settings import Budget, SearchConfig, parse_budget
@@ -128,8 +129,10 @@ class _Search:
             start_ray(self.config.compute.ray_address)
             registry = connecting.result()
         self._resources()
-        self.network = RayExecution(self.config, self.storage, self.state.name, Progress(
-            self.config, self.log)).network(self.experiences[0])
+        execution = RayExecution(self.config, self.storage, self.state.name,
+                                 Progress(self.config, self.log))
+        self.trunk_device = execution.device
+        self.network = execution.network(self.experiences[0])
         self.together: Sequence[int] = self.rounds.depths
         if self.space.refines and not self.options.forecast_only:
             self.together = depths_at_once(self.network, self._most_views(), self.experiences,
@@ -159,12 +162,10 @@ class _Search:
 
     def _resources(self) -> None:
         """What a trial is given, as far as it is known before features are."""
-        import ray
-
-        options, device = self.options, self.config.compute.device
+        options, device, nodes = self.options, self.config.compute.device, cluster_nodes()
         gpus = options.gpus_per_trial
         if gpus is None:
-            gpus = GPU_SHARE if ray.cluster_resources().get("GPU", 0) else 0.0
+            gpus = GPU_SHARE if any(node.gpus for node in nodes) else 0.0
         if device == "cpu":
             gpus = 0.0
         elif device == "gpu" and gpus == 0:
@@ -172,7 +173,8 @@ class _Search:
                              "with a GPU, and gpus_per_trial above 0")
         self.need = Room(options.cpus_per_trial, gpus, 0)
         self.threads = self.config.compute.threads or max(1, int(options.cpus_per_trial))
-        pack(self.need, _nodes())
+        self.device = WorkerDevice.with_share(gpus)
+        pack(self.need, nodes)
 
     def _pack(self) -> Packing:
         """How many trials run at once, stated; refuses with the arithmetic where none fits."""
@@ -180,7 +182,7 @@ class _Search:
         for (depth, task, _), manifest in self.bench.manifests.items():
             by_task[depth, task] = by_task.get((depth, task), 0) + manifest.bytes
         self.need = dataclasses.replace(self.need, memory=TRIAL_MEMORY + max(by_task.values()))
-        packing = pack(self.need, _nodes(), self.options.trials_at_once)
+        packing = pack(self.need, cluster_nodes(), self.options.trials_at_once)
         self.log(f"trials: {packing}")
         return packing
 
@@ -195,8 +197,10 @@ class _Search:
         """
         compute = self.config.compute
         progress = Progress(self.config, self.log)
-        on = Computing(compute.feature_workers, self.need.gpus > 0, self.threads,
-                       progress.features, progress.line, self.in_use)
+        workers = compute.feature_workers
+        run = on_ray(workers, self.trunk_device, self.threads,
+                     decoding_actors(self.trunk_device, workers))
+        on = Computing(run, progress.features, progress.line, self.in_use)
         wanted = self.rounds.depths
         manifests, decoded = depth_features(self.storage, self.network, self._most_views(),
                                             experiences, sorted({*self.together, *wanted}), on)
@@ -204,8 +208,8 @@ class _Search:
         progress.features_done(list(manifests.values()), decoded)
         return Bench(self.storage, self.network,
                      tuple((each.name, len(each.classes)) for each in experiences), manifests,
-                     f"{self.state.folder}/running", "cuda" if self.need.gpus else "cpu",
-                     self.threads, compute, self.settings["options"]["unknown_task"])
+                     f"{self.state.folder}/running", self.device, self.threads,
+                     compute, self.settings["options"]["unknown_task"])
 
     def _ridge(self) -> dict[str, float]:
         """Held-out accuracy of ridge regression by depth, measured once for each round's depths.
@@ -233,7 +237,12 @@ class _Search:
         import ray
 
         remote = ray.remote(num_cpus=self.need.cpus, num_gpus=self.need.gpus)(function)
-        return ray.get(remote.remote(*arguments))
+        try:
+            return ray.get(remote.remote(*arguments))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, InputError):  # without the worker's traceback
+                raise error.cause from None
+            raise
 
     # Trials ----------------------------------------------------------------------------------
 
@@ -320,14 +329,6 @@ class _Search:
             ).fit()
         if source.error:
             raise source.error
-
-
-def _nodes() -> list[Room]:
-    """What each node of the cluster has."""
-    import ray
-
-    return [Room(each["Resources"].get("CPU", 0), each["Resources"].get("GPU", 0),
-                 each["Resources"].get("memory", 0)) for each in ray.nodes() if each["Alive"]]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def test_failures_are_named_with_what_to_do(ray_cluster, command, tmp_path, monk
     assert code == 1
     failed = [line for line in out.splitlines() if "FAILED" in line]
     assert any("MLflow" in line and "127.0.0.1:9" in line for line in failed)
-    assert any("GPUs" in line and "device is gpu" in line for line in failed)
+    assert any("device" in line and "workers is 1 with one GPU" in line for line in failed)
     assert any("clock" in line and "ahead of the storage's" in line for line in failed)
     assert "driver, clock: set the clock (chrony, ntpd)" in out
     assert "driver, MLflow: start the server" in out

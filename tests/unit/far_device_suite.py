@@ -5,6 +5,7 @@
 
 import dataclasses
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
+from partialhn.networks.device_memory import DeviceMemoryError
 from partialhn.networks.tensors import hash_tensors
 from partialhn.predict import Predictor
 from partialhn.run import cut_network
@@ -28,10 +30,10 @@ from partialhn.training import experience, image_batches
 from partialhn.training.image_batches import Labelled
 from partialhn.training.learner import Learner
 from partialhn.training.optimiser import load_optimiser, optimiser_tensors
-from partialhn.training.pretrain import network_optimiser, train_network
+from partialhn.training.pretrain import fit_network, network_optimiser, train_network
 
 FAR = runpy.run_path(str(Path(__file__).parents[1] / "far_device.py"))
-NAME = FAR["NAME"]
+NAME, MEMORY = FAR["NAME"], FAR["MEMORY"]
 LEARNERS = runpy.run_path(str(Path(__file__).with_name("learners.py")))
 measured, weights_hash = LEARNERS["measured"], LEARNERS["weights_hash"]
 TRUNK = BackboneConfig(trunk_epochs=3, trunk_batch_size=16)
@@ -146,6 +148,47 @@ def test_features_are_computed_there(digits, config, tmp_path):
         manifests, _ = precompute(store, trunk, feature_jobs(config, digits[:2], trunk, (2, 3)))
         keys[device] = [shard.sha256 for each in manifests for shard in each.shards]
     assert keys[NAME] == keys["cpu"]
+
+
+def test_features_where_memory_is_short(digits, config, tmp_path):
+    """Half as many images at once are tried; where they are too many, the numbers are told."""
+    trunk = CutNetwork.of(build_network("slim_resnet18", 2, 3).to(NAME), 2).trunk
+    jobs = feature_jobs(config, digits[:1], trunk)[1:2]  # one batch: threads change no peak
+    assert len(jobs[0].table) <= 32
+
+    def computed(name, room):
+        store = FeatureStore(LocalFileSystem(), str(tmp_path / name))
+        with warnings.catch_warnings(record=True) as said, MEMORY.limited_to(room):
+            warnings.simplefilter("always")
+            ((manifest,), _) = precompute(store, trunk, jobs)
+        halved = [each for each in said if "half as many images at once" in str(each.message)]
+        return store.open(manifest).shards[0].float(), len(halved)
+
+    ample, halved = computed("ample", 1 << 30)
+    assert not halved
+    peak = MEMORY.peak
+    short, halved = computed("short", int(0.8 * peak))
+    assert halved == 1
+    torch.testing.assert_close(short, ample, rtol=1e-2, atol=1e-2)
+    with pytest.raises(DeviceMemoryError, match="features of 32 images of 16 x 16 pixels at "
+                       r"once on device far.*Tried to allocate \d+ bytes.*free; allowed: "):
+        computed("nothing", int(0.2 * peak))
+
+
+def test_learning_where_memory_is_short(learner, tasks):
+    made = learner()
+    list(made.learn(tasks[:1]))
+    with MEMORY.limited_to(100_000), pytest.raises(
+            DeviceMemoryError, match=rf"training task '{tasks[1].name}' at batch_size 16 with .* "
+            r"MB of features on device far: far out of memory.*free; allowed: a smaller batch"):
+        list(made.learn(tasks[:2]))
+
+
+def test_a_trunk_where_memory_is_short(digits, config, tmp_path):
+    with MEMORY.limited_to(100_000), pytest.raises(
+            DeviceMemoryError, match=r"training the trunk at trunk_batch_size \d+.*far out of "
+            "memory.*allowed: a smaller trunk_batch_size"):
+        list(fit_network(config, digits[0], LocalFileSystem(), str(tmp_path), NAME))
 
 
 def test_a_model_answers_there(learner, tasks, cut, config, images, tmp_path):

@@ -1,4 +1,4 @@
-"""The number of trials that run at once on each node, from its CPUs, GPUs and memory."""
+"""The number of workers or trials that run at once on each node, from its CPUs, GPUs and memory."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from pipelines.platform.numbers import size
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """The resources of a node, or the needs of a trial."""
+    """The resources of a node, or the needs of a worker or a trial."""
 
     cpus: float
     gpus: float
@@ -51,14 +51,32 @@ def pack(need: Room, nodes: Sequence[Room], limit: int | None = None) -> Packing
 
     Raises: InputError with the arithmetic where not even one fits on any node.
     """
-    per_node = tuple(min(_times(node.cpus, need.cpus), _times(node.gpus, need.gpus),
-                         _times(node.memory, need.memory)) for node in nodes)
+    per_node = tuple(_together(need, node) for node in nodes)
     if not any(per_node):
-        have = "; ".join(f"node {index + 1}: {node}" for index, node in enumerate(nodes))
-        raise InputError(f"a trial needs {need}, and no node has that ({have}); allowed: fewer "
-                         "cpus_per_trial or gpus_per_trial, or shallower stored features (other "
-                         "depths, fewer views) where memory is short")
+        raise InputError(f"a trial needs {need}, and no node has that ({described(nodes)}); "
+                         "allowed: fewer cpus_per_trial or gpus_per_trial, or shallower stored "
+                         "features (other depths, fewer views) where memory is short")
     return Packing(need, per_node, limit)
+
+
+def workers_that_fit(need: Room, nodes: Sequence[Room]) -> int:
+    """Number of workers with these needs that the nodes hold at once."""
+    return sum(_together(need, node) for node in nodes)
+
+
+def described(nodes: Sequence[Room]) -> str:
+    """What each node has, in words."""
+    return "; ".join(f"node {index + 1}: {node}" for index, node in enumerate(nodes))
+
+
+def _together(need: Room, node: Room) -> int:
+    return min(_times(node.cpus, need.cpus), _shares(node.gpus, need.gpus),
+               _times(node.memory, need.memory))
+
+
+def _shares(have: float, need: float) -> int:
+    """How often a share of a GPU fits: two halves of different GPUs are not one whole."""
+    return math.floor(have) * _times(1, need) if 0 < need <= 1 else _times(have, need)
 
 
 def _times(have: float, need: float) -> int:
