@@ -11,7 +11,7 @@ from partialhn.errors import InputError
 RESIDENT_SHARE = 0.5
 """Largest part of the memory that a process may still take on a GPU, for features or images that
 stay there: weights, gradients and the outputs of layers need the rest."""
-_SAYS = re.compile(r"out of memory|_ALLOC_FAILED|not enough memory: you tried to allocate")
+_SAYS = re.compile(r"out of memory|_ALLOC_FAILED|you tried to allocate")
 _ADVICE = re.compile(r" If reserved but unallocated memory is large.*", re.DOTALL)
 
 

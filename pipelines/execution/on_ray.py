@@ -164,7 +164,7 @@ class RayExecution(Execution):
         from ray.train.torch import TorchConfig, TorchTrainer
 
         folder, _, name = assignment.run.rpartition("/")
-        # Ray's own choice for a GPU, NCCL, takes time and memory of it, and one worker sends nothing
+        # NCCL, which Ray takes for a GPU, needs time and memory of it; one worker sends nothing
         alone = self.config.compute.workers == 1 or self.device.kind == "cpu"
         train: Any = TorchTrainer  # its type annotations do not allow a return value
         trainer = train(

@@ -14,6 +14,7 @@ from partialhn.strategies import STRATEGIES
 from partialhn.training.experience import TaskFeatures, evaluate
 from partialhn.training.learner import Learner
 from pipelines.features.produce import open_store
+from pipelines.platform.cluster import WorkerDevice
 from pipelines.platform.storage import open_storage
 from pipelines.search.state import TrialPlan
 from pipelines.search.trial import Bench, learn, open_features, run_trial
@@ -29,7 +30,7 @@ def bench(tmp_path_factory, config, digits, network):
     return Bench(storage, network, tuple((each.name, len(each.classes)) for each in digits[:3]),
                  {(job.depth, job.task, job.split): manifest
                   for job, manifest in zip(jobs, manifests, strict=True)},
-                 storage.path("running"), "cpu", 1)
+                 storage.path("running"), WorkerDevice(), 1)
 
 
 def planned(config, trial, kind="search", depth=3):
@@ -144,6 +145,24 @@ def test_separate_heads_are_a_trial_too(bench, config):
         config.train, strategy="separate_heads"))
     last = list(learn(planned(heads, "bound-0000-s1", "bound"), bench))[-1]
     assert last.bytes_per_task > last.head_bytes
+
+
+def test_a_trial_without_memory_says_how_much_it_asked_for(bench, config, monkeypatch):
+    """So many columns that the system refuses their memory; the process lives on."""
+    from ray import tune
+
+    told = []
+    monkeypatch.setattr(tune, "report", told.append)
+    wide = dataclasses.replace(config, hypernet=dataclasses.replace(config.hypernet,
+                                                                    fresh_columns=10**9))
+    shared = dataclasses.replace(bench, device=WorkerDevice("cpu", 0.25))
+    run_trial({"plan": dataclasses.asdict(planned(wide, "wide"))}, shared)
+    assert "too little memory for training task" in told[-1]["failed"]
+    assert "tried to allocate" in told[-1]["failed"]
+    assert told[-1]["failed"].endswith("or more than 0.25 of a GPU for a trial (gpus_per_trial)")
+    run_trial({"plan": dataclasses.asdict(planned(config, "after"))}, shared)
+    assert told[-1]["failed"] == ""
+    assert told[-1]["tasks_done"] == 3
 
 
 def test_a_trial_that_cannot_work_says_why(bench, config, monkeypatch):
