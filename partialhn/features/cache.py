@@ -15,7 +15,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import time
 import uuid
@@ -27,6 +26,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from partialhn.errors import IntegrityError
+from partialhn.features.mapping import mapped
 
 CHUNK = 8 << 20
 """Number of bytes that are fetched, hashed and written at a time."""
@@ -174,17 +174,6 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def mapped(file: IO[bytes]) -> pa.Buffer:
-    """The content of a file, memory-mapped.
-
-    A lock on the file lasts as long as the content is in use, because the mapping keeps a handle
-    of the same open file.
-    """
-    if not os.fstat(file.fileno()).st_size:
-        return pa.py_buffer(b"")  # nothing that could be mapped
-    return pa.py_buffer(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
 
 
 def check_content(name: str, found_bytes: int, found_sha256: str, size: int, sha256: str) -> None:

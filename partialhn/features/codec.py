@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from partialhn.errors import InputError
-from partialhn.features.cache import mapped
+from partialhn.features.mapping import mapped
 from partialhn.features.table import NUMBER_TYPES
 from partialhn.plugins import load_object
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from partialhn.features.manifest import Manifest
+from partialhn.features.mapping import release_pages
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,15 +85,18 @@ class FeatureSet:
 
     def to(self, device: torch.device) -> "FeatureSet":
         """The features as one tensor on the device, copied there shard by shard: the host never
-        holds them as a whole beside the mapped files, unless it is the device.
+        holds them as a whole, unless it is the device.
         """
         if len(self.shards) == 1:
             whole = self.shards[0].to(device)
+            if whole is not self.shards[0]:
+                release_pages(self.shards[0])
         else:
             whole = torch.empty(len(self), *self.shards[0].shape[1:], dtype=self.shards[0].dtype,
                                 device=device)
             for start, shard in zip(self._starts, self.shards, strict=False):
                 whole[start:start + len(shard)] = shard
+                release_pages(shard)
         return FeatureSet(self.manifest, [whole], self.y_N.to(device), self.ids,
                           self.scales and self.scales.to(device))
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from partialhn.errors import IntegrityError
-from partialhn.features.cache import ShardCache, check_content, is_verified, mapped, mark_settled
+from partialhn.features.cache import ShardCache, check_content, is_verified, mark_settled
 from partialhn.features.codec import Block, decode, encode, number_type, spilled
 from partialhn.features.feature_set import FeatureSet, Scales
 from partialhn.features.manifest import (
@@ -41,6 +41,7 @@ from partialhn.features.manifest import (
     parse_manifest,
     parse_shard,
 )
+from partialhn.features.mapping import mapped, release_pages
 
 SPILL_BYTES = 1 << 30
 """A compressed set larger than this after decompression is kept in memory-mapped temporary files
@@ -196,6 +197,7 @@ def _verified(path: Path, shard: Shard) -> pa.Buffer:
     if not is_verified(path):
         check_content(str(path), size, hashlib.sha256(memoryview(content)).hexdigest(),
                       shard.bytes, shard.sha256)
+        release_pages(content)
         with contextlib.suppress(OSError):  # a read-only folder: the file is hashed each time
             mark_settled(path)
     return content

@@ -113,6 +113,9 @@ class _Run:
         assert task.train is not None
         features = _resident(task.train, device)
         resident = features is not task.train
+        self.held_out = task.validation
+        if task.validation is not None and device.type != "cpu":
+            self.held_out = _resident(task.validation, device)  # once, not at every measurement
         self.batches = (
             ResidentBatches(features, config.batch_size, workers, budget.passes) if resident
             else MappedBatches(features, config.batch_size, workers, device, budget.passes))
@@ -140,7 +143,7 @@ class _Run:
                              f"{cross_entropy + regulariser} in epoch {epoch}; allowed: a finite "
                              "loss, so try a smaller learning_rate than "
                              f"{self.config.learning_rate}")
-        loss, validation = _validated(self.strategy, self.task_index, self.task)
+        loss, validation = _validated(self.strategy, self.task_index, self.held_out)
         if self.budget.patience is None:
             loss = None
         elif loss is not None and workers.world > 1:  # all workers must stop alike
@@ -179,7 +182,7 @@ def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) ->
     seconds = time.perf_counter() - start
     logits_NK, y_N = answer(strategy, task_index, task.train)
     loss = torch.nn.functional.cross_entropy(logits_NK, y_N).item()
-    held_out = _validated(strategy, task_index, task)[1] if ridge is None else ridge
+    held_out = _validated(strategy, task_index, task.validation)[1] if ridge is None else ridge
     return EpochRecord(task.name, task_index, 1, 1, loss, loss, 0.0, accuracy(logits_NK, y_N),
                        held_out, seconds, ridge_accuracy=ridge, solved=ridge is not None)
 
@@ -216,12 +219,12 @@ def _all_sets(task: TaskFeatures) -> list[FeatureSet]:
             if features is not None and len(features)]
 
 
-def _validated(strategy: Strategy, task_index: int,
-               task: TaskFeatures) -> tuple[float | None, float | None]:
+def _validated(strategy: Strategy, task_index: int, held_out: FeatureSet | None
+               ) -> tuple[float | None, float | None]:
     """`held_out_loss` and accuracy on the held-out images; None where there are none."""
-    if task.validation is None or not len(task.validation):
+    if held_out is None or not len(held_out):
         return None, None
-    logits_NK, y_N = answer(strategy, task_index, task.validation)
+    logits_NK, y_N = answer(strategy, task_index, held_out)
     return held_out_loss(logits_NK, y_N), accuracy(logits_NK, y_N)
 
 
@@ -253,4 +256,6 @@ def answer(strategy: Strategy, task_index: int, features: FeatureSet, batch_size
 
 def _resident(features: FeatureSet, device: torch.device) -> FeatureSet:
     """The features as one tensor on the device if they fit; otherwise unchanged."""
+    if device.type != "cpu" and features.y_N.device == device:
+        return features
     return features.to(device) if fits(features.nbytes, RESIDENT_BYTES, device) else features

@@ -1,6 +1,9 @@
 """One small stream, learned once by the main job, that several test files look at."""
 
 import dataclasses
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +87,45 @@ def run_main_job(ray_cluster):
 def learned(run_main_job, outputs, tmp_path_factory):
     """Three tasks of digits, learned and registered by one worker."""
     return run_main_job(SMALL, outputs(tmp_path_factory.mktemp("learned")))
+
+
+@pytest.fixture(scope="module")
+def gpu_node(ray_cluster):
+    """A second node of the session's Ray, with two CPUs and a GPU that Ray alone counts.
+
+    Tests on it say with `logical_gpus` where its workers calculate. The driver has no GPU.
+    """
+    import ray
+
+    script = Path(sys.executable).with_name("ray")
+    node = subprocess.Popen(
+        [script, "start", "--address", ray.get_runtime_context().gcs_address, "--num-cpus", "2",
+         "--num-gpus", "1", "--block", "--disable-usage-stats"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_until(lambda: ray.cluster_resources().get("GPU") == 1, node)
+        yield
+    finally:
+        node.terminate()
+        node.communicate(timeout=60)
+        wait_until(lambda: "GPU" not in ray.cluster_resources(), None)
+
+
+def wait_until(holds, process):
+    """Until something holds; fails with the output of a process that ends first."""
+    end = time.monotonic() + 120
+    while not holds():
+        assert process is None or process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def logical_gpus(gpu_node, monkeypatch):
+    """Workers with one of Ray's GPUs calculate on the CPU."""
+    from pipelines.platform import cluster
+
+    monkeypatch.setattr(cluster, "GPU", "cpu")
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from partialhn.features.extract import feature_jobs, precompute
 from partialhn.features.store import FeatureStore
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
-from pipelines.features.on_ray import on_ray
+from pipelines.features.on_ray import decoding_actors, on_ray
 from pipelines.features.produce import compute_features
+from pipelines.platform.cluster import cluster_nodes, worker_device
 from pipelines.platform.storage import open_storage
 
 
@@ -25,16 +26,25 @@ def experiences(small, tmp_path_factory):
     return stream
 
 
-@pytest.mark.parametrize("actors", [{"workers": 2}, {"workers": 1, "decoders": 1}])
 def test_depths_in_one_pass_are_the_bytes_of_a_single_process(ray_cluster, small, changed, trunk,
-                                                              experiences, tmp_path, actors):
-    """Also where other actors decode."""
+                                                              experiences, tmp_path):
+    compare(small, changed, trunk, experiences, tmp_path, on_ray(2))
+
+
+def test_cpus_decode_for_a_trunk_on_a_gpu(logical_gpus, small, changed, trunk, experiences,
+                                          tmp_path):
+    device = worker_device(small.compute, cluster_nodes())
+    assert (device.gpus, decoding_actors(device, 1)) == (1, 3)
+    compare(small, changed, trunk, experiences, tmp_path, on_ray(1, device, decoders=1))
+
+
+def compare(small, changed, trunk, experiences, tmp_path, run):
     config = changed(small, features={"shard_rows": 100})
     storage = open_storage(str(tmp_path / "ray"))
     jobs = feature_jobs(config, experiences, trunk, [2, 4])
     images = sum(len(getattr(experiences[0], part)) for part in ("train", "validation", "test"))
     seen = []
-    manifests, decoded = compute_features(storage, trunk, jobs, on_ray(**actors),
+    manifests, decoded = compute_features(storage, trunk, jobs, run,
                                           progress=lambda *counts: seen.append(counts))
     assert decoded == images
     assert seen[-1] == (sum(job.shards for job in jobs[:3]),) * 2
@@ -45,7 +55,7 @@ def test_depths_in_one_pass_are_the_bytes_of_a_single_process(ray_cluster, small
         found = [m for job, m in zip(jobs, manifests, strict=True) if job.depth == depth]
         assert [[s.sha256 for s in m.shards] for m in found] == [
             [s.sha256 for s in m.shards] for m in wanted]
-    again, decoded = compute_features(storage, trunk, jobs[::-1], on_ray(**actors))
+    again, decoded = compute_features(storage, trunk, jobs[::-1], run)
     assert (again[::-1], decoded) == (manifests, 0)
     rows = np.unique([manifest.rows for manifest in manifests[:3]])
     assert rows.sum() <= images
