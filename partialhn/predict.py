@@ -177,7 +177,7 @@ class Predictor:
         classes = self.model.tasks[index].classes
         probabilities_BK = np.empty((len(images), len(classes)), np.float32)
         if len(images):
-            z_BCHW = run_trunk(self.model.trunk, decoded.images_BCHW).to(self._device)
+            z_BCHW = run_trunk(self.model.trunk, decoded.images_BCHW, self._device)
             logits_BK = self.model.strategy.head(z_BCHW, self.head_weights(index))
             probabilities_BK = logits_BK.softmax(1).cpu().numpy()
         labels = [classes[best] for best in probabilities_BK.argmax(1)] if len(images) else []
@@ -201,7 +201,7 @@ class Predictor:
         time.
         """
         if exact or not len(images_BCHW):
-            return run_trunk(self.model.trunk, images_BCHW).to(self._device)
+            return run_trunk(self.model.trunk, images_BCHW, self._device)
         features_BCHW: Tensor = self.model.trunk(images_BCHW.to(self._device))
         return features_BCHW
 

@@ -190,28 +190,31 @@ def outputs_at(trunk: Trunk, depths: Collection[int], images_BCHW: Tensor,
             return
 
 
-def run_trunk(trunk: Trunk, images_BCHW: Tensor) -> Tensor:
-    """z_BCHW of uint8 images on the CPU, computed in batches of `micro_batch` whatever B is."""
-    return run_trunk_at(trunk, {trunk.freeze_depth}, images_BCHW)[0][trunk.freeze_depth]
+def run_trunk(trunk: Trunk, images_BCHW: Tensor, kept_on: torch.device | str = "cpu") -> Tensor:
+    """z_BCHW of uint8 images, computed in batches of `micro_batch` whatever B is."""
+    return run_trunk_at(trunk, {trunk.freeze_depth}, images_BCHW, kept_on)[0][trunk.freeze_depth]
 
 
-def run_trunk_at(trunk: Trunk, depths: Iterable[int],
-                 images_BCHW: Tensor) -> tuple[dict[int, Tensor], dict[int, float]]:
-    """z_BCHW at each depth from one pass, and the seconds that each depth took from the images on.
+def run_trunk_at(trunk: Trunk, depths: Iterable[int], images_BCHW: Tensor,
+                 kept_on: torch.device | str = "cpu"
+                 ) -> tuple[dict[int, Tensor], dict[int, float]]:
+    """z_BCHW at each depth from one pass, and the seconds that each depth took from the images on,
+    where the results are kept on the CPU.
 
     The features of a depth are the bits that `run_trunk` gives for that depth alone.
     """
     device, total = trunk.mean_C.device, len(images_BCHW)
     seconds = dict.fromkeys(depths, 0.0)
     features = {} if total else {
-        depth: torch.empty(0, *feature_shape(trunk.upto(depth), images_BCHW)) for depth in seconds}
+        depth: torch.empty(0, *feature_shape(trunk.upto(depth), images_BCHW), device=kept_on)
+        for depth in seconds}
     together = micro_batch(images_BCHW.shape[2]) if device.type != "cuda" else MICRO_BATCH
     for begin in range(0, total, together):
         start = time.perf_counter()
         chunk_BCHW = images_BCHW[begin:begin + together].to(device)
         for depth, z_BCHW in outputs_at(trunk, seconds.keys(), chunk_BCHW, together):
             if depth not in features:
-                features[depth] = torch.empty(total, *z_BCHW.shape[1:])
+                features[depth] = torch.empty(total, *z_BCHW.shape[1:], device=kept_on)
             features[depth][begin:begin + len(z_BCHW)] = z_BCHW
             seconds[depth] += time.perf_counter() - start
     return features, seconds

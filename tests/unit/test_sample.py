@@ -11,9 +11,9 @@ def test_the_trunk_runs_once_over_all_tasks(digit_tasks, tmp_path, monkeypatch):
     predictor, batches = Predictor.load(digit_tasks.folder / "model-3"), []
     run = predict.run_trunk
 
-    def counted(trunk, images_BCHW):
+    def counted(trunk, images_BCHW, *kept_on):
         batches.append(len(images_BCHW))
-        return run(trunk, images_BCHW)
+        return run(trunk, images_BCHW, *kept_on)
 
     monkeypatch.setattr(predict, "run_trunk", counted)
     answer_sample.write_sample(tmp_path / "sample.parquet", predictor, digit_tasks.experiences[:3])
