@@ -66,12 +66,17 @@ def fits(nbytes: int, most: int, device: torch.device) -> bool:
     """
     if nbytes > most or device.type != "cuda":
         return nbytes <= most
+    return nbytes <= RESIDENT_SHARE * still_free(device)
+
+
+def still_free(device: torch.device) -> int:
+    """Bytes that this process may still take on a GPU: what is free there, within its share."""
     index = _index(device)
     free, total = torch.cuda.mem_get_info(index)
     used = torch.cuda.memory_allocated(index)
     unused = torch.cuda.memory_reserved(index) - used
     allowed = int(total * torch.cuda.get_per_process_memory_fraction(index)) - used
-    return nbytes <= RESIDENT_SHARE * min(free + unused, allowed)
+    return int(min(free + unused, allowed))
 
 
 def _index(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 import torch
 
 from partialhn.features.batches import RESIDENT_BYTES
+from partialhn.networks.device_memory import DeviceMemoryError, still_free
 from partialhn.training.experience import TaskFeatures
 
 AT_ONCE = 8
@@ -114,7 +115,7 @@ class Waiting(Generic[Item]):
         """Does `work` on one item after the other until none waits; each lane calls it once.
 
         A lane that finds no memory on the device leaves its item to the others and ends; the last
-        lane tries once more alone. Raises: torch.OutOfMemoryError if that fails too.
+        lane tries once more alone. Raises: the error of the device's memory if that fails too.
         """
         while True:
             with self._lock:
@@ -133,7 +134,7 @@ class Waiting(Generic[Item]):
         try:
             work(item)
             return True
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, DeviceMemoryError):
             if alone:
                 raise
         self._say("the device has too little memory for all trainings at once, so one fewer runs "
@@ -171,10 +172,9 @@ def needed_bytes(task: TaskFeatures) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device that trainings may take: on a GPU what is free, elsewhere half of the
-    machine's.
+    """Memory of the device that trainings may take: on a GPU what this process may still take,
+    elsewhere half of the machine's.
     """
     if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return still_free(device)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -2,8 +2,8 @@
 
     python tests/bench/decoders.py [--images 16]
 
-It needs torchvision, and TorchCodec for its columns: `pip install torchcodec`, which the product does
-not need. Images are 500 x 375, in memory; one thread.
+It needs torchvision, and TorchCodec for its columns (`pip install torchcodec`), which the product
+does not need. Images are 500 x 375, in memory; one thread.
 """
 
 import argparse
