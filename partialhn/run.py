@@ -6,6 +6,7 @@ features of every task, computed once | one experience after the other | a Model
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ from partialhn.training.slots import (
     stored_slots,
 )
 from partialhn.training.steps import StepRecorder, recorder_for
+from partialhn.training.stream_at_once import learn_at_once
+from partialhn.training.together import at_once, needed_bytes
 
 Report = Callable[[EpochRecord | TaskRecord], None]
 
@@ -244,9 +247,7 @@ class StreamRun:
         self.tasks = open_task_features(self.store, slots, range(first, len(slots)))
         self.clock.lap("features")
         learner = Learner(self.cut.strategy(self.config), self.config.train, self.device,
-                          inference=Detector(self.config.train.detector_features,
-                                             self.config.train.false_alarms),
-                          recorder=self._recorder())
+                          inference=self._detector(), recorder=self._recorder())
         if self.known:
             learner.restore(*lineage.state(self.filesystem, self.folder, self.known))
         self._learner = learner
@@ -254,7 +255,7 @@ class StreamRun:
     def learn(self) -> Iterator[EpochRecord | TaskRecord]:
         """Learns the tasks that are left; a task's model is stored before its record comes."""
         try:
-            for record in self.learner.learn(self.tasks):
+            for record in self._learn():
                 if isinstance(record, TaskRecord):
                     done = lineage.Learned.of(Outcome.of(self.learner), self.lineage_ids,
                                               record.task_index)
@@ -263,6 +264,25 @@ class StreamRun:
                 yield record
         finally:  # a caller may stop after any task
             self.clock.lap("train")
+
+    def _learn(self) -> Iterator[EpochRecord | TaskRecord]:
+        """Learns the tasks one after the other, or several at once."""
+        needs = [needed_bytes(task) for task in self.tasks[max(1, len(self.known)):]]
+        count = at_once(self.config.compute.tasks_at_once, needs, self.device)
+        if count == 1 or not self.learner.strategy.independent:
+            return self.learner.learn(self.tasks)
+
+        def new_learner(cut: TrunkAndHead) -> Learner:
+            return Learner(cut.strategy(self.config), self.config.train, self.device,
+                           recorder=self._recorder())
+
+        return learn_at_once(
+            self.learner, self.tasks,
+            [functools.partial(new_learner, self.cut.apart()) for _ in range(count)],
+            self._detector)
+
+    def _detector(self) -> Detector:
+        return Detector(self.config.train.detector_features, self.config.train.false_alarms)
 
     def compare(self) -> Iterator[tuple[StrategyName, EpochRecord | TaskRecord]]:
         """Learns the same tasks by the strategies to compare with; yields strategy and record."""

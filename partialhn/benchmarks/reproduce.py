@@ -8,7 +8,9 @@ for each cell: a Learner over stored features | a file for each finished cell
 """
 
 import dataclasses
+import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +40,7 @@ from partialhn.training.pretrain import fit_network, load_network
 from partialhn.training.result import Outcome
 from partialhn.training.slots import open_task_features, slots_of
 from partialhn.training.steps import recorder_for
+from partialhn.training.together import Lanes, Waiting, at_once, needed_bytes
 
 Log = Callable[[str], None]
 
@@ -58,12 +61,35 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, log: Log) -> lis
     if missing:
         bench = _Bench(config, experiences, {cell.depth for cell in missing}, out / "store", device,
                        log)
-        for done, cell in enumerate(missing, len(cells) - len(missing) + 1):
+        numbers = itertools.count(len(cells) - len(missing) + 1)
+
+        def learn(cell: Cell) -> None:
             fields = bench.learn(cell)
             _write(folder / f"{cell.name}.json", fields)
-            log(f"{done}/{len(cells)} {cell.name}: accuracy {fields['acc']:.3f}, forgotten "
-                f"{fields['forgetting']:.3f}, {fields['cpu_seconds']:.1f} s")
+            log(f"{next(numbers)}/{len(cells)} {cell.name}: accuracy {fields['acc']:.3f}, "
+                f"forgotten {fields['forgetting']:.3f}, {fields['cpu_seconds']:.1f} s")
+
+        needs = [bench.needed_bytes(cell) for cell in missing]
+        _for_each(missing, learn, at_once(config.compute.tasks_at_once, needs, device, log),
+                  device, log)
     return [_read(folder / f"{cell.name}.json") for cell in cells]
+
+
+def _for_each(cells: Sequence[Cell], learn: Callable[[Cell], None], count: int,
+              device: torch.device, log: Log) -> None:
+    """Learns cells, `count` at once in threads; a single one in this thread."""
+    if count == 1:
+        for cell in cells:
+            learn(cell)
+        return
+    waiting = Waiting(cells, count, log)
+    with Lanes(count, device) as lanes:
+        def go_on(cell: Cell) -> None:
+            lanes.go_on()
+            learn(cell)
+        for _ in range(count):
+            lanes.start(lambda: waiting.work_off(go_on))
+        lanes.wait()
 
 
 class _Bench:
@@ -85,20 +111,24 @@ class _Bench:
         log(f"processor time: trunk {trained - start:.1f} s, features "
             f"{time.process_time() - trained:.1f} s; {decoded} images decoded for depths "
             + ", ".join(map(str, sorted(depths))))
+        self._lock = threading.RLock()
         self._opened: dict[int, list[TaskFeatures]] = {}
         self._measured_similarity: dict[int, dict[str, Any]] = {}
 
     def learn(self, cell: Cell) -> dict[str, Any]:
-        """Learns one cell; returns the fields of its file."""
+        """Learns one cell; returns the fields of its file. Several threads may do so at once."""
         config = config_of(self.config, cell)
-        cut = cut_network(config, self.network)
+        with self._lock:
+            cut, tasks = cut_network(config, self.network), self._tasks(cell.depth)
         learner = Learner(cut.strategy(config), config.train, self.device,
                           recorder=recorder_for(self.device, config.compute.cuda_graphs))
-        tasks = self._tasks(cell.depth)
-        start = time.process_time()
+        # in a thread beside others only its own time; PyTorch's threads are then not counted
+        alone = threading.current_thread() is threading.main_thread()
+        clock = time.process_time if alone else time.thread_time
+        start = clock()
         for _ in learner.learn(tasks):
             pass
-        seconds = time.process_time() - start
+        seconds = clock() - start
         fields = Outcome.of(learner).fields()
         jobs = self.jobs[cell.depth]
         bytes_ = sum(manifest.bytes for manifest in map(self.store.find, (
@@ -111,8 +141,16 @@ class _Bench:
                 "tasks": [{"name": each.name, "classes": list(each.classes),
                            "transform": each.transform} for each in self.experiences]}
 
+    def needed_bytes(self, cell: Cell) -> int:
+        """Bytes that a cell takes on the device at most."""
+        return max(map(needed_bytes, self._tasks(cell.depth)))
+
     def _similarity(self, depth: int) -> dict[str, Any]:
         """The shift of each task from the first in this depth's features, and the forecast."""
+        with self._lock:
+            return self._similarity_of(depth)
+
+    def _similarity_of(self, depth: int) -> dict[str, Any]:
         if depth not in self._measured_similarity:
             tasks = self._tasks(depth)
             views = [pooled(task.train) for task in tasks if task.train is not None]

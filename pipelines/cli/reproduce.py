@@ -40,12 +40,17 @@ class Reproduce:
     """auto: a GPU if there is one."""
     threads: int = 1
     """CPU threads."""
+    at_once: int | None = None
+    """Number of strategies, depths and seeds that are learned at once, each in a thread, to the
+    same accuracies. Default: as many as fit on a GPU, up to 8; on a CPU one."""
 
     def __post_init__(self) -> None:
         if self.seeds is not None and self.seeds < 1:
             raise InputError(f"seeds is {self.seeds}; allowed: 1 or more")
         if self.threads < 1:
             raise InputError(f"threads is {self.threads}; allowed: 1 or more")
+        if self.at_once is not None and self.at_once < 1:
+            raise InputError(f"at_once is {self.at_once}; allowed: 1 or more")
         find_benchmark(self.benchmark)
 
     def run(self) -> int:
@@ -62,7 +67,8 @@ class Reproduce:
         out = Path(self.out or f"reproduce/{self.benchmark}-{self.size}")
         config = dataclasses.replace(benchmark.config(self.size, self.data),
                                      compute=ComputeConfig(device=self.device,
-                                                           threads=self.threads))
+                                                           threads=self.threads,
+                                                           tasks_at_once=self.at_once))
         cells = run_cells(config, benchmark.cells(self.size, self.seeds), out,
                           lambda line: print(line, flush=True))
         table = rows(cells, expected(self.benchmark, self.size))

@@ -1,14 +1,20 @@
 """Several trainings at once: threads, their errors, and the room on a device."""
 
+import dataclasses
+import functools
 import threading
 
 import pytest
 import torch
 
+from partialhn.detector.detector import Detector
+from partialhn.errors import InputError
 from partialhn.networks.draws import seeded
 from partialhn.run import cut_network
 from partialhn.training import together
 from partialhn.training.learner import Learner
+from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.stream_at_once import learn_at_once
 from partialhn.training.together import Lanes, Stopped, Waiting, at_once, needed_bytes
 from tests.unit.learners import measured, weights_hash
 
@@ -38,6 +44,43 @@ def test_what_learns_at_once_learns_the_same_bits(network, tasks, with_options):
     for one, other in zip(alone, at_once, strict=True):
         assert weights_hash(one) == weights_hash(other)
         assert measured(one) == measured(other)
+
+
+@pytest.mark.parametrize("known", [0, 1])
+def test_a_stream_learned_at_once_is_the_stream(network, tasks, with_options, known):
+    """The last task has more data of the second, and so waits for it."""
+    config = with_options(train={"batch_size": 8, "epochs": None, "min_steps": 20})
+    stream = [*tasks[:4], dataclasses.replace(tasks[1], name="1/2", refreshes=1)]
+    cut = cut_network(config, network)
+
+    def learner(own, inference=None):
+        return Learner(own.strategy(config), config.train, inference=inference)
+
+    def detector():
+        return Detector(config.train.detector_features)
+
+    alone, model = (learner(cut.apart(), detector()) for _ in range(2))
+    list(alone.learn(stream))
+    list(model.learn(stream[:known]))
+    records = list(learn_at_once(model, stream, [
+        functools.partial(learner, cut.apart()) for _ in range(3)], detector))
+    assert weights_hash(model) == weights_hash(alone)
+    assert measured(model) == measured(alone)
+    assert [record.task_index for record in records if isinstance(record, TaskRecord)] == list(
+        range(known, 5))
+    assert sorted((record.task_index, record.epoch) for record in records
+                  if isinstance(record, EpochRecord)) == [
+        (record.task_index, record.epoch) for record in alone.epochs if record.task_index >= known]
+
+
+def test_a_stream_ends_with_the_error_of_a_task(network, tasks, with_options):
+    config = with_options(train={"learning_rate": 1e30})
+    cut = cut_network(config, network)
+    model = Learner(cut.strategy(config), config.train)
+    with pytest.raises(InputError, match="the loss of task"):
+        list(learn_at_once(model, tasks[:3], [
+            lambda own=cut.apart(): Learner(own.strategy(config), config.train)
+            for _ in range(2)], lambda: None))
 
 
 def test_draws_follow_from_their_seed_whatever_other_threads_draw():

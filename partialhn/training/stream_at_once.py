@@ -1,0 +1,107 @@
+"""A stream whose tasks are learned several at once, in this process (`together`)."""
+
+import queue
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from partialhn.detector.detector import Detector
+from partialhn.networks.tensors import tensors_below
+from partialhn.task_inference import Inference, stored_inference
+from partialhn.training.experience import TaskFeatures
+from partialhn.training.learner import Learner
+from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.together import Lanes, Waiting
+
+PAUSE = 0.05
+"""Seconds after which the main thread looks for an error of the others."""
+
+
+class _Learned(NamedTuple):
+    """A task that a thread has learned."""
+
+    index: int
+    state: dict[str, Tensor]
+    epochs: list[EpochRecord]
+    train_seconds: float
+    measured: dict[str, Tensor] | None
+
+
+def learn_at_once(model: Learner, tasks: Sequence[TaskFeatures],
+                  new_learners: Sequence[Callable[[], Learner]],
+                  new_detector: Callable[[], Detector]) -> Iterator[EpochRecord | TaskRecord]:
+    """As `model.learn(tasks)`, for a strategy whose tasks are `independent`, to the same weights.
+
+    new_learners: for each thread, creates an empty learner of the model's strategy; threads share
+    no head. Records of epochs come when they happen, those of tasks in order.
+    """
+    while len(model.finished) < len(tasks):
+        ready = _ready(tasks, len(model.finished))
+        if len(ready) < 2 or len(new_learners) < 2:
+            yield from model.learn(tasks[:len(model.finished) + 1])
+        else:
+            yield from _Round(model, tasks, new_detector).learn(ready, new_learners)
+
+
+def _ready(tasks: Sequence[TaskFeatures], done: int) -> range:
+    """The next tasks, as long as the task that each starts from is among the first `done`."""
+    end = done
+    while end < len(tasks) and (tasks[end].refreshes or 0) < done:
+        end += 1
+    return range(done, end)
+
+
+class _Round:
+    """Tasks that are learned at once, from the same state of the model."""
+
+    def __init__(self, model: Learner, tasks: Sequence[TaskFeatures],
+                 new_detector: Callable[[], Detector]) -> None:
+        self._model, self._tasks, self._new_detector = model, tasks, new_detector
+        tensors, self._fields = model.state()
+        self._tensors = {name: value.cpu() for name, value in tensors.items()}
+        self._out: queue.Queue[EpochRecord | _Learned] = queue.Queue()
+
+    def learn(self, ready: range, new_learners: Sequence[Callable[[], Learner]],
+              ) -> Iterator[EpochRecord | TaskRecord]:
+        """Learns the tasks and puts them into the model."""
+        model, waiting = self._model, Waiting(ready, len(new_learners))
+        learned: dict[int, _Learned] = {}
+        with Lanes(len(new_learners), model.device) as lanes:
+            for new_learner in new_learners:
+                lanes.start(lambda new_learner=new_learner: waiting.work_off(
+                    lambda index: self._learn(index, new_learner(), lanes)))
+            while len(model.finished) < ready.stop:
+                try:
+                    record = self._out.get(timeout=PAUSE)
+                except queue.Empty:
+                    lanes.check()
+                    continue
+                if isinstance(record, EpochRecord):
+                    yield record
+                    continue
+                learned[record.index] = record
+                while (done := learned.pop(len(model.finished), None)) is not None:
+                    yield model.load_task_state(self._tasks, done.state, done.epochs,
+                                                done.train_seconds, done.measured)
+
+    def _learn(self, index: int, learner: Learner, lanes: Lanes) -> None:
+        learner.restore(self._tensors, self._fields)
+        learner.skip_to(self._tasks, index)
+        for record in learner.fit_next(self._tasks):
+            lanes.go_on()
+            self._out.put(record)
+        inference = self._inference()
+        measured = inference and learner.measure_task(self._tasks, index, inference)
+        self._out.put(_Learned(
+            index, {name: value.cpu() for name, value in learner.strategy.task_state(index).items()},
+            [record for record in learner.epochs if record.task_index == index],
+            learner.train_seconds, measured and {name: value.cpu()
+                                                 for name, value in measured.items()}))
+
+    def _inference(self) -> Inference | None:
+        """Task inference as the model has it, for this thread alone."""
+        if self._model.inference is None:
+            return None
+        return stored_inference(tensors_below(self._tensors, "inference."),
+                                len(self._fields["finished"]), self._new_detector())
