@@ -1,7 +1,7 @@
 """A stream whose tasks are learned several at once, in this process (`together`)."""
 
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -59,7 +59,7 @@ class _Round:
                  new_detector: Callable[[], Detector]) -> None:
         self._model, self._tasks, self._new_detector = model, tasks, new_detector
         tensors, self._fields = model.state()
-        self._tensors = {name: value.cpu() for name, value in tensors.items()}
+        self._tensors = _on_host(tensors)
         self._out: queue.Queue[EpochRecord | _Learned] = queue.Queue()
 
     def learn(self, ready: range, new_learners: Sequence[Callable[[], Learner]],
@@ -91,13 +91,13 @@ class _Round:
         for record in learner.fit_next(self._tasks):
             lanes.go_on()
             self._out.put(record)
-        inference = self._inference()
-        measured = inference and learner.measure_task(self._tasks, index, inference)
+        inference, measured = self._inference(), None
+        if inference is not None:
+            measured = _on_host(learner.measure_task(self._tasks, index, inference))
         self._out.put(_Learned(
-            index, {name: value.cpu() for name, value in learner.strategy.task_state(index).items()},
+            index, _on_host(learner.strategy.task_state(index)),
             [record for record in learner.epochs if record.task_index == index],
-            learner.train_seconds, measured and {name: value.cpu()
-                                                 for name, value in measured.items()}))
+            learner.train_seconds, measured))
 
     def _inference(self) -> Inference | None:
         """Task inference as the model has it, for this thread alone."""
@@ -105,3 +105,8 @@ class _Round:
             return None
         return stored_inference(tensors_below(self._tensors, "inference."),
                                 len(self._fields["finished"]), self._new_detector())
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the host, where threads exchange them: each has a stream of its own."""
+    return {name: value.cpu() for name, value in tensors.items()}

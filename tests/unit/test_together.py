@@ -77,10 +77,13 @@ def test_a_stream_ends_with_the_error_of_a_task(network, tasks, with_options):
     config = with_options(train={"learning_rate": 1e30})
     cut = cut_network(config, network)
     model = Learner(cut.strategy(config), config.train)
+
+    def learner(own):
+        return Learner(own.strategy(config), config.train)
+
     with pytest.raises(InputError, match="the loss of task"):
-        list(learn_at_once(model, tasks[:3], [
-            lambda own=cut.apart(): Learner(own.strategy(config), config.train)
-            for _ in range(2)], lambda: None))
+        list(learn_at_once(model, tasks[:3], [functools.partial(learner, cut.apart())
+                                              for _ in range(2)], lambda: None))
 
 
 def test_draws_follow_from_their_seed_whatever_other_threads_draw():
