@@ -63,8 +63,12 @@ class Learner:
     def learn(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord | TaskRecord]:
         """Learns the tasks that are not finished yet, in order."""
         while len(self.finished) < len(tasks):
-            yield from self.fit_next(tasks)
-            yield self._conclude(tasks)
+            yield from self.learn_next(tasks)
+
+    def learn_next(self, tasks: Sequence[TaskFeatures]) -> Iterator[EpochRecord | TaskRecord]:
+        """Learns the next task, and measures it and all before it."""
+        yield from self.fit_next(tasks)
+        yield self._conclude(tasks)
 
     def load_task_state(self, tasks: Sequence[TaskFeatures], task_state: dict[str, Tensor],
                         epochs: Sequence[EpochRecord], train_seconds: float,

@@ -1,5 +1,6 @@
 """A stream whose tasks are learned several at once, in this process (`together`)."""
 
+import functools
 import queue
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -21,7 +22,8 @@ PAUSE = 0.05
 class _Learned(NamedTuple):
     """A task that a thread has learned."""
 
-    index: int
+    task: int
+    """Its index."""
     state: dict[str, Tensor]
     epochs: list[EpochRecord]
     train_seconds: float
@@ -39,7 +41,7 @@ def learn_at_once(model: Learner, tasks: Sequence[TaskFeatures],
     while len(model.finished) < len(tasks):
         ready = _ready(tasks, len(model.finished))
         if len(ready) < 2 or len(new_learners) < 2:
-            yield from model.learn(tasks[:len(model.finished) + 1])
+            yield from model.learn_next(tasks)
         else:
             yield from _Round(model, tasks, new_detector).learn(ready, new_learners)
 
@@ -69,8 +71,8 @@ class _Round:
         learned: dict[int, _Learned] = {}
         with Lanes(len(new_learners), model.device) as lanes:
             for new_learner in new_learners:
-                lanes.start(lambda new_learner=new_learner: waiting.work_off(
-                    lambda index: self._learn(index, new_learner(), lanes)))
+                learn = functools.partial(self._learn, new_learner, lanes)
+                lanes.start(functools.partial(waiting.work_off, learn))
             while len(model.finished) < ready.stop:
                 try:
                     record = self._out.get(timeout=PAUSE)
@@ -80,12 +82,13 @@ class _Round:
                 if isinstance(record, EpochRecord):
                     yield record
                     continue
-                learned[record.index] = record
+                learned[record.task] = record
                 while (done := learned.pop(len(model.finished), None)) is not None:
                     yield model.load_task_state(self._tasks, done.state, done.epochs,
                                                 done.train_seconds, done.measured)
 
-    def _learn(self, index: int, learner: Learner, lanes: Lanes) -> None:
+    def _learn(self, new_learner: Callable[[], Learner], lanes: Lanes, index: int) -> None:
+        learner = new_learner()
         learner.restore(self._tensors, self._fields)
         learner.skip_to(self._tasks, index)
         for record in learner.fit_next(self._tasks):

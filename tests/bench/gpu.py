@@ -33,6 +33,7 @@ import earlier
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import together
 import torch
 from photographs import photographs
 from PIL import Image
@@ -114,8 +115,9 @@ def the_step(goals: Goals, folder: Path) -> None:
         if cuda(goals):
             recorded = steps_bench.milliseconds(
                 steps_bench.prepared(features, 3, precision, True, total), device, rounds, steps)
-        goals.add("4", f"kernels of a step, {precision}", kernels, 90, at_most=True,
-                  operations=floor.operations)
+        goals.add("4", f"kernels of a step, {precision}", kernels, 90, at_most=True)
+        goals.add("4", f"operations of a step, {precision}", floor.operations, 90, at_most=True,
+                  on_cpu=True)
         goals.add("4", f"a step against its floor, {precision}", recorded / 1e3 / floor.seconds,
                   needed, at_most=True, recorded_ms=round(recorded, 3), plain_ms=round(plain, 3))
 
@@ -129,6 +131,30 @@ def kernels_of(take, device: torch.device) -> float:
         take()
         torch.cuda.synchronize()
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
+
+
+def at_once(goals: Goals, folder: Path) -> None:
+    """Point 3: tasks, and trials of a search, at once in one process against one after the other.
+
+    Fewer trials than a search of 40 has: their number a minute does not depend on it.
+    """
+    count, steps, epochs = (8, 300, 3) if cuda(goals) else (2, 3, 1)
+    stored = steps_bench.stored(3, folder / "steps")
+    features = stored.to(goals.device)
+    for precision in ("bfloat16", "float32"):
+        alone, both = (together.seconds_of_steps(features, precision, lanes, steps)
+                       for lanes in (1, count))
+        goals.add("3", f"{count} tasks at once / one after the other, steps a minute, {precision}",
+                  count * alone / both, 4, steps_a_minute=round(60 * count * steps / both))
+    trials = (8, 24) if cuda(goals) else (2, 2)
+    (alone, spent_alone), (both, spent) = (
+        together.seconds_of_trials(stored, goals.device, trials[place], lanes, epochs)
+        for place, lanes in enumerate((1, count)))
+    goals.add("3", f"trials of a search, {count} at once / one after the other, trials a minute",
+              alone / trials[0] / (both / trials[1]), 4,
+              trials_a_minute=round(60 * trials[1] / both))
+    goals.add("3", "processor time of a trial among others / alone",
+              spent / trials[1] / (spent_alone / trials[0]), 1.2, at_most=True, on_cpu=True)
 
 
 def the_trunk(goals: Goals, folder: Path) -> None:
@@ -359,7 +385,7 @@ def main() -> None:
     options = parser.parse_args()
     goals = Goals(torch.device(options.device))
     started = time.perf_counter()
-    parts = (the_step, the_trunk, the_features, the_memory,
+    parts = (the_step, at_once, the_trunk, the_features, the_memory,
              functools.partial(the_main_job, cifar10=options.cifar10))
     for part in parts:
         configure_torch(None if cuda(goals) else 1)
@@ -370,8 +396,6 @@ def main() -> None:
                 traceback.print_exc()
                 where = getattr(part, "__name__", "the_main_job")
                 goals.open("", where, f"FAILED: {type(error).__name__}: {error}")
-    goals.open("3", "eight tasks together, 4 times the steps a minute", "not built")
-    goals.open("3", "a search of 40 trials on the GPU, 4 times faster", "not built")
     goals.open("8", "Ray on a GPU", "needs Ray: tests/ray")
     device = torch.cuda.get_device_name() if cuda(goals) else platform.processor()
     options.json.write_text(json.dumps({

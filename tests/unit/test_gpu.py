@@ -1,5 +1,7 @@
 """On a GPU: steps that are recorded, that wait for nothing, and that learn what the CPU learns."""
 
+import functools
+
 import pytest
 import torch
 from pyarrow.fs import LocalFileSystem
@@ -17,6 +19,7 @@ from partialhn.training.learner import Learner
 from partialhn.training.optimiser import learning_rates, make_optimiser
 from partialhn.training.pretrain import network_optimiser, train_network
 from partialhn.training.steps import UNRECORDED, CudaGraphs, Objective, Steps
+from partialhn.training.stream_at_once import learn_at_once
 
 pytestmark = [pytest.mark.gpu,
               pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -56,6 +59,21 @@ def test_the_cpu_and_the_gpu_begin_the_same_and_learn_as_well(learn):
     torch.testing.assert_close(losses(there), losses(here), rtol=0.15, atol=0.05)
     for one, other in zip(there.finished, here.finished, strict=True):
         assert one.accuracy_row == pytest.approx(other.accuracy_row, abs=0.15)
+
+
+def test_tasks_at_once_learn_what_they_learn_alone(network, tasks, with_options):
+    """Three threads on streams of their own, each of which records its steps."""
+    config = with_options(train={"batch_size": 8})
+    cut = cut_network(config, network)
+
+    def learner(own):
+        return Learner(own.strategy(config), config.train, "cuda", recorder=CudaGraphs())
+
+    alone, model = learner(cut.apart()), learner(cut.apart())
+    list(alone.learn(tasks))
+    list(learn_at_once(model, tasks, [functools.partial(learner, cut.apart()) for _ in range(3)],
+                       lambda: None))
+    torch.testing.assert_close(losses(model), losses(alone), rtol=1e-2, atol=5e-3)
 
 
 def test_bfloat16_learns_too(learn):
