@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from partialhn.errors import InputError
+from partialhn.networks.draws import ALONE
 
 RESIDENT_SHARE = 0.5
 """Largest part of the memory that a process may still take on a GPU, for features or images that
@@ -54,9 +55,13 @@ def limit_share(device: torch.device, share: float) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Gives back the memory of a GPU that this process holds and does not use."""
+    """Gives back the memory of a GPU that this process holds and does not use.
+
+    PyTorch refuses to while another thread records a step.
+    """
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with ALONE:
+            torch.cuda.empty_cache()
 
 
 def fits(nbytes: int, most: int, device: torch.device) -> bool:
