@@ -285,7 +285,7 @@ class Head(nn.Module):
         """Whether maps and kernels get the layout in which a GPU convolves in bfloat16. Each
         convolution would change the layout of all that it reads and writes.
         """
-        return z.dim() == 4 and z.device.type == "cuda"
+        return z.dim() == 4 and self._layout == "BCHW" and z.device.type == "cuda"
 
     def forward(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
         """Features z_BCHW to logits_BK with one task's weights."""
