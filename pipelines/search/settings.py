@@ -62,12 +62,13 @@ class SearchConfig:
     seeds: int | None = None
     """Training seeds that the best trial of each depth is run again with, 1 to 20; default: 3."""
     trials_at_once: int | None = None
-    """Most trials that run at the same time; default: as many as the cluster has room for."""
+    """Most trials that run at the same time; default: as many as the cluster has room for, and on
+    one machine with a GPU 8, which share a process."""
     cpus_per_trial: float = 1.0
     """CPUs of a trial, also its threads."""
     gpus_per_trial: float | None = None
-    """Share of a GPU of a trial, and of its memory, 0 to 1; default: 0.25 where the cluster has a
-    GPU."""
+    """Share of a GPU of a trial, and of its memory, 0 to 1; the trial then has a process of its
+    own. Default: 0.25 on several machines with a GPU; on one, trials share a process."""
     forecast_only: bool = False
     """Only forecast from the first two tasks which depths are worth trying; no trial runs."""
     price_gpu_hour: float | None = None

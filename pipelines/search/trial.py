@@ -10,7 +10,7 @@ import functools
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from partialhn.features.feature_set import FeatureSet
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network
 from partialhn.networks.device_memory import DeviceMemoryError, release
+from partialhn.networks.draws import ALONE
 from partialhn.networks.precision import configure_torch, device_name
 from partialhn.run import TrunkAndHead, cut_network
 from partialhn.strategies.base import Strategy
@@ -62,22 +63,36 @@ class Bench:
     """Where a node keeps copies of remote features."""
     unknown_task: bool = False
     """Whether trials are judged by their answers where nobody says the task."""
+    in_threads: bool = False
+    """Whether several trials share a process, each in a thread."""
 
 
 def run_trial(choice: dict[str, Any], bench: Bench) -> None:
     """The Ray Tune trainable: reports after each task, or the reason of a failure."""
     from ray import tune
 
+    for result in trial_results(choice, bench):
+        tune.report(result)
+
+
+def trial_results(choice: dict[str, Any], bench: Bench, *,
+                  explain_memory: bool = True) -> Iterator[dict[str, Any]]:
+    """A result after each task, or the reason of a failure.
+
+    Raises: DeviceMemoryError without `explain_memory`, if the device's memory does not suffice.
+    """
     plan = TrialPlan(**choice["plan"])
     tasks_done = 0
     try:
         for measured in learn(plan, bench):
             tasks_done = len(measured.rows)
-            tune.report({"tasks_done": tasks_done, "accuracy": measured.accuracy, "failed": "",
-                         "measured": json.dumps(dataclasses.asdict(measured))})
+            yield {"tasks_done": tasks_done, "accuracy": measured.accuracy, "failed": "",
+                   "measured": json.dumps(dataclasses.asdict(measured))}
     except Exception as error:  # a second attempt would fail in the same way
-        tune.report({"tasks_done": tasks_done, "accuracy": 0.0, "measured": "",
-                     "failed": _reason(error, bench)})
+        if isinstance(error, DeviceMemoryError) and not explain_memory:
+            raise
+        yield {"tasks_done": tasks_done, "accuracy": 0.0, "measured": "",
+               "failed": _reason(error, bench)}
 
 
 def _reason(error: Exception, bench: Bench) -> str:
@@ -94,14 +109,15 @@ def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
     """Learns the stream as planned; yields the measurements after each task."""
     configure_torch(bench.threads)
     config = Config.from_dict(plan.config)
-    cut = cut_network(config, bench.network)
+    with ALONE:  # all trials of a process cut the same network
+        cut = cut_network(config, bench.network)
     tasks = [_task(bench, config, name, classes) for name, classes in bench.tasks]
     detector = Detector(config.train.detector_features) if bench.unknown_task else None
     device = bench.device.here()
     release(device)  # what an earlier trial of this process left
     learner = Learner(cut.strategy(config), config.train, device, inference=detector,
                       recorder=recorder_for(device, config.compute.cuda_graphs))
-    meter = _Meter()
+    meter = _Meter(time.thread_time if bench.in_threads else time.process_time)
     folder = f"{bench.folder}/{plan.id}"
     _restore(bench, folder, learner, meter)
     if learner.finished:
@@ -120,9 +136,11 @@ def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
 
 
 class _Meter:
-    """Accuracies, and processor time of this process, split into training and evaluation."""
+    """Accuracies, and processor time, split into training and evaluation."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """clock: seconds of this process, or of this thread alone."""
+        self._clock = clock
         self.training, self.evaluating = 0.0, 0.0
         self.rows: list[tuple[float, ...]] = []
         """Held-out accuracies of every task so far, after each task."""
@@ -130,11 +148,11 @@ class _Meter:
 
     def start(self) -> None:
         """Starts the clock."""
-        self._at = time.process_time()
+        self._at = self._clock()
 
     def lap(self, evaluating: bool) -> None:
         """Adds the time since `start` to evaluation or to training."""
-        spent = time.process_time() - self._at
+        spent = self._clock() - self._at
         if evaluating:
             self.evaluating += spent
         else:

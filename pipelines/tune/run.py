@@ -51,6 +51,7 @@ from pipelines.search.survey import (
 from pipelines.search.trial import Bench, run_trial
 from pipelines.tune.results import Results, log_forecast
 from pipelines.tune.runs import connect_search
+from pipelines.tune.threads import TrialThreads
 
 Log = Callable[[str], None]
 MAX_FAILURES = 3
@@ -312,8 +313,34 @@ class _Search:
             self._run(TrialSource(self.state, planned, lambda: None, results.add,
                                   results.seconds), None)
 
+    def _threads_here(self) -> int:
+        """How many trials share this process, on this machine's GPU; 1 where they are Ray Tune's:
+        without a GPU, on several machines, or with a share of a GPU that was asked for.
+        """
+        import torch
+
+        from partialhn.training.together import AT_ONCE, WORKING_BYTES, at_once
+
+        if (not self.need.gpus or self.options.gpus_per_trial is not None
+                or len(cluster_nodes()) > 1 or not torch.cuda.is_available()):
+            return 1
+        need = int(self.need.memory) - TRIAL_MEMORY + WORKING_BYTES
+        wanted = self.options.trials_at_once or AT_ONCE
+        return at_once(wanted, [need] * wanted, torch.device("cuda"), self.log)
+
     def _run(self, source: TrialSource, scheduler: Any) -> None:
-        """Runs Ray Tune until the source has no more trials and all have ended."""
+        """Runs trials until the source has no more of them and all have ended: in threads of this
+        process, or by Ray Tune.
+        """
+        count = self._threads_here()
+        if count > 1:
+            self.log(f"trials: {count} at once share this process and its GPU")
+            bench = dataclasses.replace(self.bench, device=WorkerDevice.with_share(1.0))
+            TrialThreads(source, scheduler, bench, count, self.log).run()
+        else:
+            self._run_on_ray(source, scheduler)
+
+    def _run_on_ray(self, source: TrialSource, scheduler: Any) -> None:
         from ray import tune
         from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 
