@@ -72,6 +72,32 @@ def with_ending(blocks: Blocks, ending: nn.Module) -> Blocks:
     return {**blocks, last: joined(blocks[last], ending)}
 
 
+class PooledLinear(nn.Linear):
+    """A linear layer that also takes pooled maps (B, F, 1, 1), as a convolution does."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z.flatten(1))
+
+
+def with_linear_classifier(body: nn.Module, name: str) -> nn.Module:
+    """The same body, whose classifier is linear where it was a convolution of one pixel."""
+    layer = body.get_submodule(name)
+    if isinstance(layer, nn.Conv2d):
+        linear = PooledLinear(layer.in_channels, layer.out_channels, layer.bias is not None,
+                              device=layer.weight.device)
+        linear.load_state_dict({key: value.flatten(1) if key == "weight" else value
+                                for key, value in layer.state_dict().items()})
+        above, _, last = name.rpartition(".")
+        setattr(body.get_submodule(above), last, linear)
+    return body
+
+
+def is_classifier(layer: nn.Module | None) -> bool:
+    """Whether a layer is linear in pooled features, be it as a convolution of one pixel."""
+    return isinstance(layer, nn.Linear) or (
+        isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1)
+
+
 def without_chance(body: nn.Module) -> nn.Module:
     """The same body, whose dropout and stochastic depth drop nothing.
 

@@ -18,10 +18,12 @@ from partialhn.networks.division import (
     Blocks,
     Family,
     Piece,
+    is_classifier,
     joined,
     residual_blocks,
     shell,
     with_ending,
+    with_linear_classifier,
     without_chance,
 )
 from partialhn.networks.traced import Plan, plan_of
@@ -43,6 +45,24 @@ TRANSFORMER_END = ("norm", "attn_pool", "fc_norm", "head_drop")
 def _vit(body: nn.Module) -> Blocks:
     blocks: Blocks = {"stem": Piece(shell(body, STEM, parameters=True), _vit_stem)}
     for name, block in cast(nn.Module, body.blocks).named_children():
+        blocks[f"blocks.{name}"] = block
+    return with_ending(blocks, Piece(shell(body, TRANSFORMER_END), _normed_end))
+
+
+def _beit_stem(parts: Any, images_BCHW: Tensor) -> Tensor:
+    z_BNC = parts.patch_embed(images_BCHW)
+    z_BNC = torch.cat([parts.cls_token.expand(len(z_BNC), -1, -1), z_BNC], 1)
+    return cast(Tensor, parts.pos_drop(z_BNC if parts.pos_embed is None
+                                       else z_BNC + parts.pos_embed))
+
+
+def _beit(body: Any) -> Blocks:
+    """BEiT, whose blocks have the positions of patches relative to each other."""
+    if body.rel_pos_bias is not None:
+        raise InputError("a network of timm's class Beit cannot be cut where its blocks share one "
+                         "table of relative positions; allowed: one whose blocks have their own")
+    blocks: Blocks = {"stem": Piece(shell(body, STEM, parameters=True), _beit_stem)}
+    for name, block in body.blocks.named_children():
         blocks[f"blocks.{name}"] = block
     return with_ending(blocks, Piece(shell(body, TRANSFORMER_END), _normed_end))
 
@@ -151,6 +171,7 @@ def _resnet(body: nn.Module) -> Blocks:
 
 FAMILIES = {
     "VisionTransformer": Family(_vit, "BNC", takes_size=True),
+    "Beit": Family(_beit, "BNC", takes_size=True),
     "Eva": Family(_rotary, "BNC", takes_size=True),
     "ConvNeXt": Family(_convnext),
     "EfficientNet": Family(_efficientnet),
@@ -183,8 +204,8 @@ def find(name: str) -> Backbone:
         body = library.create_model(name, pretrained=False, num_classes=2)
     settings = library.get_pretrained_cfg(name)
     classifier = getattr(settings, "classifier", None)
-    if not isinstance(classifier, str) or not isinstance(
-            dict(body.named_modules()).get(classifier), nn.Linear):
+    if not isinstance(classifier, str) or not is_classifier(
+            dict(body.named_modules()).get(classifier)):
         raise InputError(f"backbone is 'timm:{name}', a {type(body).__name__} whose classifier is "
                          f"{classifier!r}; allowed: a network of timm with one linear classifier")
     family = FAMILIES.get(_class_of(body))
@@ -242,7 +263,8 @@ def _build(name: str, takes_size: bool, classes: int, input_size: int) -> nn.Mod
             raise ValueError(f"its patches are {width} pixels wide")
     except (ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise _no_such_size(name, input_size, error) from error
-    return without_chance(body)
+    classifier = timm().get_pretrained_cfg(name).classifier
+    return without_chance(with_linear_classifier(body, classifier))
 
 
 def _no_such_size(name: str, input_size: int, error: Exception) -> InputError:
