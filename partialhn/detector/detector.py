@@ -19,7 +19,7 @@ from torch import Tensor
 
 from partialhn.detector.expansion import Embed, Expansion, expansion_of
 from partialhn.detector.fitted import Fitted, fit
-from partialhn.detector.mixture import Joint, Powers, answer, fit_powers
+from partialhn.detector.mixture import Joint, Powers, answer, fit_powers, usual_top
 from partialhn.detector.statistics import (
     HeadLogits,
     TaskStatistics,
@@ -52,6 +52,8 @@ class _Prepared:
     column_TL: Tensor
     """Column of each class of each task; after a task's last class, one more than there are."""
     powers: Powers
+    usual: float
+    """As `answer` takes it."""
     threshold: float
 
 
@@ -169,7 +171,7 @@ class Detector:
             logits_RK: Tensor = head(z_BCHW[rows_R.to(z_BCHW.device)], weights[task])
             return (sharp * logits_RK).log_softmax(1).cpu()
 
-        joint = answer(self._by_task(prepared, white_BD), prepared.powers, log_p)
+        joint = answer(self._by_task(prepared, white_BD), prepared.powers, log_p, prepared.usual)
         return joint, prepared.fitted.strangeness(h_BD, white_BD) <= prepared.threshold
 
     def classify(self, slots: Sequence[int], z_BCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,7 +307,9 @@ class Detector:
                     for each, log_p, start, count in zip(own, log_p_SM, first, classes,
                                                          strict=True)
                     if len(each["sample_head_SK"])]
-        return _Prepared(fitted.single(), _columns(first, classes), fit_powers(opinions), threshold)
+        powers = fit_powers(opinions)
+        return _Prepared(fitted.single(), _columns(first, classes), powers,
+                         usual_top(powers, opinions), threshold)
 
 
 def _columns(first: Sequence[int], classes: Sequence[int]) -> Tensor:

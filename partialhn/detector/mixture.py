@@ -2,7 +2,8 @@
 
 The detector gives the first factor. The second is a product of two opinions about the classes of
 one task, its head's and the detector's, each raised to a power. The powers are those that the kept
-held-out images find likeliest. A head runs only where it can change the answer.
+held-out images find likeliest. A head runs only where, as sure as heads usually are, it would change
+the answer.
 
 Legend: B images, R images that a head runs for, S sampled images, T tasks, K classes of a task,
 L most classes of a task.
@@ -77,15 +78,26 @@ def fit_powers(tasks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Powers:
     return Powers(head, detector)
 
 
-def answer(log_p_BTL: Tensor, powers: Powers, head: Callable[[int, Tensor], Tensor]) -> Joint:
+def usual_top(powers: Powers, tasks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> float:
+    """Logarithm of the probability that the likeliest class within its task usually has: the median
+    over the sampled images, as `fit_powers` takes them; 0 where none has a head's opinion.
+    """
+    tops = [mixed(powers, head_SK, detector_SK).amax(1) for head_SK, detector_SK, _ in tasks]
+    return float(torch.cat(tops).median()) if sum(map(len, tops)) else 0.0
+
+
+def answer(log_p_BTL: Tensor, powers: Powers, head: Callable[[int, Tensor], Tensor],
+           usual: float = 0.0) -> Joint:
     """The likeliest class among the `HEADS` likeliest tasks, by its task.
 
     log_p_BTL: the detector's log-probabilities among the classes of all tasks, infinite negative
     after a task's last class. head: index of a task and rows (R,) to the log-probabilities (R, K)
-    of the task's head.
+    of the task's head. usual: as `usual_top` gives it.
 
-    No class of a task is likelier than the task. So the heads are asked from the likeliest task on,
-    until the next task is less likely than the best class so far.
+    The heads are asked from the likeliest task on, until the likeliest class of the next task would
+    be less likely than the best class so far, with the usual probability within its task. With
+    `usual` of 0 no head is left out that could change the answer: no class is likelier than its
+    task.
     """
     task_BT = log_p_BTL.logsumexp(2)
     B, T, L = log_p_BTL.shape
@@ -94,7 +106,7 @@ def answer(log_p_BTL: Tensor, powers: Powers, head: Callable[[int, Tensor], Tens
     p_BL = torch.zeros(B, L)
     for place in range(min(T, HEADS)):
         next_B = task_BT.gather(1, order_BT[:, place:place + 1])[:, 0]
-        asked_B = (next_B > best_B) | (place == 0)
+        asked_B = (next_B + usual > best_B) | (place == 0)
         if not asked_B.any():
             break
         for task in sorted(set(order_BT[asked_B, place].tolist())):

@@ -1,6 +1,7 @@
 """The detector: exact in any order, exact removal, its closed form, its mixture with the heads."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.detector.detector import Detector
 from partialhn.detector.expansion import SEEN, Expansion, expansion_of, scaled, seen_blocks
 from partialhn.detector.fitted import SHRINKAGES, fit
-from partialhn.detector.mixture import DRAWN, POWER, Powers, answer, fit_powers, mixed
+from partialhn.detector.mixture import DRAWN, POWER, Powers, answer, fit_powers, mixed, usual_top
 from partialhn.detector.statistics import (
     SAMPLE,
     UNIT,
@@ -271,6 +272,15 @@ def test_heads_are_asked_only_where_they_can_change_the_answer():
         log_p_BM[row, [slice(3), slice(3, 7), slice(7, 12)][task]].exp().sum()
         for row, task in enumerate(joint.task_B.tolist())]))
     assert 400 <= sum(asked) < 0.9 * 2 * 400
+    every_head, usual = sum(asked), usual_top(powers, [
+        (own, part - part.logsumexp(1, keepdim=True), torch.zeros(400).long())
+        for part, own in zip(log_p, heads, strict=True)])
+    assert math.log(1 / 5) < usual < 0
+    assert usual_top(powers, []) == 0.0
+    asked.clear()
+    fewer = answer(log_p_BTL, powers, head, usual)
+    assert 400 < sum(asked) < 0.95 * every_head
+    assert (fewer.task_B == joint.task_B).float().mean() > 0.8
 
 
 def test_it_finds_tasks_far_better_than_guessing_and_measures_every_task(learner, tasks):
