@@ -64,10 +64,12 @@ class Learned:
         self.expanded = once(expansion_of(self.tasks[0].train.shape_CHW, self.detector.features,
                                           self.detector._embed))
         self.measured = {}
+        self.every = once(lambda z_BCHW: [self.strategy.head(z_BCHW, own)
+                                          for own in self.weights])
 
     def logits(self, z_BCHW, count):
         """Logits of the first `count` heads."""
-        return [self.strategy.head(z_BCHW, own) for own in self.weights[:count]]
+        return self.every(z_BCHW)[:count]
 
     def images(self, place, split):
         """Features that the methods without heads see, and classes, of a task's images."""
