@@ -2,8 +2,8 @@
 
 The detector gives the first factor. The second is a product of two opinions about the classes of
 one task, its head's and the detector's, each raised to a power. The powers are those that the kept
-held-out images find likeliest. A head runs only where, as sure as heads usually are, it would change
-the answer.
+held-out images find likeliest. A head runs only where it would change the answer, as sure as heads
+usually are.
 
 Legend: B images, R images that a head runs for, S sampled images, T tasks, K classes of a task,
 L most classes of a task.
