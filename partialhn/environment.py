@@ -2,7 +2,7 @@
 
 An explicit option wins over a variable, or the run is refused where it cannot. The effects of
 MLflow's database, S3 and OpenMP variables were found by running them; those of Ray, of an MLflow
-server, of Hugging Face and of NVIDIA_TF32_OVERRIDE (no GPU was at hand) by reading. `partialhn
+server, of Hugging Face and of CUDA and NVIDIA (no GPU was at hand) by reading. `partialhn
 doctor` shows the variables that are set.
 """
 
@@ -51,6 +51,8 @@ VARIABLES = (
              "is not used: float32 stays float32"),
     Variable(("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"), "seed",
              "changes the last digits, so that a seed gives other weights"),
+    Variable(("CUDA_DEVICE_MAX_CONNECTIONS",), "tasks_at_once",
+             "counts, up to 32; with fewer than tasks_at_once, tasks wait for each other on a GPU"),
     Variable(("CUDA_VISIBLE_DEVICES",), "device", "hides GPUs; device gpu is refused without one"),
     Variable(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_ENDPOINT", "HF_HOME"), "data, trunk",
              "says where hf: and hf-hub: names are looked for"),
@@ -93,3 +95,10 @@ def keep_float32(environment: "os._Environ[str]" = os.environ) -> None:
     """
     if environment.get("NVIDIA_TF32_OVERRIDE", "0") != "0":
         del environment["NVIDIA_TF32_OVERRIDE"]
+
+
+def let_streams_overlap(environment: "os._Environ[str]" = os.environ) -> None:
+    """Asks CUDA for 32 queues to a GPU instead of 8, before it is started: streams that share a
+    queue wait for each other.
+    """
+    environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from partialhn.config import Arithmetic, Precision
-from partialhn.environment import keep_float32
+from partialhn.environment import keep_float32, let_streams_overlap
 from partialhn.errors import InputError
 
 
@@ -18,6 +18,8 @@ def configure_torch(threads: int | None = None) -> None:
     on a GPU float32 stays float32: by default PyTorch lets convolutions round to TF32.
     """
     keep_float32()
+    if torch.backends.cuda.is_built():
+        let_streams_overlap()
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.set_flush_denormal(True)
     # the older of two interfaces first: an export of a network asks it, and it refuses to answer,

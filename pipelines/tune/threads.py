@@ -36,7 +36,8 @@ class TrialThreads:
                  log: Callable[[str], None]) -> None:
         """scheduler: one of Ray Tune's, asked after each task, or None. count: trials at once."""
         self._source, self._bench, self._count, self._log = source, bench, count, log
-        self._scheduler = FIFOScheduler() if scheduler is None else scheduler
+        self._scheduler: Any = FIFOScheduler() if scheduler is None else scheduler
+        """Any, since it gets trials of ours and no controller."""
         self._lock, self._numbers = threading.Lock(), itertools.count()
         self._again: collections.deque[_Trial] = collections.deque()
         """Trials that found no memory beside others."""

@@ -7,7 +7,13 @@ import threading
 import pytest
 
 from partialhn.config import BackboneConfig, ComputeConfig, Config
-from partialhn.environment import VARIABLES, check_threads, keep_float32, set_variables
+from partialhn.environment import (
+    VARIABLES,
+    check_threads,
+    keep_float32,
+    let_streams_overlap,
+    set_variables,
+)
 from partialhn.errors import InputError
 from partialhn.run import check
 from pipelines.doctor import check_machine
@@ -52,6 +58,15 @@ def test_float32_stays_float32(monkeypatch, value, expected):
         monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", value)
     keep_float32()
     assert os.environ.get("NVIDIA_TF32_OVERRIDE") == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [(None, "32"), ("4", "4")])
+def test_streams_of_a_process_get_queues_of_their_own(monkeypatch, value, expected):
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", value)
+    let_streams_overlap()
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == expected
 
 
 def test_a_database_gets_no_workspaces(tmp_path, monkeypatch):
