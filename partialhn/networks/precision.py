@@ -18,7 +18,7 @@ def configure_torch(threads: int | None = None) -> None:
     on a GPU float32 stays float32: by default PyTorch lets convolutions round to TF32.
     """
     keep_float32()
-    if torch.backends.cuda.is_built():
+    if torch.version.cuda is not None:
         let_streams_overlap()
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.set_flush_denormal(True)

@@ -114,7 +114,8 @@ def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
     tasks = [_task(bench, config, name, classes) for name, classes in bench.tasks]
     detector = Detector(config.train.detector_features) if bench.unknown_task else None
     device = bench.device.here()
-    release(device)  # what an earlier trial of this process left
+    if not bench.in_threads:  # where it would stop the others
+        release(device)  # what an earlier trial of this process left
     learner = Learner(cut.strategy(config), config.train, device, inference=detector,
                       recorder=recorder_for(device, config.compute.cuda_graphs))
     meter = _Meter(time.thread_time if bench.in_threads else time.process_time)
