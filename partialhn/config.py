@@ -286,6 +286,13 @@ class HypernetConfig:
     network has them. all, attention, mlp, or a pattern of names such as *.qkv.*"""
     fresh_columns: int = 16
     """Number of columns that each task after the first adds (columns only)."""
+    dictionary: int = 0
+    """Number of directions in the dictionary that later tasks share (columns only). When the first
+    tasks have columns of their own, the dictionary keeps the input directions that these have in
+    common, and a task after them stores only the output sides of so many columns. 0: no dictionary,
+    every task has columns of its own."""
+    dictionary_after: int = 10
+    """Number of tasks with columns of their own after which the dictionary is closed."""
     code_dim: int = 64
     """Number of columns that all tasks share (bilinear only)."""
     embedding_dim: int = 32
@@ -310,6 +317,9 @@ class HypernetConfig:
         _require(bool(self.generate), "generate", self.generate,
                  "all, attention, mlp, or a pattern of names such as *.qkv.*")
         _require(self.fresh_columns >= 1, "fresh_columns", self.fresh_columns, "1 or more")
+        _require(self.dictionary >= 0, "dictionary", self.dictionary, "0 or more")
+        _require(self.dictionary_after >= 1, "dictionary_after", self.dictionary_after,
+                 "1 or more")
         _require(self.code_dim >= 1, "code_dim", self.code_dim, "1 or more")
         _require(self.residual or self.generator != "columns", "residual", self.residual,
                  "true with generator columns, or generator bilinear or additive")

@@ -14,6 +14,8 @@ trunk's network was trained on other images, base_l are that network's own weigh
 change, and every task starts from them (`network`). A task that is refreshed starts from its own
 old slot. It has binary columns V and A of its own, weighted by its code x
 (`partialhn.networks.columns`). Learned weights never change, so no earlier task can change either.
+With a dictionary, tasks after the first ones have V of their own only, over shared directions in
+A's place (`partialhn.networks.dictionary`).
 The weights that a task starts from are generated once, so a step costs the same whatever the number
 of tasks. The other two generators share parameters that change with every task
 (`partialhn.networks.shared_generators`).
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from partialhn.config import StartTask
 from partialhn.errors import InputError
 from partialhn.networks.columns import CODE, Columns, packed_bytes
+from partialhn.networks.dictionary import Dictionary, OutputSides, principal_directions
 
 TYPICAL = 0.1
 """Root mean square of weights for which a code starts at CODE over the root of d."""
@@ -144,10 +147,17 @@ class ColumnGenerator(Generator):
     """W_l(t) = W_l(s) + V_lt diag(x_lt) A_lt^T, where each task has binary V and A of its own."""
 
     def __init__(self, tensors: Sequence[GeneratedTensor], width: int,
-                 starts_from: StartTask = "first") -> None:
-        """`previous` pays at freeze depth 0 only (docs/measurements/first-weights.md)."""
+                 starts_from: StartTask = "first", directions: int = 0, openers: int = 0) -> None:
+        """starts_from: `previous` pays at freeze depth 0 only (docs/measurements/first-weights.md).
+
+        directions: number of directions in the dictionary, 0 for none; it is closed when `openers`
+        tasks have columns of their own.
+        """
         super().__init__(tensors)
         self.width, self.starts_from = width, starts_from
+        self._directions, self._openers = directions, openers
+        self.dictionary: Dictionary | None = None
+        """None until it is closed."""
         self.base_is_fixed = starts_from == "network"
         """Whether no task trains the base, so that every task has columns."""
         self.columns = nn.ModuleList()
@@ -164,8 +174,41 @@ class ColumnGenerator(Generator):
         return task > 0 or self.base_is_fixed
 
     def add_task(self, task: int) -> None:
-        if self.inherits(task):
+        if not self.inherits(task):
+            return
+        dictionary = self.dictionary
+        if dictionary is None or len(self.columns) < int(dictionary.get_buffer("openers")):
             self.columns.append(Columns(self._shapes, self.width))
+        else:
+            self.columns.append(OutputSides(self._shapes, dictionary))
+
+    def open_dictionary(self, openers: int) -> None:
+        """Makes room for a stored dictionary. openers: tasks with columns of their own."""
+        self.dictionary = Dictionary(self._shapes, self._directions, openers)
+
+    @property
+    def closes_dictionary(self) -> bool:
+        """Whether the newest task is the last one with columns of its own."""
+        return (self._directions > 0 and self.dictionary is None and bool(self.tensors)
+                and len(self.columns) == self._openers)
+
+    @torch.no_grad()
+    def close_dictionary(self, codes: Sequence[Tensor]) -> None:
+        """Fills the dictionary from the tasks so far. codes: one for each task with columns.
+
+        Where no task has an update, because all are solved in closed form, there are no directions,
+        and tasks go on to open columns of their own.
+        """
+        columns = [cast(Columns, own)() for own in self.columns]
+        weights = [code.view(len(self.tensors), -1) for code in codes]
+        found = [principal_directions(
+            [(sides[index][0] * x_Ld[index], sides[index][1])
+             for sides, x_Ld in zip(columns, weights, strict=True)], self._directions)
+            for index in range(len(self.tensors))]
+        if any(directions_Dd.any() for directions_Dd in found):
+            self.open_dictionary(len(self.columns))
+            dictionary = cast(Dictionary, self.dictionary)
+            dictionary.to(self.base[0].device).fill(found)
 
     def next_code(self, previous: Tensor | None, task: int) -> Tensor:
         """The same value for every column of a tensor; a task without columns has an empty code.
@@ -180,8 +223,9 @@ class ColumnGenerator(Generator):
         if self.starts_from == "network":
             scales_L = torch.tensor([base.detach().square().mean().sqrt().item() / TYPICAL
                                      for base in self.base])
-        start: float = CODE * self.width ** -0.5
-        return (start * scales_L).repeat_interleave(self.width)
+        width = self.of_task(task).width
+        start: float = CODE * width ** -0.5
+        return (start * scales_L).repeat_interleave(width)
 
     def forward(self, task: int, code: Tensor, inherited: Rows | None = None) -> Rows:
         if not self.inherits(task):
@@ -194,7 +238,7 @@ class ColumnGenerator(Generator):
             return own.generate(own.stacked(inherited), code)
         return tuple(torch.addmm(before_CD, v_Cd.to(x_d) * x_d, A_Dd.to(x_d).T)
                      for before_CD, x_d, (v_Cd, A_Dd)
-                     in zip(inherited, code.view(-1, self.width), own(), strict=True))
+                     in zip(inherited, code.view(len(self.tensors), -1), own(), strict=True))
 
     def start_rows(self, task: int, inherited: Rows) -> Rows:
         """The weights that a task starts from, as `learning` takes them: once for all steps."""
@@ -216,25 +260,36 @@ class ColumnGenerator(Generator):
         return self.of_task(task).pack().flatten()
 
     def task_bytes(self, task: int) -> int:
-        return packed_bytes(self._shapes, self.width) if self.inherits(task) else 0
+        if not self.inherits(task):
+            return 0
+        if self.uses_dictionary(task):
+            return packed_bytes([(C, 0) for C, _ in self._shapes], self._directions)
+        return packed_bytes(self._shapes, self.width)
 
     def generating_macs(self, task: int) -> int:
         """As the base class; for a task that refreshes no other."""
-        products = task if self.starts_from_previous else int(self.inherits(task))
-        return products * self.width * sum(t.rows * t.row_length for t in self.tensors)
+        if not self.inherits(task):
+            return 0
+        first = self._without if self.starts_from_previous else task
+        width = sum(self.of_task(each).width for each in range(first, task + 1))
+        return width * sum(t.rows * t.row_length for t in self.tensors)
 
     @property
     def _shapes(self) -> list[tuple[int, int]]:
         return [(tensor.rows, tensor.row_length) for tensor in self.tensors]
 
-    def of_task(self, task: int) -> Columns:
+    def of_task(self, task: int) -> Columns | OutputSides:
         """The columns of a task that has some."""
-        return cast(Columns, self.columns[task - self._without])
+        return cast(Columns | OutputSides, self.columns[task - self._without])
 
     @property
     def _without(self) -> int:
         """Number of tasks without columns: the first, where it trains the base."""
         return 0 if self.base_is_fixed else 1
+
+    def uses_dictionary(self, task: int) -> bool:
+        """Whether the columns of a task have their input sides in the dictionary."""
+        return self.inherits(task) and isinstance(self.of_task(task), OutputSides)
 
     def state_prefix(self, task: int) -> str:
         """How the names of the parameters begin that a later task alone has."""

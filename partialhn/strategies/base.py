@@ -109,12 +109,24 @@ class Strategy(nn.Module):
         if isinstance(own, OwnNorm):
             own.fold()
 
+    def conclude(self, task: int) -> None:
+        """Called once a new task's parameters are final, whether it was learned here or loaded."""
+
     @property
     def independent(self) -> bool:
         """Whether training a task changes only parameters that the task owns, and reads only these
-        and the learned weights of the task that it starts from.
+        and the model after the task that it `needs`.
         """
         return False
+
+    def needs(self, task: int, refreshes: int | None, known: int) -> int:
+        """The task after which the model has all that training a later task reads, where tasks are
+        `independent`.
+
+        refreshes: as in `add_task`. known: number of tasks that are learned.
+        """
+        del task, known
+        return refreshes or 0
 
     def answers_by(self, task: int) -> str | None:
         """A hash of everything that determines a learned task's answers; None where a later task
@@ -256,10 +268,15 @@ class Classifier(nn.Module):
         self.classifier_KF = nn.Parameter(torch.empty(classes, head.width).uniform_(-bound, bound))
         self.bias_K = nn.Parameter(torch.empty(classes).uniform_(-bound, bound))
 
+    @property
+    def plain_KF(self) -> Tensor:
+        """classifier_KF as numbers, whatever form it is kept in."""
+        return self.classifier_KF
+
     def take_classifier(self, other: "Classifier") -> None:
         """Copies the classifier of another task with the same classes."""
         with torch.no_grad():
-            self.classifier_KF.copy_(other.classifier_KF)
+            self.classifier_KF.copy_(other.plain_KF)
             self.bias_K.copy_(other.bias_K)
 
 

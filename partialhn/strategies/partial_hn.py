@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from partialhn.config import Config, HypernetConfig
 from partialhn.errors import InputError
 from partialhn.features.closed_form import LinearClassifier
+from partialhn.networks.dictionary import OutputSides
 from partialhn.networks.draws import seeded
 from partialhn.networks.head import Head, HeadStart, HeadWeights
 from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
@@ -29,6 +30,11 @@ from partialhn.strategies.base import OwnNorm, Strategy, renumbered
 FIRST_FORGOTTEN = "first_forgotten"
 """Entry of the state of a model that has forgotten its first task, whose weights stay as the base
 of the others."""
+OPENERS = "hypernet.dictionary.openers"
+"""Entry of the state of a model whose dictionary is closed: how many tasks have columns of their
+own."""
+SMALLEST_SCALE = 1e-6
+"""Scale of a class whose weights are all zero: float16 would round a smaller one to zero."""
 LONG_RATE = 2.0
 """Factor on the learning rate of columns in long experiences: columns start at zero, where a plain
 head starts from weights that are learned already (`docs/measurements/columns.md`)."""
@@ -37,9 +43,12 @@ head starts from weights that are learned already (`docs/measurements/columns.md
 class HypernetTask(OwnNorm):
     """What a task owns: its code e_t, its norm (scales and shifts) and its classifier."""
 
-    def __init__(self, classes: int, head: Head, norm: Tensor, code: Tensor, start: int) -> None:
+    def __init__(self, classes: int, head: Head, norm: Tensor, code: Tensor, start: int, *,
+                 compact: bool = False) -> None:
+        """compact: the classifier is kept in 8 bits once the task is learned."""
         super().__init__(classes, head, norm)
-        self.code = nn.Parameter(code)
+        self.code, self._compact = nn.Parameter(code), compact
+        self.scale_K: Tensor | None = None
         self.register_buffer("start", torch.tensor(start))
         """The task it starts from; -1 for none."""
         self.register_buffer("linear_KF", None)
@@ -64,18 +73,32 @@ class HypernetTask(OwnNorm):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def fold(self) -> None:
-        """A learned task's norm and classifier are kept in float16."""
+        """A learned task's norm and classifier are kept in float16; a compact task's classifier in
+        8 bits, with a scale for each class.
+        """
         super().fold()
-        for name in ("norm", "classifier_KF", "bias_K"):
+        if self._compact:
+            classifier_KF = self.classifier_KF.detach()
+            scale_K = (classifier_KF.abs().amax(1) / 127).clamp_min(SMALLEST_SCALE).half()
+            self.scale_K = nn.Parameter(scale_K, requires_grad=False)
+            eight_KF = (classifier_KF / scale_K[:, None].float()).round().clamp(-127, 127)
+            self.classifier_KF = nn.Parameter(eight_KF.to(torch.int8), requires_grad=False)
+        for name in ("norm", "bias_K") if self._compact else ("norm", "classifier_KF", "bias_K"):
             value = getattr(self, name)
             setattr(self, name, nn.Parameter(value.detach().half(), value.requires_grad))
+
+    @property
+    def plain_KF(self) -> Tensor:
+        if self.scale_K is None:
+            return super().plain_KF
+        return self.classifier_KF.float() * self.scale_K[:, None].float()
 
     def weights(self, matrices: dict[str, Tensor]) -> HeadWeights:
         weights = super().weights(matrices)
         if weights.norm.dtype != torch.half:
             return weights
         return weights._replace(norm=weights.norm.float(), bias_K=weights.bias_K.float(),
-                                classifier_KF=weights.classifier_KF.float())
+                                classifier_KF=self.plain_KF.float())
 
 
 class PartialHypernet(Strategy):
@@ -90,6 +113,7 @@ class PartialHypernet(Strategy):
         with seeded(self.seed):
             self.hypernet = build_generator(options, head.matrices)
         self._residual = options.residual
+        self._dictionary, self._dictionary_after = options.dictionary, options.dictionary_after
         if options.residual:
             self.hypernet.set_base(start.matrices)
         self.register_buffer("next_norm", start.norm.clone())
@@ -113,7 +137,10 @@ class PartialHypernet(Strategy):
         self.hypernet.add_task(task)
         start = self.hypernet.start(task) if refreshes is None else refreshes
         code = self.hypernet.next_code(self._own(start).code.detach() if start >= 0 else None, task)
-        return HypernetTask(classes, self.head, self.get_buffer("next_norm"), code, start)
+        generator = self.hypernet
+        compact = isinstance(generator, ColumnGenerator) and generator.uses_dictionary(task)
+        return HypernetTask(classes, self.head, self.get_buffer("next_norm"), code, start,
+                            compact=compact)
 
     @property
     def takes_linear(self) -> bool:  # type: ignore[override]
@@ -143,6 +170,8 @@ class PartialHypernet(Strategy):
                    finished: int | None = None) -> None:
         if FIRST_FORGOTTEN in state:
             self._forget_first()
+        if OPENERS in state:
+            cast(ColumnGenerator, self.hypernet).open_dictionary(int(state[OPENERS]))
         super().load_tasks(classes, state, finished)
 
     def state_without(self, tasks: Collection[int]) -> dict[str, Tensor]:
@@ -164,14 +193,24 @@ class PartialHypernet(Strategy):
         before = after = 1 - int(self.hypernet.inherits(0))
         if before and 0 in tasks:
             after, state[FIRST_FORGOTTEN] = 0, torch.tensor(True)
-        return renumbered(state, "hypernet.columns.",
-                          {old - before: new - after for old, new in places.items()})
+        columns = {old - before: new - after for old, new in places.items()}
+        if OPENERS in state:
+            state[OPENERS] = torch.tensor(sum(
+                0 <= old < int(state[OPENERS]) for old in columns))
+        return renumbered(state, "hypernet.columns.", columns)
 
     def shared_with(self, tasks: Collection[int]) -> list[str]:
         if self.hypernet.shares_parameters:
             return ["the hypernetwork's parameters, which all tasks share"]
-        first = 0 in tasks and not self.hypernet.inherits(0)
-        return ["the hypernetwork's base, to which every other task adds"] if first else []
+        shared = []
+        if 0 in tasks and not self.hypernet.inherits(0):
+            shared.append("the hypernetwork's base, to which every other task adds")
+        generator = self.hypernet
+        if isinstance(generator, ColumnGenerator) and generator.dictionary is not None and any(
+                generator.inherits(task) and not generator.uses_dictionary(task)
+                for task in tasks):
+            shared.append("the dictionary of directions, which the first tasks left to later ones")
+        return shared
 
     @property
     def reference_norm(self) -> Tensor | None:
@@ -206,6 +245,9 @@ class PartialHypernet(Strategy):
         if self.hypernet.inherits(task):
             columns = cast(ColumnGenerator, self.hypernet).of_task(task)
             own |= {f"columns.{name}": value for name, value in columns.state_dict().items()}
+            if isinstance(columns, OutputSides):
+                own |= {f"directions.{index}": value for index, value
+                        in enumerate(columns.directions)}
         start = self._start(task) if self.hypernet.inherits(task) else -1
         return hash_tensors(own, self._base if start < 0 else self.answers_by(start) or "")
 
@@ -227,6 +269,22 @@ class PartialHypernet(Strategy):
             own.code.data.mul_(factor)
         self._forget()
         self._running = -1
+
+    def conclude(self, task: int) -> None:
+        """Closes the dictionary after the last task that has columns of its own."""
+        generator = self.hypernet
+        if isinstance(generator, ColumnGenerator) and generator.closes_dictionary:
+            generator.close_dictionary([self._own(each).code for each in range(task + 1)
+                                        if generator.inherits(each)])
+
+    def needs(self, task: int, refreshes: int | None, known: int) -> int:
+        """As the base class; the last task with columns of its own, for those that may come after
+        it.
+        """
+        start = super().needs(task, refreshes, known)
+        if not self._dictionary or task < self._dictionary_after:
+            return start
+        return max(start, known - 1, min(task - 1, self._dictionary_after))
 
     def weights(self, task: int) -> HeadWeights:
         own = self._own(task)
@@ -314,8 +372,8 @@ class PartialHypernet(Strategy):
 def build_generator(config: HypernetConfig, tensors: Sequence[GeneratedTensor]) -> Generator:
     """The generator that the configuration names."""
     if config.generator == "columns":
-        return ColumnGenerator(tensors, config.fresh_columns,
-                               config.starts_from)
+        return ColumnGenerator(tensors, config.fresh_columns, config.starts_from,
+                               config.dictionary, config.dictionary_after)
     if config.generator == "bilinear":
         return BilinearGenerator(tensors, config.code_dim, residual=config.residual)
     return AdditiveGenerator(tensors, config.embedding_dim, config.hidden, config.channel_dim,

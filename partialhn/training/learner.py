@@ -148,6 +148,7 @@ class Learner:
                   measured: dict[str, Tensor] | None = None) -> TaskRecord:
         """Measures the newly trained task and all earlier ones."""
         index, start = len(self.finished), time.perf_counter()
+        self.strategy.conclude(index)
         row, measured_now = accuracy_row(
             self.strategy, [task.test for task in tasks[:index + 1]], self.finished, self._grounds,
             re_evaluate=self.re_evaluate)

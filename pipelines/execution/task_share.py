@@ -1,11 +1,11 @@
 """Divides independent work among workers: whole tasks of the strategy, and whole baselines.
 
-A task depends only on the task that it starts from, so a worker needs only the model after that
-one. The first worker puts the learned tasks together; the model is bit for bit the one that a
-single worker would have learned. Each baseline is learned by one worker. Workers exchange results
-only through the storage and do not wait for each other at every step. A worker that learns several
-tasks at once (`partialhn.training.together`) has a thread for each, and they exchange results in
-the same way.
+A task depends only on the task that it starts from, and with a dictionary on the first tasks, so a
+worker needs only the model after these. The first worker puts the learned tasks together; the model
+is bit for bit the one that a single worker would have learned. Each baseline is learned by one
+worker. Workers exchange results only through the storage and do not wait for each other at every
+step. A worker that learns several tasks at once (`partialhn.training.together`) has a thread for
+each, and they exchange results in the same way.
 
     <run>/tasks/<lineage_id>/            a learned task that is not in a model yet
     <run>/tasks/<lineage_id>.running/    the state of a task that is being learned
@@ -98,7 +98,7 @@ class TaskShare:
                  new_detector: Callable[[], Detector],
                  send: Callable[[EpochRecord | TaskRecord], None], model: Learner | None,
                  keep: Callable[[Learner, TaskRecord], None],
-                 go_on: Callable[[], None] = lambda: None) -> None:
+                 go_on: Callable[[], None] = lambda: None, known: int = 0) -> None:
         """Stores the arguments; nothing is learned yet.
 
         new_learner: creates an empty learner for a single task, and new_detector an empty detector
@@ -106,10 +106,12 @@ class TaskShare:
         the epochs of a task come a second time, together, before its task record. model: on the
         first worker, the learner into which learned tasks are put; `keep` is called after each.
         go_on: is called while this waits for others, and raises where they have failed.
+        known: number of tasks that were learned before.
         """
         self.worker, self.lineage_ids, self.tasks = worker, lineage_ids, tasks
         self._new_learner, self._new_detector = new_learner, new_detector
         self._send, self._model, self._keep, self._go_on = send, model, keep, go_on
+        self._known = known
         self._folder = f"{worker.run}/tasks"
         self._filesystem = worker.storage.filesystem
 
@@ -180,8 +182,9 @@ class TaskShare:
             learner.skip_to(self.tasks, index)
 
     def _state_before(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any], int]:
-        """The stored model that a task after the first starts from, and its number of slots."""
-        start = self.tasks[index].refreshes or 0
+        """The stored model that a task after the first needs, and its number of slots."""
+        start = self._new_learner().strategy.needs(index, self.tasks[index].refreshes,
+                                                   self._known)
         self._wait_for(start)
         folder, lineage_ids = self.worker.models, self.lineage_ids[:start + 1]
         learned = lineage.find(self._filesystem, folder, lineage_ids)

@@ -111,6 +111,7 @@ class Worker:
         """The model after the last task that was learned here: its lineage id, itself, and the
         bytes of its files."""
         self.last_kept = time.monotonic()
+        self._learned_before = 0
         alone = self.workers.world == 1 and assignment.storage.is_local
         self.rank = WorkerRank(assignment.storage, assignment.run, assignment.folder,
                                assignment.attempt, self.workers.rank, self.workers.world,
@@ -129,6 +130,7 @@ class Worker:
         a = self.assignment
         store = open_store(a.storage, a.config.compute)
         known = self._known()
+        self._learned_before = len(known)
         every = a.config.train.needs_every_task
         tasks = open_task_features(store, a.slots, range(len(a.slots)) if every
                                    else self._own_tasks(len(known)))
@@ -252,7 +254,8 @@ class Worker:
             return self._new_learner(strategy, Workers(), cut=cut)
 
         return (TaskShare(self.rank, a.lineage_ids, tasks, lambda: learner(name), self._detector,
-                          functools.partial(send, name), model, self._keep_model, go_on),
+                          functools.partial(send, name), model, self._keep_model, go_on,
+                          self._learned_before),
                 BaselineShare(self.rank, tasks, a.config.train.compare, learner, send, go_on))
 
     def _learn(self, name: str, learner: Learner, tasks: list[TaskFeatures]) -> None:
@@ -308,6 +311,7 @@ class Worker:
                                 {"strategy": name, "learner": fields, "outcomes": done})
             self.host.keep(state)
         self.last_kept = time.monotonic()
+        self._learned_before = 0
 
     def _restored(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -37,6 +37,8 @@ ONLY_WITH = {"hypernet.hidden": ("hypernet.generator", ("additive",)),
              "hypernet.embedding_dim": ("hypernet.generator", ("additive",)),
              "hypernet.code_dim": ("hypernet.generator", ("bilinear",)),
              "hypernet.fresh_columns": ("hypernet.generator", ("columns",)),
+             "hypernet.dictionary": ("hypernet.generator", ("columns",)),
+             "hypernet.dictionary_after": ("hypernet.generator", ("columns",)),
              "hypernet.residual": ("hypernet.generator", ("bilinear", "additive")),
              "hypernet.beta": ("hypernet.generator", ("bilinear", "additive")),
              "hypernet.norm_groups": ("hypernet.norm", ("group",))}

@@ -28,7 +28,9 @@ from tests.processes import Ended, Forked
 from tests.support import small_config
 
 CONFIG = small_config(data={"tasks": 5, "images_per_class": 60}, backbone={"trunk_epochs": 1},
+                      hypernet={"dictionary": 3, "dictionary_after": 3},
                       train={"batch_size": 32})
+"""The last of five tasks uses the dictionary that the second to the fourth have left."""
 
 
 @dataclasses.dataclass
@@ -104,7 +106,7 @@ def left(assignment: Assignment) -> list[str]:
 
 
 def test_two_workers_make_the_model_of_one(ready):
-    """The fifth task has more data of the second, and starts from it."""
+    """The fifth task has more data of the second, and starts from it with the dictionary."""
     assignment = ready.anew()
     assignment.storage.write_text(f"{assignment.run}/tasks/failed-before", "an earlier attempt's")
     first, second = ready.run(assignment)
