@@ -2,14 +2,14 @@
 
 Tasks of a stream change the same input directions of a tensor. When the first tasks have columns of
 their own, the dictionary is closed: for each generated tensor l it holds P_l (D, d), the d input
-directions in which their updates V_lj diag(x_lj) A_lj^T are largest. Every task after them owns only
-the output sides V_lt of d columns, as signs, and the code that weighs them:
+directions in which their updates V_lj diag(x_lj) A_lj^T are largest. Every later task owns only the
+output sides V_lt of d columns, as signs, and the code that weighs them:
 
     W_l(t) = W_l(s) + V_lt diag(x_lt) P_l^T
 
 P never changes again, so no task is forgotten, and later tasks depend on the dictionary and not on
-each other. A column's input side is most of its bytes: D is nine times C or more in a convolution of
-3x3.
+each other. Most bytes of a column are its input side: in a convolution of 3x3, D is nine times the
+number of input channels.
 
 Legend: C output channels, D row length, d directions, L generated tensors, R rows of all updates,
 N numbers, w columns of one task.
@@ -70,8 +70,7 @@ class Dictionary(nn.Module):
     """The directions P_l of each generated tensor, as float16. No step changes them."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], width: int, openers: int) -> None:
-        """openers: number of tasks with columns of their own; those after them use the directions.
-        """
+        """openers: number of tasks with columns of their own."""
         super().__init__()
         self.width, self.count = width, len(shapes)
         self.register_buffer("openers", torch.tensor(openers))
@@ -127,8 +126,8 @@ class OutputSides(nn.Module):
     @property
     def directions(self) -> list[Tensor]:
         """P_l (D, d) of each tensor."""
-        dictionary: Dictionary = self.__dict__["_dictionary"]
-        return dictionary()
+        directions: list[Tensor] = self.__dict__["_dictionary"]()
+        return directions
 
     @torch.no_grad()
     def pack(self) -> Tensor:

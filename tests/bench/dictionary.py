@@ -3,9 +3,10 @@
     python tests/bench/dictionary.py --data TINY_IMAGENET_32 --work FOLDER --images 150
 
 Every seed learns the first tasks once, with columns of their own. Then each row learns the tasks
-after them from that state. What is learned is kept in FOLDER, where the next call finds it. Prints a Markdown table: mean accuracy on the later tasks, the paired
-difference to columns of one's own, and what the last task stores. Directions that are drawn at
-random are the control: what they reach is not learned from earlier tasks.
+after them from that state. What is learned is kept in FOLDER, where the next call finds it. Prints
+a Markdown table: mean accuracy on the later tasks, the paired difference to columns of their own,
+and what the last task stores. Directions that are drawn at random are the control: what they reach
+is not learned from earlier tasks.
 """
 
 import argparse

@@ -33,6 +33,8 @@ TASKS = (0, 1, 10, 100)
 DEFAULT = HypernetConfig()
 SHARED = HypernetConfig(generator="bilinear", code_dim=128)
 """All tasks share one set of columns, which move for every task, held by the regulariser."""
+DICTIONARY = HypernetConfig(dictionary=24, dictionary_after=1)
+"""Tasks after the second have the input sides of their columns in the dictionary."""
 TASK_BYTES = 20_000
 """What a task may add to the checkpoint at depth 3."""
 
@@ -107,7 +109,11 @@ def strategy_at(depth: int, earlier: int, config: HypernetConfig,
     for task in range(earlier + 1):
         strategy.add_task(CLASSES)
         if task < earlier:
+            if config.dictionary:  # columns without an update would leave no directions
+                for value in strategy.hypernet.columns.parameters():
+                    nn.init.normal_(value)
             strategy.finish(task)
+            strategy.conclude(task)
     strategy.begin(earlier)
     return strategy.train()
 
@@ -165,11 +171,12 @@ def against_a_plain_head(rounds: int, steps: int):
                   median_ms=late, baseline_ms=early, spread=round(spread, 3))
     batch = features(3)
     base = plain(3, batch)
-    for earlier in (10, 100):
-        mine, theirs, ratio, spread = compare(ours(3, earlier, batch, SHARED), base, rounds,
-                                             steps)
-        yield row(f"step/plain-head/shared-columns/depth3/t{earlier}", "plain nn.Module head",
-                  ratio, 1.15, median_ms=mine, baseline_ms=theirs, spread=round(spread, 3))
+    for name, config in (("shared-columns", SHARED), ("dictionary", DICTIONARY)):
+        for earlier in (10, 100):
+            mine, theirs, ratio, spread = compare(ours(3, earlier, batch, config), base, rounds,
+                                                 steps)
+            yield row(f"step/plain-head/{name}/depth3/t{earlier}", "plain nn.Module head",
+                      ratio, 1.15, median_ms=mine, baseline_ms=theirs, spread=round(spread, 3))
 
 
 def of_a_transformer(rounds: int, steps: int):
