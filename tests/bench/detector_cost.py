@@ -172,7 +172,8 @@ def main():
 def held(predictor, detector, count):
     """Bytes of the solved detector and of the weights of all heads."""
     fitted = detector._prepare(range(count)).fitted
-    solved = sum(value.nbytes for value in vars(fitted).values() if torch.is_tensor(value))
+    solved = sum(value.nbytes for part in (fitted, fitted.density)
+                 for value in vars(part).values() if torch.is_tensor(value))
     return solved + sum(
         sum(matrix.nbytes for matrix in weights.matrices.values()) + weights.norm.nbytes
         + weights.classifier_KF.nbytes for weights in map(predictor.head_weights, range(count)))
