@@ -7,8 +7,9 @@ UV_VERSION := 0.13.9
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Files are dealt to JOBS processes; all tests that share a Ray or a server go to the same one.
-JOBS ?= 2
+# Files are dealt to JOBS processes, more than cores because tests wait for processes to start; all
+# tests that share a Ray or a server go to the same one.
+JOBS ?= 3
 PYTEST = $(BIN)/python -m pytest -rs --durations=10
 PARALLEL = -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
