@@ -34,6 +34,13 @@ def seconds_of_steps(features: FeatureSet, precision: str, count: int, steps: in
     ready = threading.Barrier(count, timeout=300)
 
     def work() -> None:
+        try:
+            steps_of_one()
+        except BaseException:
+            ready.abort()  # the others must not wait for this one
+            raise
+
+    def steps_of_one() -> None:
         with ALONE:
             take = steps_bench.prepared(features, 3, precision, True, 3 * steps)
         for _ in range(steps):
