@@ -38,6 +38,9 @@ class Execution(abc.ABC):
     A context manager: until it ends, features that the run computed or found are not pruned.
     """
 
+    in_this_process = False
+    """Whether an error of `on_record` ends the learning, at the next record."""
+
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
         self.config, self.storage, self.stream, self.progress = config, storage, stream, progress
         self.folder = storage.path("runs", stream, "learned")

@@ -27,6 +27,8 @@ from pipelines.platform.storage import Storage
 class LocalExecution(Execution):
     """Executes trunk, features and experiences one after the other in this process."""
 
+    in_this_process = True
+
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
         """Chooses device and threads. Raises: InputError if a GPU is required but not available."""
         super().__init__(config, storage, stream, progress)

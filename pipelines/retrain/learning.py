@@ -1,5 +1,6 @@
 """Learns the waiting tasks on top of the champion's tasks; the gate decides on each of them."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -10,9 +11,10 @@ from partialhn.run import TrunkAndHead, cut_network
 from partialhn.training import lineage
 from partialhn.training.lineage import lineage_ids_of
 from partialhn.training.pretrain import network_key
+from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.slots import Slot, slots_of
 from pipelines.execution.choose import open_execution
-from pipelines.gate import Policy, decide
+from pipelines.gate import GateFacts, Policy, decide
 from pipelines.registry.versions import Version
 from pipelines.retrain.candidate import (
     example_of,
@@ -26,6 +28,10 @@ from pipelines.retrain.inbox import Inbox
 from pipelines.retrain.journal import Decided
 from pipelines.retrain.outcome import PassOutcome
 from pipelines.retrain.validate import CheckedArrival, write_hashes
+
+
+class GateStopError(Exception):
+    """The gate stops a task: those behind it must be learned without it, so learning ends here."""
 
 
 class Learning:
@@ -42,6 +48,8 @@ class Learning:
         self.execution = open_execution(context.config, context.storage, context.stream,
                                         context.progress)
         self.execution.known = context.seen.learned
+        self.facts: dict[str, GateFacts] = {}
+        """The gate's facts about the tasks that were learned, by lineage id."""
 
     def run(self, waiting: list[CheckedArrival]) -> list[Decided]:
         """Learns and registers the waiting tasks; returns the tasks of the champion afterwards."""
@@ -59,12 +67,8 @@ class Learning:
                                        [task.prefix for task in self.base])
                 self.registry_answers()
                 self.context.lease.check()
-                self.execution.learn(cut, slots, lineage_ids, lambda *_: None)
+                learned = self._learn(cut, slots, lineage_ids)
                 context.clock.lap("learn")
-                learned = self.execution.learned(lineage_ids)
-                if (newest := self.execution.newest) is not None:
-                    newest[1].strategy.requires_grad_(False).eval()
-                    context.seen.model = newest
                 waiting = self._decide_all(waiting, slots, learned, key)
                 self.execution.forget_run(lineage_ids)
                 context.clock.lap("register")
@@ -90,6 +94,33 @@ class Learning:
         self.context.clock.lap("features")
         return self.context.slots(self.base) + slots_of(experiences, jobs, manifests)
 
+    def _learn(self, cut: TrunkAndHead, slots: Sequence[Slot],
+               lineage_ids: Sequence[str]) -> list[lineage.Learned]:
+        """Learns the slots, up to the first that the gate stops if they are learned in this
+        process: there each is judged while the next one is learned.
+        """
+        def judge(_: str, record: EpochRecord | TaskRecord) -> None:
+            end = record.task_index + 1
+            if isinstance(record, TaskRecord) and end > len(self.base):
+                learned = self.execution.learned(lineage_ids[:end])
+                if not decide(self.policy, self._facts(slots[:end], learned)).passed:
+                    raise GateStopError
+
+        with contextlib.suppress(GateStopError):
+            self.execution.learn(cut, slots, lineage_ids,
+                                 judge if self.execution.in_this_process else lambda *_: None)
+        if (newest := self.execution.newest) is not None:
+            newest[1].strategy.requires_grad_(False).eval()
+            self.context.seen.model = newest
+        return self.execution.learned(lineage_ids)
+
+    def _facts(self, slots: Sequence[Slot], learned: Sequence[lineage.Learned]) -> GateFacts:
+        """The gate's facts about the last of the slots, measured once."""
+        lineage_id = learned[-1].prefix
+        if lineage_id not in self.facts:
+            self.facts[lineage_id] = gate_facts(self.context, slots, learned, self.policy)
+        return self.facts[lineage_id]
+
     def _decide_all(self, waiting: list[CheckedArrival], slots: Sequence[Slot],
                     learned: Sequence[lineage.Learned], network: str) -> list[CheckedArrival]:
         """Lets the gate decide on the learned tasks in order, and registers them.
@@ -97,8 +128,8 @@ class Learning:
         If one is stopped, returns the tasks after it, which must be learned again without it.
         """
         first, registered = len(slots) - len(waiting), list[Version]()
-        still_waiting: list[CheckedArrival] = []
-        for offset, checked in enumerate(waiting):
+        still_waiting = waiting[len(learned) - first:]
+        for offset, checked in enumerate(waiting[:len(learned) - first]):
             index = first + offset
             new = self._decide(checked, slots[:index + 1], learned[:index + 1], network,
                                learned[-1].prefix)
@@ -112,7 +143,7 @@ class Learning:
                 "decision": dict(new.decision), "seconds": dict(new.seconds),
                 "added_bytes": dict(new.added_bytes), "prefix": new.prefix})
             if not new.passed:
-                known_tasks = {task_of(task.slot) for task in self.base}
+                known_tasks, still_waiting = {task_of(task.slot) for task in self.base}, []
                 for other in waiting[offset + 1:]:  # a refresh of the stopped task must wait
                     if not other.arrival.part or other.arrival.task in known_tasks:
                         still_waiting.append(other)
@@ -130,7 +161,7 @@ class Learning:
         write_hashes(context.storage, context.hashes(experience.fingerprint), checked.hashes)
         record, done = learned[-1].record, learned[-1]
         keep_sample(context, done.prefix, experience, newest)
-        facts = gate_facts(context, slots, learned, self.policy)
+        facts = self._facts(slots, learned)
         model_bytes = shared.added_bytes(context.storage.filesystem, context.folder, done.prefix,
                                          done.parent)
         return Decided(
