@@ -54,12 +54,16 @@ class Model:
 
     def save(self, folder: Path) -> None:
         """Writes the model as a checkpoint folder."""
-        save(folder, "model", self.tensors(), {
+        save(folder, "model", self.tensors(), self.fields())
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of the model's checkpoint, beside those that every checkpoint has."""
+        return {
             "config": self.config.to_dict(),
             "tasks": [{"name": task.name, "classes": list(task.classes)} for task in self.tasks],
             "weights_hash": self.weights_hash(),
             "facts": self.facts,
-            **({"pixels": self.trunk.pixels.fields()} if self.trunk.pixels.geometry else {})})
+            **({"pixels": self.trunk.pixels.fields()} if self.trunk.pixels.geometry else {})}
 
     @staticmethod
     def load(folder: Path) -> "Model":

@@ -41,13 +41,13 @@ _DIGESTS: dict[str, dict[str, str]] = {}
 """Hash of each tensor of the objects that this process has seen, by the object's SHA-256."""
 
 
-def upload(folder: Path, kind: str, filesystem: pafs.FileSystem, models: str, model: str,
-           before: str) -> None:
-    """Stores a complete local checkpoint folder as a model that shares what it can.
+def upload(tensors: dict[str, Tensor], fields: dict[str, Any], filesystem: pafs.FileSystem,
+           models: str, model: str, before: str) -> int:
+    """Stores a model that shares what it can; returns the bytes that it needs, shared ones too.
 
-    models: folder of all models. before: the model that it was learned from; empty for none.
+    fields: as in the fields of a checkpoint. models: folder of all models. before: the model that
+    it was learned from; empty for none.
     """
-    tensors, fields = checkpoint.load(folder, kind)
     read = reader(filesystem, models)
     known = _parts_of(filesystem, models, before) if before else []
     digests = {name: hash_tensors({name: value}) for name, value in tensors.items()}
@@ -62,8 +62,9 @@ def upload(folder: Path, kind: str, filesystem: pafs.FileSystem, models: str, mo
     parts = _needed(known, set(changed), read) + [
         _store(filesystem, models, chosen) for chosen in (new, changed) if chosen]
     parts = _merged(parts, filesystem, models, read)
-    content = json.dumps(fields | {PARTS: parts}, indent=1).encode()
+    content = json.dumps(fields | {PARTS: parts}).encode()
     write_whole(filesystem, f"{models}/{model}/{FIELDS}", content)
+    return len(content) + sum(int(part["bytes"]) for part in parts)
 
 
 def complete(folder: Path, read: Read) -> None:
@@ -75,17 +76,26 @@ def complete(folder: Path, read: Read) -> None:
     parts = fields.get(PARTS)
     if parts is None or (folder / TENSORS).exists():
         return
-    tensors: dict[str, Tensor] = {}
-    with ThreadPoolExecutor(READERS) as pool:
-        for found in pool.map(lambda part: _load(str(part["sha256"]), read), parts):
-            tensors |= found
+    tensors = tensors_of(fields, read)
     draft = folder / f".{TENSORS}"
     save_file(tensors, draft)
     digest = hashlib.sha256(draft.read_bytes()).hexdigest()
-    if digest != fields.get("tensors_sha256"):  # another version of safetensors orders otherwise
+    if digest != fields.get("tensors_sha256"):
         text = json.dumps(fields | {"tensors_sha256": digest}, indent=1)
         (folder / FIELDS).write_text(text, encoding="utf-8")
     draft.replace(folder / TENSORS)
+
+
+def tensors_of(fields: dict[str, Any], read: Read) -> dict[str, Tensor]:
+    """The tensors of a model that shares them.
+
+    Raises: IntegrityError for a part that is missing or damaged.
+    """
+    tensors: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(READERS) as pool:
+        for found in pool.map(lambda part: _load(str(part["sha256"]), read), fields[PARTS]):
+            tensors |= found
+    return tensors
 
 
 def parts_of(fields: dict[str, Any]) -> list[str]:
@@ -191,11 +201,20 @@ def _merged(parts: list[Part], filesystem: pafs.FileSystem, models: str, read: R
 
 
 def _store(filesystem: pafs.FileSystem, models: str, tensors: dict[str, Tensor]) -> Part:
-    content = save(tensors)
+    content = save({name: value.detach().cpu().contiguous().clone()
+                    for name, value in tensors.items()})
     sha256 = hashlib.sha256(content).hexdigest()
     _DIGESTS[sha256] = {name: hash_tensors({name: value}) for name, value in tensors.items()}
     copy_object(sha256, lambda _: content, filesystem, models)
     return {"sha256": sha256, "bytes": len(content), "merged": 1}
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a complete local copy of a model: those of its stored files, shared ones too."""
+    parts = read_object(folder / FIELDS, f"checkpoint {folder}").get(PARTS)
+    if parts is None:
+        return sum(file.stat().st_size for file in folder.iterdir())
+    return (folder / FIELDS).stat().st_size + sum(int(part["bytes"]) for part in parts)
 
 
 def copy_model(source: Path, model: str, filesystem: pafs.FileSystem, models: str) -> None:

@@ -119,15 +119,13 @@ def as_begun(config: Config, filesystem: pafs.FileSystem, folder: str) -> Config
 def keep(model: Model, learned: Learned, filesystem: pafs.FileSystem, folder: str) -> int:
     """Stores the model after a task, with the task's records in the model's facts.
 
-    Returns the bytes that it would take alone.
+    Returns the bytes that it needs, with those that it shares.
     """
     fields = dataclasses.asdict(learned)
     model.facts |= {"chain": fields} | _still_forgotten(model, learned, filesystem, folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        model.save(Path(scratch) / "model")
-        shared.upload(Path(scratch) / "model", "model", filesystem, folder, learned.prefix,
-                      learned.parent)
-        return sum(file.stat().st_size for file in (Path(scratch) / "model").iterdir())
+    head = {"format": checkpoint.FORMAT, "kind": "model"}
+    return shared.upload(model.tensors(), head | model.fields(), filesystem, folder,
+                         learned.prefix, learned.parent)
 
 
 def _still_forgotten(model: Model, learned: Learned, filesystem: pafs.FileSystem,

@@ -85,9 +85,9 @@ class Runs:
     def log_matrix(self, run_id: str, accuracy_matrix: Matrix, tasks: Sequence[str]) -> None:
         """Logs the accuracy matrix as CSV and JSON, replacing earlier ones."""
         self._client.log_text(run_id, matrix_csv(accuracy_matrix, tasks), "accuracy_matrix.csv")
-        self._client.log_dict(run_id, {"tasks": list(tasks), "accuracy_matrix":
-                                       [list(row) for row in accuracy_matrix]},
-                              "accuracy_matrix.json")
+        self._log_json(run_id, {"tasks": list(tasks),
+                                "accuracy_matrix": [list(row) for row in accuracy_matrix]},
+                       "accuracy_matrix.json")
 
     def log_file(self, run_id: str, path: str | Path) -> None:
         """Logs a local file, for example report.html, as an artifact of the run."""
@@ -95,7 +95,11 @@ class Runs:
 
     def log_result(self, run_id: str, result: Mapping[str, Any]) -> None:
         """Logs result.json as an artifact of the stream's run; `Registry.result` reads it."""
-        self._client.log_dict(run_id, dict(result), "result.json")
+        self._log_json(run_id, dict(result), "result.json")
+
+    def _log_json(self, run_id: str, values: Mapping[str, Any], name: str) -> None:
+        """Logs values without indentation, which takes seconds for the numbers of many tasks."""
+        self._client.log_text(run_id, json.dumps(values, default=str), name)
 
     def end_run(self, run_id: str, failed: bool = False) -> None:
         """Marks a run as finished, or as failed."""

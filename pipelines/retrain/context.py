@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from partialhn.checkpoints.model import Model
+from partialhn.checkpoints.shared import stored_bytes
 from partialhn.config import Config
 from partialhn.errors import InputError
 from partialhn.features.store import FeatureStore
@@ -93,8 +94,7 @@ class PassContext:
             with tempfile.TemporaryDirectory() as scratch:
                 copy = lineage.fetch_model(self.storage.filesystem, self.folder, lineage_id,
                                            Path(scratch) / "model")
-                size = sum(file.stat().st_size for file in copy.iterdir())
-                self.seen.model = lineage_id, Model.load(copy), size
+                self.seen.model = lineage_id, Model.load(copy), stored_bytes(copy)
         return self.seen.model[1:]
 
 

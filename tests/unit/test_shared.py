@@ -29,8 +29,8 @@ def store(tmp_path):
         for index in range(count):
             folder = tmp_path / "local" / f"m{index}"
             checkpoint.save(folder, "model", tensors_of(index + 1), {"tasks": index + 1})
-            shared.upload(folder, "model", LOCAL, str(tmp_path / "models"), f"m{index}",
-                          names[-1] if names else "")
+            shared.upload(*checkpoint.load(folder, "model"), LOCAL, str(tmp_path / "models"),
+                          f"m{index}", names[-1] if names else "")
             names.append(f"m{index}")
         return tmp_path / "models", names
     return put
@@ -83,7 +83,7 @@ def test_a_model_of_another_shape_shares_nothing(store, tmp_path):
     models, names = store(3)
     folder = tmp_path / "other"
     checkpoint.save(folder, "model", {"trunk": KEPT}, {})
-    shared.upload(folder, "model", LOCAL, str(models), "other", names[-1])
+    shared.upload(*checkpoint.load(folder, "model"), LOCAL, str(models), "other", names[-1])
     copy = lineage.fetch_model(LOCAL, str(models), "other", tmp_path / "copy")
     assert checkpoint.load(copy, "model")[0].keys() == {"trunk"}
 
@@ -93,7 +93,7 @@ def test_a_model_after_one_of_the_old_format_goes_on(store, tmp_path):
     checkpoint.upload(tmp_path / "local" / "m0", LOCAL, str(models / "old"))
     folder = tmp_path / "new"
     checkpoint.save(folder, "model", tensors_of(2), {})
-    shared.upload(folder, "model", LOCAL, str(models), "new", "old")
+    shared.upload(*checkpoint.load(folder, "model"), LOCAL, str(models), "new", "old")
     assert len(shared.parts_of(fields(models, "new"))) == 1
     for name, count in (("old", 1), ("new", 2)):
         copy = lineage.fetch_model(LOCAL, str(models), name, tmp_path / "copy" / name)
