@@ -25,9 +25,8 @@ from partialhn.features import codec
 from partialhn.features.jobs import FeatureJob
 from partialhn.networks.trunk import Trunk, run_trunk_at
 
-PROBED, LEAST = 64, 8
-"""Largest and smallest number of images that the measurement uses: one of sixteen, so that it takes
-little time beside the work that it describes."""
+PROBED = 64
+"""Largest number of images that the measurement uses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +67,8 @@ def plan(jobs: Sequence[FeatureJob], trunk: Trunk) -> list[DepthPlan]:
     for job in jobs:
         by_depth.setdefault(job.depth, []).append(job)
     first = max(jobs, key=lambda job: job.recipe.views)
-    probed = min(len(first.table), PROBED, max(LEAST, len(first.table) // 16))
-    table = first.table.take(np.linspace(0, len(first.table) - 1, probed).astype(int))
+    table = first.table.take(np.linspace(0, len(first.table) - 1, PROBED).astype(int)
+                             if len(first.table) > PROBED else np.arange(len(first.table)))
     start = time.perf_counter()
     images = decode(table, first.recipe.input_size, first.recipe.transform, "skip",
                     first.max_image_pixels, first.recipe.seed, first.recipe.pixels).images_BCHW

@@ -151,6 +151,37 @@ class Strategy(nn.Module):
                            f"{sorted(task_state)}")
         self.load_state_dict(task_state, strict=False)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True,
+                        assign: bool = False) -> Any:
+        """As PyTorch's method, which goes through the entries of all tasks for each task.
+
+        Raises: RuntimeError for missing or unexpected entries if `strict`, and for other shapes.
+        """
+        rest, missing, unexpected = dict(state_dict), list[str](), list[str]()
+        by_module: dict[str, dict[str, Any]] = {}
+        listed: dict[str, nn.ModuleList] = {}
+        for name, modules in self.named_modules():  # a list before those in it
+            if isinstance(modules, nn.ModuleList) and not name.startswith(tuple(listed)):
+                listed[f"{name}."] = modules
+        for key in state_dict:
+            prefix = next((prefix for prefix in listed if key.startswith(prefix)), None)
+            if prefix is not None and (place := key[len(prefix):].partition("."))[1]:
+                by_module.setdefault(f"{prefix}{place[0]}.", {})[place[2]] = rest.pop(key)
+        for prefix, modules in listed.items():
+            for place, module in modules.named_children():
+                own = by_module.pop(f"{prefix}{place}.", {})
+                keys = module.load_state_dict(own, strict=False, assign=assign)
+                missing += [f"{prefix}{place}.{key}" for key in keys.missing_keys]
+                unexpected += [f"{prefix}{place}.{key}" for key in keys.unexpected_keys]
+        unexpected += [prefix + key for prefix, own in by_module.items() for key in own]
+        keys = super().load_state_dict(rest, strict=False, assign=assign)
+        missing += [key for key in keys.missing_keys if not key.startswith(tuple(listed))]
+        unexpected += keys.unexpected_keys
+        if strict and missing + unexpected:
+            raise RuntimeError(f"state of {type(self).__name__}: missing keys {missing}, "
+                               f"unexpected keys {unexpected}")
+        return type(keys)(missing, unexpected)
+
     def task_state_prefixes(self, task: int) -> tuple[str, ...]:
         """Prefixes of the names of a task's entries; shared entries belong to the first task."""
         return (f"tasks.{task}.",) if task else ("",)

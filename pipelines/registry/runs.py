@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_PARAM = 6000
 """Length limit of an MLflow parameter; a longer value is cut and ends in its hash."""
+MOST_ROWS = 200
+"""Rows of the accuracy matrix that MLflow's pages show."""
 Matrix = Sequence[Sequence[float | None]]
 """The accuracy matrix: R[i][j] is the accuracy on task j after learning task i."""
 _EPOCH_KEYS = ("loss", "cross_entropy", "regulariser", "accuracy", "validation_accuracy", "seconds")
@@ -83,10 +85,16 @@ class Runs:
         self._log_points(run_id, [(key, value, step) for key, value in metrics.items()])
 
     def log_matrix(self, run_id: str, accuracy_matrix: Matrix, tasks: Sequence[str]) -> None:
-        """Logs the accuracy matrix as CSV and JSON, replacing earlier ones."""
-        self._client.log_text(run_id, matrix_csv(accuracy_matrix, tasks), "accuracy_matrix.csv")
-        self._log_json(run_id, {"tasks": list(tasks),
-                                "accuracy_matrix": [list(row) for row in accuracy_matrix]},
+        """Logs the accuracy matrix as CSV and JSON, replacing earlier ones.
+
+        If there are more than `MOST_ROWS` tasks, these have so many evenly spread rows, and `after`
+        says which; result.json has all.
+        """
+        rows = _evenly(len(tasks), MOST_ROWS)
+        after, matrix = [tasks[row] for row in rows], [accuracy_matrix[row] for row in rows]
+        self._client.log_text(run_id, matrix_csv(matrix, tasks, after), "accuracy_matrix.csv")
+        self._log_json(run_id, {"tasks": list(tasks), "after": after,
+                                "accuracy_matrix": [list(row) for row in matrix]},
                        "accuracy_matrix.json")
 
     def log_file(self, run_id: str, path: str | Path) -> None:
@@ -180,10 +188,22 @@ def _parameter(value: Any) -> str:
     return text[:MAX_PARAM - len(end)] + end
 
 
-def matrix_csv(accuracy_matrix: Matrix, tasks: Sequence[str]) -> str:
-    """The matrix as CSV: a row after each task, a column for each task, empty if not measured."""
+def _evenly(count: int, most: int) -> list[int]:
+    """At most so many of the numbers below `count`, evenly spread, with the first and the last."""
+    if count <= most:
+        return list(range(count))
+    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
+
+
+def matrix_csv(accuracy_matrix: Matrix, tasks: Sequence[str],
+               after: Sequence[str] | None = None) -> str:
+    """The matrix as CSV: a row after each task, a column for each task, empty if not measured.
+
+    after: the tasks of the rows, where not every task has one.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["after", *tasks])
-    writer.writerows([task, *row] for task, row in zip(tasks, accuracy_matrix, strict=True))
+    writer.writerows([task, *row] for task, row in zip(after or tasks, accuracy_matrix,
+                                                       strict=True))
     return text.getvalue()

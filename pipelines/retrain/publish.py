@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from partialhn.checkpoints import checkpoint
 from partialhn.checkpoints.model import Model
 from partialhn.data.experience import task_of
 from partialhn.evaluation.answer_sample import read_sample
@@ -53,9 +54,12 @@ def publish(context: PassContext, base: Sequence[Decided]) -> None:
     model, size = context.model(lineage_ids[-1])
     fields = result_fields(context.config, slots, cut.macs, 0,
                            {context.config.train.strategy: outcome}, context.clock.laps)
+    stored = checkpoint.read_fields(context.storage.filesystem,
+                                    f"{context.folder}/{lineage_ids[-1]}")
+    weights_hash = stored["weights_hash"] if stored else model.weights_hash()
     versions = _versions(context, base)
     fields |= model_sizes(model) | {
-        "name": name, "work": lineage_ids[-1][:12], "weights_hash": model.weights_hash(),
+        "name": name, "work": lineage_ids[-1][:12], "weights_hash": weights_hash,
         "checkpoint_bytes": size, "device": "see the tasks' runs",
         "peak_rss_bytes": peak_rss_bytes(), "storage": context.storage.uri,
         "tracking_uri": registry.tracking_uri, "model_uri": f"models:/{name}@{CHAMPION}",
