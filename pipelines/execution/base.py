@@ -38,8 +38,9 @@ class Execution(abc.ABC):
     A context manager: until it ends, features that the run computed or found are not pruned.
     """
 
-    in_this_process = False
-    """Whether an error of `on_record` ends the learning, at the next record."""
+    one_by_one = False
+    """Whether one task is learned after the other in this process, so that an error of `on_record`
+    ends the learning at the next record."""
 
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
         self.config, self.storage, self.stream, self.progress = config, storage, stream, progress

@@ -27,12 +27,13 @@ from pipelines.platform.storage import Storage
 class LocalExecution(Execution):
     """Executes trunk, features and experiences one after the other in this process."""
 
-    in_this_process = True
-
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
         """Chooses device and threads. Raises: InputError if a GPU is required but not available."""
         super().__init__(config, storage, stream, progress)
         self.device = choose_device(config.compute.device)
+        on_cpu = self.device.type == "cpu"
+        self.one_by_one = config.compute.tasks_at_once == 1 or (
+            on_cpu and config.compute.tasks_at_once is None)
         configure_torch(self._threads(1))
 
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:

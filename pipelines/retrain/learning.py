@@ -96,8 +96,8 @@ class Learning:
 
     def _learn(self, cut: TrunkAndHead, slots: Sequence[Slot],
                lineage_ids: Sequence[str]) -> list[lineage.Learned]:
-        """Learns the slots, up to the first that the gate stops if they are learned in this
-        process: there each is judged while the next one is learned.
+        """Learns the slots, up to the first that the gate stops if they are learned one by one in
+        this process: there each is judged while the next one is learned.
         """
         def judge(_: str, record: EpochRecord | TaskRecord) -> None:
             end = record.task_index + 1
@@ -108,7 +108,7 @@ class Learning:
 
         with contextlib.suppress(GateStopError):
             self.execution.learn(cut, slots, lineage_ids,
-                                 judge if self.execution.in_this_process else lambda *_: None)
+                                 judge if self.execution.one_by_one else lambda *_: None)
         if (newest := self.execution.newest) is not None:
             newest[1].strategy.requires_grad_(False).eval()
             self.context.seen.model = newest

@@ -85,7 +85,8 @@ def test_a_gpu_that_is_there(tmp_path):
 
 def host(folder, follow=lambda *_: None):
     storage = open_storage(str(folder))
-    return ProcessHost(storage, storage.path("runs", "s", "run"), torch.device("cpu"), follow)
+    return ProcessHost(storage, storage.path("runs", "s", "run"), torch.device("cpu"), follow,
+                       lambda _: None)
 
 
 def state(folder, value):
