@@ -178,8 +178,8 @@ class Strategy(nn.Module):
         missing += [key for key in keys.missing_keys if not key.startswith(tuple(listed))]
         unexpected += keys.unexpected_keys
         if strict and missing + unexpected:
-            raise RuntimeError(f"state of {type(self).__name__}: missing keys {missing}, "
-                               f"unexpected keys {unexpected}")
+            raise RuntimeError(f"state of {type(self).__name__}. Missing keys: {missing}. "
+                               f"Unexpected keys: {unexpected}")
         return type(keys)(missing, unexpected)
 
     def task_state_prefixes(self, task: int) -> tuple[str, ...]:
