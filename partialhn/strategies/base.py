@@ -165,8 +165,9 @@ class Strategy(nn.Module):
                 listed[f"{name}."] = modules
         for key in state_dict:
             prefix = next((prefix for prefix in listed if key.startswith(prefix)), None)
-            if prefix is not None and (place := key[len(prefix):].partition("."))[1]:
-                by_module.setdefault(f"{prefix}{place[0]}.", {})[place[2]] = rest.pop(key)
+            place, dot, name = key[len(prefix or ""):].partition(".")
+            if prefix is not None and dot:
+                by_module.setdefault(f"{prefix}{place}.", {})[name] = rest.pop(key)
         for prefix, modules in listed.items():
             for place, module in modules.named_children():
                 own = by_module.pop(f"{prefix}{place}.", {})
