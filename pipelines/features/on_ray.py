@@ -123,8 +123,8 @@ def _row(group: int, shard: int, written: str, decoded: int, error: str) -> dict
 
 
 def decoding_actors(device: WorkerDevice, workers: int) -> int:
-    """Number of actors that decode on the cluster's CPUs for so many with the trunk on a GPU, which
-    take a CPU each too. 0 where no CPU is left: those with the trunk decode themselves.
+    """Number of actors that decode on the cluster's CPUs for so many with the trunk on a GPU; a CPU
+    for each of these is left. 0 where none is left: those with the trunk decode themselves.
     """
     if not device.gpus:
         return 0
@@ -181,8 +181,10 @@ def _start(storage: Storage, trunk: Trunk, groups: Sequence[JobGroup], todo: Seq
         rows = rows.map_batches(Decoder, batch_size=1, batch_format="pyarrow", num_cpus=1,
                                 concurrency=min(decoders, len(todo)),
                                 fn_constructor_args=(storage, groups))
+    # without a CPU where it has a GPU: actors that decode may take all of that machine's
     written = rows.map_batches(Featuriser, batch_size=together, batch_format="pyarrow",
                                concurrency=min(workers, len(todo)), num_gpus=device.gpus,
+                               num_cpus=0 if device.gpus else 1,
                                fn_constructor_args=(storage, trunk, groups, device, threads))
     with without_lines(HARMLESS):
         yield from written.iter_rows()
