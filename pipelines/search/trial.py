@@ -100,7 +100,7 @@ def _reason(error: Exception, bench: Bench) -> str:
     if not isinstance(error, InputError):
         return f"{type(error).__name__}: {error}"
     share = bench.device.gpus
-    if isinstance(error, DeviceMemoryError) and share:
+    if isinstance(error, DeviceMemoryError) and 0 < share < 1:
         return f"{error}, or more than {share:g} of a GPU for a trial (gpus_per_trial)"
     return str(error)
 
