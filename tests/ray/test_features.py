@@ -35,7 +35,7 @@ def test_cpus_decode_for_a_trunk_on_a_gpu(logical_gpus, small, changed, trunk, e
                                           tmp_path):
     device = worker_device(small.compute, cluster_nodes())
     assert (device.gpus, decoding_actors(device, 1)) == (1, 3)
-    compare(small, changed, trunk, experiences, tmp_path, on_ray(1, device, decoders=4))
+    compare(small, changed, trunk, experiences, tmp_path, on_ray(1, device, decoders=1))
 
 
 def compare(small, changed, trunk, experiences, tmp_path, run):
