@@ -8,6 +8,7 @@ import dataclasses
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def as_owner(folder: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(words, log: Path, **options):
+def running(words, log: Path, end=signal.SIGTERM, **options):
     with log.open("wb") as sink:
         process = subprocess.Popen(words, stdout=sink, stderr=sink, start_new_session=True,
                                    **options)
@@ -66,7 +67,7 @@ def running(words, log: Path, **options):
         yield process
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 15)
+            os.killpg(process.pid, end)
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:
@@ -99,7 +100,7 @@ def database():
         log = folder / "log"
         with running([*prefix, binary / "postgres", "-D", data, "-p", str(port), "-k", folder,
                       "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off"],
-                     log, cwd="/") as process:
+                     log, signal.SIGINT, cwd="/") as process:  # SIGTERM waits for all clients
             wait(lambda: subprocess.run([binary / "pg_isready", "-h", "127.0.0.1", "-p", str(port)],
                                         capture_output=True, check=False).returncode == 0,
                  process, log)
