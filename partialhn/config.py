@@ -22,7 +22,7 @@ from partialhn.naming import digest, named_sections
 from partialhn.networks.table import BACKBONES, cut_at_every_block
 from partialhn.plugins import Table
 from partialhn.strategies.table import TABLE as STRATEGIES
-from partialhn.strategies.table import check_options, needs_every_task
+from partialhn.strategies.table import check_options, needs_every_task, options_of
 
 Arithmetic = Literal["ieee", "tf32", "bfloat16"]
 Augment = Literal["none", "crop", "flip", "crop-flip"]
@@ -409,6 +409,14 @@ class TrainConfig:
         _require(self.strategy not in self.compare, "compare", self.compare,
                  f"strategies other than the strategy {self.strategy!r} itself")
         check_options(self.strategy_options, (self.strategy, *self.compare))
+
+    def alone(self, strategy: StrategyName | None = None) -> "TrainConfig":
+        """The same for one strategy, by default its own, with none to compare with and without the
+        options of others.
+        """
+        name = strategy or self.strategy
+        return dataclasses.replace(self, strategy=name, compare=(),
+                                   strategy_options=options_of(name, self.strategy_options))
 
 
 @dataclasses.dataclass(frozen=True)

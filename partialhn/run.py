@@ -330,5 +330,4 @@ class StreamRun:
 
 def with_strategy(config: Config, name: StrategyName) -> Config:
     """The same configuration for another strategy."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, strategy=name,
-                                                                 compare=()))
+    return dataclasses.replace(config, train=config.train.alone(name))

@@ -279,12 +279,14 @@ class PartialHypernet(Strategy):
 
     def needs(self, task: int, refreshes: int | None, known: int) -> int:
         """As the base class; the last task with columns of its own, for those that may come after
-        it.
+        it. Where tasks were forgotten the dictionary may be closed earlier, and the last known
+        model has it.
         """
         start = super().needs(task, refreshes, known)
-        if not self._dictionary or task < self._dictionary_after:
+        if not self._dictionary:
             return start
-        return max(start, known - 1, min(task - 1, self._dictionary_after))
+        opener = min(task - 1, self._dictionary_after) if task >= self._dictionary_after else 0
+        return max(start, known - 1, opener)
 
     def weights(self, task: int) -> HeadWeights:
         own = self._own(task)

@@ -164,6 +164,12 @@ def check_options(given: Sequence[str], names: Sequence[str]) -> None:
         option_values(options, given)
 
 
+def options_of(name: str, given: Sequence[str]) -> tuple[str, ...]:
+    """Those of some options, each as NAME=VALUE, that a strategy declares."""
+    declared = declared_options(name) if given else {}
+    return tuple(text for text in given if text.partition("=")[0] in declared)
+
+
 def option_values(declared: Mapping[str, Value], given: Sequence[str]) -> dict[str, Value]:
     """The value of each declared option: the given one, or its default.
 

@@ -39,17 +39,17 @@ def learn_at_once(model: Learner, tasks: Sequence[TaskFeatures],
     no head. Records of epochs come when they happen, those of tasks in order.
     """
     while len(model.finished) < len(tasks):
-        ready = _ready(tasks, len(model.finished))
+        ready = _ready(model, tasks)
         if len(ready) < 2 or len(new_learners) < 2:
             yield from model.learn_next(tasks)
         else:
             yield from _Round(model, tasks, new_detector).learn(ready, new_learners)
 
 
-def _ready(tasks: Sequence[TaskFeatures], done: int) -> range:
-    """The next tasks, as long as the task that each starts from is among the first `done`."""
-    end = done
-    while end < len(tasks) and (tasks[end].refreshes or 0) < done:
+def _ready(model: Learner, tasks: Sequence[TaskFeatures]) -> range:
+    """The next tasks, as long as the model has all that learning them needs."""
+    end = done = len(model.finished)
+    while end < len(tasks) and model.strategy.needs(end, tasks[end].refreshes, done) < done:
         end += 1
     return range(done, end)
 

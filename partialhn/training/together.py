@@ -5,6 +5,7 @@ one process overlap there, while two processes take turns. Every training runs t
 it would run alone on tensors of its own, so its result is the same: on a CPU to the bit.
 """
 
+import bisect
 import collections
 import concurrent.futures
 import contextlib
@@ -32,6 +33,10 @@ Item = TypeVar("Item")
 
 class Stopped(Exception):  # noqa: N818 - it is raised to end a thread, not to report an error
     """A thread ends because another one has failed."""
+
+
+class Earlier(Exception):  # noqa: N818 - it is raised to change the order, not to report an error
+    """An item that comes before the one that a lane works on was left by another lane."""
 
 
 class Lanes:
@@ -108,8 +113,8 @@ class Waiting(Generic[Item]):
     def __init__(self, items: Iterable[Item], lanes: int,
                  say: Callable[[str], None] = lambda _: None) -> None:
         """lanes: the threads that call `work_off`. say: gets a line where memory is short."""
-        self._items, self._lanes, self._say = collections.deque(items), lanes, say
-        self._lock = threading.Lock()
+        self._items, self._lanes, self._say = list(enumerate(items)), lanes, say
+        self._lock, self._mine = threading.Lock(), threading.local()
 
     def work_off(self, work: Callable[[Item], None]) -> None:
         """Does `work` on one item after the other until none waits; each lane calls it once.
@@ -122,13 +127,30 @@ class Waiting(Generic[Item]):
                 if not self._items:
                     self._lanes -= 1
                     return
-                item, alone = self._items.popleft(), self._lanes == 1
-            if not self._done(item, work, alone):
+                (place, item), alone = self._items.pop(0), self._lanes == 1
+            self._mine.place = place
+            try:
+                done = self._done(item, work, alone)
+            except Earlier:
                 with self._lock:
-                    self._items.appendleft(item)
+                    bisect.insort(self._items, (place, item), key=lambda each: each[0])
+                continue
+            if not done:
+                with self._lock:
+                    bisect.insort(self._items, (place, item), key=lambda each: each[0])
                     if self._lanes > 1:
                         self._lanes -= 1
                         return
+
+    def let_earlier(self) -> None:
+        """A lane calls it while it waits for the result of another item, and does not catch what it
+        raises: the lane that had that item may have left it for want of memory.
+
+        Raises: Earlier if an item before this thread's has no lane.
+        """
+        with self._lock:
+            if self._items and self._items[0][0] < self._mine.place:
+                raise Earlier
 
     def _done(self, item: Item, work: Callable[[Item], None], alone: bool) -> bool:
         try:
@@ -150,9 +172,7 @@ def at_once(wanted: int | None, needs: Sequence[int], device: torch.device,
     wanted: None for AT_ONCE on a GPU and one elsewhere. needs: bytes of each training that waits
     (`needed_bytes`). say: gets a line where memory is the reason for fewer.
     """
-    if wanted is None:
-        wanted = AT_ONCE if device.type == "cuda" else 1
-    count = max(1, min(wanted, len(needs)))
+    count = max(1, min(wanted_at_once(wanted, device), len(needs)))
     free = FREE_SHARE * free_bytes(device)
     largest = sorted(needs, reverse=True)
     fit = count
@@ -163,6 +183,13 @@ def at_once(wanted: int | None, needs: Sequence[int], device: torch.device,
             f"{sum(largest[:count]) / 2**30:.1f} GiB on the device, and {free / 2**30:.1f} GiB "
             "are planned with")
     return fit
+
+
+def wanted_at_once(number: int | None, device: torch.device) -> int:
+    """A given number of trainings at once, or the default of a device."""
+    if number is None:
+        return AT_ONCE if device.type == "cuda" else 1
+    return number
 
 
 def needed_bytes(task: TaskFeatures) -> int:

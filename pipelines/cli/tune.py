@@ -29,7 +29,7 @@ class Tune(Sections):
         from pipelines.tune.run import tune
 
         config = Config.of(self)
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, compare=()))
+        config = dataclasses.replace(config, train=config.train.alone())
         advice = tune(config, self.search)
         if "recommendation" in advice:
             print()

@@ -70,6 +70,10 @@ class WorkerRank:
         """Indices of this worker's tasks among `count`, of which the first `known` are learned."""
         return range(known + (self.rank - known) % self.world, count, self.world)
 
+    def own_baselines(self, names: Sequence[StrategyName]) -> Sequence[StrategyName]:
+        """This worker's baselines, which are dealt out beginning with the last worker."""
+        return names[self.world - 1 - self.rank::self.world]
+
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
         """A context: an InputError raised in it stops the other workers, too."""
@@ -112,6 +116,7 @@ class TaskShare:
         self._new_learner, self._new_detector = new_learner, new_detector
         self._send, self._model, self._keep, self._go_on = send, model, keep, go_on
         self._known = known
+        self._let_earlier: Callable[[], None] = lambda: None
         self._folder = f"{worker.run}/tasks"
         self._filesystem = worker.storage.filesystem
 
@@ -120,6 +125,8 @@ class TaskShare:
 
         Raises: InputError for any error that the user can correct, here or on another worker.
         """
+        self._let_earlier = waiting.let_earlier
+
         def learn(index: int) -> None:
             self._learn(index)
             self._load_learned()
@@ -204,6 +211,7 @@ class TaskShare:
         self._load_learned()
         while not self._is_kept(index):
             self._go_on()
+            self._let_earlier()
             self.worker.wait()
             self._load_learned()
 
@@ -219,7 +227,7 @@ class TaskShare:
 
 
 class BaselineShare:
-    """One worker's share of the baselines, which are dealt out beginning with the last worker."""
+    """One worker's share of the baselines."""
 
     def __init__(self, worker: WorkerRank, tasks: Sequence[TaskFeatures],
                  names: Sequence[StrategyName],
@@ -232,7 +240,7 @@ class BaselineShare:
 
     def own_names(self) -> Sequence[StrategyName]:
         """The baselines of this worker."""
-        return self.names[self.worker.world - 1 - self.worker.rank::self.worker.world]
+        return self.worker.own_baselines(self.names)
 
     def learn(self, name: StrategyName) -> None:
         """Learns a baseline and stores its outcome, unless it is learned already.

@@ -35,7 +35,7 @@ from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Outcome, model_sizes, peak_rss_bytes
 from partialhn.training.slots import Slot, open_task_features
 from partialhn.training.steps import recorder_for
-from partialhn.training.together import Lanes, Waiting, at_once, needed_bytes
+from partialhn.training.together import Lanes, Waiting, at_once, needed_bytes, wanted_at_once
 from pipelines.execution.run_states import SECONDS
 from pipelines.execution.task_share import (
     SHORT_WAIT,
@@ -135,7 +135,9 @@ class Worker:
         tasks = open_task_features(store, a.slots, range(len(a.slots)) if every
                                    else self._own_tasks(len(known)))
         at_once = self._at_once(tasks, len(known))
-        if self.by_tasks and self.workers.world * at_once > 1:
+        # not by what is left: another run that was to learn several may have left results apart
+        wanted = wanted_at_once(a.config.compute.tasks_at_once, self.device)
+        if self.by_tasks and (self.workers.world > 1 or wanted > 1):
             with self.rank.failing_together():
                 self._share(tasks, known, at_once)
         else:
@@ -171,12 +173,16 @@ class Worker:
         return self.rank.own_tasks(known, count) if self.by_tasks else range(known, count)
 
     def _at_once(self, tasks: list[TaskFeatures], known: int) -> int:
-        """How many tasks this worker learns at once; the first is learned before all others."""
+        """How many tasks and baselines this worker learns at once; the first task is learned before
+        all others.
+        """
         if not self.by_tasks:
             return 1
-        later = [tasks[index] for index in self._own_tasks(known) if index]
-        return at_once(self.assignment.config.compute.tasks_at_once,
-                       [needed_bytes(task) for task in later], self.device, self.host.say)
+        config, needs = self.assignment.config, [needed_bytes(task) for task in tasks]
+        baselines = self.rank.own_baselines(config.train.compare)
+        return at_once(config.compute.tasks_at_once,
+                       [needs[index] for index in self._own_tasks(known) if index]
+                       + [max(needs)] * len(baselines), self.device, self.host.say)
 
     def _new_learner(self, name: StrategyName, workers: Workers,
                      inference: Detector | None = None, cut: TrunkAndHead | None = None) -> Learner:
@@ -311,7 +317,6 @@ class Worker:
                                 {"strategy": name, "learner": fields, "outcomes": done})
             self.host.keep(state)
         self.last_kept = time.monotonic()
-        self._learned_before = 0
 
     def _restored(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -66,7 +66,7 @@ def adoption(storage: Storage, stream: str, chain: Sequence[Version],
             f"{storage.uri_of('runs', stream, 'learned')} and registered; allowed: the --storage "
             "with which it was trained, or another --name")
     config = Config.from_dict(fields["config"])
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, compare=()))
+    config = dataclasses.replace(config, train=config.train.alone())
     network = logged[0].network if logged else _network_key(storage, config, chain[0])
     tasks = [_decided(storage, version, record, network)
              for version, record in zip(chain, learned, strict=True) if version in missing]

@@ -121,7 +121,7 @@ def _config(settings: RetrainConfig, founded: Mapping[str, Any] | None) -> Confi
              else preset(settings.preset) if settings.preset else None)
     given = with_depth_number(given) if given else None
     if given is not None and given.train.compare:
-        given = dataclasses.replace(given, train=dataclasses.replace(given.train, compare=()))
+        given = dataclasses.replace(given, train=given.train.alone())
     if founded is None:
         return given or with_depth_number(Config())
     first = Config.from_dict(founded)

@@ -184,6 +184,10 @@ def test_tasks_learned_at_once_make_the_model_of_one_after_the_other_killed_or_n
         record.without_id for record in wanted.finished]
     assert json.loads(lines[-1])["partial_hn"] == found.accuracy_TT
     assert left(assignment) == ["naive.json"]
+    again = ready.alone(assignment)  # of all tasks and the baseline nothing is learned again
+    assert again.returncode == 0, again.stderr
+    assert not any(line.startswith("naive") for line in again.stdout.splitlines())
+    assert json.loads(again.stdout.splitlines()[-1]) == json.loads(lines[-1])
 
 
 def test_what_stops_a_thread_stops_the_worker_with_its_words(ready):

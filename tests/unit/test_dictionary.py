@@ -169,6 +169,22 @@ def test_tasks_after_the_dictionary_are_learned_apart_from_each_other(learned, l
             assert same(snapshot(model.strategy, 3), snapshot(whole.strategy, 3))
 
 
+def test_after_forgetting_a_task_is_learned_from_the_last_model_which_has_the_dictionary(
+        cut, with_options, learner_of, tasks):
+    """Of a task that trains the base, three openers and one after them, two are left; so the next
+    is the third, and would come before the dictionary is closed if nothing were known.
+    """
+    config = with_options(hypernet={"dictionary": DIRECTIONS, "dictionary_after": 3},
+                          train={"epochs": 1})
+    whole = learner_of(config)
+    list(whole.learn(tasks))
+    model = Model(config, cut.trunk, whole.strategy,
+                  tuple(TaskInfo(name, ("x", "y")) for name in NAMES))
+    left = without_slots(model, [1, 2, 3], None).strategy
+    assert left.hypernet.dictionary is not None
+    assert [left.needs(2, None, known) for known in (0, 2)] == [0, 1]
+
+
 def test_a_classifier_of_8_bits_answers_as_the_one_that_was_learned(learner_of, learned, options,
                                                                     tasks):
     learner = learner_of(options)

@@ -18,6 +18,7 @@ from partialhn.features.codec import NumberType, decode, encode, number_type
 from partialhn.features.table import NUMBER_TYPES, register_number_type
 from partialhn.networks.backbone import build_network
 from partialhn.networks.table import BACKBONES
+from partialhn.run import with_strategy
 from partialhn.strategies import STRATEGIES
 from partialhn.strategies.table import OWN, TABLE, label_of, needs_every_task, register_strategy
 from partialhn.training.lineage import BASELINE_OPTIONS, settings_of
@@ -249,6 +250,21 @@ def test_an_option_that_a_strategy_does_not_have_is_named(registered, given, mes
         TrainConfig(strategy="mine", strategy_options=given)
     with pytest.raises(InputError, match="allowed: none with the strategy naive, which declares"):
         TrainConfig(strategy="naive", strategy_options=given)
+
+
+def test_each_strategy_of_a_run_gets_its_own_options_alone(registered):
+    for name, option in (("mine", "share"), ("other", "times")):
+        registered(name, type(name, (STRATEGIES["naive"],), {"options": {option: 2}}))
+    given = {"strategy": "mine", "compare": ("other", "naive")}
+    config = Config(train=TrainConfig(**given, strategy_options=("share=3", "times=4")))
+    for name, own in (("mine", ("share=3",)), ("other", ("times=4",)), ("naive", ())):
+        assert with_strategy(config, name).train.strategy_options == own
+        assert with_strategy(config, name).train.compare == ()
+    alone = Config(train=TrainConfig(strategy="mine", strategy_options=("share=3",)))
+    assert config.train.alone() == alone.train
+    assert settings_of(config)["train"] == settings_of(alone)["train"]
+    product = TrainConfig(compare=("mine",), strategy_options=("share=3",))
+    assert with_strategy(Config(train=product), "partial_hn").train == TrainConfig()
 
 
 def test_a_default_that_no_option_can_have_is_named(registered):

@@ -46,10 +46,15 @@ def test_what_learns_at_once_learns_the_same_bits(network, tasks, with_options):
         assert measured(one) == measured(other)
 
 
-@pytest.mark.parametrize("known", [0, 1])
-def test_a_stream_learned_at_once_is_the_stream(network, tasks, with_options, known):
-    """The last task has more data of the second, and so waits for it."""
-    config = with_options(train={"batch_size": 8, "epochs": None, "min_steps": 20})
+@pytest.mark.parametrize(("known", "train", "hypernet"), [
+    (0, {"epochs": None, "min_steps": 20}, {}), (1, {"epochs": None, "min_steps": 20}, {}),
+    (0, {"epochs": 1}, {"dictionary": 3, "dictionary_after": 1})])
+def test_a_stream_learned_at_once_is_the_stream(network, tasks, with_options, known, train,
+                                                hypernet):
+    """The last task has more data of the second, and so waits for it; tasks that use a dictionary
+    wait until it is closed.
+    """
+    config = with_options(train={"batch_size": 8, **train}, hypernet=hypernet)
     stream = [*tasks[:4], dataclasses.replace(tasks[1], name="1/2", refreshes=1)]
     cut = cut_network(config, network)
 
@@ -164,6 +169,30 @@ def test_a_lane_without_memory_leaves_its_item_to_the_others():
     assert sorted(done) == list(range(6))
     assert len(lines) == 1
     assert "too little memory" in lines[0]
+
+
+def test_a_lane_that_waits_for_a_left_item_takes_it():
+    """The second and third items need the first, whose lane finds no memory while they wait."""
+    waiting, done, tried, waits = Waiting(range(3), 3), [], [], threading.Semaphore(0)
+
+    def work(item):
+        if item == 0 and not tried:
+            tried.append(item)
+            assert waits.acquire(timeout=30)
+            assert waits.acquire(timeout=30)
+            raise torch.OutOfMemoryError
+        if item:
+            waits.release()
+        while item and 0 not in done:
+            waiting.let_earlier()
+        done.append(item)
+
+    with Lanes(3, CPU) as lanes:
+        for _ in range(3):
+            lanes.start(lambda: waiting.work_off(work))
+        lanes.wait()
+    assert done[0] == 0
+    assert sorted(done) == [0, 1, 2]
 
 
 def test_what_fits_nowhere_is_an_error():
