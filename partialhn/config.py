@@ -318,6 +318,8 @@ class HypernetConfig:
                  "all, attention, mlp, or a pattern of names such as *.qkv.*")
         _require(self.fresh_columns >= 1, "fresh_columns", self.fresh_columns, "1 or more")
         _require(self.dictionary >= 0, "dictionary", self.dictionary, "0 or more")
+        _require(self.dictionary == 0 or self.generator == "columns", "dictionary",
+                 self.dictionary, f"0 with generator {self.generator}, or generator columns")
         _require(self.dictionary_after >= 1, "dictionary_after", self.dictionary_after,
                  "1 or more")
         _require(self.code_dim >= 1, "code_dim", self.code_dim, "1 or more")

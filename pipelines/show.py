@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from pipelines.platform.storage import open_storage
-from pipelines.platform.text import table
+from pipelines.platform.text import MEANS, table
 from pipelines.registry.client import connect
 from pipelines.registry.versions import CHAMPION, Version, chain_of, challenger_of
 from pipelines.settings import mask_password
@@ -28,6 +28,11 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
     versions = registry.versions(name)
     current = chain_of(versions, champion)
     older = len(versions) - len(current)
+    missing = max(0, champion.task_index + 1 - len(current))
+    rows = [_row(index if not missing else version.task_index, version)
+            for index, version in enumerate(current)]
+    absent = [f"{missing} more of the champion's tasks are not listed, because their versions were "
+              "deleted; it answers them as before"] if missing else []
     lines = [*(f"warning: {text}" for text in warnings), f"stream   {name}",
              f"model    models:/{name}@{CHAMPION} = version {champion.version} "
              f"({champion.task_index + 1} tasks)",
@@ -35,7 +40,7 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
              f"inputs   {champion.tags['work']} (a name for its options and data)"
              + (f"; {older} versions of other options or data are not shown" if older else ""),
              *(f"forgotten {text}" for text in map(str, champion.forgotten)),
-             *_refused(versions), "", *table([_COLUMNS, *map(_row, current)]), "",
+             *_refused(versions), "", *table([_COLUMNS, *rows]), MEANS, *absent, "",
              f"trunk {champion.tags['trunk_fingerprint']}", "features in"]
     return "\n".join(lines + [f"  {folder}" for folder in _feature_folders(current)])
 
@@ -50,10 +55,11 @@ def _refused(versions: Sequence[Version]) -> list[str]:
             *(f"         {reason}" for reason in reasons)]
 
 
-def _row(version: Version) -> tuple[str, ...]:
+def _row(index: int, version: Version) -> tuple[str, ...]:
+    """The row of a version; `index` is its task's place among those that the champion knows."""
     tags, classes = version.tags, json.loads(version.tags["classes"])
     listed = ", ".join(classes)
-    return (tags["task_index"], version.task,
+    return (str(index), version.task,
             listed if len(listed) <= 32 else f"{len(classes)}: {listed[:24]}...",
             str(version.version), *(f"{float(tags[key]):.3f}" for key in
                                     ("acc", "learning_accuracy", "forgetting")),

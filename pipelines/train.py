@@ -88,7 +88,9 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
     experiences = open_data(config.data, storage)
     classes = sum(len(experience.classes) for experience in experiences)
     images = sum(len(experience.train) for experience in experiences)
-    log(f"{output.name}: {len(experiences)} tasks, {classes} classes, {images} training images")
+    held_out = sum(len(experience.validation) for experience in experiences)
+    log(f"{output.name}: {len(experiences)} tasks, {classes} classes, {images} training images"
+        + (f", {held_out} more held out (--validation)" if held_out else ""))
     for note in all_not_used(experiences):
         for line in note.lines():
             log(line)

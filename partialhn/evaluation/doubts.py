@@ -24,7 +24,8 @@ def doubts(accuracy: float, images: int | None, classes: int, held_out: float | 
     spread = math.sqrt(chance * (1 - chance) / images) if images else 0.0
     if classes > 1 and accuracy < chance + max(CLEARLY * spread, 0.1 * (1 - chance)):
         found.append(f"its accuracy of {accuracy:.1%} is close to guessing ({chance:.1%}): do not "
-                     "use it; it needs more images or more steps (--min-steps, --trunk-min-steps)")
+                     "use it; it needs more images or more steps (leave out --epochs and "
+                     "--trunk-epochs, or raise --min-steps and --trunk-min-steps)")
     if held_out is not None and ridge is not None and held_out_images:
         ahead = difference([[ridge]], [[held_out]], [held_out_images])
         if ahead.mean > 0 and ahead.tells:

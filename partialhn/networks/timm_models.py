@@ -199,7 +199,9 @@ def find(name: str) -> Backbone:
     if not library.is_model(name):
         near = difflib.get_close_matches(name, library.list_models(), 3)
         raise InputError(f"backbone is 'timm:{name}', which timm {library.__version__} does not "
-                         f"have; near it: {', '.join(near) or 'nothing'}")
+                         f"have; "
+                         + (f"near it: {', '.join(near)}" if near else "no name is near it")
+                         + "; `partialhn backbones 'timm:*'` lists all")
     with torch.device("meta"):  # a structure without numbers
         body = library.create_model(name, pretrained=False, num_classes=2)
     settings = library.get_pretrained_cfg(name)

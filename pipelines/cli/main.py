@@ -88,13 +88,15 @@ class Predict:
     differ by rounding."""
 
     def run(self) -> None:
+        from partialhn.task_inference import AUTO
         from pipelines.label_images import predict_to_parquet
 
         done = predict_to_parquet(self.model, self.task, self.input, self.output, self.storage,
                                   self.tracking_uri, self.on_bad_image, self.record,
                                   image_column=self.image_column, log=print,
                                   device=self.device)
-        print(f"{done.images} images of task {done.task!r} labelled by {done.model_uri}: "
+        task = "without their task" if done.task == AUTO else f"of task {done.task!r}"
+        print(f"{done.images} images {task} labelled by {done.model_uri}: "
               + ", ".join(f"{label} {count}" for label, count in done.labels.items()))
         for line in done.not_used:
             print(line)

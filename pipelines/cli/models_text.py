@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.platform.text import table
+from pipelines.platform.text import MEANS, table
 
 LABELS = {"acc": "accuracy", "learning_accuracy": "when learned", "forgetting": "forgotten",
           "work": "options and data"}
@@ -19,7 +19,7 @@ def versions_text(found: Mapping[str, Any]) -> str:
                      row["gate"] or "no gate", ", ".join(row["aliases"])))
     refused = [f"version {row['version']} was refused: {reason}"
                for row in found["versions"] for reason in row["reasons"]]
-    return "\n".join([*_warnings(found), *table(rows), *refused])
+    return "\n".join([*_warnings(found), *table(rows), MEANS, *refused])
 
 
 def version_text(found: Mapping[str, Any]) -> str:

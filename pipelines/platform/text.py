@@ -5,6 +5,11 @@ from collections.abc import Sequence
 from pipelines.platform.numbers import percent
 
 
+MEANS = ("accuracy, when learned, forgotten: means over all tasks that the version of the row "
+         "knows")
+"""Says below a table of versions that its numbers are not those of the row's task alone."""
+
+
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """The rows as lines of text with aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -61,7 +61,7 @@ class PassOutcome:
             return [f"{self.stream}: skipped, because another process is working on the stream: "
                     f"{self.held_by}"]
         lines = [f"repaired: {text}" for text in self.repaired]
-        lines += [f"taken over from `partialhn train`: {text}" for text in self.adopted]
+        lines += [f"taken over from `partialhn train`: task {text!r}" for text in self.adopted]
         for rejection in self.rejected:
             lines.append(f"rejected {rejection['task']}: " + "; ".join(rejection["reasons"]))
         lines += [f"waiting: {text}" for text in self.waiting]

@@ -91,7 +91,7 @@ def test_predict_infers_the_task_of_each_image(learned, experiences, live, comma
                             "--output", tmp_path / "a.parquet", "--storage",
                             learned.output.storage)
     assert code == 0, text
-    assert "60 images of task 'auto'" in text
+    assert "60 images without their task labelled by" in text
     measured = learned.result["without_task_id"]
     assert text.startswith(
         f"task auto finds the right task for {100 * measured['task_accuracy']:.1f} % of this "

@@ -157,6 +157,8 @@ def test_options_that_contradict_each_other():
         ({"data": {"tasks": 3, "task_sizes": [1, 2]}}, "one count for each of the 3 tasks"),
         ({"train": {"strategy": "naive", "compare": ["naive"]}}, "other than the strategy"),
         ({"hypernet": {"residual": False}}, "residual is False; allowed: true with generator col"),
+        ({"hypernet": {"generator": "bilinear", "dictionary": 8}},
+         "dictionary is 8; allowed: 0 with generator bilinear, or generator columns"),
         ({"features": {"views": 2, "augment": "none"}}, "views is more than 1"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -241,7 +243,7 @@ def test_work_hash_names_everything_else():
         "features.augment": "flip", "features.feature_dtype": "float32", "features.shard_rows": 2,
         "hypernet.generator": "additive", "hypernet.starts_from": "previous",
         "hypernet.code_dim": 8, "hypernet.fresh_columns": 2, "hypernet.embedding_dim": 16,
-        "hypernet.dictionary": 24, "hypernet.dictionary_after": 5,
+        "hypernet.dictionary_after": 5,
         "hypernet.hidden": (3,), "hypernet.channel_dim": 3, "hypernet.residual": False,
         "hypernet.norm": "layer", "hypernet.generate": "mlp", "hypernet.norm_groups": 2,
         "hypernet.beta": 0.5,
@@ -255,8 +257,10 @@ def test_work_hash_names_everything_else():
     }
     ours = {key for key in every_key() if not key.startswith("compute.")}
     ours -= {"backbone.adapt_trunk", "data.data", "data.image_column", "data.label_column",
-             "features.compression", "train.strategy_options"}
+             "features.compression", "hypernet.dictionary", "train.strategy_options"}
     assert changes.keys() == ours
+    columns = Config()  # the dictionary needs columns, `residual` another generator
+    assert changed(columns, "hypernet.dictionary", 24).work_hash() != columns.work_hash()
     hashes = [config.work_hash()] + [changed(config, key, value).work_hash()
                                      for key, value in changes.items()]
     assert all(a != b for a, b in itertools.combinations(hashes, 2))
