@@ -28,11 +28,6 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
     versions = registry.versions(name)
     current = chain_of(versions, champion)
     older = len(versions) - len(current)
-    missing = max(0, champion.task_index + 1 - len(current))
-    rows = [_row(index if not missing else version.task_index, version)
-            for index, version in enumerate(current)]
-    absent = [f"{missing} more of the champion's tasks are not listed, because their versions were "
-              "deleted; it answers them as before"] if missing else []
     lines = [*(f"warning: {text}" for text in warnings), f"stream   {name}",
              f"model    models:/{name}@{CHAMPION} = version {champion.version} "
              f"({champion.task_index + 1} tasks)",
@@ -40,7 +35,7 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
              f"inputs   {champion.tags['work']} (a name for its options and data)"
              + (f"; {older} versions of other options or data are not shown" if older else ""),
              *(f"forgotten {text}" for text in map(str, champion.forgotten)),
-             *_refused(versions), "", *table([_COLUMNS, *rows]), MEANS, *absent, "",
+             *_refused(versions), "", *_tasks(current), "",
              f"trunk {champion.tags['trunk_fingerprint']}", "features in"]
     return "\n".join(lines + [f"  {folder}" for folder in _feature_folders(current)])
 
@@ -53,6 +48,16 @@ def _refused(versions: Sequence[Version]) -> list[str]:
     reasons = (version.decision or {}).get("reasons", [])
     return [f"refused  version {version.version} (task {version.task!r}) is challenger only:",
             *(f"         {reason}" for reason in reasons)]
+
+
+def _tasks(current: Sequence[Version]) -> list[str]:
+    """The table of the tasks, whose last version is the champion, and what must be said of it."""
+    missing = max(0, current[-1].task_index + 1 - len(current))
+    rows = [_row(version.task_index if missing else index, version)
+            for index, version in enumerate(current)]
+    absent = [f"{missing} more of the champion's tasks are not listed, because their versions were "
+              "deleted; it answers them as before"] if missing else []
+    return [*table([_COLUMNS, *rows]), MEANS, *absent]
 
 
 def _row(index: int, version: Version) -> tuple[str, ...]:

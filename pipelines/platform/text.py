@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from pipelines.platform.numbers import percent
 
-
 MEANS = ("accuracy, when learned, forgotten: means over all tasks that the version of the row "
          "knows")
 """Says below a table of versions that its numbers are not those of the row's task alone."""

@@ -149,8 +149,8 @@ def _beside_ridge(judged: Sequence[Judged]) -> str:
         text = ("Beside ridge regression on the same features, which needs no training, it is "
                 + ", ".join(parts) + ".")
     if solved:
-        text += (f" {_tasks(len(solved))} of it {'is' if len(solved) == 1 else 'are'} ridge regression "
-                 "in closed form: few images, or training did no better.")
+        text += (f" {_tasks(len(solved))} {'is' if len(solved) == 1 else 'are'} solved by ridge "
+                 "regression in closed form: few images, or training did no better.")
     return text.strip()
 
 

@@ -142,6 +142,7 @@ def test_list_show_and_history(models):
     code, out, _ = models("list")
     assert code == 0
     assert "version 3 was refused: " + REASON in out
+    assert "means over all tasks" in out
     code, out, _ = models("list", "--json")
     rows = json.loads(out)["versions"]
     assert [(row["version"], row["gate"]) for row in rows] == [(1, None), (2, None), (3, "failed")]

@@ -292,7 +292,8 @@ def test_what_is_solved_by_ridge_is_said():
     result = judged_result(((0.9, None), (0.9, 0.9)), epochs=[
         {"task_index": 0, "epoch": 1, "validation_accuracy": 0.8, "ridge_accuracy": 0.8,
          "solved": True}])
-    assert "1 task of it is ridge regression in closed form" in verdict(read_facts(result)).paragraph
+    said = verdict(read_facts(result)).paragraph
+    assert "1 task is solved by ridge regression in closed form" in said
     assert "solved by it" in Page(render(result)).text
 
 
