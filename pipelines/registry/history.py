@@ -12,26 +12,22 @@ overwritten and no number is missing. This file does not use MLflow.
 import dataclasses
 import getpass
 import json
-import re
 import socket
 import time
 import typing
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from partialhn.errors import IntegrityError
+from pipelines.platform.numbered import NumberedFiles
 from pipelines.platform.storage import Storage
 from pipelines.settings import check_name
 
 Kind = Literal["trained", "promoted", "rollback", "gate-rejected", "refresh", "forgot",
                "reconcile"]
 KINDS: tuple[str, ...] = typing.get_args(Kind)
-READERS = 16
-"""Entries that are read at once."""
 ATTEMPTS = 1000
 """How many numbers a writer tries; other writers would have to be faster each time."""
-_FILE = re.compile(r"(\d{8})\.json")
 
 
 class StaleTokenError(RuntimeError):
@@ -85,20 +81,14 @@ class History:
     def __init__(self, storage: Storage, stream: str) -> None:
         self._storage, self.stream = storage, check_name(stream)
         self.uri = storage.uri_of("history", stream)
-        self._entries: list[Entry] = []
+        self._files = NumberedFiles(storage, storage.path("history", self.stream), self._read)
 
     def entries(self) -> list[Entry]:
         """All entries so far, oldest first.
 
         Raises: IntegrityError for an entry that is missing or damaged.
         """
-        if not self._entries:
-            with ThreadPoolExecutor(READERS) as pool:  # a remote storage answers many at once
-                self._entries += pool.map(self._read, range(1, self._last() + 1))
-        else:  # a listing of a long history takes longer than to look for the next number
-            while self._storage.exists(self._path(len(self._entries) + 1)):
-                self._entries.append(self._read(len(self._entries) + 1))
-        return list(self._entries)
+        return self._files.items()
 
     def append(self, move: Move, registry: str) -> Entry | None:
         """Writes a move at the next free number; returns None if the alias points there already.
@@ -115,26 +105,15 @@ class History:
             entry = Entry(len(entries) + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                           registry, current, move)
             content = json.dumps(entry.fields(), indent=1).encode()
-            if self._storage.put_if_absent(self._path(entry.seq), content):
-                self._entries.append(entry)
+            if self._files.put(entry.seq, entry, content):
                 return entry
         raise RuntimeError(f"no entry could be added to the history {self.uri}: other writers were "
                            f"faster {ATTEMPTS} times; look for a process that keeps writing to it")
 
-    def _path(self, seq: int) -> str:
-        return self._storage.path("history", self.stream, f"{seq:08d}.json")
-
-    def _last(self) -> int:
-        """The highest number of an entry; 0 for an empty history."""
-        numbers = [int(match[1])
-                   for file in self._storage.list(self._storage.path("history", self.stream))
-                   if (match := _FILE.fullmatch(file.path.rpartition("/")[2]))]
-        return max(numbers, default=0)
-
     def _read(self, seq: int) -> Entry:
         where = f"{self.uri}/{seq:08d}.json"
         try:
-            entry = parse_entry(json.loads(self._storage.read_text(self._path(seq))))
+            entry = parse_entry(json.loads(self._storage.read_text(self._files.path(seq))))
         except FileNotFoundError as error:
             raise IntegrityError(f"history entry {where} is missing, but later ones "
                                  "exist") from error

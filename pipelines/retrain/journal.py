@@ -9,7 +9,6 @@ holds the fencing token of the pass that wrote it.
 
 import dataclasses
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,14 +22,12 @@ from partialhn.features.store import FeatureStore
 from partialhn.training.records import Forgotten
 from partialhn.training.slots import Slot
 from pipelines.platform.lease import Lease, LeaseLostError
+from pipelines.platform.numbered import READERS, NumberedFiles
 from pipelines.platform.storage import Storage
 from pipelines.registry.versions import Version
 from pipelines.settings import check_name
 
 FORMAT = 1
-READERS = 16
-"""Events that are read at once."""
-_FILE = re.compile(r"(\d{8})\.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,18 +99,12 @@ class Journal:
 
     def __init__(self, storage: Storage, stream: str) -> None:
         self._storage = storage
-        self._folder = storage.path("streams", check_name(stream), "log")
-        self._events: list[Event] = []
+        folder = storage.path("streams", check_name(stream), "log")
+        self._files = NumberedFiles(storage, folder, self._read)
 
     def events(self) -> list[Event]:
         """All events so far, oldest first. Raises: IntegrityError for a damaged or missing one."""
-        if not self._events:
-            with ThreadPoolExecutor(READERS) as pool:  # a remote storage answers many at once
-                self._events += pool.map(self._read, range(1, self._last() + 1))
-        else:  # a listing of a long log takes longer than to look for the next number
-            while self._storage.exists(self._path(len(self._events) + 1)):
-                self._events.append(self._read(len(self._events) + 1))
-        return list(self._events)
+        return self._files.items()
 
     def append(self, lease: Lease, kind: str, fields: Mapping[str, Any]) -> Event:
         """Writes an event. Raises: LeaseLostError if another process has taken over the lease."""
@@ -123,10 +114,9 @@ class Journal:
         event = Event(len(events) + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), token,
                       kind, fields)
         content = json.dumps({"format": FORMAT, **dataclasses.asdict(event)}, indent=1).encode()
-        if newest > token or not self._storage.put_if_absent(self._path(event.number), content):
+        if newest > token or not self._files.put(event.number, event, content):
             raise LeaseLostError(f"another process, with a lease newer than {token}, has written "
-                                 f"to {self._folder}")
-        self._events.append(event)
+                                 f"to {self._files.folder}")
         return event
 
     def decided(self) -> list[Decided]:
@@ -161,16 +151,8 @@ class Journal:
         return next((dict(event.fields["config"]) for event in self.events()
                      if event.kind == "founded"), None)
 
-    def _path(self, number: int) -> str:
-        return f"{self._folder}/{number:08d}.json"
-
-    def _last(self) -> int:
-        numbers = (_FILE.fullmatch(entry.path.rpartition("/")[2])
-                   for entry in self._storage.list(self._folder))
-        return max((int(match[1]) for match in numbers if match), default=0)
-
     def _read(self, number: int) -> Event:
-        path = self._path(number)
+        path = self._files.path(number)
         try:
             values = json.loads(self._storage.read_text(path))
             if values.pop("format") != FORMAT or values["number"] != number:
