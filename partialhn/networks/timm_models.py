@@ -7,6 +7,7 @@ Legend: B batch, C channels, H W spatial, N tokens, F features before the classi
 
 import difflib
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -42,11 +43,16 @@ STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "rope")
 TRANSFORMER_END = ("norm", "attn_pool", "fc_norm", "head_drop")
 
 
-def _vit(body: nn.Module) -> Blocks:
-    blocks: Blocks = {"stem": Piece(shell(body, STEM, parameters=True), _vit_stem)}
+def _transformer(body: nn.Module, stem: Callable[[Any, Tensor], Tensor]) -> Blocks:
+    """A stem, the blocks, and a norm and pooling that belong to the last one."""
+    blocks: Blocks = {"stem": Piece(shell(body, STEM, parameters=True), stem)}
     for name, block in cast(nn.Module, body.blocks).named_children():
         blocks[f"blocks.{name}"] = block
     return with_ending(blocks, Piece(shell(body, TRANSFORMER_END), _normed_end))
+
+
+def _vit(body: nn.Module) -> Blocks:
+    return _transformer(body, _vit_stem)
 
 
 def _beit_stem(parts: Any, images_BCHW: Tensor) -> Tensor:
@@ -61,10 +67,7 @@ def _beit(body: Any) -> Blocks:
     if body.rel_pos_bias is not None:
         raise InputError("a network of timm's class Beit cannot be cut where its blocks share one "
                          "table of relative positions; allowed: one whose blocks have their own")
-    blocks: Blocks = {"stem": Piece(shell(body, STEM, parameters=True), _beit_stem)}
-    for name, block in body.blocks.named_children():
-        blocks[f"blocks.{name}"] = block
-    return with_ending(blocks, Piece(shell(body, TRANSFORMER_END), _normed_end))
+    return _transformer(body, _beit_stem)
 
 
 def _rotary_stem(parts: Any, images_BCHW: Tensor) -> Tensor:
