@@ -26,7 +26,7 @@ from partialhn.config import Config
 from partialhn.data.experience import Experience, task_of
 from partialhn.errors import IntegrityError
 from partialhn.naming import digest, named_sections
-from partialhn.strategies.table import OWN, options_of
+from partialhn.strategies.table import OWN
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
@@ -81,14 +81,11 @@ def lineage_ids_of(config: Config, network: str, slots: Sequence[Slot | Experien
 
 def settings_of(config: Config) -> dict[str, dict[str, Any]]:
     """The options, by section, that a lineage id depends on beside the network and the data."""
-    values = named_sections(config)
+    values = named_sections(dataclasses.replace(config, train=config.train.alone()))
     del values["train"]["compare"], values["features"]["compression"]
     if config.train.strategy == "partial_hn":
         for key in BASELINE_OPTIONS:
             del values["train"][key]
-    values["train"].pop("strategy_options", None)  # those of strategies to compare with
-    own = options_of(config.train.strategy, config.train.strategy_options)
-    values["train"] |= {"strategy_options": list(own)} if own else {}
     data = {key: values["data"][key] for key in ("input_size", "on_bad_image", "stream_seed",
                                                  "max_image_pixels")}
     backbone = {key: values["backbone"][key] for key in ("backbone", "freeze_depth")}
