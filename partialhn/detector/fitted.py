@@ -101,16 +101,18 @@ class Fitted:
         strangers best. The second is the trunk's own density, which tells noise, blur and drawings;
         it counts from one deviation on, because it says nothing about near strangers.
         """
-        unit_BD = torch.nn.functional.normalize(white_BD, dim=1)
-        angle_B = self.angles.deviation(-(unit_BD @ self.unit_PD.T).amax(1))
+        angle_B = self.angles.deviation(self._angle(white_BD))
         return angle_B + (self.distances.deviation(self.density.distance(h_BD)) - 1).clamp_min(0)
 
     def measured(self, h_SD: Tensor) -> "Fitted":
         """The same, with what is usual for the sampled images h_SD."""
-        unit_SD = torch.nn.functional.normalize(self.white(h_SD), dim=1)
-        return dataclasses.replace(
-            self, angles=Usual.of(-(unit_SD @ self.unit_PD.T).amax(1)),
-            distances=Usual.of(self.density.distance(h_SD)))
+        return dataclasses.replace(self, angles=Usual.of(self._angle(self.white(h_SD))),
+                                   distances=Usual.of(self.density.distance(h_SD)))
+
+    def _angle(self, white_BD: Tensor) -> Tensor:
+        """Minus the largest cosine between an image and a class mean, (B,)."""
+        unit_BD = torch.nn.functional.normalize(white_BD, dim=1)
+        return -(unit_BD @ self.unit_PD.T).amax(1)
 
     def single(self) -> "Fitted":
         """The same in float32, for answers."""

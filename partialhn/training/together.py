@@ -128,19 +128,18 @@ class Waiting(Generic[Item]):
                     self._lanes -= 1
                     return
                 (place, item), alone = self._items.pop(0), self._lanes == 1
-            self._mine.place = place
+            self._mine.place, ends = place, False
             try:
-                done = self._done(item, work, alone)
+                if self._done(item, work, alone):
+                    continue
+                ends = True
             except Earlier:
-                with self._lock:
-                    bisect.insort(self._items, (place, item), key=lambda each: each[0])
-                continue
-            if not done:
-                with self._lock:
-                    bisect.insort(self._items, (place, item), key=lambda each: each[0])
-                    if self._lanes > 1:
-                        self._lanes -= 1
-                        return
+                pass
+            with self._lock:
+                bisect.insort(self._items, (place, item), key=lambda each: each[0])
+                if ends and self._lanes > 1:
+                    self._lanes -= 1
+                    return
 
     def let_earlier(self) -> None:
         """A lane calls it while it waits for the result of another item, and does not catch what it
