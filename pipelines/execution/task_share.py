@@ -32,6 +32,7 @@ from partialhn.config import StrategyName
 from partialhn.detector.detector import Detector
 from partialhn.errors import InputError
 from partialhn.networks.tensors import tensors_below
+from partialhn.strategies import Strategy
 from partialhn.task_inference import Inference, stored_inference
 from partialhn.training import lineage
 from partialhn.training.experience import TaskFeatures
@@ -170,7 +171,8 @@ class TaskShare:
             self._send(record)
             if states.due:
                 states.save("learner", *learner.state())
-        measured = learner.measure_task(self.tasks, index, self._inference_before(index))
+        inference = self._inference_before(learner.strategy, index)
+        measured = learner.measure_task(self.tasks, index, inference)
         task_state = learner.strategy.task_state(index)
         tensors = {f"strategy.{name}": value for name, value in task_state.items()}
         tensors |= {f"statistics.{name}": value for name, value in measured.items()}
@@ -185,25 +187,25 @@ class TaskShare:
     def _start(self, learner: Learner, index: int) -> None:
         """Restores the model that the task starts from in an empty learner."""
         if index:
-            learner.restore(*self._state_before(index)[:2])
+            learner.restore(*self._state_before(learner.strategy, index)[:2])
             learner.skip_to(self.tasks, index)
 
-    def _state_before(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+    def _state_before(self, strategy: Strategy,
+                      index: int) -> tuple[dict[str, Tensor], dict[str, Any], int]:
         """The stored model that a task after the first needs, and its number of slots."""
-        start = self._new_learner().strategy.needs(index, self.tasks[index].refreshes,
-                                                   self._known)
+        start = strategy.needs(index, self.tasks[index].refreshes, self._known)
         self._wait_for(start)
         folder, lineage_ids = self.worker.models, self.lineage_ids[:start + 1]
         learned = lineage.find(self._filesystem, folder, lineage_ids)
         return *lineage.state(self._filesystem, folder, learned), start + 1
 
-    def _inference_before(self, index: int) -> Inference:
+    def _inference_before(self, strategy: Strategy, index: int) -> Inference:
         """Task inference as far as the statistics of a task depend on it: its kind, and the slot
         that the task refreshes.
         """
         if not index:
             return self._new_detector()
-        tensors, _, slots = self._state_before(index)
+        tensors, _, slots = self._state_before(strategy, index)
         return stored_inference(tensors_below(tensors, "inference."), slots, self._new_detector())
 
     def _wait_for(self, index: int) -> None:
