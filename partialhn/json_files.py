@@ -29,5 +29,5 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise IntegrityError(f"{name} cannot be read: {error}") from error
+        raise IntegrityError(f"{name} cannot be read: {error.strerror}") from error
     return parse_object(content, name)

@@ -113,10 +113,11 @@ class Predictor:
             shared.complete(Path(scratch), read)
             return Predictor(Model.load(Path(scratch)), device)
 
-    def task_index(self, task: str) -> int:
+    def task_index(self, task: str, also: Sequence[str] = ()) -> int:
         """Index of the slot that is used for a task, given by name or by its index in `tasks`.
 
-        For a refreshed task it is the newest slot. Raises: InputError listing the tasks.
+        For a refreshed task it is the newest slot. also: other words that the caller allows, for
+        the message. Raises: InputError listing the tasks.
         """
         if task in self._slots:
             return self._slots[task]
@@ -128,14 +129,13 @@ class Predictor:
                 raise InputError(f"task is {task!r}, which this model has forgotten on "
                                  f"{forgotten['time'][:10]}{why}; allowed: "
                                  f"{', '.join(self.tasks)}")
-        auto = f", {AUTO}" if self.model.inference else ""
-        raise InputError(f"task is {task!r}; allowed: {', '.join(self.tasks)}{auto} or an index "
-                         f"from 0 to {len(self.tasks) - 1}")
+        raise InputError(f"task is {task!r}; allowed: {', '.join((*self.tasks, *also))} or an "
+                         f"index from 0 to {len(self.tasks) - 1}")
 
     def check_task(self, task: str) -> None:
         """Raises InputError for an unknown task, or for `auto` if this model cannot infer tasks."""
         if task != AUTO:
-            self.task_index(task)
+            self.task_index(task, (AUTO,) if self.model.inference else ())
         elif self.model.inference is None:
             raise InputError(f"task is {AUTO!r}, but this model was trained without task "
                              f"inference; allowed: {', '.join(self.tasks)}, or train it again")

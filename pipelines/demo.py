@@ -40,7 +40,7 @@ def demo(folder: Path, size: str = "full") -> None:
     done = predict_to_parquet(result["model_uri"], early, str(images),
                               str(folder / "preds.parquet"), output.storage, output.tracking_uri)
     page = write_report(result, folder / "report.html")
-    print(f"\n{text_summary(result)}\n")
+    print(f"\n{text_summary(result)}")
     print(f"task {early!r}, learned first, predicted by the newest model: {done.images} images, "
           + ", ".join(f"{label!r} {count}" for label, count in done.labels.items()))
     for name, path in (("report", page), ("result", output.result), ("predictions", done.output),

@@ -102,7 +102,9 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
     if chosen.type == "cuda":
         configure_torch()
     source = open_storage(images)
-    table, not_used = list_images(source.root, source.filesystem, image_column)
+    if not source.is_local:
+        source.check(write=False)  # Arrow finds nothing, and no error, in a bucket that is missing
+    table, not_used = list_images(source.uri, source.filesystem, image_column)
     store = open_storage(storage)
     registry = connect(store, tracking_uri, create=False)
     predictor, version = registry.load_predictor(model, chosen)

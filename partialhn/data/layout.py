@@ -33,6 +33,7 @@ from partialhn.data.listing import (
     split_top,
     unused,
 )
+from partialhn.data.table import FORMS
 from partialhn.errors import InputError
 
 
@@ -157,7 +158,8 @@ def list_images(data: str, filesystem: Any = None,
     files, of which one kind would be left out.
     """
     filesystem, root = locate(data, filesystem)
-    listing = _list_paths(filesystem, root, data, (*SUFFIXES, ".parquet"))
+    listing = _list_paths(filesystem, root, data, (*SUFFIXES, ".parquet"),
+                          "an image file, a Parquet file, or a folder of either, local or s3://")
     if listing is None:
         return (parquet_table(filesystem, [root], column) if parquet_paths([root])
                 else file_table(filesystem, [root])), NotUsed(data)
@@ -174,16 +176,22 @@ def list_images(data: str, filesystem: Any = None,
     return table, NotUsed(data, unused(listing, tables or images))
 
 
-def _list_paths(filesystem: Any, root: str, data: str,
-                suffixes: Sequence[str] = (".parquet",)) -> list[str] | None:
-    """Paths below a folder, sub-folders with a slash at the end; None for a single file."""
+def _list_paths(filesystem: Any, root: str, data: str, suffixes: Sequence[str] = (".parquet",),
+                allowed: str = "") -> list[str] | None:
+    """Paths below a folder, sub-folders with a slash at the end; None for a single file.
+
+    suffixes: ends of the names of files. allowed: the text about what may be given, for messages;
+    default: all that the option `data` takes.
+    """
     info = filesystem.get_file_info(root)
     if info.type == pyarrow.fs.FileType.NotFound:
-        raise InputError(f"data {data!r} does not exist; allowed: the path of a Parquet file, "
-                         "an image folder or a directory of tasks, torchvision:NAME, or digits")
+        forms, looked = ", ".join(FORMS), f" (looked for {root})" * (root != data)
+        raise InputError(f"{data!r} does not exist{looked}; allowed: "
+                         + (allowed or "a Parquet file, an image folder or a directory of tasks, "
+                            f"or a data form ({forms}) such as torchvision:CIFAR100"))
     if info.type != pyarrow.fs.FileType.Directory:
         if not root.lower().endswith(tuple(suffixes)):
-            raise InputError(f"data {data!r} is a file; allowed: a folder, or a file ending in "
+            raise InputError(f"{data!r} is a file; allowed: a folder, or a file ending in "
                              f"{' '.join(suffixes)}")
         return None
     if isinstance(filesystem, pyarrow.fs.LocalFileSystem):

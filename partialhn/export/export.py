@@ -105,7 +105,7 @@ def _subject(predictor: Predictor, task: str, format: FormatName, origin: str) -
                           normalises=True, origin=origin)
         weights = [predictor.head_weights(slot) for slot in slots]
         return Subject(TaskNetworks(model.trunk, head, weights), True, record)
-    slot = predictor.task_index(task)
+    slot = predictor.task_index(task, (ALL,))
     own, facts, weights_of_task = None, dict[str, Any](), predictor.head_weights(slot)
     if format == "safetensors":
         reason = why_not(model, weights_of_task)

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from partialhn.errors import InputError
 from partialhn.plugins import Table, load_object
@@ -19,6 +19,8 @@ from partialhn.plugins import Table, load_object
 Depths = Literal["all", "frozen", "own"]
 Value = bool | int | float | str
 """Value of an option that a strategy of another package declares."""
+_KINDS: tuple[type[Value], ...] = (bool, int, float, str)
+"""Types of such values. A bool is an int, too, so it stands first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +128,31 @@ def needs_every_task(name: str) -> bool:
 
 
 def declared_options(name: str) -> Mapping[str, Value]:
-    """The options that a strategy declares, with their defaults.
+    """The options that a strategy declares, with their defaults as Python's own values.
 
     Raises: InputError for a default that no option can have.
     """
-    options: Mapping[str, Value] = getattr(TABLE.find(name).load(name), "options", {})
+    options: Mapping[str, Any] = getattr(TABLE.find(name).load(name), "options", {})
+    try:
+        return plain_defaults(options)
+    except InputError as error:
+        raise InputError(f"strategy {name!r} declares {error}") from None
+
+
+def plain_defaults(options: Mapping[str, Any]) -> dict[str, Value]:
+    """Defaults of options as Python's own values: numpy's float64 and the like become numbers.
+
+    Raises: InputError for a default that no option can have.
+    """
+    plain = {}
     for option, default in options.items():
-        if not isinstance(default, Value):
-            raise InputError(f"strategy {name!r} declares the option {option} with the default "
-                             f"{default!r}; allowed: a number, a text, true or false")
-    return options
+        value = default.item() if getattr(default, "shape", None) == () else default
+        kind = next((kind for kind in _KINDS if isinstance(value, kind)), None)
+        if kind is None:
+            raise InputError(f"the option {option} with the default {default!r}; allowed: a "
+                             "number, a text, true or false")
+        plain[option] = kind(value)
+    return plain
 
 
 def check_options(given: Sequence[str], names: Sequence[str]) -> None:
@@ -170,7 +187,7 @@ def options_of(name: str, given: Sequence[str]) -> tuple[str, ...]:
     return tuple(text for text in given if text.partition("=")[0] in declared)
 
 
-def option_values(declared: Mapping[str, Value], given: Sequence[str]) -> dict[str, Value]:
+def option_values(declared: Mapping[str, Any], given: Sequence[str]) -> dict[str, Value]:
     """The value of each declared option: the given one, or its default.
 
     given: options as NAME=VALUE; those of other strategies are left out.
@@ -179,7 +196,7 @@ def option_values(declared: Mapping[str, Value], given: Sequence[str]) -> dict[s
     """
     texts = dict(text.split("=", 1) for text in given)
     return {option: _value(option, texts[option], default) if option in texts else default
-            for option, default in declared.items()}
+            for option, default in plain_defaults(declared).items()}
 
 
 def _value(option: str, text: str, default: Value) -> Value:
@@ -193,6 +210,6 @@ def _value(option: str, text: str, default: Value) -> Value:
             value = type(default)(text)
             if not isinstance(value, float) or math.isfinite(value):
                 return value
-        kind = {int: "a whole number", float: "a number"}[type(default)]
+        kind = "a whole number" if isinstance(default, int) else "a number"
     raise InputError(f"strategy_options has {option}={text}; allowed: {kind}, such as the default "
                      f"{default}")

@@ -56,7 +56,7 @@ class Train(Sections):
         result = train(Config.of(self), self.output)
         print()
         print(text_summary(result))
-        print(f"\nresult: {self.output.result}")
+        print(f"result: {self.output.result}")
         print("\n".join(next_commands(self.output, result)))
 
 
@@ -236,7 +236,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"partialhn {__version__}")
         return 0
     try:
-        code = _parse(words).run() or 0
+        code = _run(words)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -259,6 +259,19 @@ def run(arguments: Sequence[str]) -> int:
         print("failed: the same command resumes after the last finished step", file=sys.stderr)
         return 1
     return int(code)
+
+
+def _run(words: list[str]) -> int:
+    """Runs a command; an error of S3 becomes an InputError that explains a bucket it names."""
+    try:
+        return _parse(words).run() or 0
+    except (InputError, IntegrityError, BrokenPipeError):
+        raise
+    except Exception as error:
+        from pipelines.platform.storage import check_buckets
+
+        check_buckets(error, words)
+        raise
 
 
 CHOICES = ConstructorRegistry()

@@ -83,11 +83,12 @@ class Progress:
                   f"over the tasks so far, {in_points(summary.forgetting)} forgotten")
 
     def _time_left(self, key: str, record: EpochRecord, epochs: int) -> str:
-        """The time left of this task, estimated from its latest epochs."""
+        """The time left of the trunk or of this task, estimated from its latest epochs."""
         seconds = self._seconds.setdefault(f"{key}/{record.task_index}", [])
         seconds.append(record.seconds)
         recent = seconds[-5:]
-        return f"  about {epochs * sum(recent) / len(recent):.0f} s left of the task"
+        left = "trunk" if key == "trunk" else "task"
+        return f"  about {epochs * sum(recent) / len(recent):.0f} s left of the {left}"
 
     def _epoch(self, text: str, time_left: str, last: bool) -> None:
         if self._live:

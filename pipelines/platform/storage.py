@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
@@ -140,10 +140,9 @@ class Storage:
         except InputError:
             raise
         except Exception as error:
-            text = str(error)
-            if self.s3 and any(sign in text for sign in ("AWS Error", "botocore")):
+            if self.s3 and says_s3(error):
                 self.check()
-                if denied := _DENIED.search(text):
+                if denied := _DENIED.search(str(error)):
                     raise InputError(
                         f"S3 denies access to a worker ({denied[0]}) but not to this process: the "
                         "AWS credentials of a Ray node are missing or differ; run partialhn "
@@ -153,6 +152,23 @@ class Storage:
     @property
     def _files(self) -> LocalFiles | S3Files:
         return S3Files(self.s3) if self.s3 else LocalFiles()
+
+
+def says_s3(error: BaseException) -> bool:
+    """Whether an error comes from S3, through Arrow or boto3."""
+    return any(sign in str(error) for sign in ("AWS Error", "botocore"))
+
+
+def check_buckets(error: BaseException, words: Iterable[str]) -> None:
+    """Looks, after an error of S3, whether the buckets that a command's words name can be read.
+
+    Raises: InputError for one that cannot, with the reason and what to do.
+    """
+    if says_s3(error):
+        for word in words:
+            uri = word.partition("=")[2] if word.startswith("--") else word
+            if uri.startswith("s3://"):
+                open_storage(uri).check(write=False)
 
 
 def open_storage(uri: str, endpoint: str | None = None, region: str | None = None,

@@ -11,7 +11,10 @@ from pipelines.report.charts import Bar, Line
 from pipelines.report.facts import Facts, dig
 from pipelines.report.html import data_table, figure, key, pair, section
 
-STAGES = ("startup", "data", "trunk", "features", "train", "evaluate", "register")
+STAGES = {"startup": "startup", "data": "data", "trunk": "trunk", "features": "features",
+          "train": "tasks", "register": "register"}
+"""The stages of a run in their order, as `result.json` and as reports name them. The stage of the
+tasks is more than training: it tests every task after each one, with every strategy."""
 IN_A_ROW = 10
 """Up to this many tasks their training curves stand side by side; beyond, on top of each other."""
 POINTS_A_CHART = 3000
@@ -147,7 +150,7 @@ def cost(facts: Facts) -> str:
 
 def _stage_figure(facts: Facts) -> str:
     stages = dig(facts.result, "seconds", "stages") or {}
-    known = [(name, float(stages[name])) for name in
+    known = [(STAGES.get(name, name), float(stages[name])) for name in
              [*STAGES, *[other for other in stages if other not in STAGES]]
              if stages.get(name) is not None]
     if not known:
@@ -158,12 +161,13 @@ def _stage_figure(facts: Facts) -> str:
     drawing = charts.bar_chart("stages", "Seconds per stage", ", ".join(
         f"{name} {duration(value)}" for name, value in known), bars,
         max(value for _, value in known), right=128)
-    train, own = dict(known).get("train", 0.0), facts.ours.seconds
-    beside = facts.baselines and own is not None and train > 1.05 * own
+    tasks, own = dict(known).get(STAGES["train"], 0.0), facts.ours.seconds
+    beside = own is not None and tasks > 1.05 * own
+    others = " the other strategies," if facts.baselines else ""
     return figure("Time per stage", drawing, "Start-up, data, trunk and features are paid once "
-                  "for the stream; train, evaluate and register with every task."
-                  + (f" {duration(own)} of the training were ours; the rest were the baselines and "
-                     "the start of the workers."
+                  "for the stream; tasks and register with every task."
+                  + (f" {duration(own)} of the tasks' time were our training; the rest were{others}"
+                     " the tests after each task and the start of the workers."
                      if beside else ""))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from pipelines.platform.numbers import UNKNOWN, duration, in_points, percent, size
 from pipelines.report.auto import without_id_line
 from pipelines.report.charts import row_label, shorten
+from pipelines.report.cost import STAGES
 from pipelines.report.facts import Facts, dig, read_facts
 from pipelines.report.judged import judge, mean_interval
 from pipelines.report.sure import interval_in_percent
@@ -74,7 +75,7 @@ def _compressed(facts: Facts) -> list[str]:
 
 def _methods(facts: Facts) -> list[str]:
     lines = [f"{'':24}{'accuracy':>10}{'when learned':>14}{'forgotten':>13}{'a task adds':>13}"
-             f"{'training':>14}"]
+             f"{'learned in':>14}"]
     for method in (facts.ours, *facts.baselines.values()):
         lost = UNKNOWN if method.forgetting is None else in_points(method.forgetting)
         lines.append(f"{shorten(_clean(method.label), 23):24}{percent(method.acc):>10}"
@@ -90,7 +91,7 @@ def _sure(facts: Facts) -> list[str]:
     words = []
     if interval:
         images = sum(each.images or 0 for each in judged)
-        words.append(f"The accuracy has a {interval_in_percent(*interval)} ({images:,} test "
+        words.append(f"The accuracy has the {interval_in_percent(*interval)} ({images:,} test "
                      "images)")
     if facts.chance is not None:
         words.append(f"guessing gets {percent(facts.chance)}")
@@ -101,7 +102,7 @@ def _sure(facts: Facts) -> list[str]:
 
 def _costs(facts: Facts) -> list[str]:
     result = facts.result
-    stages = [(str(name), duration(value))
+    stages = [(STAGES.get(name, str(name)), duration(value))
               for name, value in (dig(result, "seconds", "stages") or {}).items()
               if value is not None]
     total = dig(result, "seconds", "total")
@@ -110,7 +111,11 @@ def _costs(facts: Facts) -> list[str]:
         ("features", "feature_bytes"), ("checkpoint", "checkpoint_bytes"),
         ("trunk", "trunk_bytes"), ("shared", "shared_bytes"), ("per task", "bytes_per_task"),
         ("peak memory", "peak_rss_bytes")) if result.get(field) is not None]
-    lines = _wrapped("Time", stages) + _wrapped("Bytes", sizes)
+    lines = _wrapped("Time", stages)
+    if dig(result, "seconds", "stages", "train") is not None:
+        lines.append(f"{'':8}(tasks: training and tests of every strategy; learned in, above: the "
+                     "training alone)")
+    lines += _wrapped("Bytes", sizes)
     if result.get("model_uri"):
         lines.append(f"{'Model':8}{_clean(str(result['model_uri']))}")
     return lines

@@ -129,9 +129,10 @@ def _keys(storage: Storage) -> list[str]:
 
 
 def _one_key(storage: Storage, prefix: str) -> str:
-    keys = [key for key in _keys(storage) if key.startswith(prefix)]
+    every = _keys(storage)
+    keys = [key for key in every if key.startswith(prefix)]
     if len(keys) != 1:
-        raise InputError(f"key is {prefix!r}, which {len(keys)} keys in {storage.uri} start with; "
-                         "allowed: the first characters of exactly one key, as `partialhn features "
-                         "list` prints them")
+        raise InputError(f"key is {prefix!r}, and {len(keys) or 'none'} of the {len(every)} keys "
+                         f"in {storage.uri} start with it; allowed: the first characters of "
+                         "exactly one key, as `partialhn features list` prints them")
     return keys[0]

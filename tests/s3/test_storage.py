@@ -12,8 +12,9 @@ import pyarrow.fs
 import pytest
 
 from partialhn.errors import InputError, IntegrityError
+from pipelines.cli.main import run
 from pipelines.platform.s3 import s3_client
-from pipelines.platform.storage import open_storage
+from pipelines.platform.storage import check_buckets, open_storage
 
 
 def test_text_is_written_replaced_and_found(storage):
@@ -216,3 +217,19 @@ def test_errors_of_a_run_are_explained(storage, service):
     with pytest.raises(InputError, match="S3 denies access to a worker"), storage.explained():
         raise OSError("RayTaskError: When getting information for key: AWS Error ACCESS_DENIED")
     assert isinstance(storage.filesystem, pyarrow.fs.S3FileSystem)
+
+
+@pytest.mark.parametrize("words", [
+    ("predict", "--model", "models:/s/1", "--task", "0", "--input"),
+    ("features", "plan", "--data")])
+def test_a_command_explains_the_bucket_it_was_given(service, capsys, words):
+    images = f"s3://partialhn-never-made/x?endpoint={service.endpoint}&region={service.region}"
+    assert run([*words, images]) == 2
+    assert "error: bucket 'partialhn-never-made' does not exist" in capsys.readouterr().err
+
+
+def test_an_error_of_s3_in_a_command_names_its_bucket(service):
+    lost = f"--storage=s3://partialhn-never-made/x?endpoint={service.endpoint}&region=us-east-1"
+    with pytest.raises(InputError, match="bucket 'partialhn-never-made' does not exist"):
+        check_buckets(OSError("AWS Error NO_SUCH_BUCKET"), ["drift", lost])
+    check_buckets(ZeroDivisionError(), ["drift", lost])

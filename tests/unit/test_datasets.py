@@ -241,7 +241,7 @@ def test_a_class_without_training_images(tmp_path):
 
 
 def test_paths_without_images(tmp_path):
-    refused("does not exist", tmp_path / "nowhere", tasks=2)
+    refused("or a data form (digits, torchvision, hf", tmp_path / "nowhere", tasks=2)
     refused("no images found in", tmp_path, tasks=2)
     (tmp_path / "train" / "a").mkdir(parents=True)
     (tmp_path / "train" / "a" / "notes.txt").write_text("nothing here")
@@ -601,8 +601,9 @@ def test_images_for_prediction(tmp_path):
     assert len(open_images(str(tmp_path / "train" / "a" / "0.png"))) == 1
     pq.write_table(pa.table({"image": [GOOD, JPEG]}), tmp_path / "rows.parquet")
     assert open_images(str(tmp_path / "rows.parquet")).read() == [GOOD, JPEG]
-    with pytest.raises(InputError, match="does not exist"):
-        open_images(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=r"^'nowhere' does not exist \(looked for /.*/nowhere\); "
+                                         "allowed: an image file, a Parquet file, or a folder of"):
+        open_images("nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no images found"):
         open_images(str(tmp_path / "empty"))

@@ -1,5 +1,6 @@
 """Tables of strategies, backbones, data forms and number types, and how others add to them."""
 
+import http
 import json
 import os
 import subprocess
@@ -20,7 +21,15 @@ from partialhn.networks.backbone import build_network
 from partialhn.networks.table import BACKBONES
 from partialhn.run import with_strategy
 from partialhn.strategies import STRATEGIES
-from partialhn.strategies.table import OWN, TABLE, label_of, needs_every_task, register_strategy
+from partialhn.strategies.table import (
+    OWN,
+    TABLE,
+    declared_options,
+    label_of,
+    needs_every_task,
+    option_values,
+    register_strategy,
+)
 from partialhn.training.lineage import BASELINE_OPTIONS, settings_of
 
 ROOT = Path(__file__).parents[2]
@@ -271,6 +280,19 @@ def test_a_default_that_no_option_can_have_is_named(registered):
     registered("odd", type("Odd", (STRATEGIES["naive"],), {"options": {"share": None}}))
     with pytest.raises(InputError, match="'odd' declares the option share with the default None"):
         TrainConfig(strategy="odd", strategy_options=["share=1"])
+
+
+@pytest.mark.parametrize(("default", "given", "value"), [
+    (np.float64(0.5), "0.25", 0.25), (np.float32(0.5), "0.25", 0.25), (np.int64(2), "3", 3),
+    (np.bool_(False), "true", True), (http.HTTPStatus.OK, "3", 3)])
+def test_a_default_of_numpy_is_a_plain_number(registered, default, given, value):
+    registered("mine", type("Mine", (STRATEGIES["naive"],), {"options": {"share": default}}))
+    assert TrainConfig(strategy="mine", strategy_options=[f"share={given}"])
+    declared = declared_options("mine")
+    assert option_values(declared, [f"share={given}"]) == {"share": value}
+    assert type(option_values({"share": default}, [])["share"]) is type(value)
+    with pytest.raises(InputError, match=r"strategy_options has share=x; allowed: (a|true)"):
+        TrainConfig(strategy="mine", strategy_options=["share=x"])
 
 
 def test_options_of_a_strategy_belong_to_the_names_of_what_it_learns(registered):

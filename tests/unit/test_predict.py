@@ -80,6 +80,16 @@ def test_an_unknown_task_lists_those_there_are(predictor, task):
         predictor.predict([], task)
 
 
+def test_auto_is_allowed_only_where_it_can_be_used(predictor):
+    with pytest.raises(InputError, match="task is 'none'; allowed: even, 2, odd, all or an index"):
+        predictor.task_index("none", ("all",))
+    has_auto = predictor.model.inference is not None
+    with pytest.raises(InputError, match="odd, auto or an" if has_auto else "2, odd or an index"):
+        predictor.check_task("none")
+    with pytest.raises(InputError, match="task is 'auto'; allowed: even, 2, odd or an index"):
+        predictor.predict([], "auto")
+
+
 def test_no_images_no_answers(predictor):
     found = predictor.predict([], "even")
     assert found.labels == []
