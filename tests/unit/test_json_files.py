@@ -22,5 +22,5 @@ def test_anything_else_is_an_error_that_names_the_file(tmp_path, content, messag
 
 
 def test_a_missing_file_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(IntegrityError, match="^the file cannot be read: No such file or dir"):
+    with pytest.raises(IntegrityError, match=r"^the file cannot be read: No such file or dir"):
         read_object(tmp_path / "a.json", "the file")
