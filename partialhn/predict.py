@@ -8,6 +8,7 @@ Legend: B images, U images with task `auto`, R images of one task, C channels, H
 K classes of the task, L most classes of a task.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import tempfile
@@ -26,10 +27,15 @@ from partialhn.checkpoints.model import Model
 from partialhn.data.decode import Decoded, decode_images
 from partialhn.data.experience import task_of
 from partialhn.errors import InputError
+from partialhn.networks.device_memory import explained
 from partialhn.networks.head import HeadWeights
 from partialhn.networks.trunk import run_trunk
 from partialhn.strategies.heads import Heads
 from partialhn.task_inference import AUTO, Inferred, infer
+
+
+WAY_OUT = "device cpu, or a device with more memory"
+"""What a user can do where a model needs more memory than its device has."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,8 +95,9 @@ class Predictor:
     def __init__(self, model: Model, device: torch.device | str = "cpu") -> None:
         self.model = model
         self._device = torch.device(device)
-        model.trunk.to(self._device)
-        model.strategy.to(self._device)
+        with explained(f"the model on device {self._device}", WAY_OUT):
+            model.trunk.to(self._device)
+            model.strategy.to(self._device)
         self.tasks: list[str] = list(dict.fromkeys(task_of(task.name) for task in model.tasks))
         """Names of the tasks, oldest first; a refreshed task is listed once."""
         self._slots = {name: index for index, slot in enumerate(model.tasks)
@@ -177,9 +184,10 @@ class Predictor:
         classes = self.model.tasks[index].classes
         probabilities_BK = np.empty((len(images), len(classes)), np.float32)
         if len(images):
-            z_BCHW = run_trunk(self.model.trunk, decoded.images_BCHW, self._device)
-            logits_BK = self.model.strategy.head(z_BCHW, self.head_weights(index))
-            probabilities_BK = logits_BK.softmax(1).cpu().numpy()
+            z_BCHW = self.features(decoded.images_BCHW)
+            with self._memory_for("answering", len(images)):
+                logits_BK = self.model.strategy.head(z_BCHW, self.head_weights(index))
+                probabilities_BK = logits_BK.softmax(1).cpu().numpy()
         labels = [classes[best] for best in probabilities_BK.argmax(1)] if len(images) else []
         return Prediction(labels, probabilities_BK, classes)
 
@@ -199,20 +207,28 @@ class Predictor:
         exact: an image's features are the same bits whatever the other images are; small batches
         are filled up for that. Otherwise they may differ by rounding, and a few images take less
         time.
+
+        Raises: DeviceMemoryError if the device's memory does not suffice.
         """
-        if exact or not len(images_BCHW):
-            return run_trunk(self.model.trunk, images_BCHW, self._device)
-        features_BCHW: Tensor = self.model.trunk(images_BCHW.to(self._device))
-        return features_BCHW
+        with self._memory_for("features of", len(images_BCHW)):
+            if exact or not len(images_BCHW):
+                return run_trunk(self.model.trunk, images_BCHW, self._device)
+            features_BCHW: Tensor = self.model.trunk(images_BCHW.to(self._device))
+            return features_BCHW
 
     @torch.no_grad()
     def answers(self, z_BCHW: Tensor, tasks: Sequence[str]) -> list[Answer]:
         """Predictions from trunk features z_BCHW, with a task or `auto` given for each image.
 
-        Raises: InputError for an unknown task.
+        Raises: InputError for an unknown task, and DeviceMemoryError if the device's memory does
+        not suffice.
         """
         for task in set(tasks):
             self.check_task(task)
+        with self._memory_for("answering", len(z_BCHW)):
+            return self._answers(z_BCHW, tasks)
+
+    def _answers(self, z_BCHW: Tensor, tasks: Sequence[str]) -> list[Answer]:
         index_B = torch.tensor([-1 if task == AUTO else self.task_index(task) for task in tasks],
                                dtype=torch.int64)
         known_B = torch.ones(len(tasks), dtype=torch.bool)
@@ -233,6 +249,12 @@ class Predictor:
             p_by_row |= zip(rows, logits_RK.softmax(1).cpu().double(), strict=True)
         return [self._answer(slot, bool(known_B[row]), p_by_row[row], task_p_by_row.get(row))
                 for row, slot in slot_of_row.items()]
+
+    def _memory_for(self, work: str, count: int) -> contextlib.AbstractContextManager[None]:
+        """A context in which running out of memory is an error that names the work."""
+        size = self.model.config.data.input_size
+        return explained(f"{work} {count} images of {size} x {size} pixels at once on device "
+                         f"{self._device}", f"fewer images at once, {WAY_OUT}")
 
     def _infer(self, z_BCHW: Tensor) -> Inferred:
         assert self.model.inference is not None, "check_task has refused auto"

@@ -7,6 +7,7 @@ features of every task, computed once | one experience after the other | a Model
 import copy
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,8 @@ class StreamRun:
         """Images that were decoded to compute features."""
         self.notes: tuple[str, ...] = ()
         """What a user should know about the weights of a supplied trunk."""
+        self.said: list[str] = []
+        """What the user should know about the run; each line was a warning too."""
         self._cut: TrunkAndHead | None = None
         self._learner: Learner | None = None
         self._baselines: dict[str, Outcome] = {}
@@ -243,7 +246,7 @@ class StreamRun:
         trunk = copy.deepcopy(self.cut.trunk).to(self.device)
         slots, self.decoded = featured_slots(
             self.config, self.experiences, len(self.known), self.cut.trunk, self.store,
-            lambda jobs: precompute(self.store, trunk, jobs, progress)[1])
+            lambda jobs: precompute(self.store, trunk, jobs, progress, self._say)[1])
         self.tasks = open_task_features(self.store, slots, range(first, len(slots)))
         self.clock.lap("features")
         learner = Learner(self.cut.strategy(self.config), self.config.train, self.device,
@@ -316,8 +319,13 @@ class StreamRun:
     def fields(self) -> dict[str, Any]:
         """The fields of `result.json` that need no registry, once every task is learned."""
         return result_fields(self.config, self.slots(), self.cut.macs, self.decoded,
-                             self.outcomes(), self.clock.laps) | {
+                             self.outcomes(), self.clock.laps, self.said) | {
                                  "weights_hash": self.model().weights_hash()}
+
+    def _say(self, line: str) -> None:
+        """Warns, and keeps the line for the result."""
+        warnings.warn(line, stacklevel=2)
+        self.said.append(line)
 
     def _open_network(self) -> None:
         """Cuts the network, where there is one, and finds the tasks learned with it."""

@@ -61,7 +61,8 @@ def _register(run: StreamRun, output: OutputConfig, storage: Storage) -> str:
         registrar = Registrar(job, run.cut, folder, slots, run.lineage_ids[:count])
         for learned in run.known:
             registrar.add(strategy, *learned.epochs, learned.record)
-        job.finish(registrar, run.cut, run.outcomes(), run.decoded, str(run.device))
+        job.finish(registrar, run.cut, run.outcomes(), run.decoded, str(run.device),
+                   notes=run.said)
         newest = registry.version_of(output.name, run.known[-1].prefix)
     assert newest is not None, "the registrar has just registered it"
     return newest.uri

@@ -208,20 +208,22 @@ class Job:
         registrar.add(self.config.train.strategy, *outcome.epochs, *outcome.finished)
         self.clock.lap("train")
         fields = self.finish(registrar, cut, returned["outcomes"], decoded, returned["device"],
-                             returned["peak_rss_bytes"])
+                             returned["peak_rss_bytes"], execution.notes)
         execution.forget_run(lineage_ids)
         return fields
 
     def finish(self, registrar: "Registrar", cut: TrunkAndHead, outcomes: Mapping[str, Outcome],
-               decoded: int, device: str, peak_bytes: int = 0) -> dict[str, Any]:
+               decoded: int, device: str, peak_bytes: int = 0,
+               notes: Sequence[str] = ()) -> dict[str, Any]:
         """Publishes result, matrix and report of what is registered; returns the result.
 
         decoded: images decoded for features in this run. device: what learned, in words.
-        peak_bytes: memory of other processes that took part.
+        peak_bytes: memory of other processes that took part. notes: what the user should know about
+        the run.
         """
         model = registrar.newest_model()
         fields = result_fields(self.config, registrar.slots, cut.macs, decoded, outcomes,
-                               self.clock.laps)
+                               self.clock.laps, notes)
         fields |= model_sizes(model) | {
             "name": self.output.name, "work": self.work, "weights_hash": model.weights_hash(),
             "checkpoint_bytes": registrar.checkpoint_bytes, "device": device,

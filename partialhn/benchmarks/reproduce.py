@@ -63,8 +63,8 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, log: Log) -> lis
                        log)
         numbers = itertools.count(len(cells) - len(missing) + 1)
 
-        def learn(cell: Cell) -> None:
-            fields = bench.learn(cell)
+        def learn(cell: Cell, go_on: Callable[[], None]) -> None:
+            fields = bench.learn(cell, go_on)
             _write(folder / f"{cell.name}.json", fields)
             log(f"{next(numbers)}/{len(cells)} {cell.name}: accuracy {fields['acc']:.3f}, "
                 f"forgotten {fields['forgetting']:.3f}, {fields['cpu_seconds']:.1f} s")
@@ -75,21 +75,29 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, log: Log) -> lis
     return [_read(folder / f"{cell.name}.json") for cell in cells]
 
 
-def _for_each(cells: Sequence[Cell], learn: Callable[[Cell], None], count: int,
+def _for_each(cells: Sequence[Cell], learn: Callable[[Cell, Callable[[], None]], None], count: int,
               device: torch.device, log: Log) -> None:
-    """Learns cells, `count` at once in threads; a single one in this thread."""
+    """Learns cells, `count` at once in threads; a single one in this thread.
+
+    learn: calls its second argument now and then, which ends a thread where the others end.
+    """
     if count == 1:
         for cell in cells:
-            learn(cell)
+            learn(cell, lambda: None)
         return
     waiting = Waiting(cells, count, log)
     with Lanes(count, device) as lanes:
-        def go_on(cell: Cell) -> None:
+        def work(cell: Cell) -> None:
             lanes.go_on()
-            learn(cell)
+            learn(cell, lanes.go_on)
         for _ in range(count):
-            lanes.start(lambda: waiting.work_off(go_on))
-        lanes.wait()
+            lanes.start(lambda: waiting.work_off(work))
+        try:
+            lanes.wait()
+        except KeyboardInterrupt:
+            log(f"stopping: the {count} cells that are being learned end with their epoch and are "
+                "learned again; finished ones are kept")
+            raise
 
 
 class _Bench:
@@ -107,7 +115,7 @@ class _Bench:
         self.jobs = {depth: feature_jobs(config, experiences, deepest, [depth])
                      for depth in sorted(depths)}
         _, decoded = precompute(self.store, deepest, [job for depth in sorted(depths)
-                                                      for job in self.jobs[depth]])
+                                                      for job in self.jobs[depth]], say=log)
         log(f"processor time: trunk {trained - start:.1f} s, features "
             f"{time.process_time() - trained:.1f} s; {decoded} images decoded for depths "
             + ", ".join(map(str, sorted(depths))))
@@ -115,8 +123,11 @@ class _Bench:
         self._opened: dict[int, list[TaskFeatures]] = {}
         self._measured_similarity: dict[int, dict[str, Any]] = {}
 
-    def learn(self, cell: Cell) -> dict[str, Any]:
-        """Learns one cell; returns the fields of its file. Several threads may do so at once."""
+    def learn(self, cell: Cell, go_on: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Learns one cell; returns the fields of its file. Several threads may do so at once.
+
+        go_on: is called after each epoch, and raises where this thread is to end.
+        """
         config = config_of(self.config, cell)
         with self._lock:
             cut, tasks = cut_network(config, self.network), self._tasks(cell.depth)
@@ -127,7 +138,7 @@ class _Bench:
         clock = time.process_time if alone else time.thread_time
         start = clock()
         for _ in learner.learn(tasks):
-            pass
+            go_on()
         seconds = clock() - start
         fields = Outcome.of(learner).fields()
         jobs = self.jobs[cell.depth]

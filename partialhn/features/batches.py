@@ -26,7 +26,7 @@ are read on the host while the step before is computed."""
 class FeatureBatch(NamedTuple):
     """Frozen-trunk features of one batch, all of one task.
 
-    z_BCHW: float32 features. y_B: int64 labels, 0 to K-1 within the task. loss_scale: a factor
+    z_BCHW: features, float32 or as they are stored. y_B: int64 labels, 0 to K-1 within the task. loss_scale: a factor
     for this worker's mean loss, so that the mean over all workers is the mean over the global
     batch; 1 when every worker holds equally many rows. seed: the seed for every random draw of
     this step; the same for every worker.
@@ -107,6 +107,9 @@ def epoch_batches(features: FeatureSet, batch_size: int, seed: Sequence[int],
 class Batches(abc.ABC):
     """The batches that training steps read: `begin` starts an epoch, each call gives a batch."""
 
+    steps_1: Tensor | None = None
+    """Number of batches of all epochs that were read, on the device, where it is counted there."""
+
     def __init__(self, features: FeatureSet, batch_size: int, workers: Workers,
                  passes: int = 1) -> None:
         """passes: passes over the images in an epoch."""
@@ -153,7 +156,9 @@ class StepRows:
 
     def __init__(self, device: torch.device) -> None:
         self._rows: tuple[Tensor, ...] = ()
-        self._step_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self._steps_2 = torch.zeros(2, dtype=torch.int64, device=device)
+        self._step_1, self.steps_1 = self._steps_2.split(1)
+        """Steps of the epoch, and of all epochs; one operation counts both."""
 
     def begin(self, rows: Sequence[Tensor]) -> None:
         """Copies an epoch's rows to the device, into the memory of the epoch before."""
@@ -161,7 +166,7 @@ class StepRows:
             for mine, theirs in zip(self._rows, rows, strict=True):
                 mine.copy_(theirs)
         else:
-            self._rows = tuple(tensor.to(self._step_1.device) for tensor in rows)
+            self._rows = tuple(tensor.to(self._steps_2.device) for tensor in rows)
         self._step_1.zero_()
 
     def next(self) -> list[Tensor]:
@@ -169,7 +174,7 @@ class StepRows:
         assert self._rows, "begin comes first"
         # index_select with the counter on the device: rows[step] would need the step on the host
         row = [tensor.index_select(0, self._step_1)[0] for tensor in self._rows]
-        self._step_1 += 1
+        self._steps_2 += 1
         return row
 
 
@@ -181,9 +186,11 @@ class ResidentBatches(Batches):
     """
 
     def __init__(self, features: FeatureSet, batch_size: int, workers: Workers,
-                 passes: int = 1) -> None:
+                 passes: int = 1, *, as_stored: bool = False) -> None:
+        """as_stored: whether features without scales keep their stored number type."""
         super().__init__(features, batch_size, workers, passes)
-        self._rows = StepRows(features.y_N.device)
+        self._rows, self._as_stored = StepRows(features.y_N.device), as_stored
+        self.steps_1 = self._rows.steps_1
         self._y_N = features.y_N.cpu()
         self._loss_scale = 1.0
         self._seed: tuple[int, ...] = ()
@@ -200,7 +207,8 @@ class ResidentBatches(Batches):
         index_B, rows_B, y_B = self._rows.next()[0].unbind()
         seed = (*self._seed, self._batches_read)
         self._batches_read += 1
-        return FeatureBatch(self._features.gather_one(index_B, rows_B), y_B, self._loss_scale, seed)
+        z_BCHW = self._features.gather_one(index_B, rows_B, as_stored=self._as_stored)
+        return FeatureBatch(z_BCHW, y_B, self._loss_scale, seed)
 
 
 AnyBatch = TypeVar("AnyBatch", bound=tuple[Any, ...])

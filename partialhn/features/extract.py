@@ -8,6 +8,7 @@ Legend: N images, V views, C channels, H W spatial.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -94,18 +95,20 @@ def commit_features(store: FeatureStore, job: FeatureJob, shards: Sequence[Shard
 
 
 def precompute(store: FeatureStore, trunk: Trunk, jobs: Sequence[FeatureJob],
-               progress: Callable[[int, int], None] | None = None) -> tuple[list[Manifest], int]:
+               progress: Callable[[int, int], None] | None = None,
+               say: Callable[[str], None] = warnings.warn) -> tuple[list[Manifest], int]:
     """Computes missing features in this process; returns all manifests and the images decoded.
 
     `trunk` must be at least as deep as the deepest job. `progress` is called with the number of
-    shards done and of all shards. Raises: InputError, as `compute_shards`.
+    shards done and of all shards. `say` gets lines for the user. Raises: InputError, as
+    `compute_shards`.
     """
     check_trunk(trunk, jobs)
     manifests = find_features(store, jobs)
     groups = group_jobs([job for job in jobs if job.recipe.key not in manifests])
     shards, decoded = {}, 0
     places = shard_places(groups)
-    for place, finished, count in compute_shards(store, trunk, groups, places):
+    for place, finished, count in compute_shards(store, trunk, groups, places, say=say):
         shards[place] = finished
         decoded += count
         if progress:

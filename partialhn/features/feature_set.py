@@ -116,9 +116,15 @@ class FeatureSet:
         z_BCHW = self._stored(rows_B, views_B)
         return z_BCHW if self.scales is None else self.scales.apply(z_BCHW, rows_B)
 
-    def gather_one(self, index_B: Tensor, rows_B: Tensor) -> Tensor:
-        """As `gather`, from a single shard. index_B: row times number of views, plus view."""
-        z_BCHW = self.shards[0].flatten(0, 1).index_select(0, index_B).float()
+    def gather_one(self, index_B: Tensor, rows_B: Tensor, *, as_stored: bool = False) -> Tensor:
+        """As `gather`, from a single shard. index_B: row times number of views, plus view.
+
+        as_stored: whether numbers without scales keep their stored type.
+        """
+        z_BCHW = self.shards[0].flatten(0, 1).index_select(0, index_B)
+        if as_stored and self.scales is None:
+            return z_BCHW
+        z_BCHW = z_BCHW.float()
         return z_BCHW if self.scales is None else self.scales.apply(z_BCHW, rows_B)
 
     def _stored(self, rows_B: Tensor, views_B: Tensor) -> Tensor:

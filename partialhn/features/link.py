@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from partialhn.networks.precision import sleeping_event
+
 
 class Link(Protocol):
     """The way to a device."""
@@ -90,7 +92,7 @@ class Streams:
         with torch.cuda.stream(self._back):
             pinned_BCHW = torch.empty(z_BCHW.shape, dtype=z_BCHW.dtype, pin_memory=True)
             pinned_BCHW.copy_(z_BCHW, non_blocking=True)
-            done = self._back.record_event()
+            done = sleeping_event(self._back)
         z_BCHW.record_stream(self._back)
 
         def copy() -> None:

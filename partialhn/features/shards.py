@@ -66,13 +66,13 @@ class DecodedShard:
 
 def compute_shards(store: FeatureStore, trunk: Trunk, groups: Sequence[JobGroup],
                    places: Iterable[ShardPlace],
-                   pixels: Mapping[ShardPlace, DecodedShard] | None = None
-                   ) -> Iterator[ShardResult]:
+                   pixels: Mapping[ShardPlace, DecodedShard] | None = None,
+                   say: Callable[[str], None] = warnings.warn) -> Iterator[ShardResult]:
     """Yields the shards of the places, in order; computes those that no writer has finished.
 
     `trunk` must be at least as deep as the deepest job; only the caller's thread uses it. pixels:
     those of shards that are decoded already (`decode_shard`). Where the device has no memory for so
-    many images at once, half as many are tried once, with a warning.
+    many images at once, half as many are tried once; `say` gets a line about it.
 
     Raises: InputError naming an image that cannot be read, if on_bad_image is error;
     DeviceMemoryError where half as many are still too many.
@@ -95,8 +95,7 @@ def compute_shards(store: FeatureStore, trunk: Trunk, groups: Sequence[JobGroup]
         if together < whole or whole == 1:
             raise problem
         release(device)
-        warnings.warn(f"{problem}; computing the rest with half as many images at once",
-                      stacklevel=2)
+        say(f"{problem}; computing the rest with half as many images at once")
 
 
 def _computed(store: FeatureStore, trunk: Trunk, groups: Sequence[JobGroup],

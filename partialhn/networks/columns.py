@@ -38,12 +38,24 @@ class Group(NamedTuple):
     """C."""
     row_length: int
     """D."""
+    kernel: tuple[int, ...] | None = None
+    """The shape of each as a convolution's kernel where they are rounded to bfloat16; None where
+    they stay float32."""
 
 
 def groups_of(shapes: Sequence[tuple[int, int]]) -> tuple[Group, ...]:
     """The generated tensors of each shape (C, D); groups with equally many rows are neighbours."""
     return tuple(Group(tuple(index for index, each in enumerate(shapes) if each == shape), *shape)
                  for shape in sorted(set(shapes)))
+
+
+def with_kernels(groups: Sequence[Group], shapes: Sequence[tuple[int, ...]]) -> tuple[Group, ...]:
+    """The same groups with their kernels, where all tensors of a group have one shape of four
+    dimensions. shapes: of each generated tensor.
+    """
+    own = [{shapes[place] for place in group.places} for group in groups]
+    return tuple(group._replace(kernel=min(found)) if len(found) == 1 and len(min(found)) == 4
+                 else group for group, found in zip(groups, own, strict=True))
 
 
 class Generated(torch.autograd.Function):
@@ -57,7 +69,7 @@ class Generated(torch.autograd.Function):
     def forward(ctx: Any, groups: Sequence[Group], start: Sequence[Tensor], x_Ld: Tensor,
                 *columns: Tensor) -> tuple[Tensor, ...]:
         """start: W_nCD of each group. columns: v_1 to v_L, each (C, d), then A_1 to A_L, each
-        (D, d). Returns L matrices (C, D).
+        (D, d). Returns L matrices (C, D), or kernels where a group has them.
         """
         count, order = len(x_Ld), _order(groups)
         x_Nd = torch.cat([columns[place] for place in order]
@@ -76,7 +88,7 @@ class Generated(torch.autograd.Function):
         for group, start_nCD, v_nCd, A_nDd in zip(groups, start, _of_groups(weighted_m, groups), A,
                                                   strict=True):
             weights_nCD = torch.baddbmm(start_nCD, v_nCd, A_nDd.mT)
-            rows |= zip(group.places, weights_nCD.unbind(), strict=True)
+            rows |= zip(group.places, _as_used(weights_nCD, group), strict=True)
         return tuple(rows[place] for place in range(count))
 
     @staticmethod
@@ -88,9 +100,7 @@ class Generated(torch.autograd.Function):
         to_A: list[Tensor] = []
         for group, v_nCd, A_nDd, to_nCd in zip(groups, _of_groups(weighted_m, groups), A,
                                                _of_groups(to_m, groups), strict=True):
-            own_gradients = [gradients[place] for place in group.places]
-            to_nCD = (torch.stack(own_gradients) if len(own_gradients) > 1
-                      else own_gradients[0][None])
+            to_nCD = _as_generated([gradients[place] for place in group.places], group)
             torch.bmm(to_nCD, A_nDd, out=to_nCd)
             to_A += torch.bmm(to_nCD.mT, v_nCd).unbind()
         to_x = [x_d for v_mCd, to_mCd in zip(v_m, to_m, strict=True)
@@ -101,6 +111,30 @@ class Generated(torch.autograd.Function):
         places = [place for _, place in sorted(zip(_order(groups), range(len(x_Ld)), strict=True))]
         return (None, None, torch.stack([to_x[place] for place in places]),
                 *(to_v[place] for place in places), *(to_A[place] for place in places))
+
+
+def _as_used(weights_nCD: Tensor, group: Group) -> Sequence[Tensor]:
+    """The n weights of a group as the head takes them, by one operation."""
+    if group.kernel is None:
+        return weights_nCD.unbind()
+    kernels = weights_nCD.view(-1, *group.kernel[1:])
+    return torch.split(kernels.to(torch.bfloat16, memory_format=kernel_layout(kernels.device)),
+                       group.rows)
+
+
+def kernel_layout(device: torch.device) -> torch.memory_format:
+    """The layout in which a device convolves in bfloat16. On a GPU each convolution would change
+    the layout of all that it reads and writes if it had another.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def _as_generated(gradients: Sequence[Tensor], group: Group) -> Tensor:
+    """The n gradients of a group's weights as one, in float32: (n, C, D)."""
+    joined = torch.cat(list(gradients)) if len(gradients) > 1 else gradients[0]
+    if group.kernel is not None:
+        joined = joined.to(torch.float32, memory_format=torch.contiguous_format)
+    return joined.reshape(len(gradients), group.rows, group.row_length)
 
 
 def _order(groups: Sequence[Group]) -> list[int]:
@@ -145,8 +179,8 @@ def _of_groups(x_m: Sequence[Tensor], groups: Sequence[Group]) -> list[Tensor]:
 
 
 def signs(x_Nd: Tensor) -> Tensor:
-    """The signs of x_Nd, in its number type: -1 for numbers below zero, otherwise 1."""
-    return (x_Nd >= 0).mul(2.0).to(x_Nd.dtype).sub_(1)
+    """The signs of x_Nd, in its number type: -1 for numbers below zero and -0, otherwise 1."""
+    return torch.copysign(x_Nd.new_ones(()), x_Nd)
 
 
 def scales(x_Nd: Tensor) -> Tensor:
@@ -193,10 +227,17 @@ class Columns(nn.Module):
         return tuple(torch.stack([rows[place] for place in group.places])
                      for group in groups_of(self.shapes))
 
-    def generate(self, start: Sequence[Tensor], code: Tensor) -> tuple[Tensor, ...]:
-        """W_l + V_l diag(x_l) A_l^T while the task is learned. start: `stacked` W."""
+    def generate(self, start: Sequence[Tensor], code: Tensor,
+                 kernels: Sequence[tuple[int, ...]] | None = None) -> tuple[Tensor, ...]:
+        """W_l + V_l diag(x_l) A_l^T while the task is learned. start: `stacked` W.
+
+        kernels: the shapes of the tensors, if those of convolutions are wanted in bfloat16.
+        """
+        groups = groups_of(self.shapes)
+        if kernels is not None:
+            groups = with_kernels(groups, kernels)
         weights: tuple[Tensor, ...] = Generated.apply(
-            groups_of(self.shapes), start, code.view(-1, self.width), *self.v, *self.A)
+            groups, start, code.view(-1, self.width), *self.v, *self.A)
         return weights
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:

@@ -110,8 +110,10 @@ class OutputSides(nn.Module):
         """The L matrices (C, D) that the task starts from, as `generate` takes them."""
         return tuple(rows)
 
-    def generate(self, start: Sequence[Tensor], code: Tensor) -> tuple[Tensor, ...]:
-        """W_l + V_l diag(x_l) P_l^T while the task is learned. start: `stacked` W."""
+    def generate(self, start: Sequence[Tensor], code: Tensor,
+                 kernels: Sequence[tuple[int, ...]] | None = None) -> tuple[Tensor, ...]:
+        """W_l + V_l diag(x_l) P_l^T in float32 while the task is learned. start: `stacked` W."""
+        del kernels
         return tuple(torch.addmm(before_CD, Scaled.apply(v_Cd) * x_d, direction_Dd.to(x_d).T)
                      for before_CD, v_Cd, x_d, direction_Dd
                      in zip(start, self.v, code.view(-1, self.width), self.directions,

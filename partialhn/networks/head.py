@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from partialhn.config import Norm, Precision
 from partialhn.errors import InputError
 from partialhn.networks.backbone import from_map, pooled, to_map
+from partialhn.networks.columns import kernel_layout
 from partialhn.networks.cut import CutNetwork, skeleton
 from partialhn.networks.draws import seeded
 from partialhn.networks.hypernet import GeneratedTensor
@@ -253,12 +254,15 @@ class Head(nn.Module):
         blocks = self.blocks
         precision = self.precision if self.training and self.matrices else "float32"
         z = from_map(z_BCHW, self._layout)
-        if precision == "bfloat16" and self._rearranges(z):
-            z, tensors = Rearranged.apply(z), tensors | {
-                name: Rearranged.apply(value) for name, value in weights.matrices.items()
-                if value.dim() == 4}
+        if self.training and self.rounds:
+            layout = kernel_layout(z.device)
+            z, tensors = Rounded.apply(z, layout), tensors | {
+                name: Rounded.apply(value, layout) for name, value in weights.matrices.items()
+                if value.dim() == 4 and value.dtype != torch.bfloat16}
         with autocast_to(precision, z_BCHW.device):
             z = cast(Tensor, torch.func.functional_call(blocks, tensors, (z,), strict=True))
+        if z.dim() == 4 and z.dtype == torch.bfloat16:
+            return cast(Tensor, Pooled.apply(z))
         return pooled(z.to(weights.classifier_KF.dtype))
 
     def depths(self, z_BCHW: Tensor, weights: HeadWeights,
@@ -281,11 +285,10 @@ class Head(nn.Module):
                                  else to_map(z, self._layout).mean((2, 3)))
         return [found[number].to(weights.classifier_KF.dtype) for number in wanted]
 
-    def _rearranges(self, z: Tensor) -> bool:
-        """Whether maps and kernels get the layout in which a GPU convolves in bfloat16. Each
-        convolution would change the layout of all that it reads and writes.
-        """
-        return z.dim() == 4 and self._layout == "BCHW" and z.device.type == "cuda"
+    @property
+    def rounds(self) -> bool:
+        """Whether maps and kernels are rounded to bfloat16 before the blocks run while training."""
+        return self.precision == "bfloat16" and bool(self.matrices) and self._layout == "BCHW"
 
     def forward(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
         """Features z_BCHW to logits_BK with one task's weights."""
@@ -293,17 +296,33 @@ class Head(nn.Module):
                                     weights.bias_K)
 
 
-class Rearranged(torch.autograd.Function):
-    """x_BCHW in bfloat16 with channels last; the gradient has the type and layout of x_BCHW."""
+class Rounded(torch.autograd.Function):
+    """x_BCHW in bfloat16 and a layout; the gradient has the type and layout of x_BCHW."""
 
     @staticmethod
-    def forward(ctx: Any, x_BCHW: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BCHW: Tensor, layout: torch.memory_format) -> Tensor:
         ctx.dtype = x_BCHW.dtype
-        return x_BCHW.to(torch.bfloat16, memory_format=torch.channels_last)
+        return x_BCHW.to(torch.bfloat16, memory_format=layout)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].to(ctx.dtype, memory_format=torch.contiguous_format), None
+
+
+class Pooled(torch.autograd.Function):
+    """Maps in bfloat16 to their means in float32 (B, C), without a copy of the maps in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, z_BCHW: Tensor) -> Tensor:
+        ctx.shape = z_BCHW.shape
+        return z_BCHW.mean((2, 3), dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0].to(ctx.dtype, memory_format=torch.contiguous_format)
+        shape, (to_BC,) = ctx.shape, gradients
+        to_map_BC = torch.empty_like(to_BC, dtype=torch.bfloat16)
+        torch.div(to_BC, shape[2] * shape[3], out=to_map_BC)
+        return to_map_BC[:, :, None, None].expand(shape)
 
 
 def is_vector(value: Tensor) -> bool:

@@ -244,9 +244,15 @@ class ColumnGenerator(Generator):
         """The weights that a task starts from, as `learning` takes them: once for all steps."""
         return self.of_task(task).stacked(inherited) if self.tensors else ()
 
-    def learning(self, task: int, code: Tensor, start: Rows) -> Rows:
-        """As `forward`, with a gradient, for the task that is being learned."""
-        return self.of_task(task).generate(start, code) if self.tensors else ()
+    def learning(self, task: int, code: Tensor, start: Rows, *, rounded: bool = False) -> Rows:
+        """As `forward`, with a gradient, for the task that is being learned.
+
+        rounded: whether kernels are wanted in bfloat16, as the head takes them.
+        """
+        if not self.tensors:
+            return ()
+        kernels = [tensor.shape for tensor in self.tensors] if rounded else None
+        return self.of_task(task).generate(start, code, kernels)
 
     def begin(self, task: int) -> None:
         """Only the task's own parameters get a gradient; without columns that is the base."""

@@ -40,11 +40,33 @@ def choose_device(wanted: str) -> torch.device:
 
     Raises: InputError if a GPU is required and CUDA finds none.
     """
+    if wanted != "cpu" and torch.version.cuda is not None:
+        let_streams_overlap()  # before CUDA is asked anything
     use_gpu = wanted != "cpu" and torch.cuda.is_available()
     if wanted == "gpu" and not use_gpu:
         raise InputError("device is 'gpu', but CUDA finds no GPU on this machine; allowed: "
                          "auto, cpu, or gpu on a machine with one")
     return torch.device("cuda" if use_gpu else "cpu")
+
+
+def sleeping_event(stream: Any = None) -> Any:
+    """An event after what a stream of a GPU was given so far; default: this thread's stream.
+
+    Who waits for it sleeps. Otherwise CUDA asks without a pause, and a thread that waits takes a
+    processor.
+    """
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(stream or torch.cuda.current_stream())
+    return event
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until a GPU has done what this thread gave it, before numbers are read from there. A
+    device that works while the host waits needs nothing.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            sleeping_event().synchronize()
 
 
 def device_name(device: torch.device) -> str:

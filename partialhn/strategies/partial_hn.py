@@ -297,7 +297,8 @@ class PartialHypernet(Strategy):
             generator = cast(ColumnGenerator, self.hypernet)
             if self._inherited is None:
                 self._inherited = generator.start_rows(task, self._inherited_rows(task))
-            rows = generator.learning(task, own.code, self._inherited)
+            rows = generator.learning(task, own.code, self._inherited,
+                                      rounded=self.head.training and self.head.rounds)
         else:
             rows = self._rows(task)
         return own.weights({tensor.name: row_CD.view(tensor.shape) for tensor, row_CD

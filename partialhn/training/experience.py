@@ -24,6 +24,7 @@ from partialhn.features.batches import RESIDENT_BYTES, MappedBatches, ResidentBa
 from partialhn.features.closed_form import accuracy
 from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.device_memory import fits
+from partialhn.networks.precision import wait_for
 from partialhn.strategies import Strategy
 from partialhn.training.budget import BestState, Budget, held_out_loss, task_budget
 from partialhn.training.choice import can_choose, cells, few_images, is_chosen, solve
@@ -117,13 +118,14 @@ class _Run:
         if task.validation is not None and device.type != "cpu":
             self.held_out = _resident(task.validation, device)  # once, not at every measurement
         self.batches = (
-            ResidentBatches(features, config.batch_size, workers, budget.passes) if resident
+            ResidentBatches(features, config.batch_size, workers, budget.passes,
+                            as_stored=strategy.head.rounds) if resident
             else MappedBatches(features, config.batch_size, workers, device, budget.passes))
         rates_SG = learning_rates(optimiser, config.schedule, self.batches.steps * budget.epochs)
         recordable = resident and workers.world == 1 and strategy.recordable
         self.steps = Steps(objective, optimiser,
                            rates_SG[self.batches.steps * epochs_done:].to(device),
-                           recorder if recordable else None)
+                           recorder if recordable else None, self.batches.steps_1)
 
     def epoch(self, epoch: int) -> EpochRecord:
         """Runs the steps of one epoch. Raises: InputError if the loss is no longer finite."""
@@ -136,6 +138,7 @@ class _Run:
         mean = workers.sum_over_workers(totals / batches.steps) / workers.world
         correct = workers.sum_over_workers(torch.stack(
             [totals[1], totals.new_tensor(batches.steps * batches.batch)]))
+        wait_for(mean.device)
         seconds = time.perf_counter() - start
         cross_entropy, regulariser = mean[0].item(), mean[2].item()
         if not math.isfinite(cross_entropy + regulariser):
@@ -251,6 +254,7 @@ def answer(strategy: Strategy, task_index: int, features: FeatureSet, batch_size
     for rows_B in torch.split(rows_N, batch_size):
         z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B)).to(device)
         parts.append(strategy.head(z_BCHW, weights))
+    wait_for(device)
     return torch.cat(parts).cpu(), features.y_N[rows_N].cpu()
 
 

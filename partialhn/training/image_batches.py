@@ -57,6 +57,8 @@ class ImageBatches:
         self._kind, self._seed, self._device = kind, seed, device
         self._passes, self._warped = passes, warped
         self._rows, self._variation = StepRows(device), Variation()
+        self.steps_1 = self._rows.steps_1 if self.resident else None
+        """As in `Batches`."""
         self._read: Iterator[ImageBatch] = iter(())
 
     def begin(self, epoch: int) -> None:

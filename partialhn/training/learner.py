@@ -34,6 +34,11 @@ from partialhn.training.records import EpochRecord, TaskRecord, is_measured_afte
 from partialhn.training.steps import StepRecorder
 
 
+MORE_ROOM = ("fewer views, a deeper freeze_depth, feature_dtype int8, or a device with more "
+             "memory")
+"""What a user can do where a task's features need more memory than the device has."""
+
+
 class Learner:
     """Takes a strategy through a stream of tasks; can be stopped and resumed after any epoch."""
 
@@ -136,8 +141,7 @@ class Learner:
                    if features is not None)
         return (f"training task {task.name!r} at batch_size {self.config.batch_size} with "
                 f"{held / 1e6:,.1f} MB of features on device {self.device}",
-                "a smaller batch_size, fewer views, a deeper freeze_depth, feature_dtype int8, or "
-                "a device with more memory")
+                f"a smaller batch_size, {MORE_ROOM}")
 
     def _add_task(self, task: TaskFeatures) -> None:
         self.strategy.add_task(task.classes, task.refreshes)
@@ -146,7 +150,16 @@ class Learner:
 
     def _conclude(self, tasks: Sequence[TaskFeatures],
                   measured: dict[str, Tensor] | None = None) -> TaskRecord:
-        """Measures the newly trained task and all earlier ones."""
+        """Measures the newly trained task and all earlier ones.
+
+        Raises: DeviceMemoryError if the device's memory does not suffice.
+        """
+        with explained(f"measuring the tasks after {tasks[len(self.finished)].name!r} on device "
+                       f"{self.device}", MORE_ROOM):
+            return self._measured(tasks, measured)
+
+    def _measured(self, tasks: Sequence[TaskFeatures],
+                  measured: dict[str, Tensor] | None) -> TaskRecord:
         index, start = len(self.finished), time.perf_counter()
         self.strategy.conclude(index)
         row, measured_now = accuracy_row(

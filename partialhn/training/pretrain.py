@@ -34,6 +34,7 @@ from partialhn.networks.backbone import (
     classifier_prefix,
 )
 from partialhn.networks.device_memory import explained
+from partialhn.networks.precision import wait_for
 from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import tensors_below
 from partialhn.pixels import Pixels
@@ -101,7 +102,8 @@ def train_network(network: Network, images: Labelled, config: BackboneConfig, ki
     peak_G = torch.tensor([group["peak"] for group in optimiser.param_groups], dtype=torch.float64)
     rates_SG = (factor_S[:, None] * peak_G).to(_rate_type(device))
     steps = Steps(Classification(network, config.training_arithmetic, TRUNK_LABEL_SMOOTHING),
-                  optimiser, rates_SG.to(device), recorder if batches.resident else None)
+                  optimiser, rates_SG.to(device), recorder if batches.resident else None,
+                  batches.steps_1)
     for epoch in range(epochs_done + 1, budget.epochs + 1):
         if budget.patience is not None and budget.is_over(best.losses):
             break
@@ -113,6 +115,7 @@ def train_network(network: Network, images: Labelled, config: BackboneConfig, ki
         batches.begin(epoch)
         for _ in range(batches.steps):
             steps.run_next(batches)
+        wait_for(device)
         loss, correct, _ = (terms_3 / batches.steps).tolist()
         seconds, held_loss, held_accuracy = time.perf_counter() - start, None, None
         if budget.patience is not None and held_out is not None:
@@ -130,7 +133,9 @@ def _measure(network: Network, held_out: Labelled) -> tuple[float, float]:
     """`held_out_loss` and accuracy on plain images."""
     network.eval()
     logits_NK = torch.cat([network(images_BCHW.to(network.mean_C.device)) for images_BCHW
-                           in torch.split(held_out.images_NCHW, BATCH)]).cpu()  # waits once
+                           in torch.split(held_out.images_NCHW, BATCH)])
+    wait_for(logits_NK.device)
+    logits_NK = logits_NK.cpu()
     return held_out_loss(logits_NK, held_out.y_N), accuracy_of(logits_NK, held_out.y_N)
 
 

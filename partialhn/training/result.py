@@ -1,5 +1,6 @@
 """The measurements of a run: those fields of `result.json` that need no registry."""
 
+import contextlib
 import dataclasses
 import resource
 import time
@@ -98,10 +99,12 @@ def stream_metrics(records: Sequence[TaskRecord]) -> tuple[StreamMetrics, dict[s
 
 
 def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, float], decoded: int,
-                  outcomes: Mapping[str, Outcome], phases: Mapping[str, float]) -> dict[str, Any]:
+                  outcomes: Mapping[str, Outcome], phases: Mapping[str, float],
+                  notes: Sequence[str] = ()) -> dict[str, Any]:
     """The fields of `result.json`, except names, versions and sizes of registered models.
 
     `decoded`: number of images decoded for features in this run. `phases`: seconds by phase.
+    `notes`: what the user should know about the run.
     """
     ours = outcomes[config.train.strategy]
     features = [manifest for slot in slots for manifest in slot.manifests.values()]
@@ -125,10 +128,21 @@ def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, floa
                                  for record in ours.finished]},
         "feature_bytes": sum(manifest.bytes for manifest in features),
         "feature_keys": [manifest.key for manifest in features],
-        "images_decoded": decoded, "peak_rss_bytes": peak_rss_bytes(), "macs": dict(macs),
+        "images_decoded": decoded, "notes": list(notes), "peak_rss_bytes": peak_rss_bytes(), "macs": dict(macs),
         "bounds": baselines, "epochs": [dataclasses.asdict(record) for record in ours.epochs],
         "partialhn_version": partialhn.__version__,
-        "versions_of_libraries": {name: metadata.version(name) for name in LIBRARIES}}
+        "versions_of_libraries": _versions(LIBRARIES)}
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    """Versions of those libraries that are installed: this package alone needs neither Ray nor
+    MLflow.
+    """
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def model_sizes(model: Model) -> dict[str, Any]:

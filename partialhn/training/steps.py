@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from partialhn.errors import InputError
 from partialhn.features.batches import FeatureBatch
+from partialhn.networks.device_memory import is_out_of_memory
 from partialhn.networks.draws import ALONE
 from partialhn.strategies import Strategy
 
@@ -96,9 +97,11 @@ class CudaGraphs:
             with ALONE, torch.cuda.graph(graph, stream=self._own_stream(),
                                          capture_error_mode="thread_local"):
                 body()
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            # what has no memory ends the recording too early, which then is an error of its own
+            for cause in (error, error.__context__):
+                if cause is not None and is_out_of_memory(cause):
+                    raise cause from None
             raise InputError(f"cuda_graphs is true, but a step cannot be recorded: {error}; "
                              "allowed: false (--no-cuda-graphs)") from error
         return graph.replay
@@ -121,12 +124,14 @@ class Steps:
     """Runs the optimiser's steps of one training."""
 
     def __init__(self, objective: nn.Module, optimiser: torch.optim.Optimizer, rates_SG: Tensor,
-                 recorder: StepRecorder | None = None) -> None:
+                 recorder: StepRecorder | None = None, steps_1: Tensor | None = None) -> None:
         """objective: takes a batch and gives the loss, and up to three terms to be summed, as
         `Objective` does.
 
         rates_SG: learning rates from the next step on, on the device, a column for each parameter
         group; the optimiser's own rates are tensors there.
+
+        steps_1: the steps before the next one, if reading a batch counts them.
         """
         self.terms_3 = torch.zeros(3, device=rates_SG.device)
         """Sums of the objective's terms over steps; the caller sets them to zero."""
@@ -136,7 +141,9 @@ class Steps:
         for index, group in enumerate(optimiser.param_groups):
             group["lr"] = self._rates_1G[0, index]  # so that one operation sets all of them
         self._one = torch.ones((), device=rates_SG.device)
-        self._step_1 = torch.zeros(1, dtype=torch.int64, device=rates_SG.device)
+        self._counts = steps_1 is None
+        self._step_1 = torch.zeros(1, dtype=torch.int64, device=rates_SG.device) if (
+            steps_1 is None) else steps_1
         self._recorder, self._steps_run = recorder, 0
         self._replay: Body | None = None
 
@@ -162,4 +169,5 @@ class Steps:
         torch.autograd.backward(loss, self._one)
         self._optimiser.step()
         torch._foreach_add_(self._sums[:len(terms)], terms)
-        self._step_1 += 1
+        if self._counts:
+            self._step_1 += 1

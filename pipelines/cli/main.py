@@ -250,8 +250,13 @@ def run(arguments: Sequence[str]) -> int:
         print("\ninterrupted: the same command resumes from here", file=sys.stderr)
         return 1
     except Exception as error:
+        from partialhn.networks.device_memory import explanation, is_out_of_memory
         from pipelines.platform.disk import folders_of, full_disk
 
+        if is_out_of_memory(error):
+            print(f"error: {explanation(error, 'this command', 'device cpu, or more memory')}",
+                  file=sys.stderr)
+            return 2
         if text := full_disk(error, folders_of(words)):
             print(f"error: {text}", file=sys.stderr)
             return 1

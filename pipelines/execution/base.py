@@ -25,7 +25,7 @@ from partialhn.training.pretrain import load_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
-from pipelines.execution.worker import Assignment, OnRecord
+from pipelines.execution.worker import Assignment, OnRecord, divides_tasks
 from pipelines.features.in_use import InUse
 from pipelines.features.produce import Run, compute_features
 from pipelines.platform.progress import Progress
@@ -38,9 +38,8 @@ class Execution(abc.ABC):
     A context manager: until it ends, features that the run computed or found are not pruned.
     """
 
-    one_by_one = False
-    """Whether one task is learned after the other in this process, so that an error of `on_record`
-    ends the learning at the next record."""
+    ends_at_errors = False
+    """Whether an error of `on_record` ends the learning at the next record."""
 
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
         self.config, self.storage, self.stream, self.progress = config, storage, stream, progress
@@ -52,6 +51,8 @@ class Execution(abc.ABC):
         self.newest: tuple[str, Model, int] | None = None
         """The model after the last task that this process has learned: its lineage id, itself, and
         the bytes of its files."""
+        self.notes: list[str] = []
+        """What the user should know about this run, for `result.json`; each was printed too."""
 
     def __enter__(self) -> "Execution":
         return self
@@ -88,9 +89,14 @@ class Execution(abc.ABC):
         """Computes the missing features; returns all manifests, and how many images it decoded."""
         manifests, decoded = compute_features(
             self.storage, cut.trunk, jobs, self._featurise(), progress=self.progress.features,
-            log=self.progress.line, in_use=self.in_use)
+            log=self.progress.line, say=self.note, in_use=self.in_use)
         self.progress.features_done(manifests, decoded)
         return manifests, decoded
+
+    def note(self, line: str) -> None:
+        """Prints a line that belongs into the result too."""
+        self.progress.line(line)
+        self.notes.append(line)
 
     def learned(self, lineage_ids: Sequence[str]) -> list[lineage.Learned]:
         """The tasks that earlier runs have learned."""
@@ -116,10 +122,14 @@ class Execution(abc.ABC):
 
         return self._learn(Assignment(
             self.config, cut, tuple(slots), tuple(lineage_ids), self.storage, self.folder,
-            self._run(lineage_ids), self._threads(
-                self.config.compute.workers * (self.config.compute.tasks_at_once or 1)),
-            tuple(known)),
+            self._run(lineage_ids), self._threads(self._sharers(cut)), tuple(known)),
             show_and_pass_on)
+
+    def _sharers(self, cut: TrunkAndHead) -> int:
+        """How many workers, or tasks that one of them learns at once, share this machine's CPUs."""
+        compute = self.config.compute
+        at_once = (compute.tasks_at_once or 1) if divides_tasks(self.config, cut) else 1
+        return compute.workers * at_once
 
     def forget_run(self, lineage_ids: Sequence[str]) -> None:
         """Deletes the intermediate states of a finished run; its models are kept.

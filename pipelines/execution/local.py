@@ -27,13 +27,12 @@ from pipelines.platform.storage import Storage
 class LocalExecution(Execution):
     """Executes trunk, features and experiences one after the other in this process."""
 
+    ends_at_errors = True
+
     def __init__(self, config: Config, storage: Storage, stream: str, progress: Progress) -> None:
         """Chooses device and threads. Raises: InputError if a GPU is required but not available."""
         super().__init__(config, storage, stream, progress)
         self.device = choose_device(config.compute.device)
-        on_cpu = self.device.type == "cpu"
-        self.one_by_one = config.compute.tasks_at_once == 1 or (
-            on_cpu and config.compute.tasks_at_once is None)
         configure_torch(self._threads(1))
 
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:

@@ -116,9 +116,7 @@ class Worker:
         self.rank = WorkerRank(assignment.storage, assignment.run, assignment.folder,
                                assignment.attempt, self.workers.rank, self.workers.world,
                                SHORT_WAIT if alone else WAIT)
-        config = assignment.config
-        self.by_tasks = (config.compute.share == "tasks"
-                         and assignment.cut.strategy(config).independent)
+        self.by_tasks = divides_tasks(assignment.config, assignment.cut)
         """Whether tasks may be learned in any order, by any worker."""
 
     def run(self) -> dict[str, Any]:
@@ -329,6 +327,13 @@ class Worker:
             for record in outcome.finished:
                 self._send(name, record)
         return tensors, fields
+
+
+def divides_tasks(config: Config, cut: TrunkAndHead) -> bool:
+    """Whether workers, and threads of one, learn whole tasks: those that depend on no other but the
+    first. Else a worker learns one after the other.
+    """
+    return config.compute.share == "tasks" and cut.strategy(config).independent
 
 
 def _device_name(device: torch.device) -> str:

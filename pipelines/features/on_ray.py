@@ -24,7 +24,7 @@ from partialhn.features.manifest import parse_shard
 from partialhn.features.shards import DecodedShard, compute_shards, decode_shard
 from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import Trunk
-from pipelines.features.produce import Run, open_store
+from pipelines.features.produce import Run, Say, open_store
 from pipelines.platform.cluster import WorkerDevice, cluster_nodes
 from pipelines.platform.storage import Storage
 
@@ -72,16 +72,20 @@ class Featuriser:
     def __call__(self, batch: pa.Table) -> Iterator[dict[str, Any]]:
         places = _places(batch)
         errors = batch["error"].to_pylist() if "error" in batch.column_names else []
+        said: list[str] = []
+        """Lines for the user since the last row: what an actor prints stays in its log."""
         try:
             for error in filter(None, errors):
                 raise InputError(error)
             self.trunk.to(self.device.here())
             for (group, index), shards, decoded in compute_shards(
-                    self.store, self.trunk, self.groups, places, _pixels_of(batch, places)):
+                    self.store, self.trunk, self.groups, places, _pixels_of(batch, places),
+                    said.append):
                 written = json.dumps([dataclasses.asdict(shard) for shard in shards])
-                yield _row(group, index, written, decoded, "")
+                yield _row(group, index, written, decoded, said=said)
+                said.clear()
         except InputError as error:  # only the user can correct it, so Ray must not try again
-            yield _row(*places[0], "", 0, str(error))
+            yield _row(*places[0], error=str(error), said=said)
 
 
 def _places(batch: pa.Table) -> list[ShardPlace]:
@@ -116,10 +120,11 @@ def _pixels_of(batch: pa.Table, places: Sequence[ShardPlace]
     return found
 
 
-def _row(group: int, shard: int, written: str, decoded: int, error: str) -> dict[str, Any]:
-    """A batch of one row, as Ray Data expects it."""
+def _row(group: int, shard: int, written: str = "", decoded: int = 0, *, error: str = "",
+         said: Sequence[str] = ()) -> dict[str, Any]:
+    """A batch of one row, as Ray Data expects it. said: lines for the user."""
     return {"group": [group], "shard": [shard], "written": [written], "decoded": [decoded],
-            "error": [error]}
+            "error": [error], "said": [json.dumps(list(said))]}
 
 
 def decoding_actors(device: WorkerDevice, workers: int) -> int:
@@ -139,7 +144,7 @@ def on_ray(workers: int = 1, device: WorkerDevice = CPU, threads: int = 1,
     the trunk is slower. 0: the actors with the trunk decode in threads.
     """
     def run(storage: Storage, trunk: Trunk, groups: Sequence[JobGroup],
-            places: Sequence[ShardPlace]) -> Iterator[ShardResult]:
+            places: Sequence[ShardPlace], say: Say) -> Iterator[ShardResult]:
         from ray.exceptions import RayActorError
 
         unfinished = dict.fromkeys(places)
@@ -147,6 +152,8 @@ def on_ray(workers: int = 1, device: WorkerDevice = CPU, threads: int = 1,
             try:
                 for row in _start(storage, trunk, groups, tuple(unfinished), workers, device,
                                   threads, decoders):
+                    for line in json.loads(row["said"]):
+                        say(line)
                     if row["error"]:
                         raise InputError(row["error"])
                     place = int(row["group"]), int(row["shard"])

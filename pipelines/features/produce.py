@@ -5,6 +5,7 @@ A `Run` computes the shards: in this process (`in_process`), or in Ray actors
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -30,8 +31,11 @@ from pipelines.platform.disk import check_room
 from pipelines.platform.storage import Storage
 
 Progress = Callable[[int, int], None]
-Run = Callable[[Storage, Trunk, Sequence[JobGroup], Sequence[ShardPlace]], Iterator[ShardResult]]
-"""A function that computes the shards of the places, in any order.
+Say = Callable[[str], None]
+Run = Callable[[Storage, Trunk, Sequence[JobGroup], Sequence[ShardPlace], Say],
+               Iterator[ShardResult]]
+"""A function that computes the shards of the places, in any order. It passes lines for the user to
+the last argument.
 
 Raises: InputError, as `compute_shards`."""
 
@@ -55,13 +59,15 @@ def cache_folder(compute: ComputeConfig) -> Path:
 
 
 def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob], run: Run, *,
-                     progress: Progress | None = None, log: Callable[[str], None] | None = None,
+                     progress: Progress | None = None, log: Say | None = None,
+                     say: Say = warnings.warn,
                      in_use: InUse | None = None) -> tuple[list[Manifest], int]:
     """Computes missing features with `run`; returns all manifests, and how many images it decoded.
 
     Jobs may have several depths: `trunk` must be at least as deep as the deepest, and each image is
     decoded and sent through it once for all depths. `log` gets the expected cost before anything
-    is computed (`partialhn.features.cost`). `in_use` records the keys, so that the features are
+    is computed (`partialhn.features.cost`). `say` gets what the user should know, each line once:
+    where the device has no memory for so many images at once. `in_use` records the keys, so that the features are
     not pruned while it is held.
 
     Raises: InputError naming an image that cannot be read.
@@ -81,9 +87,15 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
             log(line)
     todo = shard_places(groups)
     shards = _finished(store, groups, todo)
-    decoded = 0
+    decoded, said = 0, set[str]()
+
+    def say_once(line: str) -> None:  # workers with equal devices find the same
+        if line not in said:
+            said.add(line)
+            say(line)
+
     if unfinished := [place for place in todo if place not in shards]:
-        for place, written, count in run(storage, trunk, groups, unfinished):
+        for place, written, count in run(storage, trunk, groups, unfinished, say_once):
             shards[place] = written
             decoded += count
             if progress:
@@ -95,8 +107,9 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
 def in_process(device: torch.device | str = "cpu") -> Run:
     """A `Run` that computes shards in this process."""
     def run(storage: Storage, trunk: Trunk, groups: Sequence[JobGroup],
-            places: Sequence[ShardPlace]) -> Iterator[ShardResult]:
-        return compute_shards(open_store(storage), copy.deepcopy(trunk).to(device), groups, places)
+            places: Sequence[ShardPlace], say: Say) -> Iterator[ShardResult]:
+        return compute_shards(open_store(storage), copy.deepcopy(trunk).to(device), groups, places,
+                              say=say)
     return run
 
 

@@ -96,8 +96,9 @@ class Learning:
 
     def _learn(self, cut: TrunkAndHead, slots: Sequence[Slot],
                lineage_ids: Sequence[str]) -> list[lineage.Learned]:
-        """Learns the slots, up to the first that the gate stops if they are learned one by one in
-        this process: there each is judged while the next one is learned.
+        """Learns the slots, up to the first that the gate stops if they are learned in this
+        process: there each is judged while the next ones are learned. Those that were learned at
+        the same time and lie behind it are learned again without it.
         """
         def judge(_: str, record: EpochRecord | TaskRecord) -> None:
             end = record.task_index + 1
@@ -108,7 +109,7 @@ class Learning:
 
         with contextlib.suppress(GateStopError):
             self.execution.learn(cut, slots, lineage_ids,
-                                 judge if self.execution.one_by_one else lambda *_: None)
+                                 judge if self.execution.ends_at_errors else lambda *_: None)
         if (newest := self.execution.newest) is not None:
             newest[1].strategy.requires_grad_(False).eval()
             self.context.seen.model = newest

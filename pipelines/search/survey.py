@@ -22,6 +22,7 @@ from partialhn.features.extract import feature_jobs
 from partialhn.features.manifest import Manifest
 from partialhn.networks.backbone import Network, build_network
 from partialhn.networks.cut import CutNetwork
+from partialhn.networks.device_memory import explained
 from partialhn.networks.precision import configure_torch
 from partialhn.training.image_batches import Labelled
 from partialhn.training.pretrain import network_optimiser, train_network
@@ -59,7 +60,7 @@ def depth_features(storage: Storage, network: Network, config: Config,
     trunk = CutNetwork.of(network, max(depths)).trunk
     jobs = feature_jobs(config, experiences, trunk, depths)
     manifests, decoded = compute_features(storage, trunk, jobs, on.run, progress=on.progress,
-                                          log=on.log, in_use=on.in_use)
+                                          log=on.log, say=on.log, in_use=on.in_use)
     return {(job.depth, job.task, job.split): manifest
             for job, manifest in zip(jobs, manifests, strict=True)}, decoded
 
@@ -139,9 +140,12 @@ def whole_network_seconds(config: Config, first: Experience, worker: WorkerDevic
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     start = clock()
     recorder = recorder_for(device, config.compute.cuda_graphs)
-    for _ in train_network(network, Labelled(decoded.images_BCHW, y_N), backbone,
-                           config.features.augment, network_optimiser(network, backbone),
-                           recorder=recorder):
-        spent, start = clock() - start, clock()
+    with explained(f"timing the training of the whole network at trunk_batch_size "
+                   f"{backbone.trunk_batch_size} on device {device}",
+                   "a smaller trunk_batch_size or input_size, or a device with more memory"):
+        for _ in train_network(network, Labelled(decoded.images_BCHW, y_N), backbone,
+                               config.features.augment, network_optimiser(network, backbone),
+                               recorder=recorder):
+            spent, start = clock() - start, clock()
     return {"seconds_per_image": spent / len(y_N),
             "bytes_per_image": sum(map(len, table.read())) / len(table)}

@@ -34,6 +34,7 @@ from partialhn.training.experience import TaskFeatures, answer
 from partialhn.training.learner import Learner
 from partialhn.training.records import TaskRecord
 from partialhn.training.steps import recorder_for
+from partialhn.training.together import Stopped
 from pipelines.features.produce import open_store
 from pipelines.platform.cluster import WorkerDevice
 from pipelines.platform.storage import Storage
@@ -75,19 +76,23 @@ def run_trial(choice: dict[str, Any], bench: Bench) -> None:
         tune.report(result)
 
 
-def trial_results(choice: dict[str, Any], bench: Bench, *,
-                  explain_memory: bool = True) -> Iterator[dict[str, Any]]:
+def trial_results(choice: dict[str, Any], bench: Bench, *, explain_memory: bool = True,
+                  go_on: Callable[[], None] = lambda: None) -> Iterator[dict[str, Any]]:
     """A result after each task, or the reason of a failure.
+
+    go_on: is called after each epoch, and raises `Stopped` where the trial is to end.
 
     Raises: DeviceMemoryError without `explain_memory`, if the device's memory does not suffice.
     """
     plan = TrialPlan(**choice["plan"])
     tasks_done = 0
     try:
-        for measured in learn(plan, bench):
+        for measured in learn(plan, bench, go_on):
             tasks_done = len(measured.rows)
             yield {"tasks_done": tasks_done, "accuracy": measured.accuracy, "failed": "",
                    "measured": json.dumps(dataclasses.asdict(measured))}
+    except Stopped:
+        raise
     except Exception as error:  # a second attempt would fail in the same way
         if isinstance(error, DeviceMemoryError) and not explain_memory:
             raise
@@ -105,8 +110,11 @@ def _reason(error: Exception, bench: Bench) -> str:
     return str(error)
 
 
-def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
-    """Learns the stream as planned; yields the measurements after each task."""
+def learn(plan: TrialPlan, bench: Bench,
+          go_on: Callable[[], None] = lambda: None) -> Iterator[Measured]:
+    """Learns the stream as planned; yields the measurements after each task. go_on: as in
+    `trial_results`.
+    """
     configure_torch(bench.threads)
     config = Config.from_dict(plan.config)
     with ALONE:  # all trials of a process cut the same network
@@ -133,6 +141,7 @@ def learn(plan: TrialPlan, bench: Bench) -> Iterator[Measured]:
             kept = time.monotonic()
         if isinstance(record, TaskRecord):
             yield _measured(plan, bench, config, cut, learner, meter)
+        go_on()
         meter.start()
 
 

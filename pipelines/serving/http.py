@@ -7,7 +7,8 @@
 
 A refusal names the problem, the value found and the values allowed: 400 for a malformed request or
 image, 404 for an unknown task, 413 for a body that is too large, 503 with Retry-After if the
-queue is full. The size of an image is checked in its header, before it is decoded.
+queue is full or the device has too little memory for a batch. The size of an image is checked in its
+header, before it is decoded.
 """
 
 import asyncio
@@ -33,6 +34,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from partialhn.errors import InputError
+from partialhn.networks.device_memory import DeviceMemoryError
 from partialhn.predict import Answer
 from pipelines.serving.model import Loaded, UnknownTaskError
 
@@ -185,6 +187,8 @@ class _Front:
         self.images += len(images)
         try:
             replies = await asyncio.gather(*map(self.service.ask, images, tasks))
+        except DeviceMemoryError as error:
+            raise RefusedError(503, "no memory", str(error)) from error
         finally:
             self.images -= len(images)
         for number, (_, reply) in enumerate(replies):

@@ -88,8 +88,7 @@ class TrialThreads:
              go_on: Callable[[], None]) -> dict[str, Any] | None:
         """The last result of a trial, which may be stopped before its end."""
         result: dict[str, Any] | None = None
-        for result in trial_results(trial.config, bench, explain_memory=alone):
-            go_on()
+        for result in trial_results(trial.config, bench, explain_memory=alone, go_on=go_on):
             with self._lock:
                 decision = self._scheduler.on_trial_result(None, trial, result)
             if decision == TrialScheduler.STOP:

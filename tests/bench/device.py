@@ -110,12 +110,13 @@ def prepared(features: FeatureSet, depth: int, precision: str, recorded: bool, s
         strategy.begin(task)
         if task < 10:
             strategy.finish(task)
-    read = ResidentBatches(features, config.train.batch_size, Workers())
+    read = ResidentBatches(features, config.train.batch_size, Workers(),
+                           as_stored=strategy.head.rounds)
     read.begin((0, 0, 1))
     optimiser = make_optimiser(strategy, config.train)
     taking = Steps(Objective(strategy.train(), 10, 0.0), optimiser,
                    learning_rates(optimiser, "cosine", steps).to(device),
-                   recorder_for(device, recorded))
+                   recorder_for(device, recorded), read.steps_1)
     taken = [0]
 
     def take() -> None:

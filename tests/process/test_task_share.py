@@ -14,6 +14,7 @@ from partialhn.run import cut_network, with_strategy
 from partialhn.training import lineage
 from partialhn.training.learner import Learner
 from partialhn.training.lineage import lineage_ids_of
+from partialhn.training.records import TaskRecord
 from partialhn.training.result import Outcome
 from partialhn.training.slots import open_task_features, slots_of
 from pipelines.execution.choose import open_execution
@@ -201,3 +202,34 @@ def test_what_stops_a_thread_stops_the_worker_with_its_words(ready):
 def test_every_task_has_one_worker_whatever_is_known(known, shares):
     found = [list(WorkerRank(None, "", "", "", rank, 3).own_tasks(known, 5)) for rank in range(3)]
     assert found == shares
+
+
+def test_an_error_of_the_listener_ends_what_is_learned_at_once(ready):
+    """As the gate of `retrain` stops a task: the last one is not learned behind it."""
+    given = ready.at_once(2)
+    config, stream = given.config, uuid.uuid4().hex
+
+    def listen(_, record):
+        if isinstance(record, TaskRecord) and record.task_index == 1:
+            raise ZeroDivisionError
+
+    with open_execution(config, given.storage, stream, Progress(config, lambda _: None)) as stages:
+        with pytest.raises(ZeroDivisionError):
+            stages.learn(given.cut, given.slots, given.lineage_ids, listen)
+        assert 1 < len(stages.learned(given.lineage_ids)) < len(given.slots)
+
+
+@pytest.mark.parametrize(("strategy", "shared_by"), [("partial_hn", 4), ("naive", 1)])
+def test_threads_are_divided_where_tasks_can_be_learned_at_once(ready, monkeypatch, strategy,
+                                                                shared_by):
+    given = ready.at_once(4)
+    config = with_strategy(given.config, strategy)
+    threads = []
+    with open_execution(config, given.storage, uuid.uuid4().hex,
+                        Progress(config, lambda _: None)) as stages:
+        stages.config = dataclasses.replace(
+            config, compute=dataclasses.replace(config.compute, threads=None))
+        monkeypatch.setattr("os.cpu_count", lambda: 8)
+        monkeypatch.setattr(stages, "_learn", lambda task, _: threads.append(task.threads))
+        stages.learn(given.cut, given.slots, given.lineage_ids, lambda *_: None)
+    assert threads == [8 // shared_by]

@@ -8,6 +8,7 @@ import yaml
 from mlflow import MlflowClient
 
 from pipelines.cli.main import run
+from pipelines.platform import cluster
 from pipelines.platform.storage import open_storage
 from pipelines.search.state import SearchState
 
@@ -176,3 +177,30 @@ def test_what_cannot_be_is_refused(folder, command, options, parts):
     assert "Traceback" not in err
     for part in parts:
         assert part in err
+
+
+def test_trials_that_share_a_process_measure_what_those_of_ray_do(folder, tmp_path, monkeypatch,
+                                                                 capsys):
+    """A whole search in threads, as on a machine with a GPU; here they calculate on the CPU."""
+    monkeypatch.setattr(cluster, "GPU", "cpu")
+    monkeypatch.setattr("pipelines.tune.run._Search._threads_here", lambda _: 3)
+    words = [word if word != "digits" or place == 1 else "threads"
+             for place, word in enumerate((*STREAM, *SEARCH))]
+    assert run(["tune", *words, "--early-stopping", "none", "--storage", str(folder / "store"),
+                "--output", str(tmp_path / "advice"), "--space", str(folder / "space.yaml")]) == 0
+    assert "trials: 3 at once share this process and its GPU" in capsys.readouterr().out
+    by_ray = {each.plan.id: each for each in records(folder)}
+    in_threads = SearchState(open_storage(str(folder / "store")), "threads").records()
+    search = [each for each in in_threads if each.plan.kind == "search"]
+    assert sorted(each.plan.id for each in search) == ["0000", "0001", "0002", "0003"]
+    for each in search:
+        other = by_ray[each.plan.id]
+        assert each.plan.config == other.plan.config
+        assert each.finished
+        shown = len(other.measured.rows)  # ASHA may have stopped it there
+        assert each.measured.rows[:shown] == other.measured.rows
+    finals = [each for each in in_threads if each.plan.kind != "search"]
+    assert len(finals) == 4
+    assert all(each.finished and each.measured.test_row for each in finals)
+    chosen = json.loads((tmp_path / "advice" / "advice.json").read_text())["recommendation"]
+    assert chosen["reason"].startswith("Freezing ")

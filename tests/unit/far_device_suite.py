@@ -191,6 +191,37 @@ def test_a_trunk_where_memory_is_short(digits, config, tmp_path):
         list(fit_network(config, digits[0], LocalFileSystem(), str(tmp_path), NAME))
 
 
+def test_a_model_where_memory_is_short(learner, tasks, cut, config, images, tmp_path):
+    """On its way to the device, in the trunk, and in a task's head."""
+    made = learner("cpu")
+    list(made.learn(tasks[:1]))
+    infos = (TaskInfo(tasks[0].name, ("a", "b")),)
+    Model(config, cut.trunk, made.strategy, infos, inference=made.inference).save(tmp_path / "m")
+    told = r": far out of memory.*free; allowed: .*device cpu, or a device with more memory$"
+    with MEMORY.limited_to(1000), pytest.raises(
+            DeviceMemoryError, match="^too little memory for the model on device far" + told):
+        Predictor.load(tmp_path / "m", NAME)
+    there = Predictor.load(tmp_path / "m", NAME)
+    for exact in (True, False):
+        with MEMORY.limited_to(100_000), pytest.raises(
+                DeviceMemoryError, match="features of 40 images of 16 x 16 pixels at once on "
+                "device far" + told):
+            there.features(images[:40], exact)
+    z_BCHW = there.features(images[:40])
+    for task in (tasks[0].name, AUTO):
+        with MEMORY.limited_to(10_000), pytest.raises(
+                DeviceMemoryError, match="answering 40 images.*fewer images at once"):
+            there.answers(z_BCHW, [task] * 40)
+
+
+def test_measuring_where_memory_is_short(learner, tasks):
+    made = learner()
+    list(made.fit_next(tasks[:1]))
+    with MEMORY.limited_to(1000), pytest.raises(
+            DeviceMemoryError, match=f"measuring the tasks after {tasks[0].name!r} on device far"):
+        made._conclude(tasks[:1])
+
+
 def test_a_model_answers_there(learner, tasks, cut, config, images, tmp_path):
     made = learner()
     list(made.learn(tasks[:3]))

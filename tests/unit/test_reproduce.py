@@ -3,13 +3,16 @@
 import csv
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from partialhn.benchmarks.catalogue import BENCHMARKS, EVERY, Cell, expected, find_benchmark
-from partialhn.benchmarks.reproduce import config_of
+from partialhn.benchmarks.reproduce import _for_each, config_of
 from partialhn.errors import InputError
 from pipelines.cli.main import run
 
@@ -100,3 +103,26 @@ def test_smoke_on_photographs_goes_on_where_it_stopped(tmp_path, capsys):
     for path, fields in zip(cells, lost, strict=False):
         assert json.loads(path.read_text())["accuracy_matrix"] == fields["accuracy_matrix"]
     assert {path: path.read_bytes() for path in kept} == kept
+
+
+def test_ctrl_c_ends_cells_that_are_learned_at_once():
+    """Also those that would go on for minutes; a cell that waits is not begun."""
+    both, begun, said = threading.Barrier(2, timeout=60), [], []
+
+    def learn(cell, go_on):
+        begun.append(cell)
+        if cell == "finished":
+            return
+        both.wait()
+        if cell == "last":
+            os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(6000):
+            go_on()
+            time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt):
+        _for_each(["finished", "first", "last", "waits"], learn, 2, torch.device("cpu"),
+                  said.append)
+    assert begun == ["finished", "first", "last"]
+    assert len(said) == 1
+    assert said[0].startswith("stopping: the 2 cells that are being learned end with their epoch")

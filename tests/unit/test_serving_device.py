@@ -1,10 +1,16 @@
 """Where a model predicts: what is asked for, and what there is."""
 
+import asyncio
+import json
+
 import pytest
 import torch
 
 from partialhn.errors import InputError
+from partialhn.networks.device_memory import explained
+from pipelines.cli import main
 from pipelines.label_images import predict_to_parquet
+from pipelines.serving.http import Limits, Metrics, build_app
 from pipelines.serving.model import served_on
 
 
@@ -24,3 +30,57 @@ def test_a_server_without_the_gpu_that_it_needs_says_so():
 def test_predict_without_the_gpu_that_it_needs_says_so_before_anything_else(tmp_path):
     with pytest.raises(InputError, match="device is 'gpu', but CUDA finds no GPU"):
         predict_to_parquet("models:/a@champion", "0", str(tmp_path / "none"), "o", device="gpu")
+
+
+class WithoutMemory:
+    """A service whose trunk finds no memory on its device."""
+
+    def __init__(self):
+        self.limits, self.metrics = Limits(), Metrics()
+
+    async def ask(self, image, task):
+        with explained("features of 1 images on device far", "fewer images at once"):
+            raise torch.OutOfMemoryError("far out of memory. Tried to allocate 8 bytes.")
+
+    def check_task(self, task):
+        pass
+
+    def health(self):
+        return {"version": "1", "since": 0.0}
+
+
+def test_a_request_that_finds_no_memory_is_told_so_and_may_come_again():
+    """With the code of a server that is busy, and counted."""
+    sent, body = [], {"type": "http.request", "body": b"image", "more_body": False}
+
+    async def receive():
+        return body
+
+    async def send(message):
+        sent.append(message)
+
+    service = WithoutMemory()
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"task=a",
+             "headers": []}
+    asyncio.run(build_app(service)(scope, receive, send))
+    start, reply = sent
+    assert start["status"] == 503
+    assert (b"retry-after", b"1") in start["headers"]
+    assert json.loads(reply["body"])["error"] == (
+        "too little memory for features of 1 images on device far: far out of memory. Tried to "
+        "allocate 8 bytes; allowed: fewer images at once")
+    assert service.metrics.all.get_sample_value("partialhn_errors_total",
+                                                {"kind": "no memory"}) == 1
+
+
+def test_a_command_that_finds_no_memory_says_what_may_be_tried(monkeypatch, capsys):
+    """Wherever it was, also where nothing else explains it."""
+    class Short:
+        def run(self):
+            raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(main, "_parse", lambda words: Short())
+    assert main.run(["predict"]) == 2
+    assert capsys.readouterr().err == (
+        "error: too little memory for this command: CUDA error: out of memory; allowed: device "
+        "cpu, or more memory\n")

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from partialhn.config import BackboneConfig
 from partialhn.features.batches import ResidentBatches, Workers, epoch_batches
 from partialhn.networks.backbone import build_network
+from partialhn.networks.head import Head
 from partialhn.networks.tensors import hash_tensors
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
@@ -189,12 +190,42 @@ class Counts:
         return lambda: None
 
 
-@pytest.mark.parametrize(("precision", "most"), [("float32", 85), ("bfloat16", 99)])
+@pytest.mark.parametrize(("precision", "most"), [("float32", 83), ("bfloat16", 89)])
 def test_a_step_has_few_operations(learn, precision, most):
     """Of a task with columns, at depth 3: five convolutions. Each operation is a kernel or two."""
     counts = Counts()
     learn("columns", counts, precision=precision)
     assert 60 < counts.count <= most
+
+
+def test_weights_and_features_that_are_rounded_ahead_are_those_that_each_layer_would_round(
+        learn, monkeypatch):
+    """All weights of a shape are rounded by one operation; pooling needs no other."""
+    ahead = learn("columns", precision="bfloat16")
+    monkeypatch.setattr(Head, "rounds", False)
+    assert outcome(ahead) == outcome(learn("columns", precision="bfloat16"))
+
+
+def test_a_step_in_the_layout_of_a_gpu_has_the_same_gradients(learn, tasks, monkeypatch):
+    """But for the order of sums."""
+    strategy = learn("columns", stop=6, precision="bfloat16").strategy.train()
+    strategy.add_task(2)
+    strategy.begin(2)
+    batch = (tasks[2].train.gather(torch.arange(8), torch.zeros(8).long()),
+             torch.arange(8) % 2, 1.0, ())
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for module in ("columns", "head"):
+            monkeypatch.setattr(f"partialhn.networks.{module}.kernel_layout",
+                                lambda device, layout=layout: layout)
+        strategy.zero_grad()
+        loss, _ = Objective(strategy, 2, 0.1)(*batch)
+        loss.backward()
+        found.append([loss, *(value.grad for value in strategy.parameters()
+                              if value.grad is not None)])
+    assert len(found[0]) > 10
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine - theirs).norm() <= 0.02 * mine.norm()
 
 
 def moved(objective, mode):

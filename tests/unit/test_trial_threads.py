@@ -82,14 +82,14 @@ def test_memory_for_one_trial_is_enough_for_a_search(bench, plans, tmp_path, mon
     learn, running, both = trials.learn, threading.Semaphore(1), threading.Barrier(2, timeout=60)
     attempts = []
 
-    def short(plan, bench):
+    def short(plan, bench, go_on):
         attempts.append(plan.id)
         if len(attempts) <= 2:
             both.wait()
         if (never and plan.id == "0000") or not running.acquire(blocking=len(attempts) > 2):
             raise DeviceMemoryError("too little memory for this trial")
         try:
-            yield from learn(plan, bench)
+            yield from learn(plan, bench, go_on)
         finally:
             running.release()
 
