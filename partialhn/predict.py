@@ -33,7 +33,6 @@ from partialhn.networks.trunk import run_trunk
 from partialhn.strategies.heads import Heads
 from partialhn.task_inference import AUTO, Inferred, infer
 
-
 WAY_OUT = "device cpu, or a device with more memory"
 """What a user can do where a model needs more memory than its device has."""
 

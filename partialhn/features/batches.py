@@ -26,10 +26,10 @@ are read on the host while the step before is computed."""
 class FeatureBatch(NamedTuple):
     """Frozen-trunk features of one batch, all of one task.
 
-    z_BCHW: features, float32 or as they are stored. y_B: int64 labels, 0 to K-1 within the task. loss_scale: a factor
-    for this worker's mean loss, so that the mean over all workers is the mean over the global
-    batch; 1 when every worker holds equally many rows. seed: the seed for every random draw of
-    this step; the same for every worker.
+    z_BCHW: features, float32 or as they are stored. y_B: int64 labels, 0 to K-1 within the task.
+    loss_scale: a factor for this worker's mean loss, so that the mean over all workers is the mean
+    over the global batch; 1 when every worker holds equally many rows. seed: the seed for every
+    random draw of this step; the same for every worker.
     """
 
     z_BCHW: Tensor

@@ -33,7 +33,6 @@ from partialhn.training.optimiser import (
 from partialhn.training.records import EpochRecord, TaskRecord, is_measured_after
 from partialhn.training.steps import StepRecorder
 
-
 MORE_ROOM = ("fewer views, a deeper freeze_depth, feature_dtype int8, or a device with more "
              "memory")
 """What a user can do where a task's features need more memory than the device has."""

@@ -128,7 +128,8 @@ def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, floa
                                  for record in ours.finished]},
         "feature_bytes": sum(manifest.bytes for manifest in features),
         "feature_keys": [manifest.key for manifest in features],
-        "images_decoded": decoded, "notes": list(notes), "peak_rss_bytes": peak_rss_bytes(), "macs": dict(macs),
+        "images_decoded": decoded, "notes": list(notes), "peak_rss_bytes": peak_rss_bytes(),
+        "macs": dict(macs),
         "bounds": baselines, "epochs": [dataclasses.asdict(record) for record in ours.epochs],
         "partialhn_version": partialhn.__version__,
         "versions_of_libraries": _versions(LIBRARIES)}

@@ -67,8 +67,8 @@ def compute_features(storage: Storage, trunk: Trunk, jobs: Sequence[FeatureJob],
     Jobs may have several depths: `trunk` must be at least as deep as the deepest, and each image is
     decoded and sent through it once for all depths. `log` gets the expected cost before anything
     is computed (`partialhn.features.cost`). `say` gets what the user should know, each line once:
-    where the device has no memory for so many images at once. `in_use` records the keys, so that the features are
-    not pruned while it is held.
+    where the device has no memory for so many images at once. `in_use` records the keys, so that
+    the features are not pruned while it is held.
 
     Raises: InputError naming an image that cannot be read.
     """

@@ -7,8 +7,8 @@
 
 A refusal names the problem, the value found and the values allowed: 400 for a malformed request or
 image, 404 for an unknown task, 413 for a body that is too large, 503 with Retry-After if the
-queue is full or the device has too little memory for a batch. The size of an image is checked in its
-header, before it is decoded.
+queue is full or the device has too little memory for a batch. The size of an image is checked in
+its header, before it is decoded.
 """
 
 import asyncio

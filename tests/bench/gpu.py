@@ -208,6 +208,34 @@ def the_features(goals: Goals, folder: Path) -> None:
                           images_a_second=round(count / one["ours"], 1))
 
 
+def the_smallest_part(goals: Goals, folder: Path) -> None:
+    """Point 1 at depth 1, where writing weighs most beside the trunk: the thread in which the trunk
+    runs, against the trunk alone. It is a goal for two cores.
+    """
+    what = "features, slim_resnet18, depth 1: the bare trunk / the trunk's thread"
+    if cuda(goals):
+        goals.open("1", what, "needs a CPU")
+        return
+    config = dataclasses.replace(Config(), features=dataclasses.replace(
+        Config().features, views=2, shard_rows=256))
+    experience = photographs(folder, 768, (32, 32))
+    trunk = CutNetwork.of(build_network(SLIM, 2), 1).trunk
+    (job,) = feature_jobs(config, [experience], trunk)
+    images_BCHW = decode(experience.train, 32).images_BCHW
+
+    def ours() -> None:
+        for _ in compute_shards(new_store(folder), trunk, [(job,)], shard_places([(job,)])):
+            pass
+
+    def bare() -> None:
+        for chunk_BCHW in torch.split(images_BCHW.repeat(2, 1, 1, 1), images_together(trunk)):
+            trunk(chunk_BCHW)
+
+    mine, theirs = (best_of(work, goals.device, 5, time.thread_time) for work in (ours, bare))
+    goals.add("1", what, theirs / mine, 0.9, on_cpu=True, trunk_s=round(theirs, 2),
+              ours_s=round(mine, 2))
+
+
 def one_network(goals: Goals, folder: Path, experience, name: str, depth: int, side: int,
                 kind: str) -> dict[str, float]:
     """Seconds of each way."""
@@ -246,13 +274,15 @@ def new_store(folder: Path) -> FeatureStore:
     return FeatureStore(LocalFileSystem(), str(folder / uuid.uuid4().hex))
 
 
-def best_of(work, device: torch.device, rounds: int = 3) -> float:
-    """Least seconds, the first time left out."""
-    seconds = []
+def best_of(work, device: torch.device, rounds: int = 3, timer=None) -> float:
+    """Least seconds, the first time left out. timer: default is the wall clock, the device waited
+    for.
+    """
+    seconds, timer = [], timer or functools.partial(clock, device)
     for _ in range(rounds):
-        start = clock(device)
+        start = timer()
         work()
-        seconds.append(clock(device) - start)
+        seconds.append(timer() - start)
     return min(seconds[1:])
 
 
@@ -399,7 +429,7 @@ def main() -> None:
     options = parser.parse_args()
     goals = Goals(torch.device(options.device))
     started = time.perf_counter()
-    parts = (the_step, at_once, the_trunk, the_features, the_memory,
+    parts = (the_step, at_once, the_trunk, the_features, the_smallest_part, the_memory,
              functools.partial(the_main_job, cifar10=options.cifar10))
     for part in parts:
         configure_torch(None if cuda(goals) else 1)
@@ -410,6 +440,7 @@ def main() -> None:
                 traceback.print_exc()
                 where = getattr(part, "__name__", "the_main_job")
                 goals.open("", where, f"FAILED: {type(error).__name__}: {error}")
+    goals.open("7", "the CPU and the GPU learn the same", "tests/unit/test_gpu.py, below")
     goals.open("8", "Ray on a GPU", "needs Ray: tests/ray/test_gpus.py")
     device = torch.cuda.get_device_name() if cuda(goals) else platform.processor()
     options.json.write_text(json.dumps({

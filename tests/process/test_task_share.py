@@ -26,7 +26,7 @@ from pipelines.platform.progress import Progress
 from pipelines.platform.storage import open_storage
 from tests.process.share_worker import share
 from tests.processes import Ended, Forked
-from tests.support import small_config
+from tests.support import small_config, without_room
 
 CONFIG = small_config(data={"tasks": 5, "images_per_class": 60}, backbone={"trunk_epochs": 1},
                       hypernet={"dictionary": 3, "dictionary_after": 3},
@@ -233,3 +233,17 @@ def test_threads_are_divided_where_tasks_can_be_learned_at_once(ready, monkeypat
         monkeypatch.setattr(stages, "_learn", lambda task, _: threads.append(task.threads))
         stages.learn(given.cut, given.slots, given.lineage_ids, lambda *_: None)
     assert threads == [8 // shared_by]
+
+
+def test_what_the_features_say_is_printed_and_kept_for_the_result(ready):
+    config = dataclasses.replace(CONFIG, features=dataclasses.replace(
+        CONFIG.features, feature_dtype="float32"))
+    storage, lines = ready.assignment.storage, []
+    cut = dataclasses.replace(ready.assignment.cut, trunk=without_room(
+        ready.assignment.cut.trunk))
+    jobs = feature_jobs(config, open_data(config.data, storage)[:1], cut.trunk)
+    with open_execution(config, storage, "short", Progress(config, lines.append)) as stages:
+        stages.features(jobs, cut)
+        assert len(stages.notes) == 1
+        assert "half as many images at once" in stages.notes[0]
+        assert stages.notes[0] in "\n".join(lines)

@@ -12,6 +12,7 @@ from pipelines.features.on_ray import decoding_actors, on_ray
 from pipelines.features.produce import compute_features
 from pipelines.platform.cluster import cluster_nodes, worker_device
 from pipelines.platform.storage import open_storage
+from tests.support import without_room
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,16 @@ def test_cpus_decode_for_a_trunk_on_a_gpu(logical_gpus, small, changed, trunk, e
     device = worker_device(small.compute, cluster_nodes())
     assert (device.gpus, decoding_actors(device, 1)) == (1, 3)
     compare(small, changed, trunk, experiences, tmp_path, on_ray(1, device, decoders=1))
+
+
+def test_what_a_worker_says_reaches_the_user(ray_cluster, small, trunk, experiences, tmp_path):
+    """Its device has no memory for as many images as it takes at once."""
+    short = without_room(trunk)
+    jobs, said = feature_jobs(small, experiences, short, [2]), []
+    compute_features(open_storage(str(tmp_path)), short, jobs, on_ray(1), say=said.append)
+    assert len(said) == 1
+    assert said[0].startswith("too little memory for features of 64 images")
+    assert said[0].endswith("computing the rest with half as many images at once")
 
 
 def compare(small, changed, trunk, experiences, tmp_path, run):

@@ -210,7 +210,7 @@ def test_a_model_where_memory_is_short(learner, tasks, cut, config, images, tmp_
     z_BCHW = there.features(images[:40])
     for task in (tasks[0].name, AUTO):
         with MEMORY.limited_to(10_000), pytest.raises(
-                DeviceMemoryError, match="answering 40 images.*fewer images at once"):
+                DeviceMemoryError, match=r"answering 40 images.*fewer images at once"):
             there.answers(z_BCHW, [task] * 40)
 
 
