@@ -1,6 +1,5 @@
 """What several test folders share: the configuration of a small stream of digits."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,6 @@ def small_config(**sections: dict[str, Any]) -> Config:
     """Digits of 16 x 16 pixels, freeze depth 3, few epochs, and the options of `sections`."""
     return Config.from_dict({name: values | sections.get(name, {})
                              for name, values in _SMALL.items()})
-
-
-def without_room(trunk: Any) -> Any:
-    """A copy of a trunk whose device has memory for 32 images at once, and for no more."""
-    def look(_: Any, inputs: Any) -> None:
-        import torch
-
-        if len(inputs[0]) > 32:
-            raise torch.OutOfMemoryError("far out of memory. Tried to allocate 8 bytes.")
-
-    short = copy.deepcopy(trunk)
-    short.stages[0].register_forward_pre_hook(look)
-    return short
 
 
 SECRETS = {"AWS_ACCESS_KEY_ID": "AKIAHUSHHUSH00000042", "AWS_SECRET_ACCESS_KEY":

@@ -90,9 +90,9 @@ def _for_each(cells: Sequence[Cell], learn: Callable[[Cell, Callable[[], None]],
         def work(cell: Cell) -> None:
             lanes.go_on()
             learn(cell, lanes.go_on)
-        for _ in range(count):
-            lanes.start(lambda: waiting.work_off(work))
         try:
+            for _ in range(count):
+                lanes.start(lambda: waiting.work_off(work))
             lanes.wait()
         except KeyboardInterrupt:
             log(f"stopping: the {count} cells that are being learned end with their epoch and are "

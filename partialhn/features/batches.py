@@ -157,7 +157,7 @@ class StepRows:
     def __init__(self, device: torch.device) -> None:
         self._rows: tuple[Tensor, ...] = ()
         self._steps_2 = torch.zeros(2, dtype=torch.int64, device=device)
-        self._step_1, self.steps_1 = self._steps_2.split(1)
+        self._step_1, self.steps_1 = torch.split(self._steps_2, 1)
         """Steps of the epoch, and of all epochs; one operation counts both."""
 
     def begin(self, rows: Sequence[Tensor]) -> None:

@@ -7,9 +7,11 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 
 from partialhn.checkpoints.model import Model
 from partialhn.features.extract import feature_jobs
+from partialhn.networks.trunk import outputs_at
 from partialhn.run import cut_network, with_strategy
 from partialhn.training import lineage
 from partialhn.training.learner import Learner
@@ -26,7 +28,7 @@ from pipelines.platform.progress import Progress
 from pipelines.platform.storage import open_storage
 from tests.process.share_worker import share
 from tests.processes import Ended, Forked
-from tests.support import small_config, without_room
+from tests.support import small_config
 
 CONFIG = small_config(data={"tasks": 5, "images_per_class": 60}, backbone={"trunk_epochs": 1},
                       hypernet={"dictionary": 3, "dictionary_after": 3},
@@ -235,12 +237,18 @@ def test_threads_are_divided_where_tasks_can_be_learned_at_once(ready, monkeypat
     assert threads == [8 // shared_by]
 
 
-def test_what_the_features_say_is_printed_and_kept_for_the_result(ready):
+def test_what_the_features_say_is_printed_and_kept_for_the_result(ready, monkeypatch):
+    """The device has memory for 32 images at once."""
+    def short(trunk, depths, images_BCHW, together):
+        if together > 32:
+            raise torch.OutOfMemoryError("far out of memory. Tried to allocate 8 bytes.")
+        yield from outputs_at(trunk, depths, images_BCHW, together)
+
+    monkeypatch.setattr("partialhn.features.shards.outputs_at", short)
     config = dataclasses.replace(CONFIG, features=dataclasses.replace(
         CONFIG.features, feature_dtype="float32"))
     storage, lines = ready.assignment.storage, []
-    cut = dataclasses.replace(ready.assignment.cut, trunk=without_room(
-        ready.assignment.cut.trunk))
+    cut = ready.assignment.cut
     jobs = feature_jobs(config, open_data(config.data, storage)[:1], cut.trunk)
     with open_execution(config, storage, "short", Progress(config, lines.append)) as stages:
         stages.features(jobs, cut)

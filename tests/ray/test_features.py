@@ -1,7 +1,10 @@
 """Features made by Ray Data: the bytes of a single process, several depths in one pass."""
 
+import copy
+
 import numpy as np
 import pytest
+import torch
 
 from partialhn.data.datasets import open_stream
 from partialhn.features.extract import feature_jobs, precompute
@@ -12,7 +15,6 @@ from pipelines.features.on_ray import decoding_actors, on_ray
 from pipelines.features.produce import compute_features
 from pipelines.platform.cluster import cluster_nodes, worker_device
 from pipelines.platform.storage import open_storage
-from tests.support import without_room
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,13 @@ def test_cpus_decode_for_a_trunk_on_a_gpu(logical_gpus, small, changed, trunk, e
 
 
 def test_what_a_worker_says_reaches_the_user(ray_cluster, small, trunk, experiences, tmp_path):
-    """Its device has no memory for as many images as it takes at once."""
-    short = without_room(trunk)
+    """Its device has memory for 32 images at once."""
+    def look(_, inputs):
+        if len(inputs[0]) > 32:
+            raise torch.OutOfMemoryError("far out of memory. Tried to allocate 8 bytes.")
+
+    short = copy.deepcopy(trunk)
+    short.stages[0].register_forward_pre_hook(look)
     jobs, said = feature_jobs(small, experiences, short, [2]), []
     compute_features(open_storage(str(tmp_path)), short, jobs, on_ray(1), say=said.append)
     assert len(said) == 1

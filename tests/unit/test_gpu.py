@@ -93,7 +93,7 @@ def test_a_step_waits_for_nothing(network, tasks, with_options):
     read = ResidentBatches(tasks[1].train.to(torch.device("cuda")), 8, Workers())
     optimiser = make_optimiser(strategy, config.train)
     steps = Steps(Objective(strategy.train(), 1, 0.0), optimiser,
-                  learning_rates(optimiser, "cosine", 20).to("cuda"), CudaGraphs())
+                  learning_rates(optimiser, "cosine", 20).to("cuda"), CudaGraphs(), read.steps_1)
     read.begin((0, 1, 1))
     for _ in range(UNRECORDED + 1):
         steps.run_next(read)
