@@ -37,7 +37,7 @@ FALSE_ALARMS = 0.05
 """Share of the kept images of known tasks that the threshold of strangeness rejects."""
 MOST_SAMPLES = 16384
 """Kept images of all tasks that the classifier is fitted with, at most."""
-MOST_SCORES, LEAST_SAMPLES = 1 << 20, 512
+MOST_SCORES, LEAST_SAMPLES = 1 << 18, 512
 """With many classes it is fitted with fewer images, but for the least number: the cost of the fit
 grows with images times classes, and it chooses four numbers."""
 OWN = tuple(name for name in TaskStatistics._fields if name not in ("scatter_P", "expansion"))

@@ -138,8 +138,7 @@ def fit(scatter_DD: Tensor, images: int, mean_MD: Tensor, sample_SD: Tensor,
     turned_MD, turned_SD = ((x - centre_D) @ vectors_DD for x in (mean_MD, sample_SD))
     known_S = ~turned_MD[sample_y_S].isnan().any(1)
     turned_SD, sample_y_S = turned_SD[known_S], sample_y_S[known_S]
-    options = [_option(values_D, scale, shrinkage, turned_MD, turned_SD, sample_y_S)
-               for shrinkage in SHRINKAGES]
+    options = _options(values_D, scale, turned_MD, turned_SD, sample_y_S)
     best = min(range(len(options)), key=lambda index: options[index][0])
     if len(sample_y_S) < FEW:
         best = len(options) // 2
@@ -158,18 +157,27 @@ def _density(covariance_TT: Tensor, mean_PT: Tensor) -> Density:
     return Density(whiten_TT, mean_PT @ whiten_TT)
 
 
-def _option(values_D: Tensor, scale: Tensor, shrinkage: float, turned_MD: Tensor,
-            turned_SD: Tensor, sample_y_S: Tensor) -> tuple[float, float]:
-    """Cross-entropy of the samples under one shrinkage, and the sharpness that it takes."""
-    inverse_D = (values_D + shrinkage * scale).rsqrt()
+def _options(values_D: Tensor, scale: Tensor, turned_MD: Tensor, turned_SD: Tensor,
+             sample_y_S: Tensor) -> list[tuple[float, float]]:
+    """Cross-entropy of the samples under each shrinkage, and the sharpness that it takes."""
     present_M = ~turned_MD.isnan().any(1)
-    if len(sample_y_S) < FEW or int(present_M.sum()) < 2:
-        return 0.0, 1.0
-    place_M = present_M.long().cumsum(0) - 1  # absent classes have no column in what follows
-    score_SM, y_S = (turned_SD * inverse_D) @ _weights(
-        turned_MD[present_M] * inverse_D).T, place_M[sample_y_S]
-    sharp = sharpness(score_SM, y_S)
-    return float(torch.nn.functional.cross_entropy(sharp * score_SM, y_S)), sharp
+    known_MD = turned_MD[present_M]  # absent classes have no column in what follows
+    if len(sample_y_S) < FEW or len(known_MD) < 2:
+        return [(0.0, 1.0)] * len(SHRINKAGES)
+    y_S = (present_M.long().cumsum(0) - 1)[sample_y_S]
+    many = len(known_MD) > known_MD.shape[1]
+    products_DD = known_MD.T @ known_MD / len(known_MD) if many else None
+    options = []
+    for shrinkage in SHRINKAGES:
+        inverse_D = (values_D + shrinkage * scale).rsqrt()
+        white_SD, white_MD = turned_SD * inverse_D, known_MD * inverse_D
+        if products_DD is None:
+            score_SM = white_SD @ _weights(white_MD).T
+        else:  # solved for the samples, of which there are fewer
+            score_SM = _solved(white_SD, inverse_D[:, None] * products_DD * inverse_D) @ white_MD.T
+        sharp = sharpness(score_SM, y_S)
+        options.append((float(torch.nn.functional.cross_entropy(sharp * score_SM, y_S)), sharp))
+    return options
 
 
 def _weights(white_MD: Tensor) -> Tensor:
@@ -179,14 +187,18 @@ def _weights(white_MD: Tensor) -> Tensor:
     M, D = known_MD.shape
     weight_MD = torch.full_like(white_MD, torch.nan)
     if M > D:  # m (I + m^T m / M)^-1 is the same, with the smaller matrix
-        products_DD = known_MD.T @ known_MD / M
-        weight_MD[present_M] = torch.linalg.solve(
-            torch.eye(D, dtype=white_MD.dtype) + products_DD, known_MD, left=False)
+        weight_MD[present_M] = _solved(known_MD, known_MD.T @ known_MD / M)
         return weight_MD
     products_MM = known_MD @ known_MD.T / max(1, M)
     weight_MD[present_M] = torch.linalg.solve(
         torch.eye(M, dtype=white_MD.dtype) + products_MM, known_MD)
     return weight_MD
+
+
+def _solved(x_ND: Tensor, products_DD: Tensor) -> Tensor:
+    """X (I + m^T m / M)^-1, where products_DD is m^T m / M of the M whitened class means m."""
+    eye_DD = torch.eye(len(products_DD), dtype=products_DD.dtype)
+    return torch.linalg.solve(eye_DD + products_DD, x_ND, left=False)
 
 
 def sharpness(score_SM: Tensor, y_S: Tensor) -> float:

@@ -20,8 +20,9 @@ IMAGES = 2048
 HEAD_RUNS = IMAGES
 """Most head evaluations of the entropy method, which evaluates every head on every image: more
 tasks mean fewer images."""
-MOST_TASKS, ASKED = 64, 32
-"""If there are more than `MOST_TASKS`, the images of `ASKED` are measured, evenly spread."""
+MOST_TASKS, ASKED, FEWER = 64, 32, 512
+"""If there are more than `MOST_TASKS`, `FEWER` images of `ASKED` tasks are measured, evenly spread:
+an image may ask a head that no other image has asked, and the head is generated for it."""
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
     """
     strategy.eval()
     weights, asked = Heads(strategy, slots), _asked(len(slots))
-    some = [_some(tests[slots[place]], IMAGES // len(asked)) for place in asked]
+    some = [_some(tests[slots[place]], _images(len(slots)) // len(asked)) for place in asked]
     sizes = [len(y_n) for _, y_n in some]
     task_N = torch.tensor(asked).repeat_interleave(torch.tensor(sizes))
     z_NCHW = torch.cat([z_nCHW for z_nCHW, _ in some]).to(next(strategy.parameters()).device)
@@ -144,6 +145,11 @@ def _strangeness(inference: Inference, slots: Sequence[int], features: FeatureSe
     if isinstance(inference, Detector):
         return inference.strangeness(slots, z_NCHW)
     return inference.distances(pooled(z_NCHW)).amin(1)
+
+
+def _images(tasks: int) -> int:
+    """The most test images that are measured where there are so many tasks."""
+    return IMAGES if tasks <= MOST_TASKS else FEWER
 
 
 def _asked(tasks: int) -> list[int]:

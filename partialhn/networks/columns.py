@@ -15,7 +15,7 @@ tensors of one shape, m generated tensors with equally many rows, P rows of all 
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -221,6 +221,11 @@ class Columns(nn.Module):
         self.v = nn.ParameterList(SPREAD * torch.randn(C, width) for C, _ in shapes)
         self.register_buffer("packed", None)
         """Once the task is learned: the signs of V_1, A_1, V_2, A_2 and so on, as uint8."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Does nothing, because it has no mode; a model of a thousand tasks has a thousand."""
+        del mode
+        return self
 
     def stacked(self, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """W_nCD of each group, of L matrices (C, D)."""

@@ -16,7 +16,7 @@ N numbers, w columns of one task.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,11 @@ class OutputSides(nn.Module):
         """Once the task is learned: the signs of V_1, V_2 and so on, as uint8."""
         # kept from nn.Module's registry: the directions are stored once, and not with each task
         self.__dict__["_dictionary"] = dictionary
+
+    def train(self, mode: bool = True) -> Self:
+        """Does nothing, because it has no mode; a model of a thousand tasks has a thousand."""
+        del mode
+        return self
 
     def stacked(self, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The L matrices (C, D) that the task starts from, as `generate` takes them."""

@@ -6,7 +6,6 @@ strategy.after_experience(t, features); strategy.finish(t)
 yield TaskRecord(accuracy on every task so far)
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -30,7 +29,12 @@ from partialhn.training.optimiser import (
     make_optimiser,
     optimiser_tensors,
 )
-from partialhn.training.records import EpochRecord, TaskRecord, is_measured_after
+from partialhn.training.records import (
+    EpochRecord,
+    TaskRecord,
+    fields_of,
+    is_measured_after,
+)
 from partialhn.training.steps import StepRecorder
 
 MORE_ROOM = ("fewer views, a deeper freeze_depth, feature_dtype int8, or a device with more "
@@ -204,7 +208,7 @@ class Learner:
             return None
         tests = [task.test for task in tasks[:index + 1]]
         metrics = {}
-        if index and tasks[index].refreshes is None:
+        if index and tasks[index].refreshes is None and is_measured_after(index):
             metrics["rejection_auroc"] = rejection_auroc(
                 self.inference, tests[:-1], tests[-1], _newest(tasks[:index]))
         add_measured(self.inference, measured, tasks[index].refreshes)
@@ -232,8 +236,8 @@ class Learner:
             tensors |= {f"inference.{key}": value
                         for key, value in self.inference.tensors().items()}
         return tensors, {"classes": list(self.strategy.classes),
-                         "epochs": [dataclasses.asdict(record) for record in self.epochs],
-                         "finished": [dataclasses.asdict(record) for record in self.finished]}
+                         "epochs": list(map(fields_of, self.epochs)),
+                         "finished": list(map(fields_of, self.finished))}
 
     def restore(self, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
         """Restores the result of `state` in a new learner of the same configuration."""

@@ -27,7 +27,7 @@ from partialhn.data.experience import Experience, task_of
 from partialhn.errors import IntegrityError
 from partialhn.naming import digest, named_sections
 from partialhn.strategies.table import OWN
-from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.records import EpochRecord, TaskRecord, fields_of
 from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
 
@@ -188,13 +188,18 @@ def load_model(filesystem: pafs.FileSystem, folder: str, lineage_id: str) -> Mod
 def state(filesystem: pafs.FileSystem, folder: str,
           learned: Sequence[Learned]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state from which `Learner.restore` goes on after the learned tasks."""
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = fetch_model(filesystem, folder, learned[-1].prefix, Path(scratch) / "model")
-        tensors, fields = checkpoint.load(copy, "model")
+    newest = learned[-1].prefix
+    fields = checkpoint.read_fields(filesystem, f"{folder}/{newest}") or {}
+    if shared.PARTS in fields:
+        tensors = shared.tensors_of(fields, shared.reader(filesystem, folder))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = fetch_model(filesystem, folder, newest, Path(scratch) / "model")
+            tensors, fields = checkpoint.load(copy, "model")
     outcome = outcome_of(learned)
     return tensors, {"classes": [len(task["classes"]) for task in fields["tasks"]],
-                     "epochs": [dataclasses.asdict(each) for each in outcome.epochs],
-                     "finished": [dataclasses.asdict(each) for each in outcome.finished]}
+                     "epochs": list(map(fields_of, outcome.epochs)),
+                     "finished": list(map(fields_of, outcome.finished))}
 
 
 def _parse(fields: dict[str, Any], lineage_id: str) -> Learned:

@@ -88,8 +88,19 @@ class Forgotten:
                 + (f" ({self.why})" if self.why else ""))
 
 
-def is_measured_after(task: int, tasks: int) -> bool:
-    """Whether task inference is measured after a task, by its index, in a run of so many tasks."""
+def fields_of(record: EpochRecord | TaskRecord) -> dict[str, Any]:
+    """The fields of a record, as they are stored. `dataclasses.asdict` would copy every number of
+    the accuracy rows, of which there are as many as tasks.
+    """
+    return dict(vars(record))
+
+
+def is_measured_after(task: int, tasks: int | None = None) -> bool:
+    """Whether task inference is measured after a task, by its index.
+
+    tasks: number of tasks of the run; it is measured after the last one, too, but for
+    rejection_auroc, which takes a fit of its own and is averaged over tasks.
+    """
     return task < ALWAYS or (task + 1) % AMONG == 0 or task + 1 == tasks
 
 

@@ -14,7 +14,7 @@ from partialhn.config import Config
 from partialhn.evaluation.metrics import StreamMetrics, summarise
 from partialhn.features.jobs import SPLITS
 from partialhn.training.learner import Learner
-from partialhn.training.records import EpochRecord, TaskRecord, class_incremental
+from partialhn.training.records import EpochRecord, TaskRecord, class_incremental, fields_of
 from partialhn.training.slots import Slot
 
 LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "numpy")
@@ -130,7 +130,7 @@ def result_fields(config: Config, slots: Sequence[Slot], macs: Mapping[str, floa
         "feature_keys": [manifest.key for manifest in features],
         "images_decoded": decoded, "notes": list(notes), "peak_rss_bytes": peak_rss_bytes(),
         "macs": dict(macs),
-        "bounds": baselines, "epochs": [dataclasses.asdict(record) for record in ours.epochs],
+        "bounds": baselines, "epochs": list(map(fields_of, ours.epochs)),
         "partialhn_version": partialhn.__version__,
         "versions_of_libraries": _versions(LIBRARIES)}
 

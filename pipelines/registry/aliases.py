@@ -14,6 +14,7 @@ from pipelines.registry.connection import Connection
 from pipelines.registry.history import Entry, History, Move, aliases
 from pipelines.registry.reading import RegisteredModel
 from pipelines.registry.versions import CHAMPION, is_ours
+from pipelines.settings import mask_password
 
 PLACE = "history"
 """Tag of a registered model that holds the URI of its history."""
@@ -43,6 +44,15 @@ class Repair:
             return f"alias {self.alias}: {move.why} (history entry {self.entry.seq})"
         return (f"alias {self.alias} pointed to {_version(self.found)}; it was set to "
                 f"{_version(self.wanted)} as in history entry {self.entry.seq} ({move.kind})")
+
+
+def unknown_stream(stream: str, connection: Connection) -> InputError:
+    """The error for a stream that the registry does not have; it lists those it has."""
+    names = ", ".join(sorted(model.name for model in connection.reader.models()))
+    return InputError(
+        f"stream is {stream!r}, which is not in the registry {mask_password(connection.uri)}; "
+        + (f"allowed: --name with one of {names}" if names else
+           "allowed: none yet; `partialhn train` or `partialhn retrain` registers one"))
 
 
 class Aliases:
@@ -219,8 +229,7 @@ class Aliases:
     def _model(self, stream: str) -> RegisteredModel:
         model = self._find(stream)
         if model is None:
-            raise InputError(f"stream {stream!r} is not in the registry; `partialhn train` or "
-                             "`partialhn retrain` registers it")
+            raise unknown_stream(stream, self._connection)
         return model
 
     def _exists(self, stream: str, version: int) -> bool:

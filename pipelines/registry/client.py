@@ -19,7 +19,7 @@ from partialhn.data.experience import task_of
 from partialhn.errors import InputError, IntegrityError
 from pipelines.platform.storage import Storage
 from pipelines.registry import package
-from pipelines.registry.aliases import BY_HAND, Aliases
+from pipelines.registry.aliases import BY_HAND, Aliases, unknown_stream
 from pipelines.registry.connection import Connection
 from pipelines.registry.history import Entry, Kind, Move, aliases
 from pipelines.registry.package import Contents
@@ -36,7 +36,6 @@ from pipelines.registry.versions import (
     challenger_of,
     task_alias,
 )
-from pipelines.settings import mask_password
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +95,7 @@ class Registry(Runs):
                   else self._add_version(run_id, tags, contents, record))
         if placing.decision is not None:
             self._client.log_dict(run_id, dict(placing.decision), "gate.json")
+        if placing.decision is not None and known is not None:
             for key in (GATE, DECISION):  # this decision may be a new one, by another policy
                 self._client.set_model_version_tag(record.stream, str(number), key, tags[key])
         version = self._version(record.stream, number)
@@ -350,9 +350,7 @@ class Registry(Runs):
     def _registered(self, name: str) -> RegisteredModel:
         model = self._reader.model(name)
         if model is None:
-            raise InputError(f"stream is {name!r}, which is not in the registry "
-                             f"{mask_password(self.tracking_uri)}; allowed: "
-                             + _listed(self.streams()))
+            raise unknown_stream(name, self._connection)
         return model
 
     def _add_version(self, run_id: str, tags: dict[str, str], contents: Contents,

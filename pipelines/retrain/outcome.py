@@ -50,6 +50,12 @@ class PassOutcome:
         return not (self.held_by or self.repaired or self.rejected or self.adopted
                     or self.learned or self.would)
 
+    @property
+    def _forgot_is_champion(self) -> bool:
+        """Whether the line about a forgotten task says which version is champion."""
+        return any("forgotten" in task and task["decision"]["passed"]
+                   and task["version"] == self.champion for task in self.learned)
+
     def fields(self) -> dict[str, Any]:
         """Plain values for --json."""
         return dataclasses.asdict(self) | {"exit_code": self.exit_code,
@@ -73,7 +79,7 @@ class PassOutcome:
         lines += [f"would: {text}" for text in self.would]
         if self.did_nothing:
             lines.append(f"{self.stream}: nothing to do")
-        elif self.champion is not None:
+        elif self.champion is not None and not self._forgot_is_champion:
             lines.append(f"champion: models:/{self.stream}/{self.champion}")
         return lines
 

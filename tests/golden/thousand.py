@@ -7,7 +7,8 @@ Pairs of handwritten digits (drawn classes, turned and shifted) and, where the f
 is given, pairs of Tiny-ImageNet classes arrive in the inbox, `--batch` at a time, and a pass of its
 own process learns them. Around the marks (`--marks`) single tasks arrive, and a pass with one task
 is timed, with the bytes that it stores. At each mark the commands that read are timed, and memory
-and report are measured. Every number is written beside its ratio to that at the first mark.
+and report are measured. Every number is written beside its ratio to that at the first mark. Started
+again with the same folder, it goes on after the last pass that ended.
 """
 
 import argparse
@@ -162,8 +163,9 @@ def timed(words: list[str], folder: Path) -> tuple[str, dict[str, float]]:
 
 def live(stream: Stream, arrivals: Arrivals, tasks: int, batch: int, marks: list[int]) -> dict:
     """Lets the tasks arrive; returns what was measured at each mark."""
-    found: dict[str, dict] = {}
-    passes, done = [], 0
+    kept = stream.folder / "measured.json"
+    found, passes = json.loads(kept.read_text()) if kept.exists() else ({}, [])
+    done = sum(measured["tasks"] for measured in passes)
     while done < tasks:
         one = done in marks
         count = 1 if one else min(batch, tasks - done,
@@ -177,6 +179,7 @@ def live(stream: Stream, arrivals: Arrivals, tasks: int, batch: int, marks: list
                                 } | stream.reading(done)
             print(json.dumps({"at": done, **found[str(done)]}), flush=True)
         done += count
+        kept.write_text(json.dumps([found, passes]))
         print(json.dumps({"learned": done, **measured}), flush=True)
     first = found[str(marks[0])]
     ratios = {mark: {key: round(value / first[key], 2) for key, value in row.items() if first[key]}
@@ -193,7 +196,7 @@ def main() -> None:
     parser.add_argument("--marks", type=int, nargs="+", default=[10, 100, 1000])
     parser.add_argument("--storage", help="s3://...; default: a folder")
     given = parser.parse_args()
-    given.folder.mkdir(parents=True)
+    given.folder.mkdir(parents=True, exist_ok=True)
     found = live(Stream(given.folder.absolute(), given.storage),
                  Arrivals(os.environ.get("PARTIALHN_TEST_DATA")), given.tasks, given.batch,
                  given.marks)
