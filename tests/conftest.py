@@ -29,6 +29,7 @@ for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_ENDPOI
     os.environ.pop(name, None)
 
 TOGETHER = {"tests/ray": "ray", "tests/golden": "ray", "tests/s3/test_features_found.py": "ray",
+            "tests/s3/test_dictionary.py": "ray",
             "tests/servers": "servers"}
 """Folders and files that share what a session starts once, and the group that one worker takes."""
 SHARED = {"ray_cluster": "ray", "database": "servers"}

@@ -192,6 +192,12 @@ class ColumnGenerator(Generator):
         return (self._directions > 0 and self.dictionary is None and bool(self.tensors)
                 and len(self.columns) == self._openers)
 
+    @property
+    def lacks_dictionary(self) -> bool:
+        """Whether the first tasks are learned and have left no directions."""
+        return (self._directions > 0 and self.dictionary is None
+                and len(self.columns) >= self._openers)
+
     @torch.no_grad()
     def close_dictionary(self, codes: Sequence[Tensor]) -> None:
         """Fills the dictionary from the tasks so far. codes: one for each task with columns.

@@ -218,6 +218,11 @@ class Strategy(nn.Module):
         return []
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the learned model and cannot see in its numbers."""
+        return ()
+
+    @property
     def reference_norm(self) -> Tensor | None:
         """The vectors of the network's own head, in a strategy that has learned nothing yet and
         whose `reference_features` no task changes; otherwise None.

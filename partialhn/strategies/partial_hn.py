@@ -277,6 +277,16 @@ class PartialHypernet(Strategy):
             generator.close_dictionary([self._own(each).code for each in range(task + 1)
                                         if generator.inherits(each)])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        generator = self.hypernet
+        if not (isinstance(generator, ColumnGenerator) and generator.lacks_dictionary):
+            return ()
+        return (f"there is no dictionary (--dictionary {self._dictionary}): the first tasks, which "
+                "were to fill it, are all ridge regression and have no columns; later tasks open "
+                "columns of their own. With --closed-form never or --epochs the first tasks are "
+                "trained",)
+
     def needs(self, task: int, refreshes: int | None, known: int) -> int:
         """As the base class; the last task with columns of its own, for those that may come after
         it. Where tasks were forgotten the dictionary may be closed earlier, and the last known

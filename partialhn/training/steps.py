@@ -140,7 +140,8 @@ class Steps:
         self._rates_1G = rates_SG.new_zeros(1, rates_SG.shape[1])
         for index, group in enumerate(optimiser.param_groups):
             group["lr"] = self._rates_1G[0, index]  # so that one operation sets all of them
-        self._one = torch.ones((), device=rates_SG.device)
+        # where PyTorch is given the loss's own gradient it imports SymPy, which takes half a second
+        self._one = torch.ones((), device=rates_SG.device) if rates_SG.is_cuda else None
         self._counts = steps_1 is None
         self._step_1 = torch.zeros(1, dtype=torch.int64, device=rates_SG.device) if (
             steps_1 is None) else steps_1

@@ -103,6 +103,11 @@ class Facts:
         return found
 
     @property
+    def notes(self) -> list[str]:
+        """What the strategy says of the model."""
+        return [str(note) for note in self.result.get("notes") or ()]
+
+    @property
     def forgotten(self) -> list[str]:
         """The tasks that the model has forgotten, in words."""
         return [f"T{str(Forgotten.from_fields(fields))[1:]}"

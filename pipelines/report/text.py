@@ -41,7 +41,7 @@ def text_summary(result: Mapping[str, Any]) -> str:
 
 def _doubts(facts: Facts) -> list[str]:
     lines = [f"WARNING task {_clean(task)!r}: {text}" for task, text in facts.doubts]
-    lines += map(_clean, facts.forgotten)
+    lines += map(_clean, [*facts.forgotten, *(f"NOTE {note}" for note in facts.notes)])
     return [wrapped for line in lines
             for wrapped in textwrap.wrap(line, COLUMNS, subsequent_indent=" " * 8)]
 

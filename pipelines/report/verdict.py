@@ -229,6 +229,7 @@ def _cautions(facts: Facts, judged: Sequence[Judged]) -> tuple[str, ...]:
     cautions = [f"Task “{each.task}” would be refused: {'; '.join(each.refusals())}."
                 for each in judged if each.refused][:NAMED]
     cautions += [f"Task “{task}”: {text}." for task, text in facts.doubts][:NAMED]
+    cautions += [f"{note[:1].upper()}{note[1:]}." for note in facts.notes]
     if refused := facts.result.get("challenger"):
         reasons = (refused.get("decision") or {}).get("reasons") or ["no reason was recorded"]
         cautions.append(f"A newer version, {refused['version']} (task “{refused['task']}”), was "

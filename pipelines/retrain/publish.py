@@ -70,6 +70,8 @@ def publish(context: PassContext, base: Sequence[Decided]) -> None:
         fields["policy"] = policies[-1]
     if gone := forgotten_by(base):
         fields["forgotten"] = [dataclasses.asdict(task) for task in gone.values()]
+    for note in fields.get("notes", ()):
+        context.progress.line(f"NOTE {note}")
     context.lease.check()
     parent = registry.stream_run(name, WORK, context.config.to_dict())
     registry.log_matrix(parent, fields["accuracy_matrix"], [slot.name for slot in slots])

@@ -230,6 +230,16 @@ def test_where_no_task_was_trained_there_are_no_directions(learner_of, with_opti
     list(learner.learn(tasks[:4]))
     assert learner.strategy.hypernet.dictionary is None
     assert not learner.strategy.hypernet.uses_dictionary(3)
+    [note] = learner.strategy.notes
+    assert "there is no dictionary (--dictionary 3)" in note
+
+
+def test_notes_say_nothing_of_a_dictionary_that_is_made_or_still_to_be_made(learned, learner_of,
+                                                                           options, tasks):
+    assert learned[0].strategy.notes == ()
+    first = learner_of(options)
+    list(first.learn(tasks[:1]))
+    assert first.strategy.notes == ()
 
 
 def test_the_answers_of_a_task_are_named_by_the_dictionary_too(learned):
