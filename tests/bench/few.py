@@ -30,7 +30,7 @@ from partialhn.config import (
 )
 from partialhn.evaluation.intervals import Interval, paired
 
-OTHERS: tuple[StrategyName, ...] = ("separate_heads", "ridge", "ncm", "linear_probe",
+OTHERS: tuple[StrategyName, ...] = ("ridge", "ncm", "linear_probe", "separate_heads",
                                     "latent_replay")
 BEHIND = -0.005
 """Most that ours may be behind ridge, NCM, linear probe and latent replay."""
