@@ -196,7 +196,7 @@ def _weights(white_MD: Tensor) -> Tensor:
 
 
 def _solved(x_ND: Tensor, products_DD: Tensor) -> Tensor:
-    """The product x (I + m^T m / M)^-1; products_DD is m^T m / M of the M whitened class means m."""
+    """The product x (I + m^T m / M)^-1, for products_DD = m^T m / M of the whitened class means."""
     eye_DD = torch.eye(len(products_DD), dtype=products_DD.dtype)
     solved_ND: Tensor = torch.linalg.solve(eye_DD + products_DD, x_ND, left=False)
     return solved_ND
