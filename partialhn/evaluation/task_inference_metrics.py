@@ -20,6 +20,8 @@ IMAGES = 2048
 HEAD_RUNS = IMAGES
 """Most head evaluations of the entropy method, which evaluates every head on every image: more
 tasks mean fewer images."""
+KEPT_BYTES = 128 << 20
+"""Bytes of generated heads that are kept while this is measured."""
 MOST_TASKS, ASKED, FEWER = 64, 32, 512
 """If there are more than `MOST_TASKS`, `FEWER` images of `ASKED` tasks are measured, evenly spread:
 an image may ask a head that no other image has asked, and the head is generated for it."""
@@ -37,7 +39,7 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
     more than `MOST_TASKS` tasks the images of some are measured, and acc_entropy is left out.
     """
     strategy.eval()
-    weights, asked = Heads(strategy, slots), _asked(len(slots))
+    weights, asked = Heads(strategy, slots, KEPT_BYTES), _asked(len(slots))
     some = [_some(tests[slots[place]], _images(len(slots)) // len(asked)) for place in asked]
     sizes = [len(y_n) for _, y_n in some]
     task_N = torch.tensor(asked).repeat_interleave(torch.tensor(sizes))
@@ -67,7 +69,7 @@ def right_without_task(strategy: Strategy, inference: Inference, tests: Sequence
     """
     strategy.eval()
     slots = range(len(tests))
-    weights = Heads(strategy, slots)
+    weights = Heads(strategy, slots, KEPT_BYTES)
     right = []
     for task, features in enumerate(tests):
         found = []
