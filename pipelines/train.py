@@ -223,7 +223,7 @@ class Job:
         """
         model = registrar.newest_model()
         fields = result_fields(self.config, registrar.slots, cut.macs, decoded, outcomes,
-                               self.clock.laps, notes)
+                               self.clock.laps, [*notes, *model.strategy.notes])
         fields |= model_sizes(model) | {
             "name": self.output.name, "work": self.work, "weights_hash": model.weights_hash(),
             "checkpoint_bytes": registrar.checkpoint_bytes, "device": device,

@@ -147,9 +147,7 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
 
 
 def model_sizes(model: Model) -> dict[str, Any]:
-    """Weight counts and bytes of a model's trunk, shared parameters and generated weights, and its
-    strategy's notes where it has some.
-    """
+    """Weight counts and bytes of a model's trunk, shared parameters and generated weights."""
     def size(tensors: Mapping[str, Any]) -> int:
         return int(sum(value.numel() * value.element_size() for value in tensors.values()))
 
@@ -158,8 +156,7 @@ def model_sizes(model: Model) -> dict[str, Any]:
     trunk = model.trunk.state_dict()
     return {"trunk_bytes": size(trunk), "shared_bytes": size(strategy.state_dict()) - own,
             "weights": {"generated": strategy.head.weight_count,
-                        "trunk": sum(value.numel() for value in trunk.values())},
-            **({"notes": list(strategy.notes)} if strategy.notes else {})}
+                        "trunk": sum(value.numel() for value in trunk.values())}}
 
 
 def _task_fields(slot: Slot) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Facts:
 
     @property
     def notes(self) -> list[str]:
-        """What the strategy says of the model."""
+        """What the user should know of the run and the model."""
         return [str(note) for note in self.result.get("notes") or ()]
 
     @property

@@ -53,7 +53,8 @@ def publish(context: PassContext, base: Sequence[Decided]) -> None:
     outcome = lineage.outcome_of(context.learned(base))
     model, size = context.model(lineage_ids[-1])
     fields = result_fields(context.config, slots, cut.macs, 0,
-                           {context.config.train.strategy: outcome}, context.clock.laps)
+                           {context.config.train.strategy: outcome}, context.clock.laps,
+                           model.strategy.notes)
     stored = checkpoint.read_fields(context.storage.filesystem,
                                     f"{context.folder}/{lineage_ids[-1]}")
     weights_hash = stored["weights_hash"] if stored else model.weights_hash()
@@ -70,7 +71,7 @@ def publish(context: PassContext, base: Sequence[Decided]) -> None:
         fields["policy"] = policies[-1]
     if gone := forgotten_by(base):
         fields["forgotten"] = [dataclasses.asdict(task) for task in gone.values()]
-    for note in fields.get("notes", ()):
+    for note in model.strategy.notes:
         context.progress.line(f"NOTE {note}")
     context.lease.check()
     parent = registry.stream_run(name, WORK, context.config.to_dict())
