@@ -20,7 +20,13 @@ from torch import Tensor, nn
 
 from partialhn.config import Norm, Precision
 from partialhn.errors import InputError
-from partialhn.networks.backbone import from_map, pooled, to_map
+from partialhn.networks.backbone import (
+    from_map,
+    laid_out,
+    pooled,
+    prefers_channels_last,
+    to_map,
+)
 from partialhn.networks.columns import kernel_layout
 from partialhn.networks.cut import CutNetwork, skeleton
 from partialhn.networks.draws import seeded
@@ -107,6 +113,7 @@ class Head(nn.Module):
         self.width, self.precision, self._layout = cut.width, precision, cut.feature_layout
         self._at_pixels, self.is_linear = not len(cut.trunk.stages), False
         self._feature_channels = cut.channels
+        self._channels_last = self._layout == "BCHW" and prefers_channels_last(cut.stages)
         self.matrices: tuple[GeneratedTensor, ...] = ()
         if not len(cut.stages):
             self._become_linear(cut.width)
@@ -259,6 +266,8 @@ class Head(nn.Module):
             z, tensors = Rounded.apply(z, layout), tensors | {
                 name: Rounded.apply(value, layout) for name, value in weights.matrices.items()
                 if value.dim() == 4 and value.dtype != torch.bfloat16}
+        elif precision == "float32":
+            z = laid_out(z, self._channels_last)
         with autocast_to(precision, z_BCHW.device):
             z = cast(Tensor, torch.func.functional_call(blocks, tensors, (z,), strict=True))
         if z.dim() == 4 and z.dtype == torch.bfloat16:
@@ -274,7 +283,7 @@ class Head(nn.Module):
         """
         tensors, stages = self.tensors(weights), list(self.blocks.children())
         wanted = range(len(stages)) if blocks is None else [block % len(stages) for block in blocks]
-        z, found = from_map(z_BCHW, self._layout), {}
+        z, found = laid_out(from_map(z_BCHW, self._layout), self._channels_last), {}
         for number, stage in enumerate(stages[:max(wanted) + 1]):
             prefix = f"{number}."
             own = {name.removeprefix(prefix): value for name, value in tensors.items()

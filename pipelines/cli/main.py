@@ -43,8 +43,9 @@ class Train(Sections):
 
     The same command resumes where an interrupted one stopped. --preset NAME starts from a known
     configuration (digits, split-cifar10, split-cifar100, split-tiny-imagenet,
-    split-tiny-imagenet-5x10, noisy-cifar, domain-cifar10), --config FILE from a YAML file (sections
-    data, backbone, features, hypernet, train, compute); options given here win.
+    split-tiny-imagenet-5x10, noisy-cifar, domain-cifar10, pretrained-cifar10,
+    pretrained-tiny-imagenet), --config FILE from a YAML file (sections data, backbone, features,
+    hypernet, train, compute); options given here win.
     """
 
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)

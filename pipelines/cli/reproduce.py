@@ -19,10 +19,11 @@ from pipelines.cli.next_steps import next_steps
 class Reproduce:
     """Learn a benchmark by every strategy, at several depths, under several seeds, and compare.
 
-    Benchmarks: noisy-cifar, split-cifar10, split-cifar100, split-tiny-imagenet. Runs in one
-    process; finished cells are kept, so the same command goes on where it stopped. Writes
-    report.html, table.csv, table.md, plots.svg, result.json and the cells. Exit code 3: an
-    accuracy lies outside of the range of the recorded runs.
+    Benchmarks: noisy-cifar, split-cifar10, split-cifar100, split-tiny-imagenet, and on a trunk
+    that was trained elsewhere pretrained-cifar10 and pretrained-tiny-imagenet. Runs in one process;
+    finished cells are kept, so the same command goes on where it stopped. Writes report.html,
+    table.csv, table.md, plots.svg, result.json and the cells. Exit code 3: an accuracy lies outside
+    of the range of the recorded runs.
     """
 
     benchmark: Positional[str]

@@ -14,7 +14,9 @@ import torch
 from partialhn.benchmarks.catalogue import BENCHMARKS, EVERY, Cell, expected, find_benchmark
 from partialhn.benchmarks.reproduce import _for_each, config_of
 from partialhn.errors import InputError
-from pipelines.cli.main import run
+from partialhn.presets import PRESETS
+from pipelines.cli.main import Train, run
+from pipelines.cli.reproduce import Reproduce
 
 DATA = os.environ.get("PARTIALHN_TEST_DATA")
 
@@ -33,6 +35,11 @@ def test_every_strategy_is_in_every_size(name, size):
     assert len(pack.cells(size, 7)) == 7 * len(first)
     known = {f"{cell.label}@{cell.depth}" for cell in cells}
     assert set(expected(name, size)) <= known
+
+
+def test_the_help_names_every_benchmark_and_every_preset():
+    assert all(name in " ".join((Reproduce.__doc__ or "").split()) for name in BENCHMARKS)
+    assert all(name in " ".join((Train.__doc__ or "").split()) for name in PRESETS)
 
 
 def test_a_smaller_size_is_the_first_tasks_of_the_same_kind():
