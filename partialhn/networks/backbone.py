@@ -94,8 +94,9 @@ def prefers_channels_last(blocks: nn.Module) -> bool:
 
 
 def laid_out(z_BCHW: Tensor, channels_last: bool) -> Tensor:
-    """A map in the layout in which its device convolves it fastest in float32."""
-    if channels_last and z_BCHW.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+    """A map in the layout in which its device convolves it fastest in float32; a GPU's stays."""
+    kind = z_BCHW.device.type
+    if channels_last and kind != "cuda" and not torch.is_autocast_enabled(kind):
         return z_BCHW.contiguous(memory_format=torch.channels_last)
     return z_BCHW
 
