@@ -1,4 +1,4 @@
-"""Channels last in memory against channels first on a CPU: steps of blocks, and the trunk's training.
+"""Channels last in memory against channels first on a CPU: blocks, and the trunk's training.
 
     python tests/bench/layouts.py [--quick] [--json FILE]
 
