@@ -164,30 +164,28 @@ class Detector:
         weights: the head weights of the slots, in the same order.
         """
         prepared, h_BD = self._prepare(slots), self._expanded(z_BCHW)
-        white_BD = prepared.fitted.white(h_BD)
 
         def log_p(task: int, rows_R: Tensor) -> Tensor:
             sharp = self.slots[slots[task]]["sharpness"].item()
             logits_RK: Tensor = head(z_BCHW[rows_R.to(z_BCHW.device)], weights[task])
             return (sharp * logits_RK).log_softmax(1).cpu()
 
-        joint = answer(self._by_task(prepared, white_BD), prepared.powers, log_p, prepared.usual)
-        return joint, prepared.fitted.strangeness(h_BD, white_BD) <= prepared.threshold
+        joint = answer(self._by_task(prepared, h_BD), prepared.powers, log_p, prepared.usual)
+        return joint, prepared.fitted.strangeness(h_BD) <= prepared.threshold
 
     def classify(self, slots: Sequence[int], z_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The detector's own answers, without any head: the place in `slots` of the likeliest
         task (B,), and its likeliest class (B,).
         """
         prepared = self._prepare(slots)
-        log_p_BTL = self._by_task(prepared, prepared.fitted.white(self._expanded(z_BCHW)))
+        log_p_BTL = self._by_task(prepared, self._expanded(z_BCHW))
         best_BT2 = log_p_BTL.max(2)
         task_B = best_BT2.values.argmax(1)
         return task_B, best_BT2.indices.gather(1, task_B[:, None])[:, 0]
 
     def strangeness(self, slots: Sequence[int], z_BCHW: Tensor) -> Tensor:
         """How little each image resembles any class of the slots, (B,): larger is stranger."""
-        fitted, h_BD = self._prepare(slots).fitted, self._expanded(z_BCHW)
-        return fitted.strangeness(h_BD, fitted.white(h_BD))
+        return self._prepare(slots).fitted.strangeness(self._expanded(z_BCHW))
 
     def threshold(self, slots: Sequence[int]) -> float:
         """Strangeness beyond which an image seems to belong to no task of the slots."""
@@ -263,11 +261,11 @@ class Detector:
         assert self.expansion is not None
         return self.expansion(z_BCHW)
 
-    def _by_task(self, prepared: _Prepared, white_BD: Tensor) -> Tensor:
+    def _by_task(self, prepared: _Prepared, h_BD: Tensor) -> Tensor:
         """Log-probabilities among the classes of all tasks (B, T, L), infinite negative after a
         task's last class.
         """
-        log_p_BM = prepared.fitted.log_probabilities(white_BD)
+        log_p_BM = prepared.fitted.log_probabilities(h_BD)
         none_B1 = log_p_BM.new_full((len(log_p_BM), 1), -torch.inf)
         return torch.cat([log_p_BM, none_B1], 1)[:, prepared.column_TL]
 
@@ -298,11 +296,10 @@ class Detector:
         fitted = fit(unpacked(self.scatter_P, self.expansion.width), images,
                      torch.cat([each["mean_KD"] for each in own]).double(), sample_SD, y_S,
                      self.expansion.own)
-        white_SD = fitted.white(sample_SD)
-        threshold = math.inf if not len(white_SD) else torch.quantile(
-            fitted.strangeness(sample_SD, white_SD), 1 - self.false_alarms).item()
+        threshold = math.inf if not len(sample_SD) else torch.quantile(
+            fitted.strangeness(sample_SD), 1 - self.false_alarms).item()
         sizes = [len(each["sample_y_S"]) for each in own]
-        log_p_SM = torch.split(fitted.log_probabilities(white_SD), sizes)
+        log_p_SM = torch.split(fitted.log_probabilities(sample_SD), sizes)
         opinions = [(each["sample_head_SK"], _within(log_p, start, count), each["sample_y_S"])
                     for each, log_p, start, count in zip(own, log_p_SM, first, classes,
                                                          strict=True)

@@ -1,9 +1,12 @@
 """The detector's classifier, solved from its statistics: ridge regression over all classes.
 
 Targets are one for an image's class and zero for the others, every class counts alike, and the
-penalty is the shrinkage of the covariance within classes. In coordinates that this covariance
-whitens, with class means m (M, D), the weights are (I + m m^T / M)^-1 m. The kept samples choose
-what the sums cannot say: the shrinkage, and the sharpness of the probabilities.
+penalty is the shrinkage of the covariance within classes: with this covariance W, shrunk, and class
+means m (P, D) around their centre, the weights are (W + m^T m / P)^-1 m. Generalised
+cross-validation (Golub, Heath and Wahba 1979) chooses the shrinkage: it predicts the squared error
+on new images from the sums alone. The smallest shrinkage is taken whose error is within `TOLERANCE`
+of the least, because more classes are right with it. The kept samples choose what the sums cannot
+say: how sharp the probabilities are, and how strange a known image is.
 
 Legend: B images, S sampled images of all tasks, M classes of all tasks, P of them that have images,
 D expanded features, T of them that are the trunk's own means and spreads.
@@ -16,12 +19,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SHRINKAGES = tuple(10.0 ** (power / 2) for power in range(-6, 3))
+from partialhn.detector.statistics import UNIT
+
+SHRINKAGES = tuple(10.0 ** (power / 4) for power in range(-12, 9))
 """Isotropic parts of the covariance that are tried, in units of its mean eigenvalue."""
+TOLERANCE = 0.02
+"""Share by which the squared error may exceed the least (`docs/measurements/task-inference.md`)."""
 SHARPEST = 100.0
 """Largest factor on the scores."""
 FEW = 8
-"""Fewer samples than this choose nothing: the middle of `SHRINKAGES` is taken."""
+"""Fewer samples than this say nothing."""
 OWN_SHRINKAGE = 0.01
 """Isotropic part of the covariance of the trunk's own means and spreads."""
 
@@ -68,14 +75,15 @@ class Density:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fitted:
-    """A solved classifier, in whitened coordinates: their origin is the mean of the class means."""
+    """A solved classifier of features, seen from the mean of the class means."""
 
     centre_D: Tensor
     whiten_DD: Tensor
+    """The map to coordinates in which the shrunk covariance within classes is the identity."""
     unit_PD: Tensor
     """Whitened class means, of length 1."""
     weight_MD: Tensor
-    """Weights of whitened features for the score of each class; not a number for a class without
+    """Weights of the features for the score of each class; not a number for a class without
     images."""
     sharpness: float
     """Factor on the classes' scores."""
@@ -84,34 +92,30 @@ class Fitted:
     angles: Usual = UNKNOWN
     distances: Usual = UNKNOWN
 
-    def white(self, h_BD: Tensor) -> Tensor:
-        """Whitened features."""
-        return (h_BD - self.centre_D) @ self.whiten_DD
-
-    def log_probabilities(self, white_BD: Tensor) -> Tensor:
-        """Log-probabilities of all classes (B, M), from whitened features."""
-        score_BM = (white_BD @ self.weight_MD.T).nan_to_num(nan=-torch.inf)
+    def log_probabilities(self, h_BD: Tensor) -> Tensor:
+        """Log-probabilities of all classes (B, M)."""
+        score_BM = ((h_BD - self.centre_D) @ self.weight_MD.T).nan_to_num(nan=-torch.inf)
         return (self.sharpness * score_BM).log_softmax(1)
 
-    def strangeness(self, h_BD: Tensor, white_BD: Tensor) -> Tensor:
-        """How little an image resembles any class, (B,): larger is stranger. white_BD: of h_BD.
+    def strangeness(self, h_BD: Tensor) -> Tensor:
+        """How little an image resembles any class, (B,): larger is stranger.
 
         Both of its parts are in standard deviations of the sampled images. The first is the largest
-        cosine between the image and a class mean, seen from the mean of all: it tells near
-        strangers best. The second is the trunk's own density, which tells noise, blur and drawings;
-        it counts from one deviation on, because it says nothing about near strangers.
+        cosine between the image and a class mean, whitened and seen from the mean of all: it tells
+        near strangers best. The second is the trunk's own density, which tells noise, blur and
+        drawings; it counts from one deviation on, because it says nothing about near strangers.
         """
-        angle_B = self.angles.deviation(self._angle(white_BD))
+        angle_B = self.angles.deviation(self._angle(h_BD))
         return angle_B + (self.distances.deviation(self.density.distance(h_BD)) - 1).clamp_min(0)
 
     def measured(self, h_SD: Tensor) -> "Fitted":
         """The same, with what is usual for the sampled images h_SD."""
-        return dataclasses.replace(self, angles=Usual.of(self._angle(self.white(h_SD))),
+        return dataclasses.replace(self, angles=Usual.of(self._angle(h_SD)),
                                    distances=Usual.of(self.density.distance(h_SD)))
 
-    def _angle(self, white_BD: Tensor) -> Tensor:
+    def _angle(self, h_BD: Tensor) -> Tensor:
         """Minus the largest cosine between an image and a class mean, (B,)."""
-        unit_BD = torch.nn.functional.normalize(white_BD, dim=1)
+        unit_BD = torch.nn.functional.normalize((h_BD - self.centre_D) @ self.whiten_DD, dim=1)
         return -(unit_BD @ self.unit_PD.T).amax(1)
 
     def single(self) -> "Fitted":
@@ -131,75 +135,65 @@ def fit(scatter_DD: Tensor, images: int, mean_MD: Tensor, sample_SD: Tensor,
     classes of the sampled images, among the M. own: how many of the D features are the trunk's own
     means and spreads, T; they are the first ones.
     """
-    values_D, vectors_DD = torch.linalg.eigh(scatter_DD / max(1, images))
-    values_D = values_D.clamp_min(0)
-    scale = values_D.mean().clamp_min(1e-12)
-    centre_D = mean_MD.nanmean(0)
-    turned_MD, turned_SD = ((x - centre_D) @ vectors_DD for x in (mean_MD, sample_SD))
-    known_S = ~turned_MD[sample_y_S].isnan().any(1)
-    turned_SD, sample_y_S = turned_SD[known_S], sample_y_S[known_S]
-    options = _options(values_D, scale, turned_MD, turned_SD, sample_y_S)
-    best = min(range(len(options)), key=lambda index: options[index][0])
-    if len(sample_y_S) < FEW:
-        best = len(options) // 2
-    inverse_D, sharp = (values_D + SHRINKAGES[best] * scale).rsqrt(), options[best][1]
-    white_MD, present_M = turned_MD * inverse_D, ~mean_MD.isnan().any(1)
-    unit_PD = torch.nn.functional.normalize(white_MD[present_M], dim=1)
-    density = _density(scatter_DD[:own, :own] / max(1, images), mean_MD[present_M, :own])
-    return Fitted(centre_D, vectors_DD * inverse_D, unit_PD, _weights(white_MD), sharp,
-                  SHRINKAGES[best], density).measured(sample_SD[known_S])
+    images = max(1, images)
+    covariance_DD, present_M = scatter_DD / images, ~mean_MD.isnan().any(1)
+    centre_D = mean_MD[present_M].mean(0)
+    around_PD, sampled_SD = mean_MD[present_M] - centre_D, sample_SD[present_M[sample_y_S]]
+    shrinkage, penalty, weight_PD = _ridge(covariance_DD, around_PD, images)
+    weight_MD = torch.full_like(mean_MD, torch.nan)
+    weight_MD[present_M] = weight_PD
+    sharp = 1.0
+    if len(sampled_SD) >= FEW and len(around_PD) > 1:
+        column_M = present_M.long().cumsum(0) - 1  # absent classes have none
+        sharp = sharpness((sampled_SD - centre_D) @ weight_PD.T,
+                          column_M[sample_y_S[present_M[sample_y_S]]])
+    whiten_DD = _whitening(covariance_DD, penalty)
+    unit_PD = torch.nn.functional.normalize(around_PD @ whiten_DD, dim=1)
+    own_TT = covariance_DD[:own, :own]
+    whiten_TT = _whitening(own_TT, _penalty(own_TT, OWN_SHRINKAGE, images))
+    density = Density(whiten_TT, mean_MD[present_M, :own] @ whiten_TT)
+    return Fitted(centre_D, whiten_DD, unit_PD, weight_MD, sharp, shrinkage,
+                  density).measured(sampled_SD)
 
 
-def _density(covariance_TT: Tensor, mean_PT: Tensor) -> Density:
-    scale = OWN_SHRINKAGE * covariance_TT.diagonal().mean().clamp_min(1e-12)
-    lower_TT = torch.linalg.cholesky(covariance_TT + scale * torch.eye(len(covariance_TT)).double())
-    whiten_TT = torch.linalg.inv(lower_TT).T.contiguous()
-    return Density(whiten_TT, mean_PT @ whiten_TT)
+def _ridge(covariance_DD: Tensor, around_PD: Tensor,
+           images: int) -> tuple[float, float, Tensor]:
+    """The shrinkage that generalised cross-validation chooses, the penalty that it is, and the
+    weights (P, D). around_PD: class means, around their mean.
+    """
+    classes = len(around_PD)
+    values_D, vectors_DD = torch.linalg.eigh(covariance_DD + around_PD.T @ around_PD / classes)
+    values_D, turned_PD = values_D.clamp_min(0), around_PD @ vectors_DD
+    signal_D = turned_PD.square().sum(0) / classes
+
+    def error(shrinkage: float) -> float:  # squared, of all targets together
+        shrunk_D = values_D + _penalty(covariance_DD, shrinkage, images)
+        residual = classes - 1 - (signal_D * (2 - values_D / shrunk_D) / shrunk_D).sum()
+        freedom = 1 - (1 + (values_D / shrunk_D).sum()) / images
+        return float(residual / freedom**2) if freedom > 0 else math.inf
+
+    errors = [error(shrinkage) for shrinkage in SHRINKAGES]
+    best, least = SHRINKAGES[-1], min(errors)
+    if classes > 1 and least < math.inf:  # else there are too few images to say
+        best = next(shrinkage for shrinkage, own in zip(SHRINKAGES, errors, strict=True)
+                    if own <= (1 + TOLERANCE) * least)
+    penalty = _penalty(covariance_DD, best, images)
+    return best, penalty, turned_PD / (values_D + penalty) @ vectors_DD.T
 
 
-def _options(values_D: Tensor, scale: Tensor, turned_MD: Tensor, turned_SD: Tensor,
-             sample_y_S: Tensor) -> list[tuple[float, float]]:
-    """Cross-entropy of the samples under each shrinkage, and the sharpness that it takes."""
-    present_M = ~turned_MD.isnan().any(1)
-    known_MD = turned_MD[present_M]  # absent classes have no column in what follows
-    if len(sample_y_S) < FEW or len(known_MD) < 2:
-        return [(0.0, 1.0)] * len(SHRINKAGES)
-    y_S = (present_M.long().cumsum(0) - 1)[sample_y_S]
-    many = len(known_MD) > known_MD.shape[1]
-    products_DD = known_MD.T @ known_MD / len(known_MD) if many else None
-    options = []
-    for shrinkage in SHRINKAGES:
-        inverse_D = (values_D + shrinkage * scale).rsqrt()
-        white_SD, white_MD = turned_SD * inverse_D, known_MD * inverse_D
-        if products_DD is None:
-            score_SM = white_SD @ _weights(white_MD).T
-        else:  # solved for the samples, of which there are fewer
-            score_SM = _solved(white_SD, inverse_D[:, None] * products_DD * inverse_D) @ white_MD.T
-        sharp = sharpness(score_SM, y_S)
-        options.append((float(torch.nn.functional.cross_entropy(sharp * score_SM, y_S)), sharp))
-    return options
+def _penalty(covariance_DD: Tensor, shrinkage: float, images: int) -> float:
+    """The isotropic part that is added; at least as large as the eigenvalues below zero that the
+    rounding of the sums can bring about.
+    """
+    rounding = UNIT * math.sqrt(len(covariance_DD) / images)
+    return max(shrinkage * float(covariance_DD.diagonal().mean()), rounding)
 
 
-def _weights(white_MD: Tensor) -> Tensor:
-    """The ridge weights of whitened class means; not a number for a class without images."""
-    present_M = ~white_MD.isnan().any(1)
-    known_MD = white_MD[present_M]
-    M, D = known_MD.shape
-    weight_MD = torch.full_like(white_MD, torch.nan)
-    if M > D:  # m (I + m^T m / M)^-1 is the same, with the smaller matrix
-        weight_MD[present_M] = _solved(known_MD, known_MD.T @ known_MD / M)
-        return weight_MD
-    products_MM = known_MD @ known_MD.T / max(1, M)
-    weight_MD[present_M] = torch.linalg.solve(
-        torch.eye(M, dtype=white_MD.dtype) + products_MM, known_MD)
-    return weight_MD
-
-
-def _solved(x_ND: Tensor, products_DD: Tensor) -> Tensor:
-    """The product x (I + m^T m / M)^-1, for products_DD = m^T m / M of the whitened class means."""
-    eye_DD = torch.eye(len(products_DD), dtype=products_DD.dtype)
-    solved_ND: Tensor = torch.linalg.solve(eye_DD + products_DD, x_ND, left=False)
-    return solved_ND
+def _whitening(covariance_DD: Tensor, penalty: float) -> Tensor:
+    """W (D, D) so that x @ W has the covariance I where x has the given one, plus penalty * I."""
+    one_DD = torch.eye(len(covariance_DD), dtype=covariance_DD.dtype)
+    lower_DD = torch.linalg.cholesky(covariance_DD + penalty * one_DD)
+    return torch.linalg.solve_triangular(lower_DD, one_DD, upper=False).T.contiguous()
 
 
 def sharpness(score_SM: Tensor, y_S: Tensor) -> float:

@@ -117,7 +117,7 @@ class Scores:
 
     def logits(self, h_BD):
         fitted = self.fitted
-        return fitted.sharpness * fitted.white(h_BD) @ fitted.weight_MD.T
+        return fitted.sharpness * (h_BD - fitted.centre_D) @ fitted.weight_MD.T
 
     def residual(self, h_BD):
         return ((h_BD - self.centre_D) @ self.outside_DR.float()).norm(dim=1)
@@ -127,7 +127,6 @@ class Scores:
 
     def all(self):
         fitted = self.fitted
-        cosine = lambda h_BD: -(unit(fitted.white(h_BD)) @ fitted.unit_PD.T).amax(1)  # noqa: E731
         return {
             "largest probability": lambda h_BD: -self.logits(h_BD).softmax(1).amax(1),
             "largest logit": lambda h_BD: -self.logits(h_BD).amax(1),
@@ -139,10 +138,9 @@ class Scores:
             "ViM": lambda h_BD: self.alpha * self.residual(h_BD) - self.logits(h_BD).logsumexp(1),
             "50th nearest image": lambda h_BD: 1 - (unit(h_BD) @ self.few_ND.T).topk(
                 50, 1).values[:, -1],
-            "whitened cosine": cosine,
+            "whitened cosine": fitted._angle,
             "the trunk's density": fitted.density.distance,
-            "whitened cosine and density (detector)":
-                lambda h_BD: fitted.strangeness(h_BD, fitted.white(h_BD))}
+            "whitened cosine and density (detector)": fitted.strangeness}
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.detector.detector import Detector
 from partialhn.detector.expansion import SEEN, Expansion, expansion_of, scaled, seen_blocks
-from partialhn.detector.fitted import SHRINKAGES, fit
+from partialhn.detector.fitted import SHRINKAGES, TOLERANCE, fit
 from partialhn.detector.mixture import DRAWN, POWER, Powers, answer, fit_powers, mixed, usual_top
 from partialhn.detector.statistics import (
     SAMPLE,
@@ -173,29 +173,43 @@ def test_a_class_without_images_is_never_the_answer(measured, tasks):
     assert torch.isfinite(detector.strangeness((0, 1), plain(tasks[0].test))).all()
 
 
-def test_the_classifier_is_ridge_regression():
-    """Its weights are those of one-hot targets where every class counts alike."""
+def test_the_classifier_is_ridge_regression_with_the_penalty_of_cross_validation():
+    """Its weights are those of one-hot targets where every class counts alike, and its penalty is
+    the smallest whose generalised cross-validation error is within `TOLERANCE` of the least.
+    """
     rng = np.random.default_rng(0)
-    y_N = np.repeat(np.arange(3), 60)
-    x_NF = rng.normal(size=(180, 4)) @ rng.normal(size=(4, 4)) + 0.7 * rng.normal(size=(3, 4))[y_N]
+    y_N = np.repeat(np.arange(3), 15)
+    x_NF = rng.normal(size=(45, 30)) + 0.7 * rng.normal(size=(3, 30))[y_N]
     means = np.stack([x_NF[y_N == label].mean(0) for label in range(3)])
-    centred = x_NF - means[y_N]
+    centred, around, targets = x_NF - means[y_N], x_NF - means.mean(0), np.eye(3)[y_N]
     scatter = centred.T @ centred
-    few = fit(*map(torch.from_numpy, (scatter,)), 180, torch.from_numpy(means),
-              torch.from_numpy(x_NF[:7]), torch.from_numpy(y_N[:7]), 2)
-    assert few.shrinkage == SHRINKAGES[len(SHRINKAGES) // 2], "seven samples choose nothing"
-    fitted = fit(torch.from_numpy(scatter), 180, torch.from_numpy(means), torch.from_numpy(x_NF),
-                 torch.from_numpy(y_N), 2)
-    around = x_NF - means.mean(0)
-    penalty = fitted.shrinkage * np.trace(scatter / 180) / 4
-    weights = np.linalg.solve(around.T @ around / 180 + penalty * np.eye(4),
-                              around.T @ np.eye(3)[y_N] / 180)
-    logits = torch.from_numpy(3 * fitted.sharpness * around @ weights)
-    torch.testing.assert_close(fitted.log_probabilities(fitted.white(torch.from_numpy(x_NF))),
+    fitted = fit(torch.from_numpy(scatter), 45, torch.from_numpy(means),
+                 torch.from_numpy(x_NF), torch.from_numpy(y_N), 2)
+
+    def solved(shrinkage):
+        penalty = shrinkage * np.trace(scatter / 45) / 30
+        inverse = np.linalg.inv(around.T @ around / 45 + penalty * np.eye(30))
+        hat = around @ inverse @ around.T / 45 + 1 / 45
+        error = ((targets - hat @ targets)**2).sum() / (1 - np.trace(hat) / 45)**2
+        return inverse @ around.T @ targets / 45, error
+
+    errors = [solved(shrinkage)[1] for shrinkage in SHRINKAGES]
+    close = np.array(errors) <= (1 + TOLERANCE) * min(errors)
+    assert 0 < np.argmax(close) < np.argmin(errors), "the data must be so that both choose"
+    assert fitted.shrinkage == SHRINKAGES[np.argmax(close)]
+    logits = torch.from_numpy(3 * fitted.sharpness * around @ solved(fitted.shrinkage)[0])
+    torch.testing.assert_close(fitted.log_probabilities(torch.from_numpy(x_NF)),
                                logits.log_softmax(1))
     best = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y_N))
     for factor in (0.9, 1.1):
         assert torch.nn.functional.cross_entropy(factor * logits, torch.from_numpy(y_N)) > best
+
+
+def test_one_image_of_each_class_gives_the_largest_penalty():
+    mean_MD = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 5)))
+    fitted = fit(torch.zeros(5, 5).double(), 3, mean_MD, mean_MD[:0], torch.empty(0).long(), 2)
+    assert fitted.shrinkage == SHRINKAGES[-1]
+    assert fitted.log_probabilities(mean_MD).argmax(1).tolist() == [0, 1, 2]
 
 
 def test_an_image_is_strange_by_its_direction_or_by_the_trunks_density():
@@ -205,16 +219,16 @@ def test_an_image_is_strange_by_its_direction_or_by_the_trunks_density():
     x_ND = mean_MD[y_N] + torch.from_numpy(rng.normal(size=(400, 12)))
     centred = x_ND - mean_MD[y_N]
     fitted = fit(centred.T @ centred, 400, mean_MD, x_ND[::2], y_N[::2], 6)
-    strange_N = fitted.strangeness(x_ND[1::2], fitted.white(x_ND[1::2]))
+    strange_N = fitted.strangeness(x_ND[1::2])
     limit = torch.quantile(strange_N, 0.95)
     beyond_D = mean_MD.mean(0) + 8 * (mean_MD[1] - mean_MD.mean(0))  # in the direction of class 1
     elsewhere_D = mean_MD.mean(0) + 4 * torch.eye(12).double()[5]
     strangers_BD = torch.stack([beyond_D, elsewhere_D])
-    assert (fitted.strangeness(strangers_BD, fitted.white(strangers_BD)) > limit).all()
+    assert (fitted.strangeness(strangers_BD) > limit).all()
     near_B = fitted.density.distance(mean_MD[:, :12])
     assert (near_B < fitted.density.distance(strangers_BD[:1])).all()
     blind = dataclasses.replace(fitted, distances=fitted.distances._replace(mean=1e9))
-    assert blind.strangeness(strangers_BD[:1], fitted.white(strangers_BD[:1])) < limit
+    assert blind.strangeness(strangers_BD[:1]) < limit
 
 
 def opinions(rng, images, classes, clear):
