@@ -179,12 +179,13 @@ def test_the_classifier_is_ridge_regression_with_the_penalty_of_cross_validation
     """
     rng = np.random.default_rng(0)
     y_N = np.repeat(np.arange(3), 15)
-    x_NF = rng.normal(size=(45, 30)) + 0.7 * rng.normal(size=(3, 30))[y_N]
+    x_2NF = rng.normal(size=(2, 45, 30)) + 0.5 * rng.normal(size=(3, 30))[y_N]
+    x_NF, sample_SF = x_2NF[0], torch.from_numpy(x_2NF[1])
     means = np.stack([x_NF[y_N == label].mean(0) for label in range(3)])
     centred, around, targets = x_NF - means[y_N], x_NF - means.mean(0), np.eye(3)[y_N]
     scatter = centred.T @ centred
     fitted = fit(torch.from_numpy(scatter), 45, torch.from_numpy(means),
-                 torch.from_numpy(x_NF), torch.from_numpy(y_N), 2)
+                 sample_SF, torch.from_numpy(y_N), 2)
 
     def solved(shrinkage):
         penalty = shrinkage * np.trace(scatter / 45) / 30
@@ -197,19 +198,21 @@ def test_the_classifier_is_ridge_regression_with_the_penalty_of_cross_validation
     close = np.array(errors) <= (1 + TOLERANCE) * min(errors)
     assert 0 < np.argmax(close) < np.argmin(errors), "the data must be so that both choose"
     assert fitted.shrinkage == SHRINKAGES[np.argmax(close)]
-    logits = torch.from_numpy(3 * fitted.sharpness * around @ solved(fitted.shrinkage)[0])
-    torch.testing.assert_close(fitted.log_probabilities(torch.from_numpy(x_NF)),
-                               logits.log_softmax(1))
+    weight_FK = torch.from_numpy(3 * fitted.sharpness * solved(fitted.shrinkage)[0])
+    logits = (sample_SF - torch.from_numpy(means.mean(0))) @ weight_FK
+    torch.testing.assert_close(fitted.log_probabilities(sample_SF), logits.log_softmax(1))
     best = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y_N))
     for factor in (0.9, 1.1):
         assert torch.nn.functional.cross_entropy(factor * logits, torch.from_numpy(y_N)) > best
 
 
-def test_one_image_of_each_class_gives_the_largest_penalty():
+def test_one_image_of_each_class_is_enough_for_an_answer():
     mean_MD = torch.from_numpy(np.random.default_rng(0).normal(size=(3, 5)))
-    fitted = fit(torch.zeros(5, 5).double(), 3, mean_MD, mean_MD[:0], torch.empty(0).long(), 2)
-    assert fitted.shrinkage == SHRINKAGES[-1]
-    assert fitted.log_probabilities(mean_MD).argmax(1).tolist() == [0, 1, 2]
+    for count in (1, 3):
+        fitted = fit(torch.zeros(5, 5).double(), count, mean_MD[:count], mean_MD[:0],
+                     torch.empty(0).long(), 2)
+        assert fitted.log_probabilities(mean_MD[:count]).argmax(1).tolist() == list(range(count))
+        assert torch.isfinite(fitted.strangeness(mean_MD)).all()
 
 
 def test_an_image_is_strange_by_its_direction_or_by_the_trunks_density():
