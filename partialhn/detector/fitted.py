@@ -193,7 +193,8 @@ def _whitening(covariance_DD: Tensor, penalty: float) -> Tensor:
     """W (D, D) so that x @ W has the covariance I where x has the given one, plus penalty * I."""
     one_DD = torch.eye(len(covariance_DD), dtype=covariance_DD.dtype)
     lower_DD = torch.linalg.cholesky(covariance_DD + penalty * one_DD)
-    return torch.linalg.solve_triangular(lower_DD, one_DD, upper=False).T.contiguous()
+    inverse_DD: Tensor = torch.linalg.solve_triangular(lower_DD, one_DD, upper=False)
+    return inverse_DD.T.contiguous()
 
 
 def sharpness(score_SM: Tensor, y_S: Tensor) -> float:
