@@ -93,7 +93,8 @@ def test_the_blocks_are_the_body(network):
     assert wanted.std() > 1e-3
     assert len(network.blocks()) == FAMILIES[network.name][1]
     if network.name != "partialhn:slim_resnet18":  # which has no forward of its own
-        torch.testing.assert_close(network.body(network.normalise(images_BCHW)), wanted)
+        found, scale = network.body(network.normalise(images_BCHW)), wanted.abs().max()
+        torch.testing.assert_close(found / scale, wanted / scale, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
