@@ -47,7 +47,10 @@ def _fill(above: nn.Sequential, own: nn.Sequential) -> None:
 def why_not(model: Model, weights: HeadWeights) -> str:
     """The reason why a task's network is not the library's own; empty where it is."""
     trunk, head = model.trunk, model.strategy.head
-    if not find_backbone(trunk.name).call:
+    backbone = find_backbone(trunk.name)
+    if backbone.replaced:
+        return f"the classifiers of {trunk.name} are one here"
+    if not backbone.call:
         return f"{trunk.name} is no network of another library"
     if cells_side(head, weights) is not None:
         if trunk.freeze_depth == len(trunk.names):

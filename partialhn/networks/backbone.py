@@ -46,6 +46,8 @@ class Backbone:
     call: str = ""
     """The call that builds the same body with the library that has it, for `classes` and `size`;
     empty where none has it."""
+    replaced: tuple[str, ...] = ()
+    """Further classifiers of the library's network that `classifier` stands for, by name."""
 
 
 def find_backbone(name: str) -> Backbone:

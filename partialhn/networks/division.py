@@ -5,9 +5,10 @@ the block's weights as well.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from partialhn.networks.backbone import Layout
@@ -25,7 +26,8 @@ class Family(NamedTuple):
     """Whether a network is built for one size of images."""
 
 
-def shell(body: nn.Module, children: Iterable[str], *, parameters: bool = False) -> nn.Module:
+def shell(body: nn.Module, children: Iterable[str], *,
+          parameters: bool | Iterable[str] = False) -> nn.Module:
     """A shallow copy of a body with some of its children alone.
 
     Its methods are those of the body, and so it calculates what the body calculates with them.
@@ -33,13 +35,16 @@ def shell(body: nn.Module, children: Iterable[str], *, parameters: bool = False)
     Args:
         body: the module to copy; it stays as it is.
         children: names of the children to keep; names that the body lacks are left out.
-        parameters: whether the body's direct parameters and buffers are kept too.
+        parameters: whether the body's direct parameters and buffers are kept too, or the names of
+            those that are.
     """
     twin = copy.copy(body)
     own = twin.__dict__
     own["_modules"] = {name: body._modules[name] for name in children if name in body._modules}
-    own["_parameters"] = dict(body._parameters) if parameters else {}
-    own["_buffers"] = dict(body._buffers) if parameters else {}
+    kept = (() if parameters is False else (*body._parameters, *body._buffers)
+            if parameters is True else tuple(parameters))
+    for kind in ("_parameters", "_buffers"):
+        own[kind] = {name: value for name, value in getattr(body, kind).items() if name in kept}
     return twin
 
 
@@ -90,6 +95,62 @@ def with_linear_classifier(body: nn.Module, name: str) -> nn.Module:
         above, _, last = name.rpartition(".")
         setattr(body.get_submodule(above), last, linear)
     return body
+
+
+class Half(nn.Module):
+    """Stands for one of several classifiers: what it takes, with room for what the others take.
+
+    The mean over the classifiers, which their network calculates, is then what each one takes, side
+    by side, divided by their number.
+    """
+
+    def __init__(self, place: int, count: int) -> None:
+        super().__init__()
+        self.place, self.count = place, count
+
+    def forward(self, z_BF: Tensor) -> Tensor:
+        width = z_BF.shape[1]
+        return nn.functional.pad(z_BF, (self.place * width, (self.count - 1 - self.place) * width))
+
+
+@torch.no_grad()
+def with_one_classifier(body: nn.Module, names: Sequence[str]) -> nn.Module:
+    """The same body, whose first classifier stands for the mean of several linear ones.
+
+    It takes what they take, divided by their number, side by side (as `Half` gives it), and the
+    other ones are gone. With distillation, as in DeiT (Touvron et al. 2021), there are two.
+    """
+    layers = [cast(nn.Linear, body.get_submodule(name)) for name in names]
+    one = nn.Linear(sum(layer.in_features for layer in layers), layers[0].out_features,
+                    device=layers[0].weight.device)
+    one.weight.copy_(torch.cat([layer.weight for layer in layers], 1))
+    one.bias.copy_(torch.stack([layer.bias for layer in layers]).mean(0))
+    for name, layer in zip(names, (one, *[nn.Identity() for _ in names[1:]]), strict=True):
+        above, _, last = name.rpartition(".")
+        setattr(body.get_submodule(above), last, layer)
+    return body
+
+
+def without_classifiers(body: nn.Module, children: Iterable[str],
+                        names: Sequence[str]) -> nn.Module:
+    """A shell of some children of a body, whose classifiers give what they take."""
+    parts = shell(body, children)
+    for place, name in enumerate(names):
+        place_holder = nn.Identity() if len(names) == 1 else Half(place, len(names))
+        _replace(parts, name, place_holder)
+    return parts
+
+
+def _replace(parts: nn.Module, name: str, layer: nn.Module) -> None:
+    """Puts a layer in the place of another one; the modules above it become shells."""
+    first, _, below = name.partition(".")
+    if not below:
+        parts._modules[first] = layer
+        return
+    inner = cast(nn.Module, parts._modules[first])
+    twin = shell(inner, inner._modules, parameters=True)
+    parts._modules[first] = twin
+    _replace(twin, below, layer)
 
 
 def is_classifier(layer: nn.Module | None) -> bool:

@@ -108,7 +108,8 @@ def _pixels_beside(path: Path) -> Pixels | None:
 
 def _wanted(network: Network) -> Wanted:
     prefix = classifier_prefix(network.name).removeprefix("body.")
-    return Wanted(network.name, network.body.state_dict(), (prefix,), _adapt(network))
+    replaced = (f"{name}." for name in network.backbone.replaced)
+    return Wanted(network.name, network.body.state_dict(), (prefix, *replaced), _adapt(network))
 
 
 def _adapt(network: Network) -> Adapt:

@@ -7,7 +7,7 @@ Legend: B batch, C channels, H W spatial, N tokens, F features before the classi
 
 import difflib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,8 +25,11 @@ from partialhn.networks.division import (
     shell,
     with_ending,
     with_linear_classifier,
+    with_one_classifier,
     without_chance,
+    without_classifiers,
 )
+from partialhn.networks.timm_class_attention import cait, xcit
 from partialhn.networks.traced import Plan, plan_of
 
 
@@ -43,16 +46,27 @@ STEM = ("patch_embed", "pos_drop", "patch_drop", "norm_pre", "rope")
 TRANSFORMER_END = ("norm", "attn_pool", "fc_norm", "head_drop")
 
 
-def _transformer(body: nn.Module, stem: Callable[[Any, Tensor], Tensor]) -> Blocks:
+def _transformer(body: nn.Module, stem: Callable[[Any, Tensor], Tensor],
+                 ending: Piece | None = None) -> Blocks:
     """A stem, the blocks, and a norm and pooling that belong to the last one."""
     blocks: Blocks = {"stem": Piece(shell(body, STEM, parameters=True), stem)}
     for name, block in cast(nn.Module, body.blocks).named_children():
         blocks[f"blocks.{name}"] = block
-    return with_ending(blocks, Piece(shell(body, TRANSFORMER_END), _normed_end))
+    return with_ending(blocks, ending or Piece(shell(body, TRANSFORMER_END), _normed_end))
 
 
 def _vit(body: nn.Module) -> Blocks:
     return _transformer(body, _vit_stem)
+
+
+def _distilled_end(parts: Any, z_BNC: Tensor) -> Tensor:
+    return cast(Tensor, parts.forward_head(parts.norm(z_BNC)))
+
+
+def _distilled(body: nn.Module) -> Blocks:
+    """ViTs that learned from another network's answers, with a token and a classifier for them."""
+    parts = without_classifiers(body, TRANSFORMER_END, ("head", "head_dist"))
+    return _transformer(body, _vit_stem, Piece(parts, _distilled_end))
 
 
 def _beit_stem(parts: Any, images_BCHW: Tensor) -> Tensor:
@@ -174,6 +188,9 @@ def _resnet(body: nn.Module) -> Blocks:
 
 FAMILIES = {
     "VisionTransformer": Family(_vit, "BNC", takes_size=True),
+    "VisionTransformerDistilled": Family(_distilled, "BNC", takes_size=True),
+    "Cait": Family(cait, "BNC", takes_size=True),
+    "Xcit": Family(xcit, "BNC", takes_size=True),
     "Beit": Family(_beit, "BNC", takes_size=True),
     "Eva": Family(_rotary, "BNC", takes_size=True),
     "ConvNeXt": Family(_convnext),
@@ -208,22 +225,38 @@ def find(name: str) -> Backbone:
     with torch.device("meta"):  # a structure without numbers
         body = library.create_model(name, pretrained=False, num_classes=2)
     settings = library.get_pretrained_cfg(name)
-    classifier = getattr(settings, "classifier", None)
-    if not isinstance(classifier, str) or not is_classifier(
-            dict(body.named_modules()).get(classifier)):
+    classifiers = _classifiers(name)
+    modules = dict(body.named_modules())
+    if not _can_be_one(body, [modules.get(each) for each in classifiers]):
         raise InputError(f"backbone is 'timm:{name}', a {type(body).__name__} whose classifier is "
-                         f"{classifier!r}; allowed: a network of timm with one linear classifier")
+                         f"{settings.classifier!r}; allowed: a network of timm with one linear "
+                         "classifier, or one for classes and one for distillation")
+    classifier, others = classifiers[0], classifiers[1:]
     family = FAMILIES.get(_class_of(body))
     takes_size = family.takes_size if family else bool(settings.fixed_input_size)
     size = ", img_size={size}" if takes_size else ""
-    recipe = f"timm.create_model('{name}', num_classes={{classes}}{size})"
+    recipe = f"timm.create_model('{name}', num_classes={{classes}}{size})" if not others else ""
     if family:
         return Backbone(functools.partial(_build, name, takes_size), family.blocks, classifier,
-                        family.layout, recipe)
+                        family.layout, recipe, others)
     plan = _plan(body, name, settings.input_size[-1])
     return Backbone(functools.partial(_build_traced, name, takes_size, plan),
-                    functools.partial(plan.divide, classifier=classifier), classifier, plan.layout,
-                    recipe)
+                    functools.partial(plan.divide, classifiers=classifiers), classifier,
+                    plan.layout, recipe, others)
+
+
+def _classifiers(name: str) -> tuple[str, ...]:
+    """The names of a network's classifiers in it."""
+    given = timm().get_pretrained_cfg(name).classifier
+    return tuple(given) if isinstance(given, list | tuple) else (given,) if given else ()
+
+
+def _can_be_one(body: nn.Module, layers: Sequence[nn.Module | None]) -> bool:
+    """Whether a network's answer is one linear layer, or the mean of a distilled network's two."""
+    if len(layers) == 1:
+        return is_classifier(layers[0])
+    return (len(layers) == 2 and hasattr(body, "set_distilled_training")
+            and all(isinstance(layer, nn.Linear) for layer in layers))
 
 
 def _plan(body: nn.Module, name: str, size: int) -> Plan:
@@ -268,8 +301,10 @@ def _build(name: str, takes_size: bool, classes: int, input_size: int) -> nn.Mod
             raise ValueError(f"its patches are {width} pixels wide")
     except (ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise _no_such_size(name, input_size, error) from error
-    classifier = timm().get_pretrained_cfg(name).classifier
-    return without_chance(with_linear_classifier(body, classifier))
+    names = _classifiers(name)
+    if len(names) > 1:
+        return without_chance(with_one_classifier(body, names))
+    return without_chance(with_linear_classifier(body, names[0]))
 
 
 def _no_such_size(name: str, input_size: int, error: Exception) -> InputError:

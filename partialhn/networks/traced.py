@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from partialhn.errors import InputError
 from partialhn.networks.backbone import Layout
-from partialhn.networks.division import Blocks, Piece, joined, shell, with_ending
+from partialhn.networks.division import Blocks, Piece, joined, with_ending, without_classifiers
 
 B = 2
 LAYERS = 4
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     """For each block the modules that it consists of, in order."""
     layout: Layout
 
-    def divide(self, body: nn.Module, classifier: str) -> Blocks:
+    def divide(self, body: nn.Module, classifiers: Sequence[str]) -> Blocks:
         """The blocks of a body of the same class by name; the last one ends with pooling."""
         blocks: Blocks = {}
         for names in self.blocks:
@@ -53,7 +53,8 @@ class Plan(NamedTuple):
             blocks[main] = joined(*modules.values())
         used = {name.partition(".")[0] for names in self.blocks for name in names}
         rest = [name for name, _ in body.named_children() if name not in used]
-        return with_ending(blocks, Piece(_without(body, rest, classifier), _pooled_end))
+        return with_ending(blocks, Piece(without_classifiers(body, rest, classifiers),
+                                         _pooled_end))
 
     @torch.no_grad()
     def holds(self, body: nn.Module, size: int) -> bool:
@@ -72,15 +73,6 @@ class Plan(NamedTuple):
 
 def _pooled_end(parts: Any, z: Tensor) -> Tensor:
     return cast(Tensor, parts.forward_head(z))
-
-
-def _without(body: nn.Module, children: Sequence[str], classifier: str) -> nn.Module:
-    """A shell of some children of a body, whose classifier gives what it takes."""
-    first, _, below = classifier.partition(".")
-    parts = shell(body, children)
-    inner = cast(nn.Module, parts._modules[first])
-    parts._modules[first] = _without(inner, list(inner._modules), below) if below else nn.Identity()
-    return parts
 
 
 @torch.no_grad()
@@ -142,11 +134,10 @@ def _record(body: Any, size: int) -> tuple[list[Step], State, State]:
                 lambda _, given, named, name=name: enter(name, given, named), with_kwargs=True))
             handles.append(module.register_forward_hook(
                 lambda _, __, given, name=name: leave(name, given)))
-    forward_head = body.forward_head
 
-    def noted_head(z: Tensor, *rest: Any, **named: Any) -> Any:
+    def noted_head(z: Tensor, *_: Any, **__: Any) -> Tensor:
         ends.append(state(z))
-        return forward_head(z, *rest, **named)
+        return z
 
     body.forward_head = noted_head
     try:

@@ -3,6 +3,7 @@
 Legend: B batch, C channels, H W spatial, K classes.
 """
 
+import copy
 import itertools
 
 import pytest
@@ -13,11 +14,12 @@ from partialhn.errors import InputError
 from partialhn.networks.backbone import build_network, find_backbone, pooled
 from partialhn.networks.cut import CutNetwork, depth_number
 from partialhn.networks.depths import depths_of, known_backbones
+from partialhn.networks.division import with_one_classifier
 from partialhn.networks.head import Head, HeadWeights, head_start, matrices
 from partialhn.networks.trunk import feature_shape, multiply_adds
 from pipelines.cli.main import run
 
-pytest.importorskip("timm", reason="timm is an extra of this package")
+timm = pytest.importorskip("timm", reason="timm is an extra of this package")
 
 FAMILIES = {  # name: (input size, blocks)
     "partialhn:slim_resnet18": (32, 9),
@@ -29,6 +31,9 @@ FAMILIES = {  # name: (input size, blocks)
     "timm:mobilenetv3_small_050": (64, 14),
     "timm:convnext_atto": (64, 13),
     "timm:swin_tiny_patch4_window7_224": (64, 13),
+    "timm:cait_xxs24_224": (32, 27),
+    "timm:xcit_nano_12_p16_224": (64, 15),
+    "timm:deit_tiny_distilled_patch16_224": (32, 13),  # it has two classifiers
     "timm:test_byobnet": (64, 5),  # from here to torchvision: classes that nobody described
     "timm:test_mambaout": (64, 10),
     "timm:test_vit_relpos": (64, 10),
@@ -49,17 +54,21 @@ def random_network(name):
     would hide what is left out.
     """
     size, _ = FAMILIES[name]
-    network = build_network(name, 5, seed=1, input_size=size).eval()
+    return drawn(build_network(name, 5, seed=1, input_size=size).eval())
+
+
+@torch.no_grad()
+def drawn(module):
+    """The module, whose vectors and statistics are drawn in place."""
     generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for key, value in network.state_dict().items():
-            if not value.is_floating_point() or key in ("mean_C", "std_C"):
-                continue
-            if key.endswith("running_var"):
-                value.uniform_(0.5, 1.5, generator=generator)
-            elif value.dim() == 1 or not value.any():
-                value.add_(0.1 * torch.randn(value.shape, generator=generator))
-    return network
+    for key, value in module.state_dict().items():
+        if not value.is_floating_point() or key in ("mean_C", "std_C"):
+            continue
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 1.5, generator=generator)
+        elif value.dim() == 1 or not value.any():
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    return module
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -92,7 +101,7 @@ def test_the_blocks_are_the_body(network):
     wanted = network(images_BCHW)
     assert wanted.std() > 1e-3
     assert len(network.blocks()) == FAMILIES[network.name][1]
-    if network.name != "partialhn:slim_resnet18":  # which has no forward of its own
+    if network.name != "partialhn:slim_resnet18" and not network.backbone.replaced:
         found, scale = network.body(network.normalise(images_BCHW)), wanted.abs().max()
         torch.testing.assert_close(found / scale, wanted / scale, rtol=1e-5, atol=1e-5)
 
@@ -109,6 +118,21 @@ def test_beit_is_its_blocks(monkeypatch):
     head = Head(cut, "batch", 8).eval()
     torch.testing.assert_close(head(cut.trunk(images_BCHW), own_weights(network, cut, head)),
                                network(images_BCHW), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "size"), [
+    ("deit_tiny_distilled_patch16_224", 32), ("levit_conv_128s", 64)])
+def test_one_classifier_is_the_mean_of_a_distilled_networks_two(name, size):
+    network = build_network(f"timm:{name}", 5, input_size=size).eval()
+    original = drawn(timm.create_model(name, num_classes=5, img_size=size).eval())
+    classifiers = (network.backbone.classifier, *network.backbone.replaced)
+    one = with_one_classifier(copy.deepcopy(original), classifiers)
+    network.body.load_state_dict(one.state_dict())
+    images_BCHW = pixels(network, 7)
+    wanted = original(network.normalise(images_BCHW))
+    assert wanted.std() > 1e-3
+    torch.testing.assert_close(network(images_BCHW), wanted)
 
 
 @torch.no_grad()
