@@ -1,6 +1,7 @@
 """Every goal for a GPU, measured in one run beside the ways of commit 4084f75.
 
     python tests/bench/gpu.py [--json gpu.json] [--cifar10 FOLDER] [--device cuda|cpu]
+                              [--only PART ...]
 
 `tests/bench/gpu.sh` runs it with the tests that need a GPU. It needs torch, torchvision, timm,
 pyarrow and scikit-learn, and neither a network nor Ray nor MLflow. On a CPU it runs with small
@@ -98,7 +99,7 @@ def cuda(goals: Goals) -> bool:
     return goals.device.type == "cuda"
 
 
-def the_step(goals: Goals, folder: Path) -> None:
+def the_step(goals: Goals, folder: Path, _: object = None) -> None:
     """Point 4: kernels of a step, and its time against its floor, at depth 3."""
     device = goals.device
     features = steps_bench.stored(3, folder / "steps").to(device)
@@ -133,7 +134,7 @@ def kernels_of(take, device: torch.device) -> float:
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
 
 
-def at_once(goals: Goals, folder: Path) -> None:
+def at_once(goals: Goals, folder: Path, _: object = None) -> None:
     """Point 3: tasks, and trials of a search, at once in one process against one after the other.
 
     Fewer trials than a search of 40 has: their number a minute does not depend on it.
@@ -157,7 +158,7 @@ def at_once(goals: Goals, folder: Path) -> None:
               spent / trials[1] / (spent_alone / trials[0]), 1.2, at_most=True, on_cpu=True)
 
 
-def the_trunk(goals: Goals, folder: Path) -> None:
+def the_trunk(goals: Goals, folder: Path, _: object = None) -> None:
     """Point 2: steps of the trunk's training, recorded, against the earlier way."""
     del folder
     device, batch = goals.device, 64
@@ -188,7 +189,7 @@ def the_trunk(goals: Goals, folder: Path) -> None:
               on_cpu=True)
 
 
-def the_features(goals: Goals, folder: Path) -> None:
+def the_features(goals: Goals, folder: Path, _: object = None) -> None:
     """Point 1: stored features against the slower of the bare trunk and of decoding, and against
     the earlier way.
     """
@@ -208,7 +209,7 @@ def the_features(goals: Goals, folder: Path) -> None:
                           images_a_second=round(count / one["ours"], 1))
 
 
-def the_smallest_part(goals: Goals, folder: Path) -> None:
+def the_smallest_part(goals: Goals, folder: Path, _: object = None) -> None:
     """Point 1 at depth 1, where writing weighs most beside the trunk: the thread in which the trunk
     runs, against the trunk alone. It is a goal for two cores.
     """
@@ -286,7 +287,7 @@ def best_of(work, device: torch.device, rounds: int = 3, timer=None) -> float:
     return min(seconds[1:])
 
 
-def the_memory(goals: Goals, folder: Path) -> None:
+def the_memory(goals: Goals, folder: Path, _: object = None) -> None:
     """Point 7: memory of the host while features of several shards are opened, verified and sent to
     the device, pages of mapped files included.
 
@@ -420,26 +421,30 @@ def the_answers(goals: Goals, folder: Path, run: StreamRun, kind: str) -> None:
               1.0, gpu=round(rates[goals.device.type]), cpu=round(rates["cpu"]))
 
 
+PARTS = (the_step, at_once, the_trunk, the_features, the_smallest_part, the_memory, the_main_job)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"),
                         default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cifar10", type=Path)
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--only", nargs="+", choices=[part.__name__ for part in PARTS],
+                        help="parts to measure; default: all")
     options = parser.parse_args()
     goals = Goals(torch.device(options.device))
     started = time.perf_counter()
-    parts = (the_step, at_once, the_trunk, the_features, the_smallest_part, the_memory,
-             functools.partial(the_main_job, cifar10=options.cifar10))
-    for part in parts:
+    for part in PARTS:
+        if options.only and part.__name__ not in options.only:
+            continue
         configure_torch(None if cuda(goals) else 1)
         with tempfile.TemporaryDirectory() as name:
             try:
-                part(goals, Path(name))
+                part(goals, Path(name), options.cifar10)
             except Exception as error:  # the other goals are still measured
                 traceback.print_exc()
-                where = getattr(part, "__name__", "the_main_job")
-                goals.open("", where, f"FAILED: {type(error).__name__}: {error}")
+                goals.open("", part.__name__, f"FAILED: {type(error).__name__}: {error}")
     goals.open("7", "the CPU and the GPU learn the same", "tests/unit/test_gpu.py, below")
     goals.open("8", "Ray on a GPU", "needs Ray: tests/ray/test_gpus.py")
     device = torch.cuda.get_device_name() if cuda(goals) else platform.processor()
