@@ -48,7 +48,7 @@ from partialhn.training.slots import (
 )
 from partialhn.training.steps import StepRecorder, recorder_for
 from partialhn.training.stream_at_once import learn_at_once
-from partialhn.training.together import at_once, needed_bytes
+from partialhn.training.together import at_once, divided_threads, needed_bytes
 
 Report = Callable[[EpochRecord | TaskRecord], None]
 
@@ -273,16 +273,18 @@ class StreamRun:
         needs = [needed_bytes(task) for task in self.tasks[max(1, len(self.known)):]]
         count = at_once(self.config.compute.tasks_at_once, needs, self.device)
         if count == 1 or not self.learner.strategy.independent:
-            return self.learner.learn(self.tasks)
+            yield from self.learner.learn(self.tasks)
+            return
 
         def new_learner(cut: TrunkAndHead) -> Learner:
             return Learner(cut.strategy(self.config), self.config.train, self.device,
                            recorder=self._recorder())
 
-        return learn_at_once(
-            self.learner, self.tasks,
-            [functools.partial(new_learner, self.cut.apart()) for _ in range(count)],
-            self._detector)
+        with divided_threads(count, self.config.compute.threads, self.device):
+            yield from learn_at_once(
+                self.learner, self.tasks,
+                [functools.partial(new_learner, self.cut.apart()) for _ in range(count)],
+                self._detector)
 
     def _detector(self) -> Detector:
         return Detector(self.config.train.detector_features, self.config.train.false_alarms)

@@ -107,6 +107,21 @@ def on_stream(device: torch.device, lane: int) -> Iterator[None]:
         stream.synchronize()
 
 
+@contextlib.contextmanager
+def divided_threads(count: int, given: int | None, device: torch.device) -> Iterator[None]:
+    """A context in which `count` trainings on a GPU divide PyTorch's CPU threads, unless their
+    number was given. Each training would have all of them, and they would take the processors from
+    each other. On a CPU the number is part of the result, so it stays.
+    """
+    before = torch.get_num_threads()
+    if given is None and device.type != "cpu":
+        torch.set_num_threads(max(1, before // count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Waiting(Generic[Item]):
     """Work that several lanes divide: each takes the next item when it is done with one."""
 

@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.data.experience import Experience
@@ -25,6 +27,7 @@ from partialhn.training.pretrain import load_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
+from partialhn.training.together import wanted_at_once
 from pipelines.execution.worker import Assignment, OnRecord, divides_tasks
 from pipelines.features.in_use import InUse
 from pipelines.features.produce import Run, compute_features
@@ -127,8 +130,9 @@ class Execution(abc.ABC):
 
     def _sharers(self, cut: TrunkAndHead) -> int:
         """How many workers, or tasks that one of them learns at once, share this machine's CPUs."""
-        compute = self.config.compute
-        at_once = (compute.tasks_at_once or 1) if divides_tasks(self.config, cut) else 1
+        compute, at_once = self.config.compute, 1
+        if divides_tasks(self.config, cut):
+            at_once = wanted_at_once(compute.tasks_at_once, self._learns_on())
         return compute.workers * at_once
 
     def forget_run(self, lineage_ids: Sequence[str]) -> None:
@@ -152,6 +156,10 @@ class Execution(abc.ABC):
     def _threads(self, shared_by: int) -> int:
         """CPU threads for each of the workers that share this machine."""
         return self.config.compute.threads or max(1, (os.cpu_count() or 1) // shared_by)
+
+    @abc.abstractmethod
+    def _learns_on(self) -> torch.device:
+        """The device of each worker."""
 
     @abc.abstractmethod
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:

@@ -35,6 +35,9 @@ class LocalExecution(Execution):
         self.device = choose_device(config.compute.device)
         configure_torch(self._threads(1))
 
+    def _learns_on(self) -> torch.device:
+        return self.device
+
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:
         return fit_network(self.config, first, self.storage.filesystem, self.storage.root,
                            self.device)

@@ -104,6 +104,9 @@ class RayExecution(Execution):
         super().__init__(config, storage, stream, progress)
         self.device = worker_device(config.compute, cluster_nodes())
 
+    def _learns_on(self) -> torch.device:
+        return torch.device(self.device.kind)
+
     def _fit_network(self, first: Experience) -> Iterator[EpochRecord]:
         """Trains in a Ray task; if its node dies, another resumes after the last kept epoch."""
         import ray

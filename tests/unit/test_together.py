@@ -1,5 +1,6 @@
 """Several trainings at once: threads, their errors, and the room on a device."""
 
+import concurrent.futures
 import dataclasses
 import functools
 import threading
@@ -15,7 +16,14 @@ from partialhn.training import together
 from partialhn.training.learner import Learner
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.stream_at_once import learn_at_once
-from partialhn.training.together import Lanes, Stopped, Waiting, at_once, needed_bytes
+from partialhn.training.together import (
+    Lanes,
+    Stopped,
+    Waiting,
+    at_once,
+    divided_threads,
+    needed_bytes,
+)
 from tests.unit.learners import measured, weights_hash
 
 CPU = torch.device("cpu")
@@ -226,3 +234,17 @@ def test_features_that_stay_on_the_host_take_no_room(tasks, monkeypatch):
     assert held > tasks[0].train.nbytes
     monkeypatch.setattr(together, "RESIDENT_BYTES", 0)
     assert needed_bytes(tasks[0]) == together.WORKING_BYTES
+
+
+@pytest.mark.parametrize(("device", "given", "threads"), [
+    ("cuda", None, 2), ("cuda", 7, 7), ("cpu", None, 7)])
+def test_trainings_on_a_gpu_divide_the_threads_of_the_cpu(device, given, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(7)
+    try:
+        with divided_threads(3, given, torch.device(device)), (
+                concurrent.futures.ThreadPoolExecutor(1)) as pool:
+            assert pool.submit(torch.get_num_threads).result() == threads
+        assert torch.get_num_threads() == 7
+    finally:
+        torch.set_num_threads(before)
