@@ -122,7 +122,7 @@ class Stream:
             str(self.folder / "policy.yaml"), "--json")
         said = json.loads(out.splitlines()[-1])
         stages = said["seconds"]
-        return seconds | {"bytes": self.bytes() - before, "learned": len(said["learned"]),
+        return seconds | {"bytes": self.bytes() - before, "tasks learned": len(said["learned"]),
                           **{f"stage {key}": value for key, value in stages.items()}}
 
     def bytes(self) -> int:
