@@ -12,6 +12,9 @@ from pipelines.report.facts import Facts
 from pipelines.report.html import data_table, facts_list, pair, section
 from pipelines.settings import mask_password
 
+MOST_KEYS = 300
+"""Feature keys that the page lists; a stream of a thousand tasks has thousands."""
+
 
 def usage(facts: Facts) -> str:
     """Commands to load the model, and to return to an earlier version."""
@@ -114,7 +117,9 @@ def _feature_keys(result: Mapping[str, Any]) -> str:
     keys = result.get("feature_keys") or []
     if not keys:
         return ""
-    listed = "".join(f"<div><code>{escape(key)}</code></div>" for key in keys)
+    listed = "".join(f"<div><code>{escape(key)}</code></div>" for key in keys[:MOST_KEYS])
+    if len(keys) > MOST_KEYS:
+        listed += f"<div>and {len(keys) - MOST_KEYS} more, which result.json lists</div>"
     total = size(result.get("feature_bytes"))
     return (f"<details><summary>Feature keys ({len(keys)}, {total})</summary>"
             f'<div class="listed">{listed}</div></details>')
