@@ -1,16 +1,14 @@
 """Linear classifiers in closed form on pooled features: ridge regression and nearest class mean.
 
-Both are fitted to the first, plain view of a task's training images, and ridge regression to
-further views where it is given some. Leave-one-out predictions, which follow in closed form too,
-choose the ridge penalty and the sharpness of the probabilities, so nothing is held out and nothing
-is drawn at random.
+Both are fitted to the first, plain view of a task's training images alone. Leave-one-out
+predictions, which follow in closed form too, choose the ridge penalty and the sharpness of the
+probabilities, so nothing is held out and nothing is drawn at random.
 
 Legend: N images, B images at once, C channels, H W spatial, F pooled features, R directions in
 which the features vary, K classes.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,32 +89,16 @@ class Ridge:
         return float((error_NK**2).mean())
 
 
-def fit_ridge(x_NF: Tensor, y_N: Tensor, classes: int,
-              more_views: Sequence[Tensor] = ()) -> LinearClassifier:
+def fit_ridge(x_NF: Tensor, y_N: Tensor, classes: int) -> LinearClassifier:
     """Ridge regression on standardised features, with the penalty of the smallest leave-one-out
     squared error.
-
-    more_views: features (N, F) of further views of the same images. The classifier learns from
-    them too; the penalty is chosen on x_NF, because views of an image do not predict each other
-    fairly, and so are the left-out logits.
     """
     x_NF = x_NF.double()
-    ridge, mean_F, scale_F = _standardised(x_NF, y_N, classes)
-    strength = min((penalty * len(x_NF) for penalty in PENALTIES), key=ridge.leave_one_out)
-    left_out_NK = ridge.left_out(strength)
-    if more_views:
-        views = 1 + len(more_views)
-        ridge, mean_F, scale_F = _standardised(torch.cat([x_NF, *more_views]), y_N.repeat(views),
-                                               classes)
-        strength *= views
-    weight_KF = (ridge.weight(strength) / scale_F[:, None]).T
-    return LinearClassifier(weight_KF, ridge.bias_K - weight_KF @ mean_F, left_out_NK)
-
-
-def _standardised(x_NF: Tensor, y_N: Tensor, classes: int) -> tuple[Ridge, Tensor, Tensor]:
-    """Ridge regression on standardised features, with their means and spreads."""
     mean_F, scale_F = x_NF.mean(0), x_NF.std(0, correction=0).clamp_min(1e-6)
-    return Ridge((x_NF - mean_F) / scale_F, y_N, classes), mean_F, scale_F
+    ridge = Ridge((x_NF - mean_F) / scale_F, y_N, classes)
+    strength = min((penalty * len(x_NF) for penalty in PENALTIES), key=ridge.leave_one_out)
+    weight_KF = (ridge.weight(strength) / scale_F[:, None]).T
+    return LinearClassifier(weight_KF, ridge.bias_K - weight_KF @ mean_F, ridge.left_out(strength))
 
 
 def fit_class_means(x_NF: Tensor, y_N: Tensor, classes: int) -> LinearClassifier:
@@ -159,18 +141,14 @@ def sharpness(logits_NK: Tensor, y_N: Tensor) -> float:
     return math.sqrt(low * high)
 
 
-def pooled_cells(features: FeatureSet, side: int, images: int | None = None,
-                 view: int = 0) -> Tensor:
-    """(N, C * side * side) of a view, by default the plain one, of the first `images` images
-    (default: all): each channel's average over each of side x side cells.
-
-    Where the set has fewer views, it is the last one that it has.
+def pooled_cells(features: FeatureSet, side: int, images: int | None = None) -> Tensor:
+    """(N, C * side * side) of the first, plain view of the first `images` images (default: all):
+    each channel's average over each of side x side cells.
     """
     rows_N = torch.arange(len(features) if images is None else min(len(features), images))
     parts = []
     for rows_B in torch.split(rows_N.to(features.y_N.device), BATCH):
-        views_B = torch.full_like(rows_B, min(view, features.views - 1))
-        z_BCHW = features.gather(rows_B, views_B).cpu()
+        z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B)).cpu()
         parts.append(torch.nn.functional.adaptive_avg_pool2d(z_BCHW, side).flatten(1))
     return torch.cat(parts)
 

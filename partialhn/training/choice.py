@@ -56,10 +56,7 @@ def can_choose(held_out: FeatureSet | None) -> bool:
 
 
 def solve(sets: list[FeatureSet], classes: int) -> Solved:
-    """Ridge regression on the images of some sets, on as many cells as leave-one-out prefers.
-
-    Cells and penalty are chosen on the plain views; what is chosen learns from all views.
-    """
+    """Ridge regression on the images of some sets, on as many cells as leave-one-out prefers."""
     y_N = torch.cat([features.y_N.cpu() for features in sets])
     found: list[tuple[float, Solved]] = []
     for side in _sides(sets[0], len(y_N)):
@@ -67,18 +64,12 @@ def solve(sets: list[FeatureSet], classes: int) -> Solved:
         loss = held_out_loss(classifier.left_out_NK, y_N)
         right = accuracy(classifier.left_out_NK, y_N)
         found.append((loss, Solved(classifier.sharpened(y_N), right, side)))
-    best = min(found, key=lambda each: each[0])[1]
-    more_views = [cells(sets, best.side, view)
-                  for view in range(1, max(features.views for features in sets))]
-    if not more_views:
-        return best
-    classifier = fit_ridge(cells(sets, best.side), y_N, classes, more_views)
-    return best._replace(classifier=classifier.sharpened(y_N))
+    return min(found, key=lambda each: each[0])[1]
 
 
-def cells(sets: list[FeatureSet], side: int, view: int = 0) -> Tensor:
-    """x_NF of a view of some sets, by default the plain one, float64."""
-    return torch.cat([pooled_cells(features, side, view=view) for features in sets]).double()
+def cells(sets: list[FeatureSet], side: int) -> Tensor:
+    """x_NF of the plain views of some sets, float64."""
+    return torch.cat([pooled_cells(features, side) for features in sets]).double()
 
 
 def _sides(features: FeatureSet, images: int) -> list[int]:

@@ -78,17 +78,6 @@ def test_probabilities_are_about_as_sure_as_they_are_right(fit):
     assert float(p_NK.max(1).values.mean()) == pytest.approx(right, abs=0.06)
 
 
-def test_further_views_teach_ridge_regression_and_choose_nothing():
-    """A view like the plain one changes nothing; one with noise moves weights, not the choice."""
-    x_NF, y_N = clusters(60, 5, spread=2.5)
-    plain, twice = fit_ridge(x_NF, y_N, 3), fit_ridge(x_NF, y_N, 3, [x_NF.double()])
-    torch.testing.assert_close(twice.weight_KF, plain.weight_KF)
-    torch.testing.assert_close(twice.bias_K, plain.bias_K)
-    noisy = fit_ridge(x_NF, y_N, 3, [x_NF.double() + clusters(60, 5, seed=1)[0]])
-    assert not torch.allclose(noisy.weight_KF, plain.weight_KF)
-    assert torch.equal(noisy.left_out_NK, plain.left_out_NK)
-
-
 def test_a_classifier_without_an_error_is_not_infinitely_sure():
     y_N = torch.arange(30) % 3
     perfect_NK = one_hot(y_N, 3).double()
