@@ -27,13 +27,14 @@ def show(name: str, storage: str = "partialhn-store", tracking_uri: str | None =
     champion = registry.resolve(f"models:/{name}@{CHAMPION}")
     versions = registry.versions(name)
     current = chain_of(versions, champion)
-    older = len(versions) - len(current)
+    others = len(versions) - len(current)
     lines = [*(f"warning: {text}" for text in warnings), f"stream   {name}",
              f"model    models:/{name}@{CHAMPION} = version {champion.version} "
              f"({champion.task_index + 1} tasks)",
              f"mlflow   {mask_password(registry.tracking_uri)}",
              f"inputs   {champion.tags['work']} (a name for its options and data)"
-             + (f"; {older} versions of other options or data are not shown" if older else ""),
+             + (f"; versions that the champion does not rest on, not shown: {others}" if others
+                else ""),
              *(f"forgotten {text}" for text in map(str, champion.forgotten)),
              *_refused(versions), "", *_tasks(current), "",
              f"trunk {champion.tags['trunk_fingerprint']}", "features in"]
