@@ -11,6 +11,8 @@ from partialhn.benchmarks.catalogue import Cell, expected
 FOLDER = Path(__file__).parent
 RECORDED = {path.stem.removeprefix("pack-"): json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(FOLDER.glob("pack-*.json"))}
+LEARNED = [name for name in RECORDED if not name.startswith("pretrained")]
+"""Those whose trunk is trained on the first task; the others compare what forgets nothing."""
 TOLERANCE = 0.03
 """Rounding differs between machines, and hundreds of test images have a standard error of 0.015."""
 
@@ -32,12 +34,17 @@ def test_nothing_is_forgotten_where_nothing_is_shared(name):
         if label in ("partial_hn", "full_hn", "separate_heads", "linear_probe", "ridge",
                      "ncm"):
             assert max(row["forgetting"]["values"]) == 0
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_replay_forgets_less_than_naive_training(name):
+    rows = {(row["label"], row["depth"]): row for row in RECORDED[name]["rows"]}
     assert rows["naive", 3]["forgetting"]["mean"] > 0.02
     for label in ("joint", "latent_replay"):
         assert rows[label, 3]["forgetting"]["mean"] < rows["naive", 3]["forgetting"]["mean"]
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", LEARNED)
 def test_replay_is_behind_at_every_depth_of_every_stream(name):
     rows = {(row["label"], row["depth"]): row["acc"]["mean"] for row in RECORDED[name]["rows"]}
     for depth in {depth for _, depth in rows}:
