@@ -29,5 +29,6 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise IntegrityError(f"{name} cannot be read: {error.strerror}") from error
+        file = "" if name.endswith(path.name) else f"{path.name}: "
+        raise IntegrityError(f"{name} cannot be read: {file}{error.strerror}") from error
     return parse_object(content, name)

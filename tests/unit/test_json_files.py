@@ -22,5 +22,8 @@ def test_anything_else_is_an_error_that_names_the_file(tmp_path, content, messag
 
 
 def test_a_missing_file_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(IntegrityError, match=r"^the file cannot be read: No such file or dir"):
-        read_object(tmp_path / "a.json", "the file")
+    path = tmp_path / "a.json"
+    with pytest.raises(IntegrityError, match=r"^the run cannot be read: a\.json: No such file or "):
+        read_object(path, "the run")
+    with pytest.raises(IntegrityError, match=r"a\.json cannot be read: No such file or directory$"):
+        read_object(path, str(path))
