@@ -138,15 +138,15 @@ def fit(scatter_DD: Tensor, images: int, mean_MD: Tensor, sample_SD: Tensor,
     images = max(1, images)
     covariance_DD, present_M = scatter_DD / images, ~mean_MD.isnan().any(1)
     centre_D = mean_MD[present_M].mean(0)
-    around_PD, sampled_SD = mean_MD[present_M] - centre_D, sample_SD[present_M[sample_y_S]]
+    around_PD, known_S = mean_MD[present_M] - centre_D, present_M[sample_y_S]
+    sampled_SD, sampled_y_S = sample_SD[known_S], sample_y_S[known_S]
     shrinkage, penalty, weight_PD = _ridge(covariance_DD, around_PD, images)
     weight_MD = torch.full_like(mean_MD, torch.nan)
     weight_MD[present_M] = weight_PD
     sharp = 1.0
     if len(sampled_SD) >= FEW and len(around_PD) > 1:
         column_M = present_M.long().cumsum(0) - 1  # absent classes have none
-        sharp = sharpness((sampled_SD - centre_D) @ weight_PD.T,
-                          column_M[sample_y_S[present_M[sample_y_S]]])
+        sharp = sharpness((sampled_SD - centre_D) @ weight_PD.T, column_M[sampled_y_S])
     whiten_DD = _whitening(covariance_DD, penalty)
     unit_PD = torch.nn.functional.normalize(around_PD @ whiten_DD, dim=1)
     own_TT = covariance_DD[:own, :own]

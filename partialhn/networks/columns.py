@@ -209,7 +209,16 @@ def packed_bytes(shapes: Sequence[tuple[int, int]], width: int) -> int:
     return -(-width * sum(map(sum, shapes)) // 8)
 
 
-class Columns(nn.Module):
+class Modeless(nn.Module):
+    """What a task owns of a generator: parameters, and nothing that training switches."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Does nothing, because it has no mode; a model of a thousand tasks has a thousand."""
+        del mode
+        return self
+
+
+class Columns(Modeless):
     """The columns of one task, for L >= 1 generated tensors of the shapes (C, D)."""
 
     packed: Tensor | None
@@ -221,11 +230,6 @@ class Columns(nn.Module):
         self.v = nn.ParameterList(SPREAD * torch.randn(C, width) for C, _ in shapes)
         self.register_buffer("packed", None)
         """Once the task is learned: the signs of V_1, A_1, V_2, A_2 and so on, as uint8."""
-
-    def train(self, mode: bool = True) -> Self:
-        """Does nothing, because it has no mode; a model of a thousand tasks has a thousand."""
-        del mode
-        return self
 
     def stacked(self, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """W_nCD of each group, of L matrices (C, D)."""

@@ -16,12 +16,12 @@ N numbers, w columns of one task.
 """
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from partialhn.networks.columns import pack_signs, scales, signs, unpack_signs
+from partialhn.networks.columns import Modeless, pack_signs, scales, signs, unpack_signs
 
 NO_DIRECTION = 1e-6
 """A direction that holds a smaller share than this of what the largest one holds is rounding."""
@@ -88,7 +88,7 @@ class Dictionary(nn.Module):
             own_Dd.copy_(direction_Dd)
 
 
-class OutputSides(nn.Module):
+class OutputSides(Modeless):
     """The output sides V_l (C, d) of one task's columns, whose input sides are the dictionary's.
 
     While the task is learned V_l is rounded to its signs times one scale a column. When it is
@@ -105,11 +105,6 @@ class OutputSides(nn.Module):
         """Once the task is learned: the signs of V_1, V_2 and so on, as uint8."""
         # kept from nn.Module's registry: the directions are stored once, and not with each task
         self.__dict__["_dictionary"] = dictionary
-
-    def train(self, mode: bool = True) -> Self:
-        """Does nothing, because it has no mode; a model of a thousand tasks has a thousand."""
-        del mode
-        return self
 
     def stacked(self, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The L matrices (C, D) that the task starts from, as `generate` takes them."""

@@ -266,7 +266,7 @@ class Head(nn.Module):
             z, tensors = Rounded.apply(z, layout), tensors | {
                 name: Rounded.apply(value, layout) for name, value in weights.matrices.items()
                 if value.dim() == 4 and value.dtype != torch.bfloat16}
-        elif precision == "float32":
+        else:
             z = laid_out(z, self._channels_last)
         with autocast_to(precision, z_BCHW.device):
             z = cast(Tensor, torch.func.functional_call(blocks, tensors, (z,), strict=True))

@@ -130,9 +130,10 @@ class Execution(abc.ABC):
 
     def _sharers(self, cut: TrunkAndHead) -> int:
         """How many workers, or tasks that one of them learns at once, share this machine's CPUs."""
-        compute, at_once = self.config.compute, 1
-        if divides_tasks(self.config, cut):
-            at_once = wanted_at_once(compute.tasks_at_once, self._learns_on())
+        compute = self.config.compute
+        at_once = wanted_at_once(compute.tasks_at_once, self._learns_on())
+        if at_once > 1 and not divides_tasks(self.config, cut):  # which makes a whole strategy
+            at_once = 1
         return compute.workers * at_once
 
     def forget_run(self, lineage_ids: Sequence[str]) -> None:

@@ -95,9 +95,9 @@ class Registry(Runs):
                   else self._add_version(run_id, tags, contents, record))
         if placing.decision is not None:
             self._client.log_dict(run_id, dict(placing.decision), "gate.json")
-        if placing.decision is not None and known is not None:
-            for key in (GATE, DECISION):  # this decision may be a new one, by another policy
-                self._client.set_model_version_tag(record.stream, str(number), key, tags[key])
+            if known is not None:
+                for key in (GATE, DECISION):  # this decision may be a new one, by another policy
+                    self._client.set_model_version_tag(record.stream, str(number), key, tags[key])
         version = self._version(record.stream, number)
         self.place(version, placing, work=record.work)
         return self._version(record.stream, number)
