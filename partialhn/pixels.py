@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
 from partialhn.errors import InputError
+from partialhn.numbers import percent
 
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -76,7 +77,7 @@ class Pixels:
     def described(self) -> str:
         """One line about everything, for people."""
         part = ("the whole image squashed to a square" if self.squash else
-                f"the central {self.crop:.1%} of the shorter side" if self.crop < 1 else
+                f"the central {percent(self.crop)} of the shorter side" if self.crop < 1 else
                 "the whole central square")
         low, high = self.value_range
         return (f"{self.size or 'any number of'} pixels, {self.interpolation}, {part}, values "

@@ -22,6 +22,7 @@ from partialhn.data.experience import Experience, all_not_used, leaks
 from partialhn.errors import InputError
 from partialhn.evaluation.answer_sample import write_sample
 from partialhn.networks.backbone import Network
+from partialhn.numbers import now
 from partialhn.predict import Predictor
 from partialhn.run import (
     TrunkAndHead,
@@ -54,7 +55,6 @@ from pipelines.execution.continuation import (
 )
 from pipelines.execution.open_data import open_data
 from pipelines.features.produce import open_store
-from pipelines.platform.numbers import now
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Placing, Registry, connect

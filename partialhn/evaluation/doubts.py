@@ -3,6 +3,7 @@
 import math
 
 from partialhn.evaluation.certainty import difference
+from partialhn.numbers import percent
 
 CLEARLY = 2.0
 """Standard errors beyond which an accuracy is not that of guessing."""
@@ -23,13 +24,15 @@ def doubts(accuracy: float, images: int | None, classes: int, held_out: float | 
     chance, found = 1 / max(classes, 1), []
     spread = math.sqrt(chance * (1 - chance) / images) if images else 0.0
     if classes > 1 and accuracy < chance + max(CLEARLY * spread, 0.1 * (1 - chance)):
-        found.append(f"its accuracy of {accuracy:.1%} is close to guessing ({chance:.1%}): do not "
-                     "use it; it needs more images or more steps (leave out --epochs and "
-                     "--trunk-epochs, or raise --min-steps and --trunk-min-steps)")
+        found.append(f"its accuracy of {percent(accuracy)} is close to guessing "
+                     f"({percent(chance)}): do not use it; it needs more images or "
+                     "more steps (leave out --epochs and --trunk-epochs, or raise --min-steps and "
+                     "--trunk-min-steps)")
     if held_out is not None and ridge is not None and held_out_images:
         ahead = difference([[ridge]], [[held_out]], [held_out_images])
         if ahead.mean > 0 and ahead.tells:
-            found.append(f"ridge regression, which needs no training, is right for {ridge:.1%} of "
-                         f"its held-out images, this head for {held_out:.1%}: train it longer, or "
-                         "leave out --epochs and --closed-form")
+            found.append("ridge regression, which needs no training, is right for "
+                         f"{percent(ridge)} of its held-out images, this head for "
+                         f"{percent(held_out)}: train it longer, or leave out --epochs and "
+                         "--closed-form")
     return tuple(found)

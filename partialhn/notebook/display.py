@@ -4,6 +4,7 @@ import dataclasses
 import html
 from collections.abc import Sequence
 
+from partialhn.numbers import duration, percent
 from partialhn.training.records import TaskRecord
 
 Rows = Sequence[Sequence[float]]
@@ -36,12 +37,12 @@ class TaskResult:
 
     def __str__(self) -> str:
         return (f"task {self.task!r} ({self.index + 1} of {self.tasks}): accuracy "
-                f"{self.accuracy[self.task]:.1%}, mean of the tasks so far "
-                f"{sum(self.accuracy.values()) / len(self.accuracy):.1%}, learned in "
-                f"{self.seconds:.1f} s")
+                f"{percent(self.accuracy[self.task])}, mean of the tasks so far "
+                f"{percent(sum(self.accuracy.values()) / len(self.accuracy))}, learned in "
+                f"{duration(self.seconds)}")
 
     def _repr_html_(self) -> str:
-        rows = [[name, f"{value:.1%}"] for name, value in self.accuracy.items()]
+        rows = [[name, percent(value)] for name, value in self.accuracy.items()]
         return (f"<p>{html.escape(str(self))}</p>"
                 + table_html(["task", "accuracy"], rows[-CELLS:]))
 
@@ -72,7 +73,7 @@ def stream_html(title: str, names: Sequence[str], rows: Rows) -> str:
         first = max(0, learned - CELLS)
         shares: list[list[float | None]] = [
             [*row[first:], *[None] * (learned - len(row))] for row in rows[first:]]
-        cells = [[name, *("" if value is None else f"{value:.1%}" for value in row)]
+        cells = [[name, *("" if value is None else percent(value) for value in row)]
                  for name, row in zip(names[first:learned], shares, strict=True)]
         text.append(table_html(["after task", *names[first:learned]], cells, shares))
     return "".join(text)

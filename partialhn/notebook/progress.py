@@ -11,6 +11,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+from partialhn.numbers import percent
 from partialhn.training.records import EpochRecord, TaskRecord
 
 QUIET_SECONDS = 10.0
@@ -26,7 +27,7 @@ class Bars:
         """Shows an epoch; a finished task was shown with its last epoch."""
         if isinstance(record, EpochRecord):
             self.show(name, record.epoch, record.epochs,
-                      f"loss {record.loss:.3f}, accuracy {record.accuracy:.1%}")
+                      f"loss {record.loss:.3f}, accuracy {percent(record.accuracy)}")
 
     def __enter__(self) -> "Bars":
         return self

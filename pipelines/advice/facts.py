@@ -10,6 +10,7 @@ import optuna
 import partialhn
 from partialhn.config import Config
 from partialhn.evaluation.certainty import mean_accuracy
+from partialhn.numbers import now
 from partialhn.training.budget import TRUNK_PASSES
 from pipelines.advice import words
 from pipelines.advice.decide import (
@@ -24,7 +25,6 @@ from pipelines.advice.decide import (
 )
 from pipelines.advice.held_out import HeldOut
 from pipelines.advice.money import Prices, Way, yearly
-from pipelines.platform.numbers import now
 from pipelines.search.depths import Depths, find_depths
 from pipelines.search.sampling import Goal, Proposals
 from pipelines.search.space import Space

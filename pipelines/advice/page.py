@@ -12,7 +12,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from pipelines.platform.numbers import (
+from partialhn.numbers import (
     date,
     duration,
     in_points,

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from partialhn.evaluation.certainty import Estimate
+from partialhn.numbers import in_points, percent, size
 from pipelines.advice.decide import DepthResult
 from pipelines.advice.held_out import HeldOut
-from pipelines.platform.numbers import in_points, percent, size
 from pipelines.report.sure import LEVEL, interval_in_percent, missing, told
 from pipelines.search.depths import Depths
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from partialhn.benchmarks.comparison import Row
 from partialhn.evaluation.intervals import CONFIDENCE, Interval, paired
-from pipelines.platform.numbers import in_points, margin, percent, percent_with_margin, points
+from partialhn.numbers import in_points, margin, percent, percent_with_margin, points
 
 OURS = "partial_hn"
 ENOUGH_TASKS = 4

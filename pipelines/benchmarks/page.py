@@ -7,10 +7,10 @@ from partialhn.benchmarks.catalogue import expected
 from partialhn.benchmarks.comparison import Row, rows
 from partialhn.errors import InputError
 from partialhn.networks.table import cut_unit
+from partialhn.numbers import date, percent, points
 from pipelines.benchmarks import findings
 from pipelines.benchmarks.plots import Panel, colours, panel_svg, panels
 from pipelines.benchmarks.table import table_columns, verdict
-from pipelines.platform.numbers import date, percent, points
 from pipelines.report.charts import escape
 from pipelines.report.html import data_table, facts_list, figure, page, pair, section
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from partialhn.benchmarks.comparison import Row
 from partialhn.evaluation.intervals import Interval
-from pipelines.platform.numbers import margin, percent, percent_with_margin, points
+from partialhn.numbers import margin, percent, percent_with_margin, points
 
 HEADS = ("strategy", "depth", "seeds", "acc", "acc_low", "acc_high", "learning_accuracy",
          "forgetting", "ahead", "ahead_low", "ahead_high", "bytes_per_task", "cpu_seconds",

@@ -38,7 +38,7 @@ class Backbones:
         from partialhn.features.codec import number_type
         from partialhn.networks.backbone import build_network
         from partialhn.networks.depths import depths_of, parameter_count
-        from pipelines.platform.numbers import percent, size
+        from partialhn.numbers import percent, size
         from pipelines.platform.text import table
 
         BackboneConfig(backbone=self.name)  # refuses an unknown name

@@ -34,8 +34,8 @@ class Export:
     """Print the file's metadata as JSON."""
 
     def run(self) -> None:
+        from partialhn.numbers import size
         from pipelines.export_model import export_version
-        from pipelines.platform.numbers import size
 
         done = export_version(self.model, self.task, self.output, self.format, self.overwrite,
                               self.storage, self.tracking_uri)

@@ -107,7 +107,7 @@ class PruneFeatures:
     """Delete the features instead of listing them."""
 
     def run(self) -> int:
-        from pipelines.platform.numbers import size
+        from partialhn.numbers import size
         from pipelines.registry.client import connect
         from pipelines.upkeep.prune import age_text, delete, parse_age, prunable, stored
         from pipelines.upkeep.references import check_registry, references

@@ -212,7 +212,7 @@ class Prune(Where):
     """Delete the versions instead of listing them."""
 
     def run(self) -> None:
-        from pipelines.platform.numbers import size
+        from partialhn.numbers import size
         from pipelines.platform.storage import open_storage
         from pipelines.upkeep.prune_versions import Pruned, choose, prune
 

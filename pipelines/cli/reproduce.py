@@ -59,10 +59,10 @@ class Reproduce:
         from partialhn.benchmarks.comparison import rows
         from partialhn.benchmarks.reproduce import run_cells
         from partialhn.networks.table import cut_unit
+        from partialhn.numbers import now
         from pipelines.benchmarks.page import KEPT, benchmark_page, chance_of
         from pipelines.benchmarks.plots import plots_svg
         from pipelines.benchmarks.table import table_csv, table_markdown, verdict
-        from pipelines.platform.numbers import now
 
         benchmark = find_benchmark(self.benchmark)
         out = Path(self.out or f"reproduce/{self.benchmark}-{self.size}")

@@ -5,8 +5,8 @@ import shlex
 from typing import Any
 
 from partialhn.config import Config, Sections
+from partialhn.numbers import in_points, percent, percent_with_interval, size
 from pipelines.cli.next_steps import next_steps
-from pipelines.platform.numbers import in_points, percent, percent_with_interval, size
 from pipelines.search.settings import SearchConfig
 
 

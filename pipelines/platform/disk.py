@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from partialhn.errors import InputError
-from pipelines.platform.numbers import size
+from partialhn.numbers import size
 from pipelines.platform.storage import Storage
 
 FULL = (errno.ENOSPC, errno.EDQUOT)

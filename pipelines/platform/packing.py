@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from partialhn.errors import InputError
-from pipelines.platform.numbers import size
+from partialhn.numbers import size
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Progress lines for people while a run works: task, epoch, accuracy, and time left."""
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -7,8 +8,8 @@ from collections.abc import Callable, Sequence
 from partialhn.config import Config
 from partialhn.evaluation.metrics import StreamMetrics
 from partialhn.features.manifest import Manifest
+from partialhn.numbers import duration, in_points, percent, size
 from partialhn.training.records import EpochRecord, TaskRecord
-from pipelines.platform.numbers import in_points, percent, size
 
 QUIET_SECONDS = 5.0
 """Seconds between two lines about epochs when the output is not a terminal."""
@@ -37,7 +38,7 @@ class Progress:
     def trunk(self, record: EpochRecord) -> None:
         """Shows an epoch of the trunk's training."""
         self._epoch(f"trunk  epoch {record.epoch}/{record.epochs}  loss {record.loss:.3f}  "
-                    f"accuracy {record.accuracy:.1%}",
+                    f"accuracy {percent(record.accuracy)}",
                     self._time_left("trunk", record, record.epochs - record.epoch),
                     record.epoch == record.epochs)
 
@@ -59,19 +60,20 @@ class Progress:
         label = "" if strategy == self._config.train.strategy else f"{strategy}  "
         if isinstance(record, TaskRecord):
             self._seen = {key for key in self._seen if key[:2] != (strategy, record.task_index)}
-            row = " ".join(f"{value:.1%}" for value in record.accuracy_row[-8:])
-            more = "... " if len(record.accuracy_row) > 8 else ""
+            shown = ", ".join(percent(value) for value in record.accuracy_row[-8:])
+            more = "..., " if len(record.accuracy_row) > 8 else ""
             self.line(f"{label}task {record.task_index + 1} {record.task!r} learned in "
-                      f"{record.train_seconds:.1f} s; accuracy on the tasks so far: {more}{row}")
+                      f"{duration(record.train_seconds)}; accuracy on the tasks so far: "
+                      f"{more}{shown}")
             return
         key = strategy, record.task_index, record.epoch
         if key in self._seen:  # the worker sent it at once, and again at the end of its task
             return
         self._seen.add(key)
         validation = record.validation_accuracy
-        held_out = "" if validation is None else f" (held out {validation:.1%})"
+        held_out = "" if validation is None else f" (held out {percent(validation)})"
         self._epoch(f"{label}task {record.task_index + 1} {record.task!r}  epoch {record.epoch}/"
-                    f"{record.epochs}  loss {record.loss:.3f}  accuracy {record.accuracy:.1%}"
+                    f"{record.epochs}  loss {record.loss:.3f}  accuracy {percent(record.accuracy)}"
                     f"{held_out}",
                     self._time_left(strategy, record, record.epochs - record.epoch), False)
 
@@ -86,9 +88,9 @@ class Progress:
         """The time left of the trunk or of this task, estimated from its latest epochs."""
         seconds = self._seconds.setdefault(f"{key}/{record.task_index}", [])
         seconds.append(record.seconds)
-        recent = seconds[-5:]
+        usual = statistics.median(seconds[-5:])  # one epoch may have waited for something else
         left = "trunk" if key == "trunk" else "task"
-        return f"  about {epochs * sum(recent) / len(recent):.0f} s left of the {left}"
+        return f"  about {duration(epochs * usual)} left of the {left}"
 
     def _epoch(self, text: str, time_left: str, last: bool) -> None:
         if self._live:

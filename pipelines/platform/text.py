@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pipelines.platform.numbers import percent
+from partialhn.numbers import percent
 
 MEANS = ("accuracy, when learned, forgotten: means over all tasks that the version of the row "
          "knows")

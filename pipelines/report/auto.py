@@ -1,6 +1,6 @@
 """The report's section on images that come without a task id."""
 
-from pipelines.platform.numbers import percent
+from partialhn.numbers import percent
 from pipelines.report.charts import escape
 from pipelines.report.facts import Facts
 from pipelines.report.html import data_table, section

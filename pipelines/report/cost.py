@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.platform.numbers import duration, percent, size
+from partialhn.numbers import duration, percent, size
 from pipelines.report import charts
 from pipelines.report.charts import Bar, Line
 from pipelines.report.facts import Facts, dig

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.platform.numbers import percent
+from partialhn.numbers import percent
 from pipelines.report.charts import escape, shorten
 from pipelines.report.facts import Facts
 from pipelines.report.html import section

@@ -12,8 +12,8 @@ from partialhn.evaluation.certainty import (
     mean_accuracy,
     share_interval,
 )
+from partialhn.numbers import in_points, percent
 from pipelines.gate import TOLERANCE, Decision, GateFacts, Policy, decide, p_value
-from pipelines.platform.numbers import in_points, percent
 from pipelines.report.facts import Facts
 
 MOST = 100_000

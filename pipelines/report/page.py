@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from partialhn.errors import InputError
-from pipelines.platform.numbers import UNKNOWN, date, duration, percent, points, size
+from partialhn.numbers import UNKNOWN, date, duration, percent, points, size
 from pipelines.report import provenance
 from pipelines.report.auto import without_id
 from pipelines.report.charts import escape

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.platform.numbers import size
+from partialhn.numbers import size
 from pipelines.report.charts import escape
 from pipelines.report.facts import Facts
 from pipelines.report.html import data_table, facts_list, pair, section

@@ -1,7 +1,7 @@
 """Words for how sure a number is: its interval, and the images or seeds that are missing."""
 
 from partialhn.evaluation.certainty import MOST_SEEDS, Estimate
-from pipelines.platform.numbers import in_points, percent, points
+from partialhn.numbers import in_points, percent, points
 
 LEVEL = 0.0005
 """A smaller difference is none that a page shows."""

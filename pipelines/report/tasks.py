@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipelines.platform.numbers import UNKNOWN, duration, in_points, percent, points, size
+from partialhn.numbers import UNKNOWN, duration, in_points, percent, points, size
 from pipelines.report import charts
 from pipelines.report.charts import Bar, Line, escape, shorten
 from pipelines.report.facts import FORGETTING_LIMIT, Facts, break_even

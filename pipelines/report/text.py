@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pipelines.platform.numbers import UNKNOWN, duration, in_points, percent, size
+from partialhn.numbers import UNKNOWN, duration, in_points, percent, size
 from pipelines.report.auto import without_id_line
 from pipelines.report.charts import row_label, shorten
 from pipelines.report.cost import STAGES

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipelines.platform.numbers import duration, in_points, percent, points, size
+from partialhn.numbers import duration, in_points, percent, points, size
 from pipelines.report.facts import FORGETTING_LIMIT, GAP_LIMIT, Facts, break_even
 from pipelines.report.judged import Judged, judge, mean_interval, policy_of, policy_words
 from pipelines.report.sure import interval_in_percent, told

@@ -10,11 +10,11 @@ from partialhn.checkpoints import checkpoint
 from partialhn.checkpoints.model import Model
 from partialhn.data.experience import task_of
 from partialhn.evaluation.answer_sample import read_sample
+from partialhn.numbers import now
 from partialhn.training import lineage
 from partialhn.training.result import Outcome, model_sizes, peak_rss_bytes, result_fields
 from partialhn.training.review import review, sample_examples
 from partialhn.training.slots import Slot
-from pipelines.platform.numbers import now
 from pipelines.registry.versions import CHAMPION, Version
 from pipelines.report.page import write_report
 from pipelines.retrain.candidate import WORK

@@ -26,9 +26,9 @@ from partialhn.data.experience import task_of
 from partialhn.errors import InputError
 from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
+from partialhn.numbers import percent
 from partialhn.task_inference import NONE, pooled
 from pipelines.features.produce import open_store
-from pipelines.platform.numbers import percent
 from pipelines.platform.storage import Storage, open_storage
 from pipelines.registry.client import Registry, connect
 from pipelines.registry.versions import Version, chain_of

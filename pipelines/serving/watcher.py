@@ -6,7 +6,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-from pipelines.platform.numbers import percent
+from partialhn.numbers import percent
 from pipelines.platform.text import auto_line
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))

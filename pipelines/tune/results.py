@@ -11,10 +11,10 @@ import yaml
 
 from partialhn.config import Config
 from partialhn.errors import InputError
+from partialhn.numbers import duration, percent
 from pipelines.advice.decide import DepthResult, choose, results_by_depth
 from pipelines.advice.facts import advice_fields, costs
 from pipelines.advice.page import render
-from pipelines.platform.numbers import duration, percent
 from pipelines.search.depths import Depths
 from pipelines.search.sampling import Goal
 from pipelines.search.space import Space

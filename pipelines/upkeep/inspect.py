@@ -8,8 +8,8 @@ from partialhn.errors import InputError, IntegrityError
 from partialhn.features.cache import CHUNK, check_content
 from partialhn.features.manifest import FeatureRecipe, Manifest, Shard
 from partialhn.features.store import FeatureStore
+from partialhn.numbers import size
 from pipelines.features.produce import open_store
-from pipelines.platform.numbers import size
 from pipelines.platform.storage import Storage
 from pipelines.upkeep.prune import age_text, stored
 from pipelines.upkeep.references import References

@@ -10,6 +10,7 @@ import pytest
 
 from partialhn.config import BackboneConfig, Config
 from partialhn.evaluation.intervals import Interval
+from partialhn.numbers import points
 from pipelines.advice import words
 from pipelines.advice.decide import (
     agreement,
@@ -25,7 +26,6 @@ from pipelines.advice.facts import advice_fields
 from pipelines.advice.held_out import HeldOut
 from pipelines.advice.money import GIB, Prices, Way, yearly
 from pipelines.advice.page import render
-from pipelines.platform.numbers import points
 from pipelines.search.depths import find_depths
 from pipelines.search.sampling import Goal
 from pipelines.search.settings import SearchConfig

@@ -16,10 +16,10 @@ SAMPLES = runpy.run_path(str(Path(__file__).with_name("report_samples.py")))
 
 
 @pytest.mark.parametrize(("numbers", "words"), [
-    ((0.325, 200, 10), []), ((0.12, 200, 10), ["close to guessing (10.0%)"]),
+    ((0.325, 200, 10), []), ((0.12, 200, 10), ["close to guessing (10.0 %)"]),
     ((0.23, 20, 10), ["close to guessing"]),  # 20 images: two standard errors are 13 points
-    ((0.55, 50, 2), ["close to guessing (50.0%)"]), ((1.0, 50, 1), []),
-    ((0.6, 500, 10, 0.6, 0.62, 100), []), ((0.6, 500, 10, 0.6, 0.75, 100), ["right for 75.0%"]),
+    ((0.55, 50, 2), ["close to guessing (50.0 %)"]), ((1.0, 50, 1), []),
+    ((0.6, 500, 10, 0.6, 0.62, 100), []), ((0.6, 500, 10, 0.6, 0.75, 100), ["right for 75.0 %"]),
     ((0.96, 72, 2, 28 / 29, 1.0, 29), []),  # one image of 29 is no difference
     ((0.6, 500, 10, 0.6, 0.75, 0), []), ((0.6, 500, 10, 0.6, None, 100), []),
     ((0.1, 500, 10, 0.1, 0.75, 100), ["guessing", "ridge regression"])])
@@ -44,7 +44,7 @@ def bad_result():
 def test_terminal_and_report_say_it_loudly():
     result, name = bad_result()
     text = text_summary(result)
-    assert f"WARNING task {name!r}: its accuracy of 11.0% is close to guessing (10.0%)" in text
+    assert f"WARNING task {name!r}: its accuracy of 11.0 % is close to guessing (10.0 %)" in text
     assert f"WARNING task {name!r}: ridge regression" in text
     cautions = verdict(read_facts(result)).cautions
     assert f"Task “{name}” would be refused: it is 1.0 point above guessing" in cautions[0]

@@ -16,6 +16,7 @@ from partialhn.config import Config
 from partialhn.data.datasets import open_stream
 from partialhn.notebook.options import SECTIONS
 from partialhn.notebook.progress import LogBars, TerminalBars, bar_html
+from partialhn.numbers import percent
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = dict(tasks=3, classes=6, images_per_class=40, input_size=8, trunk_epochs=1, epochs=2,
@@ -250,9 +251,9 @@ def test_it_is_shown_in_a_notebook(stream):
     html = stream._repr_html_()
     assert "3 of 3 tasks learned" in html
     for value in stream.accuracy_matrix.to_numpy()[2]:
-        assert f"{value:.1%}" in html
+        assert percent(value) in html
     result = stream.results[-1]
-    assert f"{result.accuracy['2']:.1%}" in result._repr_html_()
+    assert percent(result.accuracy['2']) in result._repr_html_()
     assert "3 of 3 tasks learned" in repr(stream)
     for text in (html, result._repr_html_()):
         assert "color:#" not in text, "text keeps the page's colour, light or dark"
@@ -282,18 +283,18 @@ def test_progress_in_a_log_is_a_line_a_step(capsys):
     with LogBars() as bars:
         for done in range(1, 51):
             bars.show("features", done, 50)
-        bars.show("task 1/2 'a'", 2, 2, "accuracy 90.0%")
-    assert capsys.readouterr().err == "features: 50/50\ntask 1/2 'a': 2/2, accuracy 90.0%\n"
+        bars.show("task 1/2 'a'", 2, 2, "accuracy 90.0 %")
+    assert capsys.readouterr().err == "features: 50/50\ntask 1/2 'a': 2/2, accuracy 90.0 %\n"
 
 
 def test_progress_in_a_terminal_stays_when_it_is_done(capsys):
     with TerminalBars() as bars:
         bars.show("trunk", 1, 3)
-        bars.show("trunk", 3, 3, "accuracy 90.0%")
+        bars.show("trunk", 3, 3, "accuracy 90.0 %")
     shown = capsys.readouterr().err
     assert "trunk" in shown
     assert "3/3" in shown
-    assert "accuracy 90.0%" in shown
+    assert "accuracy 90.0 %" in shown
 
 
 def test_progress_in_a_notebook_replaces_its_line():

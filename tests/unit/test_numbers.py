@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.platform.numbers import (
+from partialhn.numbers import (
     duration,
     in_points,
     margin,

@@ -12,9 +12,9 @@ import pytest
 
 from partialhn.errors import InputError
 from partialhn.evaluation.certainty import share_interval
+from partialhn.numbers import points
 from partialhn.training.review import example as review_example
 from pipelines.gate import GateFacts, Policy, decide, p_value
-from pipelines.platform.numbers import points
 from pipelines.report import charts
 from pipelines.report.facts import break_even, read_facts
 from pipelines.report.judged import judge
