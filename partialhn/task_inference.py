@@ -229,6 +229,8 @@ class Inferred:
     """Whether the image seems to belong to a learned task at all, bool."""
     task_p_B: Tensor
     """Probability of that task among all tasks."""
+    strange_B: Tensor
+    """How little the image resembles any learned task: larger is stranger."""
     p_BL: Tensor | None = None
     """Probabilities of that task's classes, zero after its last class; None where the task's head
     alone has to give them (`TaskInference`)."""
@@ -305,13 +307,15 @@ def infer(inference: Inference, head: Head, slots: Sequence[int],
     the models of version 0.1.0.
     """
     if isinstance(inference, Detector):
-        joint, known_B = inference.infer(head, slots, weights, z_BCHW)
-        return Inferred(torch.tensor(slots)[joint.task_B], known_B, joint.task_p_B, joint.p_BL)
+        joint, strange_B, known_B = inference.infer(head, slots, weights, z_BCHW)
+        return Inferred(torch.tensor(slots)[joint.task_B], known_B, joint.task_p_B, strange_B,
+                        joint.p_BL)
     distances_BT = inference.distances(pooled(z_BCHW))[:, list(slots)]
     best_B = best_task(method, distances_BT, head, weights, z_BCHW)
     task_p_B = (-distances_BT / 2).softmax(1).gather(1, best_B[:, None])[:, 0]
-    return Inferred(torch.tensor(slots)[best_B], distances_BT.amin(1) <= inference.threshold,
-                    task_p_B)
+    strange_B = distances_BT.amin(1)
+    return Inferred(torch.tensor(slots)[best_B], strange_B <= inference.threshold, task_p_B,
+                    strange_B)
 
 
 def _rows(features: FeatureSet) -> Tensor:

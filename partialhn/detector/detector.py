@@ -1,16 +1,14 @@
 """The detector: finds the class of an image among the classes of all tasks, and strangers.
 
 Every task adds to one scatter matrix of expanded trunk features, brings the means of its classes,
-and keeps a few held-out images. The classifier is the closed form of `fitted.py`, and `mixture.py`
-combines it with the heads. Tasks in any order give the same detector, bit for bit. A task that is
-taken out leaves the detector that never had it.
+and keeps a few held-out images. `solved.py` solves the classifier of some tasks from them. Tasks in
+any order give the same detector, bit for bit. A task that is taken out leaves the detector that
+never had it.
 
-Legend: B images, T tasks, K classes of a task, M classes of all tasks, L most classes of a
-task, D expanded features, S sampled images, P = D (D + 1) / 2.
+Legend: B images, R images that a head runs for, K classes of a task, D expanded features,
+S sampled images, P = D (D + 1) / 2.
 """
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -18,9 +16,9 @@ import torch
 from torch import Tensor
 
 from partialhn.detector.expansion import Embed, Expansion, expansion_of
-from partialhn.detector.fitted import Fitted, fit
-from partialhn.detector.mixture import Joint, Powers, answer, fit_powers, usual_top
+from partialhn.detector.solved import Answer, Solved, solve
 from partialhn.detector.statistics import (
+    NO_ENERGY,
     HeadLogits,
     TaskStatistics,
     scatter_again,
@@ -35,26 +33,8 @@ FEATURES = 500
 """Default number of random features (`docs/design/task-inference.md`)."""
 FALSE_ALARMS = 0.05
 """Share of the kept images of known tasks that the threshold of strangeness rejects."""
-MOST_SAMPLES = 16384
-"""Kept images of all tasks that the classifier is fitted with, at most."""
-MOST_SCORES, LEAST_SAMPLES = 1 << 18, 512
-"""With many classes it is fitted with fewer images, but for the least number: the cost of the fit
-grows with images times classes, and it chooses four numbers."""
 OWN = tuple(name for name in TaskStatistics._fields if name not in ("scatter_P", "expansion"))
 """The statistics that stay a task's own; the scatter matrices are added up."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Prepared:
-    """All that an answer about some of the slots needs."""
-
-    fitted: Fitted
-    column_TL: Tensor
-    """Column of each class of each task; after a task's last class, one more than there are."""
-    powers: Powers
-    usual: float
-    """As `answer` takes it."""
-    threshold: float
 
 
 class Reference(Protocol):
@@ -93,7 +73,7 @@ class Detector:
         """The statistics that belong to a slot alone, by the names in `OWN`."""
         self.scatter_P: Tensor | None = None
         """Sum of the scatter matrices of all slots that count, int64, in units of 2^-16."""
-        self._prepared: tuple[tuple[int, ...], _Prepared] | None = None
+        self._solved: tuple[tuple[int, ...], Solved] | None = None
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -130,12 +110,13 @@ class Detector:
         """Adds the next slot, from the result of `statistics`."""
         if self.expansion is None:
             self.expansion = Expansion.from_tensor(task.expansion, self._embed)
-        self.slots.append({name: getattr(task, name) for name in OWN})
+        # copies, because no two tensors of a checkpoint may share their memory
+        self.slots.append({name: getattr(task, name).clone() for name in OWN})
         if refreshes is not None:
             self._empty(refreshes)
         self.scatter_P = (task.scatter_P if self.scatter_P is None
                           else self.scatter_P + task.scatter_P)
-        self._prepared = None
+        self._solved = None
 
     def remove_task(self, slot: int, train: FeatureSet) -> None:
         """Takes a task out again; its slot stays as an empty place. train: the slot's features."""
@@ -145,7 +126,7 @@ class Detector:
         self.scatter_P = self.scatter_P - scatter_again(self.expansion, train, own["images"],
                                                         len(own["mean_KD"]))
         self._empty(slot)
-        self._prepared = None
+        self._solved = None
 
     def forget(self, slots: Sequence[int], train: FeatureSet) -> None:
         """Removes a task with all its slots; later slots move up.
@@ -157,39 +138,29 @@ class Detector:
         self.slots = [own for slot, own in enumerate(self.slots) if slot not in slots]
 
     def infer(self, head: Head, slots: Sequence[int], weights: Sequence[HeadWeights],
-              z_BCHW: Tensor) -> tuple[Joint, Tensor]:
-        """The likeliest class of each image among the tasks of `slots`, and whether the image
-        seems to belong to any of them: bool (B,).
+              z_BCHW: Tensor) -> Answer:
+        """The likeliest class of each image among the tasks of `slots`, and how strange it is.
 
         weights: the head weights of the slots, in the same order.
         """
-        prepared, h_BD = self._prepare(slots), self._expanded(z_BCHW)
-
-        def log_p(task: int, rows_R: Tensor) -> Tensor:
+        def logits(task: int, rows_R: Tensor) -> Tensor:
             sharp = self.slots[slots[task]]["sharpness"].item()
             logits_RK: Tensor = head(z_BCHW[rows_R.to(z_BCHW.device)], weights[task])
-            return (sharp * logits_RK).log_softmax(1).cpu()
+            return (sharp * logits_RK).cpu()
 
-        joint = answer(self._by_task(prepared, h_BD), prepared.powers, log_p, prepared.usual)
-        return joint, prepared.fitted.strangeness(h_BD) <= prepared.threshold
+        return self._solve(slots).answer(self._expanded(z_BCHW), logits)
 
     def classify(self, slots: Sequence[int], z_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """The detector's own answers, without any head: the place in `slots` of the likeliest
         task (B,), and its likeliest class (B,).
         """
-        prepared = self._prepare(slots)
-        log_p_BTL = self._by_task(prepared, self._expanded(z_BCHW))
-        best_BT2 = log_p_BTL.max(2)
+        best_BT2 = self._solve(slots).by_task(self._expanded(z_BCHW)).max(2)
         task_B = best_BT2.values.argmax(1)
         return task_B, best_BT2.indices.gather(1, task_B[:, None])[:, 0]
 
-    def strangeness(self, slots: Sequence[int], z_BCHW: Tensor) -> Tensor:
-        """How little each image resembles any class of the slots, (B,): larger is stranger."""
-        return self._prepare(slots).fitted.strangeness(self._expanded(z_BCHW))
-
     def threshold(self, slots: Sequence[int]) -> float:
         """Strangeness beyond which an image seems to belong to no task of the slots."""
-        return self._prepare(slots).threshold
+        return self._solve(slots).threshold
 
     def task_bytes(self, slot: int) -> int:
         """Bytes that a slot adds to the checkpoint."""
@@ -223,7 +194,10 @@ class Detector:
             detector.reference_norm = tensors.get("reference_norm")
             detector.scatter_P = tensors["scatter"].long()
             for slot in range(slots):
-                detector.slots.append({name: tensors[f"{name}.{slot}"] for name in OWN})
+                own = {name: tensors[f"{name}.{slot}"] for name in OWN if name != "energy"}
+                energy_2 = tensors.get(f"energy.{slot}")  # older models have none
+                own["energy"] = NO_ENERGY.clone() if energy_2 is None else energy_2
+                detector.slots.append(own)
             detector._check()
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
             raise IntegrityError(f"the detector of this checkpoint does not fit: {error!r}"
@@ -245,7 +219,7 @@ class Detector:
             if (own["mean_KD"].shape != (classes, width)
                     or own["sample_SD"].shape != (samples, width)
                     or head not in ((0, classes), (samples, classes))
-                    or own["images"].shape != (2,)
+                    or own["images"].shape != (2,) or own["energy"].shape != (2,)
                     or bool(((y_S < 0) | (y_S >= classes)).any())):
                 raise ValueError(f"the statistics of slot {slot} contradict each other")
 
@@ -254,6 +228,7 @@ class Detector:
         own = self.slots[slot]
         own["mean_KD"] = torch.full_like(own["mean_KD"], torch.nan)
         own["images"] = torch.zeros_like(own["images"])
+        own["energy"] = NO_ENERGY.clone()
         for name in ("sample_SD", "sample_y_S", "sample_head_SK"):
             own[name] = own[name][:0].clone()
 
@@ -261,77 +236,18 @@ class Detector:
         assert self.expansion is not None
         return self.expansion(z_BCHW)
 
-    def _by_task(self, prepared: _Prepared, h_BD: Tensor) -> Tensor:
-        """Log-probabilities among the classes of all tasks (B, T, L), infinite negative after a
-        task's last class.
-        """
-        log_p_BM = prepared.fitted.log_probabilities(h_BD)
-        none_B1 = log_p_BM.new_full((len(log_p_BM), 1), -torch.inf)
-        return torch.cat([log_p_BM, none_B1], 1)[:, prepared.column_TL]
-
-    def _prepare(self, slots: Sequence[int]) -> _Prepared:
+    def _solve(self, slots: Sequence[int]) -> Solved:
         """The solved classifier for some slots, kept until the statistics change.
 
         Raises: InputError before the first task.
         """
         key = tuple(slots)
-        if self._prepared is None or self._prepared[0] != key:
+        if self._solved is None or self._solved[0] != key:
             if not key or self.expansion is None or self.scatter_P is None:
                 raise InputError("no task is learned yet; allowed: task inference after the first "
                                  "task")
-            self._prepared = key, self._solve(key)
-        return self._prepared[1]
-
-    @torch.no_grad()
-    def _solve(self, slots: tuple[int, ...]) -> _Prepared:
-        assert self.expansion is not None
-        assert self.scatter_P is not None
-        own = _some_samples([self.slots[slot] for slot in slots])
-        classes = [len(each["mean_KD"]) for each in own]
-        first = [sum(classes[:task]) for task in range(len(own))]
-        y_S = torch.cat([each["sample_y_S"] + start
-                         for each, start in zip(own, first, strict=True)])
-        sample_SD = torch.cat([each["sample_SD"] for each in own]).double()
-        images = sum(int(each["images"][0]) for each in self.slots)
-        fitted = fit(unpacked(self.scatter_P, self.expansion.width), images,
-                     torch.cat([each["mean_KD"] for each in own]).double(), sample_SD, y_S,
-                     self.expansion.own)
-        threshold = math.inf if not len(sample_SD) else torch.quantile(
-            fitted.strangeness(sample_SD), 1 - self.false_alarms).item()
-        sizes = [len(each["sample_y_S"]) for each in own]
-        log_p_SM = torch.split(fitted.log_probabilities(sample_SD), sizes)
-        opinions = [(each["sample_head_SK"], _within(log_p, start, count), each["sample_y_S"])
-                    for each, log_p, start, count in zip(own, log_p_SM, first, classes,
-                                                         strict=True)
-                    if len(each["sample_head_SK"])]
-        powers = fit_powers(opinions)
-        return _Prepared(fitted.single(), _columns(first, classes), powers,
-                         usual_top(powers, opinions), threshold)
-
-
-def _columns(first: Sequence[int], classes: Sequence[int]) -> Tensor:
-    """`_Prepared.column_TL` from the first column of each task and its number of classes."""
-    rows = [[start + place if place < count else sum(classes) for place in range(max(classes))]
-            for start, count in zip(first, classes, strict=True)]
-    return torch.tensor(rows)
-
-
-def _some_samples(slots: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The slots with a bounded number of kept images of all of them, evenly spread."""
-    classes = sum(len(own["mean_KD"]) for own in slots)
-    most = min(MOST_SAMPLES, max(LEAST_SAMPLES, MOST_SCORES // max(1, classes)))
-    sizes = [len(own["sample_y_S"]) for own in slots]
-    every = -(-sum(sizes) // most)
-    if every <= 1:
-        return slots
-    chosen, before = [], 0
-    for own, size in zip(slots, sizes, strict=True):
-        chosen.append(own | {name: own[name][-before % every::every] for name in (
-            "sample_SD", "sample_y_S", "sample_head_SK")})
-        before += size
-    return chosen
-
-
-def _within(log_p_SM: Tensor, start: int, classes: int) -> Tensor:
-    """Log-probabilities among the classes of one task."""
-    return log_p_SM[:, start:start + classes].log_softmax(1)
+            images = sum(int(own["images"][0]) for own in self.slots)
+            scatter_DD = unpacked(self.scatter_P, self.expansion.width)
+            self._solved = key, solve([self.slots[slot] for slot in key], scatter_DD, images,
+                                      self.expansion.own, self.false_alarms)
+        return self._solved[1]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from partialhn.detector.statistics import UNIT
+from partialhn.detector.statistics import FEW, UNIT
 
 SHRINKAGES = tuple(10.0 ** (power / 4) for power in range(-12, 9))
 """Isotropic parts of the covariance that are tried, in units of its mean eigenvalue."""
@@ -27,8 +27,6 @@ TOLERANCE = 0.02
 """Share by which the squared error may exceed the least (`docs/measurements/task-inference.md`)."""
 SHARPEST = 100.0
 """Largest factor on the scores."""
-FEW = 8
-"""Fewer samples than this say nothing."""
 OWN_SHRINKAGE = 0.01
 """Isotropic part of the covariance of the trunk's own means and spreads."""
 
@@ -97,16 +95,20 @@ class Fitted:
         score_BM = ((h_BD - self.centre_D) @ self.weight_MD.T).nan_to_num(nan=-torch.inf)
         return (self.sharpness * score_BM).log_softmax(1)
 
-    def strangeness(self, h_BD: Tensor) -> Tensor:
+    def strangeness(self, h_BD: Tensor, head_B: Tensor | None = None) -> Tensor:
         """How little an image resembles any class, (B,): larger is stranger.
 
-        Both of its parts are in standard deviations of the sampled images. The first is the largest
-        cosine between the image and a class mean, whitened and seen from the mean of all: it tells
-        near strangers best. The second is the trunk's own density, which tells noise, blur and
-        drawings; it counts from one deviation on, because it says nothing about near strangers.
+        All of its parts are in standard deviations of known images. The first is the largest cosine
+        between the image and a class mean, whitened and seen from the mean of all. Its mean with
+        head_B, how strange the image is to the head that answers, tells near strangers best; where
+        head_B is not a number, the cosine stands alone. The last part is the trunk's own density,
+        which tells noise, blur and drawings; it counts from one deviation on, because it says
+        nothing about near strangers.
         """
-        angle_B = self.angles.deviation(self._angle(h_BD))
-        return angle_B + (self.distances.deviation(self.density.distance(h_BD)) - 1).clamp_min(0)
+        near_B = self.angles.deviation(self._angle(h_BD))
+        if head_B is not None:
+            near_B = torch.where(head_B.isnan(), near_B, (near_B + head_B) / 2)
+        return near_B + (self.distances.deviation(self.density.distance(h_BD)) - 1).clamp_min(0)
 
     def measured(self, h_SD: Tensor) -> "Fitted":
         """The same, with what is usual for the sampled images h_SD."""

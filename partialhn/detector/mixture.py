@@ -41,10 +41,14 @@ class Joint(NamedTuple):
     """Probabilities of that task's classes; zero after its last class."""
     task_p_B: Tensor
     """Probability of that task among all tasks."""
+    energy_B: Tensor
+    """Logarithm of the sum of the exponentials of what that task's head gave."""
 
 
 def mixed(powers: Powers, head_BK: Tensor, detector_BK: Tensor) -> Tensor:
-    """Log-probabilities of the classes of one task (B, K), from those of head and detector."""
+    """Log-probabilities of the classes of one task (B, K), from those of head and detector, each up
+    to a constant an image.
+    """
     return (powers.head * head_BK + powers.detector * detector_BK).log_softmax(1)
 
 
@@ -52,7 +56,7 @@ def fit_powers(tasks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Powers:
     """The likeliest powers.
 
     tasks: for each task log-probabilities of its sampled images (S, K) by its head and by the
-    detector within the task, and their classes (S,).
+    detector within the task, each up to a constant an image, and their classes (S,).
     """
     tasks = [task for task in tasks if len(task[2]) and task[0].shape[1] > 1]
     if not tasks:
@@ -91,7 +95,7 @@ def answer(log_p_BTL: Tensor, powers: Powers, head: Callable[[int, Tensor], Tens
     """The likeliest class among the `HEADS` likeliest tasks, by its task.
 
     log_p_BTL: the detector's log-probabilities among the classes of all tasks, infinite negative
-    after a task's last class. head: index of a task and rows (R,) to the log-probabilities (R, K)
+    after a task's last class. head: index of a task and rows (R,) to the sharpened logits (R, K)
     of the task's head. usual: as `usual_top` gives it.
 
     The heads are asked from the likeliest task on, until the likeliest class of the next task would
@@ -103,7 +107,7 @@ def answer(log_p_BTL: Tensor, powers: Powers, head: Callable[[int, Tensor], Tens
     B, T, L = log_p_BTL.shape
     order_BT = task_BT.argsort(dim=1, descending=True, stable=True)
     best_B, winner_B = torch.full((B,), -torch.inf), torch.zeros(B, dtype=torch.int64)
-    p_BL = torch.zeros(B, L)
+    p_BL, energy_B = torch.zeros(B, L), torch.zeros(B)
     for place in range(min(T, HEADS)):
         next_B = task_BT.gather(1, order_BT[:, place:place + 1])[:, 0]
         asked_B = (next_B + usual > best_B) | (place == 0)
@@ -118,9 +122,10 @@ def answer(log_p_BTL: Tensor, powers: Powers, head: Callable[[int, Tensor], Tens
             better_R = (score_R > best_B[rows_R]) | (place == 0)
             won_R = rows_R[better_R]
             best_B[won_R], winner_B[won_R] = score_R[better_R], task
+            energy_B[won_R] = head_RK[better_R].logsumexp(1)
             p_BL[won_R] = torch.nn.functional.pad(within_RK[better_R].exp(),
                                                   (0, L - within_RK.shape[1]))
-    return Joint(winner_B, p_BL, task_BT.gather(1, winner_B[:, None])[:, 0].exp())
+    return Joint(winner_B, p_BL, task_BT.gather(1, winner_B[:, None])[:, 0].exp(), energy_B)
 
 
 def _opinions(head_SK: Tensor, detector_SK: Tensor, most: int) -> Tensor:

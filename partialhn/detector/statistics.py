@@ -21,6 +21,10 @@ UNIT = 2.0**-16
 SAMPLE = 12
 """Held-out images of each task that are kept, expanded, to calibrate the detector."""
 BATCH = 256
+FEW = 8
+"""Fewer images than this say nothing about what is usual."""
+NO_ENERGY = torch.full((2,), torch.nan)
+"""The energy of a head about which nothing is known."""
 HeadLogits = Callable[[Tensor], Tensor]
 """A learned task's head: features z_BCHW to logits_BK."""
 
@@ -42,11 +46,16 @@ class TaskStatistics(NamedTuple):
     sample_y_S: Tensor
     """Classes of these images within the task, int64."""
     sample_head_SK: Tensor
-    """Log-probabilities of these images by the task's own head, float32; no rows where no image was
-    held out, because the head has learned from these images itself."""
+    """Sharpened logits of these images by the task's own head, float32 (log-probabilities in models
+    without `energy`); no rows where no image was held out, because the head has learned from these
+    images itself."""
     sharpness: Tensor
     """Factor on the head's logits that gives its probabilities, a float32 scalar; 1 where no image
     was held out."""
+    energy: Tensor = NO_ENERGY
+    """Mean and standard deviation, over all held-out images, of the logarithm of the sum of the
+    exponentials of the head's sharpened logits (energy, Liu et al. 2020, arXiv 2010.03759):
+    float32, (2,). Not a number where too few images were held out."""
 
 
 def statistics(expansion: Expansion, train: FeatureSet, held_out: FeatureSet | None, classes: int,
@@ -63,14 +72,17 @@ def statistics(expansion: Expansion, train: FeatureSet, held_out: FeatureSet | N
     rows_N = _summed(count, validated)
     mean_KD, scatter_DD = _moments(expansion, train, rows_N, classes)
     h_SD, y_S = expanded(expansion, sample, rows_S)
-    head_SK, factor = torch.empty(0, classes), 1.0
+    head_SK, factor, energy_2 = torch.empty(0, classes), 1.0, NO_ENERGY
     if validated and head is not None:
         logits_NK = _logits(sample, head)
         factor = sharpness(logits_NK.double(), sample.y_N.cpu())
-        head_SK = (factor * logits_NK[rows_S]).log_softmax(1)
+        energy_N = (factor * logits_NK).logsumexp(1)
+        head_SK = factor * logits_NK[rows_S]
+        if len(energy_N) >= FEW:
+            energy_2 = torch.stack([energy_N.mean(), energy_N.std().clamp_min(1e-6)])
     return TaskStatistics(expansion.tensor(), mean_KD.half(), packed(scatter_DD),
                           torch.tensor([len(rows_N), count]), h_SD.half(), y_S, head_SK,
-                          torch.tensor(factor))
+                          torch.tensor(factor), energy_2)
 
 
 def scatter_again(expansion: Expansion, train: FeatureSet, images_2: Tensor,

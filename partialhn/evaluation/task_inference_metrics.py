@@ -119,17 +119,24 @@ def _alone(inference: Inference, slots: Sequence[int], task_N: Tensor, z_NCHW: T
     return torch.where(found_N == task_N, class_N, -1)
 
 
-def rejection_auroc(inference: Inference, known: Sequence[FeatureSet], unknown: FeatureSet,
-                    slots: Sequence[int]) -> float:
+@torch.no_grad()
+def rejection_auroc(strategy: Strategy, inference: Inference, known: Sequence[FeatureSet],
+                    unknown: FeatureSet, slots: Sequence[int]) -> float:
     """AUROC of detecting images of an unknown task among those of the learned tasks.
 
     slots: the newest slot of each task. 0.5 is guessing, 1 is perfect.
     """
-    asked = _asked(len(known))
+    strategy.eval()
+    weights, asked = Heads(strategy, slots, KEPT_BYTES), _asked(len(known))
+    device = next(strategy.parameters()).device
+
+    def strangeness(features: FeatureSet, images: int) -> Tensor:
+        z_NCHW = _some(features, images)[0].to(device)
+        return infer(inference, strategy.head, slots, weights, z_NCHW).strange_B
+
     share = max(1, IMAGES // 2 // len(asked))
-    inside_N = torch.cat([_strangeness(inference, slots, known[place], share) for place in asked])
-    outside_N = _strangeness(inference, slots, unknown, IMAGES // 2)
-    return auroc(inside_N, outside_N)
+    inside_N = torch.cat([strangeness(known[place], share) for place in asked])
+    return auroc(inside_N, strangeness(unknown, IMAGES // 2))
 
 
 def auroc(low_N: Tensor, high_N: Tensor) -> float:
@@ -139,14 +146,6 @@ def auroc(low_N: Tensor, high_N: Tensor) -> float:
     """
     above, equal = high_N[:, None] > low_N, high_N[:, None] == low_N
     return float(above.double().mean() + 0.5 * equal.double().mean())
-
-
-def _strangeness(inference: Inference, slots: Sequence[int], features: FeatureSet,
-                 images: int) -> Tensor:
-    z_NCHW, _ = _some(features, images)
-    if isinstance(inference, Detector):
-        return inference.strangeness(slots, z_NCHW)
-    return inference.distances(pooled(z_NCHW)).amin(1)
 
 
 def _images(tasks: int) -> int:

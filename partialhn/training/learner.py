@@ -210,7 +210,7 @@ class Learner:
         metrics = {}
         if index and tasks[index].refreshes is None and is_measured_after(index):
             metrics["rejection_auroc"] = rejection_auroc(
-                self.inference, tests[:-1], tests[-1], _newest(tasks[:index]))
+                self.strategy, self.inference, tests[:-1], tests[-1], _newest(tasks[:index]))
         add_measured(self.inference, measured, tasks[index].refreshes)
         return metrics | without_task_id(self.strategy, self.inference, tests,
                                          _newest(tasks[:index + 1]),

@@ -175,7 +175,7 @@ def main():
 
 def held(predictor, detector, count):
     """Bytes of the solved detector and of the weights of all heads."""
-    fitted = detector._prepare(range(count)).fitted
+    fitted = detector._solve(range(count)).fitted
     solved = sum(value.nbytes for part in (fitted, fitted.density)
                  for value in vars(part).values() if torch.is_tensor(value))
     return solved + sum(

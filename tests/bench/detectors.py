@@ -275,11 +275,12 @@ class Ours:
         self.detector._expanded = learned.expanded
 
     def __call__(self, z_BCHW):
-        strange_B = self.detector.strangeness(self.slots, z_BCHW)
         if not self.heads:
-            return *self.detector.classify(self.slots, z_BCHW), strange_B
-        joint, _ = self.detector.infer(self.learned.strategy.head, self.slots,
-                                       self.learned.weights[:len(self.slots)], z_BCHW)
+            fitted = self.detector._solve(self.slots).fitted
+            return (*self.detector.classify(self.slots, z_BCHW),
+                    fitted.strangeness(self.learned.expanded(z_BCHW)))
+        joint, strange_B, _ = self.detector.infer(self.learned.strategy.head, self.slots,
+                                                  self.learned.weights[:len(self.slots)], z_BCHW)
         return joint.task_B, joint.p_BL.argmax(1), strange_B
 
 

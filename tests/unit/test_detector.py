@@ -1,6 +1,7 @@
 """The detector: exact in any order, exact removal, its closed form, its mixture with the heads."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -53,10 +54,12 @@ def weights(learner):
 
 
 @pytest.fixture(scope="module")
-def measured(learner, tasks):
+def measured(learner, tasks, weights):
     """The statistics of every task, as one machine would compute them."""
-    return [Detector(FEATURES).statistics(task.train, task.validation, task.classes)
-            for task in tasks]
+    return [Detector(FEATURES).statistics(
+        task.train, task.validation, task.classes, own and (
+            lambda z_BCHW, own=own: learner.strategy.head(z_BCHW, own)))
+            for task, own in itertools.zip_longest(tasks, weights)]
 
 
 def detector_of(measured, order):
@@ -64,6 +67,15 @@ def detector_of(measured, order):
     for task in order:
         detector.add_task(measured[task])
     return detector
+
+
+def same_answers(one, slots, other, other_slots, learner, weights, z_BCHW):
+    """Two detectors give the same bits about some images; weights: of the heads of the slots."""
+    first, second = (detector.infer(learner.strategy.head, own, weights, z_BCHW)
+                     for detector, own in ((one, slots), (other, other_slots)))
+    assert torch.equal(first.strange_B, second.strange_B)
+    assert torch.equal(first.known_B, second.known_B)
+    assert all(map(torch.equal, first.joint, second.joint))
 
 
 def test_an_expansion_is_a_function_of_one_image(tasks):
@@ -117,18 +129,19 @@ def test_the_scatter_is_the_sum_around_class_means(measured, tasks):
 def test_three_orders_of_arrival_give_the_same_bits_and_answers(measured, learner, tasks, weights):
     first = detector_of(measured, (0, 1, 2))
     z_BCHW = torch.cat([plain(task.test) for task in tasks[:3]])
-    joint, known_B = first.infer(learner.strategy.head, range(3), weights, z_BCHW)
+    joint, strange_B, _ = first.infer(learner.strategy.head, range(3), weights, z_BCHW)
     for order in ((2, 0, 1), (1, 2, 0)):
         other = detector_of(measured, order)
         assert torch.equal(other.scatter_P, first.scatter_P)
         slots = [order.index(task) for task in range(3)]
-        again, again_known_B = other.infer(learner.strategy.head, slots, weights, z_BCHW)
+        again, again_strange_B, _ = other.infer(learner.strategy.head, slots, weights, z_BCHW)
         assert torch.equal(again.task_B, joint.task_B)
-        assert torch.equal(again_known_B, known_B)
+        torch.testing.assert_close(again_strange_B, strange_B, rtol=1e-6, atol=1e-6)
+        assert other.threshold(slots) == pytest.approx(first.threshold(range(3)), abs=1e-6)
         torch.testing.assert_close(again.p_BL, joint.p_BL, rtol=1e-6, atol=1e-6)
 
 
-def test_a_task_that_is_taken_out_was_never_in(measured, tasks):
+def test_a_task_that_is_taken_out_was_never_in(measured, learner, tasks, weights):
     detector, without = detector_of(measured, (0, 1, 2)), detector_of(measured, (0, 2))
     detector.remove_task(1, tasks[1].train)
     assert torch.equal(detector.scatter_P, without.scatter_P)
@@ -136,19 +149,20 @@ def test_a_task_that_is_taken_out_was_never_in(measured, tasks):
     for found, expected in zip(detector.classify((0, 2), z_BCHW), without.classify((0, 1), z_BCHW),
                                strict=True):
         assert torch.equal(found, expected)
-    assert torch.equal(detector.strangeness((0, 2), z_BCHW), without.strangeness((0, 1), z_BCHW))
+    same_answers(detector, (0, 2), without, (0, 1), learner, weights[::2], z_BCHW)
     assert detector.slots[1]["mean_KD"].isnan().all()
+    assert detector.slots[1]["energy"].isnan().all()
     assert not detector.slots[1]["sample_SD"].numel()
 
 
-def test_a_refresh_takes_off_what_the_task_had_added(measured, tasks):
+def test_a_refresh_takes_off_what_the_task_had_added(measured, learner, tasks, weights):
     whole = join([tasks[1].train, tasks[4].train])
     detector, fresh = detector_of(measured, (0, 1)), detector_of(measured, (0,))
     fresh.add_task(fresh.statistics(whole, tasks[1].validation, 2))
     detector.add_task(detector.statistics(whole, tasks[1].validation, 2, refreshes=1), refreshes=1)
     assert torch.equal(detector.scatter_P, fresh.scatter_P)
     z_BCHW = plain(tasks[0].test)
-    assert torch.equal(detector.strangeness((0, 2), z_BCHW), fresh.strangeness((0, 1), z_BCHW))
+    same_answers(detector, (0, 2), fresh, (0, 1), learner, weights[:2], z_BCHW)
 
 
 def test_a_task_without_held_out_images_leaves_some_out_of_the_sums(tasks):
@@ -163,14 +177,15 @@ def test_a_task_without_held_out_images_leaves_some_out_of_the_sums(tasks):
     assert not detector.scatter_P.any()
 
 
-def test_a_class_without_images_is_never_the_answer(measured, tasks):
+def test_a_class_without_images_is_never_the_answer(measured, learner, tasks, weights):
     odd = dataclasses.replace(tasks[0].train, y_N=torch.ones_like(tasks[0].train.y_N))
     detector = Detector(FEATURES)
     detector.add_task(detector.statistics(odd, None, 2))
     detector.add_task(measured[1])
     task_B, class_B = detector.classify((0, 1), plain(tasks[0].test))
     assert ((task_B == 1) | (class_B == 1)).all()
-    assert torch.isfinite(detector.strangeness((0, 1), plain(tasks[0].test))).all()
+    assert torch.isfinite(detector.infer(learner.strategy.head, (0, 1), weights[:2],
+                                         plain(tasks[0].test)).strange_B).all()
 
 
 def test_the_classifier_is_ridge_regression_with_the_penalty_of_cross_validation():
@@ -232,6 +247,53 @@ def test_an_image_is_strange_by_its_direction_or_by_the_trunks_density():
     assert (near_B < fitted.density.distance(strangers_BD[:1])).all()
     blind = dataclasses.replace(fitted, distances=fitted.distances._replace(mean=1e9))
     assert blind.strangeness(strangers_BD[:1]) < limit
+
+
+def test_an_image_is_strange_to_the_head_that_answers_where_it_gives_little(learner, measured,
+                                                                            tasks, weights):
+    """The head's energy lies below its usual one, and counts half of what the cosine says."""
+    detector, z_BCHW = detector_of(measured, (0, 1, 2)), plain(tasks[1].test)
+    usual_2 = detector.slots[1]["energy"]
+    logits_NK = detector.slots[1]["sharpness"] * learner.strategy.head(plain(tasks[1].validation),
+                                                                       weights[1])
+    torch.testing.assert_close(usual_2, torch.stack([
+        logits_NK.logsumexp(1).mean(), logits_NK.logsumexp(1).std()]))
+    fitted = detector._solve(range(3)).fitted
+    h_BD = detector.expansion(z_BCHW)
+    one_B, none_B = torch.ones(len(h_BD)), torch.full((len(h_BD),), torch.nan)
+    usual_B = fitted.strangeness(h_BD, 0 * one_B)
+    torch.testing.assert_close(fitted.strangeness(h_BD, 3 * one_B), usual_B + 1.5)
+    assert torch.equal(fitted.strangeness(h_BD, none_B), fitted.strangeness(h_BD))
+    joint, strange_B, _ = detector.infer(learner.strategy.head, range(3), weights, z_BCHW)
+    rows_R = torch.nonzero(joint.task_B == 1)[:, 0]
+    assert len(rows_R)
+    own_RK = detector.slots[1]["sharpness"] * learner.strategy.head(z_BCHW[rows_R], weights[1])
+    torch.testing.assert_close(
+        strange_B[rows_R], fitted.strangeness(h_BD[rows_R], (usual_2[0] - own_RK.logsumexp(1))
+                                              / usual_2[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_from_before_energies_answers_as_before(measured, learner, tasks, weights):
+    """It has log-probabilities of the kept images and no energy: cosine and density stay alone."""
+    tensors = detector_of(measured, (0, 1)).tensors()
+    for slot in (0, 1):
+        del tensors[f"energy.{slot}"]
+        tensors[f"sample_head_SK.{slot}"] = tensors[f"sample_head_SK.{slot}"].log_softmax(1)
+    old, z_BCHW = Detector.from_tensors(tensors, 2), plain(tasks[0].test)
+    found = old.infer(learner.strategy.head, (0, 1), weights, z_BCHW)
+    fitted = old._solve((0, 1)).fitted
+    assert torch.equal(found.strange_B, fitted.strangeness(old.expansion(z_BCHW)))
+    kept_SD = torch.cat([own["sample_SD"] for own in old.slots]).float()
+    assert old.threshold((0, 1)) == pytest.approx(
+        float(torch.quantile(fitted.strangeness(kept_SD), 0.95)), rel=1e-3)
+    new = detector_of(measured, (0, 1)).infer(learner.strategy.head, (0, 1), weights, z_BCHW)
+    assert torch.equal(found.joint.task_B, new.joint.task_B)
+    torch.testing.assert_close(found.joint.p_BL, new.joint.p_BL, rtol=1e-4, atol=1e-5)
+    added = detector_of(measured, (0, 1, 2))
+    old.add_task(measured[2])
+    assert torch.isfinite(old.infer(learner.strategy.head, range(3), weights, z_BCHW).strange_B
+                          ).all()
+    assert torch.equal(old.scatter_P, added.scatter_P)
 
 
 def opinions(rng, images, classes, clear):
@@ -317,14 +379,15 @@ def test_it_finds_tasks_far_better_than_guessing_and_measures_every_task(learner
     assert class_incremental(old[:1]) == class_incremental([]) == {}
 
 
-def test_strangers_are_rejected_and_known_images_are_not(learner, tasks):
+def test_strangers_are_rejected_and_known_images_are_not(learner, tasks, weights):
     known = [task.test for task in tasks[:3]]
-    assert rejection_auroc(learner.inference, known, tasks[4].test, range(3)) > 0.6
-    threshold = learner.inference.threshold(range(3))
-    inside_B = learner.inference.strangeness(range(3), torch.cat([plain(each) for each in known]))
-    assert (inside_B <= threshold).float().mean() > 0.7
+    assert rejection_auroc(learner.strategy, learner.inference, known, tasks[4].test,
+                           range(3)) > 0.6
     noise = torch.rand(40, *known[0].shape_CHW, generator=torch.Generator().manual_seed(0))
-    assert auroc(inside_B, learner.inference.strangeness(range(3), noise)) > 0.8
+    inside, outside = (learner.inference.infer(learner.strategy.head, range(3), weights, z_BCHW)
+                       for z_BCHW in (torch.cat([plain(each) for each in known]), noise))
+    assert inside.known_B.float().mean() > 0.7
+    assert auroc(inside.strange_B, outside.strange_B) > 0.8
 
 
 def test_more_false_alarms_lower_the_threshold(measured):
@@ -426,7 +489,8 @@ def test_where_tasks_start_from_the_network_its_own_head_is_seen_too(cut, networ
     assert detector.expansion.width == 2 * C + sum(widths) + FEATURES
     Model(config, cut.trunk, learner.strategy, INFOS[:2], inference=detector).save(tmp_path / "m")
     loaded = Model.load(tmp_path / "m").inference
-    assert torch.equal(loaded.strangeness((0, 1), z_BCHW), detector.strangeness((0, 1), z_BCHW))
+    same_answers(loaded, (0, 1), detector, (0, 1), learner,
+                 [learner.strategy.weights(task) for task in range(2)], z_BCHW)
     never = Detector(FEATURES)
     never.see(STRATEGIES["partial_hn"](cut.head, cut.start, config).eval())
     never.add_task(never.statistics(tasks[1].train, tasks[1].validation, 2))

@@ -63,13 +63,17 @@ def test_the_other_tasks_answer_as_before_and_the_detector_never_had_it(model, t
         assert old.answers(z_BCHW, given) == new.answers(z_BCHW, given)
     never = Detector(learner.config.detector_features)
     for task in kept:
-        never.add_task(never.statistics(tasks[task].train, tasks[task].validation,
-                                        tasks[task].classes))
+        weights = learner.strategy.weights(task)
+        never.add_task(never.statistics(
+            tasks[task].train, tasks[task].validation, tasks[task].classes,
+            lambda z_BCHW, weights=weights: learner.strategy.head(z_BCHW, weights)))
     assert isinstance(after.inference, Detector)
     assert torch.equal(after.inference.scatter_P, never.scatter_P)
     z_BCHW = images_of(tasks[kept[0]])
-    assert torch.equal(after.inference.strangeness((0, 1), z_BCHW),
-                       never.strangeness((0, 1), z_BCHW))
+    head, weights = learner.strategy.head, [learner.strategy.weights(task) for task in kept]
+    for found, expected in zip(after.inference.infer(head, (0, 1), weights, z_BCHW)[1:],
+                               never.infer(head, (0, 1), weights, z_BCHW)[1:], strict=True):
+        assert torch.equal(found, expected)
     with pytest.raises(InputError, match="allowed: "):
         new.task_index(NAMES[gone])
 

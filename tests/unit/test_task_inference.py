@@ -140,9 +140,9 @@ def test_it_finds_tasks_far_better_than_guessing(learner, tasks):
     assert {"rejection_auroc", "acc", "acc_detector"} <= learner.finished[1].without_id.keys()
 
 
-def test_strangers_lie_further_off(inference, tasks):
+def test_strangers_lie_further_off(learner, inference, tasks):
     known = [task.test for task in tasks[:3]]
-    assert rejection_auroc(inference, known, tasks[4].test, range(3)) > 0.6
+    assert rejection_auroc(learner.strategy, inference, known, tasks[4].test, range(3)) > 0.6
     nearest_B = inference.distances(pooled(plain(tasks[0].train))).amin(1)
     assert (nearest_B <= inference.threshold).float().mean() > 0.8
     noise_BC = 5 + 10 * torch.rand(20, inference.means[0].shape[1])
