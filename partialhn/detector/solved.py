@@ -26,7 +26,7 @@ grows with images times classes, and it chooses four numbers."""
 
 
 class Answer(NamedTuple):
-    """What is found out about B images of which nobody says the task."""
+    """The answer about B images of which nobody says the task."""
 
     joint: Joint
     strange_B: Tensor
