@@ -231,6 +231,13 @@ class Columns(Modeless):
         self.register_buffer("packed", None)
         """Once the task is learned: the signs of V_1, A_1, V_2, A_2 and so on, as uint8."""
 
+    @classmethod
+    def learned(cls, shapes: Sequence[tuple[int, int]], width: int, packed: Tensor) -> Self:
+        """The columns of a learned task, of a copy of its signs."""
+        own = cls([], width)
+        own.shapes, own.packed = tuple(shapes), packed.clone()
+        return own
+
     def stacked(self, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """W_nCD of each group, of L matrices (C, D)."""
         return tuple(torch.stack([rows[place] for place in group.places])

@@ -16,7 +16,7 @@ N numbers, w columns of one task.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,14 @@ class OutputSides(Modeless):
         """Once the task is learned: the signs of V_1, V_2 and so on, as uint8."""
         # kept from nn.Module's registry: the directions are stored once, and not with each task
         self.__dict__["_dictionary"] = dictionary
+
+    @classmethod
+    def learned(cls, shapes: Sequence[tuple[int, int]], dictionary: Dictionary,
+                packed: Tensor) -> Self:
+        """The columns of a learned task, of a copy of its signs."""
+        own = cls([], dictionary)
+        own.rows, own.packed = [C for C, _ in shapes], packed.clone()
+        return own
 
     def stacked(self, rows: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The L matrices (C, D) that the task starts from, as `generate` takes them."""

@@ -23,7 +23,7 @@ of tasks. The other two generators share parameters that change with every task
 Legend: C output channels (rows), D row length, d columns, L generated tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -33,6 +33,7 @@ from partialhn.config import StartTask
 from partialhn.errors import InputError
 from partialhn.networks.columns import CODE, Columns, packed_bytes
 from partialhn.networks.dictionary import Dictionary, OutputSides, principal_directions
+from partialhn.networks.stored import StoredModules
 
 TYPICAL = 0.1
 """Root mean square of weights for which a code starts at CODE over the root of d."""
@@ -160,7 +161,7 @@ class ColumnGenerator(Generator):
         """None until it is closed."""
         self.base_is_fixed = starts_from == "network"
         """Whether no task trains the base, so that every task has columns."""
-        self.columns = nn.ModuleList()
+        self.columns = StoredModules()
         """The columns of each task; the first has none where it trains the base."""
 
     def fix_base(self) -> None:
@@ -176,11 +177,31 @@ class ColumnGenerator(Generator):
     def add_task(self, task: int) -> None:
         if not self.inherits(task):
             return
+        dictionary = self._dictionary_of(len(self.columns))
+        self.columns.append(Columns(self._shapes, self.width) if dictionary is None
+                            else OutputSides(self._shapes, dictionary))
+
+    def take_stored(self, states: Sequence[Mapping[str, Tensor]]) -> None:
+        """Lets the columns of learned tasks wait as tensors until they are used."""
+        self.columns.wait(states, self._stored)
+
+    def packed_shape(self, place: int) -> tuple[int]:
+        """Shape of the signs of a learned task's columns."""
+        dictionary = self._dictionary_of(place)
+        numbers = (sum(C + D for C, D in self._shapes) * self.width if dictionary is None
+                   else sum(C for C, _ in self._shapes) * dictionary.width)
+        return (-(-numbers // 8),)
+
+    def _stored(self, place: int, state: Mapping[str, Tensor]) -> Columns | OutputSides:
+        dictionary = self._dictionary_of(place)
+        return (Columns.learned(self._shapes, self.width, state["packed"]) if dictionary is None
+                else OutputSides.learned(self._shapes, dictionary, state["packed"]))
+
+    def _dictionary_of(self, place: int) -> Dictionary | None:
+        """The dictionary that columns use; None for those with input sides of their own."""
         dictionary = self.dictionary
-        if dictionary is None or len(self.columns) < int(dictionary.get_buffer("openers")):
-            self.columns.append(Columns(self._shapes, self.width))
-        else:
-            self.columns.append(OutputSides(self._shapes, dictionary))
+        closed = dictionary is not None and place >= int(dictionary.get_buffer("openers"))
+        return dictionary if closed else None
 
     def open_dictionary(self, openers: int) -> None:
         """Makes room for a stored dictionary. openers: tasks with columns of their own."""
@@ -263,8 +284,8 @@ class ColumnGenerator(Generator):
     def begin(self, task: int) -> None:
         """Only the task's own parameters get a gradient; without columns that is the base."""
         self.base.requires_grad_(not self.inherits(task))
-        for index, columns in enumerate(self.columns, self._without):
-            columns.requires_grad_(index == task)
+        for place, columns in self.columns.made():
+            columns.requires_grad_(place + self._without == task)
 
     def finish(self, task: int) -> Tensor | None:
         if not self.inherits(task) or not self.tensors:
@@ -301,7 +322,17 @@ class ColumnGenerator(Generator):
 
     def uses_dictionary(self, task: int) -> bool:
         """Whether the columns of a task have their input sides in the dictionary."""
-        return self.inherits(task) and isinstance(self.of_task(task), OutputSides)
+        return self.inherits(task) and self._dictionary_of(task - self._without) is not None
+
+    def learned_state(self, task: int) -> dict[str, Tensor]:
+        """The tensors that decide on a learned task's columns, by name; none for a task without."""
+        if not self.inherits(task):
+            return {}
+        place = task - self._without
+        own = {f"columns.{name}": value for name, value in self.columns.state_of(place).items()}
+        dictionary = self._dictionary_of(place)
+        return own if dictionary is None else own | {
+            f"directions.{index}": value for index, value in enumerate(dictionary())}
 
     def state_prefix(self, task: int) -> str:
         """How the names of the parameters begin that a later task alone has."""

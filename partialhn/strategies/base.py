@@ -17,6 +17,7 @@ from partialhn.features.closed_form import LinearClassifier
 from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.draws import seeded
 from partialhn.networks.head import Head, HeadStart, HeadWeights
+from partialhn.networks.stored import StoredModules
 from partialhn.strategies.table import Value, option_values
 
 LINEAR_RATE = 10.0
@@ -60,7 +61,7 @@ class Strategy(nn.Module):
         self.head, self.start, self.seed = head, start, config.train.seed
         self.settings = option_values(type(self).options, config.train.strategy_options)
         self.classes: list[int] = []
-        self.tasks = nn.ModuleList()
+        self.tasks = StoredModules()
 
     def add_task(self, classes: int, refreshes: int | None = None) -> None:
         """Adds a task with K = `classes`, initialised from the seed and the task's position.
@@ -84,7 +85,7 @@ class Strategy(nn.Module):
 
     def begin(self, task: int) -> None:
         """Prepares training of one task: earlier tasks' own parameters are frozen."""
-        for index, module in enumerate(self.tasks):
+        for index, module in self.tasks.made():
             module.requires_grad_(index == task)
 
     def before_experience(self, earlier: Sequence[tuple[str, FeatureSet | None]]) -> None:
@@ -169,9 +170,12 @@ class Strategy(nn.Module):
             if prefix is not None and dot:
                 by_module.setdefault(f"{prefix}{place}.", {})[name] = rest.pop(key)
         for prefix, modules in listed.items():
-            for place, module in modules.named_children():
+            for place in range(len(modules)):
                 own = by_module.pop(f"{prefix}{place}.", {})
-                keys = module.load_state_dict(own, strict=False, assign=assign)
+                if not own and isinstance(modules, StoredModules) and modules.waits(place):
+                    missing += [f"{prefix}{place}.{key}" for key in modules.state_of(place)]
+                    continue
+                keys = modules[place].load_state_dict(own, strict=False, assign=assign)
                 missing += [f"{prefix}{place}.{key}" for key in keys.missing_keys]
                 unexpected += [f"{prefix}{place}.{key}" for key in keys.unexpected_keys]
         unexpected += [prefix + key for prefix, own in by_module.items() for key in own]
@@ -195,12 +199,24 @@ class Strategy(nn.Module):
         default: all. Raises: RuntimeError for a state of other tasks.
         """
         device = next(iter((*self.parameters(), *self.buffers())), torch.empty(0)).device
-        for count in classes:
+        learned = len(classes) if finished is None else finished
+        state = self.take_stored(classes[:learned], state)
+        waiting = len(self.tasks)
+        for count in classes[waiting:]:
             self.add_task(count)
         self.to(device)
-        for task in range(len(classes) if finished is None else finished):
+        for task in range(waiting, learned):
             self.finish(task)
         self.load_state_dict(state, strict=True)
+
+    def take_stored(self, classes: Sequence[int], state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Lets the learned tasks of a state wait as tensors until they are used, where the strategy
+        can do so and their tensors fit; returns the rest of the state.
+
+        classes: number of classes of each learned task.
+        """
+        del classes
+        return state
 
     def state_without(self, tasks: Collection[int]) -> dict[str, Tensor]:
         """The `state_dict` of this strategy without some tasks; the others keep their order.
@@ -294,6 +310,22 @@ def renumbered(state: Mapping[str, Tensor], prefix: str,
         if int(number) in places:
             found[f"{prefix}{places[int(number)]}.{rest}"] = value
     return found
+
+
+def numbered(state: Mapping[str, Tensor], prefix: str,
+             count: int) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """The entries `<prefix><number>.<name>` of a state for each number below `count`, by name; and
+    the rest of the state.
+    """
+    found: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    rest: dict[str, Tensor] = {}
+    for name, value in state.items():
+        number, _, own = name[len(prefix):].partition(".")
+        if name.startswith(prefix) and number.isdecimal() and int(number) < count:
+            found[int(number)][own] = value
+        else:
+            rest[name] = value
+    return found, rest
 
 
 class Classifier(nn.Module):

@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from partialhn.config import Config, HypernetConfig
 from partialhn.errors import InputError
 from partialhn.features.closed_form import LinearClassifier
-from partialhn.networks.dictionary import OutputSides
 from partialhn.networks.draws import seeded
 from partialhn.networks.head import Head, HeadStart, HeadWeights
 from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
 from partialhn.networks.shared_generators import AdditiveGenerator, BilinearGenerator
 from partialhn.networks.tensors import hash_tensors
-from partialhn.strategies.base import OwnNorm, Strategy, renumbered
+from partialhn.strategies.base import OwnNorm, Strategy, numbered, renumbered
 
 FIRST_FORGOTTEN = "first_forgotten"
 """Entry of the state of a model that has forgotten its first task, whose weights stay as the base
@@ -53,6 +52,20 @@ class HypernetTask(OwnNorm):
         """The task it starts from; -1 for none."""
         self.register_buffer("linear_KF", None)
         self.register_buffer("linear_K", None)
+
+    @classmethod
+    def learned(cls, state: Mapping[str, Tensor], head: Head) -> "HypernetTask":
+        """A learned task, of a copy of its tensors."""
+        own = cls.__new__(cls)
+        nn.Module.__init__(own)
+        own._fold, own._compact, own.scale_K = head.fold, "scale_K" in state, None
+        for name in ("start", "linear_KF", "linear_K", "statistics"):
+            value = state.get(name)
+            own.register_buffer(name, None if value is None else value.clone())
+        for name in ("classifier_KF", "bias_K", "norm", "code", "scale_K"):
+            if name in state:
+                setattr(own, name, nn.Parameter(state[name].clone(), requires_grad=False))
+        return own
 
     linear_KF: Tensor | None
     """Classifier of cells of the trunk's features, float16, for a task without a generated head;
@@ -174,6 +187,47 @@ class PartialHypernet(Strategy):
             cast(ColumnGenerator, self.hypernet).open_dictionary(int(state[OPENERS]))
         super().load_tasks(classes, state, finished)
 
+    def take_stored(self, classes: Sequence[int], state: dict[str, Tensor]) -> dict[str, Tensor]:
+        generator = self.hypernet
+        if not isinstance(generator, ColumnGenerator) or not generator.tensors:
+            return state
+        tasks, rest = numbered(state, "tasks.", len(classes))
+        columns, rest = numbered(rest, "hypernet.columns.",
+                                 sum(map(generator.inherits, range(len(classes)))))
+        first = len(classes) - len(columns)
+        if not all(self._fits(task, count, tasks[task],
+                              columns[task - first] if task >= first else {})
+                   for task, count in enumerate(classes)):
+            return state  # which is refused with what does not fit, or is that of another release
+        self.classes += classes
+        self.tasks.wait(tasks, self._stored)
+        generator.take_stored(columns)
+        return rest
+
+    def _fits(self, task: int, classes: int, own: Mapping[str, Tensor],
+              columns: Mapping[str, Tensor]) -> bool:
+        """Whether a learned task can be made of these tensors, and would have them as they are."""
+        generator = cast(ColumnGenerator, self.hypernet)
+        compact = generator.uses_dictionary(task)
+        signs = {"packed": (generator.packed_shape(place), torch.uint8)} if (
+            generator.inherits(task)) else {}
+        width = (self._dictionary if compact else generator.width) if signs else 0
+        wanted = {"classifier_KF": ((classes, self.head.width),
+                                    torch.int8 if compact else torch.half),
+                  "bias_K": ((classes,), torch.half), "norm": (
+                      tuple(self.get_buffer("next_norm").shape), torch.half),
+                  "code": ((width * len(generator.tensors),), torch.float32),
+                  "start": ((), torch.int64)}
+        if compact:
+            wanted["scale_K"] = (classes,), torch.half
+        found = {name: (tuple(value.shape), value.dtype) for name, value in own.items()
+                 if not name.startswith("linear_")}
+        return found == wanted and signs == {
+            name: (tuple(value.shape), value.dtype) for name, value in columns.items()}
+
+    def _stored(self, task: int, state: Mapping[str, Tensor]) -> HypernetTask:
+        return HypernetTask.learned(state, self.head)
+
     def state_without(self, tasks: Collection[int]) -> dict[str, Tensor]:
         """As the base class. The base of the columns stays, although the first task trained it."""
         kept = [task for task in range(len(self.tasks)) if task not in tasks]
@@ -241,13 +295,8 @@ class PartialHypernet(Strategy):
         if self._base is None:
             self._base = hash_tensors({str(index): base for index, base
                                        in enumerate(self.hypernet.base)})
-        own = {f"task.{name}": value for name, value in self.tasks[task].state_dict().items()}
-        if self.hypernet.inherits(task):
-            columns = cast(ColumnGenerator, self.hypernet).of_task(task)
-            own |= {f"columns.{name}": value for name, value in columns.state_dict().items()}
-            if isinstance(columns, OutputSides):
-                own |= {f"directions.{index}": value for index, value
-                        in enumerate(columns.directions)}
+        own = {f"task.{name}": value for name, value in self.tasks.state_of(task).items()}
+        own |= cast(ColumnGenerator, self.hypernet).learned_state(task)
         start = self._start(task) if self.hypernet.inherits(task) else -1
         return hash_tensors(own, self._base if start < 0 else self.answers_by(start) or "")
 
@@ -333,7 +382,7 @@ class PartialHypernet(Strategy):
         return self._rows(start) if start >= 0 else tuple(self.hypernet.base)
 
     def _start(self, task: int) -> int:
-        return int(self._own(task).get_buffer("start"))
+        return int(self.tasks.state_of(task)["start"])
 
     def _forget(self) -> None:
         """Drops what is kept of weights and codes, which is then generated again."""
@@ -368,9 +417,9 @@ class PartialHypernet(Strategy):
                         "long_peak": LONG_RATE * group["long_peak"]}]
 
     def task_bytes(self, task: int) -> int:
-        own = self._own(task)
-        linear = sum(value.nbytes for value in (own.linear_KF, own.linear_K) if value is not None)
-        return super().task_bytes(task) + self.hypernet.task_bytes(task) + linear
+        own = sum(value.nbytes for name, value in self.tasks.state_of(task).items()
+                  if name not in ("start", "statistics"))
+        return own + self.hypernet.task_bytes(task)
 
     def experience_state(self) -> dict[str, Tensor]:
         return self.hypernet.star()

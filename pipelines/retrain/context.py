@@ -21,20 +21,9 @@ from pipelines.platform.lease import Lease
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage
 from pipelines.registry.client import Registry
+from pipelines.retrain.chapters import Chapters
 from pipelines.retrain.journal import Decided, Journal, slots_of
-
-
-@dataclasses.dataclass
-class Seen:
-    """Stored things that a pass has read and that do not change while it holds the lease."""
-
-    learned: dict[str, lineage.Learned] = dataclasses.field(default_factory=dict)
-    """The records of learned tasks, by lineage id."""
-    slots: dict[str, Slot] = dataclasses.field(default_factory=dict)
-    """The slots of decided tasks with their stored features, by lineage id."""
-    cut: TrunkAndHead | None = None
-    model: tuple[str, Model, int] | None = None
-    """The model that was loaded last: its lineage id, itself, and the bytes of its files."""
+from pipelines.retrain.seen import Seen, hashes_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +50,14 @@ class PassContext:
         """The feature store."""
         return open_store(self.storage, self.config.compute)
 
+    @property
+    def chapters(self) -> Chapters:
+        """The files that hold many learned tasks in short."""
+        return Chapters(self.storage, self.stream)
+
     def hashes(self, fingerprint: str) -> str:
         """Path of the hashes of a task's images."""
-        return hashes_path(self.storage, self.stream, fingerprint)
+        return self.storage.path(hashes_path(self.stream, fingerprint))
 
     def sample(self, lineage_id: str) -> str:
         """Path of the sample of a model: test images with its predictions."""
@@ -72,6 +66,7 @@ class PassContext:
     def cut(self, base: Sequence[Decided]) -> TrunkAndHead:
         """The network of a stream's tasks, cut. Raises: InputError, as `cut_of`."""
         if self.seen.cut is None:
+            self.chapters.recall(base, self.seen)
             self.seen.cut = cut_of(self.storage, self.stream, self.config, base, self.seen)
         return self.seen.cut
 
@@ -146,8 +141,3 @@ def network_of(storage: Storage, config: Config, key: str) -> Network:
         raise InputError(f"the stream's trunk {key} is not in {storage.uri}/trunks; "
                          "allowed: the --storage with which the stream was started")
     return network
-
-
-def hashes_path(storage: Storage, stream: str, fingerprint: str) -> str:
-    """Path of the hashes of a task's images."""
-    return storage.path("streams", stream, "images", f"{fingerprint[:32]}.parquet")

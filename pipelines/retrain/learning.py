@@ -160,6 +160,7 @@ class Learning:
         context, experience, slot = self.context, checked.experience, slots[-1]
         assert experience is not None
         write_hashes(context.storage, context.hashes(experience.fingerprint), checked.hashes)
+        context.seen.hashes[experience.fingerprint] = checked.hashes
         record, done = learned[-1].record, learned[-1]
         keep_sample(context, done.prefix, experience, newest)
         facts = self._facts(slots, learned)

@@ -31,18 +31,18 @@ from pipelines.registry.history import History
 from pipelines.registry.versions import CHAMPION, Version, chain_of
 from pipelines.retrain.adopt import Adoption, adoption
 from pipelines.retrain.candidate import register
-from pipelines.retrain.context import PassContext, cut_of, hashes_path
+from pipelines.retrain.chapters import Chapters
+from pipelines.retrain.context import PassContext, cut_of
 from pipelines.retrain.inbox import Inbox, Problem
 from pipelines.retrain.journal import Decided, Journal, chain_to, forgotten_by
 from pipelines.retrain.learning import Learning
 from pipelines.retrain.outcome import PassOutcome
 from pipelines.retrain.publish import publish, published
-from pipelines.retrain.validate import ArrivalPolicy, CheckedArrival, check_arrival, read_hashes
+from pipelines.retrain.seen import Seen, hashes_of
+from pipelines.retrain.validate import ArrivalPolicy, CheckedArrival, HashArray, check_arrival
 from pipelines.settings import RetrainConfig
 
 Log = Callable[[str], None]
-READERS = 16
-"""Small files that are read from the storage at once."""
 
 
 def retrain(settings: RetrainConfig, log: Log = print) -> PassOutcome:
@@ -155,7 +155,7 @@ class Pass:
     clock: Clock
 
     def __post_init__(self) -> None:
-        self.inbox = Inbox(self.storage)
+        self.inbox, self.seen = Inbox(self.storage), Seen()
         both = [dataclasses.asdict(self.policy), dataclasses.asdict(self.arrival_policy)]
         self.policy_id = digest_text(json.dumps(both), 12)
 
@@ -175,14 +175,14 @@ class Pass:
             assert self.registry is not None, "only a dry run does without a registry"
             with lease:
                 work(PassContext(self.storage, self.settings.name, self.config, self.registry,
-                                 self.journal, lease, self.progress, self.clock))
+                                 self.journal, lease, self.progress, self.clock, self.seen))
 
     def _look(self) -> None:
         """A dry run: says what a pass would do, after the checks that the pass makes."""
         base = self.look_at_base()
         waiting = self._arrivals(base)
         if waiting and base:
-            cut_of(self.storage, self.settings.name, self.config, base)
+            cut_of(self.storage, self.settings.name, self.config, base, self.seen)
         self.done.would += [f"learn {checked.arrival.slot} ({len(checked.experience.train)} "
                             "training images)" for checked in waiting if checked.experience]
 
@@ -222,6 +222,8 @@ class Pass:
         """Publishes the report of the champion's tasks, unless it is published already."""
         if base and published(self.journal) != base[-1].prefix:
             publish(context, base)
+            context.lease.check()
+            context.chapters.write(base, self.seen)
             self.clock.lap("report")
         champion = _champion(self.registry, self.settings.name)
         self.done.champion = champion.version if champion else None
@@ -259,14 +261,6 @@ class Pass:
         self.journal.note_versions(context.lease, [versions[task.prefix] for task in doubtful])
         return self._base(decided)
 
-    def _hashes(self, base: Sequence[Decided]) -> dict[str, Any]:
-        """Hashes of the images of the champion's tasks, by slot."""
-        tasks = [task for task in base if task.fingerprint]
-        paths = [hashes_path(self.storage, self.settings.name, task.fingerprint) for task in tasks]
-        with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-            hashes = pool.map(lambda path: read_hashes(self.storage, path), paths)
-            return {task.slot: found for task, found in zip(tasks, hashes, strict=True)}
-
     def _arrivals(self, base: Sequence[Decided]) -> list[CheckedArrival]:
         """The arrivals to learn, in order: ready, not decided before, and without problems."""
         found = self.inbox.scan({arrival_of(task.slot): task.signature for task in base},
@@ -275,7 +269,7 @@ class Pass:
         decided = self.journal.decided()
         classes = {task_of(task.slot): task.classes for task in base}
         gone = forgotten_by(base)
-        hashes: dict[str, Any] = {}
+        hashes: Mapping[str, HashArray] = {}
         ready: list[CheckedArrival] = []
         for arrival in found.arrivals:
             again = arrival.task in gone and arrival.task in self.settings.learn_again
@@ -295,7 +289,8 @@ class Pass:
                 self.done.waiting.append(f"{arrival.slot}: its task is not learned yet")
                 continue
             if not hashes:
-                hashes = self._hashes(base)
+                Chapters(self.storage, self.settings.name).recall(base, self.seen)
+                hashes = hashes_of(self.storage, self.settings.name, base, self.seen)
             problems: Sequence[Problem] = self.inbox.name_problems(arrival, list(classes))
             if not problems:
                 checked = check_arrival(self.storage, arrival, self.config.data,

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,14 +15,17 @@ from sklearn.datasets import load_digits
 
 from partialhn.errors import InputError, IntegrityError
 from partialhn.run import run_stream
+from partialhn.training import lineage
+from pipelines.features.produce import open_store
 from pipelines.platform.lease import Lease
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.registry.models import repaired
 from pipelines.registry.verify import verify
-from pipelines.retrain import learning
-from pipelines.retrain.journal import Journal
+from pipelines.retrain import chapters, learning
+from pipelines.retrain.journal import Journal, chain_to, slots_of
 from pipelines.retrain.run import retrain
+from pipelines.retrain.seen import Seen, hashes_of
 from pipelines.settings import RetrainConfig
 from pipelines.upkeep.prune_versions import choose, prune
 from tests.processes import Forked, partialhn
@@ -81,7 +85,13 @@ class Stream:
 
 @pytest.fixture(scope="module")
 def life(module_without_ray, tmp_path_factory):
-    """Every pass of the life by name, and the stream at its end."""
+    """Every pass of the life by name, and the stream at its end. A chapter has two tasks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chapters, "TASKS", 2)
+        yield whole_life(tmp_path_factory)
+
+
+def whole_life(tmp_path_factory):
     stream, passes = Stream(tmp_path_factory.mktemp("life")), {}
     put_task(stream.inbox, "a", (0, 1))
     put_task(stream.inbox, "b", (2, 3))
@@ -292,6 +302,47 @@ def test_damaged_shared_tensors_are_noticed_and_repaired(life):
         lines = repaired(registry, stream.storage, "digits", str(version.version))["repaired"]
         assert lines == [f"{version.uri}: {newest.name} was written again"]
         assert newest.read_bytes() == content
+
+
+def test_a_chapter_holds_what_the_files_of_its_tasks_hold(life):
+    stream, _ = life
+    storage, stored = stream.storage, chapters.Chapters(stream.storage, "digits")
+    champion = stream.registry.holder("digits", "champion")
+    base = chain_to(Journal(storage, "digits").decided(), champion.tags["prefix"])
+    whole = base[:len(base) // 2 * 2]
+    store, seen, files = open_store(storage), Seen(), Seen()
+    stored.recall(base, seen)
+    assert list(seen.learned) == [task.prefix for task in whole]
+    lineage.find(storage.filesystem, storage.path("runs", "digits", "learned"),
+                 list(seen.learned), files.learned)
+    assert seen.learned == files.learned
+    assert list(seen.slots.values()) == slots_of(whole, store)
+    hashes = {fingerprint: hashes_N.tolist() for fingerprint, hashes_N in seen.hashes.items()}
+    hashes_of(storage, "digits", whole, files)
+    assert hashes == {key: hashes_N.tolist() for key, hashes_N in files.hashes.items()}
+
+
+@pytest.mark.parametrize("change", ["touched", "gone", "chapter damaged"])
+def test_a_chapter_counts_only_while_its_files_are_as_they_were(life, change):
+    stream, _ = life
+    storage = stream.storage
+    champion = stream.registry.holder("digits", "champion")
+    base = chain_to(Journal(storage, "digits").decided(), champion.tags["prefix"])
+    file = Path(storage.path("runs", "digits", "learned", base[0].prefix, "model.json"))
+    if change == "chapter damaged":
+        file = Path(storage.path("streams", "digits", "chapters", f"{base[1].prefix}.json"))
+    content, state = file.read_bytes(), file.stat()
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    if change == "gone":
+        file.unlink()
+    elif change == "chapter damaged":
+        file.write_bytes(content[:-9])
+    seen = Seen()
+    chapters.Chapters(storage, "digits").recall(base, seen)
+    file.write_bytes(content)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert base[1].prefix not in seen.learned
+    assert base[3].prefix in seen.learned
 
 
 def test_pruning_leaves_what_is_needed_and_the_stream_goes_on(life):
