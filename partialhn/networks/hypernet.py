@@ -185,9 +185,9 @@ class ColumnGenerator(Generator):
         """Lets the columns of learned tasks wait as tensors until they are used."""
         self.columns.wait(states, self._stored)
 
-    def packed_shape(self, place: int) -> tuple[int]:
+    def packed_shape(self, task: int) -> tuple[int]:
         """Shape of the signs of a learned task's columns."""
-        dictionary = self._dictionary_of(place)
+        dictionary = self._dictionary_of(task - self._without)
         numbers = (sum(C + D for C, D in self._shapes) * self.width if dictionary is None
                    else sum(C for C, _ in self._shapes) * dictionary.width)
         return (-(-numbers // 8),)

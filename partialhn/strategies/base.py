@@ -173,8 +173,7 @@ class Strategy(nn.Module):
             for place in range(len(modules)):
                 own = by_module.pop(f"{prefix}{place}.", {})
                 if not own and isinstance(modules, StoredModules) and modules.waits(place):
-                    missing += [f"{prefix}{place}.{key}" for key in modules.state_of(place)]
-                    continue
+                    continue  # it has its tensors already
                 keys = modules[place].load_state_dict(own, strict=False, assign=assign)
                 missing += [f"{prefix}{place}.{key}" for key in keys.missing_keys]
                 unexpected += [f"{prefix}{place}.{key}" for key in keys.unexpected_keys]
@@ -182,10 +181,14 @@ class Strategy(nn.Module):
         keys = super().load_state_dict(rest, strict=False, assign=assign)
         missing += [key for key in keys.missing_keys if not key.startswith(tuple(listed))]
         unexpected += keys.unexpected_keys
-        if strict and missing + unexpected:
+        if strict:
+            self._require_none(missing, unexpected)
+        return type(keys)(missing, unexpected)
+
+    def _require_none(self, missing: Sequence[str], unexpected: Sequence[str]) -> None:
+        if missing or unexpected:
             raise RuntimeError(f"state of {type(self).__name__}. Missing keys: {missing}. "
                                f"Unexpected keys: {unexpected}")
-        return type(keys)(missing, unexpected)
 
     def task_state_prefixes(self, task: int) -> tuple[str, ...]:
         """Prefixes of the names of a task's entries; shared entries belong to the first task."""
@@ -200,14 +203,16 @@ class Strategy(nn.Module):
         """
         device = next(iter((*self.parameters(), *self.buffers())), torch.empty(0)).device
         learned = len(classes) if finished is None else finished
-        state = self.take_stored(classes[:learned], state)
+        rest = self.take_stored(classes[:learned], state)
         waiting = len(self.tasks)
         for count in classes[waiting:]:
             self.add_task(count)
         self.to(device)
         for task in range(waiting, learned):
             self.finish(task)
-        self.load_state_dict(state, strict=True)
+        keys = self.load_state_dict(rest, strict=False)
+        self._require_none([key for key in keys.missing_keys if key not in state],
+                           keys.unexpected_keys)
 
     def take_stored(self, classes: Sequence[int], state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Lets the learned tasks of a state wait as tensors until they are used, where the strategy

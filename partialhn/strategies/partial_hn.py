@@ -209,7 +209,7 @@ class PartialHypernet(Strategy):
         """Whether a learned task can be made of these tensors, and would have them as they are."""
         generator = cast(ColumnGenerator, self.hypernet)
         compact = generator.uses_dictionary(task)
-        signs = {"packed": (generator.packed_shape(place), torch.uint8)} if (
+        signs = {"packed": (generator.packed_shape(task), torch.uint8)} if (
             generator.inherits(task)) else {}
         width = (self._dictionary if compact else generator.width) if signs else 0
         wanted = {"classifier_KF": ((classes, self.head.width),
@@ -226,6 +226,7 @@ class PartialHypernet(Strategy):
             name: (tuple(value.shape), value.dtype) for name, value in columns.items()}
 
     def _stored(self, task: int, state: Mapping[str, Tensor]) -> HypernetTask:
+        del task
         return HypernetTask.learned(state, self.head)
 
     def state_without(self, tasks: Collection[int]) -> dict[str, Tensor]:
