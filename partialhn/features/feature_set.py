@@ -4,7 +4,8 @@ Legend: N images, n images of a shard, V views, B batch, S shards, C channels, H
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class FeatureSet:
     y_N: Tensor
     """int64 labels."""
     ids: list[str]
-    scales: Scales | None = None
+    scales: Scales | None = dataclasses.field(default_factory=lambda: None)
     """Scales of int8 features; None for other number types."""
     joined: tuple[str, ...] = ()
     """Keys of the sets that were joined; empty for a single one."""
@@ -136,6 +137,25 @@ class FeatureSet:
             local_B = rows_B[here] - int(self._starts[index])
             z_BCHW[here] = flat.index_select(0, local_B * self.views + views_B[here]).float()
         return z_BCHW
+
+
+class UnopenedFeatures(FeatureSet):
+    """Features that are opened when they are first used; manifest and keys are known before.
+
+    Once they are opened they are a plain `FeatureSet`.
+    """
+
+    def __init__(self, manifests: Sequence[Manifest], opened: Callable[[], FeatureSet]) -> None:
+        """manifests: of the sets that `opened` opens and joins. It may raise IntegrityError."""
+        self.manifest, self._opened = manifests[0], opened
+        self.joined = tuple(each.key for each in manifests) if len(manifests) > 1 else ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("shards", "y_N", "ids", "scales", "_starts"):
+            raise AttributeError(name)
+        self.__dict__ = dict(vars(self._opened()))
+        self.__class__ = FeatureSet  # type: ignore[assignment]
+        return getattr(self, name)
 
 
 def join(sets: Sequence[FeatureSet]) -> FeatureSet | None:

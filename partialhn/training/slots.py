@@ -7,11 +7,12 @@ is learned from its own data alone, and may have other classes.
 
 import dataclasses
 from collections.abc import Callable, Container, Mapping, Sequence
+from typing import cast
 
 from partialhn.config import Config
-from partialhn.data.experience import Experience, refreshed, replaces, task_of
+from partialhn.data.experience import Experience, replaces, task_of
 from partialhn.features.extract import feature_jobs, find_features
-from partialhn.features.feature_set import FeatureSet, join
+from partialhn.features.feature_set import FeatureSet, UnopenedFeatures, join
 from partialhn.features.jobs import FeatureJob, Split
 from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
@@ -76,7 +77,8 @@ def stored_slots(config: Config, experiences: Sequence[Experience], trunk: Trunk
 
 def open_task_features(store: FeatureStore, slots: Sequence[Slot],
                        learn: Container[int] | None = None) -> list[TaskFeatures]:
-    """Opens the features to learn the slots with an index in `learn` (default: all) and test all.
+    """Opens the features to learn the slots with an index in `learn` (default: all). Those to test
+    each slot are opened when they are first used.
 
     A slot that refreshes a task is learned and tested on that task's images from all its slots,
     from the newest one that replaces the task's data.
@@ -88,21 +90,31 @@ def open_task_features(store: FeatureStore, slots: Sequence[Slot],
     for index, name in enumerate(names):
         by_task.setdefault(task_of(name), []).append(index)
 
-    def joined(index: int, split: Split) -> FeatureSet | None:
+    def manifests_of(index: int, split: Split) -> list[Manifest]:
         of_task = [slots[place] for place in by_task[task_of(names[index])] if place <= index]
         first = max((place for place, slot in enumerate(of_task) if replaces(slot.name)), default=0)
-        manifests = [slot.manifests[split] for slot in of_task[first:] if split in slot.manifests]
+        return [slot.manifests[split] for slot in of_task[first:] if split in slot.manifests]
+
+    def joined(manifests: Sequence[Manifest]) -> FeatureSet | None:
         for manifest in manifests:
             if manifest.key not in opened:
                 opened[manifest.key] = store.open(manifest)
         return join([opened[manifest.key] for manifest in manifests])
 
+    def tested(index: int) -> FeatureSet:
+        manifests = manifests_of(index, "test")
+        assert manifests, f"task {names[index]} has no test features"
+        return UnopenedFeatures(manifests, lambda: cast(FeatureSet, joined(manifests)))
+
+    def refreshes(index: int) -> int | None:  # as `refreshed`, which looks through all slots
+        earlier = [place for place in by_task[task_of(names[index])] if place < index]
+        return earlier[-1] if earlier and not replaces(names[index]) else None
+
     tasks = []
     for index, slot in enumerate(slots):
-        test = joined(index, "test")
-        assert test is not None, f"task {slot.name} has no test features"
-        train, validation = ((joined(index, "train"), joined(index, "validation"))
+        train, validation = (map(joined, (manifests_of(index, "train"),
+                                          manifests_of(index, "validation")))
                              if learn is None or index in learn else (None, None))
-        tasks.append(TaskFeatures(slot.name, len(slot.classes), train, validation, test,
-                                  refreshed(names, index)))
+        tasks.append(TaskFeatures(slot.name, len(slot.classes), train, validation, tested(index),
+                                  refreshes(index)))
     return tasks

@@ -47,6 +47,30 @@ def answers(model, images):
     return [model.strategy(model.trunk(images), task) for task in range(len(model.tasks))]
 
 
+def test_a_loaded_model_makes_the_tasks_that_are_used_and_keeps_all_tensors(saved):
+    strategy = Model.load(saved).strategy
+    whole = {name: value.clone() for name, value in strategy.state_dict().items()}
+    size = [strategy.task_bytes(task) for task in range(3)]
+    grounds = [strategy.answers_by(task) for task in range(3)]
+    assert [place for place, _ in strategy.tasks.made()] == []
+    strategy.weights(2)
+    assert sorted(place for place, _ in strategy.tasks.made()) == [0, 2], "it starts from task 0"
+    assert [strategy.tasks[place] for place in range(3)] == list(strategy.tasks)
+    assert [place for place, _ in strategy.hypernet.columns.made()] == [1]
+    assert list(map(len, (strategy.tasks, strategy.hypernet.columns))) == [3, 2]
+    assert len(list(strategy.hypernet.columns)) == 2
+    again = strategy.state_dict()
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
+    assert [strategy.task_bytes(task) for task in range(3)] == size
+    assert [strategy.answers_by(task) for task in range(3)] == grounds
+
+
+def test_waiting_tasks_move_with_their_strategy(saved):
+    strategy = Model.load(saved).strategy.to("meta")
+    assert {value.device.type for value in strategy.state_dict().values()} == {"meta"}
+
+
 @pytest.mark.parametrize("name", ["partial_hn", "additive", "separate_heads", "naive", "ridge"])
 def test_a_model_comes_back_and_answers_alike(models, tmp_path, images, name):
     model = models[name]

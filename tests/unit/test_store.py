@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from partialhn.features.codec import encode
 from partialhn.features.feature_set import join
 from partialhn.features.manifest import FeatureRecipe
 from partialhn.features.store import FeatureStore
+from partialhn.training.slots import Slot, open_task_features
 
 RECIPE = FeatureRecipe(trunk="t", data="d", transform="none", input_size=16, views=2,
                        augment="flip", seed=0, dtype="float32", shard_rows=4)
@@ -214,6 +216,28 @@ def test_sets_of_several_number_types_are_joined(store):
         assert (found[10:] - z_NVCHW[:, 1]).abs().max() < 0.03
     assert torch.equal(both.first_views(1).gather(rows_B, torch.zeros_like(rows_B)),
                        both.gather(rows_B, torch.zeros_like(rows_B)))
+
+
+def test_features_to_test_a_task_are_opened_when_they_are_first_used(store):
+    slots = [Slot(name, ("x", "y", "z"), name, "none", {"test": write(
+        store, dataclasses.replace(RECIPE, data=name, dtype="int8"), features(6, seed))})
+        for seed, name in enumerate(("a", "b", "a/more"))]
+    gone = Path(store.folder(slots[1].manifests["test"].key)) / "part"
+    for shard in gone.parent.glob("*.arrow"):
+        shard.rename(gone)
+    first, damaged, more = open_task_features(store, slots, ())
+    assert (first.refreshes, damaged.refreshes, more.refreshes) == (None, None, 0)
+    assert more.test.keys == tuple(slots[place].manifests["test"].key for place in (0, 2))
+    assert (damaged.test.keys, damaged.test.shape_CHW) == (
+        (slots[1].manifests["test"].key,), SHAPE_VCHW[1:])
+    with pytest.raises(IntegrityError, match="is missing"):
+        damaged.test.first_views(1)
+    opened = join([store.open(slots[place].manifests["test"]) for place in (0, 2)])
+    assert len(more.test) == 12
+    assert torch.equal(more.test.scales.scale_SC, opened.scales.scale_SC)
+    rows = torch.arange(12)
+    assert torch.equal(more.test.gather(rows, rows % 2), opened.gather(rows, rows % 2))
+    assert first.test.first_views(1).views == 1
 
 
 def test_without_a_manifest_nothing_is_there(store):
