@@ -37,8 +37,12 @@ Part = dict[str, Any]
 """Entry of `parts`: sha256 and bytes of an object, and how many parts were merged into it."""
 Read = Callable[[str], bytes]
 """Content of an object by its SHA-256. Raises: FileNotFoundError."""
+ORIGIN = "partialhn_origin"
+"""Attribute of a tensor that was loaded: its object's SHA-256 and its name there."""
+_NAMES: dict[str, frozenset[str]] = {}
+"""Names of the tensors of the objects that this process has seen, by the object's SHA-256."""
 _DIGESTS: dict[str, dict[str, str]] = {}
-"""Hash of each tensor of the objects that this process has seen, by the object's SHA-256."""
+"""Hashes of those of their tensors that this process has compared with others, likewise."""
 
 
 def upload(tensors: dict[str, Tensor], fields: dict[str, Any], filesystem: pafs.FileSystem,
@@ -50,15 +54,15 @@ def upload(tensors: dict[str, Tensor], fields: dict[str, Any], filesystem: pafs.
     """
     read = reader(filesystem, models)
     known = _parts_of(filesystem, models, before) if before else []
-    digests = {name: hash_tensors({name: value}) for name, value in tensors.items()}
     held: dict[str, str] = {}
     for part in known:
-        held |= _digests(part["sha256"], read)
+        held |= dict.fromkeys(_names(part["sha256"], read), part["sha256"])
     if any(name not in tensors for name in held):
         known, held = [], {}  # another shape of model: nothing is shared
     new = {name: value for name, value in tensors.items() if name not in held}
+    comparison = _Comparison(read)
     changed = {name: value for name, value in tensors.items()
-               if name in held and held[name] != digests[name]}
+               if name in held and not comparison.is_stored(name, value, held[name])}
     parts = _needed(known, set(changed), read) + [
         _store(filesystem, models, chosen) for chosen in (new, changed) if chosen]
     parts = _merged(parts, filesystem, models, read)
@@ -152,17 +156,42 @@ def added_bytes(filesystem: pafs.FileSystem, models: str, model: str, before: st
 def _load(sha256: str, read: Read) -> dict[str, Tensor]:
     content = checked(sha256, read)
     try:
-        return load(content)
+        tensors = load(content)
+        for name, value in tensors.items():
+            setattr(value, ORIGIN, (sha256, name))
+        _NAMES[sha256] = frozenset(tensors)
+        return tensors
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise IntegrityError(f"the shared tensors {sha256[:12]}... cannot be read: {error}"
                              ) from error
 
 
-def _digests(sha256: str, read: Read) -> dict[str, str]:
-    if sha256 not in _DIGESTS:
-        _DIGESTS[sha256] = {name: hash_tensors({name: value})
-                            for name, value in _load(sha256, read).items()}
-    return _DIGESTS[sha256]
+def _names(sha256: str, read: Read) -> frozenset[str]:
+    """Names of the tensors of an object."""
+    if sha256 not in _NAMES:
+        _load(sha256, read)
+    return _NAMES[sha256]
+
+
+class _Comparison:
+    """Compares tensors with those of objects, of which it reads as few as it can."""
+
+    def __init__(self, read: Read) -> None:
+        self._read = read
+        self._loaded: dict[str, dict[str, Tensor]] = {}
+
+    def is_stored(self, name: str, value: Tensor, sha256: str) -> bool:
+        """Whether an object holds this very tensor. One that was loaded from it and not written to
+        since need not be hashed.
+        """
+        if getattr(value, ORIGIN, None) == (sha256, name) and value._version == 0:
+            return True
+        digests = _DIGESTS.setdefault(sha256, {})
+        if name not in digests:
+            if sha256 not in self._loaded:
+                self._loaded[sha256] = _load(sha256, self._read)
+            digests[name] = hash_tensors({name: self._loaded[sha256][name]})
+        return digests[name] == hash_tensors({name: value})
 
 
 def _parts_of(filesystem: pafs.FileSystem, models: str, model: str) -> list[Part]:
@@ -178,7 +207,7 @@ def _needed(parts: Sequence[Part], changed: set[str], read: Read) -> list[Part]:
     needed: list[Part] = []
     replaced = set(changed)
     for part in reversed(parts):
-        names = _digests(part["sha256"], read).keys()
+        names = _names(part["sha256"], read)
         if not names <= replaced:
             needed.append(part)
         replaced |= names
@@ -205,6 +234,7 @@ def _store(filesystem: pafs.FileSystem, models: str, tensors: dict[str, Tensor])
                     for name, value in tensors.items()})
     sha256 = hashlib.sha256(content).hexdigest()
     _DIGESTS[sha256] = {name: hash_tensors({name: value}) for name, value in tensors.items()}
+    _NAMES[sha256] = frozenset(tensors)
     copy_object(sha256, lambda _: content, filesystem, models)
     return {"sha256": sha256, "bytes": len(content), "merged": 1}
 

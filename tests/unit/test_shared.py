@@ -66,6 +66,21 @@ def test_many_small_parts_become_few(store, tmp_path, monkeypatch):
         assert all(torch.equal(found[key], value) for key, value in tensors_of(index + 1).items())
 
 
+@pytest.mark.parametrize("change", ["in place", "another", "none"])
+def test_a_loaded_tensor_counts_as_stored_only_while_nothing_wrote_to_it(store, tmp_path, change):
+    models, names = store(2)
+    read = shared.reader(LOCAL, str(models))
+    tensors = shared.tensors_of(fields(models, names[-1]), read)
+    if change == "in place":
+        tensors["task.0"][0] = 7
+    elif change == "another":
+        tensors["task.0"] = torch.full((4,), 7.0)
+    shared.upload(tensors, {"tasks": 2}, LOCAL, str(models), "next", names[-1])
+    again = shared.tensors_of(fields(models, "next"), read)
+    assert all(torch.equal(value, tensors[name]) for name, value in again.items())
+    assert again["task.0"][0] == (0 if change == "none" else 7)
+
+
 @pytest.mark.parametrize("damage", ["gone", "changed", "short"])
 def test_damaged_parts_are_named_and_not_loaded(store, tmp_path, damage):
     models, names = store(2)
