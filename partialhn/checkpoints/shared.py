@@ -56,7 +56,7 @@ def upload(tensors: dict[str, Tensor], fields: dict[str, Any], filesystem: pafs.
     known = _parts_of(filesystem, models, before) if before else []
     held: dict[str, str] = {}
     for part in known:
-        held |= dict.fromkeys(_names(part["sha256"], read), part["sha256"])
+        held |= {name: str(part["sha256"]) for name in _names(part["sha256"], read)}
     if any(name not in tensors for name in held):
         known, held = [], {}  # another shape of model: nothing is shared
     new = {name: value for name, value in tensors.items() if name not in held}

@@ -170,13 +170,13 @@ class Strategy(nn.Module):
             if prefix is not None and dot:
                 by_module.setdefault(f"{prefix}{place}.", {})[name] = rest.pop(key)
         for prefix, modules in listed.items():
-            for place in range(len(modules)):
-                own = by_module.pop(f"{prefix}{place}.", {})
-                if not own and isinstance(modules, StoredModules) and modules.waits(place):
+            for number in range(len(modules)):
+                own = by_module.pop(f"{prefix}{number}.", {})
+                if not own and isinstance(modules, StoredModules) and modules.waits(number):
                     continue  # it has its tensors already
-                keys = modules[place].load_state_dict(own, strict=False, assign=assign)
-                missing += [f"{prefix}{place}.{key}" for key in keys.missing_keys]
-                unexpected += [f"{prefix}{place}.{key}" for key in keys.unexpected_keys]
+                keys = modules[number].load_state_dict(own, strict=False, assign=assign)
+                missing += [f"{prefix}{number}.{key}" for key in keys.missing_keys]
+                unexpected += [f"{prefix}{number}.{key}" for key in keys.unexpected_keys]
         unexpected += [prefix + key for prefix, own in by_module.items() for key in own]
         keys = super().load_state_dict(rest, strict=False, assign=assign)
         missing += [key for key in keys.missing_keys if not key.startswith(tuple(listed))]

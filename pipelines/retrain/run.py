@@ -269,7 +269,7 @@ class Pass:
         decided = self.journal.decided()
         classes = {task_of(task.slot): task.classes for task in base}
         gone = forgotten_by(base)
-        hashes: Mapping[str, HashArray] = {}
+        hashes: dict[str, HashArray] = {}
         ready: list[CheckedArrival] = []
         for arrival in found.arrivals:
             again = arrival.task in gone and arrival.task in self.settings.learn_again

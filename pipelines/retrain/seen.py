@@ -1,7 +1,7 @@
 """The stored things that a pass has read; they do not change while it holds the stream's lease."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from partialhn.checkpoints.model import Model
@@ -34,7 +34,7 @@ class Seen:
 
 
 def hashes_of(storage: Storage, stream: str, base: Sequence[Decided],
-              seen: Seen) -> Mapping[str, HashArray]:
+              seen: Seen) -> dict[str, HashArray]:
     """Hashes of the images of a model's tasks, by slot. seen: gets what is read."""
     tasks = [task for task in base if task.fingerprint]
     new = [task.fingerprint for task in tasks if task.fingerprint not in seen.hashes]
