@@ -17,13 +17,16 @@ class StoredModules(nn.ModuleList):
 
     A model of a thousand tasks has six thousand parameters, and a pass that learns one more task
     uses those of a few. Waiting tensors are part of `state_dict` and move between devices; they
-    are no parameters, so nothing trains them.
+    are no parameters, so nothing trains them. A module that is made of them has nothing that
+    training switches.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._waiting: dict[int, Mapping[str, Tensor]] = {}
         self._make: Make | None = None
+        self._stored = 0
+        """Number of modules that wait or have waited."""
 
     def wait(self, states: Sequence[Mapping[str, Tensor]], make: Make) -> None:
         """Fills the empty list. states: the tensors of each module, as its `state_dict` has them.
@@ -31,7 +34,7 @@ class StoredModules(nn.ModuleList):
         make: gives the module with a number; it must not ask for another waiting one.
         """
         assert len(self) == 0, "only an empty list is filled"
-        self._waiting, self._make = dict(enumerate(states)), make
+        self._waiting, self._make, self._stored = dict(enumerate(states)), make, len(states)
 
     def waits(self, place: int) -> bool:
         """Whether a module is not made yet."""
@@ -76,6 +79,14 @@ class StoredModules(nn.ModuleList):
         destination.update((f"{prefix}{place}.{name}", value) for place, state in waiting
                            for name, value in state.items())
         return destination
+
+    def train(self, mode: bool = True) -> Self:
+        """As PyTorch's method, for the modules that did not wait."""
+        self.training = mode
+        for place, module in self.made():
+            if place >= self._stored:
+                module.train(mode)
+        return self
 
     def _apply(self, change: Any, recurse: bool = True) -> Self:
         super()._apply(change, recurse)  # type: ignore[no-untyped-call]

@@ -138,6 +138,8 @@ class PartialHypernet(Strategy):
         """Codes of the tasks before the running one; they do not change while it is learned."""
         self._base: str | None = None
         """Hash of the generator's base."""
+        self._starts: dict[int, str] = {}
+        """`answers_by` of tasks that others start from."""
 
     def new_task(self, classes: int, refreshes: int | None) -> HypernetTask:
         """A task that starts where the generator says, and from the norm of the first task, or of
@@ -299,7 +301,9 @@ class PartialHypernet(Strategy):
         own = {f"task.{name}": value for name, value in self.tasks.state_of(task).items()}
         own |= cast(ColumnGenerator, self.hypernet).learned_state(task)
         start = self._start(task) if self.hypernet.inherits(task) else -1
-        return hash_tensors(own, self._base if start < 0 else self.answers_by(start) or "")
+        if start >= 0 and start not in self._starts:
+            self._starts[start] = self.answers_by(start) or ""
+        return hash_tensors(own, self._base if start < 0 else self._starts[start])
 
     def begin(self, task: int) -> None:
         super().begin(task)
@@ -388,6 +392,7 @@ class PartialHypernet(Strategy):
     def _forget(self) -> None:
         """Drops what is kept of weights and codes, which is then generated again."""
         self._inherited, self._earlier, self._base = None, None, None
+        self._starts = {}
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
         self._forget()  # it would stay where it was: on another device, or of another number type

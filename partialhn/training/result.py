@@ -18,6 +18,8 @@ from partialhn.training.records import EpochRecord, TaskRecord, class_incrementa
 from partialhn.training.slots import Slot
 
 LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "numpy")
+SIZES = ("trunk_bytes", "shared_bytes", "weights")
+"""Keys of `model_sizes`, which a learned model has among its facts."""
 
 
 class Clock:

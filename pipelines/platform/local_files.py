@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -45,12 +46,11 @@ class LocalFiles:
 
     def stat(self, path: str) -> StoredFile | None:
         """Size, time and etag of a file; None if it does not exist."""
-        file = Path(path)
         try:
-            info = file.stat()
+            info = Path(path).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if not file.is_file():
+        if not stat.S_ISREG(info.st_mode):
             return None
         return StoredFile(path, info.st_size, info.st_mtime,
                           f"{info.st_ino:x}-{info.st_mtime_ns:x}-{info.st_size:x}")

@@ -9,6 +9,9 @@ from pipelines.platform.storage import Storage
 
 READERS = 16
 """Files that are read at once."""
+TOGETHER = 16
+"""Files that a thread reads one after the other: handing over each would take longer than to read
+it from a disk."""
 _FILE = re.compile(r"(\d{8})\.json")
 Item = TypeVar("Item")
 
@@ -28,8 +31,12 @@ class NumberedFiles(Generic[Item]):
     def items(self) -> list[Item]:
         """What all files so far hold, in order. Raises: as `read`."""
         if not self._items:
+            numbers = range(1, self._last() + 1)
             with ThreadPoolExecutor(READERS) as pool:  # a remote storage answers many at once
-                self._items += pool.map(self._read, range(1, self._last() + 1))
+                for items in pool.map(lambda first: [self._read(number) for number
+                                                     in numbers[first:first + TOGETHER]],
+                                      range(0, len(numbers), TOGETHER)):
+                    self._items += items
         else:  # a listing of a long folder takes longer than to look for the next number
             while self._storage.exists(self.path(len(self._items) + 1)):
                 self._items.append(self._read(len(self._items) + 1))
@@ -44,6 +51,5 @@ class NumberedFiles(Generic[Item]):
 
     def _last(self) -> int:
         """The highest number of a file; 0 for an empty folder."""
-        numbers = (_FILE.fullmatch(file.path.rpartition("/")[2])
-                   for file in self._storage.list(self.folder))
+        numbers = map(_FILE.fullmatch, self._storage.files(self.folder))
         return max((int(match[1]) for match in numbers if match), default=0)

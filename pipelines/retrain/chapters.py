@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.fs as pafs
 
 from partialhn.checkpoints.checkpoint import FIELDS
-from partialhn.features.manifest import MALFORMED, FeatureRecipe, Manifest, parse_shard
+from partialhn.features.manifest import MALFORMED, FeatureRecipe, Manifest, Shard
 from partialhn.training.lineage import Learned
 from partialhn.training.records import EpochRecord, TaskRecord, fields_of
 from partialhn.training.slots import Slot
@@ -181,5 +181,6 @@ def _recall(chapter: Mapping[str, Any], tasks: Sequence[Decided], seen: Seen) ->
 
 def _manifest(fields: Mapping[str, Any]) -> Manifest:
     return Manifest(**{**fields, "recipe": FeatureRecipe(**fields["recipe"]),
-                       "shards": tuple(map(parse_shard, fields["shards"])),
+                       "shards": tuple(Shard(**shard | {"bad": tuple(map(tuple, shard["bad"]))})
+                                       for shard in fields["shards"]),
                        "shape_VCHW": tuple(fields["shape_VCHW"])})

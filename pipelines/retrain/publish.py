@@ -12,7 +12,7 @@ from partialhn.data.experience import task_of
 from partialhn.evaluation.answer_sample import read_sample
 from partialhn.numbers import now
 from partialhn.training import lineage
-from partialhn.training.result import Outcome, model_sizes, peak_rss_bytes, result_fields
+from partialhn.training.result import SIZES, Outcome, model_sizes, peak_rss_bytes, result_fields
 from partialhn.training.review import review, sample_examples
 from partialhn.training.slots import Slot
 from pipelines.registry.versions import CHAMPION, Version
@@ -59,7 +59,8 @@ def publish(context: PassContext, base: Sequence[Decided]) -> None:
                                     f"{context.folder}/{lineage_ids[-1]}")
     weights_hash = stored["weights_hash"] if stored else model.weights_hash()
     versions = _versions(context, base)
-    fields |= model_sizes(model) | {
+    sizes = model.facts if model.facts.keys() >= set(SIZES) else model_sizes(model)
+    fields |= {key: sizes[key] for key in SIZES} | {
         "name": name, "work": lineage_ids[-1][:12], "weights_hash": weights_hash,
         "checkpoint_bytes": size, "device": "see the tasks' runs",
         "peak_rss_bytes": peak_rss_bytes(), "storage": context.storage.uri,
