@@ -166,9 +166,10 @@ class _Bench:
             tasks = self._tasks(depth)
             views = [pooled(task.train) for task in tasks if task.train is not None]
             kept = None
-            first_two = [ProbeTask(task.train, task.validation, task.classes) for task in tasks[:2]
+            probed = tasks[:2] if depth and self.config.backbone.trunk == "train" else []
+            first_two = [ProbeTask(task.train, task.validation, task.classes) for task in probed
                          if task.train is not None and task.validation is not None]
-            if depth and len(first_two) == 2 and all(len(each.held_out) for each in first_two):
+            if len(first_two) == 2 and all(len(each.held_out) for each in first_two):
                 kept = forecast({depth: (first_two[0], first_two[1])})[0].kept
             self._measured_similarity[depth] = {"task_shift": [0.0, *(task_shift(views[0], each)
                                                         for each in views[1:])],

@@ -1,8 +1,11 @@
 """A forecast of how deep the trunk may be frozen, from the first two tasks, before any training.
 
-The trunk was trained on the first task. If a stage is specific to that task, a linear probe (ridge
-regression in closed form) on the stage's features is less accurate on the second task than on the
-first. The forecast of a depth is the second task's accuracy above chance as a share of the first's.
+A linear probe (ridge regression in closed form) on the features of each depth is measured on both.
+Where the trunk was trained on the first task, a stage that is specific to that task makes the
+probe less accurate on the second: the forecast of a depth is the second task's accuracy above
+chance as a share of the first's. A trunk that was trained elsewhere prefers neither task. There it
+is the mean accuracy above chance as a share of the best at this depth or at a shallower one: what
+is lost by freezing more. What a head gains above a shallow cut no probe can tell.
 Linear CKA with the labels measures the same without a probe, and is reported beside it.
 
 Legend: N images, D numbers of an image, K classes, C channels, H W spatial.
@@ -49,13 +52,20 @@ class StageForecast:
     """Linear CKA of features and labels on the first task's held-out images."""
     cka_second: float
     kept: float
-    """The second task's probe accuracy above chance as a share of the first's."""
+    """The share of the probe's accuracy above chance that remains at this depth."""
     worth_trying: bool
+    expected: float
+    """A number that is larger for the depths where more accuracy is expected: `kept`, or for a
+    trunk that was trained elsewhere the probe's accuracy above chance."""
 
 
-def forecast(tasks: Mapping[int, tuple[ProbeTask, ProbeTask]]) -> list[StageForecast]:
-    """A forecast for each depth, from the features of the first two tasks at that depth."""
-    stages = []
+def forecast(tasks: Mapping[int, tuple[ProbeTask, ProbeTask]], *, trained_here: bool = True
+             ) -> list[StageForecast]:
+    """A forecast for each depth, from the features of the first two tasks at that depth.
+
+    trained_here: whether the trunk was trained on the first task.
+    """
+    stages, most = [], 0.0
     for depth in sorted(tasks):
         probes, ckas, above = [], [], []
         for task in tasks[depth]:
@@ -65,9 +75,12 @@ def forecast(tasks: Mapping[int, tuple[ProbeTask, ProbeTask]]) -> list[StageFore
             probes.append(probe)
             ckas.append(linear_cka(x_held_ND, one_hot(y_held_N, task.classes)))
             above.append(max(probe - 1 / task.classes, 0.0) / (1 - 1 / task.classes))
-        kept = above[1] / above[0] if above[0] > 0 else 0.0
+        mean = sum(above) / 2
+        most = max(most, mean)
+        remains, whole = (above[1], above[0]) if trained_here else (mean, most)
+        kept = remains / whole if whole > 0 else 0.0
         stages.append(StageForecast(depth, probes[0], probes[1], ckas[0], ckas[1], kept,
-                                    worth_trying=False))
+                                    worth_trying=False, expected=kept if trained_here else mean))
     best = max(stage.kept for stage in stages)
     return [dataclasses.replace(stage, worth_trying=stage.kept >= WORTH * best)
             for stage in stages]

@@ -353,9 +353,13 @@ class Classifier(nn.Module):
 
     def take_classifier(self, other: "Classifier") -> None:
         """Copies the classifier of another task with the same classes."""
-        with torch.no_grad():
-            self.classifier_KF.copy_(other.plain_KF)
-            self.bias_K.copy_(other.bias_K)
+        self.set_classifier(other.plain_KF, other.bias_K)
+
+    @torch.no_grad()
+    def set_classifier(self, weight_KF: Tensor, bias_K: Tensor) -> None:
+        """Replaces the numbers of the classifier, whatever type and device these have."""
+        self.classifier_KF.copy_(weight_KF)
+        self.bias_K.copy_(bias_K)
 
 
 class OwnNorm(Classifier):

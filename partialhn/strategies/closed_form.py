@@ -57,10 +57,8 @@ class ClosedForm(Strategy):
     def solve(self, task: int, features: FeatureSet) -> None:
         y_N = features.y_N.cpu()
         fitted = self.fit(pooled_cells(features, 1).double(), y_N, self.classes[task])
-        fitted, own = fitted.sharpened(y_N), cast(Classifier, self.tasks[task])
-        with torch.no_grad():
-            own.classifier_KF.copy_(fitted.weight_KF)
-            own.bias_K.copy_(fitted.bias_K)
+        fitted = fitted.sharpened(y_N)
+        cast(Classifier, self.tasks[task]).set_classifier(fitted.weight_KF, fitted.bias_K)
 
     def fit(self, x_NF: Tensor, y_N: Tensor, classes: int) -> LinearClassifier:
         """The classifier of pooled features x_NF with labels y_N."""

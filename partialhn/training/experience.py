@@ -16,20 +16,20 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from partialhn.config import TrainConfig
 from partialhn.errors import InputError
-from partialhn.features.batches import RESIDENT_BYTES, MappedBatches, ResidentBatches, Workers
+from partialhn.features.batches import MappedBatches, ResidentBatches, Workers
 from partialhn.features.closed_form import accuracy
 from partialhn.features.feature_set import FeatureSet
-from partialhn.networks.device_memory import fits
 from partialhn.networks.precision import wait_for
 from partialhn.strategies import Strategy
+from partialhn.training.answers import answer, evaluate, resident
 from partialhn.training.budget import BestState, Budget, held_out_loss, task_budget
 from partialhn.training.choice import can_choose, cells, few_images, is_chosen, solve
 from partialhn.training.optimiser import learning_rates
 from partialhn.training.records import EpochRecord
+from partialhn.training.refit import average_with_ridge
 from partialhn.training.steps import Objective, StepRecorder, Steps
 
 
@@ -85,7 +85,8 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
         yield record
     if best.tensors:
         strategy.load_task_state(task_index, best.tensors)
-    if chosen and can_choose(task.validation):
+    if chosen and task.validation is not None and can_choose(task.validation):
+        average_with_ridge(strategy, task_index, task.train, task.validation)
         yield _choose(strategy, task_index, task, [*done, *run.records][-1])
 
 
@@ -112,17 +113,17 @@ class _Run:
         objective = workers.data_parallel(Objective(strategy, task_index, config.label_smoothing))
         device = strategy.weights(task_index).bias_K.device
         assert task.train is not None
-        features = _resident(task.train, device)
-        resident = features is not task.train
+        features = resident(task.train, device)
+        is_resident = features is not task.train
         self.held_out = task.validation
         if task.validation is not None and device.type != "cpu":
-            self.held_out = _resident(task.validation, device)  # once, not at every measurement
+            self.held_out = resident(task.validation, device)  # once, not at every measurement
         self.batches = (
             ResidentBatches(features, config.batch_size, workers, budget.passes,
-                            as_stored=strategy.head.rounds) if resident
+                            as_stored=strategy.head.rounds) if is_resident
             else MappedBatches(features, config.batch_size, workers, device, budget.passes))
         rates_SG = learning_rates(optimiser, config.schedule, self.batches.steps * budget.epochs)
-        recordable = resident and workers.world == 1 and strategy.recordable
+        recordable = is_resident and workers.world == 1 and strategy.recordable
         self.steps = Steps(objective, optimiser,
                            rates_SG[self.batches.steps * epochs_done:].to(device),
                            recorder if recordable else None, self.batches.steps_1)
@@ -229,37 +230,3 @@ def _validated(strategy: Strategy, task_index: int, held_out: FeatureSet | None
         return None, None
     logits_NK, y_N = answer(strategy, task_index, held_out)
     return held_out_loss(logits_NK, y_N), accuracy(logits_NK, y_N)
-
-
-def evaluate(strategy: Strategy, task_index: int, features: FeatureSet) -> float:
-    """Accuracy on a split, 0 to 1, on the plain view."""
-    return accuracy(*answer(strategy, task_index, features))
-
-
-@torch.no_grad()
-def answer(strategy: Strategy, task_index: int, features: FeatureSet, batch_size: int = 256,
-           rows_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """logits_NK and labels y_N of the plain view of a split, on the CPU; the weights are generated
-    once.
-
-    rows_N: the images to answer; default: all of them.
-    """
-    strategy.eval()
-    weights = strategy.weights(task_index)
-    device = weights.bias_K.device
-    features = features if device.type == "cpu" else _resident(features, device)
-    if rows_N is None:
-        rows_N = torch.arange(len(features))
-    rows_N, parts = rows_N.to(features.y_N.device), []
-    for rows_B in torch.split(rows_N, batch_size):
-        z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B)).to(device)
-        parts.append(strategy.head(z_BCHW, weights))
-    wait_for(device)
-    return torch.cat(parts).cpu(), features.y_N[rows_N].cpu()
-
-
-def _resident(features: FeatureSet, device: torch.device) -> FeatureSet:
-    """The features as one tensor on the device if they fit; otherwise unchanged."""
-    if device.type != "cpu" and features.y_N.device == device:
-        return features
-    return features.to(device) if fits(features.nbytes, RESIDENT_BYTES, device) else features

@@ -17,7 +17,7 @@ import partialhn
 from partialhn.features.feature_set import FeatureSet
 from partialhn.naming import digest
 from partialhn.strategies import Strategy
-from partialhn.training.experience import evaluate
+from partialhn.training.answers import evaluate
 from partialhn.training.records import TaskRecord
 
 SAMPLE = 3

@@ -26,7 +26,8 @@ from partialhn.data.image_table import ImageTable
 from partialhn.features.closed_form import fit_ridge, pooled_cells
 from partialhn.features.feature_set import FeatureSet
 from partialhn.features.store import FeatureStore
-from partialhn.training.experience import TaskFeatures, answer
+from partialhn.training.answers import answer
+from partialhn.training.experience import TaskFeatures
 from partialhn.training.records import EpochRecord
 from partialhn.training.slots import Slot, open_task_features
 

@@ -132,8 +132,8 @@ def choose(accuracy: Mapping[int, float], cost: Mapping[int, float], objective: 
 
     accuracy: the most accurate. cost: the cheapest of those within max_loss of the most accurate.
     balanced: the largest accuracy - max_loss * log2(cost), so that each doubling of the cost must
-    gain max_loss. Among depths whose value is within `margin` of the best value, the cheapest is
-    chosen, then the deepest: the seeds do not show that a more expensive depth is better.
+    gain max_loss. A cheaper depth is chosen instead where its accuracy is within `margin` of that
+    depth's, so that the seeds do not show that it is less accurate: the cheapest, then the deepest.
     """
     best = max(accuracy.values())
     depths = [depth for depth in accuracy
@@ -142,9 +142,12 @@ def choose(accuracy: Mapping[int, float], cost: Mapping[int, float], objective: 
         depth: {"accuracy": accuracy[depth], "cost": -cost[depth],
                 "balanced": accuracy[depth] - max_loss * math.log2(cost[depth])}[objective]
         for depth in depths}
-    enough = max(value.values()) - (0.0 if objective == "cost" else margin)
-    return max((depth for depth in depths if value[depth] >= enough),
-               key=lambda depth: (-cost[depth], depth))
+    first = max(depths, key=lambda depth: (value[depth], -cost[depth], depth))
+    if objective == "cost":
+        return first
+    level = [depth for depth in depths if cost[depth] <= cost[first]
+             and accuracy[depth] >= accuracy[first] - margin]
+    return max(level, key=lambda depth: (-cost[depth], depth))
 
 
 def agreement(results: Sequence[DepthResult], cost: Mapping[int, float], objective: Objective,
@@ -185,8 +188,9 @@ def expected_best(scores: Sequence[float], count: int) -> float:
 def rank_correlation(forecast: Sequence[Mapping[str, Any]],
                      results: Sequence[DepthResult]) -> float | None:
     """Spearman's correlation of the forecast and the measured accuracy; None below 3 depths."""
-    kept = {each["depth"]: each["kept"] for each in forecast}
-    pairs = [(kept[each.depth], each.accuracy.mean) for each in results if each.depth in kept]
+    expected = {each["depth"]: each.get("expected", each["kept"]) for each in forecast}
+    pairs = [(expected[each.depth], each.accuracy.mean) for each in results
+             if each.depth in expected]
     if len(pairs) < 3:
         return None
     value = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)

@@ -183,8 +183,10 @@ def _forecast(advice: Mapping[str, Any]) -> str:
     judged = ("" if correlation is None else " Its ranks and those of the measured accuracy "
               f"correlate by {correlation:+.2f} (Spearman; 1 is the same order).")
     lead = ("The forecast uses the first two tasks alone, before any trial: the accuracy of a "
-            f"linear probe on each {advice['unit']}'s features, and how much of it remains on a "
-            "task that the trunk was not trained on." + judged)
+            f"linear probe on each {advice['unit']}'s features, and how much of it remains "
+            + ("on a task that the trunk was not trained on"
+               if advice["config"]["backbone"].get("trunk", "train") == "train" else
+               "of the best one at a shallower depth") + "." + judged)
     return ('<section aria-labelledby="forecast-title"><h2 id="forecast-title">Forecast</h2>'
             f"<p>{escape(lead)}</p>"
             f"{table}</section>")

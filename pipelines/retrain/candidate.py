@@ -20,7 +20,7 @@ from partialhn.evaluation.metrics import StreamMetrics
 from partialhn.json_files import read_object
 from partialhn.predict import Predictor
 from partialhn.training import lineage
-from partialhn.training.experience import evaluate
+from partialhn.training.answers import evaluate
 from partialhn.training.result import stream_metrics
 from partialhn.training.slots import Slot, open_task_features
 from pipelines.gate import GateFacts, Policy

@@ -25,7 +25,7 @@ from partialhn.evaluation.task_inference_metrics import without_task_id
 from partialhn.features.feature_set import FeatureSet
 from partialhn.predict import Predictor
 from partialhn.training import lineage
-from partialhn.training.experience import evaluate
+from partialhn.training.answers import evaluate
 from partialhn.training.forgetting import (
     id_without,
     records_without,

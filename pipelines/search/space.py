@@ -153,7 +153,11 @@ def value_of(config: Config, key: str) -> Any:
 
 
 def default_space(base: Config, depths: Choice) -> Space:
-    """Ranges around the configuration that the user started from, and these depths."""
+    """Ranges around the configuration that the user started from, and these depths.
+
+    Where tasks start from the network's own weights, generator and norm are not searched: these
+    weights were trained with their own norm, and with another one a trial only guesses.
+    """
     hypernet, train = base.hypernet, base.train
     rate = train.learning_rate
     fresh, embedding = hypernet.fresh_columns, hypernet.embedding_dim
@@ -169,6 +173,9 @@ def default_space(base: Config, depths: Choice) -> Space:
         "train.learning_rate": Range(rate / 3, rate * 3, log=True, whole=False),
         "features.views": _choice(base.features.views, max(1, base.features.views // 2)),
     }
+    if hypernet.starts_from == "network":
+        for name in ("generator", "norm", "embedding_dim", "hidden", "beta"):
+            del dimensions[f"hypernet.{name}"]
     if train.epochs is not None:
         dimensions["train.epochs"] = _choice(train.epochs, max(1, train.epochs // 2))
     return Space(dimensions, {})

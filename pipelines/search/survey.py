@@ -79,12 +79,12 @@ def depths_at_once(network: Network, config: Config, experiences: Sequence[Exper
     return possible if size <= ONE_PASS_BYTES else depths
 
 
-def forecast_depths(bench: Bench) -> list[dict[str, Any]]:
-    """The forecast from the first two tasks, as plain values."""
+def forecast_depths(bench: Bench, trained_here: bool) -> list[dict[str, Any]]:
+    """The forecast from the first two tasks, as plain values; `trained_here` as in `forecast`."""
     configure_torch(bench.threads)
     depths = sorted({depth for depth, _, _ in bench.manifests})
     stages = forecast({depth: (_probe_task(bench, depth, 0), _probe_task(bench, depth, 1))
-                       for depth in depths})
+                       for depth in depths}, trained_here=trained_here)
     return [dataclasses.asdict(stage) for stage in stages]
 
 

@@ -30,7 +30,8 @@ from partialhn.networks.precision import configure_torch, device_name
 from partialhn.run import TrunkAndHead, cut_network
 from partialhn.strategies.base import Strategy
 from partialhn.strategies.partial_hn import PartialHypernet
-from partialhn.training.experience import TaskFeatures, answer
+from partialhn.training.answers import answer
+from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 from partialhn.training.records import TaskRecord
 from partialhn.training.steps import recorder_for

@@ -138,7 +138,8 @@ class _Search:
         if self.space.refines and not self.options.forecast_only:
             self.together = depths_at_once(self.network, self._most_views(), self.experiences,
                                            self.rounds.depths, self.space.possible_depths())
-        forecast = self._remote(forecast_depths, self._bench(self.experiences[:2]))
+        trained_here = self.config.backbone.trunk == "train"
+        forecast = self._remote(forecast_depths, self._bench(self.experiences[:2]), trained_here)
         log_forecast(self.log, forecast, self.depths)
         if self.options.forecast_only:
             return {"forecast": forecast}
@@ -154,7 +155,7 @@ class _Search:
         results = Results(self.state, self.settings, self.space, registry, survey, self.log)
         self._trials(results)
         if {each["depth"] for each in forecast} != set(self.rounds.depths):
-            survey["forecast"] = self._remote(forecast_depths, self.bench)
+            survey["forecast"] = self._remote(forecast_depths, self.bench, trained_here)
         survey["ridge"] = self._ridge()
         self._finals(results)
         return results.publish(self.options.output)

@@ -110,13 +110,20 @@ def test_of_two_equal_depths_the_cheaper():
 
 
 def test_what_the_seeds_cannot_tell_apart_is_not_paid_for():
-    """Values 0.727 (depth 1, dear), 0.722 (2) and 0.65 (3): within 0.006 the cheaper of two."""
+    """Values 0.727 (depth 1, dear), 0.722 (2) and 0.65 (3), accuracies 1 and 10 points apart."""
     accuracy, cost = {1: 0.8, 2: 0.79, 3: 0.70}, {1: 160.0, 2: 113.0, 3: 32.0}
     for objective in ("balanced", "accuracy"):
         assert choose(accuracy, cost, objective, 0.01) == 1
         assert choose(accuracy, cost, objective, 0.01, 0.012) == 2
         assert choose(accuracy, cost, objective, 0.01, 0.5) == 3
     assert choose(accuracy, cost, "cost", 0.001, 0.5) == 1
+
+
+def test_a_loss_that_the_seeds_show_is_not_recommended_because_it_is_cheap():
+    """The cheap depth loses 8 points, and its value 3.7 of them, within a margin of 4.5."""
+    accuracy, cost = {17: 0.73, 18: 0.65}, {17: 2.8, 18: 0.14}
+    assert choose(accuracy, cost, "balanced", 0.01, 0.045) == 17
+    assert choose(accuracy, cost, "balanced", 0.01, 0.09) == 18
 
 
 def repeated(depth, final, bound=()):

@@ -10,11 +10,11 @@ import torch
 
 from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.data.augment import draw, vary
-from partialhn.features.closed_form import accuracy
+from partialhn.features.closed_form import accuracy, fit_ridge, sharpness
 from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
 from partialhn.training import choice, experience
-from partialhn.training.experience import answer
+from partialhn.training.answers import answer, embedded
 from partialhn.training.learner import Learner
 
 LEARNERS = runpy.run_path(str(Path(__file__).with_name("learners.py")))
@@ -57,11 +57,15 @@ def test_who_trains_all_the_same(learner, tasks, options, name):
 @pytest.mark.parametrize(("rate", "ridge_wins"), [(1e-9, True), (5e-3, False)])
 def test_a_trained_head_is_replaced_only_where_more_held_out_images_are_right(
         learner, tasks, monkeypatch, rate, ridge_wins):
-    """A rate of nothing learns nothing. The other learns the digits; ridge is made to know none."""
+    """A rate of nothing learns nothing, and ridge regression on the head's features is left out
+    there. The other rate learns the digits, and ridge is made to know none.
+    """
     monkeypatch.setattr(choice, "FEW", 1)
     monkeypatch.setattr(choice, "ENOUGH_TO_CHOOSE", 4)
     task = tasks[0]
-    if not ridge_wins:
+    if ridge_wins:
+        monkeypatch.setattr(experience, "average_with_ridge", lambda *_: None)
+    else:
         monkeypatch.setattr(experience, "solve", lambda sets, classes: choice.solve(
             [dataclasses.replace(each, y_N=1 - each.y_N) for each in sets], classes))
     learned = learner(learning_rate=rate, min_steps=60)
@@ -79,6 +83,37 @@ def test_a_trained_head_is_replaced_only_where_more_held_out_images_are_right(
     list(restored.fit_next([task]))
     assert len(restored.epochs) == len(learned.epochs)
     assert weights_hash(restored) == weights_hash(learned)
+
+
+def test_a_trained_classifier_is_averaged_with_ridge_regression_on_the_features_of_its_head(
+        learner, tasks, monkeypatch):
+    """The head stays as it is; the new classifier lies between the two, as near to one as to the
+    other in units of what fits the held-out images best.
+    """
+    monkeypatch.setattr(choice, "FEW", 1)
+    monkeypatch.setattr(choice, "ENOUGH_TO_CHOOSE", 4)
+    task, learned = tasks[0], {}
+    for closed_form in ("never", "auto"):
+        learned[closed_form] = learner(closed_form=closed_form)
+        list(learned[closed_form].fit_next([task]))
+    plain, both = (learned[name].strategy.tasks[0] for name in ("never", "auto"))
+    head = learned["never"].strategy
+    for name, matrix in head.weights(0).matrices.items():
+        assert torch.equal(matrix, learned["auto"].strategy.weights(0).matrices[name])
+    x_NF, y_N = embedded(head, 0, task.train)
+    solved = fit_ridge(x_NF, y_N, 2)
+    solved_KF = torch.cat([solved.weight_KF, solved.bias_K[:, None]], 1)
+    trained_KF, both_KF = (
+        torch.cat([own.classifier_KF, own.bias_K[:, None]], 1).detach().double()
+        for own in (plain, both))
+    factors, residual, _, _ = np.linalg.lstsq(
+        torch.stack([trained_KF.flatten(), solved_KF.flatten()], 1), both_KF.flatten())
+    assert (factors > 0).all()
+    assert residual[0] < 1e-3 * float((both_KF**2).sum())
+    x_NF, y_N = embedded(head, 0, task.validation)
+    shares = [sharpness(x_NF.double() @ each_KF[:, :-1].T + each_KF[:, -1], y_N) * float(factor)
+              for each_KF, factor in zip((trained_KF, solved_KF), 1 / factors, strict=True)]
+    assert shares[0] == pytest.approx(shares[1], rel=0.05)  # each counts as much as the other
 
 
 def test_a_solved_task_is_stored_loaded_and_given_to_another_worker(learner, tasks, cut, tmp_path,

@@ -89,5 +89,19 @@ def test_a_forecast_of_real_digits(tasks):
     assert not doubtful.worth_trying
 
 
+def test_a_trunk_that_was_trained_elsewhere_prefers_no_task(tasks):
+    """A second task that is the easier one says nothing about freezing; a worse depth does."""
+    one = ProbeTask(tasks[0].train, tasks[0].test, tasks[0].classes)
+    order = torch.randperm(len(one.train), generator=torch.Generator().manual_seed(0))
+    bad = dataclasses.replace(one, train=dataclasses.replace(one.train,
+                                                             y_N=one.train.y_N[order]))
+    stages = forecast({2: (bad, one), 3: (one, one), 4: (one, bad), 5: (one, one)},
+                      trained_here=False)
+    assert [stage.kept for stage in (stages[0], stages[1], stages[3])] == [1, 1, 1]
+    assert stages[2].kept < 0.75
+    assert [stage.worth_trying for stage in stages] == [True, True, False, True]
+    assert stages[0].expected == stages[2].expected < stages[1].expected == stages[3].expected
+
+
 def test_one_hot_labels():
     assert one_hot(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]

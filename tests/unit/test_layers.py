@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = {
-    "partialhn": ("errors naming numbers", "environment plugins", "tables", "config json_files pixels",
-                  "data networks presets", "features",
+    "partialhn": ("errors naming numbers", "environment plugins", "tables",
+                  "config json_files pixels", "data networks presets", "features",
                   "detector", "strategies task_inference", "checkpoints", "predict",
                   "evaluation export", "training", "run", "benchmarks notebook"),
     "pipelines": ("settings", "gate platform", "report", "features registry benchmarks",

@@ -27,6 +27,14 @@ def test_the_default_space_has_what_a_user_would_search():
     assert len(space.grid_points()) == 5
 
 
+def test_what_starts_from_the_networks_weights_keeps_their_norm():
+    base = dataclasses.replace(BASE, hypernet=HypernetConfig(starts_from="network"))
+    assert set(parse_space({}, base).dimensions) == {
+        "backbone.freeze_depth", "hypernet.fresh_columns", "train.learning_rate", "features.views"}
+    asked = parse_space({"hypernet.norm": {"choice": ["batch", "group"]}}, base)
+    assert asked.dimensions["hypernet.norm"] == Choice(("batch", "group"))
+
+
 def test_a_file_overrides_single_keys(tmp_path):
     path = tmp_path / "space.yaml"
     path.write_text("hypernet.beta: {loguniform: [1e-3, 1]}\n"

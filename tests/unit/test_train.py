@@ -17,7 +17,7 @@ from partialhn.features.batches import Workers, epoch_batches
 from partialhn.networks.backbone import build_network
 from partialhn.networks.tensors import hash_tensors
 from partialhn.strategies import STRATEGIES
-from partialhn.training.experience import answer, evaluate
+from partialhn.training.answers import answer, evaluate
 from partialhn.training.image_batches import Labelled
 from partialhn.training.learner import Learner
 from partialhn.training.optimiser import load_optimiser, make_optimiser, optimiser_tensors

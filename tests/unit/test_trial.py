@@ -11,7 +11,8 @@ from partialhn.features.extract import feature_jobs, precompute
 from partialhn.networks.cut import CutNetwork
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
-from partialhn.training.experience import TaskFeatures, evaluate
+from partialhn.training.answers import evaluate
+from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 from pipelines.features.produce import open_store
 from pipelines.platform.cluster import WorkerDevice

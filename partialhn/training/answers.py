@@ -1,0 +1,63 @@
+"""What a strategy makes of stored images: features of a task's head, logits, and accuracy.
+
+Legend: N images, F features that the classifier sees, K classes, B batch, C channels, H W spatial.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from partialhn.features.batches import RESIDENT_BYTES
+from partialhn.features.closed_form import accuracy
+from partialhn.features.feature_set import FeatureSet
+from partialhn.networks.device_memory import fits
+from partialhn.networks.head import HeadWeights
+from partialhn.networks.precision import wait_for
+from partialhn.strategies import Strategy
+
+
+def evaluate(strategy: Strategy, task_index: int, features: FeatureSet) -> float:
+    """Accuracy on a split, 0 to 1, on the plain view."""
+    return accuracy(*answer(strategy, task_index, features))
+
+
+def answer(strategy: Strategy, task_index: int, features: FeatureSet, batch_size: int = 256,
+           rows_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """logits_NK and labels y_N of the plain view of a split, on the CPU.
+
+    rows_N: the images to answer; default: all of them.
+    """
+    return _outputs(strategy, task_index, features, strategy.head, batch_size, rows_N)
+
+
+def embedded(strategy: Strategy, task_index: int, features: FeatureSet,
+             rows_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Features x_NF that the task's classifier sees, and labels, as `answer` gives logits."""
+    return _outputs(strategy, task_index, features, strategy.head.embed, 256, rows_N)
+
+
+@torch.no_grad()
+def _outputs(strategy: Strategy, task_index: int, features: FeatureSet,
+             compute: Callable[[Tensor, HeadWeights], Tensor], batch_size: int,
+             rows_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What `compute` makes of the images; the task's weights are generated once."""
+    strategy.eval()
+    weights = strategy.weights(task_index)
+    device = weights.bias_K.device
+    features = features if device.type == "cpu" else resident(features, device)
+    if rows_N is None:
+        rows_N = torch.arange(len(features))
+    rows_N, parts = rows_N.to(features.y_N.device), []
+    for rows_B in torch.split(rows_N, batch_size):
+        z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B)).to(device)
+        parts.append(compute(z_BCHW, weights))
+    wait_for(device)
+    return torch.cat(parts).cpu(), features.y_N[rows_N].cpu()
+
+
+def resident(features: FeatureSet, device: torch.device) -> FeatureSet:
+    """The features as one tensor on the device if they fit; otherwise unchanged."""
+    if device.type != "cpu" and features.y_N.device == device:
+        return features
+    return features.to(device) if fits(features.nbytes, RESIDENT_BYTES, device) else features
