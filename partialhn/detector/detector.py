@@ -46,8 +46,11 @@ class Reference(Protocol):
         ...
 
     def reference_features(self, z_BCHW: Tensor, norm: Tensor,
-                           blocks: Sequence[int] | None = None) -> list[Tensor]:
-        """Pooled features (B, F) of blocks of the network's own head; of all where None."""
+                           blocks: Sequence[int] | None = None,
+                           spreads: Sequence[int] = ()) -> list[Tensor]:
+        """Pooled features (B, F) of blocks of the network's own head, of all where None; then
+        their spreads.
+        """
         ...
 
 
@@ -88,7 +91,8 @@ class Detector:
         norm = self.reference_norm
         if norm is None:
             return
-        self._embed = lambda z_BCHW, blocks: strategy.reference_features(z_BCHW, norm, blocks)
+        self._embed = lambda z_BCHW, blocks, spreads: strategy.reference_features(
+            z_BCHW, norm, blocks, spreads)
         if self.expansion is not None:
             self.expansion = Expansion.from_tensor(self.expansion.tensor(), self._embed)
 

@@ -275,16 +275,19 @@ class Head(nn.Module):
         return pooled(z.to(weights.classifier_KF.dtype))
 
     def depths(self, z_BCHW: Tensor, weights: HeadWeights,
-               blocks: Sequence[int] | None = None) -> list[Tensor]:
-        """Features to pooled features of some blocks, (B, C of the block) each.
+               blocks: Sequence[int] | None = None,
+               spreads: Sequence[int] = ()) -> list[Tensor]:
+        """Features to pooled features of some blocks, then to the standard deviations over the
+        positions of some blocks' maps: (B, C of the block) each.
 
-        blocks: their numbers above the cut; None is all of them, and -1 the last, whose features
-        are those of `embed`. Blocks after the last one that is wanted do not run.
+        blocks, spreads: their numbers above the cut. None is all of them, and -1 the last, whose
+        features are those of `embed`; spreads are of blocks before it. Blocks after the last one
+        that is wanted do not run.
         """
         tensors, stages = self.tensors(weights), list(self.blocks.children())
         wanted = range(len(stages)) if blocks is None else [block % len(stages) for block in blocks]
-        z, found = laid_out(from_map(z_BCHW, self._layout), self._channels_last), {}
-        for number, stage in enumerate(stages[:max(wanted) + 1]):
+        z, found, spread = laid_out(from_map(z_BCHW, self._layout), self._channels_last), {}, {}
+        for number, stage in enumerate(stages[:max([*wanted, *spreads]) + 1]):
             prefix = f"{number}."
             own = {name.removeprefix(prefix): value for name, value in tensors.items()
                    if name.startswith(prefix)}
@@ -292,7 +295,10 @@ class Head(nn.Module):
             if number in wanted:
                 found[number] = (pooled(z) if number == len(stages) - 1
                                  else to_map(z, self._layout).mean((2, 3)))
-        return [found[number].to(weights.classifier_KF.dtype) for number in wanted]
+            if number in spreads:
+                spread[number] = to_map(z, self._layout).std((2, 3), correction=0)
+        return [x_BC.to(weights.classifier_KF.dtype) for x_BC in (
+            *(found[number] for number in wanted), *(spread[number] for number in spreads))]
 
     @property
     def rounds(self) -> bool:

@@ -251,10 +251,12 @@ class Strategy(nn.Module):
         return None
 
     def reference_features(self, z_BCHW: Tensor, norm: Tensor,
-                           blocks: Sequence[int] | None = None) -> list[Tensor]:
-        """Pooled features of blocks of the network's own head, (B, C of the block) each.
+                           blocks: Sequence[int] | None = None,
+                           spreads: Sequence[int] = ()) -> list[Tensor]:
+        """Pooled features of blocks of the network's own head, then spreads, (B, C of the block)
+        each.
 
-        norm: its `reference_norm`. blocks: their numbers, as `Head.depths` takes them.
+        norm: its `reference_norm`. blocks, spreads: their numbers, as `Head.depths` takes them.
         """
         raise NotImplementedError
 

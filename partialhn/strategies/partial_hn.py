@@ -281,12 +281,13 @@ class PartialHypernet(Strategy):
 
     @torch.no_grad()
     def reference_features(self, z_BCHW: Tensor, norm: Tensor,
-                           blocks: Sequence[int] | None = None) -> list[Tensor]:
+                           blocks: Sequence[int] | None = None,
+                           spreads: Sequence[int] = ()) -> list[Tensor]:
         base = [row_CD.view(tensor.shape) for tensor, row_CD
                 in zip(self.head.matrices, self.hypernet.base, strict=True)]
         none = base[0].new_zeros(1, self.head.width)
         return self.head.depths(z_BCHW.to(none.device), HeadWeights(
-            self.head.named(base), norm.to(none.device), none, none[:, 0]), blocks)
+            self.head.named(base), norm.to(none.device), none, none[:, 0]), blocks, spreads)
 
     def _forget_first(self) -> None:
         cast(ColumnGenerator, self.hypernet).fix_base()

@@ -26,7 +26,9 @@ from partialhn.errors import InputError, IntegrityError
 from partialhn.evaluation.task_inference_metrics import auroc, rejection_auroc, without_task_id
 from partialhn.features.feature_set import join
 from partialhn.networks.cut import CutNetwork
+from partialhn.networks.trunk import run_trunk
 from partialhn.predict import Predictor
+from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
 from partialhn.training.learner import Learner
 from partialhn.training.records import class_incremental
@@ -511,3 +513,35 @@ def test_where_tasks_start_from_the_network_its_own_head_is_seen_too(cut, networ
     ((SEEN // 4,) * 8, (0, 2, 4, 7)), ((64,) * 3, (0, 1, 2))])
 def test_blocks_are_seen_as_far_as_their_channels_fit(widths, blocks):
     assert seen_blocks(widths) == blocks
+
+
+def test_spreads_of_the_networks_later_blocks_are_seen_in_place_of_random_features(network, config,
+                                                                                   images):
+    """Not those of its last block; and they come back from a checkpoint's numbers."""
+    config = dataclasses.replace(
+        config, hypernet=dataclasses.replace(config.hypernet, starts_from="network"),
+        backbone=dataclasses.replace(config.backbone, freeze_depth=1))
+    cut = cut_network(config, network)
+    strategy, detector = STRATEGIES["partial_hn"](cut.head, cut.start, config).eval(), Detector()
+    detector.see(strategy)
+    z_BCHW = run_trunk(cut.trunk, images[:6])
+    few, many = (expansion_of(z_BCHW.shape[1:], count, detector._embed) for count in (16, 500))
+    widths = tuple(block.shape[1] for block in strategy.reference_features(
+        z_BCHW, detector.reference_norm))
+    assert len(widths) == 3
+    assert (few.blocks, few.spreads, few.widths) == ((0, 1, 2), (0, 1), widths + widths[:2])
+    assert (few.features, many.features) == (0, 500 - sum(widths[:2]))
+    maps, expected = z_BCHW, []
+    for block in list(CutNetwork.of(network, 1).stages)[:2]:
+        maps = block(maps)
+        expected.append(scaled(maps.flatten(2).std(2, correction=0)))
+    h_BD = many(z_BCHW)
+    assert h_BD.shape == (6, many.width)
+    found_BS = h_BD[:, many.own + sum(widths):many.width - many.features]
+    torch.testing.assert_close(found_BS, torch.cat(expected, 1), rtol=1e-3, atol=1e-3)
+    assert torch.equal(h_BD[:, :many.width - many.features], few(z_BCHW))
+    again = Expansion.from_tensor(many.tensor(), detector._embed)
+    assert again == many
+    assert torch.equal(again(z_BCHW), h_BD)
+    single = expansion_of((*z_BCHW.shape[1:2], 1, 1), 16, detector._embed)
+    assert (single.spreads, single.features) == ((), 16)
