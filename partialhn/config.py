@@ -380,7 +380,8 @@ class TrainConfig:
     detector_features: int = 500
     """Number of random features of the detector, which finds the task where the caller gives none.
     A model stores 2 D^2 bytes for it, D being this number, twice the trunk's channels and, on a
-    trunk that was trained elsewhere, the width of the network's last block."""
+    trunk that was trained elsewhere, up to 2304 numbers of the network's later blocks; spreads
+    among them take the place of random features."""
     false_alarms: float = 0.05
     """Share of the images of known tasks that task auto may take for images of no known task."""
 
