@@ -132,9 +132,10 @@ def beside_separate_heads(chosen: DepthResult, held_out: HeldOut) -> str:
             f"a task instead of {size(own.bytes_per_task)}, it {where}.")
 
 
-def beside_ridge(results: Sequence[DepthResult], ridge: Mapping[str, float],
-                 held_out: HeldOut) -> str:
-    """The depths at which ridge regression, which needs no training, is the better choice.
+def beside_ridge(results: Sequence[DepthResult], chosen: DepthResult,
+                 ridge: Mapping[str, float], held_out: HeldOut) -> str:
+    """The depths at which ridge regression, which needs no training, is the better choice, and how
+    its best depth compares with the recommended one.
 
     ridge: its held-out accuracy by depth.
     """
@@ -152,7 +153,16 @@ def beside_ridge(results: Sequence[DepthResult], ridge: Mapping[str, float],
         return (f"{name} is nowhere better; it is nearest at depth {nearest}, "
                 f"{told(gaps[nearest], IMAGES)} behind.")
     return (f"{name} (--strategy ridge), which needs no training, "
-            f"{'is' if sure_wins else 'may be'} better {where}.")
+            f"{'is' if sure_wins else 'may be'} better {where}. "
+            + _best_ridge(chosen, ridge, held_out))
+
+
+def _best_ridge(chosen: DepthResult, ridge: Mapping[str, float], held_out: HeldOut) -> str:
+    depth = max(ridge, key=lambda depth: (ridge[depth], int(depth)))
+    ahead = held_out.ridge_ahead(chosen, ridge[depth])
+    where = ("level with" if abs(ahead.mean) < LEVEL else
+             f"{told(ahead, IMAGES)} {'ahead of' if ahead.mean > 0 else 'behind'}")
+    return f"At its best, depth {depth}, it is {where} the recommendation."
 
 
 def search_value(estimate: Mapping[str, Any] | None, noise: float | None) -> str:

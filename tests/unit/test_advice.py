@@ -341,17 +341,21 @@ def test_beside_separate_heads_it_says_how_far_and_how_sure():
 
 def test_plain_ridge_is_named_where_it_wins():
     found = by_depth()  # 0.8, 0.795 and 0.695 are the accuracies of depths 1, 3 and 4
-    said = words.beside_ridge(found, {"1": 0.7, "3": 0.85, "4": 0.745}, MANY)
+    said = words.beside_ridge(found, found[0], {"1": 0.7, "3": 0.85, "4": 0.745}, MANY)
     assert said.startswith(
         "Plain ridge regression on pooled features (--strategy ridge), which needs no training, is "
         "better at depth 3 by 5.5 points (95 % interval ")
     assert "and at depth 4 by 5.0 points" in said
+    assert "At its best, depth 3, it is 5.0 points (95 % interval " in said
+    assert said.endswith(" ahead of the recommendation.")
+    assert words.beside_ridge(found, found[0], {"1": 0.7, "4": 0.75}, MANY).endswith(
+        " behind the recommendation.")
     assert "may be better at depth 3 by 5.5 points" in words.beside_ridge(
-        found, {"1": 0.7, "3": 0.85, "4": 0.6}, FEW)
-    assert words.beside_ridge(found, {"1": 0.7, "3": 0.75, "4": 0.6}, MANY).startswith(
+        found, found[1], {"1": 0.7, "3": 0.85, "4": 0.6}, FEW)
+    assert words.beside_ridge(found, found[1], {"1": 0.7, "3": 0.75, "4": 0.6}, MANY).startswith(
         "Plain ridge regression on pooled features is nowhere better; it is nearest at depth 3, "
         "4.5 points (95 % interval ")
-    assert words.beside_ridge(found, {}, MANY) == ""
+    assert words.beside_ridge(found, found[1], {}, MANY) == ""
 
 
 def test_whether_to_search_on():
