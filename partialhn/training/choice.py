@@ -3,13 +3,13 @@
 A head that is trained on few images may be worse than ridge regression on the trunk's features.
 With fewer than `FEW` images a class, a held-out share that could judge the training would cost more
 than the training gains. Then a task is solved in closed form, and leave-one-out replaces the share.
-With more, the head is trained, and ridge regression takes its place where more held-out images are
-right.
+With more, the head is trained, and ridge regression takes its place where its held-out loss is
+smaller.
 
 Legend: N images, C channels, F features, K classes.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def few_images(train: FeatureSet, held_out: FeatureSet | None, classes: int) -> 
     return len(train) + count < FEW * classes or 0 < count < ENOUGH_TO_CHOOSE
 
 
-def can_choose(held_out: FeatureSet | None) -> bool:
+def can_choose(held_out: FeatureSet | None) -> TypeGuard[FeatureSet]:
     """Whether there are held-out images enough to choose by."""
     return held_out is not None and len(held_out) >= ENOUGH_TO_CHOOSE
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from partialhn.config import TrainConfig
 from partialhn.errors import InputError
@@ -24,7 +25,7 @@ from partialhn.features.closed_form import accuracy
 from partialhn.features.feature_set import FeatureSet
 from partialhn.networks.precision import wait_for
 from partialhn.strategies import Strategy
-from partialhn.training.answers import answer, evaluate, resident
+from partialhn.training.answers import answer, resident
 from partialhn.training.budget import BestState, Budget, held_out_loss, task_budget
 from partialhn.training.choice import can_choose, cells, few_images, is_chosen, solve
 from partialhn.training.optimiser import learning_rates
@@ -85,9 +86,10 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
         yield record
     if best.tensors:
         strategy.load_task_state(task_index, best.tensors)
-    if chosen and task.validation is not None and can_choose(task.validation):
-        average_with_ridge(strategy, task_index, task.train, task.validation)
-        yield _choose(strategy, task_index, task, [*done, *run.records][-1])
+    held_out = task.validation
+    if chosen and can_choose(held_out):
+        average_with_ridge(strategy, task_index, task.train, held_out)
+        yield _choose(strategy, task_index, task, held_out, [*done, *run.records][-1])
 
 
 def budget_of(strategy: Strategy, task: TaskFeatures, config: TrainConfig) -> Budget:
@@ -162,11 +164,11 @@ class _Run:
         """Held-out accuracy of ridge regression after the last epoch, where it may not be chosen
         and so only shows what the training is worth.
         """
-        task = self.task
-        if epoch < self.budget.epochs or not self.strategy.takes_linear or (
-                is_chosen(self.strategy, self.config) or not can_choose(task.validation)):
+        held_out, strategy = self.task.validation, self.strategy
+        if (epoch < self.budget.epochs or not strategy.takes_linear
+                or is_chosen(strategy, self.config) or not can_choose(held_out)):
             return None
-        return _judged(task)[0]
+        return accuracy(_ridge_logits(self.task, held_out), held_out.y_N.cpu())
 
 
 def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) -> EpochRecord:
@@ -191,30 +193,31 @@ def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) ->
                        held_out, seconds, ridge_accuracy=ridge, solved=ridge is not None)
 
 
-def _choose(strategy: Strategy, task_index: int, task: TaskFeatures,
+def _choose(strategy: Strategy, task_index: int, task: TaskFeatures, held_out: FeatureSet,
             last: EpochRecord) -> EpochRecord:
-    """Lets ridge regression replace a trained head where more held-out images are right.
+    """Lets ridge regression replace a trained head where its held-out loss is smaller.
 
-    It is judged without the held-out images, and then fitted to them too.
+    It is judged without the held-out images, and then fitted to them too. The losses decide, and
+    not the numbers of correct answers: these change by luck where few images are held out.
     """
     start = time.perf_counter()
-    ridge, held_out = _judged(task)
-    trained = evaluate(strategy, task_index, held_out)
-    if ridge > trained:
+    y_N = held_out.y_N.cpu()
+    ridge_NK, trained_NK = _ridge_logits(task, held_out), answer(strategy, task_index, held_out)[0]
+    solved = held_out_loss(ridge_NK, y_N) < held_out_loss(trained_NK, y_N)
+    if solved:
         strategy.take_linear(task_index, solve(_all_sets(task), task.classes).classifier)
     return dataclasses.replace(
-        last, epoch=last.epoch + 1, epochs=last.epoch + 1, validation_accuracy=max(ridge, trained),
-        seconds=time.perf_counter() - start, passes=0, held_out_loss=None, ridge_accuracy=ridge,
-        solved=ridge > trained)
+        last, epoch=last.epoch + 1, epochs=last.epoch + 1,
+        validation_accuracy=accuracy(ridge_NK if solved else trained_NK, y_N),
+        seconds=time.perf_counter() - start, passes=0, held_out_loss=None,
+        ridge_accuracy=accuracy(ridge_NK, y_N), solved=solved)
 
 
-def _judged(task: TaskFeatures) -> tuple[float, FeatureSet]:
-    """Held-out accuracy of ridge regression on the training images, and the held-out images."""
-    assert task.train is not None
-    assert task.validation is not None
+def _ridge_logits(task: TaskFeatures, held_out: FeatureSet) -> Tensor:
+    """logits_NK of held-out images by ridge regression on the training images."""
+    assert task.train is not None, f"task {task.name} has no training features"
     solved = solve([task.train], task.classes)
-    x_NF = cells([task.validation], solved.side)
-    return accuracy(solved.classifier.logits(x_NF), task.validation.y_N.cpu()), task.validation
+    return solved.classifier.logits(cells([held_out], solved.side))
 
 
 def _all_sets(task: TaskFeatures) -> list[FeatureSet]:
