@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 import partialhn
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
@@ -82,7 +85,7 @@ class Outcome:
 
     def fields(self) -> dict[str, Any]:
         """Metrics, seconds and bytes of this strategy."""
-        summary = summarise(self.accuracy_TT)
+        summary = summarise(_table([record.accuracy_row for record in self.finished]))
         return {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
                 "forgetting": summary.forgetting, "bwt": summary.backward_transfer,
                 "accuracy_matrix": self.accuracy_TT,
@@ -90,10 +93,17 @@ class Outcome:
                 "train_seconds": round(sum(r.train_seconds for r in self.finished), 3)}
 
 
+def _table(rows: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
+    """The accuracy matrix of T rows R[i, 0..i], NaN above the diagonal."""
+    table_TT = np.full((len(rows), len(rows)), np.nan)
+    for place, row in enumerate(rows):
+        table_TT[place, :len(row)] = row
+    return table_TT
+
+
 def stream_metrics(records: Sequence[TaskRecord]) -> tuple[StreamMetrics, dict[str, float]]:
     """The metrics of the tasks so far, and those of them that are logged, by name."""
-    rows = [record.accuracy_row for record in records]
-    summary = summarise([[*row, *[None] * (len(rows) - len(row))] for row in rows])
+    summary = summarise(_table([record.accuracy_row for record in records]))
     logged = {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
               "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
     return summary, logged | {f"class_incremental_{key}": value

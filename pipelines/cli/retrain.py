@@ -9,6 +9,7 @@ from typing import Any
 
 from partialhn.errors import InputError
 from pipelines.cli.next_steps import next_steps
+from pipelines.platform.importing import importing
 from pipelines.settings import RetrainConfig
 
 
@@ -39,7 +40,8 @@ class Retrain:
             time.sleep(seconds)
 
     def _pass(self) -> int:
-        from pipelines.retrain.run import retrain
+        with importing("pipelines.retrain.run"):
+            from pipelines.retrain.run import retrain
 
         done = retrain(self.retrain, _to_stderr if self.json else print)
         if self.json:

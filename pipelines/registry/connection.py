@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partialhn.errors import InputError
+from pipelines.platform.importing import importing
 from pipelines.platform.storage import Storage
 from pipelines.registry.reading import ClientReader, Reader, sqlite_reader
 from pipelines.settings import mask_password
@@ -113,9 +114,10 @@ def open_client(storage: Storage, tracking_uri: str | None,
         _check_server(uri)  # before the imports, which take seconds
     except OSError as error:
         raise _no_answer(uri, error) from None
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
+    with importing("mlflow"):
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
     _quiet()
     try:

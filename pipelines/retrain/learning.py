@@ -72,6 +72,7 @@ class Learning:
                 waiting = self._decide_all(waiting, slots, learned, key)
                 self.execution.forget_run(lineage_ids)
                 context.clock.lap("register")
+        self.done.notes += self.execution.notes
         return self.base
 
     def _parts(self, first: CheckedArrival) -> tuple[str, TrunkAndHead]:

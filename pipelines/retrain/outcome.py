@@ -32,6 +32,8 @@ class PassOutcome:
     """Every task that was learned, with the gate's decision."""
     would: list[str] = dataclasses.field(default_factory=list)
     """In a dry run, the actions that a real pass would take."""
+    notes: list[str] = dataclasses.field(default_factory=list)
+    """What the user should know about this pass; each was printed while it ran."""
     champion: int | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     """Wall seconds by phase."""

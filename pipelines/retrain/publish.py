@@ -44,8 +44,11 @@ def _versions(context: PassContext, base: Sequence[Decided]) -> list[dict[str, A
             for number, run_id in [noted[task.prefix]]]
 
 
-def publish(context: PassContext, base: Sequence[Decided]) -> None:
-    """Logs the champion's matrix, result and report to the stream's run in MLflow."""
+def publish(context: PassContext, base: Sequence[Decided], notes: Sequence[str] = ()) -> None:
+    """Logs the champion's matrix, result and report to the stream's run in MLflow.
+
+    notes: what the user should know about this pass.
+    """
     registry, name = context.registry, context.stream
     cut = context.cut(base)
     slots = context.slots(base)
@@ -54,7 +57,7 @@ def publish(context: PassContext, base: Sequence[Decided]) -> None:
     model, size = context.model(lineage_ids[-1])
     fields = result_fields(context.config, slots, cut.macs, 0,
                            {context.config.train.strategy: outcome}, context.clock.laps,
-                           model.strategy.notes)
+                           [*notes, *model.strategy.notes])
     stored = checkpoint.read_fields(context.storage.filesystem,
                                     f"{context.folder}/{lineage_ids[-1]}")
     weights_hash = stored["weights_hash"] if stored else model.weights_hash()

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from partialhn.errors import InputError, IntegrityError
 from partialhn.run import run_stream
 from partialhn.training import lineage
+from pipelines.execution import base
 from pipelines.features.produce import open_store
 from pipelines.platform.lease import Lease
 from pipelines.platform.storage import open_storage
@@ -121,7 +122,11 @@ def whole_life(tmp_path_factory):
     passes["sent again"] = stream.run()
     put_task(stream.inbox, "b/2026-12", (2, 8), rows=range(60))
     (stream.inbox / "b" / "2026-12" / "task.yaml").write_text("replaces: true")
-    passes["replaced"] = stream.run()
+    with pytest.MonkeyPatch.context() as patch:  # as if the device had too little memory once
+        compute = base.compute_features
+        patch.setattr(base, "compute_features", lambda *args, **options: (
+            options["say"]("half as many images at once"), compute(*args, **options))[1])
+        passes["replaced"] = stream.run()
     passes["after"] = stream.run()
     return stream, passes
 
@@ -247,6 +252,13 @@ def test_a_part_that_replaces_its_task_is_learned_alone_with_its_own_classes(lif
     assert passes["after"].did_nothing
 
 
+def test_what_a_pass_noted_is_in_its_outcome_and_in_the_result(life):
+    stream, passes = life
+    assert passes["replaced"].fields()["notes"] == ["half as many images at once"]
+    assert passes["refresh"].notes == []
+    assert stream.registry.result("digits")["notes"] == ["half as many images at once"]
+
+
 def test_the_history_tells_the_whole_life(life):
     entries = [entry for entry in life[0].registry.aliases.history("digits").entries()
                if entry.move.alias in ("champion", "challenger")]
@@ -308,10 +320,10 @@ def test_a_chapter_holds_what_the_files_of_its_tasks_hold(life):
     stream, _ = life
     storage, stored = stream.storage, chapters.Chapters(stream.storage, "digits")
     champion = stream.registry.holder("digits", "champion")
-    base = chain_to(Journal(storage, "digits").decided(), champion.tags["prefix"])
-    whole = base[:len(base) // 2 * 2]
+    tasks = chain_to(Journal(storage, "digits").decided(), champion.tags["prefix"])
+    whole = tasks[:len(tasks) // 2 * 2]
     store, seen, files = open_store(storage), Seen(), Seen()
-    stored.recall(base, seen)
+    stored.recall(tasks, seen)
     assert list(seen.learned) == [task.prefix for task in whole]
     lineage.find(storage.filesystem, storage.path("runs", "digits", "learned"),
                  list(seen.learned), files.learned)
@@ -327,10 +339,10 @@ def test_a_chapter_counts_only_while_its_files_are_as_they_were(life, change):
     stream, _ = life
     storage = stream.storage
     champion = stream.registry.holder("digits", "champion")
-    base = chain_to(Journal(storage, "digits").decided(), champion.tags["prefix"])
-    file = Path(storage.path("runs", "digits", "learned", base[0].prefix, "model.json"))
+    tasks = chain_to(Journal(storage, "digits").decided(), champion.tags["prefix"])
+    file = Path(storage.path("runs", "digits", "learned", tasks[0].prefix, "model.json"))
     if change == "chapter damaged":
-        file = Path(storage.path("streams", "digits", "chapters", f"{base[1].prefix}.json"))
+        file = Path(storage.path("streams", "digits", "chapters", f"{tasks[1].prefix}.json"))
     content, state = file.read_bytes(), file.stat()
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
     if change == "gone":
@@ -338,11 +350,11 @@ def test_a_chapter_counts_only_while_its_files_are_as_they_were(life, change):
     elif change == "chapter damaged":
         file.write_bytes(content[:-9])
     seen = Seen()
-    chapters.Chapters(storage, "digits").recall(base, seen)
+    chapters.Chapters(storage, "digits").recall(tasks, seen)
     file.write_bytes(content)
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
-    assert base[1].prefix not in seen.learned
-    assert base[3].prefix in seen.learned
+    assert tasks[1].prefix not in seen.learned
+    assert tasks[3].prefix in seen.learned
 
 
 def test_pruning_leaves_what_is_needed_and_the_stream_goes_on(life):

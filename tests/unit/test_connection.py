@@ -1,5 +1,6 @@
 """A new registry in a SQLite file: whole or not there."""
 
+import gc
 import os
 import sqlite3
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from partialhn.errors import InputError
+from pipelines.platform.importing import importing
 from pipelines.platform.s3 import s3_client
 from pipelines.platform.storage import open_storage
 from pipelines.registry.connection import _send_artifacts_to, open_client, sqlite_file
@@ -99,3 +101,20 @@ def test_the_endpoint_of_an_aws_profile_does_not_split_a_storage(tmp_path, monke
     monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
     options = open_storage("s3://bucket/prefix?region=eu-west-1").s3
     assert "amazonaws.com" in s3_client(options).meta.endpoint_url
+
+
+def test_garbage_is_not_looked_for_while_a_module_is_imported_first():
+    before = gc.get_freeze_count()
+    with importing("a module of this test"):
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    after = gc.get_freeze_count()
+    assert after > before
+    for known in ("a module of this test", "json"):
+        with importing(known):
+            assert gc.isenabled()
+    assert gc.get_freeze_count() <= after
+    with pytest.raises(ImportError), importing("a module that fails"):
+        raise ImportError
+    assert gc.isenabled()
+    gc.unfreeze()
