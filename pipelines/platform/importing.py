@@ -5,6 +5,7 @@ looks through all objects several times while they come, and through these again
 for garbage later: an eighth of the processor time of a `retrain` pass.
 """
 
+import atexit
 import contextlib
 import gc
 import sys
@@ -33,3 +34,4 @@ def importing(module: str) -> Iterator[None]:
         if first:
             gc.enable()
             gc.freeze()
+            atexit.register(gc.unfreeze)  # libraries report what nobody takes down at the end
