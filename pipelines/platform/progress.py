@@ -88,7 +88,7 @@ class Progress:
         """The time left of the trunk or of this task, estimated from its latest epochs."""
         seconds = self._seconds.setdefault(f"{key}/{record.task_index}", [])
         seconds.append(record.seconds)
-        usual = statistics.median(seconds[-5:])  # one epoch may have waited for something else
+        usual = statistics.median_low(seconds[-5:])  # one may have waited for something else
         left = "trunk" if key == "trunk" else "task"
         return f"  about {duration(epochs * usual)} left of the {left}"
 
