@@ -26,7 +26,7 @@ from partialhn.predict import Predictor
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
 from partialhn.task_inference import AUTO
-from partialhn.training import experience, image_batches
+from partialhn.training import answers, image_batches
 from partialhn.training.image_batches import Labelled
 from partialhn.training.learner import Learner
 from partialhn.training.optimiser import load_optimiser, optimiser_tensors
@@ -109,7 +109,7 @@ def test_tasks_learned_apart(learner, tasks, kind):
 def test_features_that_are_larger_than_memory(learner, tasks, monkeypatch):
     wanted = learner("cpu")
     list(wanted.learn(tasks[:2]))
-    monkeypatch.setattr(experience, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(answers, "RESIDENT_BYTES", 0)
     made = learner()
     list(made.learn(tasks[:2]))
     assert weights_hash(made) == weights_hash(wanted)

@@ -267,7 +267,7 @@ def test_nothing_of_a_step_lies_on_the_host(learn, tasks, kind):
 def test_what_is_read_from_a_map_or_shared_is_not_recorded(learn, monkeypatch):
     tapes = Tapes()
     learn("columns", tapes, workers=Workers(0, 2))
-    monkeypatch.setattr("partialhn.training.experience.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("partialhn.training.answers.RESIDENT_BYTES", 0)
     assert outcome(learn("columns", tapes)) == outcome(learn("columns"))
     assert (tapes.prepared, tapes.recorded) == (0, 0)
 

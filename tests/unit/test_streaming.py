@@ -25,7 +25,7 @@ from partialhn.features.manifest import FeatureRecipe
 from partialhn.features.store import FeatureStore
 from partialhn.networks.cut import CutNetwork
 from partialhn.run import cut_network
-from partialhn.training import experience as train_module
+from partialhn.training import answers as answers_module
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 
@@ -159,7 +159,7 @@ def large(tmp_path_factory, network, tasks):
 def learned_weights(config, network, store, manifest, test, streamed):
     """What an epoch of a small share of steps leads to."""
     if streamed:
-        train_module.RESIDENT_BYTES = store_module.SPILL_BYTES = 16 * MIB
+        answers_module.RESIDENT_BYTES = store_module.SPILL_BYTES = 16 * MIB
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=1,
                                                                    batch_size=512))
     learner = Learner(cut_network(config, network).strategy(config), config.train)
