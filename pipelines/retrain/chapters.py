@@ -7,9 +7,10 @@ hashes of its images. These lie in four or five small files for each task, and e
 hold an accuracy for every task before it. A chapter has the same content in one file, and of an
 accuracy row only what differs from the row before.
 
-A chapter is a copy. It names every file that it was made of, with size and time of change. Where
-one of these is not as it was, the pass reads the files themselves and writes the chapter again. So
-chapters may be deleted at any time.
+A chapter is a copy. It names every file that it was made of, with size and time of change, and it
+begins with a hash of the rest. Where one of these files is not as it was, or the chapter is
+damaged, the pass reads the files themselves and writes the chapter again. So chapters may be
+deleted at any time.
 """
 
 import base64
@@ -23,7 +24,8 @@ import numpy as np
 import pyarrow.fs as pafs
 
 from partialhn.checkpoints.checkpoint import FIELDS
-from partialhn.features.manifest import MALFORMED, FeatureRecipe, Manifest, Shard
+from partialhn.features.manifest import FeatureRecipe, Manifest, Shard
+from partialhn.naming import digest_text
 from partialhn.training.lineage import Learned
 from partialhn.training.records import EpochRecord, TaskRecord, fields_of
 from partialhn.training.slots import Slot
@@ -68,18 +70,19 @@ class Chapters:
             states = self._states(list(wanted))
             if any((states[path] != GONE) != is_stored for path, is_stored in wanted.items()):
                 continue  # features were pruned or computed while the pass ran
-            self._storage.write_text(self._path(tasks[-1].prefix), json.dumps(
-                {"format": FORMAT, "files": states, **_content(tasks, seen)}))
+            self._storage.write_text(self._path(tasks[-1].prefix), _sealed(json.dumps(
+                {"format": FORMAT, "files": states, **_content(tasks, seen)})))
             seen.chapters.add(tasks[-1].prefix)
 
     def _path(self, lineage_id: str) -> str:
         return self._storage.path("streams", self._stream, "chapters", f"{lineage_id}.json")
 
-    def _text(self, lineage_id: str) -> str | None:
+    def _text(self, lineage_id: str) -> str:
+        """A stored chapter; empty where there is none, or one that is no text."""
         try:
             return self._storage.read_text(self._path(lineage_id))
-        except FileNotFoundError:
-            return None
+        except (FileNotFoundError, UnicodeDecodeError):
+            return ""
 
     def _files(self, task: Decided, seen: Seen) -> Iterator[tuple[str, bool]]:
         """The files, as paths below the storage's root, that hold what a chapter has of a task, and
@@ -149,17 +152,21 @@ def _whole(short: Mapping[str, Any], before: Row) -> Row:
     return tuple(row)
 
 
-def _parse(text: str | None, tasks: Sequence[Decided]) -> dict[str, Any] | None:
-    """The content of a chapter of these tasks; None where there is none, or one that cannot be
-    read, or one of another release.
+def _sealed(content: str) -> str:
+    """The text of a chapter: its content, as JSON, behind a hash of it."""
+    return f'{{"sha256": "{digest_text(content)}", "chapter": {content}}}'
+
+
+def _parse(text: str, tasks: Sequence[Decided]) -> dict[str, Any] | None:
+    """The content of a chapter of these tasks; None where there is none, or one that is damaged,
+    of other tasks or of another release.
     """
-    try:
-        chapter: dict[str, Any] = json.loads(text or "null")
-        known = [entry["prefix"] for entry in chapter["tasks"]]
-        return chapter if chapter["format"] == FORMAT and known == [
-            task.prefix for task in tasks] and isinstance(chapter["files"], dict) else None
-    except MALFORMED:
+    content = text.partition('"chapter": ')[2][:-1]
+    if text != _sealed(content):
         return None
+    chapter: dict[str, Any] = json.loads(content)
+    known = chapter["format"] == FORMAT and [entry["prefix"] for entry in chapter["tasks"]]
+    return chapter if known == [task.prefix for task in tasks] else None
 
 
 def _recall(chapter: Mapping[str, Any], tasks: Sequence[Decided], seen: Seen) -> None:

@@ -334,21 +334,30 @@ def test_a_chapter_holds_what_the_files_of_its_tasks_hold(life):
     assert hashes == {key: hashes_N.tolist() for key, hashes_N in files.hashes.items()}
 
 
-@pytest.mark.parametrize("change", ["touched", "gone", "chapter damaged"])
+DAMAGE = {
+    "chapter cut off": lambda content: content[:-9],
+    "no text": lambda content: b"\xff" + content,
+    "another number": lambda content: content.replace(b'"train_seconds": ', b'"train_seconds": 1'),
+    "another type": lambda content: content.replace(b'"record": {', b'"record": [{', 1).replace(
+        b"}, \"task_bytes", b"}], \"task_bytes", 1)}
+
+
+@pytest.mark.parametrize("change", ["touched", "gone", *DAMAGE])
 def test_a_chapter_counts_only_while_its_files_are_as_they_were(life, change):
     stream, _ = life
     storage = stream.storage
     champion = stream.registry.holder("digits", "champion")
     tasks = chain_to(Journal(storage, "digits").decided(), champion.tags["prefix"])
     file = Path(storage.path("runs", "digits", "learned", tasks[0].prefix, "model.json"))
-    if change == "chapter damaged":
+    if change in DAMAGE:
         file = Path(storage.path("streams", "digits", "chapters", f"{tasks[1].prefix}.json"))
     content, state = file.read_bytes(), file.stat()
     os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
     if change == "gone":
         file.unlink()
-    elif change == "chapter damaged":
-        file.write_bytes(content[:-9])
+    elif change in DAMAGE:
+        file.write_bytes(DAMAGE[change](content))
+        assert file.read_bytes() != content
     seen = Seen()
     chapters.Chapters(storage, "digits").recall(tasks, seen)
     file.write_bytes(content)
