@@ -53,6 +53,7 @@ class FeatureSet:
     y_N: Tensor
     """int64 labels."""
     ids: list[str]
+    # a plain default would be an attribute of the class, which `UnopenedFeatures` must not have
     scales: Scales | None = dataclasses.field(default_factory=lambda: None)
     """Scales of int8 features; None for other number types."""
     joined: tuple[str, ...] = ()

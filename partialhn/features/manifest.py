@@ -132,6 +132,16 @@ def parse_shard(fields: dict[str, Any]) -> Shard:
     return shard
 
 
+def manifest_of(fields: dict[str, Any]) -> Manifest:
+    """Rebuilds a manifest from the fields that `dataclasses.asdict` and JSON gave.
+
+    Raises: KeyError, TypeError or ValueError for anything else.
+    """
+    return Manifest(fields["key"], FeatureRecipe(**fields["recipe"]),
+                    tuple(parse_shard(shard) for shard in fields["shards"]),
+                    tuple(fields["shape_VCHW"]), fields["created"], fields["libraries"])
+
+
 def parse_manifest(content: bytes, key: str) -> Manifest:
     """Rebuilds a manifest from its file.
 
@@ -139,9 +149,7 @@ def parse_manifest(content: bytes, key: str) -> Manifest:
     """
     try:
         fields = json.loads(content)
-        manifest = Manifest(fields["key"], FeatureRecipe(**fields["recipe"]),
-                            tuple(parse_shard(shard) for shard in fields["shards"]),
-                            tuple(fields["shape_VCHW"]), fields["created"], fields["libraries"])
+        manifest = manifest_of(fields)
         if not all(type(size) is int and size > 0 for size in manifest.shape_VCHW):
             raise ValueError(f"shape_VCHW is {fields['shape_VCHW']!r}")
         recipe = manifest.recipe

@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from partialhn.detector.statistics import spread_over
 from partialhn.features.closed_form import fit_ridge, sharpness
 from partialhn.features.feature_set import FeatureSet
 from partialhn.strategies import Strategy
@@ -32,7 +33,7 @@ def average_with_ridge(strategy: Strategy, task_index: int, train: FeatureSet,
     in the same way.
     """
     own = cast(Classifier, strategy.tasks[task_index])
-    x_NF, y_N = embedded(strategy, task_index, train, _spread(len(train)))
+    x_NF, y_N = embedded(strategy, task_index, train, spread_over(len(train), MOST_IMAGES))
     ridge = fit_ridge(x_NF, y_N, strategy.classes[task_index])
     x_NF, y_N = embedded(strategy, task_index, held_out)
     x_NF = torch.cat([x_NF, torch.ones(len(x_NF), 1)], 1).double()  # with the bias as a feature
@@ -44,8 +45,3 @@ def average_with_ridge(strategy: Strategy, task_index: int, train: FeatureSet,
     solved_KF = torch.cat([ridge.weight_KF, ridge.bias_K[:, None]], 1)
     mean_KF = scaled(scaled(trained_KF) + scaled(solved_KF))
     own.set_classifier(mean_KF[:, :-1], mean_KF[:, -1])
-
-
-def _spread(images: int) -> Tensor:
-    """Rows of at most `MOST_IMAGES` images, evenly apart."""
-    return torch.arange(min(images, MOST_IMAGES)) * images // min(images, MOST_IMAGES)

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow.fs as pafs
 
 from partialhn.checkpoints.checkpoint import FIELDS
-from partialhn.features.manifest import FeatureRecipe, Manifest, Shard
+from partialhn.features.manifest import FeatureRecipe, manifest_of
 from partialhn.naming import digest_text
 from partialhn.training.lineage import Learned
 from partialhn.training.records import EpochRecord, TaskRecord, fields_of
@@ -177,17 +177,11 @@ def _recall(chapter: Mapping[str, Any], tasks: Sequence[Decided], seen: Seen) ->
                        for values in entry["epochs"])
         seen.learned[task.prefix] = Learned(
             entry["prefix"], entry["parent"],
-            TaskRecord(**entry["record"] | {"accuracy_row": before}), epochs, entry["task_bytes"])
+            TaskRecord.from_fields(entry["record"] | {"accuracy_row": before}), epochs,
+            entry["task_bytes"])
         seen.slots[task.prefix] = Slot(
             task.slot, task.classes, task.fingerprint, task.transform,
-            {split: _manifest(fields) for split, fields in entry["manifests"].items()})
+            {split: manifest_of(fields) for split, fields in entry["manifests"].items()})
         if entry["hashes"] is not None:
             seen.hashes[task.fingerprint] = np.frombuffer(
                 base64.b64decode(entry["hashes"]), "<u8").astype(np.uint64)
-
-
-def _manifest(fields: Mapping[str, Any]) -> Manifest:
-    return Manifest(**{**fields, "recipe": FeatureRecipe(**fields["recipe"]),
-                       "shards": tuple(Shard(**shard | {"bad": tuple(map(tuple, shard["bad"]))})
-                                       for shard in fields["shards"]),
-                       "shape_VCHW": tuple(fields["shape_VCHW"])})
