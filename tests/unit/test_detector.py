@@ -13,6 +13,7 @@ from partialhn.detector.detector import Detector
 from partialhn.detector.expansion import SEEN, Expansion, expansion_of, scaled, seen_blocks
 from partialhn.detector.fitted import SHRINKAGES, TOLERANCE, fit
 from partialhn.detector.mixture import DRAWN, POWER, Powers, answer, fit_powers, mixed, usual_top
+from partialhn.detector.solved import threshold_of
 from partialhn.detector.statistics import (
     SAMPLE,
     UNIT,
@@ -287,7 +288,7 @@ def test_a_model_from_before_energies_answers_as_before(measured, learner, tasks
     assert torch.equal(found.strange_B, fitted.strangeness(old.expansion(z_BCHW)))
     kept_SD = torch.cat([own["sample_SD"] for own in old.slots]).float()
     assert old.threshold((0, 1)) == pytest.approx(
-        float(torch.quantile(fitted.strangeness(kept_SD), 0.95)), rel=1e-3)
+        threshold_of(fitted.strangeness(kept_SD).double(), 0.05), rel=1e-3)
     new = detector_of(measured, (0, 1)).infer(learner.strategy.head, (0, 1), weights, z_BCHW)
     assert torch.equal(found.joint.task_B, new.joint.task_B)
     torch.testing.assert_close(found.joint.p_BL, new.joint.p_BL, rtol=1e-4, atol=1e-5)
@@ -399,6 +400,20 @@ def test_more_false_alarms_lower_the_threshold(measured):
     for task in range(3):
         many.add_task(measured[task])
     assert many.threshold(range(3)) < usual
+
+
+@pytest.mark.parametrize("kept", [19, 60, 400])
+def test_another_known_image_is_beyond_the_threshold_as_often_as_asked(kept):
+    draws = torch.randn(4000, kept + 1, generator=torch.Generator().manual_seed(kept)).double()
+    beyond = [bool(row[-1] > threshold_of(row[:-1], 0.05)) for row in draws]
+    assert sum(beyond) / len(beyond) == pytest.approx(0.05, abs=0.01)
+
+
+def test_few_kept_images_cannot_promise_rare_alarms():
+    kept = torch.tensor([0.0, 3.0, 1.0]).double()
+    assert threshold_of(kept, 0.05) == 3.0
+    assert threshold_of(kept, 0.5) == 1.0
+    assert threshold_of(kept[:0], 0.05) == math.inf
 
 
 def test_a_saved_model_infers_the_same(cut, config, learner, tasks, tmp_path):
