@@ -25,8 +25,10 @@ SHRINKAGES = tuple(10.0 ** (power / 4) for power in range(-12, 9))
 """Isotropic parts of the covariance that are tried, in units of its mean eigenvalue."""
 TOLERANCE = 0.02
 """Share by which the squared error may exceed the least (`docs/measurements/task-inference.md`)."""
-SHARPEST = 100.0
-"""Largest factor on the scores."""
+LEAST_SHARP, SHARPEST = 1e-3, 100.0
+"""Smallest and largest factor on the scores."""
+PRECISION, STEPS = 1e-6, 20
+"""Precision of the factor, as a share of it, and most steps in which it is looked for."""
 OWN_SHRINKAGE = 0.01
 """Isotropic part of the covariance of the trunk's own means and spreads."""
 
@@ -203,16 +205,25 @@ def sharpness(score_SM: Tensor, y_S: Tensor) -> float:
     """The factor on scores, 0.001 to 100, whose softmax gives the labels the smallest
     cross-entropy.
     """
-    own_S = score_SM.gather(1, y_S[:, None])[:, 0]
+    own = score_SM.gather(1, y_S[:, None]).mean()
 
-    def slope(factor: float) -> float:  # of the cross-entropy, which is convex in the factor
-        p_SM = (factor * score_SM).softmax(1)
-        return float(((p_SM * score_SM).sum(1) - own_S).mean())
+    def slope(place: float) -> tuple[float, float]:  # of the cross-entropy, and its derivative
+        factor = math.exp(place)
+        p_SM = (score_SM * factor).softmax(1)
+        mean_S = p_SM.mul_(score_SM).sum(1)
+        square_S = p_SM.mul_(score_SM).sum(1)
+        return float(mean_S.mean() - own), factor * float((square_S - mean_S.square()).mean())
 
-    low, high = math.log(1e-3), math.log(SHARPEST)
-    if slope(SHARPEST) < 0:
-        return SHARPEST
-    for _ in range(20):  # to 1e-5 of the factor
-        middle = (low + high) / 2
-        low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
-    return math.exp((low + high) / 2)
+    low, high = math.log(LEAST_SHARP), math.log(SHARPEST)
+    place = high
+    # The cross-entropy is convex in the factor, so its slope has one zero; Newton's steps find it,
+    # and a step that leaves the interval in which it must lie is replaced by the middle.
+    for _ in range(STEPS):
+        height, rise = slope(place)
+        low, high = (place, high) if height < 0 else (low, place)
+        before, place = place, place - height / rise if rise > 0 else math.inf
+        if not low < place < high:
+            place = (low + high) / 2
+        if abs(place - before) <= PRECISION:
+            break
+    return min(math.exp(place), SHARPEST)

@@ -1,8 +1,9 @@
-"""Imports of large libraries without a search for garbage.
+"""Fewer searches for garbage: none while large libraries are imported, and few during a pass.
 
 PyTorch and MLflow bring half a million objects that stay until the process ends. Python's collector
 looks through all objects several times while they come, and through these again whenever it looks
-for garbage later: an eighth of the processor time of a `retrain` pass.
+for garbage later: an eighth of the processor time of a `retrain` pass. The records of a thousand
+tasks that a pass reads stay as well.
 """
 
 import atexit
@@ -12,6 +13,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
+SELDOM = 50_000
+"""New objects after which garbage is looked for during a pass; Python's own number is 700."""
 _LOCK = threading.Lock()
 _STARTED: set[str] = set()
 
@@ -35,3 +38,19 @@ def importing(module: str) -> Iterator[None]:
             gc.enable()
             gc.freeze()
             atexit.register(gc.unfreeze)  # libraries report what nobody takes down at the end
+
+
+@contextlib.contextmanager
+def seldom_collected() -> Iterator[None]:
+    """A context in which garbage is looked for less often.
+
+    What is no longer used is freed at once as ever; only objects that name each other in a circle
+    wait for the search.
+    """
+    usual = gc.get_threshold()
+    if usual[0]:  # 0: somebody has switched the search off
+        gc.set_threshold(max(usual[0], SELDOM), *usual[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)

@@ -87,7 +87,8 @@ class Registry(Runs):
         """
         placing = placing or Placing()
         self.aliases.check(record.stream)
-        self._create_model(record.stream)
+        if not self.aliases.is_registered(record.stream):
+            self._create_model(record.stream)
         self.aliases.reconcile(record.stream)
         tags = record.tags() | _decision_tags(placing.decision)
         known = self.version_of(record.stream, record.prefix)

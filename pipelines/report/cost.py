@@ -1,5 +1,6 @@
 """The report's sections on training and its cost: curves, seconds, bytes, frozen computation."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -113,7 +114,7 @@ def _curves(facts: Facts, tasks: Mapping[int, Records], field: str,
     lines, by_epoch = [], dict[int, list[float]]()
     for task, records in tasks.items():
         known = [(record["epoch"], float(record[field])) for record in records
-                 if record.get(field) is not None and np.isfinite(record[field])]
+                 if record.get(field) is not None and math.isfinite(record[field])]
         if not known:
             continue
         for epoch, value in known:

@@ -22,6 +22,7 @@ from partialhn.presets import preset
 from partialhn.run import check, with_depth_number
 from partialhn.training.result import Clock
 from pipelines.gate import Policy, read_policy
+from pipelines.platform.importing import seldom_collected
 from pipelines.platform.lease import Lease, LeaseLostError
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage, open_storage
@@ -64,7 +65,7 @@ def with_pass(settings: RetrainConfig, work: Callable[["Pass"], None],
     journal = Journal(storage, settings.name)
     clock = Clock()
     outcome = PassOutcome(settings.name, settings.dry_run)
-    with storage.explained():
+    with seldom_collected(), storage.explained():
         registry = _registry(settings, storage, journal)
         found = _adoption(registry, storage, settings.name, journal)
         config = _config(settings, journal.config() or (found.config.to_dict() if found else None))

@@ -227,9 +227,15 @@ def _few(experience: Experience, policy: ArrivalPolicy, *, whole: bool) -> list[
 
 def _duplicates(hashes: HashArray, earlier: Mapping[str, HashArray],
                 policy: ArrivalPolicy) -> list[Problem]:
+    if not earlier or not len(hashes):
+        return []
+    known = np.isin(np.concatenate(list(earlier.values())), hashes)  # one search for all tasks
+    ends = np.cumsum([len(others) for others in earlier.values()])
     problems = []
-    for slot, others in earlier.items():
-        share = float(np.isin(hashes, others).mean()) if len(hashes) else 0.0
+    for (slot, others), found in zip(earlier.items(), np.split(known, ends[:-1]), strict=True):
+        if not found.any():
+            continue
+        share = float(np.isin(hashes, others).mean())
         if share > policy.max_duplicate_share:
             problems.append(Problem("duplicate", f"{share:.0%} of its images are those of task "
                                     f"{slot!r}; allowed: {policy.max_duplicate_share:.0%}"))

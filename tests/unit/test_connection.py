@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from partialhn.errors import InputError
-from pipelines.platform.importing import importing
+from pipelines.platform.importing import SELDOM, importing, seldom_collected
 from pipelines.platform.s3 import s3_client
 from pipelines.platform.storage import open_storage
 from pipelines.registry.connection import _send_artifacts_to, open_client, sqlite_file
@@ -118,3 +118,17 @@ def test_garbage_is_not_looked_for_while_a_module_is_imported_first():
         raise ImportError
     assert gc.isenabled()
     gc.unfreeze()
+
+
+@pytest.mark.parametrize(("usual", "meanwhile"), [
+    ((700, 10, 10), (SELDOM, 10, 10)), ((10 * SELDOM, 5, 5), (10 * SELDOM, 5, 5)),
+    ((0, 10, 10), (0, 10, 10))])
+def test_a_pass_looks_for_garbage_less_often(usual, meanwhile):
+    before = gc.get_threshold()
+    gc.set_threshold(*usual)
+    try:
+        with seldom_collected():
+            assert gc.get_threshold() == meanwhile
+        assert gc.get_threshold() == usual
+    finally:
+        gc.set_threshold(*before)

@@ -11,7 +11,7 @@ import torch
 from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.detector.detector import Detector
 from partialhn.detector.expansion import SEEN, Expansion, expansion_of, scaled, seen_blocks
-from partialhn.detector.fitted import SHRINKAGES, TOLERANCE, fit
+from partialhn.detector.fitted import LEAST_SHARP, SHARPEST, SHRINKAGES, TOLERANCE, fit, sharpness
 from partialhn.detector.mixture import DRAWN, POWER, Powers, answer, fit_powers, mixed, usual_top
 from partialhn.detector.solved import threshold_of
 from partialhn.detector.statistics import (
@@ -222,6 +222,28 @@ def test_the_classifier_is_ridge_regression_with_the_penalty_of_cross_validation
     best = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y_N))
     for factor in (0.9, 1.1):
         assert torch.nn.functional.cross_entropy(factor * logits, torch.from_numpy(y_N)) > best
+
+
+@pytest.mark.parametrize(("scale", "noise"), [(0.1, 0.3), (1.0, 0.3), (1.0, 1.0), (30.0, 2.0)])
+def test_scores_become_as_sharp_as_their_labels_say(scale, noise):
+    rng = torch.Generator().manual_seed(0)
+    y_S = torch.randint(12, (200,), generator=rng)
+    score_SM = noise * torch.randn(200, 12, generator=rng, dtype=torch.float64)
+    score_SM[torch.arange(200), y_S] += 1
+
+    def loss(factor):
+        return torch.nn.functional.cross_entropy(factor * scale * score_SM, y_S)
+
+    factor = sharpness(scale * score_SM, y_S)
+    assert LEAST_SHARP < factor < SHARPEST
+    assert loss(factor) < min(loss(0.999 * factor), loss(1.001 * factor))
+
+
+def test_the_sharpness_of_scores_has_bounds():
+    y_S = torch.arange(20) % 4
+    right_SM = torch.nn.functional.one_hot(y_S, 4).double()
+    assert sharpness(0.001 * right_SM, y_S) == SHARPEST
+    assert sharpness(-right_SM, y_S) == pytest.approx(LEAST_SHARP, rel=1e-3)
 
 
 def test_one_image_of_each_class_is_enough_for_an_answer():
