@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from partialhn.networks.backbone import Layout, pooled, to_map
-from partialhn.networks.head import Head, HeadWeights, TaskBatchNorm
+from partialhn.networks.head import Head, HeadWeights
+from partialhn.networks.later_blocks import filled
 from partialhn.networks.trunk import Trunk
 
 ABSENT = -1e9
@@ -188,33 +189,8 @@ def linear_part(head: Head, weights: HeadWeights) -> tuple[Tensor, Tensor]:
 
 def own_blocks(head: Head, weights: HeadWeights) -> nn.Sequential:
     """The head's blocks as modules that own one task's weights."""
-    blocks = cast(nn.Sequential, copy.deepcopy(head.blocks))
-    named = {**dict(blocks.named_parameters()), **dict(blocks.named_buffers())}
-    values: dict[int, Tensor] = {}
-    for name, value in head.tensors(weights).items():
-        value = value.detach().clone()
-        is_parameter = isinstance(named[name], nn.Parameter)
-        values[id(named[name])] = nn.Parameter(value, False) if is_parameter else value
-    for module in blocks.modules():  # every place of a tensor that several modules share
-        for own in cast(tuple[dict[str, Tensor | None], ...],
-                        (module._parameters, module._buffers)):
-            own.update({kind: values[id(empty)] for kind, empty in own.items()
-                        if empty is not None})
-    _plain_norms(blocks)
-    return blocks.eval()
-
-
-def _plain_norms(module: nn.Module) -> None:
-    """Replaces a task's batch norms by PyTorch's own, which calculate the same."""
-    for name, child in module.named_children():
-        if isinstance(child, TaskBatchNorm):
-            norm = nn.BatchNorm2d(len(child.weight), child.epsilon)
-            norm.weight, norm.bias = child.weight, child.bias
-            norm.running_mean = child.get_buffer("mean")
-            norm.running_var = child.get_buffer("variance")
-            setattr(module, name, norm)
-        else:
-            _plain_norms(child)
+    return filled(head.blocks, {name: value.detach().clone()
+                                for name, value in head.tensors(weights).items()})
 
 
 def _padded(value: Tensor, rows: int, filling: float) -> Tensor:

@@ -25,7 +25,6 @@ from partialhn.networks.backbone import (
     laid_out,
     pooled,
     prefers_channels_last,
-    to_map,
 )
 from partialhn.networks.columns import kernel_layout
 from partialhn.networks.cut import CutNetwork, skeleton
@@ -111,6 +110,8 @@ class Head(nn.Module):
                  precision: Precision = "float32", generate: str = "all") -> None:
         super().__init__()
         self.width, self.precision, self._layout = cut.width, precision, cut.feature_layout
+        self.passed_on = cut.layout
+        """Order of the dimensions of what the blocks give. They take pixels as maps in any case."""
         self._at_pixels, self.is_linear = not len(cut.trunk.stages), False
         self._feature_channels = cut.channels
         self._channels_last = self._layout == "BCHW" and prefers_channels_last(cut.stages)
@@ -260,45 +261,22 @@ class Head(nn.Module):
         tensors = self.tensors(weights)
         blocks = self.blocks
         precision = self.precision if self.training and self.matrices else "float32"
-        z = from_map(z_BCHW, self._layout)
-        if self.training and self.rounds:
-            layout = kernel_layout(z.device)
-            z, tensors = Rounded.apply(z, layout), tensors | {
+        if self.training and self.rounds:  # of a network of maps
+            layout = kernel_layout(z_BCHW.device)
+            z, tensors = Rounded.apply(z_BCHW, layout), tensors | {
                 name: Rounded.apply(value, layout) for name, value in weights.matrices.items()
                 if value.dim() == 4 and value.dtype != torch.bfloat16}
         else:
-            z = laid_out(z, self._channels_last)
+            z = self.taken(z_BCHW)
         with autocast_to(precision, z_BCHW.device):
             z = cast(Tensor, torch.func.functional_call(blocks, tensors, (z,), strict=True))
         if z.dim() == 4 and z.dtype == torch.bfloat16:
             return cast(Tensor, Pooled.apply(z))
         return pooled(z.to(weights.classifier_KF.dtype))
 
-    def depths(self, z_BCHW: Tensor, weights: HeadWeights,
-               blocks: Sequence[int] | None = None,
-               spreads: Sequence[int] = ()) -> list[Tensor]:
-        """Features to pooled features of some blocks, then to the standard deviations over the
-        positions of some blocks' maps: (B, C of the block) each.
-
-        blocks, spreads: their numbers above the cut. None is all of them, and -1 the last, whose
-        features are those of `embed`; spreads are of blocks before it. Blocks after the last one
-        that is wanted do not run.
-        """
-        tensors, stages = self.tensors(weights), list(self.blocks.children())
-        wanted = range(len(stages)) if blocks is None else [block % len(stages) for block in blocks]
-        z, found, spread = laid_out(from_map(z_BCHW, self._layout), self._channels_last), {}, {}
-        for number, stage in enumerate(stages[:max([*wanted, *spreads]) + 1]):
-            prefix = f"{number}."
-            own = {name.removeprefix(prefix): value for name, value in tensors.items()
-                   if name.startswith(prefix)}
-            z = cast(Tensor, torch.func.functional_call(stage, own, (z,), strict=True))
-            if number in wanted:
-                found[number] = (pooled(z) if number == len(stages) - 1
-                                 else to_map(z, self._layout).mean((2, 3)))
-            if number in spreads:
-                spread[number] = to_map(z, self._layout).std((2, 3), correction=0)
-        return [x_BC.to(weights.classifier_KF.dtype) for x_BC in (
-            *(found[number] for number in wanted), *(spread[number] for number in spreads))]
+    def taken(self, z_BCHW: Tensor) -> Tensor:
+        """Features as the first block takes them."""
+        return laid_out(from_map(z_BCHW, self._layout), self._channels_last)
 
     @property
     def rounds(self) -> bool:

@@ -256,7 +256,7 @@ class Strategy(nn.Module):
         """Pooled features of blocks of the network's own head, then spreads, (B, C of the block)
         each.
 
-        norm: its `reference_norm`. blocks, spreads: their numbers, as `Head.depths` takes them.
+        norm: its `reference_norm`. blocks, spreads: their numbers, as `LaterBlocks` takes them.
         """
         raise NotImplementedError
 

@@ -22,6 +22,7 @@ from partialhn.features.closed_form import LinearClassifier
 from partialhn.networks.draws import seeded
 from partialhn.networks.head import Head, HeadStart, HeadWeights
 from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
+from partialhn.networks.later_blocks import LaterBlocks
 from partialhn.networks.shared_generators import AdditiveGenerator, BilinearGenerator
 from partialhn.networks.tensors import hash_tensors
 from partialhn.strategies.base import OwnNorm, Strategy, numbered, renumbered
@@ -140,6 +141,8 @@ class PartialHypernet(Strategy):
         """Hash of the generator's base."""
         self._starts: dict[int, str] = {}
         """`answers_by` of tasks that others start from."""
+        self._reference: tuple[Tensor, LaterBlocks] | None = None
+        """The network's own head with vectors that it was asked for last."""
 
     def new_task(self, classes: int, refreshes: int | None) -> HypernetTask:
         """A task that starts where the generator says, and from the norm of the first task, or of
@@ -283,11 +286,13 @@ class PartialHypernet(Strategy):
     def reference_features(self, z_BCHW: Tensor, norm: Tensor,
                            blocks: Sequence[int] | None = None,
                            spreads: Sequence[int] = ()) -> list[Tensor]:
-        base = [row_CD.view(tensor.shape) for tensor, row_CD
-                in zip(self.head.matrices, self.hypernet.base, strict=True)]
-        none = base[0].new_zeros(1, self.head.width)
-        return self.head.depths(z_BCHW.to(none.device), HeadWeights(
-            self.head.named(base), norm.to(none.device), none, none[:, 0]), blocks, spreads)
+        if self._reference is None or self._reference[0] is not norm:
+            base = [row_CD.view(tensor.shape) for tensor, row_CD
+                    in zip(self.head.matrices, self.hypernet.base, strict=True)]
+            none = base[0].new_zeros(1, self.head.width)
+            self._reference = norm, LaterBlocks(self.head, HeadWeights(
+                self.head.named(base), norm.to(none.device), none, none[:, 0]))
+        return self._reference[1](z_BCHW.to(self.hypernet.base[0].device), blocks, spreads)
 
     def _forget_first(self) -> None:
         cast(ColumnGenerator, self.hypernet).fix_base()
@@ -392,6 +397,7 @@ class PartialHypernet(Strategy):
 
     def _forget(self) -> None:
         """Drops what is kept of weights and codes, which is then generated again."""
+        self._reference = None
         self._inherited, self._earlier, self._base = None, None, None
         self._starts = {}
 

@@ -136,6 +136,7 @@ class Inbox:
                      and not name.startswith("_")]
             candidates = [("", folder)] + [(part, f"{folder}/{part}") for part in parts]
             left: list[str] = []
+            before = len(arrivals) + len(waiting)
             for part, candidate in candidates:
                 slot = f"{task}/{part}" if part else task
                 if slot in learned:
@@ -154,6 +155,10 @@ class Inbox:
                 waiting.append(f"{task}: the images in its folders {', '.join(left[:5])} belong to "
                                f"no arrival; allowed: {task}/train/<class>/<image>, or "
                                f"{task}/NAME/train/<class>/<image> with {READY} in NAME")
+            elif (len(arrivals) + len(waiting) == before and self._storage.exists(
+                    f"{folder}/{READY}") and not learned.keys() & {
+                        f"{task}/{part}" if part else task for part, _ in candidates}):
+                waiting.append(f"{task}: has {READY}, but its folders hold no images")
         return Contents(sorted(arrivals, key=_order), waiting, not_used)
 
     def _misplaced(self) -> list[str]:

@@ -16,6 +16,7 @@ from partialhn.networks.cut import CutNetwork, depth_number
 from partialhn.networks.depths import depths_of, known_backbones
 from partialhn.networks.division import with_one_classifier
 from partialhn.networks.head import Head, HeadWeights, head_start, matrices
+from partialhn.networks.later_blocks import LaterBlocks
 from partialhn.networks.trunk import feature_shape, multiply_adds
 from pipelines.cli.main import run
 
@@ -148,6 +149,14 @@ def test_trunk_and_head_are_the_network_at_every_block(network):
         for features, logits_BK in zip(outputs, wanted, strict=True):
             found, scale = head(features[depth], weights), logits_BK.abs().max()
             torch.testing.assert_close(found / scale, logits_BK / scale, rtol=1e-5, atol=1e-5)
+        if depth in (0, len(outputs[0]) // 2):  # pixels are maps also where blocks give tokens
+            inner = range(len(cut.stages) - 1)
+            found = LaterBlocks(head, weights)(outputs[0][depth], inner, inner)
+            maps = [outputs[0][depth + 1 + block].flatten(2) for block in inner]
+            for own_BC, wanted_BC in zip(found, [*(z_BCP.mean(2) for z_BCP in maps), *(
+                    z_BCP.std(2, correction=0) for z_BCP in maps)], strict=True):
+                scale = wanted_BC.abs().max().clamp_min(1e-3)
+                torch.testing.assert_close(own_BC / scale, wanted_BC / scale, rtol=1e-4, atol=1e-4)
         shape = feature_shape(cut.trunk, batches[0])
         assert tuple(outputs[0][depth].shape[1:]) == shape == (cut.channels, *shape[1:])
 

@@ -198,6 +198,15 @@ def test_images_that_belong_to_no_arrival(world):
     assert waiting[1].startswith("dogs: the images in its folders dev belong to no arrival")
 
 
+def test_a_ready_task_whose_folders_are_empty_is_said(world):
+    """Otherwise a pass would say that there is nothing to do."""
+    (world.root / "cats" / "train" / "x").mkdir(parents=True)
+    world.ready("cats")
+    assert world.scan() == ([], ["cats: has _READY, but its folders hold no images"])
+    assert world.scan(learned={"cats"}) == ([], []), "images may be deleted once they are learned"
+    assert world.scan(learned={"cats/2026-11"})[1], "the task's own folder is not learned yet"
+
+
 def test_an_arrival_of_a_task_that_train_has_learned(world):
     world.put("cats")
     [line] = world.inbox.scan({"cats": ""}).not_used
