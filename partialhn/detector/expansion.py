@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from partialhn.networks.backbone import spread_of
+
 SIDE = 8
 """A feature map is averaged to at most SIDE * SIDE positions first, which bounds the cost."""
 ELEMENTS = 1 << 22
@@ -81,10 +83,11 @@ class Expansion:
         return torch.cat([self._expand(chunk_BCHW) for chunk_BCHW in torch.split(z_BCHW, step)])
 
     def _expand(self, z_BCHW: Tensor) -> Tensor:
-        z_BCP = _few_positions(z_BCHW.float().cpu()).flatten(2)
+        few_BCHW = _few_positions(z_BCHW.float().cpu())
+        z_BCP = few_BCHW.flatten(2)
         parts = [scaled(z_BCP.mean(2))]
         if self.spread:
-            parts.append(scaled(z_BCP.std(2, correction=0)))
+            parts.append(scaled(spread_of(few_BCHW)))
         weight_MS: Tensor = self.__dict__["_weight_MS"]
         if not self.blocks:
             parts.append((weight_MS @ scaled(z_BCP)).relu().mean(2))

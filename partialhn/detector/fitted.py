@@ -13,6 +13,7 @@ D expanded features, T of them that are the trunk's own means and spreads.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ LEAST_SHARP, SHARPEST = 1e-3, 100.0
 """Smallest and largest factor on the scores."""
 PRECISION, STEPS = 1e-6, 20
 """Precision of the factor, as a share of it, and most steps in which it is looked for."""
+PIECES = 6
+"""Pieces in which the triangle of the whitening map is multiplied: 7 of 12 parts of the work."""
 OWN_SHRINKAGE = 0.01
 """Isotropic part of the covariance of the trunk's own means and spreads."""
 
@@ -78,10 +81,11 @@ class Fitted:
     """A solved classifier of features, seen from the mean of the class means."""
 
     centre_D: Tensor
-    whiten_DD: Tensor
-    """The map to coordinates in which the shrunk covariance within classes is the identity."""
-    unit_PD: Tensor
-    """Whitened class means, of length 1."""
+    whitening: tuple[Tensor, ...]
+    """The map to coordinates in which the shrunk covariance within classes is the identity, an
+    upper triangle: pieces of its columns, without the rows of zeros below them."""
+    toward_PD: Tensor
+    """The map to the whitened coordinates' parts along each whitened class mean."""
     weight_MD: Tensor
     """Weights of the features for the score of each class; not a number for a class without
     images."""
@@ -119,14 +123,17 @@ class Fitted:
 
     def _angle(self, h_BD: Tensor) -> Tensor:
         """Minus the largest cosine between an image and a class mean, (B,)."""
-        unit_BD = torch.nn.functional.normalize((h_BD - self.centre_D) @ self.whiten_DD, dim=1)
-        return -(unit_BD @ self.unit_PD.T).amax(1)
+        around_BD = h_BD - self.centre_D
+        white_BD = torch.cat([around_BD[:, :len(piece)] @ piece for piece in self.whitening], 1)
+        length_B: Tensor = torch.linalg.vector_norm(white_BD, dim=1)
+        return -(around_BD @ self.toward_PD.T).amax(1) / length_B.clamp_min(1e-12)
 
     def single(self) -> "Fitted":
         """The same in float32, for answers."""
         density = Density(self.density.whiten_TT.float(), self.density.mean_PT.float())
         return dataclasses.replace(self, centre_D=self.centre_D.float(),
-                                   whiten_DD=self.whiten_DD.float(), unit_PD=self.unit_PD.float(),
+                                   whitening=tuple(piece.float() for piece in self.whitening),
+                                   toward_PD=self.toward_PD.float(),
                                    weight_MD=self.weight_MD.float(), density=density)
 
 
@@ -156,7 +163,7 @@ def fit(scatter_DD: Tensor, images: int, mean_MD: Tensor, sample_SD: Tensor,
     own_TT = covariance_DD[:own, :own]
     whiten_TT = _whitening(own_TT, _penalty(own_TT, OWN_SHRINKAGE, images))
     density = Density(whiten_TT, mean_MD[present_M, :own] @ whiten_TT)
-    return Fitted(centre_D, whiten_DD, unit_PD, weight_MD, sharp, shrinkage,
+    return Fitted(centre_D, _pieces(whiten_DD), unit_PD @ whiten_DD.T, weight_MD, sharp, shrinkage,
                   density).measured(sampled_SD)
 
 
@@ -199,6 +206,12 @@ def _whitening(covariance_DD: Tensor, penalty: float) -> Tensor:
     lower_DD = torch.linalg.cholesky(covariance_DD + penalty * one_DD)
     inverse_DD: Tensor = torch.linalg.solve_triangular(lower_DD, one_DD, upper=False)
     return inverse_DD.T.contiguous()
+
+
+def _pieces(upper_DD: Tensor) -> tuple[Tensor, ...]:
+    """`Fitted.whitening` from an upper triangle, copied so that the zeros take no memory."""
+    ends = [len(upper_DD) * place // PIECES for place in range(PIECES + 1)]
+    return tuple(upper_DD[:end, start:end].clone() for start, end in itertools.pairwise(ends))
 
 
 def sharpness(score_SM: Tensor, y_S: Tensor) -> float:

@@ -103,6 +103,22 @@ def laid_out(z_BCHW: Tensor, channels_last: bool) -> Tensor:
     return z_BCHW
 
 
+ROUNDING = 1e-6
+"""A spread below this share of the mean is the mean's own rounding."""
+
+
+def spread_of(z_BCHW: Tensor) -> Tensor:
+    """The standard deviation of each channel over the positions (B, C), exactly zero where a
+    channel is the same everywhere.
+
+    PyTorch's own one takes twenty times as long on a CPU for the maps of a few images.
+    """
+    mean_BC11 = z_BCHW.mean((2, 3), keepdim=True)
+    around_BCHW = z_BCHW - mean_BC11
+    spread_BC = around_BCHW.mul_(around_BCHW).mean((2, 3)).sqrt_()
+    return spread_BC.masked_fill_(spread_BC <= ROUNDING * mean_BC11[..., 0, 0].abs(), 0)
+
+
 def pooled(z: Tensor) -> Tensor:
     """The features before the classifier (B, F), from what the last block gave."""
     return z if z.dim() == 2 else z.mean((2, 3))

@@ -12,7 +12,7 @@ Legend: B batch, C channels, H W spatial, F features before the classifier, K cl
 import copy
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, cast
 
 import torch

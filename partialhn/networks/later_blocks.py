@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from partialhn.networks.backbone import from_map, pooled, to_map
+from partialhn.networks.backbone import pooled, spread_of, to_map
 from partialhn.networks.head import Head, HeadWeights, TaskBatchNorm
 
 
@@ -44,7 +44,7 @@ class LaterBlocks:
                 found[number] = (pooled(z) if number == count - 1
                                  else to_map(z, self._head.passed_on).mean((2, 3)))
             if number in spreads:
-                spread[number] = to_map(z, self._head.passed_on).std((2, 3), correction=0)
+                spread[number] = spread_of(to_map(z, self._head.passed_on))
         return [x_BC.float() for x_BC in (*(found[number] for number in wanted),
                                           *(spread[number] for number in spreads))]
 

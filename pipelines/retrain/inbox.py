@@ -126,7 +126,8 @@ class Inbox:
         folder without a marker is ready if it has not changed for so long.
         """
         now, self._listing = self._storage.now(), _Listing(self._storage, self.folder)
-        arrivals, waiting, not_used = [], self._misplaced(), []
+        arrivals, not_used = list[Arrival](), list[str]()
+        waiting = self._misplaced()
         for task in self._storage.folders(self.folder):
             if is_left_by_file_system(task):
                 continue

@@ -1,6 +1,6 @@
 """What an answer without the task costs, and a task that is added, against the number of tasks.
 
-    python tests/bench/detector_cost.py --data TINY_IMAGENET_32 --work FOLDER
+    python tests/bench/detector_cost.py --data TINY_IMAGENET_32 --work FOLDER [--pretrained]
 
 Tasks of five classes: the 200 classes of Tiny-ImageNet in pieces, and from the 41st task on the
 same pieces with every channel scaled by a factor of the task's own, so that no two tasks look
@@ -9,10 +9,13 @@ processor time of one thread: medians of rounds in which a request with the task
 without it alternate, trunk included, one image and 16 images a request, after every head has been
 asked for once (a server keeps 256 MB of them and generates the others again); `heads` is the mean
 number of heads that an image asks; `held` are the bytes that a server holds of the solved detector
-and of all heads. Prints a Markdown table; --plot FILE draws it.
+and of all heads. With --pretrained the trunk is that of the preset `pretrained-tiny-imagenet`, so that
+the detector runs the network's own later blocks, too. Prints a Markdown table; --plot FILE draws
+it.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -31,19 +34,24 @@ from partialhn.config import (
 from partialhn.detector.detector import Detector
 from partialhn.features.closed_form import fit_ridge
 from partialhn.predict import Predictor
+from partialhn.presets import preset
 from partialhn.run import StreamRun
 
 PIECES, CLASSES, ROUNDS = 40, 5, 160
 """`ROUNDS` images are timed, in requests of one and of several images, but at least 15 requests."""
 
 
-def stream(data, work):
+def stream(data, work, pretrained):
     """The trunk, and the features of forty tasks."""
+    options = DataConfig(data=data, tasks=PIECES, images_per_class=24, validation=0.25)
+    backbone = BackboneConfig(trunk_epochs=5)
+    if pretrained:
+        chosen = preset("pretrained-tiny-imagenet")
+        backbone = chosen.backbone
+        options = dataclasses.replace(options, input_size=chosen.data.input_size)
     run = StreamRun(Config(
-        DataConfig(data=data, tasks=PIECES, images_per_class=24, validation=0.25),
-        BackboneConfig(trunk_epochs=5),
-        features=FeatureConfig(views=1, augment="none"), hypernet=HypernetConfig(fresh_columns=4),
-        compute=ComputeConfig(threads=1)), work)
+        options, backbone, features=FeatureConfig(views=1, augment="none"),
+        hypernet=HypernetConfig(fresh_columns=4), compute=ComputeConfig(threads=1)), work)
     list(run.fit_network())
     run.prepare()
     return run
@@ -140,11 +148,13 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--tasks", type=int, nargs="+", default=[5, 20, 40, 100, 200])
+    parser.add_argument("--pretrained", action="store_true")
     parser.add_argument("--plot", type=Path)
     chosen = parser.parse_args()
-    run = stream(chosen.data, chosen.work)
+    run = stream(chosen.data, chosen.work, chosen.pretrained)
     torch.set_grad_enabled(False)
     strategy, detector, rows = run.cut.strategy(run.config).eval(), Detector(), []
+    detector.see(strategy)
     print("| tasks | right class | adding a task | solving | stored | held | given, 1 | "
           "auto / given, 1 | given, 16 | auto / given, 16 | heads |\n" + "|---" * 11 + "|",
           flush=True)
@@ -177,7 +187,8 @@ def held(predictor, detector, count):
     """Bytes of the solved detector and of the weights of all heads."""
     fitted = detector._solve(range(count)).fitted
     solved = sum(value.nbytes for part in (fitted, fitted.density)
-                 for value in vars(part).values() if torch.is_tensor(value))
+                 for value in (*vars(part).values(), *getattr(part, "whitening", ()))
+                 if torch.is_tensor(value))
     return solved + sum(
         sum(matrix.nbytes for matrix in weights.matrices.values()) + weights.norm.nbytes
         + weights.classifier_KF.nbytes for weights in map(predictor.head_weights, range(count)))

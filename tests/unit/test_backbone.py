@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from partialhn.errors import InputError
-from partialhn.networks.backbone import build_network
+from partialhn.networks.backbone import build_network, spread_of
 from partialhn.networks.cut import CutNetwork
 from partialhn.networks.tensors import hash_tensors
 from partialhn.networks.trunk import micro_batch, multiply_adds, run_trunk
@@ -159,3 +159,19 @@ def test_multiply_adds_of_the_paper(network):
         trunk, stages = cut.trunk, cut.stages
         below = multiply_adds(trunk, images_BCHW)
         assert below + multiply_adds(stages, trunk(images_BCHW)) + 160 * 2 == whole
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_spread_of_a_map_is_its_standard_deviation_over_the_positions(layout):
+    """Exactly zero where a channel is the same everywhere, though the mean of equal numbers
+    may differ from them by rounding: what sees spreads scales them to one length.
+    """
+    z_BCHW = torch.randn(3, 5, 7, 6, generator=torch.Generator().manual_seed(0))
+    z_BCHW[:, 1] += 1000
+    z_BCHW[1, 2], z_BCHW[2] = 0.1, 0.7
+    found_BC = spread_of(z_BCHW.to(memory_format=layout))
+    wanted_BC = z_BCHW.double().std((2, 3), correction=0)
+    torch.testing.assert_close(found_BC.double(), wanted_BC, rtol=1e-4, atol=1e-12)
+    assert found_BC[1, 2] == 0
+    assert not found_BC[2].any()
+    assert not spread_of(z_BCHW[:, :, :1, :1]).any()

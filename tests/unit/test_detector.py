@@ -274,6 +274,27 @@ def test_an_image_is_strange_by_its_direction_or_by_the_trunks_density():
     assert blind.strangeness(strangers_BD[:1]) < limit
 
 
+def test_the_angle_is_taken_in_coordinates_in_which_the_covariance_is_the_identity():
+    """From pieces of a triangle: as from the inverse of the whole matrix."""
+    draw = torch.Generator().manual_seed(0)
+    root_DD, mean_MD, h_BD = (torch.randn(size, 20, generator=draw, dtype=torch.float64)
+                              for size in (20, 3, 5))
+    images = 500
+    fitted = fit(images * root_DD @ root_DD.T, images, mean_MD, mean_MD[:0],
+                 torch.empty(0, dtype=torch.int64), 4)
+    around_BD, around_MD = h_BD - mean_MD.mean(0), mean_MD - mean_MD.mean(0)
+    covariance_DD = root_DD @ root_DD.T
+    inverse_DD = torch.linalg.inv(covariance_DD + fitted.shrinkage * covariance_DD.diagonal().mean()
+                                  * torch.eye(20))
+    length_B, length_M = ((x_ND @ inverse_DD * x_ND).sum(1).sqrt() for x_ND in (around_BD,
+                                                                               around_MD))
+    cosine_BM = around_BD @ inverse_DD @ around_MD.T / length_B[:, None] / length_M
+    torch.testing.assert_close(fitted.strangeness(h_BD) - (
+        fitted.density.distance(h_BD) - 1).clamp_min(0), -cosine_BM.amax(1))
+    near_B = fitted.single().strangeness(h_BD.float()).double()
+    torch.testing.assert_close(near_B, fitted.strangeness(h_BD), rtol=1e-3, atol=1e-4)
+
+
 def test_an_image_is_strange_to_the_head_that_answers_where_it_gives_little(learner, measured,
                                                                             tasks, weights):
     """The head's energy lies below its usual one, and counts half of what the cosine says."""
