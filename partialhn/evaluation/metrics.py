@@ -17,6 +17,8 @@ import numpy.typing as npt
 from partialhn.errors import InputError
 
 Table = npt.ArrayLike | Sequence[Sequence[float | None]]
+Checked = npt.NDArray[np.float64]
+"""A table as `as_accuracy_table` returns it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +65,12 @@ def as_accuracy_table(accuracy_TT: Table) -> npt.NDArray[np.float64]:
 
 def accuracy(accuracy_TT: Table) -> float:
     """ACC: mean over j of R[T-1, j]."""
-    return float(as_accuracy_table(accuracy_TT)[-1].mean())
+    return _accuracy(as_accuracy_table(accuracy_TT))
 
 
 def learning_accuracy(accuracy_TT: Table) -> float:
     """LA: mean over j of R[j, j]."""
-    return float(np.diagonal(as_accuracy_table(accuracy_TT)).mean())
+    return _learning_accuracy(as_accuracy_table(accuracy_TT))
 
 
 def forgetting_by_task(accuracy_TT: Table) -> npt.NDArray[np.float64]:
@@ -76,16 +78,12 @@ def forgetting_by_task(accuracy_TT: Table) -> npt.NDArray[np.float64]:
 
     What is measured before a task is trained (i < j) does not count: it cannot be forgotten.
     """
-    table_TT = as_accuracy_table(accuracy_TT)
-    trained_TT = np.tril(np.ones_like(table_TT, dtype=bool))
-    best_T = np.where(trained_TT, table_TT, -np.inf).max(axis=0)
-    return np.asarray(best_T - table_TT[-1])
+    return _forgetting_by_task(as_accuracy_table(accuracy_TT))
 
 
 def forgetting(accuracy_TT: Table) -> float:
     """Mean over j < T-1 of F_j; 0 for a single task (Chaudhry et al. 2018)."""
-    earlier_T = forgetting_by_task(accuracy_TT)[:-1]
-    return float(earlier_T.mean()) if len(earlier_T) else 0.0
+    return _mean(forgetting_by_task(accuracy_TT)[:-1])
 
 
 def backward_transfer(accuracy_TT: Table) -> float:
@@ -93,9 +91,7 @@ def backward_transfer(accuracy_TT: Table) -> float:
 
     Lopez-Paz and Ranzato 2017, equation 3.
     """
-    table_TT = as_accuracy_table(accuracy_TT)
-    change_T = (table_TT[-1] - np.diagonal(table_TT))[:-1]
-    return float(change_T.mean()) if len(change_T) else 0.0
+    return _backward_transfer(as_accuracy_table(accuracy_TT))
 
 
 def forward_transfer(accuracy_TT: Table, untrained_T: npt.ArrayLike) -> float:
@@ -123,11 +119,29 @@ def forward_transfer(accuracy_TT: Table, untrained_T: npt.ArrayLike) -> float:
 
 def summarise(accuracy_TT: Table) -> StreamMetrics:
     """All metrics that the table alone decides (forward transfer needs a baseline as well)."""
-    table_TT = as_accuracy_table(accuracy_TT)
-    return StreamMetrics(
-        accuracy=accuracy(table_TT),
-        learning_accuracy=learning_accuracy(table_TT),
-        forgetting=forgetting(table_TT),
-        backward_transfer=backward_transfer(table_TT),
-        forgetting_per_task=tuple(float(drop) for drop in forgetting_by_task(table_TT)),
-    )
+    table_TT = as_accuracy_table(accuracy_TT)  # once: a thousand tasks have a million numbers
+    lost_T = _forgetting_by_task(table_TT)
+    return StreamMetrics(_accuracy(table_TT), _learning_accuracy(table_TT), _mean(lost_T[:-1]),
+                         _backward_transfer(table_TT), tuple(lost_T.tolist()))
+
+
+def _accuracy(table_TT: Checked) -> float:
+    return float(table_TT[-1].mean())
+
+
+def _learning_accuracy(table_TT: Checked) -> float:
+    return float(np.diagonal(table_TT).mean())
+
+
+def _forgetting_by_task(table_TT: Checked) -> npt.NDArray[np.float64]:
+    trained_TT = np.tril(np.ones_like(table_TT, dtype=bool))
+    best_T = np.where(trained_TT, table_TT, -np.inf).max(axis=0)
+    return np.asarray(best_T - table_TT[-1])
+
+
+def _backward_transfer(table_TT: Checked) -> float:
+    return _mean((table_TT[-1] - np.diagonal(table_TT))[:-1])
+
+
+def _mean(change_T: npt.NDArray[np.float64]) -> float:
+    return float(change_T.mean()) if len(change_T) else 0.0
