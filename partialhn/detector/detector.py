@@ -73,7 +73,9 @@ class Detector:
         image."""
         self._embed: Embed | None = None
         self.slots: list[dict[str, Tensor]] = []
-        """The statistics that belong to a slot alone, by the names in `OWN`."""
+        """The statistics that belong to a slot alone, by the names in `OWN`; older models have no
+        `energy`.
+        """
         self.scatter_P: Tensor | None = None
         """Sum of the scatter matrices of all slots that count, int64, in units of 2^-16."""
         self._solved: tuple[tuple[int, ...], Solved] | None = None
@@ -198,10 +200,9 @@ class Detector:
             detector.reference_norm = tensors.get("reference_norm")
             detector.scatter_P = tensors["scatter"].long()
             for slot in range(slots):
-                own = {name: tensors[f"{name}.{slot}"] for name in OWN if name != "energy"}
-                energy_2 = tensors.get(f"energy.{slot}")  # older models have none
-                own["energy"] = NO_ENERGY.clone() if energy_2 is None else energy_2
-                detector.slots.append(own)
+                # older models have no energy; a tensor more would change the hash of their weights
+                detector.slots.append({name: tensors[f"{name}.{slot}"] for name in OWN
+                                       if name != "energy" or f"energy.{slot}" in tensors})
             detector._check()
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
             raise IntegrityError(f"the detector of this checkpoint does not fit: {error!r}"
@@ -223,7 +224,7 @@ class Detector:
             if (own["mean_KD"].shape != (classes, width)
                     or own["sample_SD"].shape != (samples, width)
                     or head not in ((0, classes), (samples, classes))
-                    or own["images"].shape != (2,) or own["energy"].shape != (2,)
+                    or own["images"].shape != (2,) or own.get("energy", NO_ENERGY).shape != (2,)
                     or bool(((y_S < 0) | (y_S >= classes)).any())):
                 raise ValueError(f"the statistics of slot {slot} contradict each other")
 

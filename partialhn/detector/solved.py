@@ -18,6 +18,7 @@ from torch import Tensor
 
 from partialhn.detector.fitted import Fitted, fit
 from partialhn.detector.mixture import Joint, Powers, answer, fit_powers, usual_top
+from partialhn.detector.statistics import NO_ENERGY
 
 MOST_SAMPLES = 16384
 """Kept images of all tasks that the classifier is fitted with, at most."""
@@ -86,7 +87,7 @@ def solve(tasks: Sequence[dict[str, Tensor]], scatter_DD: Tensor, images: int, o
     sample_SD = torch.cat([task["sample_SD"] for task in tasks]).double()
     mean_MD = torch.cat([task["mean_KD"] for task in tasks]).double()
     fitted = fit(scatter_DD, images, mean_MD, sample_SD, y_S, own)
-    energy_T2 = torch.stack([task["energy"] for task in tasks])
+    energy_T2 = torch.stack([task.get("energy", NO_ENERGY) for task in tasks])
     head_S = torch.cat([_sample_strangeness(task) for task in tasks])
     threshold = threshold_of(fitted.strangeness(sample_SD, head_S.double()), false_alarms)
     sizes = [len(task["sample_y_S"]) for task in tasks]
@@ -128,7 +129,8 @@ def _sample_strangeness(task: dict[str, Tensor]) -> Tensor:
     head_SK = task["sample_head_SK"]
     if not len(head_SK):
         return torch.full((len(task["sample_y_S"]),), torch.nan)
-    return _head_strangeness(task["energy"].expand(len(head_SK), 2), head_SK.logsumexp(1))
+    return _head_strangeness(task.get("energy", NO_ENERGY).expand(len(head_SK), 2),
+                             head_SK.logsumexp(1))
 
 
 def _columns(first: Sequence[int], classes: Sequence[int]) -> Tensor:

@@ -27,6 +27,7 @@ from partialhn.errors import InputError, IntegrityError
 from partialhn.evaluation.task_inference_metrics import auroc, rejection_auroc, without_task_id
 from partialhn.features.feature_set import join
 from partialhn.networks.cut import CutNetwork
+from partialhn.networks.tensors import hash_tensors
 from partialhn.networks.trunk import run_trunk
 from partialhn.predict import Predictor
 from partialhn.run import cut_network
@@ -326,6 +327,7 @@ def test_a_model_from_before_energies_answers_as_before(measured, learner, tasks
         del tensors[f"energy.{slot}"]
         tensors[f"sample_head_SK.{slot}"] = tensors[f"sample_head_SK.{slot}"].log_softmax(1)
     old, z_BCHW = Detector.from_tensors(tensors, 2), plain(tasks[0].test)
+    assert hash_tensors(old.tensors()) == hash_tensors(tensors)
     found = old.infer(learner.strategy.head, (0, 1), weights, z_BCHW)
     fitted = old._solve((0, 1)).fitted
     assert torch.equal(found.strange_B, fitted.strangeness(old.expansion(z_BCHW)))
