@@ -104,6 +104,12 @@ class Strategy(nn.Module):
         """Replaces a task's head by a classifier of cells of the features, where `takes_linear`."""
         raise NotImplementedError
 
+    def take_network(self, task: int, classifier: LinearClassifier) -> None:
+        """Replaces the head of the task that is being learned by the network's own, with a
+        classifier of its features, where there is a `reference_norm`.
+        """
+        raise NotImplementedError
+
     def finish(self, task: int) -> None:
         """Ends the training of a task: running statistics become part of its weights."""
         own = self.tasks[task]

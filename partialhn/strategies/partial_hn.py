@@ -171,6 +171,17 @@ class PartialHypernet(Strategy):
         own.linear_KF = classifier.weight_KF.to(own.bias_K.device).half().contiguous()
         own.linear_K = classifier.bias_K.to(own.bias_K.device).half()
 
+    @torch.no_grad()
+    def take_network(self, task: int, classifier: LinearClassifier) -> None:
+        own, statistics = self._own(task), self.start.statistics
+        own.code.zero_()  # then the columns add nothing
+        own.get_buffer("start").fill_(-1)
+        own.norm.copy_(self.start.norm)
+        if own.statistics is not None and statistics is not None:
+            own.statistics.copy_(statistics)
+        own.set_classifier(classifier.weight_KF, classifier.bias_K)
+        self._forget()
+
     def load_task_state(self, task: int, task_state: dict[str, Tensor]) -> None:
         self._own(task).expect(task_state, f"tasks.{task}.")
         super().load_task_state(task, task_state)

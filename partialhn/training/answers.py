@@ -37,6 +37,17 @@ def embedded(strategy: Strategy, task_index: int, features: FeatureSet,
     return _outputs(strategy, task_index, features, strategy.head.embed, 256, rows_N)
 
 
+def network_features(strategy: Strategy, features: FeatureSet) -> Tensor:
+    """Features x_NF of the plain view of a split that the network's own head makes, on the CPU, for
+    a strategy with a `reference_norm`.
+    """
+    norm = strategy.reference_norm
+    assert norm is not None, "tasks start from the network's own weights"
+    strategy.eval()
+    return torch.cat(_batches(features, norm.device, 256, None, lambda z_BCHW: (
+        strategy.reference_features(z_BCHW, norm, [-1])[0]))).cpu()
+
+
 @torch.no_grad()
 def _outputs(strategy: Strategy, task_index: int, features: FeatureSet,
              compute: Callable[[Tensor, HeadWeights], Tensor], batch_size: int,
@@ -44,16 +55,23 @@ def _outputs(strategy: Strategy, task_index: int, features: FeatureSet,
     """What `compute` makes of the images; the task's weights are generated once."""
     strategy.eval()
     weights = strategy.weights(task_index)
-    device = weights.bias_K.device
+    parts = _batches(features, weights.bias_K.device, batch_size, rows_N,
+                     lambda z_BCHW: compute(z_BCHW, weights))
+    y_N = features.y_N.cpu()
+    return torch.cat(parts).cpu(), y_N if rows_N is None else y_N[rows_N.cpu()]
+
+
+def _batches(features: FeatureSet, device: torch.device, batch_size: int, rows_N: Tensor | None,
+             compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What `compute` makes of each batch of the plain view; default: of all images."""
     features = features if device.type == "cpu" else resident(features, device)
     if rows_N is None:
         rows_N = torch.arange(len(features))
-    rows_N, parts = rows_N.to(features.y_N.device), []
-    for rows_B in torch.split(rows_N, batch_size):
-        z_BCHW = features.gather(rows_B, torch.zeros_like(rows_B)).to(device)
-        parts.append(compute(z_BCHW, weights))
+    parts = []
+    for rows_B in torch.split(rows_N.to(features.y_N.device), batch_size):
+        parts.append(compute(features.gather(rows_B, torch.zeros_like(rows_B)).to(device)))
     wait_for(device)
-    return torch.cat(parts).cpu(), features.y_N[rows_N].cpu()
+    return parts
 
 
 def resident(features: FeatureSet, device: torch.device) -> FeatureSet:

@@ -6,6 +6,10 @@ than the training gains. Then a task is solved in closed form, and leave-one-out
 With more, the head is trained, and ridge regression takes its place where its held-out loss is
 smaller.
 
+Ridge regression sees cells of the trunk's features. Where tasks start from a network that was
+trained elsewhere, it may see what the network's own later blocks make of them instead: then the
+task's head is the network's, with a classifier of its own.
+
 Legend: N images, C channels, F features, K classes.
 """
 
@@ -18,6 +22,7 @@ from partialhn.config import TrainConfig
 from partialhn.features.closed_form import LinearClassifier, accuracy, fit_ridge, pooled_cells
 from partialhn.features.feature_set import FeatureSet
 from partialhn.strategies import Strategy
+from partialhn.training.answers import network_features
 from partialhn.training.budget import held_out_loss
 
 FEW = 30
@@ -28,6 +33,10 @@ SIDES = (1, 2, 3, 4)
 """Cells along each side of a feature map that ridge regression may see."""
 LARGEST = 512
 """Features, or images where they are fewer, above which only one cell is tried."""
+FEW_FOR_NETWORK = 100
+"""Images a class up to which the features of the network's own head are tried, at the cost of one
+pass through its blocks; with more the trained head is ahead
+(`docs/measurements/pretrained.md`)."""
 
 
 class Solved(NamedTuple):
@@ -36,7 +45,9 @@ class Solved(NamedTuple):
     classifier: LinearClassifier
     left_out_accuracy: float
     """Accuracy on its images, each predicted from all the others."""
-    side: int
+    side: int | None
+    """Cells along each side of a feature map that it sees; None where it sees the features of the
+    network's own head."""
 
 
 def is_chosen(strategy: Strategy, config: TrainConfig) -> bool:
@@ -55,24 +66,34 @@ def can_choose(held_out: FeatureSet | None) -> TypeGuard[FeatureSet]:
     return held_out is not None and len(held_out) >= ENOUGH_TO_CHOOSE
 
 
-def solve(sets: list[FeatureSet], classes: int) -> Solved:
-    """Ridge regression on the images of some sets, on as many cells as leave-one-out prefers."""
+def solve(strategy: Strategy, sets: list[FeatureSet], classes: int) -> Solved:
+    """Ridge regression on the images of some sets, on the features that leave-one-out prefers."""
     y_N = torch.cat([features.y_N.cpu() for features in sets])
     found: list[tuple[float, Solved]] = []
-    for side in _sides(sets[0], len(y_N)):
-        classifier = fit_ridge(cells(sets, side), y_N, classes)
+    network = strategy.reference_norm is not None and len(y_N) <= FEW_FOR_NETWORK * classes
+    for side in ([None] if network else []) + _sides(sets[0], len(y_N)):
+        classifier = fit_ridge(seen(strategy, sets, side), y_N, classes)
         loss = held_out_loss(classifier.left_out_NK, y_N)
         right = accuracy(classifier.left_out_NK, y_N)
         found.append((loss, Solved(classifier.sharpened(y_N), right, side)))
     return min(found, key=lambda each: each[0])[1]
 
 
-def cells(sets: list[FeatureSet], side: int) -> Tensor:
-    """x_NF of the plain views of some sets, float64."""
-    return torch.cat([pooled_cells(features, side) for features in sets]).double()
+def seen(strategy: Strategy, sets: list[FeatureSet], side: int | None) -> Tensor:
+    """x_NF of the plain views of some sets, float64: what a classifier sees (`Solved.side`)."""
+    return torch.cat([network_features(strategy, features) if side is None
+                      else pooled_cells(features, side) for features in sets]).double()
 
 
-def _sides(features: FeatureSet, images: int) -> list[int]:
+def take(strategy: Strategy, task_index: int, solved: Solved) -> None:
+    """Makes a solution the head of the task that is being learned."""
+    if solved.side is None:
+        strategy.take_network(task_index, solved.classifier)
+    else:
+        strategy.take_linear(task_index, solved.classifier)
+
+
+def _sides(features: FeatureSet, images: int) -> list[int | None]:
     channels, height, width = features.shape_CHW
     return [side for side in SIDES if side == 1 or (
         side <= min(height, width) and min(images, channels * side * side) <= LARGEST)]

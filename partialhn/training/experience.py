@@ -27,7 +27,7 @@ from partialhn.networks.precision import wait_for
 from partialhn.strategies import Strategy
 from partialhn.training.answers import answer, resident
 from partialhn.training.budget import BestState, Budget, held_out_loss, task_budget
-from partialhn.training.choice import can_choose, cells, few_images, is_chosen, solve
+from partialhn.training.choice import can_choose, few_images, is_chosen, seen, solve, take
 from partialhn.training.optimiser import learning_rates
 from partialhn.training.records import EpochRecord
 from partialhn.training.refit import average_with_ridge
@@ -168,7 +168,7 @@ class _Run:
         if (epoch < self.budget.epochs or not strategy.takes_linear
                 or is_chosen(strategy, self.config) or not can_choose(held_out)):
             return None
-        return accuracy(_ridge_logits(self.task, held_out), held_out.y_N.cpu())
+        return accuracy(_ridge_logits(strategy, self.task, held_out), held_out.y_N.cpu())
 
 
 def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) -> EpochRecord:
@@ -182,8 +182,8 @@ def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) ->
     if strategy.closed_form:
         strategy.solve(task_index, task.train)
     else:
-        solved = solve(_all_sets(task), task.classes)
-        strategy.take_linear(task_index, solved.classifier)
+        solved = solve(strategy, _all_sets(task), task.classes)
+        take(strategy, task_index, solved)
         ridge = solved.left_out_accuracy
     seconds = time.perf_counter() - start
     logits_NK, y_N = answer(strategy, task_index, task.train)
@@ -202,10 +202,11 @@ def _choose(strategy: Strategy, task_index: int, task: TaskFeatures, held_out: F
     """
     start = time.perf_counter()
     y_N = held_out.y_N.cpu()
-    ridge_NK, trained_NK = _ridge_logits(task, held_out), answer(strategy, task_index, held_out)[0]
+    ridge_NK = _ridge_logits(strategy, task, held_out)
+    trained_NK = answer(strategy, task_index, held_out)[0]
     solved = held_out_loss(ridge_NK, y_N) < held_out_loss(trained_NK, y_N)
     if solved:
-        strategy.take_linear(task_index, solve(_all_sets(task), task.classes).classifier)
+        take(strategy, task_index, solve(strategy, _all_sets(task), task.classes))
     return dataclasses.replace(
         last, epoch=last.epoch + 1, epochs=last.epoch + 1,
         validation_accuracy=accuracy(ridge_NK if solved else trained_NK, y_N),
@@ -213,11 +214,11 @@ def _choose(strategy: Strategy, task_index: int, task: TaskFeatures, held_out: F
         ridge_accuracy=accuracy(ridge_NK, y_N), solved=solved)
 
 
-def _ridge_logits(task: TaskFeatures, held_out: FeatureSet) -> Tensor:
+def _ridge_logits(strategy: Strategy, task: TaskFeatures, held_out: FeatureSet) -> Tensor:
     """logits_NK of held-out images by ridge regression on the training images."""
     assert task.train is not None, f"task {task.name} has no training features"
-    solved = solve([task.train], task.classes)
-    return solved.classifier.logits(cells([held_out], solved.side))
+    solved = solve(strategy, [task.train], task.classes)
+    return solved.classifier.logits(seen(strategy, [held_out], solved.side))
 
 
 def _all_sets(task: TaskFeatures) -> list[FeatureSet]:

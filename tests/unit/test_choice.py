@@ -15,6 +15,7 @@ from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
 from partialhn.training import choice, experience
 from partialhn.training.answers import answer, embedded
+from partialhn.training.budget import held_out_loss
 from partialhn.training.learner import Learner
 
 LEARNERS = runpy.run_path(str(Path(__file__).with_name("learners.py")))
@@ -35,9 +36,9 @@ def test_with_few_images_a_task_is_ridge_regression_on_all_of_them(learner, task
     list(learned.learn(tasks[:2]))
     assert [(record.epoch, record.solved) for record in learned.epochs] == [(1, True)] * 2
     task = tasks[1]
-    solved = choice.solve([task.train, task.validation], 2)
+    solved = choice.solve(learned.strategy, [task.train, task.validation], 2)
     logits_NK, y_N = answer(learned.strategy, 1, task.test)
-    wanted_NK = solved.classifier.logits(choice.cells([task.test], solved.side))
+    wanted_NK = solved.classifier.logits(choice.seen(learned.strategy, [task.test], solved.side))
     torch.testing.assert_close(logits_NK, wanted_NK.float(), atol=0.02, rtol=0.02)  # float16
     assert learned.epochs[1].ridge_accuracy == solved.left_out_accuracy
     assert learned.finished[1].accuracy_row[1] == accuracy(logits_NK, y_N) > 0.8
@@ -66,8 +67,8 @@ def test_a_trained_head_is_replaced_only_where_ridge_has_a_smaller_held_out_loss
     if ridge_wins:
         monkeypatch.setattr(experience, "average_with_ridge", lambda *_: None)
     else:
-        monkeypatch.setattr(experience, "solve", lambda sets, classes: choice.solve(
-            [dataclasses.replace(each, y_N=1 - each.y_N) for each in sets], classes))
+        monkeypatch.setattr(experience, "solve", lambda strategy, sets, classes: choice.solve(
+            strategy, [dataclasses.replace(each, y_N=1 - each.y_N) for each in sets], classes))
     learned = learner(learning_rate=rate, min_steps=60)
     list(learned.fit_next([task]))
     last = learned.epochs[-1]
@@ -149,6 +150,78 @@ def test_cells_are_tried_where_they_are_few_or_the_images_are(tasks):
     features = tasks[0].train  # 80 channels of 4 x 4
     assert choice._sides(features, 40) == [1, 2, 3, 4]
     assert choice._sides(features, 5000) == [1, 2]
+
+
+@pytest.fixture
+def from_network(cut, with_options):
+    """A learner whose tasks start from the network's own weights, and its configuration."""
+    def new(**options):
+        config = with_options(hypernet={"starts_from": "network"}, train={
+            "epochs": None, "min_steps": 4, **options})
+        return Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train), config
+    return new
+
+
+def has_network_head(strategy, task):
+    weights = strategy.weights(task)
+    return len(weights.norm) > 0 and torch.allclose(
+        weights.norm, strategy.reference_norm, atol=2e-3) and all(  # float16
+        torch.equal(value.reshape(base.shape), base) for value, base
+        in zip(weights.matrices.values(), strategy.hypernet.base, strict=True))
+
+
+def test_from_the_network_few_images_are_seen_by_its_own_head_too(from_network, tasks, monkeypatch):
+    strategy, task = from_network()[0].strategy, tasks[0]
+    sides = [None, *choice._sides(task.train, len(task.train))]
+    losses = []
+    for side in sides:
+        left_out_NK = fit_ridge(choice.seen(strategy, [task.train], side), task.train.y_N,
+                                2).left_out_NK
+        losses.append(held_out_loss(left_out_NK, task.train.y_N))
+    assert choice.solve(strategy, [task.train], 2).side == sides[losses.index(min(losses))]
+    monkeypatch.setattr(choice, "FEW_FOR_NETWORK", 1)
+    assert choice.solve(strategy, [task.train], 2).side == sides[1 + losses[1:].index(
+        min(losses[1:]))]
+
+
+def test_a_task_with_the_networks_head_is_learned_refreshed_stored_and_loaded(
+        from_network, cut, tasks, images, monkeypatch, tmp_path):
+    monkeypatch.setattr(choice, "_sides", lambda *_: [])
+    learned, config = from_network()
+    again = dataclasses.replace(tasks[1], name="1/2", refreshes=1)
+    list(learned.learn([*tasks[:2], again]))
+    strategy, task = learned.strategy, tasks[1]
+    assert [record.solved for record in learned.epochs] == [True] * 3
+    solved = choice.solve(strategy, [task.train, task.validation], 2)
+    for slot in (1, 2):
+        assert has_network_head(strategy, slot)
+        logits_NK, _ = answer(strategy, slot, task.test)
+        wanted_NK = solved.classifier.logits(choice.seen(strategy, [task.test], None))
+        torch.testing.assert_close(logits_NK, wanted_NK.float(), atol=0.02, rtol=0.02)  # float16
+    infos = tuple(TaskInfo(name, ("a", "b")) for name in ("0", "1", "1/2"))
+    Model(config, cut.trunk, strategy, infos).save(tmp_path / "model")
+    loaded = Model.load(tmp_path / "model")
+    z_BCHW = cut.trunk(images[:8])
+    with torch.no_grad():
+        assert all(torch.equal(loaded.strategy(z_BCHW, slot), strategy(z_BCHW, slot))
+                   for slot in range(3))
+
+
+def test_the_networks_head_may_replace_a_trained_one(from_network, tasks, monkeypatch):
+    """The trained head is given up whole: its columns, its norm and its classifier."""
+    monkeypatch.setattr(choice, "FEW", 1)
+    monkeypatch.setattr(choice, "ENOUGH_TO_CHOOSE", 4)
+    monkeypatch.setattr(choice, "_sides", lambda *_: [])
+    never, _ = from_network(closed_form="never", learning_rate=5e-3, min_steps=60)
+    list(never.fit_next([tasks[0]]))
+    assert not has_network_head(never.strategy, 0)
+    monkeypatch.setattr(experience, "average_with_ridge", lambda strategy, index, *_: (
+        strategy.tasks[index].set_classifier(torch.zeros(()), torch.zeros(()))))  # it guesses now
+    learned, _ = from_network(learning_rate=5e-3, min_steps=60)
+    list(learned.fit_next([tasks[0]]))
+    assert learned.epochs[-1].solved
+    assert has_network_head(learned.strategy, 0)
+    assert accuracy(*answer(learned.strategy, 0, tasks[0].test)) > 0.6
 
 
 def warp(images_BCHW, rows_B, total, view, seed):
