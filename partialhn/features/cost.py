@@ -105,9 +105,10 @@ def described(plans: Sequence[DepthPlan]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
              for row in rows]
-    return [f"features of {plans[0].images} images, {plans[0].views} views of each to learn from:",
-            *lines, "seconds: what one process needs to compute and store them; cheaper after: the "
-            "epochs from which on",
+    views = f"{plans[0].views} view{'s' if plans[0].views > 1 else ''}"
+    return [f"features of {plans[0].images} images, {views} of each to learn from:", *lines,
+            "seconds: what one process needs to compute and store them; cheaper after: the epochs "
+            "from which on",
             "storing costs less than running the trunk again in every epoch; measured here on at "
             f"most {PROBED} images"]
 

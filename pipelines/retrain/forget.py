@@ -54,6 +54,8 @@ def forget_task(settings: RetrainConfig, task: str, why: str, log: Log = print) 
     the user can correct, and if another process is working on the stream.
     """
     def work(opened: Pass) -> None:
+        if opened.registry is not None and not opened.journal.decided():
+            opened.registry.versions(settings.name)  # says so where there is no such stream
         opened.hold(partial(_look, opened, task), partial(_forget, opened, task, why))
 
     done = with_pass(settings, work, log)

@@ -53,6 +53,14 @@ def test_a_dry_run_says_what_goes_and_what_stays(forgotten):
     assert seen["versions before"] == 3
 
 
+def test_a_stream_that_does_not_exist_is_said_and_leaves_nothing(forgotten):
+    stream, _ = forgotten
+    settings = dataclasses.replace(stream.settings(), name="digit")
+    with pytest.raises(InputError, match="stream is 'digit', which is not in the registry"):
+        forget_task(settings, "a", WHY, lambda line: None)
+    assert not (stream.root / "store" / "streams" / "digit").exists()
+
+
 def test_the_version_passes_the_gate_and_answers_the_others_as_before(forgotten, tmp_path):
     stream, seen = forgotten
     [done] = seen["forgot"].learned

@@ -49,6 +49,8 @@ def test_the_epochs_after_which_features_pay():
     text = "\n".join(described([one, never]))
     assert "3.0 epochs" in text
     assert "never" in text
+    assert "100 images, 2 views of each" in text
+    assert "1 view of each" in described([dataclasses.replace(one, views=1)])[0]
     assert described([]) == []
 
 
