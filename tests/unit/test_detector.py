@@ -9,9 +9,18 @@ import pytest
 import torch
 
 from partialhn.checkpoints.model import Model, TaskInfo
+from partialhn.detector import fitted
 from partialhn.detector.detector import Detector
 from partialhn.detector.expansion import SEEN, Expansion, expansion_of, scaled, seen_blocks
-from partialhn.detector.fitted import LEAST_SHARP, SHARPEST, SHRINKAGES, TOLERANCE, fit, sharpness
+from partialhn.detector.fitted import (
+    LEAST_SHARP,
+    SHARPEST,
+    SHRINKAGES,
+    TOLERANCE,
+    fit,
+    sharpness,
+    spectrum,
+)
 from partialhn.detector.mixture import DRAWN, POWER, Powers, answer, fit_powers, mixed, usual_top
 from partialhn.detector.solved import threshold_of
 from partialhn.detector.statistics import (
@@ -445,6 +454,24 @@ def test_more_false_alarms_lower_the_threshold(measured):
     for task in range(3):
         many.add_task(measured[task])
     assert many.threshold(range(3)) < usual
+
+
+@pytest.mark.parametrize("images", [20, 60])
+def test_few_images_give_the_same_classifier_by_a_smaller_eigenproblem(images, monkeypatch):
+    draw = torch.Generator().manual_seed(images)
+    x_ND = torch.randn(images, 200, generator=draw).double() @ torch.logspace(0, -2, 200).diag(
+        ).double()
+    y_N = torch.arange(images) % 5
+    mean_MD = torch.stack([x_ND[y_N == label].mean(0) for label in range(5)])
+    scatter_DD = torch.round((x_ND - mean_MD[y_N]).T @ (x_ND - mean_MD[y_N]) / UNIT) * UNIT
+    values_R, vectors_DR = spectrum(scatter_DD, images)
+    assert vectors_DR.shape[1] < 100
+    torch.testing.assert_close(vectors_DR * values_R @ vectors_DR.T, scatter_DD, atol=1e-3, rtol=0)
+    found = fit(scatter_DD, images, mean_MD, x_ND, y_N, 40)
+    monkeypatch.setattr(fitted, "SPARE", 200)
+    whole = fit(scatter_DD, images, mean_MD, x_ND, y_N, 40)
+    assert found.shrinkage == whole.shrinkage
+    torch.testing.assert_close(found.weight_MD, whole.weight_MD, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kept", [19, 60, 400])
