@@ -19,7 +19,7 @@ import yaml
 from partialhn.errors import InputError
 from partialhn.features.table import NUMBER_TYPES
 from partialhn.naming import digest, named_sections
-from partialhn.networks.table import BACKBONES, cut_at_every_block
+from partialhn.networks.table import BACKBONES, cut_at_every_block, expected_size
 from partialhn.plugins import Table
 from partialhn.strategies.table import TABLE as STRATEGIES
 from partialhn.strategies.table import check_options, needs_every_task, options_of
@@ -96,8 +96,9 @@ class DataConfig:
     """Use only the classes labelled 0 to N-1; default: all."""
     images_per_class: int | None = None
     """Largest number of training images, and of test images, of each class; default: all."""
-    input_size: int = 32
-    """Side of the square images that the network takes, in pixels; other images are resized."""
+    input_size: int = 0
+    """Side of the square images that the network takes, in pixels; other images are resized. 0:
+    what the weights of a trunk that was trained elsewhere expect, and 32 for one trained here."""
     validation: float = 0.1
     """Share of every class's training images that is held out to validate training, 0 to 0.5."""
     test: float = 0.2
@@ -135,7 +136,8 @@ class DataConfig:
         _require(self.classes is None or self.classes >= 2, "classes", self.classes, "2 or more")
         _require(self.images_per_class is None or self.images_per_class >= 2, "images_per_class",
                  self.images_per_class, "2 or more")
-        _require(8 <= self.input_size <= 1024, "input_size", self.input_size, "8 to 1024 pixels")
+        _require(self.input_size == 0 or 8 <= self.input_size <= 1024, "input_size",
+                 self.input_size, "8 to 1024 pixels, or 0 for what the trunk's weights expect")
         _require(0 <= self.validation <= 0.5, "validation", self.validation, "0 to 0.5")
         _require(0.01 <= self.test <= 0.5, "test", self.test, "0.01 to 0.5")
         _require(self.max_image_pixels >= 64, "max_image_pixels", self.max_image_pixels,
@@ -500,7 +502,10 @@ class Config(Sections):
     """One stream, completely described."""
 
     def __post_init__(self) -> None:
-        """Decides what is "auto" in one section and depends on another."""
+        """Decides what is left open in one section and depends on another."""
+        if not self.data.input_size:
+            size = expected_size(self.backbone.backbone, self.backbone.trunk)
+            object.__setattr__(self, "data", dataclasses.replace(self.data, input_size=size))
         if self.hypernet.starts_from == "auto":
             elsewhere = (self.backbone.trunk != "train"
                          and cut_at_every_block(self.backbone.backbone))

@@ -9,7 +9,10 @@ cut at every block. A name without a source is one of the networks of 0.1.0. The
 stages, so that depths 0 to 4 of stored configurations, features and models keep their meaning.
 """
 
-from partialhn.plugins import Table
+from collections.abc import Callable
+from typing import cast
+
+from partialhn.plugins import Table, load_object
 
 SOURCES = {
     "partialhn": "partialhn.networks.slim_resnet18:find",
@@ -17,6 +20,8 @@ SOURCES = {
     "torchvision": "partialhn.networks.torchvision_models:find",
 }
 """Where a source is: a function of a name without its source that gives a `Backbone`."""
+PLAIN_SIZE = 32
+"""Side of the images, in pixels, of a trunk that is trained here."""
 
 
 class BackboneTable(Table[object]):
@@ -45,6 +50,19 @@ BACKBONES = BackboneTable("backbone", "partialhn.backbones", {
 def cut_at_every_block(name: str) -> bool:
     """Whether a network is cut at every block, as those with a source are, or at four stages."""
     return ":" in name
+
+
+def expected_size(name: str, trunk: str) -> int:
+    """Side of the images, in pixels, where nobody says it: that of the weights of a trunk that was
+    trained elsewhere, where the network is cut at every block. Networks of 0.1.0 keep its default.
+
+    Raises: InputError where the library of the network is not installed.
+    """
+    if trunk == "train" or not cut_at_every_block(name):
+        return PLAIN_SIZE
+    of_weights = cast(Callable[[str, str], int], load_object(
+        "partialhn.networks.sizes:expected_size", "the size of a network's images"))
+    return of_weights(name, trunk)
 
 
 def cut_unit(name: str) -> str:

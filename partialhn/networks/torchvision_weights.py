@@ -39,14 +39,14 @@ def torchvision_supply(source: str, name: str) -> Supply:
             f"trunk {source!r} cannot be downloaded ({error}); it needs a network. Without one: "
             f"fetch {kinds[words[2]].url} where there is one, copy the file here and give "
             "--trunk FILE") from error
-    return Supply(source, body.state_dict(), _pixels(kinds[words[2]]))
+    return Supply(source, body.state_dict(), weights_pixels(kinds[words[2]]))
 
 
 def torchvision_pixels(name: str) -> Pixels:
     """The data configuration of the weights that torchvision recommends for a network."""
     from torchvision import models
 
-    return _pixels(models.get_model_weights(name).DEFAULT)
+    return weights_pixels(models.get_model_weights(name).DEFAULT)
 
 
 def torchvision_adapt(body: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def torchvision_adapt(body: nn.Module, tensors: dict[str, Tensor]) -> dict[str, 
     return adapted
 
 
-def _pixels(weights: Any) -> Pixels:
+def weights_pixels(weights: Any) -> Pixels:
     """The resizing and normalisation that torchvision applies before a network with these weights.
 
     It makes the shorter side `resize_size` long and takes the central `crop_size`.

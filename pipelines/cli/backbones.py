@@ -7,6 +7,7 @@ import tyro
 
 from partialhn.config import BackboneConfig, DataConfig, FeatureConfig, FeatureDtype
 from partialhn.errors import InputError
+from partialhn.networks.table import expected_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Backbones:
     name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="STR")] = None
     """A backbone, or a pattern of names."""
     input_size: int | None = None
-    """Side of the square images, in pixels; default: the size that timm's weights were trained
-    with, otherwise that of train."""
+    """Side of the square images, in pixels; default: the size that the weights of the network's
+    library were trained with, otherwise that of train."""
     feature_dtype: FeatureDtype = FeatureConfig.feature_dtype
     """Number type of the stored features, for their bytes."""
     generate: str = "all"
@@ -42,7 +43,7 @@ class Backbones:
         from pipelines.platform.text import table
 
         BackboneConfig(backbone=self.name)  # refuses an unknown name
-        pixels = self.input_size or _own_size(self.name)
+        pixels = self.input_size or expected_size(self.name, "")
         DataConfig(input_size=pixels)
         network = build_network(self.name, 2, input_size=pixels)
         itemsize = number_type(self.feature_dtype).tensor.itemsize
@@ -68,16 +69,6 @@ class Backbones:
                              "pattern such as 'timm:*dinov3*' or 'torchvision:*'")
         print("\n".join(names))
         return 0
-
-
-def _own_size(name: str) -> int:
-    """The size that a network of timm is usually given; otherwise the default of train."""
-    if not name.startswith("timm:"):
-        return DataConfig.input_size
-    from partialhn.networks.timm_models import find, timm
-
-    find(name.removeprefix("timm:"))
-    return int(timm().get_pretrained_cfg(name.removeprefix("timm:")).input_size[-1])
 
 
 def _shape(shape_CHW: tuple[int, int, int], layout: str) -> str:

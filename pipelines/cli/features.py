@@ -151,14 +151,14 @@ class PlanFeatures(FeatureSections):
         from partialhn.networks.cut import CutNetwork
         from pipelines.execution.open_data import open_data
 
-        storage = _storage(self.storage)
-        network = build_network(self.backbone.backbone, 2,
-                                input_size=self.data.input_size).eval()
+        storage, config = _storage(self.storage), Config.of(self)
+        network = build_network(config.backbone.backbone, 2,
+                                input_size=config.data.input_size).eval()
         depths = range(len(network.blocks()) + 1)
         trunk = CutNetwork.of(network, depths[-1]).trunk
         with storage.explained():
-            experiences = open_data(self.data, storage)
-            plans = plan(feature_jobs(Config.of(self), experiences, trunk, depths), trunk)
+            experiences = open_data(config.data, storage)
+            plans = plan(feature_jobs(config, experiences, trunk, depths), trunk)
         if not plans:
             raise InputError(f"data is {self.data.data!r}, but none of the images tried can be "
                              "read; allowed: PNG, JPEG and other image files")

@@ -1,12 +1,14 @@
 """Trunks that somebody else trained: files in all forms, matched by name, and clear refusals."""
 
 import argparse
+import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from partialhn.config import BackboneConfig, Config, DataConfig
 from partialhn.errors import InputError
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
@@ -299,3 +301,23 @@ def test_torchvisions_own_pixels():
     found = torchvision_pixels("swin_t")
     assert (found.size, found.interpolation) == (224, "bicubic")
     assert found.crop == pytest.approx(224 / 232)
+
+
+@pytest.mark.parametrize(("backbone", "trunk", "size"), [
+    ("timm:tf_efficientnet_lite0", "package:efficientnet-lite0", 224),
+    ("timm:vit_small_patch14_dinov2", "some.safetensors", 518),
+    ("timm:convnext_tiny", "timm:convnext_tiny.fb_in22k_ft_in1k_384", 384),
+    ("timm:convnext_tiny", "timm:convnext_tiny.no_such_weights", 224),
+    ("torchvision:efficientnet_b1", "some.pth", 240),
+    ("torchvision:efficientnet_b1", "torchvision:efficientnet_b1:IMAGENET1K_V2", 240),
+    ("torchvision:resnet18", "torchvision:resnet18:IMAGENET1K_V1", 224),
+    ("partialhn:slim_resnet18", "some.pth", 32),
+    ("timm:tf_efficientnet_lite0", "train", 32),
+    ("resnet18", "some.pth", 32),
+])
+def test_without_a_size_images_are_as_the_weights_expect_them(backbone, trunk, size):
+    config = Config(backbone=BackboneConfig(backbone=backbone, trunk=trunk))
+    assert config.data.input_size == size
+    asked = dataclasses.replace(config, data=DataConfig(input_size=64))
+    assert asked.data.input_size == 64
+    assert Config.from_dict(config.to_dict()) == config
