@@ -22,7 +22,7 @@ from tyro.conf import Positional
 import partialhn
 from partialhn.config import Config
 from partialhn.environment import VARIABLES
-from partialhn.presets import PRESETS
+from partialhn.presets import PRESETS, preset
 from pipelines.cli.main import COMMANDS
 from pipelines.gate import Policy
 from pipelines.retrain.validate import ArrivalPolicy
@@ -109,7 +109,7 @@ def configuration_page() -> str:
                   *option_table(section, dataclasses.fields(section), keys=True)]
     lines += ["## Presets", "", "`--preset NAME` starts from one of these. What differs from the "
               "defaults:", "", "| preset | values |", "|---|---|"]
-    lines += [f"| `{name}` | {differences(config)} |" for name, config in PRESETS.items()]
+    lines += [f"| `{name}` | {differences(preset(name))} |" for name in PRESETS]
     for title, kind, text in (
             ("Policy", Policy, "The file of `retrain --policy`. `null` does not ask."),
             ("Policy, section inbox", ArrivalPolicy, "Limits on what arrives.")):

@@ -555,9 +555,17 @@ class Config(Sections):
 
 
 def load_config(path: str | Path) -> Config:
-    """Reads a YAML file with the sections of `Config` and their keys, all optional.
+    """The configuration of a YAML file, which has the sections of `Config` and their keys, all
+    optional.
 
     Raises: InputError for a missing file, broken YAML, an unknown key or a wrong type.
+    """
+    return Config.of(load_sections(path))
+
+
+def load_sections(path: str | Path) -> Sections:
+    """The sections of a YAML file, as `load_config` reads them. What they leave open is still open,
+    so that a command's own options can decide it.
     """
     try:
         content = Path(path).read_bytes()
@@ -572,7 +580,7 @@ def load_config(path: str | Path) -> Config:
         sections = ", ".join(field.name for field in dataclasses.fields(Config))
         raise InputError(f"configuration file {str(path)!r} holds {type(values).__name__}; "
                          f"allowed: the sections {sections}")
-    return Config.from_dict(values)
+    return typing.cast(Sections, build(Sections, values, ""))
 
 
 def build(kind: Any, values: Mapping[str, Any], where: str) -> Any:

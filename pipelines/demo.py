@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from partialhn.config import Config
-from partialhn.presets import PRESETS
+from partialhn.presets import preset
 from pipelines.settings import OutputConfig
 
 NAME = "digits"
@@ -16,7 +16,7 @@ KEPT = ("features", "trunks", "datasets")
 
 def demo_config(size: str = "full") -> Config:
     """The demo's configuration; `small` has fewer epochs and no baselines."""
-    config = PRESETS["digits"]
+    config = preset("digits")
     if size == "full":
         return config
     return dataclasses.replace(

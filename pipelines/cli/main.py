@@ -17,11 +17,11 @@ from tyro.conf import OmitArgPrefixes
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from partialhn import __version__
-from partialhn.config import Config, DeviceName, Sections, load_config
+from partialhn.config import Config, DeviceName, Sections, load_sections
 from partialhn.errors import InputError, IntegrityError
 from partialhn.json_files import read_object
 from partialhn.plugins import Table
-from partialhn.presets import preset
+from partialhn.presets import preset_sections
 from pipelines.cli import (
     backbones,
     doctor,
@@ -345,7 +345,7 @@ def _configured(words: list[str]) -> tuple[list[str], dict[str, Any]]:
                                       dataclasses.fields(kind) if field.name in sections})}
 
 
-def _take_config(words: list[str]) -> tuple[list[str], Config | None]:
+def _take_config(words: list[str]) -> tuple[list[str], Sections | None]:
     """Removes --config FILE or --preset NAME from the words; returns their configuration, too.
 
     Raises: InputError if both are given, or one of them twice.
@@ -362,5 +362,5 @@ def _take_config(words: list[str]) -> tuple[list[str], Config | None]:
         if second:
             raise InputError("--config or --preset is given more than once; allowed: one of them, "
                              "once")
-        return other_words, load_config(value) if option == "--config" else preset(value)
+        return other_words, (load_sections if option == "--config" else preset_sections)(value)
     return words, None

@@ -53,7 +53,7 @@ from partialhn.networks.cut import CutNetwork
 from partialhn.networks.precision import configure_torch
 from partialhn.networks.trunk import images_together
 from partialhn.predict import Predictor
-from partialhn.presets import PRESETS
+from partialhn.presets import preset
 from partialhn.run import StreamRun
 from partialhn.training.image_batches import Labelled
 from partialhn.training.pretrain import network_optimiser, train_network
@@ -347,7 +347,7 @@ def own_bytes() -> int:
 
 def the_main_job(goals: Goals, folder: Path, cifar10: Path | None) -> None:
     """Point 5: the main job of the README at full length, in this process."""
-    config = PRESETS["split-cifar10"]
+    config = preset("split-cifar10")
     small = not cuda(goals)
     data = cifar10 or made_images(folder / "cifar", 400 if small else 50_000)
     config = dataclasses.replace(

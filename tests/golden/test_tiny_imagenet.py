@@ -7,7 +7,7 @@ import pytest
 
 from partialhn.config import Config
 from partialhn.naming import named_sections
-from partialhn.presets import PRESETS
+from partialhn.presets import preset
 from pipelines.settings import OutputConfig
 
 NAME = "split-tiny-imagenet-5x10"
@@ -20,7 +20,7 @@ def test_the_recorded_result_keeps_what_the_preset_promises():
     assert RECORDED["forgetting"] <= 0.01
     assert RECORDED["acc"] >= RECORDED["bounds"]["separate_heads"]["acc"] - 0.02
     assert RECORDED["bounds"]["naive"]["forgetting"] > 0.1
-    assert RECORDED["hypernet"] == named_sections(PRESETS[NAME])["hypernet"]
+    assert RECORDED["hypernet"] == named_sections(preset(NAME))["hypernet"]
 
 
 @pytest.mark.slow
@@ -28,7 +28,7 @@ def test_the_recorded_result_keeps_what_the_preset_promises():
 def test_the_preset_gives_the_recorded_result(tmp_path, ray_cluster, image_sets):
     from pipelines.train import train
 
-    values = PRESETS[NAME].to_dict()
+    values = preset(NAME).to_dict()
     values["data"]["data"] = str(image_sets / "tiny-imagenet-32")
     result = train(Config.from_dict(values), OutputConfig(
         name="tiny", storage=str(tmp_path), result=str(tmp_path / "result.json")))

@@ -16,6 +16,7 @@ from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import hash_tensors
 from partialhn.networks.torchvision_weights import torchvision_pixels
 from partialhn.pixels import Pixels
+from pipelines.cli.main import _parse
 
 
 def fingerprint(network, depth=4):
@@ -321,3 +322,19 @@ def test_without_a_size_images_are_as_the_weights_expect_them(backbone, trunk, s
     asked = dataclasses.replace(config, data=DataConfig(input_size=64))
     assert asked.data.input_size == 64
     assert Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("begin", [["--config", "c.yaml"], ["--preset", "split-cifar10"]])
+def test_what_a_file_or_preset_leaves_open_is_decided_by_the_options_beside_it(
+        begin, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("data: {tasks: 2}\n", encoding="utf-8")
+    words = ["train", *begin, "--data", "DATA"]
+    elsewhere = ["--backbone", "timm:convnext_tiny", "--trunk", "some.safetensors"]
+    here, there = (Config.of(_parse([*words, *options])) for options in ([], elsewhere))
+    assert (here.data.input_size, here.hypernet.starts_from) == (32, "first")
+    assert (there.data.input_size, there.hypernet.starts_from) == (224, "network")
+    (tmp_path / "c.yaml").write_text("data: {input_size: 32}\nhypernet: {starts_from: first}\n",
+                                     encoding="utf-8")
+    said = Config.of(_parse(["train", "--config", "c.yaml", "--data", "DATA", *elsewhere]))
+    assert (said.data.input_size, said.hypernet.starts_from) == (32, "first")
