@@ -28,6 +28,9 @@ SHRINKAGES = tuple(10.0 ** (power / 4) for power in range(-12, 9))
 """Isotropic parts of the covariance that are tried, in units of its mean eigenvalue."""
 TOLERANCE = 0.02
 """Share by which the squared error may exceed the least (`docs/measurements/task-inference.md`)."""
+LEAST_FREEDOM = 0.05
+"""Share of its freedom that a fit must leave for its predicted error to count: a fit that leaves
+less reproduces its images, and rounding in the sums decides what is left."""
 LEAST_SHARP, SHARPEST = 1e-3, 100.0
 """Smallest and largest factor on the scores."""
 PRECISION, STEPS = 1e-6, 20
@@ -185,7 +188,7 @@ def _ridge(covariance_DD: Tensor, around_PD: Tensor,
         shrunk_R = values_R + _penalty(covariance_DD, shrinkage, images)
         residual = classes - 1 - (signal_R * (2 - values_R / shrunk_R) / shrunk_R).sum()
         freedom = 1 - (1 + (values_R / shrunk_R).sum()) / images
-        return float(residual / freedom**2) if freedom > 0 else math.inf
+        return float(residual.clamp_min(0) / freedom**2) if freedom >= LEAST_FREEDOM else math.inf
 
     errors = [error(shrinkage) for shrinkage in SHRINKAGES]
     best, least = SHRINKAGES[-1], min(errors)

@@ -14,11 +14,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from partialhn.config import Config, build, load_config
+from partialhn.config import Config, build, load_sections
 from partialhn.data.experience import arrival_of, task_of
 from partialhn.errors import InputError
 from partialhn.naming import digest_text
-from partialhn.presets import preset
+from partialhn.presets import preset_sections
 from partialhn.run import check, with_depth_number
 from partialhn.training.result import Clock
 from pipelines.gate import Policy, read_policy
@@ -118,14 +118,17 @@ def _config(settings: RetrainConfig, founded: Mapping[str, Any] | None) -> Confi
 
     Raises: InputError for a given value that would change the stream.
     """
-    given = (load_config(settings.config) if settings.config
-             else preset(settings.preset) if settings.preset else None)
-    given = with_depth_number(given) if given else None
+    first = Config.from_dict(founded) if founded is not None else None
+    sections = (load_sections(settings.config) if settings.config
+                else preset_sections(settings.preset) if settings.preset else None)
+    if sections and first and not sections.data.input_size:  # it was decided when the stream began
+        sections = dataclasses.replace(sections, data=dataclasses.replace(
+            sections.data, input_size=first.data.input_size))
+    given = with_depth_number(Config.of(sections)) if sections else None
     if given is not None and given.train.compare:
         given = dataclasses.replace(given, train=given.train.alone())
-    if founded is None:
+    if first is None:
         return given or with_depth_number(Config())
-    first = Config.from_dict(founded)
     if given is None:
         return first
     fixed = [("data", "input_size"), ("data", "stream_seed"), ("train", "strategy"),

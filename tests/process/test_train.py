@@ -60,6 +60,7 @@ send = local.ProcessHost.send
 def shown(self, strategy, record):
     line = f"SENT {strategy} {record.task_index} {getattr(record, 'epoch', 'end')};"
     sys.stdout.write(line)  # one write: the thread that follows prints meanwhile
+    sys.stdout.flush()  # before the process may be killed
     send(self, strategy, record)
 local.ProcessHost.send = shown
 """

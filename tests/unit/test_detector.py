@@ -474,6 +474,22 @@ def test_few_images_give_the_same_classifier_by_a_smaller_eigenproblem(images, m
     torch.testing.assert_close(found.weight_MD, whole.weight_MD, rtol=1e-4, atol=1e-4)
 
 
+def test_fewer_images_than_features_choose_a_shrinkage_that_rounding_does_not_decide():
+    """Two classes that a fit without shrinkage reproduces: its error is a quotient of roundings."""
+    draw = torch.Generator().manual_seed(0)
+    x_ND = 0.2 * torch.randn(54, 660, generator=draw).double()
+    y_N = torch.arange(54) % 2
+    x_ND[y_N == 1, :20] += 0.5
+    mean_MD = torch.stack([x_ND[y_N == label].mean(0).half().double() for label in range(2)])
+    scatter_DD = torch.round((x_ND - mean_MD[y_N]).T @ (x_ND - mean_MD[y_N]) / UNIT) * UNIT
+    solved = fit(scatter_DD, 54, mean_MD, x_ND[:12], y_N[:12], 160)
+    assert SHRINKAGES[0] < solved.shrinkage
+    new_ND = 0.2 * torch.randn(200, 660, generator=draw).double()
+    new_ND[100:, :20] += 0.5
+    right = solved.log_probabilities(new_ND).argmax(1) == torch.arange(200) // 100
+    assert right.double().mean() > 0.9
+
+
 @pytest.mark.parametrize("kept", [19, 60, 400])
 def test_another_known_image_is_beyond_the_threshold_as_often_as_asked(kept):
     draws = torch.randn(4000, kept + 1, generator=torch.Generator().manual_seed(kept)).double()

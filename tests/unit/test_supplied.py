@@ -17,6 +17,8 @@ from partialhn.networks.tensors import hash_tensors
 from partialhn.networks.torchvision_weights import torchvision_pixels
 from partialhn.pixels import Pixels
 from pipelines.cli.main import _parse
+from pipelines.retrain.run import _config
+from pipelines.settings import RetrainConfig
 
 
 def fingerprint(network, depth=4):
@@ -338,3 +340,17 @@ def test_what_a_file_or_preset_leaves_open_is_decided_by_the_options_beside_it(
                                      encoding="utf-8")
     said = Config.of(_parse(["train", "--config", "c.yaml", "--data", "DATA", *elsewhere]))
     assert (said.data.input_size, said.hypernet.starts_from) == (32, "first")
+
+
+def test_a_stream_keeps_the_size_that_it_began_with(tmp_path):
+    """Earlier releases took 32 pixels whatever the weights expected."""
+    file = tmp_path / "c.yaml"
+    text = "backbone: {backbone: 'timm:convnext_tiny', trunk: some.safetensors, freeze_depth: 3}\n"
+    file.write_text(text, encoding="utf-8")
+    settings = RetrainConfig(name="s", config=str(file))
+    begun = dataclasses.replace(_config(settings, None), data=DataConfig(input_size=32))
+    assert _config(settings, None).data.input_size == 224
+    assert _config(settings, begun.to_dict()).data.input_size == 32
+    file.write_text(f"data: {{input_size: 64}}\n{text}", encoding="utf-8")
+    with pytest.raises(InputError, match=r"data\.input_size is 64, .* started with 32"):
+        _config(settings, begun.to_dict())
