@@ -19,7 +19,12 @@ import yaml
 from partialhn.errors import InputError
 from partialhn.features.table import NUMBER_TYPES
 from partialhn.naming import digest, named_sections
-from partialhn.networks.table import BACKBONES, cut_at_every_block, expected_size
+from partialhn.networks.table import (
+    BACKBONES,
+    begins_elsewhere,
+    cut_at_every_block,
+    expected_size,
+)
 from partialhn.plugins import Table
 from partialhn.strategies.table import TABLE as STRATEGIES
 from partialhn.strategies.table import check_options, needs_every_task, options_of
@@ -507,8 +512,7 @@ class Config(Sections):
             size = expected_size(self.backbone.backbone, self.backbone.trunk)
             object.__setattr__(self, "data", dataclasses.replace(self.data, input_size=size))
         if self.hypernet.starts_from == "auto":
-            elsewhere = (self.backbone.trunk != "train"
-                         and cut_at_every_block(self.backbone.backbone))
+            elsewhere = begins_elsewhere(self.backbone.backbone, self.backbone.trunk)
             object.__setattr__(self, "hypernet", dataclasses.replace(
                 self.hypernet, starts_from="network" if elsewhere else "first"))
 

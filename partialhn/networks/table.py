@@ -52,13 +52,20 @@ def cut_at_every_block(name: str) -> bool:
     return ":" in name
 
 
+def begins_elsewhere(name: str, trunk: str) -> bool:
+    """Whether a network begins with weights that were trained elsewhere and is cut at every block:
+    tasks and images then are as these weights want them, where nobody says otherwise.
+    """
+    return trunk != "train" and cut_at_every_block(name)
+
+
 def expected_size(name: str, trunk: str) -> int:
     """Side of the images, in pixels, where nobody says it: that of the weights of a trunk that was
     trained elsewhere, where the network is cut at every block. Networks of 0.1.0 keep its default.
 
     Raises: InputError where the library of the network is not installed.
     """
-    if trunk == "train" or not cut_at_every_block(name):
+    if not begins_elsewhere(name, trunk):
         return PLAIN_SIZE
     of_weights = cast(Callable[[str, str], int], load_object(
         "partialhn.networks.sizes:expected_size", "the size of a network's images"))

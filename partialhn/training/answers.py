@@ -44,8 +44,8 @@ def network_features(strategy: Strategy, features: FeatureSet) -> Tensor:
     norm = strategy.reference_norm
     assert norm is not None, "tasks start from the network's own weights"
     strategy.eval()
-    return torch.cat(_batches(features, norm.device, 256, None, lambda z_BCHW: (
-        strategy.reference_features(z_BCHW, norm, [-1])[0]))).cpu()
+    return _in_batches(features, norm.device, 256, None, lambda z_BCHW: (
+        strategy.reference_features(z_BCHW, norm, [-1])[0]))
 
 
 @torch.no_grad()
@@ -55,15 +55,15 @@ def _outputs(strategy: Strategy, task_index: int, features: FeatureSet,
     """What `compute` makes of the images; the task's weights are generated once."""
     strategy.eval()
     weights = strategy.weights(task_index)
-    parts = _batches(features, weights.bias_K.device, batch_size, rows_N,
-                     lambda z_BCHW: compute(z_BCHW, weights))
+    outputs_N = _in_batches(features, weights.bias_K.device, batch_size, rows_N,
+                            lambda z_BCHW: compute(z_BCHW, weights))
     y_N = features.y_N.cpu()
-    return torch.cat(parts).cpu(), y_N if rows_N is None else y_N[rows_N.cpu()]
+    return outputs_N, y_N if rows_N is None else y_N[rows_N.cpu()]
 
 
-def _batches(features: FeatureSet, device: torch.device, batch_size: int, rows_N: Tensor | None,
-             compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What `compute` makes of each batch of the plain view; default: of all images."""
+def _in_batches(features: FeatureSet, device: torch.device, batch_size: int,
+                rows_N: Tensor | None, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `compute` makes of the plain view, batch by batch, on the CPU; default: all images."""
     features = features if device.type == "cpu" else resident(features, device)
     if rows_N is None:
         rows_N = torch.arange(len(features))
@@ -71,7 +71,7 @@ def _batches(features: FeatureSet, device: torch.device, batch_size: int, rows_N
     for rows_B in torch.split(rows_N.to(features.y_N.device), batch_size):
         parts.append(compute(features.gather(rows_B, torch.zeros_like(rows_B)).to(device)))
     wait_for(device)
-    return parts
+    return torch.cat(parts).cpu()
 
 
 def resident(features: FeatureSet, device: torch.device) -> FeatureSet:

@@ -70,8 +70,10 @@ def solve(strategy: Strategy, sets: list[FeatureSet], classes: int) -> Solved:
     """Ridge regression on the images of some sets, on the features that leave-one-out prefers."""
     y_N = torch.cat([features.y_N.cpu() for features in sets])
     found: list[tuple[float, Solved]] = []
-    network = strategy.reference_norm is not None and len(y_N) <= FEW_FOR_NETWORK * classes
-    for side in ([None] if network else []) + _sides(sets[0], len(y_N)):
+    sides: list[int | None] = [*_sides(sets[0], len(y_N))]
+    if strategy.reference_norm is not None and len(y_N) <= FEW_FOR_NETWORK * classes:
+        sides.insert(0, None)
+    for side in sides:
         classifier = fit_ridge(seen(strategy, sets, side), y_N, classes)
         loss = held_out_loss(classifier.left_out_NK, y_N)
         right = accuracy(classifier.left_out_NK, y_N)
@@ -93,7 +95,7 @@ def take(strategy: Strategy, task_index: int, solved: Solved) -> None:
         strategy.take_linear(task_index, solved.classifier)
 
 
-def _sides(features: FeatureSet, images: int) -> list[int | None]:
+def _sides(features: FeatureSet, images: int) -> list[int]:
     channels, height, width = features.shape_CHW
     return [side for side in SIDES if side == 1 or (
         side <= min(height, width) and min(images, channels * side * side) <= LARGEST)]

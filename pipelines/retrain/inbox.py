@@ -135,11 +135,11 @@ class Inbox:
             parts = [name for name in self._listing.folders(folder)
                      if split_of_folder(name) is None and not is_junk(name)
                      and not name.startswith("_")]
-            candidates = [("", folder)] + [(part, f"{folder}/{part}") for part in parts]
+            candidates = [(task, "", folder)] + [
+                (f"{task}/{part}", part, f"{folder}/{part}") for part in parts]
             left: list[str] = []
             before = len(arrivals) + len(waiting)
-            for part, candidate in candidates:
-                slot = f"{task}/{part}" if part else task
+            for slot, part, candidate in candidates:
                 if slot in learned:
                     if self._differs(task, part, candidate, learned[slot]):
                         not_used.append(_not_used(task, slot, learned[slot]))
@@ -156,9 +156,9 @@ class Inbox:
                 waiting.append(f"{task}: the images in its folders {', '.join(left[:5])} belong to "
                                f"no arrival; allowed: {task}/train/<class>/<image>, or "
                                f"{task}/NAME/train/<class>/<image> with {READY} in NAME")
-            elif (len(arrivals) + len(waiting) == before and self._storage.exists(
-                    f"{folder}/{READY}") and not learned.keys() & {
-                        f"{task}/{part}" if part else task for part, _ in candidates}):
+            elif (len(arrivals) + len(waiting) == before
+                  and not any(slot in learned for slot, _, _ in candidates)
+                  and self._storage.exists(f"{folder}/{READY}")):
                 waiting.append(f"{task}: has {READY}, but its folders hold no images")
         return Contents(sorted(arrivals, key=_order), waiting, not_used)
 
