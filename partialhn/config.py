@@ -10,7 +10,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -35,7 +35,7 @@ ClassOrder = Literal["shuffled", "given"]
 Compression = Literal["none", "lz4"]
 DeviceName = Literal["auto", "cpu", "gpu"]
 Generator = Literal["columns", "bilinear", "additive"]
-Norm = Literal["batch", "instance", "group", "layer"]
+Norm = Literal["auto", "batch", "network", "instance", "group", "layer"]
 Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
 StreamKind = Literal["classes", "domains"]
@@ -311,10 +311,13 @@ class HypernetConfig:
     residual: bool = True
     """Whether the hypernetwork generates the difference to a head that the first task trains;
     columns always do."""
-    norm: Norm = "batch"
+    norm: Norm = "auto"
     """Normalisation inside the head. batch: by batch statistics while a task is learned, folded
-    into its scales and shifts afterwards. instance, group, layer: by the statistics of each image
-    alone."""
+    into its scales and shifts afterwards. network: batch norm with the statistics that the network
+    has, so a head starts as the network's own; its classifier then starts as ridge regression on
+    the features of this head, and its learning rate is lower. instance, group, layer: by the
+    statistics of each image alone. auto: network where tasks start from the network, otherwise
+    batch."""
     norm_groups: int = 8
     """Number of channel groups (norm group only)."""
     beta: float = 0.05
@@ -502,6 +505,11 @@ FIRST_VALUES: Mapping[str, Mapping[str, Any]] = {
 """Defaults of version 0.1.0 that are None today: the value is then chosen for each task."""
 
 
+LEFT_OPEN: Sequence[tuple[str, str, Any]] = (
+    ("data", "input_size", 0), ("hypernet", "starts_from", "auto"), ("hypernet", "norm", "auto"))
+"""Section, name and value of the options that `Config` decides where they have this value."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(Sections):
     """One stream, completely described."""
@@ -515,6 +523,10 @@ class Config(Sections):
             elsewhere = begins_elsewhere(self.backbone.backbone, self.backbone.trunk)
             object.__setattr__(self, "hypernet", dataclasses.replace(
                 self.hypernet, starts_from="network" if elsewhere else "first"))
+        if self.hypernet.norm == "auto":
+            network = self.hypernet.starts_from == "network"
+            object.__setattr__(self, "hypernet", dataclasses.replace(
+                self.hypernet, norm="network" if network else "batch"))
 
     @staticmethod
     def of(sections: FeatureSections) -> "Config":

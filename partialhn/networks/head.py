@@ -113,6 +113,8 @@ class Head(nn.Module):
         self.passed_on = cut.layout
         """Order of the dimensions of what the blocks give. They take pixels as maps in any case."""
         self._at_pixels, self.is_linear = not len(cut.trunk.stages), False
+        self.keeps_statistics = norm == "network"
+        """Whether batch norms use the network's own statistics while a task is learned."""
         self._feature_channels = cut.channels
         self._channels_last = self._layout == "BCHW" and prefers_channels_last(cut.stages)
         self.matrices: tuple[GeneratedTensor, ...] = ()
@@ -137,6 +139,8 @@ class Head(nn.Module):
         batch = [layer for layer in layers.values() if isinstance(layer, TaskBatchNorm)]
         self._set_statistics(_names(layers, "mean", "variance") if batch else [], widths,
                              [layer.epsilon for layer in batch])
+        self.register_buffer("network_statistics", running_statistics(cut.stages) if
+                             self.keeps_statistics else None, persistent=False)
         taken = {*self._vector_names, *(tensor.name for tensor in self.matrices)}
         self._keep(cut.stages, {name for name, _ in blocks.named_parameters()} - taken, blocks)
         # kept from nn.Module's registry: the skeleton's parameters are nobody's weights
@@ -168,13 +172,15 @@ class Head(nn.Module):
             self._kept.append((name, buffer))
 
     def train(self, mode: bool = True) -> "Head":
-        """Batch norm of maps uses the batch's own statistics while training.
+        """Batch norm of maps uses the batch's own statistics while training, unless the head
+        `keeps_statistics`.
 
         Batch norm of vectors, which some networks have before the classifier, keeps the network's
         statistics: they belong to no task.
         """
+        kept = ((nn.BatchNorm1d, TaskBatchNorm) if self.keeps_statistics else (nn.BatchNorm1d,))
         for layer in self.blocks.train(mode).modules():
-            if isinstance(layer, nn.BatchNorm1d):
+            if isinstance(layer, kept):
                 layer.eval()
         return super().train(mode)
 
@@ -192,7 +198,7 @@ class Head(nn.Module):
 
     def _become_linear(self, width: int) -> None:
         self.width, self.matrices, self._layout, self.is_linear = width, (), "BCHW", True
-        self._kept = []
+        self._kept, self.keeps_statistics = [], False
         self._set_vectors(_names(["1"], "weight", "bias"), [(width,), (width,)])
         norm = TaskBatchNorm(width)
         self._set_statistics(_names(["1"], "mean", "variance"), [width], [norm.epsilon])
@@ -214,9 +220,14 @@ class Head(nn.Module):
         return dict(zip(names, matrices, strict=True))
 
     def first_statistics(self) -> Tensor | None:
-        """Means of zero, then variances of one, for a task about to be learned with batch norm."""
-        return (_halves(0.0, 1.0, 2 * sum(self._statistic_widths)) if self._statistic_names
-                else None)
+        """Means, then variances, for a task about to be learned with batch norm: zero and one, or
+        the network's own.
+        """
+        if not self._statistic_names:
+            return None
+        if self.keeps_statistics:
+            return self.get_buffer("network_statistics").clone()
+        return _halves(0.0, 1.0, 2 * sum(self._statistic_widths))
 
     def fold(self, norm: Tensor, statistics: Tensor) -> Tensor:
         """The vectors whose scales and shifts alone equal batch norm with these statistics."""
@@ -373,10 +384,8 @@ def head_start(cut: CutNetwork, norm: Norm, seed: int, generate: str = "all") ->
     norms = [layer for layer in blocks.modules() if isinstance(layer, nn.BatchNorm2d)]
     scales = [layer.weight.detach() for layer in norms]
     shifts = [layer.bias.detach() for layer in norms]
-    kept = [value for part in ("running_mean", "running_var") for layer in norms
-            if (value := getattr(layer, part)) is not None]
-    statistics = torch.cat([value.detach() for value in kept]) if kept else torch.empty(0)
-    if norm != "batch" and norms:
+    other_norm = norms and norm not in ("batch", "network")
+    if other_norm:
         with seeded(seed):
             chosen = [nn.init.kaiming_normal_(torch.empty(value.shape), mode="fan_out",
                                               nonlinearity="relu") for value in chosen]
@@ -386,7 +395,14 @@ def head_start(cut: CutNetwork, norm: Norm, seed: int, generate: str = "all") ->
     others = [value.detach().flatten() for value in blocks.parameters()
               if id(value) not in own | matrix_ids and is_vector(value)]
     return HeadStart(chosen, torch.cat([*scales, *shifts, *others]),
-                     statistics if norm == "batch" or not norms else None)
+                     None if other_norm else running_statistics(blocks))
+
+
+def running_statistics(blocks: nn.Module) -> Tensor:
+    """Running means, then variances, of all batch norms of maps; empty where there are none."""
+    values = [value for part in ("running_mean", "running_var") for layer in blocks.modules()
+              if isinstance(layer, nn.BatchNorm2d) and (value := getattr(layer, part)) is not None]
+    return torch.cat([value.detach() for value in values]) if values else torch.empty(0)
 
 
 def check_feature_size(norm: Norm, cut: CutNetwork, input_size: int) -> None:
@@ -413,7 +429,7 @@ def _replace_norms(module: nn.Module, norm: Norm, norm_groups: int) -> None:
             continue
         width = child.num_features
         replacement: nn.Module = TaskBatchNorm(width, child.eps)
-        if norm != "batch":
+        if norm not in ("batch", "network"):
             groups = {"instance": width, "layer": 1, "group": norm_groups}[norm]
             if width % groups:
                 raise InputError(f"norm_groups is {norm_groups}; allowed: a divisor of every width "

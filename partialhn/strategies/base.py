@@ -24,6 +24,10 @@ LINEAR_RATE = 10.0
 """Factor on the learning rate where the head is one linear layer: at the rate that suits
 convolutions it is far from trained when the epochs are over
 (`docs/measurements/learning-rates.md`)."""
+NETWORK_RATE = 0.3
+"""Factor on the learning rate where a head keeps the network's statistics: without those of the
+batch, which cancel the size of the weights, the full rate diverges
+(`docs/measurements/pretrained.md`)."""
 
 
 class Strategy(nn.Module):
@@ -289,7 +293,8 @@ class Strategy(nn.Module):
         of a short experience (`peak`) and of a long one (`long_peak`).
         """
         trainable = [value for value in self.parameters() if value.requires_grad]
-        peak = (1.0 if self.head.matrices else LINEAR_RATE) * learning_rate
+        peak = learning_rate * (NETWORK_RATE if self.head.keeps_statistics
+                                else 1.0 if self.head.matrices else LINEAR_RATE)
         return [{"params": trainable, "peak": peak, "long_peak": peak}]
 
     def experience_state(self) -> dict[str, Tensor]:

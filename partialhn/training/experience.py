@@ -30,7 +30,7 @@ from partialhn.training.budget import BestState, Budget, held_out_loss, task_bud
 from partialhn.training.choice import can_choose, few_images, is_chosen, seen, solve, take
 from partialhn.training.optimiser import learning_rates
 from partialhn.training.records import EpochRecord
-from partialhn.training.refit import average_with_ridge
+from partialhn.training.refit import average_with_ridge, start_at_ridge
 from partialhn.training.steps import Objective, StepRecorder, Steps
 
 
@@ -72,6 +72,8 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
     if done and done[-1].ridge_accuracy is not None:
         return
     epochs_done = len(done)
+    if strategy.head.keeps_statistics and not done:
+        start_at_ridge(strategy, task_index, task.train)
     workers, best = workers or Workers(), best or BestState()
     budget = budget_of(strategy, task, config)
     run = _Run(strategy, task_index, task, config, optimiser, budget, workers, recorder,

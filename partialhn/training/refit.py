@@ -1,4 +1,7 @@
-"""A trained classifier, averaged with the one that ridge regression finds on the same features.
+"""Ridge regression on the features of a task's head, before and after the head is trained.
+
+Before, it is what the classifier starts from, where the head is the network's own. After, the
+trained classifier is averaged with it.
 
 A head and its classifier are trained together by gradient steps, and the steps of a small task end
 before the classifier fits its features. Ridge regression fits it at once, but knows squared errors
@@ -23,6 +26,15 @@ from partialhn.training.answers import embedded
 
 MOST_IMAGES = 16_384
 """Training images, spread over all, that ridge regression sees at most."""
+
+
+def start_at_ridge(strategy: Strategy, task_index: int, train: FeatureSet) -> None:
+    """Lets the classifier of a task that is about to be trained start as ridge regression on the
+    features of its head: with a random one, the first steps would distort them (Kumar et al. 2022).
+    """
+    x_NF, y_N = embedded(strategy, task_index, train, spread_over(len(train), MOST_IMAGES))
+    ridge = fit_ridge(x_NF, y_N, strategy.classes[task_index]).sharpened(y_N)
+    cast(Classifier, strategy.tasks[task_index]).set_classifier(ridge.weight_KF, ridge.bias_K)
 
 
 def average_with_ridge(strategy: Strategy, task_index: int, train: FeatureSet,

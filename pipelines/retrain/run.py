@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from partialhn.config import Config, build, load_sections
+from partialhn.config import LEFT_OPEN, Config, Sections, build, load_sections
 from partialhn.data.experience import arrival_of, task_of
 from partialhn.errors import InputError
 from partialhn.naming import digest_text
@@ -121,9 +121,8 @@ def _config(settings: RetrainConfig, founded: Mapping[str, Any] | None) -> Confi
     first = Config.from_dict(founded) if founded is not None else None
     sections = (load_sections(settings.config) if settings.config
                 else preset_sections(settings.preset) if settings.preset else None)
-    if sections and first and not sections.data.input_size:  # it was decided when the stream began
-        sections = dataclasses.replace(sections, data=dataclasses.replace(
-            sections.data, input_size=first.data.input_size))
+    if sections and first:
+        sections = _as_begun(sections, first)
     given = with_depth_number(Config.of(sections)) if sections else None
     if given is not None and given.train.compare:
         given = dataclasses.replace(given, train=given.train.alone())
@@ -141,6 +140,16 @@ def _config(settings: RetrainConfig, founded: Mapping[str, Any] | None) -> Confi
             raise InputError(f"{section}.{key} is {now!r}, but stream {settings.name!r} was "
                              f"started with {was!r}; allowed: the same, or another --name")
     return given
+
+
+def _as_begun(sections: Sections, first: Config) -> Sections:
+    """Sections in which what is left open is as it was decided when the stream began."""
+    for section, key, still_open in LEFT_OPEN:
+        if getattr(getattr(sections, section), key) == still_open:
+            options = dataclasses.replace(getattr(sections, section),
+                                          **{key: getattr(getattr(first, section), key)})
+            sections = dataclasses.replace(sections, **{section: options})
+    return sections
 
 
 @dataclasses.dataclass

@@ -104,8 +104,10 @@ def strategy_at(depth: int, earlier: int, config: HypernetConfig,
                 net: Net = SLIM) -> PartialHypernet:
     """Our strategy as it is while it learns a task after `earlier` others."""
     cut = net.cut(depth)
-    head = Head(cut, config.norm, config.norm_groups)
-    strategy = PartialHypernet(head, head_start(cut, config.norm, 0), Config(hypernet=config))
+    whole = Config(hypernet=config)
+    norm = whole.hypernet.norm
+    head = Head(cut, norm, config.norm_groups)
+    strategy = PartialHypernet(head, head_start(cut, norm, 0), whole)
     for task in range(earlier + 1):
         strategy.add_task(CLASSES)
         if task < earlier:

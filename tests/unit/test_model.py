@@ -17,11 +17,11 @@ from partialhn.strategies.separate_heads import SeparateHeads
 
 
 def hypernet(network, depth, **options):
-    config = dataclasses.replace(HypernetConfig(code_dim=8, fresh_columns=4, hidden=(6, 5),
-                                                channel_dim=4), **options)
-    cut = CutNetwork.of(network, depth)
-    head = Head(cut, config.norm, config.norm_groups)
-    return PartialHypernet(head, head_start(cut, config.norm, 0), Config(hypernet=config))
+    config = Config(hypernet=dataclasses.replace(
+        HypernetConfig(code_dim=8, fresh_columns=4, hidden=(6, 5), channel_dim=4), **options))
+    cut, norm = CutNetwork.of(network, depth), config.hypernet.norm
+    head = Head(cut, norm, config.hypernet.norm_groups)
+    return PartialHypernet(head, head_start(cut, norm, 0), config)
 
 
 def published_forward(strategy, network, depth, z_BCHW, task):
