@@ -72,12 +72,13 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
     if done and done[-1].ridge_accuracy is not None:
         return
     epochs_done = len(done)
+    start = time.perf_counter()
     if strategy.head.keeps_statistics and not done:
         start_at_ridge(strategy, task_index, task.train)
     workers, best = workers or Workers(), best or BestState()
     budget = budget_of(strategy, task, config)
     run = _Run(strategy, task_index, task, config, optimiser, budget, workers, recorder,
-               epochs_done)
+               epochs_done, start)
     for epoch in range(epochs_done + 1, budget.epochs + 1):
         if budget.patience is not None and budget.is_over(best.losses):
             break
@@ -110,7 +111,10 @@ class _Run:
 
     def __init__(self, strategy: Strategy, task_index: int, task: TaskFeatures,
                  config: TrainConfig, optimiser: torch.optim.Optimizer, budget: Budget,
-                 workers: Workers, recorder: StepRecorder | None, epochs_done: int) -> None:
+                 workers: Workers, recorder: StepRecorder | None, epochs_done: int,
+                 start: float) -> None:
+        """start: when the work began that the first of these epochs is to account for."""
+        self._start: float | None = start
         self.strategy, self.task_index, self.task, self.config = strategy, task_index, task, config
         self.budget, self.workers = budget, workers
         self.records: list[EpochRecord] = []
@@ -134,7 +138,8 @@ class _Run:
 
     def epoch(self, epoch: int) -> EpochRecord:
         """Runs the steps of one epoch. Raises: InputError if the loss is no longer finite."""
-        start, batches, workers = time.perf_counter(), self.batches, self.workers
+        start, self._start = self._start or time.perf_counter(), None
+        batches, workers = self.batches, self.workers
         self.strategy.train()
         totals = self.steps.terms_3.zero_()
         batches.begin((self.config.seed, self.task_index, epoch))
