@@ -113,8 +113,8 @@ class Head(nn.Module):
         self.passed_on = cut.layout
         """Order of the dimensions of what the blocks give. They take pixels as maps in any case."""
         self._at_pixels, self.is_linear = not len(cut.trunk.stages), False
-        self.keeps_statistics = norm == "network"
-        """Whether batch norms use the network's own statistics while a task is learned."""
+        self.keeps_statistics = False
+        """Whether a task is learned with the network's own batch norm statistics."""
         self._feature_channels = cut.channels
         self._channels_last = self._layout == "BCHW" and prefers_channels_last(cut.stages)
         self.matrices: tuple[GeneratedTensor, ...] = ()
@@ -125,6 +125,7 @@ class Head(nn.Module):
         _replace_norms(blocks, norm, norm_groups)
         self.matrices = tuple(GeneratedTensor(name, tuple(value.shape))
                               for name, value in chosen_matrices(cut, generate))
+        self.keeps_statistics = norm == "network" and bool(self.matrices)
         layers = {name: layer for name, layer in blocks.named_modules()
                   if isinstance(layer, TaskBatchNorm | nn.GroupNorm)
                   and layer.__dict__.get("replaced")}
