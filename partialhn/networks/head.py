@@ -32,6 +32,9 @@ from partialhn.networks.draws import seeded
 from partialhn.networks.hypernet import GeneratedTensor
 from partialhn.networks.precision import autocast_to
 
+BATCH_NORMS: tuple[Norm, ...] = ("batch", "network")
+"""Norms that are batch norm; the others take its place."""
+
 
 class HeadWeights(NamedTuple):
     """All weights of a head for one task: omega_t. N channels that batch norm normalises.
@@ -113,8 +116,6 @@ class Head(nn.Module):
         self.passed_on = cut.layout
         """Order of the dimensions of what the blocks give. They take pixels as maps in any case."""
         self._at_pixels, self.is_linear = not len(cut.trunk.stages), False
-        self.keeps_statistics = False
-        """Whether a task is learned with the network's own batch norm statistics."""
         self._feature_channels = cut.channels
         self._channels_last = self._layout == "BCHW" and prefers_channels_last(cut.stages)
         self.matrices: tuple[GeneratedTensor, ...] = ()
@@ -125,7 +126,6 @@ class Head(nn.Module):
         _replace_norms(blocks, norm, norm_groups)
         self.matrices = tuple(GeneratedTensor(name, tuple(value.shape))
                               for name, value in chosen_matrices(cut, generate))
-        self.keeps_statistics = norm == "network" and bool(self.matrices)
         layers = {name: layer for name, layer in blocks.named_modules()
                   if isinstance(layer, TaskBatchNorm | nn.GroupNorm)
                   and layer.__dict__.get("replaced")}
@@ -140,8 +140,9 @@ class Head(nn.Module):
         batch = [layer for layer in layers.values() if isinstance(layer, TaskBatchNorm)]
         self._set_statistics(_names(layers, "mean", "variance") if batch else [], widths,
                              [layer.epsilon for layer in batch])
-        self.register_buffer("network_statistics", running_statistics(cut.stages) if
-                             self.keeps_statistics else None, persistent=False)
+        if norm == "network" and self.matrices:
+            self.register_buffer("network_statistics", running_statistics(cut.stages),
+                                 persistent=False)
         taken = {*self._vector_names, *(tensor.name for tensor in self.matrices)}
         self._keep(cut.stages, {name for name, _ in blocks.named_parameters()} - taken, blocks)
         # kept from nn.Module's registry: the skeleton's parameters are nobody's weights
@@ -186,6 +187,11 @@ class Head(nn.Module):
         return super().train(mode)
 
     @property
+    def keeps_statistics(self) -> bool:
+        """Whether a task is learned with the network's own batch norm statistics."""
+        return "network_statistics" in self._buffers
+
+    @property
     def at_pixels(self) -> bool:
         """Whether nothing is frozen, so that features are images."""
         return self._at_pixels
@@ -199,7 +205,7 @@ class Head(nn.Module):
 
     def _become_linear(self, width: int) -> None:
         self.width, self.matrices, self._layout, self.is_linear = width, (), "BCHW", True
-        self._kept, self.keeps_statistics = [], False
+        self._kept = []
         self._set_vectors(_names(["1"], "weight", "bias"), [(width,), (width,)])
         norm = TaskBatchNorm(width)
         self._set_statistics(_names(["1"], "mean", "variance"), [width], [norm.epsilon])
@@ -385,7 +391,7 @@ def head_start(cut: CutNetwork, norm: Norm, seed: int, generate: str = "all") ->
     norms = [layer for layer in blocks.modules() if isinstance(layer, nn.BatchNorm2d)]
     scales = [layer.weight.detach() for layer in norms]
     shifts = [layer.bias.detach() for layer in norms]
-    other_norm = norms and norm not in ("batch", "network")
+    other_norm = norms and norm not in BATCH_NORMS
     if other_norm:
         with seeded(seed):
             chosen = [nn.init.kaiming_normal_(torch.empty(value.shape), mode="fan_out",
@@ -430,7 +436,7 @@ def _replace_norms(module: nn.Module, norm: Norm, norm_groups: int) -> None:
             continue
         width = child.num_features
         replacement: nn.Module = TaskBatchNorm(width, child.eps)
-        if norm not in ("batch", "network"):
+        if norm not in BATCH_NORMS:
             groups = {"instance": width, "layer": 1, "group": norm_groups}[norm]
             if width % groups:
                 raise InputError(f"norm_groups is {norm_groups}; allowed: a divisor of every width "
