@@ -10,7 +10,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -505,9 +505,25 @@ FIRST_VALUES: Mapping[str, Mapping[str, Any]] = {
 """Defaults of version 0.1.0 that are None today: the value is then chosen for each task."""
 
 
-LEFT_OPEN: Sequence[tuple[str, str, Any]] = (
-    ("data", "input_size", 0), ("hypernet", "starts_from", "auto"), ("hypernet", "norm", "auto"))
-"""Section, name and value of the options that `Config` decides where they have this value."""
+class LeftOpen(typing.NamedTuple):
+    """An option that may be left open, because other sections decide it."""
+
+    section: str
+    key: str
+    still_open: Any
+    """The value that leaves it open."""
+    decide: Callable[[Sections], Any]
+    """The value that the other sections make of it."""
+
+
+LEFT_OPEN: Sequence[LeftOpen] = (
+    LeftOpen("data", "input_size", 0, lambda given: expected_size(
+        given.backbone.backbone, given.backbone.trunk)),
+    LeftOpen("hypernet", "starts_from", "auto", lambda given: (
+        "network" if begins_elsewhere(given.backbone.backbone, given.backbone.trunk) else "first")),
+    LeftOpen("hypernet", "norm", "auto", lambda given: (
+        "network" if given.hypernet.starts_from == "network" else "batch")))
+"""The options that `Config` decides where they are left open; later ones may need earlier ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -516,17 +532,11 @@ class Config(Sections):
 
     def __post_init__(self) -> None:
         """Decides what is left open in one section and depends on another."""
-        if not self.data.input_size:
-            size = expected_size(self.backbone.backbone, self.backbone.trunk)
-            object.__setattr__(self, "data", dataclasses.replace(self.data, input_size=size))
-        if self.hypernet.starts_from == "auto":
-            elsewhere = begins_elsewhere(self.backbone.backbone, self.backbone.trunk)
-            object.__setattr__(self, "hypernet", dataclasses.replace(
-                self.hypernet, starts_from="network" if elsewhere else "first"))
-        if self.hypernet.norm == "auto":
-            network = self.hypernet.starts_from == "network"
-            object.__setattr__(self, "hypernet", dataclasses.replace(
-                self.hypernet, norm="network" if network else "batch"))
+        for section, key, still_open, decide in LEFT_OPEN:
+            options = getattr(self, section)
+            if getattr(options, key) == still_open:
+                object.__setattr__(self, section,
+                                   dataclasses.replace(options, **{key: decide(self)}))
 
     @staticmethod
     def of(sections: FeatureSections) -> "Config":

@@ -144,11 +144,12 @@ def _config(settings: RetrainConfig, founded: Mapping[str, Any] | None) -> Confi
 
 def _as_begun(sections: Sections, first: Config) -> Sections:
     """Sections in which what is left open is as it was decided when the stream began."""
-    for section, key, still_open in LEFT_OPEN:
-        if getattr(getattr(sections, section), key) == still_open:
-            options = dataclasses.replace(getattr(sections, section),
-                                          **{key: getattr(getattr(first, section), key)})
-            sections = dataclasses.replace(sections, **{section: options})
+    for section, key, still_open, _ in LEFT_OPEN:
+        options = getattr(sections, section)
+        if getattr(options, key) == still_open:
+            begun = {key: getattr(getattr(first, section), key)}
+            sections = dataclasses.replace(
+                sections, **{section: dataclasses.replace(options, **begun)})
     return sections
 
 

@@ -46,6 +46,9 @@ ONLY_WITH = {"hypernet.hidden": ("hypernet.generator", ("additive",)),
 DECIDING = {other for other, _ in ONLY_WITH.values()}
 """The keys whose value decides whether others have an effect."""
 MAX_COMBINATIONS = 200
+FASTEST, FASTEST_FROM_NETWORK = 3.0, 1.5
+"""Highest learning rate of the default space, as a multiple of the user's. Heads that keep the
+network's statistics diverge at 3.3 times the default (`docs/measurements/pretrained.md`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +163,7 @@ def default_space(base: Config, depths: Choice) -> Space:
     """
     hypernet, train = base.hypernet, base.train
     rate = train.learning_rate
+    fastest = FASTEST_FROM_NETWORK if hypernet.norm == "network" else FASTEST
     fresh, embedding = hypernet.fresh_columns, hypernet.embedding_dim
     beta = hypernet.beta or HypernetConfig().beta
     dimensions: dict[str, Dimension] = {
@@ -170,7 +174,7 @@ def default_space(base: Config, depths: Choice) -> Space:
         "hypernet.hidden": _choice(hypernet.hidden, (50, 32), (100, 64)),
         "hypernet.beta": Range(beta / 10, beta * 10, log=True, whole=False),
         "hypernet.norm": _choice(hypernet.norm, "batch", "instance", "group"),
-        "train.learning_rate": Range(rate / 3, rate * 3, log=True, whole=False),
+        "train.learning_rate": Range(rate / 3, rate * fastest, log=True, whole=False),
         "features.views": _choice(base.features.views, max(1, base.features.views // 2)),
     }
     if hypernet.starts_from == "network":

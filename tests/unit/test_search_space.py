@@ -31,6 +31,8 @@ def test_what_starts_from_the_networks_weights_keeps_their_norm():
     base = dataclasses.replace(BASE, hypernet=HypernetConfig(starts_from="network"))
     assert set(parse_space({}, base).dimensions) == {
         "backbone.freeze_depth", "hypernet.fresh_columns", "train.learning_rate", "features.views"}
+    assert parse_space({}, base).dimensions["train.learning_rate"].high == pytest.approx(
+        1.5 * base.train.learning_rate)  # above it such heads diverge
     asked = parse_space({"hypernet.norm": {"choice": ["batch", "group"]}}, base)
     assert asked.dimensions["hypernet.norm"] == Choice(("batch", "group"))
 
