@@ -25,7 +25,6 @@ from torch import Tensor
 
 from partialhn.data.experience import RESERVED
 from partialhn.detector.detector import Detector
-from partialhn.detector.statistics import HeadLogits
 from partialhn.detector.statistics import TaskStatistics as DetectorStatistics
 from partialhn.errors import InputError, IntegrityError
 from partialhn.features.feature_set import FeatureSet
@@ -181,9 +180,10 @@ class LearnedTask:
     """Index of its slot."""
     train: FeatureSet
     held_out: FeatureSet | None
-    """Images that its head has not learned from."""
     classes: int
-    head: HeadLogits
+    held_out_NK: Tensor | None
+    """What a head that has not learned from the held-out images gives for them, logits on the CPU;
+    None without such images."""
     seed: int = 0
     refreshes: int | None = None
     """Index of the earlier slot of the same task."""
@@ -193,7 +193,7 @@ class LearnedTask:
 def measure(inference: Inference, task: LearnedTask) -> dict[str, Tensor]:
     """The statistics of a task by name, for `add_measured` on this or another machine."""
     if isinstance(inference, Detector):
-        return inference.statistics(task.train, task.held_out, task.classes, task.head,
+        return inference.statistics(task.train, task.held_out, task.classes, task.held_out_NK,
                                     task.refreshes)._asdict()
     return statistics(task.train, task.place, task.seed)._asdict()
 

@@ -19,7 +19,6 @@ from partialhn.detector.expansion import Embed, Expansion, expansion_of
 from partialhn.detector.solved import Answer, Solved, solve
 from partialhn.detector.statistics import (
     NO_ENERGY,
-    HeadLogits,
     TaskStatistics,
     scatter_again,
     statistics,
@@ -99,14 +98,14 @@ class Detector:
             self.expansion = Expansion.from_tensor(self.expansion.tensor(), self._embed)
 
     def statistics(self, train: FeatureSet, held_out: FeatureSet | None, classes: int,
-                   head: HeadLogits | None = None, refreshes: int | None = None) -> TaskStatistics:
+                   logits_NK: Tensor | None = None, refreshes: int | None = None) -> TaskStatistics:
         """The statistics of the next slot, for `add_task`.
 
         refreshes: the earlier slot of the same task, whose images are the first ones of `train`.
         Its scatter matrix is computed again and taken off; the result is the change of the sum.
         """
         expansion = self.expansion or expansion_of(train.shape_CHW, self.features, self._embed)
-        found = statistics(expansion, train, held_out, classes, head)
+        found = statistics(expansion, train, held_out, classes, logits_NK)
         if refreshes is None:
             return found
         before_P = scatter_again(expansion, train, self.slots[refreshes]["images"], classes)

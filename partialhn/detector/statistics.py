@@ -6,7 +6,6 @@ are exact: tasks give the same bits in any order, and a task that is taken out l
 Legend: N images, S sampled images, K classes of the task, D expanded features, P = D (D + 1) / 2.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,6 @@ FEW = 8
 """Fewer images than this say nothing about what is usual."""
 NO_ENERGY = torch.full((2,), torch.nan)
 """The energy of a head about which nothing is known."""
-HeadLogits = Callable[[Tensor], Tensor]
-"""A learned task's head: features z_BCHW to logits_BK."""
 
 
 class TaskStatistics(NamedTuple):
@@ -59,11 +56,12 @@ class TaskStatistics(NamedTuple):
 
 
 def statistics(expansion: Expansion, train: FeatureSet, held_out: FeatureSet | None, classes: int,
-               head: HeadLogits | None = None) -> TaskStatistics:
+               logits_NK: Tensor | None = None) -> TaskStatistics:
     """The statistics of a task, from the plain view of its images.
 
-    held_out: images that the head has not learned from; without any, some training images are left
-    out of the sums. head: None leaves the heads out of the calibration.
+    held_out: images that are in no sum; without any, some training images are left out of the sums.
+    logits_NK: what a head that has not learned from the held-out images gives for all of them; None
+    leaves the head out of the calibration.
     """
     count = len(train)
     validated = held_out is not None and len(held_out) > 0
@@ -73,8 +71,7 @@ def statistics(expansion: Expansion, train: FeatureSet, held_out: FeatureSet | N
     mean_KD, scatter_DD = _moments(expansion, train, rows_N, classes)
     h_SD, y_S = expanded(expansion, sample, rows_S)
     head_SK, factor, energy_2 = torch.empty(0, classes), 1.0, NO_ENERGY
-    if validated and head is not None:
-        logits_NK = _logits(sample, head)
+    if validated and logits_NK is not None:
         factor = sharpness(logits_NK.double(), sample.y_N.cpu())
         energy_N = (factor * logits_NK).logsumexp(1)
         head_SK = factor * logits_NK[rows_S]
@@ -147,12 +144,6 @@ def _moments(expansion: Expansion, features: FeatureSet, rows_N: Tensor,
     mean_KD = sum_KD / count_K[:, None]  # not a number for a class without images
     filled_KD = mean_KD.nan_to_num()
     return mean_KD, gram_DD - (filled_KD.T * count_K) @ filled_KD
-
-
-def _logits(features: FeatureSet, head: HeadLogits) -> Tensor:
-    """The head's logits_NK of the plain view of all images."""
-    return torch.cat([head(_plain(features, rows_B)).detach().float().cpu()
-                      for rows_B in torch.split(torch.arange(len(features)), BATCH)])
 
 
 def _plain(features: FeatureSet, rows_B: Tensor) -> Tensor:

@@ -75,11 +75,15 @@ class Ridge:
 
     def left_out(self, strength: float) -> Tensor:
         """(N, K) predictions of every image from all the others."""
-        # Closed form: the residual of the fit to all images, divided by 1 - leverage.
-        shrink_R = self._values_R / (self._values_R + strength)
-        leverage_N = 1 / len(self._left_NR) + (self._left_NR**2 * shrink_R).sum(1)
-        residual_NK = self._centred_NK - self._left_NR @ (shrink_R[:, None] * self._target_RK)
-        error_NK = residual_NK / (1 - leverage_N[:, None]).clamp_min(1e-6)
+        # Closed form: the residual of the fit to all images, divided by 1 - leverage. Of each
+        # direction both hold the share that the penalty leaves. With few images and a small
+        # penalty that is little, and 1 minus the rest of it would be rounding.
+        left_R, count = strength / (self._values_R + strength), len(self._left_NR)
+        outside_NK = self._centred_NK - self._left_NR @ self._target_RK
+        residual_NK = outside_NK + self._left_NR @ (left_R[:, None] * self._target_RK)
+        square_NR = self._left_NR**2
+        free_N = (1 - 1 / count - square_NR.sum(1)).clamp_min(0) + (square_NR * left_R).sum(1)
+        error_NK = residual_NK / free_N.clamp_min(1e-12)[:, None]
         left_out_NK: Tensor = self._centred_NK + self.bias_K - error_NK
         return left_out_NK
 

@@ -200,6 +200,23 @@ def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) ->
                        held_out, seconds, ridge_accuracy=ridge, solved=ridge is not None)
 
 
+def unseen_logits(strategy: Strategy, task_index: int, task: TaskFeatures, *,
+                  solved: bool) -> Tensor | None:
+    """logits_NK of a task's held-out images by a head that has not learned from them, float32 on
+    the CPU; None without such images.
+
+    solved: the task's head is ridge regression on all images, held-out ones included. Then each of
+    them is answered by the solution of all others.
+    """
+    assert task.train is not None, f"task {task.name} has no training features"
+    if task.validation is None or not len(task.validation):
+        return None
+    if not solved:
+        return answer(strategy, task_index, task.validation)[0].float()
+    found = solve(strategy, _all_sets(task), task.classes)
+    return found.classifier.left_out_NK[len(task.train):].float()
+
+
 def _choose(strategy: Strategy, task_index: int, task: TaskFeatures, held_out: FeatureSet,
             last: EpochRecord) -> EpochRecord:
     """Lets ridge regression replace a trained head where its held-out loss is smaller.

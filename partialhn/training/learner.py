@@ -22,7 +22,7 @@ from partialhn.networks.tensors import tensors_below
 from partialhn.strategies import Strategy
 from partialhn.task_inference import Inference, LearnedTask, add_measured, measure, stored_inference
 from partialhn.training.budget import BestState
-from partialhn.training.experience import TaskFeatures, fit_experience
+from partialhn.training.experience import TaskFeatures, fit_experience, unseen_logits
 from partialhn.training.measured import accuracy_row
 from partialhn.training.optimiser import (
     load_optimiser,
@@ -182,14 +182,10 @@ class Learner:
         self.strategy.eval()
         if isinstance(inference, Detector):
             inference.see(self.strategy)
-        weights = self.strategy.weights(index)
-
-        def logits(z_BCHW: Tensor) -> Tensor:
-            logits_BK: Tensor = self.strategy.head(z_BCHW.to(weights.bias_K.device), weights)
-            return logits_BK
-
+        solved = any(record.solved for record in self.epochs if record.task_index == index)
+        held_out_NK = unseen_logits(self.strategy, index, task, solved=solved)
         return measure(inference, LearnedTask(index, task.train, task.validation, task.classes,
-                                              logits, self.config.seed, task.refreshes))
+                                              held_out_NK, self.config.seed, task.refreshes))
 
     def _learn_inference(self, tasks: Sequence[TaskFeatures], index: int,
                          measured: dict[str, Tensor] | None) -> dict[str, float] | None:

@@ -91,7 +91,7 @@ class Learned:
             task = self.tasks[place]
             self.measured[place] = self.detector.statistics(
                 task.train, task.validation, task.classes,
-                lambda z_BCHW: self.strategy.head(z_BCHW, self.weights[place]))
+                self.strategy.head(plain(task.validation), self.weights[place]).detach())
         return self.measured[place]
 
 

@@ -10,6 +10,8 @@ import torch
 
 from partialhn.checkpoints.model import Model, TaskInfo
 from partialhn.data.augment import draw, vary
+from partialhn.detector.detector import Detector
+from partialhn.detector.statistics import SAMPLE, spread_over
 from partialhn.features.closed_form import accuracy, fit_ridge, sharpness
 from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
@@ -42,6 +44,29 @@ def test_with_few_images_a_task_is_ridge_regression_on_all_of_them(learner, task
     torch.testing.assert_close(logits_NK, wanted_NK.float(), atol=0.02, rtol=0.02)  # float16
     assert learned.epochs[1].ridge_accuracy == solved.left_out_accuracy
     assert learned.finished[1].accuracy_row[1] == accuracy(logits_NK, y_N) > 0.8
+
+
+def test_the_detector_sees_no_answer_about_an_image_that_the_head_has_learned(learner, tasks):
+    """Held-out images of a task that is solved from all of them are answered by the solution of all
+    others; what the head itself gives for them would make every new image strange.
+    """
+    learned = learner()
+    learned.inference = Detector(60)
+    list(learned.learn(tasks[:1]))
+    task, slot = tasks[0], learned.inference.slots[0]
+    solved = choice.solve(learned.strategy, [task.train, task.validation], 2)
+    left_out_NK = solved.classifier.left_out_NK[len(task.train):].float()
+    rows_S = spread_over(len(task.validation), SAMPLE)
+    torch.testing.assert_close(slot["sample_head_SK"], slot["sharpness"] * left_out_NK[rows_S])
+    own_NK, y_N = answer(learned.strategy, 0, task.validation)
+    loss = torch.nn.functional.cross_entropy
+    assert loss(own_NK, y_N) < loss(left_out_NK, y_N)
+    trained = learner(closed_form="never")
+    trained.inference = Detector(60)
+    list(trained.learn(tasks[:1]))
+    own_NK, slot = answer(trained.strategy, 0, task.validation)[0], trained.inference.slots[0]
+    torch.testing.assert_close(slot["sample_head_SK"], slot["sharpness"] * own_NK[rows_S],
+                               atol=0.02, rtol=0.02)  # float16
 
 
 @pytest.mark.parametrize(("options", "name"), [

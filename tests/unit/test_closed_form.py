@@ -10,6 +10,7 @@ from sklearn.neighbors import NearestCentroid
 
 from partialhn.features.closed_form import (
     Ridge,
+    accuracy,
     fit_class_means,
     fit_ridge,
     one_hot,
@@ -44,15 +45,24 @@ def test_ridge_is_that_of_scikit_learn_with_fewer_and_with_more_features_than_im
     np.testing.assert_allclose(ridge.bias_K.numpy(), known.intercept_, atol=1e-8)
 
 
-@pytest.mark.parametrize("features", [4, 50])
-def test_left_out_predictions_are_those_of_fits_without_the_image(features):
-    x_NF, y_N = clusters(30, features)
-    ridge = Ridge(x_NF - x_NF.mean(0), y_N, 3)
-    for index in (0, 7, 29):
-        others = np.delete(np.arange(30), index)
-        known = SklearnRidge(alpha=2.5).fit(x_NF[others].numpy(), one_hot(y_N, 3)[others].numpy())
-        np.testing.assert_allclose(ridge.left_out(2.5)[index].numpy(),
-                                   known.predict(x_NF[index:index + 1].numpy())[0], atol=1e-8)
+@pytest.mark.parametrize(("images", "features", "strength"),
+                         [(30, 4, 2.5), (30, 50, 2.5), (10, 3000, 1e-3), (28, 3000, 2.8e-3)])
+def test_left_out_predictions_are_those_of_fits_without_the_image(images, features, strength):
+    """With many features and the least penalty a fit leaves a ten-millionth of each image."""
+    x_NF, y_N = clusters(images, features, spread=1.0)
+    ridge, target_NK = Ridge(x_NF - x_NF.mean(0), y_N, 3), one_hot(y_N, 3).numpy()
+    for index in (0, 7, images - 1):
+        others = np.delete(np.arange(images), index)
+        known = SklearnRidge(alpha=strength).fit(x_NF[others].numpy(), target_NK[others])
+        np.testing.assert_allclose(ridge.left_out(strength)[index].numpy(),
+                                   known.predict(x_NF[index:index + 1].numpy())[0], atol=1e-6)
+
+
+def test_few_images_of_noise_are_not_known():
+    rng = np.random.default_rng(0)
+    right = [accuracy(fit_ridge(torch.tensor(rng.normal(size=(12, 3000))), y_N, 3).left_out_NK, y_N)
+             for y_N in [torch.arange(12) % 3] * 20]
+    assert np.mean(right) < 0.5  # a third would be chance; the images themselves would be all right
 
 
 def test_class_means_answer_as_scikit_learns_nearest_centroid():

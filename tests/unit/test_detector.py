@@ -70,8 +70,8 @@ def weights(learner):
 def measured(learner, tasks, weights):
     """The statistics of every task, as one machine would compute them."""
     return [Detector(FEATURES).statistics(
-        task.train, task.validation, task.classes, own and (
-            lambda z_BCHW, own=own: learner.strategy.head(z_BCHW, own)))
+        task.train, task.validation, task.classes,
+        own and learner.strategy.head(plain(task.validation), own).detach())
             for task, own in itertools.zip_longest(tasks, weights)]
 
 
