@@ -110,7 +110,7 @@ class Stream:
 
     def partialhn(self, *words: str) -> tuple[str, dict[str, float]]:
         """Output of a command, and its wall and processor seconds."""
-        return timed([sys.executable, "-c", "from pipelines.cli.main import main; main()", *words,
+        return timed([sys.executable, "-c", "from pipelines.cli.entry import main; main()", *words,
                       "--storage", self.uri, "--tracking-uri", self.database], self.folder)
 
     def learn(self) -> dict[str, float]:
