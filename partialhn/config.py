@@ -366,8 +366,10 @@ class TrainConfig:
     """Largest number of steps that a task is trained for where epochs is not given."""
     closed_form: Literal["auto", "never"] = "auto"
     """Whether ridge regression in closed form helps a task of partial_hn where epochs is not given.
-    auto: it takes the head's place with fewer than 30 images a class, or where its held-out loss is
-    smaller; otherwise the classifier of the trained head is averaged with it."""
+    auto: it takes the head's place with fewer than 30 images a class or fewer than 20 held-out
+    images in all (with the default validation, two classes of up to 94 images each), or where
+    its held-out loss is smaller; otherwise the classifier of the trained head is averaged with
+    it."""
     batch_size: int = 64
     """Number of images in a step, over all workers."""
     learning_rate: float = 1e-3
