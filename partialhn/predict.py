@@ -91,8 +91,9 @@ class AutoAccuracy(NamedTuple):
                 isinstance(fields.get(key), float | int) for key in keys):
             return None
         rejected = fields.get("known_rejected")
-        return AutoAccuracy(*(float(fields[key]) for key in keys), rejected=(
-            float(rejected) if isinstance(rejected, float | int) else None))
+        task, right, given = (float(fields[key]) for key in keys)
+        return AutoAccuracy(task, right, given,
+                            float(rejected) if isinstance(rejected, float | int) else None)
 
 
 class Predictor:
