@@ -273,7 +273,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _resumes(words: Sequence[str]) -> bool:
     """Whether the command that the words name goes on where it stopped."""
-    return words[:1] in ([name] for name in RESUMING)
+    return bool(words) and words[0] in RESUMING
 
 
 def _run(words: list[str]) -> int:
