@@ -40,6 +40,8 @@ Precision = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "cosine"]
 StreamKind = Literal["classes", "domains"]
 StartTask = Literal["auto", "first", "previous", "network"]
+BATCH_NORMS: tuple[Norm, ...] = ("batch", "network")
+"""Norms that are batch norm; the others take its place, and a network's weights do not fit them."""
 if TYPE_CHECKING:
     StrategyName = str
     BackboneName = str
@@ -287,7 +289,8 @@ class HypernetConfig:
     """Weights and norm that a new task starts from (columns only). first: those of the first task.
     previous: those of the task before it, which is better where nothing is frozen. network: those
     of the network whose trunk is frozen; no task depends on another. auto: network where the trunk
-    of a network that is cut at every block was trained elsewhere, otherwise first."""
+    of a network that is cut at every block was trained elsewhere and norm is auto, batch or
+    network, otherwise first."""
     generate: str = "all"
     """Which of the head's matrices the hypernetwork generates; the others stay as the trunk's
     network has them. all, attention, mlp, or a pattern of names such as *.qkv.*"""
@@ -316,8 +319,9 @@ class HypernetConfig:
     into its scales and shifts afterwards. network: batch norm with the statistics that the network
     has, so a head starts as the network's own; its classifier then starts as ridge regression on
     the features of this head, and its learning rate is lower. instance, group, layer: by the
-    statistics of each image alone. auto: network where tasks start from the network, otherwise
-    batch."""
+    statistics of each image alone; the network's weights fit none of them, so the first task trains
+    new ones, and starts_from auto is first. auto: network where tasks start from the network,
+    otherwise batch."""
     norm_groups: int = 8
     """Number of channel groups (norm group only)."""
     beta: float = 0.05
@@ -362,8 +366,10 @@ class TrainConfig:
     """Largest number of steps that a task is trained for where epochs is not given."""
     closed_form: Literal["auto", "never"] = "auto"
     """Whether ridge regression in closed form helps a task of partial_hn where epochs is not given.
-    auto: it takes the head's place with fewer than 30 images a class, or where its held-out loss is
-    smaller; otherwise the classifier of the trained head is averaged with it."""
+    auto: it takes the head's place with fewer than 30 images a class or fewer than 20 held-out
+    images in all (with the default validation, two classes of up to 94 images each), or where
+    its held-out loss is smaller; otherwise the classifier of the trained head is averaged with
+    it."""
     batch_size: int = 64
     """Number of images in a step, over all workers."""
     learning_rate: float = 1e-3
@@ -520,7 +526,8 @@ LEFT_OPEN: Sequence[LeftOpen] = (
     LeftOpen("data", "input_size", 0, lambda given: expected_size(
         given.backbone.backbone, given.backbone.trunk)),
     LeftOpen("hypernet", "starts_from", "auto", lambda given: (
-        "network" if begins_elsewhere(given.backbone.backbone, given.backbone.trunk) else "first")),
+        "network" if begins_elsewhere(given.backbone.backbone, given.backbone.trunk)
+        and given.hypernet.norm in ("auto", *BATCH_NORMS) else "first")),
     LeftOpen("hypernet", "norm", "auto", lambda given: (
         "network" if given.hypernet.starts_from == "network" else "batch")))
 """The options that `Config` decides where they are left open; later ones may need earlier ones."""

@@ -67,7 +67,10 @@ class Answer:
 
 
 class AutoAccuracy(NamedTuple):
-    """Shares of a stream's test images, mean over its tasks, where nobody says the task."""
+    """Shares of a stream's test images, mean over its tasks, where nobody says the task.
+
+    The first three count every image, before any is taken for one of no known task.
+    """
 
     task: float
     """Share whose task is inferred correctly."""
@@ -75,6 +78,8 @@ class AutoAccuracy(NamedTuple):
     """Share that get the right class."""
     given: float
     """The same share where the task is given."""
+    rejected: float | None = None
+    """Share taken for images of no known task, which get no label; None in old records."""
 
     @staticmethod
     def from_fields(fields: object) -> "AutoAccuracy | None":
@@ -85,7 +90,10 @@ class AutoAccuracy(NamedTuple):
         if not isinstance(fields, Mapping) or not all(
                 isinstance(fields.get(key), float | int) for key in keys):
             return None
-        return AutoAccuracy(*(float(fields[key]) for key in keys))
+        rejected = fields.get("known_rejected")
+        task, right, given = (float(fields[key]) for key in keys)
+        return AutoAccuracy(task, right, given,
+                            float(rejected) if isinstance(rejected, float | int) else None)
 
 
 class Predictor:

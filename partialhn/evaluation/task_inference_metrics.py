@@ -32,11 +32,13 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
                     slots: Sequence[int], heads_alone: bool = True) -> dict[str, float]:
     """Accuracy with the task given and inferred, on test images of every task, mean over tasks.
 
-    slots: the newest slot of each task. Keys: acc_given, acc (as `task auto` answers),
-    task_accuracy (share of images whose task was inferred correctly), acc_detector (the detector
-    without the heads), acc_entropy (the heads alone, if `heads_alone`), acc_combined (the same as
-    acc), and known_rejected (share of the images, all of known tasks, rejected as unknown). Of
-    more than `MOST_TASKS` tasks the images of some are measured, and acc_entropy is left out.
+    slots: the newest slot of each task. Keys: acc_given; acc (the right class where the task is
+    inferred) and task_accuracy (share of images whose task was inferred correctly), both as
+    class-incremental learning defines them: over all images, before any is rejected; acc_detector
+    (the detector without the heads), acc_entropy (the heads alone, if `heads_alone`), acc_combined
+    (the same as acc); and known_rejected (share of the images, all of known tasks, rejected as
+    unknown, for which `task auto` gives no label). Of more than `MOST_TASKS` tasks the images of
+    some are measured, and acc_entropy is left out.
     """
     strategy.eval()
     weights, asked = Heads(strategy, slots, KEPT_BYTES), _asked(len(slots))

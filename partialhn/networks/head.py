@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from partialhn.config import Norm, Precision
+from partialhn.config import BATCH_NORMS, Norm, Precision
 from partialhn.errors import InputError
 from partialhn.networks.backbone import (
     from_map,
@@ -31,9 +31,6 @@ from partialhn.networks.cut import CutNetwork, skeleton
 from partialhn.networks.draws import seeded
 from partialhn.networks.hypernet import GeneratedTensor
 from partialhn.networks.precision import autocast_to
-
-BATCH_NORMS: tuple[Norm, ...] = ("batch", "network")
-"""Norms that are batch norm; the others take its place."""
 
 
 class HeadWeights(NamedTuple):

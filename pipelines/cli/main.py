@@ -211,6 +211,8 @@ COMMANDS: dict[str, Any] = {"train": Train, "predict": Predict, "report": Report
                             **reproduce.COMMANDS, **backbones.COMMANDS, **doctor.COMMANDS,
                             **export.COMMANDS}
 """Every command by name: a class with a `run` method, or a `Group` of such classes."""
+RESUMING = ("train", "retrain", "tune", "reproduce")
+"""Commands that keep each finished step and go on after it when they are started again."""
 
 
 def next_commands(output: OutputConfig, result: dict[str, Any]) -> list[str]:
@@ -248,7 +250,8 @@ def run(arguments: Sequence[str]) -> int:
         sys.stderr.close()
         return 1
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command resumes from here", file=sys.stderr)
+        print("\ninterrupted" + ": the same command resumes from here" * _resumes(words),
+              file=sys.stderr)
         return 1
     except Exception as error:
         from partialhn.networks.device_memory import explanation, is_out_of_memory
@@ -262,9 +265,15 @@ def run(arguments: Sequence[str]) -> int:
             print(f"error: {text}", file=sys.stderr)
             return 1
         traceback.print_exc()
-        print("failed: the same command resumes after the last finished step", file=sys.stderr)
+        if _resumes(words):
+            print("failed: the same command resumes after the last finished step", file=sys.stderr)
         return 1
     return int(code)
+
+
+def _resumes(words: Sequence[str]) -> bool:
+    """Whether the command that the words name goes on where it stopped."""
+    return bool(words) and words[0] in RESUMING
 
 
 def _run(words: list[str]) -> int:

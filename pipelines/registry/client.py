@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from partialhn.data.experience import task_of
 from partialhn.errors import InputError, IntegrityError
+from partialhn.json_files import read_object
 from pipelines.platform.storage import Storage
 from pipelines.registry import package
 from pipelines.registry.aliases import BY_HAND, Aliases, unknown_stream
@@ -250,6 +251,20 @@ class Registry(Runs):
     def files(self, version: Version, folder: str | Path) -> Path:
         """Downloads a version's own files (`pipelines.registry.package`) into a local folder."""
         return self._fetch(self._reader.source(version), Path(folder) / "model")
+
+    def slots_of(self, version: Version) -> list[str] | None:
+        """Names of the slots of a version's model, oldest first; None where its files cannot be
+        read.
+        """
+        from partialhn.checkpoints.checkpoint import FIELDS  # torch takes seconds to import
+
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                model = package.artifact(self.files(version, folder), "checkpoint")
+                fields = read_object(model / FIELDS, "checkpoint")
+                return [str(task["name"]) for task in fields["tasks"]]
+            except Exception:  # the artifact store's clients can raise anything
+                return None
 
     def complete(self, version: Version, model: Path) -> None:
         """Adds the tensors that a downloaded version shares with others.

@@ -46,8 +46,10 @@ def _after_each(facts: Facts) -> str:
 
 
 def _detection(measured: dict[str, float]) -> str:
-    rejected = (f"The model rejects {percent(measured['known_rejected'])} of the images of known "
-                "tasks as images of no known task.")
+    rejected = ("" if "known_rejected" not in measured else
+                f"The accuracies count every image; the model rejects "
+                f"{percent(measured['known_rejected'])} of the images of known tasks as images of "
+                "no known task, and gives them no label.")
     if "rejection_auroc" not in measured:
         return rejected
     return ("Detection of images from a task that the model has not learned yet has an AUROC of "
@@ -60,10 +62,11 @@ def without_id_line(facts: Facts) -> list[str]:
     measured = facts.result.get("without_task_id") or {}
     if "acc" not in measured:
         return []
-    auroc = measured.get("rejection_auroc")
+    auroc, rejected = measured.get("rejection_auroc"), measured.get("known_rejected")
     average = (facts.result.get("class_incremental") or {}).get("average_incremental")
     return [f"Where nobody says the task: accuracy {percent(measured['acc'])}, the right task for "
-            f"{percent(measured['task_accuracy'])}",
+            f"{percent(measured['task_accuracy'])}"
+            + ("" if rejected is None else f", before it rejects {percent(rejected)}"),
             *([] if average is None else
               [f"The same accuracy, mean over the moments after each task: {percent(average)}"]),
             *([] if auroc is None else

@@ -89,16 +89,24 @@ class Facts:
 
     @property
     def doubts(self) -> list[tuple[str, str]]:
-        """(task, sentence) of every task that is close to guessing or below ridge regression."""
-        last = {epoch.get("task_index"): epoch for epoch in self.result.get("epochs") or []}
-        found = []
+        """(task, sentence) of every task whose loss rose, or that is close to guessing or below
+        ridge regression.
+        """
+        last: dict[Any, Mapping[str, Any]] = {}
+        losses: dict[Any, list[float]] = {}
+        for epoch in self.result.get("epochs") or []:
+            last[epoch.get("task_index")] = epoch
+            if epoch.get("passes", 1) and epoch.get("cross_entropy") is not None:
+                losses.setdefault(epoch.get("task_index"), []).append(epoch["cross_entropy"])
+        rate, found = dig(self.result, "config", "train", "learning_rate"), []
         for index, (name, task) in enumerate(zip(self.tasks, self.details, strict=True)):
             if not task.get("classes"):
                 continue
             epoch = last.get(index, {})
             sentences = doubts(float(self.accuracy_TT[index, index]), task.get("test_images"),
                                len(task["classes"]), epoch.get("validation_accuracy"),
-                               epoch.get("ridge_accuracy"), task.get("validation_images"))
+                               epoch.get("ridge_accuracy"), task.get("validation_images"),
+                               losses.get(index, ()), rate)
             found += [(name, text) for text in sentences]
         return found
 

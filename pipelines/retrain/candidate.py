@@ -64,14 +64,15 @@ def gate_facts(context: PassContext, slots: Sequence[Slot], learned: Sequence[li
     seconds = feature_seconds(slots[last]) + record.train_seconds + record.evaluate_seconds
     return GateFacts(task, len(slots[last].classes), after, before,
                      slots[last].manifests["test"].rows, probe, round(seconds, 3),
-                     learned[last].task_bytes, _doubts(slots[last], learned[last]))
+                     learned[last].task_bytes, _doubts(context.config, slots[last], learned[last]))
 
 
-def _doubts(slot: Slot, learned: lineage.Learned) -> tuple[str, ...]:
+def _doubts(config: Config, slot: Slot, learned: lineage.Learned) -> tuple[str, ...]:
     epoch, held_out = learned.epochs[-1], slot.manifests.get("validation")
+    losses = [epoch.cross_entropy for epoch in learned.epochs if epoch.passes]
     return doubts(learned.record.accuracy_row[-1], slot.manifests["test"].rows, len(slot.classes),
                   epoch.validation_accuracy, epoch.ridge_accuracy,
-                  held_out.rows if held_out else None)
+                  held_out.rows if held_out else None, losses, config.train.learning_rate)
 
 
 def feature_seconds(slot: Slot) -> float:

@@ -28,6 +28,7 @@ from pipelines.retrain.journal import Journal, chain_to, slots_of
 from pipelines.retrain.run import retrain
 from pipelines.retrain.seen import Seen, hashes_of
 from pipelines.settings import RetrainConfig
+from pipelines.show import show
 from pipelines.upkeep.prune_versions import choose, prune
 from tests.processes import Forked, partialhn
 from tests.support import small_config
@@ -219,6 +220,9 @@ def test_more_data_of_a_task_makes_a_slot_on_top_of_the_champion(life):
     predictor, version = stream.registry.load_predictor("models:/digits@champion")
     assert predictor.tasks == ["a", "b"]
     assert predictor.task_index("a") == 2
+    shown = [line.split()[:2] for line in show("digits", str(stream.root / "store")).splitlines()
+             if line[:1].isdigit()]
+    assert shown == [["0", "a"], ["1", "b"]], "the numbers that predict --task takes"
     assert [v.task for v in stream.versions() if "task-a" in v.aliases] == ["a"]
     result = stream.registry.result("digits")
     assert [task["name"] for task in result["tasks"]] == ["a", "b", "a/2026-11", "b/=2026-12"]

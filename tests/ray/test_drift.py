@@ -98,7 +98,8 @@ def test_predict_infers_the_task_of_each_image(learned, experiences, live, comma
     assert text.startswith(
         f"task auto finds the right task for {100 * measured['task_accuracy']:.1f} % of this "
         f"stream's test images and the right class for {100 * measured['acc']:.1f} %; with the "
-        f"task given, {100 * measured['acc_given']:.1f} %\n")
+        f"task given, {100 * measured['acc_given']:.1f} %; these shares count every image, but it "
+        f"takes {100 * measured['known_rejected']:.1f} % of them for images of no known task")
     rows = pq.read_table(tmp_path / "a.parquet").to_pylist()
     expected = ["0"] * 20 + ["1"] * 20 + ["2"] * 20
     assert np.mean([row["task"] == task for row, task in zip(rows, expected, strict=True)]) > 0.6

@@ -78,6 +78,20 @@ def test_a_refused_version_is_challenger_and_says_why(three):
     assert REASON in text
 
 
+def test_a_task_keeps_its_number_when_the_versions_before_it_are_deleted(three):
+    """The champion's own files say it: some of the deleted may have refreshed the same task."""
+    three._client.delete_model_version("digits", "1")
+    storage = str(three._storage.root)
+    champion = three.resolve("models:/digits@champion")
+    assert three.slots_of(champion) == ["zero-one", "two-three"]
+    text = show("digits", storage)
+    assert [line.split()[:2] for line in text.splitlines()
+            if line[:1].isdigit()] == [["1", "two-three"], ["1", "more"]]
+    assert "1 more of the champion's tasks are not listed" in text
+    shutil.rmtree(three.source_of(champion).removeprefix("file://"))
+    assert "the tasks have no numbers here" in show("digits", storage)
+
+
 def test_the_tables_say_what_the_client_says(three):
     from mlflow import MlflowClient
 

@@ -1,6 +1,7 @@
 """Tasks with few images: solved in closed form, kept, sent, loaded, and warped pictures of them."""
 
 import dataclasses
+import inspect
 import runpy
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from partialhn.checkpoints.model import Model, TaskInfo
+from partialhn.config import DataConfig, TrainConfig
 from partialhn.data.augment import draw, vary
+from partialhn.data.splits import held_out as held_out_share
 from partialhn.detector.detector import Detector
 from partialhn.detector.statistics import SAMPLE, spread_over
 from partialhn.features.closed_form import accuracy, fit_ridge, sharpness
@@ -262,3 +265,13 @@ def test_a_warped_image_depends_on_seed_view_and_row_alone(images):
         assert all(not torch.equal(one, two) for one, two in zip(whole, other, strict=True))
     white = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
     assert torch.equal(warp(white, np.arange(1), 1, 1, 0), white)  # no black border comes in
+
+
+def test_the_help_says_when_a_task_is_solved_in_closed_form():
+    words = " ".join(inspect.getsource(TrainConfig).split())
+    assert (f"with fewer than {choice.FEW} images a class or fewer than {choice.ENOUGH_TO_CHOOSE} "
+            "held-out images in all") in words
+    assert "two classes of up to 94 images each" in words
+    counts = [held_out_share(np.repeat([0, 1], images), DataConfig().validation, "validation",
+                             ("a", "b"), 0).sum() for images in (94, 95)]
+    assert counts[0] < choice.ENOUGH_TO_CHOOSE <= counts[1]

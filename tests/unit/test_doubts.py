@@ -2,15 +2,21 @@
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from partialhn.evaluation.doubts import doubts
+from partialhn.training.lineage import Learned
+from partialhn.training.records import EpochRecord, TaskRecord
+from partialhn.training.slots import Slot
 from pipelines.gate import Decision, GateFacts, Policy, decide
 from pipelines.report.facts import read_facts
 from pipelines.report.text import text_summary
 from pipelines.report.verdict import verdict
+from pipelines.retrain.candidate import _doubts
 from pipelines.retrain.outcome import PassOutcome
+from tests.support import small_config
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("report_samples.py")))
 
@@ -27,6 +33,53 @@ def test_what_is_doubted(numbers, words):
     found = doubts(*numbers)
     assert len(found) == len(words)
     assert all(word in text for word, text in zip(words, found, strict=True))
+
+
+@pytest.mark.parametrize(("losses", "said"), [
+    ([7077.2, 106562.4], "from 7,077 in its first epoch to 106,562 in its last"),
+    ([0.5, 9.0, 4.7], "from 0.50 in its first epoch to 4.70 in its last"),
+    ([79545.1, 1910.7], "is 1,911, that of guessing 2.30"),
+    ([0.5, 4.5], None), ([9.0, 8.0], None), ([9.0], None), ([2.4, 1.1], None), ([], None)])
+def test_a_loss_that_diverged_is_said_and_no_advice_about_steps(losses, said):
+    """The loss of guessing among ten classes is 2.30. What diverged needs no more steps."""
+    for accuracy, others in ((0.9, 0), (0.1, 2)):
+        found = doubts(accuracy, 500, 10, accuracy, 0.95, 100 * (accuracy < 0.5), losses, 100.0)
+        assert len(found) == others + (said is not None)
+        assert (said is not None) == any("learning rate of 100 is too high" in text
+                                         for text in found)
+        if said:
+            assert said in found[0]
+            assert not any("steps" in text or "longer" in text for text in found)
+    assert not doubts(1.0, 50, 1, losses=losses)
+
+
+def test_a_task_that_diverged_is_said_although_ridge_regression_took_its_place():
+    result = SAMPLES["sample"](3)
+    name = result["tasks"][1]["name"]
+    result["config"]["train"]["learning_rate"] = 100.0
+    own = [epoch for epoch in result["epochs"] if epoch["task_index"] == 1]
+    own[0]["cross_entropy"], own[-1]["cross_entropy"] = 7077.2, 106562.4
+    place = result["epochs"].index(own[-1]) + 1
+    result["epochs"].insert(place, own[-1] | {"passes": 0, "solved": True, "cross_entropy": 0.1})
+    said = f"WARNING task {name!r}: its loss rose from 7,077 in its first epoch to 106,562"
+    assert said in text_summary(result)
+    [caution] = [text for text in verdict(read_facts(result)).cautions if "its loss rose" in text]
+    assert "the learning rate of 100 is too high" in caution
+    result["epochs"][place - 1]["cross_entropy"] = 0.2
+    assert "its loss rose" not in text_summary(result)
+
+
+@pytest.mark.parametrize("passes", [1, 0])
+def test_a_pass_of_retrain_says_it_too(passes):
+    config = small_config(train={"learning_rate": 100.0})
+    epochs = [EpochRecord("a", 0, number, 3, loss, loss, 0.0, 0.5, 0.9, 1.0, passes=each)
+              for number, loss, each in ((1, 7.0, 1), (2, 9.0, 1), (3, 0.1, passes))]
+    record = TaskRecord("a", 0, (0.95,), 1.0, 1.0)
+    manifest = SimpleNamespace(rows=200)
+    slot = Slot("a", ("x", "y"), "", "none", {"test": manifest, "validation": manifest})
+    found = _doubts(config, slot, Learned("id", "", record, tuple(epochs), 10))
+    assert [text.partition(":")[0] for text in found] == [
+        "its loss rose from 7.00 in its first epoch to 9.00 in its last"][passes:]
 
 
 def bad_result():

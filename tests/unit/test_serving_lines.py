@@ -59,6 +59,10 @@ def test_the_accuracy_without_the_task_is_said_at_start_and_after_a_reload(serve
     watcher.say_accuracy()
     handler.health = FIRST | {"version": "4", "auto_accuracy": None}
     watcher.look()
+    handler.health = FIRST | {"auto_accuracy": ACCURACY | {"rejected": 0.244}}
+    watcher.say_accuracy()
     assert lines[0] == ("task auto finds the right task for 61.5 % of this stream's test images "
                         "and the right class for 30.2 %; with the task given, 55.6 %")
     assert lines[2] == "task auto: how often it is right was not measured for this model"
+    assert lines[3] == (lines[0] + "; these shares count every image, but it takes 24.4 % of them "
+                        "for images of no known task and gives those no label")

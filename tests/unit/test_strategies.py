@@ -393,3 +393,15 @@ def test_where_a_task_starts_is_decided_by_the_trunk():
     assert Config(backbone=stages).hypernet.starts_from == "first"  # as version 0.1.0 did
     asked = Config(backbone=elsewhere, hypernet=HypernetConfig(starts_from="first"))
     assert asked.hypernet.starts_from == "first"
+
+
+@pytest.mark.parametrize(("norm", "start", "decided"), [
+    ("auto", "network", "network"), ("batch", "network", "batch"),
+    ("network", "network", "network"), ("instance", "first", "instance"),
+    ("group", "first", "group"), ("layer", "first", "layer")])
+def test_no_task_starts_from_a_network_whose_weights_do_not_fit_its_norm(norm, start, decided):
+    elsewhere = BackboneConfig(backbone="timm:tf_efficientnet_lite0", trunk="some.safetensors")
+    config = Config(backbone=elsewhere, hypernet=HypernetConfig(norm=norm))
+    assert (config.hypernet.starts_from, config.hypernet.norm) == (start, decided)
+    asked = Config(backbone=elsewhere, hypernet=HypernetConfig(norm=norm, starts_from="network"))
+    assert asked.hypernet.starts_from == "network"

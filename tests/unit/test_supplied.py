@@ -354,3 +354,16 @@ def test_a_stream_keeps_the_size_that_it_began_with(tmp_path):
     file.write_text(f"data: {{input_size: 64}}\n{text}", encoding="utf-8")
     with pytest.raises(InputError, match=r"data\.input_size is 64, .* started with 32"):
         _config(settings, begun.to_dict())
+
+
+def test_a_stream_keeps_the_start_that_it_began_with(tmp_path):
+    """Earlier releases started from the network whatever the norm was."""
+    file = tmp_path / "c.yaml"
+    file.write_text("backbone: {backbone: 'timm:convnext_tiny', trunk: some.safetensors, "
+                    "freeze_depth: 3}\nhypernet: {norm: group}\n", encoding="utf-8")
+    settings = RetrainConfig(name="s", config=str(file))
+    new = _config(settings, None)
+    assert new.hypernet.starts_from == "first"
+    begun = dataclasses.replace(new, hypernet=dataclasses.replace(new.hypernet,
+                                                                  starts_from="network"))
+    assert _config(settings, begun.to_dict()).hypernet.starts_from == "network"
