@@ -1,10 +1,10 @@
 """The choice between a trained head and ridge regression, made on a task's own images.
 
 A head that is trained on few images may be worse than ridge regression on the trunk's features.
-With fewer than `FEW` images a class, a held-out share that could judge the training would cost more
-than the training gains. Then a task is solved in closed form, and leave-one-out replaces the share.
-With more, the head is trained, and ridge regression takes its place where its held-out loss is
-smaller.
+With fewer than `FEW` images a class, or `ENOUGH_TO_CHOOSE` held-out ones, a held-out share that
+could judge the training would cost more than the training gains. Then a task is solved in closed
+form, and leave-one-out replaces the share. With more, the head is trained, and ridge regression
+takes its place where its held-out loss is smaller.
 
 Ridge regression sees cells of the trunk's features. Where tasks start from a network that was
 trained elsewhere, it may see what the network's own later blocks make of them instead: then the

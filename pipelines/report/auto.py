@@ -65,10 +65,12 @@ def without_id_line(facts: Facts) -> list[str]:
     auroc, rejected = measured.get("rejection_auroc"), measured.get("known_rejected")
     average = (facts.result.get("class_incremental") or {}).get("average_incremental")
     return [f"Where nobody says the task: accuracy {percent(measured['acc'])}, the right task for "
-            f"{percent(measured['task_accuracy'])}"
-            + ("" if rejected is None else f", before it rejects {percent(rejected)}"),
+            f"{percent(measured['task_accuracy'])}",
             *([] if average is None else
               [f"The same accuracy, mean over the moments after each task: {percent(average)}"]),
+            *([] if rejected is None else
+              [f"{percent(rejected)} of these images would get no label, because they look like "
+               "images of no known task"]),
             *([] if auroc is None else
               ["Images of tasks not yet learned are told from the others with an AUROC of "
                f"{auroc:.2f} (0.50 is guessing)"])]
