@@ -21,8 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from partialhn.checkpoints import shared
-from partialhn.checkpoints.checkpoint import FIELDS, TENSORS
+from partialhn.checkpoints import FIELDS, TENSORS, shared
 from partialhn.checkpoints.model import Model
 from partialhn.data.decode import Decoded, decode_images
 from partialhn.data.experience import task_of

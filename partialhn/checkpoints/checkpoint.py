@@ -19,11 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from partialhn.checkpoints import FIELDS, TENSORS
 from partialhn.errors import IntegrityError
 from partialhn.json_files import parse_object, read_object
 
 FORMAT = 1
-TENSORS, FIELDS = "model.safetensors", "model.json"
 
 
 def save(folder: Path, kind: str, tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:

@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save, save_file
 from torch import Tensor
 
-from partialhn.checkpoints import checkpoint
-from partialhn.checkpoints.checkpoint import FIELDS, TENSORS, write_whole
+from partialhn.checkpoints import FIELDS, TENSORS, checkpoint
+from partialhn.checkpoints.checkpoint import write_whole
 from partialhn.errors import IntegrityError
 from partialhn.json_files import read_object
 from partialhn.networks.tensors import hash_tensors

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from partialhn.checkpoints import checkpoint
+from partialhn.checkpoints import FIELDS
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.errors import InputError
@@ -259,7 +259,7 @@ class Stream:
         """
         target = Path(folder)
         if target.exists() and not (target.is_dir() and (
-                (target / checkpoint.FIELDS).exists() or not any(target.iterdir()))):
+                (target / FIELDS).exists() or not any(target.iterdir()))):
             raise InputError(f"folder {str(target)!r} holds something else than a model; allowed: "
                              "a new or empty folder, or one that save() wrote")
         self.model.save(target)

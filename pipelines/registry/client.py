@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from partialhn.checkpoints import FIELDS
 from partialhn.data.experience import task_of
 from partialhn.errors import InputError, IntegrityError
 from partialhn.json_files import read_object
@@ -256,8 +257,6 @@ class Registry(Runs):
         """Names of the slots of a version's model, oldest first; None where its files cannot be
         read.
         """
-        from partialhn.checkpoints.checkpoint import FIELDS  # torch takes seconds to import
-
         with tempfile.TemporaryDirectory() as folder:
             try:
                 model = package.artifact(self.files(version, folder), "checkpoint")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from partialhn import __version__
+from partialhn.checkpoints import FIELDS
 from partialhn.errors import IntegrityError
 from partialhn.json_files import read_object
 
@@ -52,7 +53,6 @@ class Contents:
     def parts(self) -> list[str]:
         """The shared objects that the model needs; empty where it has to be stored whole."""
         from partialhn.checkpoints import shared  # torch takes seconds to import
-        from partialhn.checkpoints.checkpoint import FIELDS
 
         if self.read is None:
             return []
@@ -66,8 +66,6 @@ def write(path: Path, model: Any, contents: Contents, objects: str | None = None
     """
     import mlflow.pyfunc
     import pandas as pd
-
-    from partialhn.checkpoints.checkpoint import FIELDS
 
     example = pd.DataFrame({"image": [_small(contents.image)], "task": [contents.task]})
     artifacts = {"checkpoint": str(contents.checkpoint)}

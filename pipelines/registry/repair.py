@@ -12,8 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from partialhn.checkpoints import shared
-from partialhn.checkpoints.checkpoint import FIELDS
+from partialhn.checkpoints import FIELDS, shared
 from partialhn.errors import IntegrityError
 from partialhn.json_files import read_object
 from partialhn.training import lineage

@@ -7,8 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from partialhn.checkpoints import shared
-from partialhn.checkpoints.checkpoint import FIELDS
+from partialhn.checkpoints import FIELDS, shared
 from partialhn.config import Config
 from partialhn.data.decode import decode_images
 from partialhn.data.experience import Experience, refreshed, task_of

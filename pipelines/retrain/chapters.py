@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow.fs as pafs
 
-from partialhn.checkpoints.checkpoint import FIELDS
+from partialhn.checkpoints import FIELDS
 from partialhn.features.manifest import FeatureRecipe, manifest_of
 from partialhn.naming import digest_text
 from partialhn.training.lineage import Learned

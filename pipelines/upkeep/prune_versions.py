@@ -10,8 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from partialhn.checkpoints import shared
-from partialhn.checkpoints.checkpoint import FIELDS
+from partialhn.checkpoints import FIELDS, shared
 from partialhn.errors import InputError
 from partialhn.json_files import parse_object
 from pipelines.features.in_use import InUse, records

