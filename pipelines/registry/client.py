@@ -253,17 +253,23 @@ class Registry(Runs):
         """Downloads a version's own files (`pipelines.registry.package`) into a local folder."""
         return self._fetch(self._reader.source(version), Path(folder) / "model")
 
+    def fields(self, version: Version) -> dict[str, Any]:
+        """The fields of a version's model (`partialhn.checkpoints.FIELDS`), without its tensors.
+
+        Raises: IntegrityError for files that are missing or damaged.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            model = package.artifact(self.files(version, folder), "checkpoint")
+            return read_object(model / FIELDS, version.uri)
+
     def slots_of(self, version: Version) -> list[str] | None:
         """Names of the slots of a version's model, oldest first; None where its files cannot be
         read.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                model = package.artifact(self.files(version, folder), "checkpoint")
-                fields = read_object(model / FIELDS, "checkpoint")
-                return [str(task["name"]) for task in fields["tasks"]]
-            except Exception:  # the artifact store's clients can raise anything
-                return None
+        try:
+            return [str(task["name"]) for task in self.fields(version)["tasks"]]
+        except Exception:  # the artifact store's clients can raise anything
+            return None
 
     def complete(self, version: Version, model: Path) -> None:
         """Adds the tensors that a downloaded version shares with others.

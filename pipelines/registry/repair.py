@@ -12,9 +12,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from partialhn.checkpoints import FIELDS, shared
+from partialhn.checkpoints import shared
 from partialhn.errors import IntegrityError
-from partialhn.json_files import read_object
 from partialhn.training import lineage
 from pipelines.platform.storage import Storage
 from pipelines.registry import package
@@ -60,9 +59,7 @@ def _repair_objects(registry: Registry, storage: Storage, version: Version) -> l
     place = registry.shared_place(version)
     if place is None:
         return []
-    with tempfile.TemporaryDirectory() as folder:
-        model = registry.files(version, folder)
-        fields = read_object(package.artifact(model, "checkpoint") / FIELDS, version.uri)
+    fields = registry.fields(version)
     stored = shared.reader(storage.filesystem, place)
     learned = shared.reader(storage.filesystem, storage.path("runs", version.stream, "learned"))
     written = []

@@ -55,13 +55,14 @@ def test_left_out_predictions_are_those_of_fits_without_the_image(images, featur
         others = np.delete(np.arange(images), index)
         known = SklearnRidge(alpha=strength).fit(x_NF[others].numpy(), target_NK[others])
         np.testing.assert_allclose(ridge.left_out(strength)[index].numpy(),
-                                   known.predict(x_NF[index:index + 1].numpy())[0], atol=1e-6)
+                                   known.predict(x_NF[index:index + 1].numpy())[0],
+                                   atol=1e-8 if features < 3000 else 1e-6)
 
 
 def test_few_images_of_noise_are_not_known():
-    rng = np.random.default_rng(0)
+    rng, y_N = np.random.default_rng(0), torch.arange(12) % 3
     right = [accuracy(fit_ridge(torch.tensor(rng.normal(size=(12, 3000))), y_N, 3).left_out_NK, y_N)
-             for y_N in [torch.arange(12) % 3] * 20]
+             for _ in range(20)]
     assert np.mean(right) < 0.5  # a third would be chance; the images themselves would be all right
 
 
