@@ -8,6 +8,7 @@ second worker starts them again. `tests/README.md` describes tiers and fixtures.
 import dataclasses
 import os
 import shutil
+import sys
 from pathlib import Path
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -181,6 +182,13 @@ def empty_registry(tmp_path_factory):
 def digit_tasks(tmp_path_factory):
     """Three real models of digit tasks with their samples, not registered yet."""
     return Tasks(tmp_path_factory.mktemp("digit-tasks"))
+
+
+@pytest.fixture(autouse=True)
+def own_random_numbers():
+    """What a test draws does not depend on the tests that ran before it in its process."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
