@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from partialhn.checkpoints.model import Model
-from partialhn.export.network import cells_side, linear_part, own_blocks
+from partialhn.export.network import kind_of, linear_part, own_blocks
 from partialhn.networks.backbone import Network, build_network, find_backbone
 from partialhn.networks.head import HeadWeights
 
@@ -23,7 +23,7 @@ def own_network(model: Model, weights: HeadWeights) -> Network:
     blocks = list(network.blocks().values())
     for block, stage in zip(blocks, trunk.stages, strict=False):
         block.load_state_dict(stage.state_dict())
-    if cells_side(head, weights) is None:
+    if kind_of(head, weights).side is None:
         _fill(nn.Sequential(*blocks[trunk.freeze_depth:]), own_blocks(head, weights))
     weight_KF, bias_K = linear_part(head, weights)
     with torch.no_grad():
@@ -52,7 +52,9 @@ def why_not(model: Model, weights: HeadWeights) -> str:
         return f"the classifiers of {trunk.name} are one here"
     if not backbone.call:
         return f"{trunk.name} is no network of another library"
-    if cells_side(head, weights) is not None:
+    if weights.earlier is not None:
+        return "this task's classifier sees the features of every block, not of the last alone"
+    if kind_of(head, weights).side is not None:
         if trunk.freeze_depth == len(trunk.names):
             return ""
         return (f"this task's head is a linear classifier of the features after block "

@@ -9,13 +9,13 @@ L most classes of a task, T tasks, P tasks of one kind.
 
 import copy
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from partialhn.networks.backbone import Layout, pooled, to_map
-from partialhn.networks.head import Head, HeadWeights
+from partialhn.networks.head import EveryBlock, Head, HeadWeights
 from partialhn.networks.later_blocks import filled
 from partialhn.networks.trunk import Trunk
 
@@ -57,11 +57,15 @@ class Cells(nn.Module):
         return nn.functional.adaptive_avg_pool2d(to_map(z, self._layout), self.side).flatten(1)
 
 
-class Pooling(nn.Module):
-    """The features before the classifier (B, F), from what the last block gave."""
+class LastBlock(nn.Module):
+    """The pooled features (B, F) of the last of some blocks."""
+
+    def __init__(self, blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = blocks
 
     def forward(self, z: Tensor) -> Tensor:
-        return pooled(z)
+        return pooled(self.blocks(z))
 
 
 class TaskNetwork(nn.Module):
@@ -75,11 +79,10 @@ class TaskNetwork(nn.Module):
 
     def __init__(self, trunk: Trunk, head: Head, weights: HeadWeights) -> None:
         super().__init__()
-        side = cells_side(head, weights)
+        kind = kind_of(head, weights)
         self.trunk = FrozenPart(trunk)
-        self.head: nn.Module = Pooling() if side is None else Cells(side, trunk.layout)
-        if side is None:
-            self.head = nn.Sequential(*own_blocks(head, weights), Pooling())
+        self.head = kind.after(trunk.layout, head, own_blocks(head, weights)
+                               if kind.side is None else nn.Sequential())
         weight_KF, bias_K = linear_part(head, weights)
         self.classifier = nn.Linear(weight_KF.shape[1], len(weight_KF))
         with torch.no_grad():
@@ -107,11 +110,11 @@ class TaskNetworks(nn.Module):
         super().__init__()
         self.trunk = FrozenPart(trunk)
         classes = max(len(own.bias_K) for own in weights)
-        sides = [cells_side(head, own) for own in weights]
+        kinds = [kind_of(head, own) for own in weights]
         self.kinds = nn.ModuleList(
-            _Heads(head, trunk.layout, side, weights,
-                   [task for task, own in enumerate(sides) if own == side], classes)
-            for side in dict.fromkeys(sides))
+            _Heads(head, trunk.layout, kind, weights,
+                   [task for task, own in enumerate(kinds) if own == kind], classes)
+            for kind in dict.fromkeys(kinds))
         self.eval().requires_grad_(False)
 
     def forward(self, pixels_BCHW: Tensor, task: Tensor) -> Tensor:
@@ -129,7 +132,7 @@ class _Heads(nn.Module):
     mine_T: Tensor
     row_T: Tensor
 
-    def __init__(self, head: Head, layout: Layout, side: int | None,
+    def __init__(self, head: Head, layout: Layout, kind: "Kind",
                  weights: Sequence[HeadWeights], tasks: list[int], classes: int) -> None:
         super().__init__()
         mine_T = torch.zeros(len(weights), dtype=torch.bool)
@@ -137,13 +140,13 @@ class _Heads(nn.Module):
         mine_T[tasks], row_T[tasks] = True, torch.arange(len(tasks))
         self.register_buffer("mine_T", mine_T)
         self.register_buffer("row_T", row_T)
-        self._cells = None if side is None else Cells(side, layout)
+        features = kind.after(layout, head, copy.deepcopy(head.blocks))
+        self.__dict__["_features"] = features.eval()  # its parameters are nobody's weights
         self._names: dict[str, tuple[str, bool]] = {}
-        if side is None:
-            self.__dict__["_blocks"] = copy.deepcopy(head.blocks).eval()
+        if kind.side is None:
             values = [head.tensors(weights[task]) for task in tasks]
             for index, name in enumerate(values[0]):
-                self._keep(name, f"tensor_{index}", [value[name] for value in values])
+                self._keep(f"blocks.{name}", f"tensor_{index}", [value[name] for value in values])
         linear = [linear_part(head, weights[task]) for task in tasks]
         self._keep("weight_KF", "weight_PKF", [_padded(weight_KF, classes, 0.0)
                                                for weight_KF, _ in linear])
@@ -161,24 +164,41 @@ class _Heads(nn.Module):
                    else self.get_buffer(buffer).index_select(0, row_1)[0]
                    for name, (buffer, alike) in self._names.items()}
         weight_KF, bias_K = tensors.pop("weight_KF"), tensors.pop("bias_K")
-        if self._cells is None:
-            z = pooled(torch.func.functional_call(
-                cast(nn.Module, self.__dict__["_blocks"]), tensors, (z,), strict=True))
-        else:
-            z = self._cells(z)
-        return nn.functional.linear(z, weight_KF, bias_K)
+        x_BF = torch.func.functional_call(cast(nn.Module, self.__dict__["_features"]), tensors,
+                                          (z,), strict=True)
+        return nn.functional.linear(x_BF, weight_KF, bias_K)
 
 
-def cells_side(head: Head, weights: HeadWeights) -> int | None:
-    """Cells along each side of the features that a linear head sees; None for a head of blocks."""
+class Kind(NamedTuple):
+    """What a head's classifier sees: `side` x `side` cells of the trunk's features, or, where it is
+    None, what the blocks give; of the blocks in `earlier`, and of the trunk, too, where that is not
+    None.
+    """
+
+    side: int | None
+    earlier: tuple[int, ...] | None = None
+
+    def after(self, layout: Layout, head: Head, blocks: nn.Module) -> nn.Module:
+        """The part of a network between the trunk and the classifier. layout: of the trunk."""
+        if self.side is not None:
+            return Cells(self.side, layout)
+        return (LastBlock(blocks) if self.earlier is None
+                else EveryBlock(blocks, layout, head.passed_on, self.earlier))
+
+
+def kind_of(head: Head, weights: HeadWeights) -> Kind:
+    """The kind of a task's head."""
     if not len(weights.norm):
-        return head.side(weights)
-    return 1 if head.is_linear else None
+        return Kind(head.side(weights))
+    return Kind(1 if head.is_linear else None,
+                None if weights.earlier is None else weights.earlier.blocks)
 
 
 def linear_part(head: Head, weights: HeadWeights) -> tuple[Tensor, Tensor]:
     """The classifier (K, F) and its bias (K,), which take over a linear head's norm."""
     weight_KF, bias_K = weights.classifier_KF.detach(), weights.bias_K.detach()
+    if weights.earlier is not None:
+        weight_KF = torch.cat([weight_KF, weights.earlier.weight_KE.detach()], 1)
     if head.is_linear and len(weights.norm):
         norm = weights.norm.detach()
         scale_F, shift_F = (norm if weights.statistics is None

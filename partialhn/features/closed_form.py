@@ -93,12 +93,17 @@ class Ridge:
         return float((error_NK**2).mean())
 
 
-def fit_ridge(x_NF: Tensor, y_N: Tensor, classes: int) -> LinearClassifier:
+def fit_ridge(x_NF: Tensor, y_N: Tensor, classes: int,
+              importance_F: Tensor | None = None) -> LinearClassifier:
     """Ridge regression on standardised features, with the penalty of the smallest leave-one-out
     squared error.
+
+    importance_F: factors on the standardised features; those with a larger one are penalised less.
     """
     x_NF = x_NF.double()
     mean_F, scale_F = x_NF.mean(0), x_NF.std(0, correction=0).clamp_min(1e-6)
+    if importance_F is not None:
+        scale_F = scale_F / importance_F
     ridge = Ridge((x_NF - mean_F) / scale_F, y_N, classes)
     strength = min((penalty * len(x_NF) for penalty in PENALTIES), key=ridge.leave_one_out)
     weight_KF = (ridge.weight(strength) / scale_F[:, None]).T

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from partialhn.config import BATCH_NORMS, Norm, Precision
 from partialhn.errors import InputError
 from partialhn.networks.backbone import (
+    Layout,
     from_map,
     laid_out,
     pooled,
     prefers_channels_last,
+    to_map,
 )
 from partialhn.networks.columns import kernel_layout
 from partialhn.networks.cut import CutNetwork, skeleton
@@ -33,13 +35,25 @@ from partialhn.networks.hypernet import GeneratedTensor
 from partialhn.networks.precision import autocast_to
 
 
+class EarlierWeights(NamedTuple):
+    """What a classifier makes of features before the last block's: weight_KE weighs the mean of
+    each channel of the trunk's features, then of what some `blocks` give.
+
+    blocks: their numbers above the cut.
+    """
+
+    weight_KE: Tensor
+    blocks: tuple[int, ...]
+
+
 class HeadWeights(NamedTuple):
     """All weights of a head for one task: omega_t. N channels that batch norm normalises.
 
     matrices: by name, generated or owned. norm: the task's vectors as one: all scales of the N
     channels, then all their shifts, then the other vectors. classifier_KF and bias_K: the task's
     own. statistics: running means, then variances, 2 N, while a task is learned with batch norm;
-    None where they are folded into `norm`, and for the other norms.
+    None where they are folded into `norm`, and for the other norms. earlier: the classifier's part
+    for earlier features, if it sees any; such a head is not trained.
     """
 
     matrices: dict[str, Tensor]
@@ -47,6 +61,7 @@ class HeadWeights(NamedTuple):
     classifier_KF: Tensor
     bias_K: Tensor
     statistics: Tensor | None = None
+    earlier: EarlierWeights | None = None
 
 
 class HeadStart(NamedTuple):
@@ -300,8 +315,42 @@ class Head(nn.Module):
 
     def forward(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
         """Features z_BCHW to logits_BK with one task's weights."""
-        return nn.functional.linear(self.embed(z_BCHW, weights), weights.classifier_KF,
-                                    weights.bias_K)
+        if weights.earlier is None:
+            x_BF, weight_KF = self.embed(z_BCHW, weights), weights.classifier_KF
+        else:
+            blocks = EveryBlock(self.blocks, self._layout, self.passed_on, weights.earlier.blocks)
+            x_BF = torch.func.functional_call(blocks, {
+                f"blocks.{name}": value for name, value in self.tensors(weights).items()},
+                (self.taken(z_BCHW),), strict=True)
+            weight_KF = torch.cat([weights.classifier_KF, weights.earlier.weight_KE], 1)
+        return nn.functional.linear(x_BF, weight_KF, weights.bias_K)
+
+
+class EveryBlock(nn.Module):
+    """What a classifier with a part for earlier features sees (`EarlierWeights`): the features of
+    the last block, the means of the trunk's channels, then those of some blocks.
+
+    Args:
+        blocks: the blocks of a head.
+        before: order of the dimensions of what they take.
+        between: order of the dimensions of what each of them gives.
+        chosen: the numbers of the blocks.
+    """
+
+    def __init__(self, blocks: nn.Module, before: Layout, between: Layout,
+                 chosen: tuple[int, ...]) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self._before, self._between, self._chosen = before, between, chosen
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, F + E), from features in the layout `before`."""
+        means = [to_map(z, self._before).mean((2, 3))]
+        for number, block in enumerate(cast(nn.Sequential, self.blocks)):
+            z = block(z)
+            if number in self._chosen:
+                means.append(to_map(z, self._between).mean((2, 3)))
+        return torch.cat([pooled(z), *means], 1)
 
 
 class Rounded(torch.autograd.Function):

@@ -108,9 +108,13 @@ class Strategy(nn.Module):
         """Replaces a task's head by a classifier of cells of the features, where `takes_linear`."""
         raise NotImplementedError
 
-    def take_network(self, task: int, classifier: LinearClassifier) -> None:
+    def take_network(self, task: int, classifier: LinearClassifier,
+                     blocks: Sequence[int]) -> None:
         """Replaces the head of the task that is being learned by the network's own, with a
         classifier of its features, where there is a `reference_norm`.
+
+        blocks: numbers above the cut of those blocks before the last that the classifier sees, as
+        `partialhn.training.answers.network_features` gives their means.
         """
         raise NotImplementedError
 

@@ -20,7 +20,7 @@ from partialhn.config import Config, HypernetConfig
 from partialhn.errors import InputError
 from partialhn.features.closed_form import LinearClassifier
 from partialhn.networks.draws import seeded
-from partialhn.networks.head import Head, HeadStart, HeadWeights
+from partialhn.networks.head import EarlierWeights, Head, HeadStart, HeadWeights
 from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor, Generator, Rows
 from partialhn.networks.later_blocks import LaterBlocks
 from partialhn.networks.shared_generators import AdditiveGenerator, BilinearGenerator
@@ -51,8 +51,8 @@ class HypernetTask(OwnNorm):
         self.scale_K: Tensor | None = None
         self.register_buffer("start", torch.tensor(start))
         """The task it starts from; -1 for none."""
-        self.register_buffer("linear_KF", None)
-        self.register_buffer("linear_K", None)
+        for name in self.OPTIONAL:
+            self.register_buffer(name, None)
 
     @classmethod
     def learned(cls, state: Mapping[str, Tensor], head: Head) -> "HypernetTask":
@@ -60,7 +60,7 @@ class HypernetTask(OwnNorm):
         own = cls.__new__(cls)
         nn.Module.__init__(own)
         own._fold, own._compact, own.scale_K = head.fold, "scale_K" in state, None
-        for name in ("start", "linear_KF", "linear_K", "statistics"):
+        for name in ("start", "statistics", *cls.OPTIONAL):
             value = state.get(name)
             own.register_buffer(name, None if value is None else value.clone())
         for name in ("classifier_KF", "bias_K", "norm", "code", "scale_K"):
@@ -72,10 +72,16 @@ class HypernetTask(OwnNorm):
     """Classifier of cells of the trunk's features, float16, for a task without a generated head;
     linear_K is its bias."""
     linear_K: Tensor | None
+    earlier_KE: Tensor | None
+    """The classifier's part for features before the last block's, float16, for a task with the
+    network's own head."""
+    earlier_blocks: Tensor | None
+    """The numbers of the blocks that it sees, int64 (`EarlierWeights`)."""
+    OPTIONAL = ("linear_KF", "linear_K", "earlier_KE", "earlier_blocks")
 
     def expect(self, state: Mapping[str, Any], prefix: str) -> None:
-        """Makes room for the linear classifier of a state, or for none."""
-        for name in ("linear_KF", "linear_K"):
+        """Makes room for the tensors that a state may have, or for none."""
+        for name in self.OPTIONAL:
             value = state.get(prefix + name)
             setattr(self, name, None if value is None else torch.empty_like(
                 value, device=self.bias_K.device))
@@ -109,6 +115,9 @@ class HypernetTask(OwnNorm):
 
     def weights(self, matrices: dict[str, Tensor]) -> HeadWeights:
         weights = super().weights(matrices)
+        if self.earlier_KE is not None and self.earlier_blocks is not None:
+            weights = weights._replace(earlier=EarlierWeights(
+                self.earlier_KE.float(), tuple(self.earlier_blocks.tolist())))
         if weights.norm.dtype != torch.half:
             return weights
         return weights._replace(norm=weights.norm.float(), bias_K=weights.bias_K.float(),
@@ -172,14 +181,18 @@ class PartialHypernet(Strategy):
         own.linear_K = classifier.bias_K.to(own.bias_K.device).half()
 
     @torch.no_grad()
-    def take_network(self, task: int, classifier: LinearClassifier) -> None:
+    def take_network(self, task: int, classifier: LinearClassifier,
+                     blocks: Sequence[int]) -> None:
         own, statistics = self._own(task), self.start.statistics
         own.code.zero_()  # then the columns add nothing
         own.get_buffer("start").fill_(-1)
         own.norm.copy_(self.start.norm)
         if own.statistics is not None and statistics is not None:
             own.statistics.copy_(statistics)
-        own.set_classifier(classifier.weight_KF, classifier.bias_K)
+        weight_KF, earlier_KE = classifier.weight_KF.tensor_split([self.head.width], 1)
+        own.set_classifier(weight_KF, classifier.bias_K)
+        own.earlier_KE = earlier_KE.to(own.bias_K.device).half().contiguous()
+        own.earlier_blocks = torch.tensor(list(blocks), dtype=torch.int64).to(own.bias_K.device)
         self._forget()
 
     def load_task_state(self, task: int, task_state: dict[str, Tensor]) -> None:
@@ -237,7 +250,7 @@ class PartialHypernet(Strategy):
         if compact:
             wanted["scale_K"] = (classes,), torch.half
         found = {name: (tuple(value.shape), value.dtype) for name, value in own.items()
-                 if not name.startswith("linear_")}
+                 if name not in HypernetTask.OPTIONAL}
         return found == wanted and signs == {
             name: (tuple(value.shape), value.dtype) for name, value in columns.items()}
 
@@ -442,7 +455,7 @@ class PartialHypernet(Strategy):
 
     def task_bytes(self, task: int) -> int:
         own = sum(value.nbytes for name, value in self.tasks.state_of(task).items()
-                  if name not in ("start", "statistics"))
+                  if name not in ("start", "statistics", "earlier_blocks"))
         return own + self.hypernet.task_bytes(task)
 
     def experience_state(self) -> dict[str, Tensor]:

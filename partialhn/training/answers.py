@@ -1,13 +1,15 @@
 """What a strategy makes of stored images: features of a task's head, logits, and accuracy.
 
-Legend: N images, F features that the classifier sees, K classes, B batch, C channels, H W spatial.
+Legend: N images, F features that the classifier sees, E those of earlier blocks, K classes,
+B batch, C channels, H W spatial.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from partialhn.detector.expansion import seen_blocks
 from partialhn.features.batches import RESIDENT_BYTES
 from partialhn.features.closed_form import accuracy
 from partialhn.features.feature_set import FeatureSet
@@ -37,15 +39,32 @@ def embedded(strategy: Strategy, task_index: int, features: FeatureSet,
     return _outputs(strategy, task_index, features, strategy.head.embed, 256, rows_N)
 
 
-def network_features(strategy: Strategy, features: FeatureSet) -> Tensor:
-    """Features x_NF of the plain view of a split that the network's own head makes, on the CPU, for
-    a strategy with a `reference_norm`.
+def network_features(strategy: Strategy, features: FeatureSet, blocks: Sequence[int]) -> Tensor:
+    """What the network's own head makes of the plain view of a split, (N, F + E) on the CPU, for a
+    strategy with a `reference_norm`: the features of its last block, then the means of the trunk's
+    channels and of what earlier blocks give.
+
+    blocks: their numbers above the cut (`earlier_blocks`).
     """
     norm = strategy.reference_norm
     assert norm is not None, "tasks start from the network's own weights"
     strategy.eval()
-    return _in_batches(features, norm.device, 256, None, lambda z_BCHW: (
-        strategy.reference_features(z_BCHW, norm, [-1])[0]))
+
+    def seen(z_BCHW: Tensor) -> Tensor:
+        last_BF, *means = strategy.reference_features(z_BCHW, norm, [-1, *blocks])
+        return torch.cat([last_BF, z_BCHW.to(last_BF).mean((2, 3)), *means], 1)
+    return _in_batches(features, norm.device, 256, None, seen)
+
+
+def earlier_blocks(strategy: Strategy, shape_CHW: tuple[int, ...]) -> tuple[int, ...]:
+    """The blocks of the network's own head before the last whose means a classifier sees, too.
+
+    shape_CHW: shape of an image's features.
+    """
+    norm = strategy.reference_norm
+    assert norm is not None, "tasks start from the network's own weights"
+    *earlier, _ = strategy.reference_features(torch.zeros(1, *shape_CHW), norm)
+    return seen_blocks([e_1F.shape[1] for e_1F in earlier])
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ takes its place where its held-out loss is smaller.
 
 Ridge regression sees cells of the trunk's features. Where tasks start from a network that was
 trained elsewhere, it may see what the network's own later blocks make of them instead: then the
-task's head is the network's, with a classifier of its own.
+task's head is the network's, with a classifier of its own. That sees the features of every block,
+not of the last alone (`docs/measurements/pretrained.md`).
 
 Legend: N images, C channels, F features, K classes.
 """
@@ -22,7 +23,7 @@ from partialhn.config import TrainConfig
 from partialhn.features.closed_form import LinearClassifier, accuracy, fit_ridge, pooled_cells
 from partialhn.features.feature_set import FeatureSet
 from partialhn.strategies import Strategy
-from partialhn.training.answers import network_features
+from partialhn.training.answers import earlier_blocks, network_features
 from partialhn.training.budget import held_out_loss
 
 FEW = 30
@@ -48,6 +49,8 @@ class Solved(NamedTuple):
     side: int | None
     """Cells along each side of a feature map that it sees; None where it sees the features of the
     network's own head."""
+    blocks: tuple[int, ...] = ()
+    """Blocks of that head before the last whose features it sees, too (`network_features`)."""
 
 
 def is_chosen(strategy: Strategy, config: TrainConfig) -> bool:
@@ -74,23 +77,33 @@ def solve(strategy: Strategy, sets: list[FeatureSet], classes: int) -> Solved:
     if strategy.reference_norm is not None and len(y_N) <= FEW_FOR_NETWORK * classes:
         sides.insert(0, None)
     for side in sides:
-        classifier = fit_ridge(seen(strategy, sets, side), y_N, classes)
+        blocks = earlier_blocks(strategy, sets[0].shape_CHW) if side is None else ()
+        x_NF = seen(strategy, sets, side, blocks)
+        importance_F = _importance(strategy.head.width, x_NF.shape[1]) if side is None else None
+        classifier = fit_ridge(x_NF, y_N, classes, importance_F)
         loss = held_out_loss(classifier.left_out_NK, y_N)
         right = accuracy(classifier.left_out_NK, y_N)
-        found.append((loss, Solved(classifier.sharpened(y_N), right, side)))
+        found.append((loss, Solved(classifier.sharpened(y_N), right, side, blocks)))
     return min(found, key=lambda each: each[0])[1]
 
 
-def seen(strategy: Strategy, sets: list[FeatureSet], side: int | None) -> Tensor:
-    """x_NF of the plain views of some sets, float64: what a classifier sees (`Solved.side`)."""
-    return torch.cat([network_features(strategy, features) if side is None
+def seen(strategy: Strategy, sets: list[FeatureSet], side: int | None,
+         blocks: tuple[int, ...] = ()) -> Tensor:
+    """x_NF of the plain views of some sets, float64: what a classifier sees (`Solved`)."""
+    return torch.cat([network_features(strategy, features, blocks) if side is None
                       else pooled_cells(features, side) for features in sets]).double()
+
+
+def _importance(last: int, total: int) -> Tensor:
+    """Factors with which all earlier features together count as much as those of the last block."""
+    factor = (last / (total - last))**0.5
+    return torch.cat([torch.ones(last), torch.full((total - last,), factor)]).double()
 
 
 def take(strategy: Strategy, task_index: int, solved: Solved) -> None:
     """Makes a solution the head of the task that is being learned."""
     if solved.side is None:
-        strategy.take_network(task_index, solved.classifier)
+        strategy.take_network(task_index, solved.classifier, solved.blocks)
     else:
         strategy.take_linear(task_index, solved.classifier)
 

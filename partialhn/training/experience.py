@@ -242,7 +242,7 @@ def _ridge_logits(strategy: Strategy, task: TaskFeatures, held_out: FeatureSet) 
     """logits_NK of held-out images by ridge regression on the training images."""
     assert task.train is not None, f"task {task.name} has no training features"
     solved = solve(strategy, [task.train], task.classes)
-    return solved.classifier.logits(seen(strategy, [held_out], solved.side))
+    return solved.classifier.logits(seen(strategy, [held_out], solved.side, solved.blocks))
 
 
 def _all_sets(task: TaskFeatures) -> list[FeatureSet]:

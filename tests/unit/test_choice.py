@@ -16,7 +16,9 @@ from partialhn.data.splits import held_out as held_out_share
 from partialhn.detector.detector import Detector
 from partialhn.detector.statistics import SAMPLE, spread_over
 from partialhn.features.closed_form import accuracy, fit_ridge, sharpness
+from partialhn.features.feature_set import FeatureSet
 from partialhn.predict import Predictor
+from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
 from partialhn.training import choice, experience
 from partialhn.training.answers import answer, embedded
@@ -203,8 +205,11 @@ def test_from_the_network_few_images_are_seen_by_its_own_head_too(from_network, 
     sides = [None, *choice._sides(task.train, len(task.train))]
     losses = []
     for side in sides:
-        left_out_NK = fit_ridge(choice.seen(strategy, [task.train], side), task.train.y_N,
-                                2).left_out_NK
+        x_NF = choice.seen(strategy, [task.train], side)
+        width = strategy.head.width
+        importance_F = None if side else torch.where(torch.arange(x_NF.shape[1]) < width, 1.0, (
+            width / (x_NF.shape[1] - width))**0.5)
+        left_out_NK = fit_ridge(x_NF, task.train.y_N, 2, importance_F).left_out_NK
         losses.append(held_out_loss(left_out_NK, task.train.y_N))
     assert choice.solve(strategy, [task.train], 2).side == sides[losses.index(min(losses))]
     monkeypatch.setattr(choice, "FEW_FOR_NETWORK", 1)
@@ -224,7 +229,8 @@ def test_a_task_with_the_networks_head_is_learned_refreshed_stored_and_loaded(
     for slot in (1, 2):
         assert has_network_head(strategy, slot)
         logits_NK, _ = answer(strategy, slot, task.test)
-        wanted_NK = solved.classifier.logits(choice.seen(strategy, [task.test], None))
+        wanted_NK = solved.classifier.logits(choice.seen(strategy, [task.test], None,
+                                                         solved.blocks))
         torch.testing.assert_close(logits_NK, wanted_NK.float(), atol=0.02, rtol=0.02)  # float16
     infos = tuple(TaskInfo(name, ("a", "b")) for name in ("0", "1", "1/2"))
     Model(config, cut.trunk, strategy, infos).save(tmp_path / "model")
@@ -233,6 +239,43 @@ def test_a_task_with_the_networks_head_is_learned_refreshed_stored_and_loaded(
     with torch.no_grad():
         assert all(torch.equal(loaded.strategy(z_BCHW, slot), strategy(z_BCHW, slot))
                    for slot in range(3))
+
+
+def test_a_classifier_on_the_networks_head_sees_every_block(network, with_options, tasks, images,
+                                                            monkeypatch):
+    """The last block's features, the trunk's means, and the means of the blocks between."""
+    monkeypatch.setattr(choice, "_sides", lambda *_: [])
+    config = with_options(backbone={"freeze_depth": 1}, hypernet={"starts_from": "network"})
+    cut = cut_network(config, network)
+    strategy = cut.strategy(config)
+    strategy.add_task(2)
+    strategy.begin(0)
+    z_BCHW = trunk_features = cut.trunk(images[:40])
+    parts = [z_BCHW.mean((2, 3))]
+    for block in list(network.blocks().values())[-3:]:
+        z_BCHW = block(z_BCHW)
+        parts.append(z_BCHW.mean((2, 3)))
+    x_NF = torch.cat([parts[-1], *parts[:-1]], 1).detach()
+    manifest = dataclasses.replace(tasks[0].train.manifest,
+                                   shape_VCHW=(1, *trunk_features.shape[1:]))
+    features = FeatureSet(manifest, [trunk_features.detach()[:, None]], torch.arange(40) % 2,
+                          [str(number) for number in range(40)])
+    solved = choice.solve(strategy, [features], 2)
+    assert solved.blocks == (0, 1)
+    assert solved.classifier.weight_KF.shape == (2, x_NF.shape[1])
+    found_NF = choice.seen(strategy, [features], None, solved.blocks).float()
+    torch.testing.assert_close(found_NF, x_NF, rtol=1e-3, atol=1e-3)
+    choice.take(strategy, 0, solved)
+    strategy.finish(0)
+    with torch.no_grad():
+        found_NK = strategy.eval()(trunk_features, 0)
+    wanted_NK = solved.classifier.logits(x_NF.double()).float()
+    torch.testing.assert_close(found_NK, wanted_NK, rtol=0.02, atol=0.02)  # float16
+    own = strategy.tasks[0]
+    earlier = sum(part.shape[1] for part in parts[:-1])
+    assert own.earlier_KE.shape == (2, earlier)
+    assert own.earlier_KE.abs().max() > 0
+    assert strategy.task_bytes(0) >= 2 * 2 * (earlier + cut.head.width)
 
 
 def test_the_networks_head_may_replace_a_trained_one(from_network, tasks, monkeypatch):

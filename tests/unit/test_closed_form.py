@@ -9,6 +9,7 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.neighbors import NearestCentroid
 
 from partialhn.features.closed_form import (
+    PENALTIES,
     Ridge,
     accuracy,
     fit_class_means,
@@ -57,6 +58,21 @@ def test_left_out_predictions_are_those_of_fits_without_the_image(images, featur
         np.testing.assert_allclose(ridge.left_out(strength)[index].numpy(),
                                    known.predict(x_NF[index:index + 1].numpy())[0],
                                    atol=1e-8 if features < 3000 else 1e-6)
+
+
+def test_important_features_are_penalised_less():
+    """As those are that are measured in a smaller unit, where nothing is standardised."""
+    x_NF, y_N = clusters(30, 40)
+    importance_F = torch.where(torch.arange(40) < 10, 3.0, 1.0).double()
+    found = fit_ridge(x_NF, y_N, 3, importance_F)
+    scaled_NF = (x_NF - x_NF.mean(0)) / x_NF.std(0, correction=0) * importance_F
+    ridge = Ridge(scaled_NF, y_N, 3)
+    strength = min((30 * penalty for penalty in PENALTIES), key=ridge.leave_one_out)
+    torch.testing.assert_close(found.left_out_NK, ridge.left_out(strength))
+    torch.testing.assert_close(found.logits(x_NF), scaled_NF @ ridge.weight(strength)
+                               + ridge.bias_K)
+    plain = fit_ridge(x_NF, y_N, 3)
+    assert (found.logits(x_NF) - plain.logits(x_NF)).abs().max() > 1e-3
 
 
 def test_few_images_of_noise_are_not_known():

@@ -34,8 +34,10 @@ STREAM = {"data": {"data": "digits", "input_size": 32}, "hypernet": {"fresh_colu
 
 
 def predictor_of(backbone="slim_resnet18", depth=3, strategy="partial_hn", norm="batch", size=32,
-                 side=None):
-    """A model whose trunk and tasks have drawn weights, and with `side` a linear last task."""
+                 side=None, earlier=None):
+    """A model whose trunk and tasks have drawn weights, and with `side` a linear last task; with
+    `earlier` the classifiers of the last two see the features of these blocks, too.
+    """
     config = Config.from_dict(STREAM | {
         "data": {"data": "digits", "input_size": size},
         "backbone": {"backbone": backbone, "freeze_depth": depth},
@@ -57,6 +59,14 @@ def predictor_of(backbone="slim_resnet18", depth=3, strategy="partial_hn", norm=
         count = len(features) * min(side, features.shape[-1]) ** 2
         learner.take_linear(2, LinearClassifier(
             torch.randn(2, count), torch.randn(2), torch.zeros(0, 2)))
+    for task in (1, 2) if earlier is not None else ():
+        z_BCHW = torch.zeros(1, cut.channels, 8, 8)
+        widths = [z_BCHW.shape[1] for block in cut.stages
+                  if len(z_BCHW := block(z_BCHW))]
+        count = cut.channels + sum(widths[block] for block in earlier)
+        own = learner.tasks[task]
+        own.earlier_KE = torch.randn(len(own.bias_K), count).half()
+        own.earlier_blocks = torch.tensor(earlier, dtype=torch.int64)
     return Predictor(Model(config, cut.trunk, learner.requires_grad_(False).eval(), INFOS))
 
 
@@ -96,7 +106,8 @@ def mixed():
 @pytest.mark.parametrize("options", [
     {"strategy": "separate_heads", "depth": 0}, {"strategy": "separate_heads", "norm": "group"},
     {"strategy": "ridge", "depth": 2}, {"strategy": "ncm", "depth": 4}, {"depth": 4, "side": 1},
-    {"strategy": "linear_probe"}, {"strategy": "naive"}, {"side": 3}, {"norm": "instance"}],
+    {"strategy": "linear_probe"}, {"strategy": "naive"}, {"side": 3}, {"norm": "instance"},
+    {"depth": 1, "earlier": [0, 1]}, {"earlier": []}],
     ids=str)
 def test_a_plain_network_calculates_what_the_model_does(options):
     predictor, pixels_BCHW = predictor_of(**options), images().float() / 255
