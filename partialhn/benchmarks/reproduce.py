@@ -35,7 +35,7 @@ from partialhn.networks.precision import choose_device, configure_torch
 from partialhn.run import check, cut_network, work_name
 from partialhn.task_inference import add_measured
 from partialhn.training.experience import TaskFeatures
-from partialhn.training.learner import Learner
+from partialhn.training.learner import Learner, class_names
 from partialhn.training.pretrain import fit_network, load_network
 from partialhn.training.result import Outcome
 from partialhn.training.slots import open_task_features, slots_of
@@ -204,7 +204,8 @@ def class_incremental_accuracy(learner: Learner, tasks: Sequence[TaskFeatures]) 
     for index in range(len(tasks)):
         add_measured(detector, learner.measure_task(tasks, index, detector), None)
     return without_task_id(learner.strategy, detector, [task.test for task in tasks],
-                           range(len(tasks)), heads_alone=False)["acc"]
+                           range(len(tasks)), heads_alone=False,
+                           classes=class_names(tasks))["acc"]
 
 
 def config_of(config: Config, cell: Cell) -> Config:

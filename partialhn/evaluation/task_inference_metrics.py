@@ -1,9 +1,10 @@
 """Metrics of task inference: accuracy without a task id, and detection of unknown tasks.
 
-Legend: N images, T tasks, C channels of pooled features.
+Legend: N images, T tasks, S slots, K classes, C channels of pooled features.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,16 +30,19 @@ an image may ask a head that no other image has asked, and the head is generated
 
 @torch.no_grad()
 def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[FeatureSet],
-                    slots: Sequence[int], heads_alone: bool = True) -> dict[str, float]:
+                    slots: Sequence[int], heads_alone: bool = True,
+                    classes: Sequence[Sequence[str]] | None = None) -> dict[str, float]:
     """Accuracy with the task given and inferred, on test images of every task, mean over tasks.
 
-    slots: the newest slot of each task. Keys: acc_given; acc (the right class where the task is
-    inferred) and task_accuracy (share of images whose task was inferred correctly), both as
-    class-incremental learning defines them: over all images, before any is rejected; acc_detector
-    (the detector without the heads), acc_entropy (the heads alone, if `heads_alone`), acc_combined
-    (the same as acc); and known_rejected (share of the images, all of known tasks, rejected as
-    unknown, for which `task auto` gives no label). Of more than `MOST_TASKS` tasks the images of
-    some are measured, and acc_entropy is left out.
+    slots: the newest slot of each task. classes: names of the classes of all slots; a class that
+    several tasks have is right whichever of them it is taken for. Default: no two tasks share one.
+
+    Keys: acc_given; acc (the right class where the task is inferred) and task_accuracy (share of
+    images whose task was inferred correctly), both as class-incremental learning defines them: over
+    all images, before any is rejected; acc_detector (the detector without the heads), acc_entropy
+    (the heads alone, if `heads_alone`), acc_combined (the same as acc); and known_rejected (share
+    of the images, all of known tasks, rejected as unknown, for which `task auto` gives no label).
+    Of more than `MOST_TASKS` tasks the images of some are measured, and acc_entropy is left out.
     """
     strategy.eval()
     weights, asked = Heads(strategy, slots, KEPT_BYTES), _asked(len(slots))
@@ -52,8 +56,13 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
     right_N = given_N == y_N
     inferred = infer(inference, strategy.head, slots, weights, z_NCHW)
     found_N = inferred.slot_B == torch.tensor(slots)[task_N]
-    class_N = given_N if inferred.p_BL is None else inferred.p_BL.argmax(1)
-    shares = {"acc_given": right_N, "acc": found_N & (class_N == y_N), "task_accuracy": found_N,
+    if inferred.p_BL is None:
+        class_right_N = found_N & right_N
+    else:
+        number_SK, place_N = _numbered(strategy.classes, classes), torch.tensor(slots)[task_N]
+        class_right_N = (number_SK[inferred.slot_B, inferred.p_BL.argmax(1)]
+                         == number_SK[place_N, y_N])
+    shares = {"acc_given": right_N, "acc": class_right_N, "task_accuracy": found_N,
               "known_rejected": ~inferred.known_B,
               "acc_detector": _alone(inference, slots, task_N, z_NCHW, given_N) == y_N}
     means = {key: _mean_over_tasks(true_N, sizes) for key, true_N in shares.items()}
@@ -62,15 +71,28 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
     return means | {"acc_combined": means["acc"]}
 
 
+def _numbered(sizes: Sequence[int], classes: Sequence[Sequence[str]] | None) -> Tensor:
+    """number_SK: a number for each class of each of S slots, the same for the same name; -1 where a
+    slot has fewer than K classes. sizes: number of classes of each slot.
+    """
+    numbers: dict[Any, int] = {}
+    number_SK = torch.full((len(sizes), max(sizes)), -1)
+    for slot, size in enumerate(sizes):
+        for place in range(size):
+            name = classes[slot][place] if classes else (slot, place)
+            number_SK[slot, place] = numbers.setdefault(name, len(numbers))
+    return number_SK
+
+
 @torch.no_grad()
-def right_without_task(strategy: Strategy, inference: Inference, tests: Sequence[FeatureSet]
-                       ) -> list[Tensor]:
+def right_without_task(strategy: Strategy, inference: Inference, tests: Sequence[FeatureSet],
+                       classes: Sequence[Sequence[str]] | None = None) -> list[Tensor]:
     """For every task, which of its test images get the right class where nobody says the task.
 
-    One bool (N,) for each task. Every task has one slot.
+    One bool (N,) for each task. Every task has one slot. classes: as `without_task_id` takes them.
     """
     strategy.eval()
-    slots = range(len(tests))
+    slots, number_SK = range(len(tests)), _numbered(strategy.classes, classes)
     weights = Heads(strategy, slots, KEPT_BYTES)
     right = []
     for task, features in enumerate(tests):
@@ -81,8 +103,8 @@ def right_without_task(strategy: Strategy, inference: Inference, tests: Sequence
                 weights[0].bias_K.device)
             inferred = infer(inference, strategy.head, slots, weights, z_BCHW)
             assert inferred.p_BL is not None, "a detector gives probabilities"
-            found.append((inferred.slot_B == task)
-                         & (inferred.p_BL.argmax(1) == features.y_N[rows_B].cpu()))
+            found.append(number_SK[inferred.slot_B, inferred.p_BL.argmax(1)]
+                         == number_SK[task, features.y_N[rows_B].cpu()])
         right.append(torch.cat(found))
     return right
 

@@ -19,6 +19,9 @@ from partialhn.features.feature_set import FeatureSet
 PENALTIES = tuple(10.0 ** (power / 2) for power in range(-8, 5))
 """Ridge penalties tried, in units of the number of images: 1e-4 to 100."""
 BATCH = 1024
+SHRUNK = 0.3
+"""Share of the mean variance of all features that is added to the variance of each
+(`docs/measurements/few-images.md`)."""
 NO_DIRECTION = 1e-12
 """A direction that holds a smaller share than this of the largest variance is rounding."""
 SHARPEST = 1e4
@@ -95,13 +98,18 @@ class Ridge:
 
 def fit_ridge(x_NF: Tensor, y_N: Tensor, classes: int,
               importance_F: Tensor | None = None) -> LinearClassifier:
-    """Ridge regression on standardised features, with the penalty of the smallest leave-one-out
-    squared error.
+    """Ridge regression on scaled features, with the penalty of the smallest leave-one-out squared
+    error.
 
-    importance_F: factors on the standardised features; those with a larger one are penalised less.
+    Features are divided by their standard deviation, as far as it can be known: a feature that is
+    nearly zero for these few images may well not be so for others, so `SHRUNK` of the mean variance
+    is added to each variance.
+
+    importance_F: factors on the scaled features; those with a larger one are penalised less.
     """
     x_NF = x_NF.double()
-    mean_F, scale_F = x_NF.mean(0), x_NF.std(0, correction=0).clamp_min(1e-6)
+    mean_F, variance_F = x_NF.mean(0), x_NF.var(0, correction=0)
+    scale_F = (variance_F + SHRUNK * variance_F.mean()).sqrt().clamp_min(1e-6)
     if importance_F is not None:
         scale_F = scale_F / importance_F
     ridge = Ridge((x_NF - mean_F) / scale_F, y_N, classes)

@@ -46,6 +46,8 @@ class TaskFeatures:
     test: FeatureSet
     refreshes: int | None = None
     """Index of the earlier slot of the same task, if this slot refreshes one."""
+    names: tuple[str, ...] = ()
+    """Names of the classes, where they are known."""
 
 
 def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, config: TrainConfig,

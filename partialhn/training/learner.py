@@ -210,7 +210,8 @@ class Learner:
         add_measured(self.inference, measured, tasks[index].refreshes)
         return metrics | without_task_id(self.strategy, self.inference, tests,
                                          _newest(tasks[:index + 1]),
-                                         heads_alone=index + 1 == len(tasks))
+                                         heads_alone=index + 1 == len(tasks),
+                                         classes=class_names(tasks[:index + 1]))
 
     def _begin(self, index: int, classes: int, refreshes: int | None = None) -> None:
         if index == len(self.strategy.classes):
@@ -264,6 +265,12 @@ class Learner:
     def _trainable(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, value) for name, value in self.strategy.named_parameters()
                 if value.requires_grad]
+
+
+def class_names(tasks: Sequence[TaskFeatures]) -> list[tuple[str, ...]] | None:
+    """Names of the classes of each task; None where those of one are not known."""
+    names = [task.names for task in tasks]
+    return names if all(names) else None
 
 
 def _newest(tasks: Sequence[TaskFeatures]) -> list[int]:

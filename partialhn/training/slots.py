@@ -116,5 +116,5 @@ def open_task_features(store: FeatureStore, slots: Sequence[Slot],
                                           manifests_of(index, "validation")))
                              if learn is None or index in learn else (None, None))
         tasks.append(TaskFeatures(slot.name, len(slot.classes), train, validation, tested(index),
-                                  refreshes(index)))
+                                  refreshes(index), tuple(slot.classes)))
     return tasks

@@ -213,7 +213,8 @@ class Forgetting:
         if model.inference is not None:
             newest = {task_of(slot.name): index for index, slot in enumerate(slots)}
             without_id = without_task_id(model.strategy, model.inference, tests,
-                                         list(newest.values()))
+                                         list(newest.values()),
+                                         classes=[slot.classes for slot in slots])
         return dataclasses.replace(record, accuracy_row=row, without_id=without_id, measured=None)
 
     def _decision(self, policy: Policy, row: Sequence[float]) -> Decision:

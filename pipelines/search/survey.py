@@ -91,7 +91,7 @@ def forecast_depths(bench: Bench, trained_here: bool) -> list[dict[str, Any]]:
 def _probe_task(bench: Bench, depth: int, index: int) -> ProbeTask:
     name, classes = bench.tasks[index]
     return ProbeTask(open_features(bench, (depth, name, "train")),
-                     open_features(bench, (depth, name, "validation")), classes)
+                     open_features(bench, (depth, name, "validation")), len(classes))
 
 
 def task_shifts(bench: Bench) -> dict[str, float]:
@@ -111,7 +111,7 @@ def ridge_accuracies(bench: Bench, depths: Sequence[int]) -> dict[str, float]:
     features are pixels, is left out.
     """
     configure_torch(bench.threads)
-    return {str(depth): sum(_ridge_accuracy(bench, depth, name, classes)
+    return {str(depth): sum(_ridge_accuracy(bench, depth, name, len(classes))
                             for name, classes in bench.tasks) / len(bench.tasks)
             for depth in depths if depth}
 

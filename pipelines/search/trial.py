@@ -34,6 +34,7 @@ from partialhn.training.answers import answer
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 from partialhn.training.records import TaskRecord
+from partialhn.training.result import Outcome
 from partialhn.training.steps import recorder_for
 from partialhn.training.together import Stopped
 from pipelines.features.produce import open_store
@@ -53,8 +54,8 @@ class Bench:
 
     storage: Storage
     network: Network
-    tasks: tuple[tuple[str, int], ...]
-    """Name and number of classes of each task."""
+    tasks: tuple[tuple[str, tuple[str, ...]], ...]
+    """Name and classes of each task."""
     manifests: Mapping[Place, Manifest]
     """The stored features, with as many views as any trial uses."""
     folder: str
@@ -135,7 +136,7 @@ def learn(plan: TrialPlan, bench: Bench,
     kept = time.monotonic()
     for record in learner.learn(tasks):
         if isinstance(record, TaskRecord):
-            meter.rows.append(_row(learner, tasks))
+            meter.rows.append(_row(learner, bench, tasks))
         meter.lap(isinstance(record, TaskRecord))
         if isinstance(record, TaskRecord) or time.monotonic() - kept > STATE_SECONDS:
             _keep(bench, folder, learner, meter)
@@ -170,12 +171,13 @@ class _Meter:
             self.training += spent
 
 
-def _task(bench: Bench, config: Config, name: str, classes: int) -> TaskFeatures:
+def _task(bench: Bench, config: Config, name: str, classes: tuple[str, ...]) -> TaskFeatures:
     """A task's features, with the held-out images instead of the test images."""
     depth = config.backbone.depth
     train = open_features(bench, (depth, name, "train"))
     held_out = open_features(bench, (depth, name, "validation"))
-    return TaskFeatures(name, classes, train.first_views(config.features.views), None, held_out)
+    return TaskFeatures(name, len(classes), train.first_views(config.features.views), None,
+                        held_out)
 
 
 def open_features(bench: Bench, place: Place) -> FeatureSet:
@@ -222,11 +224,11 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, 
     test_row = right = None
     if plan.kind != "search" and done == len(bench.tasks):
         tests = [open_features(bench, (depth, name, "test")) for name, _ in bench.tasks]
-        test_row = tuple(_mean(right_N) for right_N in _right(learner, tests))
+        test_row = tuple(_mean(right_N) for right_N in _right(learner, bench, tests))
         held_out = [open_features(bench, (depth, name, "validation")) for name, _ in bench.tasks]
-        right = tuple(pack_answers(right_N.numpy()) for right_N in _right(learner, held_out))
+        right = tuple(pack_answers(right_N.numpy()) for right_N in _right(learner, bench, held_out))
     strategy = learner.strategy
-    own = [strategy.task_bytes(index) for index in range(done)]
+    own = Outcome.of(learner).task_bytes
     state = sum(value.numel() * value.element_size()
                 for part in (strategy, cut.trunk) for value in part.state_dict().values())
     used = [(place, bench.manifests[place]) for place in bench.manifests if place[0] == depth]
@@ -245,18 +247,19 @@ def _measured(plan: TrialPlan, bench: Bench, config: Config, cut: TrunkAndHead, 
         device=device_name(learner.device), right=right)
 
 
-def _row(learner: Learner, tasks: Sequence[TaskFeatures]) -> tuple[float, ...]:
+def _row(learner: Learner, bench: Bench, tasks: Sequence[TaskFeatures]) -> tuple[float, ...]:
     """Held-out accuracies of every task so far, after the task that was just learned."""
     if learner.inference is None:
         return learner.finished[-1].accuracy_row
     held_out = [task.test for task in tasks[:len(learner.finished)]]
-    return tuple(map(_mean, _right(learner, held_out)))
+    return tuple(map(_mean, _right(learner, bench, held_out)))
 
 
-def _right(learner: Learner, tests: Sequence[FeatureSet]) -> list[Tensor]:
+def _right(learner: Learner, bench: Bench, tests: Sequence[FeatureSet]) -> list[Tensor]:
     """For every task, which images get the right class: without the task if it is inferred."""
     if learner.inference is not None:
-        return right_without_task(learner.strategy, learner.inference, tests)
+        return right_without_task(learner.strategy, learner.inference, tests,
+                                  [classes for _, classes in bench.tasks])
     found = []
     for index, test in enumerate(tests):
         logits_NK, y_N = answer(learner.strategy, index, test)

@@ -209,7 +209,7 @@ class _Search:
         manifests = {place: each for place, each in manifests.items() if place[0] in wanted}
         progress.features_done(list(manifests.values()), decoded)
         return Bench(self.storage, self.network,
-                     tuple((each.name, len(each.classes)) for each in experiences), manifests,
+                     tuple((each.name, tuple(each.classes)) for each in experiences), manifests,
                      f"{self.state.folder}/running", self.device, self.threads,
                      compute, self.settings["options"]["unknown_task"])
 

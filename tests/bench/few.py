@@ -3,15 +3,17 @@
     PARTIALHN_TEST_DATA=DATA python tests/bench/few.py --out FOLDER --streams tiny cifar characters
         [--images 5 15 50 150] [--seeds 3]
 
-A seed changes the division of the classes into tasks, the trunk, first weights and batches, and
-for characters the images. All strategies of a seed share trunk and features. Finished cells are
-kept in FOLDER, so the same command goes on where it stopped. Prints a Markdown table for each
-stream: mean accuracy, ours minus theirs seed by seed with its 95 % interval, and whether the goal
-is met. The stream `characters` is drawn here: strokes of black ink on 105 pixels, each image by
-another shaky hand.
+The streams `pretrained-tiny` and `pretrained-cifar` are those of the presets, on a trunk that was
+trained elsewhere: trunk and classes are the same for every seed. For the others a seed changes the
+division of the classes into tasks, the trunk, first weights and batches, and for characters the
+images. All strategies of a seed share trunk and features. Finished cells are kept in FOLDER, so the
+same command goes on where it stopped. Prints a Markdown table for each stream: mean accuracy, ours
+minus theirs seed by seed with its 95 % interval, and whether the goal is met. The stream
+`characters` is drawn here: strokes of black ink on 105 pixels, each image by another shaky hand.
 """
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from partialhn.config import (
     TrainConfig,
 )
 from partialhn.evaluation.intervals import Interval, paired
+from partialhn.presets import preset_sections
 
 OTHERS: tuple[StrategyName, ...] = ("ridge", "ncm", "linear_probe", "separate_heads",
                                     "latent_replay")
@@ -44,6 +47,9 @@ MOST_TESTED = 200
 SIDE, DRAWN, TESTED = 105, 15, 20
 """Pixels of a drawn character, and its training and test images a class."""
 CLASSES = 80
+PRETRAINED = {"pretrained-tiny": "pretrained-tiny-imagenet",
+              "pretrained-cifar": "pretrained-cifar10"}
+"""The preset of a stream on a trunk that was trained elsewhere."""
 
 
 def data_of(stream: str, images: int, seed: int, out: Path) -> DataConfig:
@@ -51,6 +57,7 @@ def data_of(stream: str, images: int, seed: int, out: Path) -> DataConfig:
     if stream == "characters":
         return DataConfig(data=str(draw_characters(out / f"characters-{seed}", seed)), tasks=8,
                           stream_seed=seed)
+    stream = stream.removeprefix("pretrained-")
     source = {"cifar": "cifar10", "tiny": "tiny-imagenet-32"}[stream]
     folder = few_of(Path(os.environ["PARTIALHN_TEST_DATA"]) / source, images,
                     out / f"{stream}-{images}")
@@ -121,6 +128,11 @@ def measured(stream: str, images: int, seed: int, out: Path,
     config = Config(
         data_of(stream, images, seed, out), BackboneConfig(trunk_seed=seed),
         train=TrainConfig(seed=seed), compute=ComputeConfig(threads=1))
+    if stream in PRETRAINED:
+        sections = preset_sections(PRETRAINED[stream])
+        config = Config.of(dataclasses.replace(
+            sections, data=dataclasses.replace(sections.data, data=config.data.data),
+            train=config.train, compute=config.compute))
     cells = [Cell(name, config.backbone.depth, seed) for name in strategies]
     found = run_cells(config, cells, out, lambda line: print(f"  {line}", flush=True))
     return {cell.strategy: each["acc"] for cell, each in zip(cells, found, strict=True)}
@@ -145,8 +157,8 @@ def percent(value: Interval, *, signed: bool = False) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--streams", nargs="+", choices=("tiny", "cifar", "characters"),
-                        default=["tiny", "cifar", "characters"])
+    streams = ["tiny", "cifar", "characters"]
+    parser.add_argument("--streams", nargs="+", choices=(*streams, *PRETRAINED), default=streams)
     parser.add_argument("--images", type=int, nargs="+", default=[5, 15, 50, 150],
                         help="training images a class; characters always have 15")
     parser.add_argument("--seeds", type=int, default=3)

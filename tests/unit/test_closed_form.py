@@ -10,6 +10,7 @@ from sklearn.neighbors import NearestCentroid
 
 from partialhn.features.closed_form import (
     PENALTIES,
+    SHRUNK,
     Ridge,
     accuracy,
     fit_class_means,
@@ -65,7 +66,9 @@ def test_important_features_are_penalised_less():
     x_NF, y_N = clusters(30, 40)
     importance_F = torch.where(torch.arange(40) < 10, 3.0, 1.0).double()
     found = fit_ridge(x_NF, y_N, 3, importance_F)
-    scaled_NF = (x_NF - x_NF.mean(0)) / x_NF.std(0, correction=0) * importance_F
+    variance_F = x_NF.var(0, correction=0)
+    scaled_NF = (x_NF - x_NF.mean(0)) * importance_F / (
+        variance_F + SHRUNK * variance_F.mean()).sqrt()
     ridge = Ridge(scaled_NF, y_N, 3)
     strength = min((30 * penalty for penalty in PENALTIES), key=ridge.leave_one_out)
     torch.testing.assert_close(found.left_out_NK, ridge.left_out(strength))
@@ -73,6 +76,23 @@ def test_important_features_are_penalised_less():
                                + ridge.bias_K)
     plain = fit_ridge(x_NF, y_N, 3)
     assert (found.logits(x_NF) - plain.logits(x_NF)).abs().max() > 1e-3
+
+
+def test_a_feature_that_few_images_hardly_show_does_not_decide():
+    """Most features of a network are zero for most images. Divided by the little that ten images
+    show of them, they would drown the others where they are not zero.
+    """
+    rng = np.random.default_rng(0)
+
+    def drawn(images):
+        y_N = np.arange(images) % 2
+        known_NF = rng.normal(size=(images, 20)) + 1.5 * y_N[:, None]
+        rare_NF = 3 * rng.exponential(size=(images, 400)) * (rng.random((images, 400)) < 0.1)
+        rare_NF = rare_NF if images > 10 else rare_NF * 1e-3
+        return torch.tensor(np.concatenate([known_NF, rare_NF], 1)), torch.tensor(y_N)
+    x_NF, y_N = drawn(10)
+    test_NF, y_M = drawn(1000)
+    assert accuracy(fit_ridge(x_NF, y_N, 2).logits(test_NF), y_M) > 0.8
 
 
 def test_few_images_of_noise_are_not_known():

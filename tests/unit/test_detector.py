@@ -33,7 +33,12 @@ from partialhn.detector.statistics import (
     unpacked,
 )
 from partialhn.errors import InputError, IntegrityError
-from partialhn.evaluation.task_inference_metrics import auroc, rejection_auroc, without_task_id
+from partialhn.evaluation.task_inference_metrics import (
+    auroc,
+    rejection_auroc,
+    right_without_task,
+    without_task_id,
+)
 from partialhn.features.feature_set import join
 from partialhn.networks.cut import CutNetwork
 from partialhn.networks.tensors import hash_tensors
@@ -434,6 +439,22 @@ def test_it_finds_tasks_far_better_than_guessing_and_measures_every_task(learner
     old = [dataclasses.replace(learner.finished[0], without_id=None), *learner.finished[1:]]
     assert class_incremental(old) == {"last": after[2]}
     assert class_incremental(old[:1]) == class_incremental([]) == {}
+
+
+def test_a_class_of_several_tasks_is_right_whichever_of_them_it_is_taken_for(learner, tasks):
+    """As where the same classes come back in other conditions: the answer is the class's name."""
+    tests = [task.test for task in tasks[:3]]
+
+    def acc(classes):
+        found = without_task_id(learner.strategy, learner.inference, tests, range(3), False,
+                                classes)["acc"]
+        right = right_without_task(learner.strategy, learner.inference, tests, classes)
+        assert found == pytest.approx(sum(right_N.double().mean().item() for right_N in right) / 3)
+        return found
+    apart = acc(None)
+    assert acc([("a", "b"), ("c", "d"), ("e", "f")]) == apart < 1
+    assert acc([("a", "b"), ("a", "b"), ("e", "f")]) > apart
+    assert acc([("a", "a")] * 3) == pytest.approx(1)
 
 
 def test_strangers_are_rejected_and_known_images_are_not(learner, tasks, weights):

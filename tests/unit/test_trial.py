@@ -28,7 +28,7 @@ def bench(tmp_path_factory, config, digits, network):
     storage = open_storage(str(tmp_path_factory.mktemp("bench")))
     jobs = feature_jobs(config, digits[:3], CutNetwork.of(network, 4).trunk, DEPTHS)
     manifests, _ = precompute(open_store(storage), CutNetwork.of(network, 4).trunk, jobs)
-    return Bench(storage, network, tuple((each.name, len(each.classes)) for each in digits[:3]),
+    return Bench(storage, network, tuple((each.name, tuple(each.classes)) for each in digits[:3]),
                  {(job.depth, job.task, job.split): manifest
                   for job, manifest in zip(jobs, manifests, strict=True)},
                  storage.path("running"), WorkerDevice(), 1)
@@ -41,7 +41,7 @@ def planned(config, trial, kind="search", depth=3):
 
 def test_a_trial_is_a_stream_judged_on_held_out_images(bench, config, network):
     cut = cut_network(config, network)
-    tasks = [TaskFeatures(name, classes, open_features(bench, (3, name, "train")), None,
+    tasks = [TaskFeatures(name, len(classes), open_features(bench, (3, name, "train")), None,
                           open_features(bench, (3, name, "validation")))
              for name, classes in bench.tasks]
     learner = Learner(cut.strategy(config), config.train)
@@ -61,7 +61,7 @@ def test_an_unknown_task_is_judged_among_the_classes_of_all_tasks(bench, config,
     begun.close()
     last = list(learn(planned(config, "unknown", "final"), unknown))[-1]
     assert [len(row) for row in last.rows] == [1, 2, 3]
-    tasks = [TaskFeatures(name, classes, open_features(bench, (3, name, "train")), None,
+    tasks = [TaskFeatures(name, len(classes), open_features(bench, (3, name, "train")), None,
                           open_features(bench, (3, name, "validation")))
              for name, classes in bench.tasks]
     learner = Learner(cut_network(config, network).strategy(config), config.train,
@@ -79,7 +79,7 @@ def test_only_final_runs_look_at_test_images(bench, config, network):
     cut = cut_network(config, network)
     learner = Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train)
     tests = [open_features(bench, (3, name, "test")) for name, _ in bench.tasks]
-    tasks = [TaskFeatures(name, classes, open_features(bench, (3, name, "train")), None, test)
+    tasks = [TaskFeatures(name, len(classes), open_features(bench, (3, name, "train")), None, test)
              for (name, classes), test in zip(bench.tasks, tests, strict=True)]
     for _ in learner.learn(tasks):
         pass
