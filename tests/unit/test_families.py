@@ -15,7 +15,7 @@ from partialhn.networks.backbone import build_network, find_backbone, pooled
 from partialhn.networks.cut import CutNetwork, depth_number
 from partialhn.networks.depths import depths_of, known_backbones
 from partialhn.networks.division import with_one_classifier
-from partialhn.networks.head import Head, HeadWeights, head_start, matrices
+from partialhn.networks.head import EarlierWeights, Head, HeadWeights, head_start, matrices
 from partialhn.networks.later_blocks import LaterBlocks
 from partialhn.networks.trunk import feature_shape, multiply_adds
 from pipelines.cli.main import run
@@ -157,6 +157,15 @@ def test_trunk_and_head_are_the_network_at_every_block(network):
                     z_BCP.std(2, correction=0) for z_BCP in maps)], strict=True):
                 scale = wanted_BC.abs().max().clamp_min(1e-3)
                 torch.testing.assert_close(own_BC / scale, wanted_BC / scale, rtol=1e-4, atol=1e-4)
+            # and a classifier that sees them, too
+            means_BE = torch.cat([outputs[0][depth].mean((2, 3)),
+                                  *(z_BCP.mean(2) for z_BCP in maps)], 1)
+            weight_KE = torch.linspace(-1, 1, means_BE.shape[1]).expand(wanted[0].shape[1], -1)
+            found = head(outputs[0][depth], weights._replace(
+                earlier=EarlierWeights(weight_KE, tuple(inner))))
+            expected = wanted[0] + means_BE @ weight_KE.T
+            scale = expected.abs().max().clamp_min(1e-3)
+            torch.testing.assert_close(found / scale, expected / scale, rtol=1e-4, atol=1e-4)
         shape = feature_shape(cut.trunk, batches[0])
         assert tuple(outputs[0][depth].shape[1:]) == shape == (cut.channels, *shape[1:])
 
