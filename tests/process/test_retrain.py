@@ -228,9 +228,22 @@ def test_more_data_of_a_task_makes_a_slot_on_top_of_the_champion(life):
     assert [task["name"] for task in result["tasks"]] == ["a", "b", "a/2026-11", "b/=2026-12"]
     assert result["weights_hash"] == version.tags["weights_hash"]
     assert result["policy"]["min_above_chance"] == 0.3, "that of the stream's passes"
-    assert [each["task"] for each in result["review"]] == [
-        "a", "b", "a/2026-11", "b/=2026-12"]
+    assert [each["task"] for each in result["review"]] == ["a/2026-11", "b/=2026-12"]
     assert all(each["examples"] for each in result["review"]), "from the stored samples"
+
+
+def test_a_task_counts_once_by_its_newest_slot_and_on_the_images_it_was_tested_on(life):
+    stream, passes = life
+    [new] = passes["refresh"].learned
+    assert any("p-value of guessing (48 test images)" in check
+               for check in new["decision"]["checks"]), "24 of each of the two slots"
+    result = stream.registry.result("digits")
+    rows = result["accuracy_matrix"]
+    refresh, replacement = stream.versions()[-2:]
+    assert float(refresh.tags["acc"]) == pytest.approx((rows[2][1] + rows[2][2]) / 2)
+    for found in (float(replacement.tags["acc"]), result["acc"],
+                  result["without_task_id"]["acc_given"]):
+        assert found == pytest.approx((rows[3][2] + rows[3][3]) / 2)
 
 
 def test_what_is_sent_again_is_not_used_and_said(life):
