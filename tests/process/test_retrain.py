@@ -293,6 +293,55 @@ def test_a_stream_keeps_what_it_was_founded_with(life, tmp_path):
         life[0].run(config=str(tmp_path / "other.yaml"))
 
 
+# An arrival whose training diverges ------------------------------------------------------------
+
+HOT = small_config(data={"data": "inbox"}, train={"epochs": None, "learning_rate": 1e30,
+                                                  "min_steps": 20, "max_steps": 20})
+"""Tasks with few images are solved; one with many is trained, and diverges."""
+
+
+@pytest.fixture
+def hot(tmp_path):
+    """Tasks a and c with few images, and between them b with many."""
+    stream = Stream(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(HOT.to_dict()))
+    for task, labels, images in (("a", (0, 1), 40), ("b", (2, 3), 150), ("c", (6, 7), 40)):
+        put_task(stream.inbox, task, labels, rows=range(images))
+    return stream
+
+
+def test_an_arrival_that_diverges_is_rejected_and_the_others_are_learned(hot):
+    done = hot.run()
+    assert [(each["task"], each["codes"]) for each in done.rejected] == [("b", ["diverged"])]
+    assert "the loss of task 'b' became " in done.rejected[0]["reasons"][0]
+    assert [each["slot"] for each in done.learned] == ["a", "c"]
+    assert (done.champion, done.exit_code) == (2, 0)
+    said = json.loads((hot.inbox / "b" / "_REJECTED.json").read_text())
+    assert "smaller learning_rate" in said["what_to_do"]
+    again = hot.run()
+    assert again.did_nothing
+    assert "b (rejected)" in again.skipped
+    train = HOT.to_dict()["train"] | {"learning_rate": 0.01}
+    (hot.root / "cooler.yaml").write_text(yaml.safe_dump(HOT.to_dict() | {"train": train}))
+    cooler = hot.run(config=str(hot.root / "cooler.yaml"))
+    assert [each["slot"] for each in cooler.learned] == ["b"]
+    assert not (hot.inbox / "b" / "_REJECTED.json").exists()
+
+
+@pytest.mark.parametrize("tasks_at_once", [1, 2])
+def test_a_refresh_of_what_diverged_waits_for_it(tmp_path, tasks_at_once):
+    stream = Stream(tmp_path)
+    compute = HOT.to_dict()["compute"] | {"tasks_at_once": tasks_at_once}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(HOT.to_dict() | {"compute": compute}))
+    put_task(stream.inbox, "b", (2, 3), rows=range(150))
+    put_task(stream.inbox, "b/more", (2, 3), rows=range(150, 170))
+    put_task(stream.inbox, "c", (6, 7), rows=range(40))
+    done = stream.run()
+    assert [each["task"] for each in done.rejected] == ["b"]
+    assert [each["slot"] for each in done.learned] == ["c"]
+    assert any(text.startswith("b/more") for text in stream.run().waiting)
+
+
 # Two at the same second -----------------------------------------------------------------------
 
 
