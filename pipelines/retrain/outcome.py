@@ -34,6 +34,8 @@ class PassOutcome:
     """In a dry run, the actions that a real pass would take."""
     notes: list[str] = dataclasses.field(default_factory=list)
     """What the user should know about this pass; each was printed while it ran."""
+    error: str = ""
+    """The error that ended the pass before its end."""
     champion: int | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     """Wall seconds by phase."""
@@ -50,7 +52,7 @@ class PassOutcome:
     @property
     def did_nothing(self) -> bool:
         return not (self.held_by or self.repaired or self.rejected or self.adopted
-                    or self.learned or self.would)
+                    or self.learned or self.would or self.error)
 
     @property
     def _forgot_is_champion(self) -> bool:

@@ -86,7 +86,8 @@ def with_pass(settings: RetrainConfig, work: Callable[["Pass"], None], log: Log 
                       Progress(config, log), clock))
         except LeaseLostError as error:
             outcome.held_by = f"another process ({error})"
-    outcome.seconds = {key: round(value, 3) for key, value in clock.laps.items()}
+        finally:
+            outcome.seconds = {key: round(value, 3) for key, value in clock.laps.items()}
     return outcome
 
 
