@@ -96,7 +96,8 @@ class Learning:
         """The champion's slots and the new ones; computes the features of the new ones."""
         experiences = [task.experience for task in waiting if task.experience is not None]
         jobs = feature_jobs(self.context.config, experiences, cut.trunk)
-        manifests, _ = self.execution.features(jobs, cut)
+        manifests, decoded = self.execution.features(jobs, cut)
+        self.done.images_decoded += decoded
         self.context.clock.lap("features")
         return self.context.slots(self.base) + slots_of(experiences, jobs, manifests)
 

@@ -34,6 +34,8 @@ class PassOutcome:
     """In a dry run, the actions that a real pass would take."""
     notes: list[str] = dataclasses.field(default_factory=list)
     """What the user should know about this pass; each was printed while it ran."""
+    images_decoded: int = 0
+    """Images decoded for the features of this pass."""
     error: str = ""
     """The error that ended the pass before its end."""
     champion: int | None = None

@@ -245,7 +245,7 @@ class Pass:
     def conclude(self, context: PassContext, base: Sequence[Decided]) -> None:
         """Publishes the report of the champion's tasks, unless it is published already."""
         if base and published(self.journal) != base[-1].prefix:
-            publish(context, base, self.done.notes)
+            publish(context, base, self.done.notes, self.done.images_decoded)
             context.lease.check()
             context.chapters.write(base, self.seen)
             self.clock.lap("report")

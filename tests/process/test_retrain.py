@@ -23,6 +23,7 @@ from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.registry.models import repaired
 from pipelines.registry.verify import verify
+from pipelines.report.page import render
 from pipelines.retrain import chapters, learning
 from pipelines.retrain.journal import Journal, chain_to, slots_of
 from pipelines.retrain.run import retrain
@@ -295,8 +296,7 @@ def test_a_stream_keeps_what_it_was_founded_with(life, tmp_path):
 
 # An arrival whose training diverges ------------------------------------------------------------
 
-HOT = small_config(data={"data": "inbox"}, train={"epochs": None, "learning_rate": 1e30,
-                                                  "min_steps": 20, "max_steps": 20})
+HOT = small_config(train={"epochs": None, "learning_rate": 1e30, "min_steps": 20, "max_steps": 20})
 """Tasks with few images are solved; one with many is trained, and diverges."""
 
 
@@ -316,6 +316,10 @@ def test_an_arrival_that_diverges_is_rejected_and_the_others_are_learned(hot):
     assert "the loss of task 'b' became " in done.rejected[0]["reasons"][0]
     assert [each["slot"] for each in done.learned] == ["a", "c"]
     assert (done.champion, done.exit_code) == (2, 0)
+    result = hot.registry.result("digits")
+    assert result["config"]["data"]["data"] == "inbox", "not the option's default"
+    assert result["images_decoded"] == done.images_decoded == 2 * (40 + 150 + 40)
+    assert "The last pass took" in render(result)
     said = json.loads((hot.inbox / "b" / "_REJECTED.json").read_text())
     assert "smaller learning_rate" in said["what_to_do"]
     again = hot.run()

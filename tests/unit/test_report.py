@@ -541,3 +541,11 @@ def test_a_task_that_was_learned_again_counts_once_by_its_newest_slot():
     assert "3 tasks, 30 classes" in text
     assert [line.split()[:2] for line in text.splitlines()[4:7]] == [
         ["2", "c"], ["0", "a"], ["1", "b"]]
+
+
+def test_the_command_that_labels_images_says_where_the_stream_lies():
+    page = html.unescape(render(sample(2)))
+    command = page[page.index("partialhn predict"):].partition("</code>")[0]
+    words = shlex.split(command.replace(" \\\n", ""))
+    assert words[-4:] == ["--storage", "/data/partialhn",
+                          "--tracking-uri", "sqlite:////data/partialhn/mlflow.db"]
