@@ -9,5 +9,14 @@ class InputError(ValueError):
     """Something the user gave cannot be used: an option, a path, an image, a model name."""
 
 
+class DivergedError(InputError):
+    """The loss of a task is no longer finite with these options; other tasks may do well."""
+
+    def __init__(self, message: str, task: str = "") -> None:
+        """task: name of the task's slot."""
+        super().__init__(message)
+        self.task = task
+
+
 class IntegrityError(RuntimeError):
     """Something stored is not what it says it is: a shard, a manifest, a checkpoint."""

@@ -69,7 +69,7 @@ class GateFacts:
     before: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Best earlier accuracy on the same test images; a task without one is new."""
     images: int | None = None
-    """Number of test images of the new task."""
+    """Number of test images on which the accuracy of the new or refreshed task was measured."""
     linear_probe: float | None = None
     seconds: float | None = None
     bytes_per_task: int | None = None

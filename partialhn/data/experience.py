@@ -72,6 +72,31 @@ def refreshed(slots: Sequence[str], index: int) -> int | None:
     return next((j for j in reversed(range(index)) if task_of(slots[j]) == task), None)
 
 
+def newest_slots(slots: Sequence[str]) -> dict[str, int]:
+    """The newest slot of every task, which answers for it, by the task's name.
+
+    The tasks are in the order in which they were first learned: a caller who says a task by its
+    number means its place here. Whatever counts tasks, or takes a mean over them, counts each once,
+    by this slot: the older ones answer nothing any more.
+    """
+    return {task_of(name): index for index, name in enumerate(slots)}
+
+
+def slots_behind(slots: Sequence[str]) -> list[list[int]]:
+    """For every slot, the slots whose images it is learned and tested on, itself last.
+
+    They are those of its task from the newest one that replaces the task's data.
+    """
+    by_task: dict[str, list[int]] = {}
+    behind = []
+    for index, name in enumerate(slots):
+        task = task_of(name)
+        earlier = [] if replaces(name) else by_task.get(task, [])
+        by_task[task] = [*earlier, index]
+        behind.append(by_task[task])
+    return behind
+
+
 def all_not_used(experiences: Sequence[Experience]) -> list[NotUsed]:
     """Files and classes that are not used, once for each data set of the experiences."""
     notes = {task.not_used.where: task.not_used for task in experiences if task.not_used}

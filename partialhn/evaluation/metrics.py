@@ -65,12 +65,12 @@ def as_accuracy_table(accuracy_TT: Table) -> npt.NDArray[np.float64]:
 
 def accuracy(accuracy_TT: Table) -> float:
     """ACC: mean over j of R[T-1, j]."""
-    return _accuracy(as_accuracy_table(accuracy_TT))
+    return summarise(accuracy_TT).accuracy
 
 
 def learning_accuracy(accuracy_TT: Table) -> float:
     """LA: mean over j of R[j, j]."""
-    return _learning_accuracy(as_accuracy_table(accuracy_TT))
+    return summarise(accuracy_TT).learning_accuracy
 
 
 def forgetting_by_task(accuracy_TT: Table) -> npt.NDArray[np.float64]:
@@ -83,7 +83,7 @@ def forgetting_by_task(accuracy_TT: Table) -> npt.NDArray[np.float64]:
 
 def forgetting(accuracy_TT: Table) -> float:
     """Mean over j < T-1 of F_j; 0 for a single task (Chaudhry et al. 2018)."""
-    return _mean(forgetting_by_task(accuracy_TT)[:-1])
+    return summarise(accuracy_TT).forgetting
 
 
 def backward_transfer(accuracy_TT: Table) -> float:
@@ -91,7 +91,7 @@ def backward_transfer(accuracy_TT: Table) -> float:
 
     Lopez-Paz and Ranzato 2017, equation 3.
     """
-    return _backward_transfer(as_accuracy_table(accuracy_TT))
+    return summarise(accuracy_TT).backward_transfer
 
 
 def forward_transfer(accuracy_TT: Table, untrained_T: npt.ArrayLike) -> float:
@@ -117,30 +117,24 @@ def forward_transfer(accuracy_TT: Table, untrained_T: npt.ArrayLike) -> float:
     return float((ahead_T - base_T[1:]).mean())
 
 
-def summarise(accuracy_TT: Table) -> StreamMetrics:
-    """All metrics that the table alone decides (forward transfer needs a baseline as well)."""
+def summarise(accuracy_TT: Table, counted: Sequence[int] | None = None) -> StreamMetrics:
+    """All metrics that the table alone decides (forward transfer needs a baseline as well).
+
+    counted: the columns that count as tasks, in order and with the last one; default: all. Every
+    row counts as a moment.
+    """
     table_TT = as_accuracy_table(accuracy_TT)  # once: a thousand tasks have a million numbers
-    lost_T = _forgetting_by_task(table_TT)
-    return StreamMetrics(_accuracy(table_TT), _learning_accuracy(table_TT), _mean(lost_T[:-1]),
-                         _backward_transfer(table_TT), tuple(lost_T.tolist()))
-
-
-def _accuracy(table_TT: Checked) -> float:
-    return float(table_TT[-1].mean())
-
-
-def _learning_accuracy(table_TT: Checked) -> float:
-    return float(np.diagonal(table_TT).mean())
+    chosen = range(len(table_TT)) if counted is None else counted
+    now_T, learned_T = table_TT[-1][chosen], np.diagonal(table_TT)[chosen]
+    lost_T = _forgetting_by_task(table_TT)[chosen]
+    return StreamMetrics(float(now_T.mean()), float(learned_T.mean()), _mean(lost_T[:-1]),
+                         _mean((now_T - learned_T)[:-1]), tuple(lost_T.tolist()))
 
 
 def _forgetting_by_task(table_TT: Checked) -> npt.NDArray[np.float64]:
     trained_TT = np.tril(np.ones_like(table_TT, dtype=bool))
     best_T = np.where(trained_TT, table_TT, -np.inf).max(axis=0)
     return np.asarray(best_T - table_TT[-1])
-
-
-def _backward_transfer(table_TT: Checked) -> float:
-    return _mean((table_TT[-1] - np.diagonal(table_TT))[:-1])
 
 
 def _mean(change_T: npt.NDArray[np.float64]) -> float:

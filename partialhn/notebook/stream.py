@@ -14,7 +14,7 @@ from partialhn.checkpoints import FIELDS
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.errors import InputError
-from partialhn.evaluation.metrics import StreamMetrics, summarise
+from partialhn.evaluation.metrics import StreamMetrics
 from partialhn.networks.precision import choose_device
 from partialhn.notebook import display
 from partialhn.notebook.folder import check_config, claim, stored_fields
@@ -184,7 +184,7 @@ class Stream:
         Raises: InputError before the first task.
         """
         self._require_a_task()
-        return summarise(self._run.outcomes()[self.config.train.strategy].accuracy_TT)
+        return self._run.outcomes()[self.config.train.strategy].summary
 
     @property
     def comparison(self) -> "pd.DataFrame":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from partialhn.config import TrainConfig
-from partialhn.errors import InputError
+from partialhn.errors import DivergedError
 from partialhn.features.batches import MappedBatches, ResidentBatches, Workers
 from partialhn.features.closed_form import accuracy
 from partialhn.features.feature_set import FeatureSet
@@ -64,7 +64,7 @@ def fit_experience(strategy: Strategy, task_index: int, task: TaskFeatures, conf
     one step and replays it. It is used only if a single worker has the task's features on its
     device and all steps of the strategy run the same operations.
 
-    Raises: InputError if the loss is no longer finite.
+    Raises: DivergedError if the loss is no longer finite.
     """
     assert task.train is not None, f"task {task.name} has no training features"
     chosen = is_chosen(strategy, config)
@@ -139,7 +139,7 @@ class _Run:
                            recorder if recordable else None, self.batches.steps_1)
 
     def epoch(self, epoch: int) -> EpochRecord:
-        """Runs the steps of one epoch. Raises: InputError if the loss is no longer finite."""
+        """Runs the steps of one epoch. Raises: DivergedError if the loss is no longer finite."""
         start, self._start = self._start or time.perf_counter(), None
         batches, workers = self.batches, self.workers
         self.strategy.train()
@@ -154,10 +154,10 @@ class _Run:
         seconds = time.perf_counter() - start
         cross_entropy, regulariser = mean[0].item(), mean[2].item()
         if not math.isfinite(cross_entropy + regulariser):
-            raise InputError(f"the loss of task {self.task.name!r} became "
-                             f"{cross_entropy + regulariser} in epoch {epoch}; allowed: a finite "
-                             "loss, so try a smaller learning_rate than "
-                             f"{self.config.learning_rate}")
+            raise DivergedError(f"the loss of task {self.task.name!r} became "
+                                f"{cross_entropy + regulariser} in epoch {epoch}; allowed: a "
+                                "finite loss, so try a smaller learning_rate than "
+                                f"{self.config.learning_rate}", self.task.name)
         loss, validation = _validated(self.strategy, self.task_index, self.held_out)
         if self.budget.patience is None:
             loss = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from partialhn.config import TrainConfig
+from partialhn.data.experience import newest_slots
 from partialhn.detector.detector import Detector
 from partialhn.evaluation.task_inference_metrics import rejection_auroc, without_task_id
 from partialhn.features.batches import Workers
@@ -203,13 +204,12 @@ class Learner:
             add_measured(self.inference, measured, tasks[index].refreshes)
             return None
         tests = [task.test for task in tasks[:index + 1]]
-        metrics = {}
-        if index and tasks[index].refreshes is None and is_measured_after(index):
+        metrics, known, newest = {}, _newest(tasks[:index]), _newest(tasks[:index + 1])
+        if 0 < len(known) < len(newest) and is_measured_after(index):  # a new task, not the first
             metrics["rejection_auroc"] = rejection_auroc(
-                self.strategy, self.inference, tests[:-1], tests[-1], _newest(tasks[:index]))
+                self.strategy, self.inference, tests[:-1], tests[-1], known)
         add_measured(self.inference, measured, tasks[index].refreshes)
-        return metrics | without_task_id(self.strategy, self.inference, tests,
-                                         _newest(tasks[:index + 1]),
+        return metrics | without_task_id(self.strategy, self.inference, tests, newest,
                                          heads_alone=index + 1 == len(tasks),
                                          classes=class_names(tasks[:index + 1]))
 
@@ -274,6 +274,5 @@ def class_names(tasks: Sequence[TaskFeatures]) -> list[tuple[str, ...]] | None:
 
 
 def _newest(tasks: Sequence[TaskFeatures]) -> list[int]:
-    """Indices of the slots that no later one refreshes."""
-    replaced = {task.refreshes for task in tasks}
-    return [index for index in range(len(tasks)) if index not in replaced]
+    """Indices of the newest slot of every task."""
+    return sorted(newest_slots([task.name for task in tasks]).values())

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import partialhn
 from partialhn.checkpoints.model import Model
 from partialhn.config import Config
+from partialhn.data.experience import newest_slots
 from partialhn.evaluation.metrics import StreamMetrics, summarise
 from partialhn.features.jobs import SPLITS
 from partialhn.training.learner import Learner
@@ -83,9 +84,14 @@ class Outcome:
         aurocs = [values["rejection_auroc"] for values in metrics if "rejection_auroc" in values]
         return metrics[-1] | ({"rejection_auroc": sum(aurocs) / len(aurocs)} if aurocs else {})
 
+    @property
+    def summary(self) -> StreamMetrics:
+        """The metrics of the tasks, each of which counts once."""
+        return summarise_records(self.finished)
+
     def fields(self) -> dict[str, Any]:
         """Metrics, seconds and bytes of this strategy."""
-        summary = summarise(_table([record.accuracy_row for record in self.finished]))
+        summary = self.summary
         return {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
                 "forgetting": summary.forgetting, "bwt": summary.backward_transfer,
                 "accuracy_matrix": self.accuracy_TT,
@@ -101,9 +107,17 @@ def _table(rows: Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
     return table_TT
 
 
+def summarise_records(records: Sequence[TaskRecord]) -> StreamMetrics:
+    """The metrics of the tasks so far. A task that was learned again counts once, by its newest
+    slot.
+    """
+    newest = newest_slots([record.task for record in records])
+    return summarise(_table([record.accuracy_row for record in records]), sorted(newest.values()))
+
+
 def stream_metrics(records: Sequence[TaskRecord]) -> tuple[StreamMetrics, dict[str, float]]:
     """The metrics of the tasks so far, and those of them that are logged, by name."""
-    summary = summarise(_table([record.accuracy_row for record in records]))
+    summary = summarise_records(records)
     logged = {"acc": summary.accuracy, "learning_accuracy": summary.learning_accuracy,
               "forgetting": summary.forgetting, "bwt": summary.backward_transfer}
     return summary, logged | {f"class_incremental_{key}": value

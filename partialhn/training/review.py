@@ -22,6 +22,7 @@ from torch import Tensor
 
 from partialhn.checkpoints.model import Model
 from partialhn.data.decode import decode_images
+from partialhn.data.experience import newest_slots
 from partialhn.data.image_table import ImageTable
 from partialhn.features.closed_form import fit_ridge, pooled_cells
 from partialhn.features.feature_set import FeatureSet
@@ -63,20 +64,21 @@ def review(model: Model, slots: Sequence[Slot], store: FeatureStore,
            tests: Mapping[str, ImageTable]) -> list[dict[str, Any]]:
     """The reviewed tasks as plain values for `result.json`.
 
-    slots: of every task of the model. accuracies: of every slot, now. epochs: records of the
-    learned slots. tests: test images by slot; a slot without them has no example images.
+    slots: all of the model; a task is reviewed with its newest. accuracies: of every slot, now.
+    epochs: records of the learned slots. tests: test images by slot; a slot without them has no
+    example images.
     """
     strategy = model.strategy
     last = {record.task_index: record for record in epochs}
-    places = reviewed_tasks(accuracies, [len(slot.classes) for slot in slots])
+    newest = sorted(newest_slots([slot.name for slot in slots]).values())
+    places = [newest[number] for number in reviewed_tasks(
+        [accuracies[place] for place in newest], [len(slots[place].classes) for place in newest])]
     beside = {place for place in places if model.config.backbone.depth
               and _wants_ridge(slots[place], last.get(place))}
-    opened = open_task_features(store, [slots[place] for place in places],
-                                {number for number, place in enumerate(places)
-                                 if place in beside})
+    opened = open_task_features(store, slots, beside)
     reviews = []
-    for place, features in zip(places, opened, strict=True):
-        slot = slots[place]
+    for place in places:
+        slot, features = slots[place], opened[place]
         rows_N = _evenly(len(features.test), LOOKED)
         logits_NK, y_N = answer(strategy, place, features.test, rows_N=rows_N)
         predicted_N = logits_NK.argmax(1)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import cast
 
 from partialhn.config import Config
-from partialhn.data.experience import Experience, replaces, task_of
+from partialhn.data.experience import Experience, slots_behind
 from partialhn.features.extract import feature_jobs, find_features
 from partialhn.features.feature_set import FeatureSet, UnopenedFeatures, join
 from partialhn.features.jobs import FeatureJob, Split
@@ -85,15 +85,11 @@ def open_task_features(store: FeatureStore, slots: Sequence[Slot],
     Raises: IntegrityError for damaged features.
     """
     opened: dict[str, FeatureSet] = {}
-    names = [slot.name for slot in slots]
-    by_task: dict[str, list[int]] = {}
-    for index, name in enumerate(names):
-        by_task.setdefault(task_of(name), []).append(index)
+    behind = slots_behind([slot.name for slot in slots])
 
     def manifests_of(index: int, split: Split) -> list[Manifest]:
-        of_task = [slots[place] for place in by_task[task_of(names[index])] if place <= index]
-        first = max((place for place, slot in enumerate(of_task) if replaces(slot.name)), default=0)
-        return [slot.manifests[split] for slot in of_task[first:] if split in slot.manifests]
+        return [slots[place].manifests[split] for place in behind[index]
+                if split in slots[place].manifests]
 
     def joined(manifests: Sequence[Manifest]) -> FeatureSet | None:
         for manifest in manifests:
@@ -103,12 +99,8 @@ def open_task_features(store: FeatureStore, slots: Sequence[Slot],
 
     def tested(index: int) -> FeatureSet:
         manifests = manifests_of(index, "test")
-        assert manifests, f"task {names[index]} has no test features"
+        assert manifests, f"task {slots[index].name} has no test features"
         return UnopenedFeatures(manifests, lambda: cast(FeatureSet, joined(manifests)))
-
-    def refreshes(index: int) -> int | None:  # as `refreshed`, which looks through all slots
-        earlier = [place for place in by_task[task_of(names[index])] if place < index]
-        return earlier[-1] if earlier and not replaces(names[index]) else None
 
     tasks = []
     for index, slot in enumerate(slots):
@@ -116,5 +108,14 @@ def open_task_features(store: FeatureStore, slots: Sequence[Slot],
                                           manifests_of(index, "validation")))
                              if learn is None or index in learn else (None, None))
         tasks.append(TaskFeatures(slot.name, len(slot.classes), train, validation, tested(index),
-                                  refreshes(index), tuple(slot.classes)))
+                                  behind[index][-2] if len(behind[index]) > 1 else None,
+                                  tuple(slot.classes)))
     return tasks
+
+
+def images_behind(slots: Sequence[Slot], index: int, split: Split) -> int:
+    """Number of images of a split that a slot is learned or tested on: its own, and those of the
+    slots that it refreshes.
+    """
+    behind = [slots[place] for place in slots_behind([slot.name for slot in slots])[index]]
+    return sum(slot.manifests[split].rows for slot in behind if split in slot.manifests)

@@ -5,11 +5,13 @@ import json
 import re
 import sys
 import time
+import traceback
 from typing import Any
 
-from partialhn.errors import InputError
+from partialhn.errors import InputError, IntegrityError
 from pipelines.cli.next_steps import next_steps
 from pipelines.platform.importing import importing
+from pipelines.retrain.outcome import PassOutcome
 from pipelines.settings import RetrainConfig
 
 
@@ -23,29 +25,51 @@ class Retrain:
 
     retrain: RetrainConfig = dataclasses.field(default_factory=RetrainConfig)
     watch: bool = False
-    """Run a pass every --interval, until the process is stopped."""
+    """Run a pass every --interval, until the process is stopped. An error of the first pass ends
+    it, because the options may be at fault; later errors are printed, and the next pass tries
+    again."""
     interval: str = "10m"
     """Time between two passes with --watch: 30s, 10m, 2h."""
     json: bool = False
-    """Print one line of JSON for each pass, and progress on stderr."""
+    """Print one line of JSON for each pass, and progress on stderr; `error` says what ended it."""
 
     def run(self) -> int:
         seconds = parse_interval(self.interval)
-        while True:
-            code = self._pass()
-            if not self.watch:
-                return code
+        code = self._pass()
+        while self.watch:
             now = time.strftime("%H:%M:%S")
             _to_stderr(f"{now} the pass has ended; the next one begins in {self.interval}")
             time.sleep(seconds)
+            try:
+                code = self._pass()
+            except (InputError, IntegrityError) as error:
+                _to_stderr(f"error: {error}")
+            except BrokenPipeError:  # nobody reads what is printed
+                raise
+            except Exception:
+                traceback.print_exc()
+        return code
 
     def _pass(self) -> int:
+        """One pass; prints what it did, also before an error that ended it."""
         with importing("pipelines.retrain.run"):
             from pipelines.retrain.run import retrain
 
-        done = retrain(self.retrain, _to_stderr if self.json else print)
+        done = PassOutcome(self.retrain.name, self.retrain.dry_run)
+        try:
+            retrain(self.retrain, _to_stderr if self.json else print, done)
+        except Exception as error:
+            done.error = str(error) or type(error).__name__
+            self._print(done, 2 if isinstance(error, InputError) else 1)
+            raise
+        self._print(done, done.exit_code)
+        return done.exit_code
+
+    def _print(self, done: PassOutcome, code: int) -> None:
         if self.json:
-            print(json.dumps(done.fields()))
+            print(json.dumps(done.fields() | {"exit_code": code}))
+        elif done.error:
+            print("".join(f"{line}\n" for line in done.lines()), end="")
         else:
             print("\n".join(done.lines()))
             if (done.learned or done.adopted) and not self.watch:
@@ -55,7 +79,6 @@ class Retrain:
                     commands.append(f"models promote --name {done.stream} --force --why REASON")
                 print("\n".join(next_steps(commands, self.retrain.storage,
                                            self.retrain.tracking_uri)))
-        return done.exit_code
 
 
 def parse_interval(text: str) -> float:

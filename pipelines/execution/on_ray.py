@@ -26,6 +26,7 @@ from partialhn.training.pretrain import fit_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from pipelines.execution.base import Execution
 from pipelines.execution.events import Events
+from pipelines.execution.task_share import error_fields, error_of
 from pipelines.execution.worker import Assignment, OnRecord, Worker
 from pipelines.features.on_ray import decoding_actors, on_ray
 from pipelines.features.produce import Run
@@ -38,13 +39,13 @@ def learn(loop_config: dict[str, Any]) -> dict[str, Any]:
     """The Ray Train worker function; the config holds an `assignment`, the `events` actor, and the
     `device` that the worker is to have.
 
-    Returns the result of `Worker.run`, or a dict with an `error` message for the user.
+    Returns the result of `Worker.run`, or the fields of an error for the user.
     """
     try:
         host = RayHost(loop_config["events"], loop_config["device"])
         return Worker(loop_config["assignment"], host).run()
     except InputError as error:  # trying again would fail again
-        return {"error": str(error)}
+        return error_fields(error)
 
 
 class RayHost:
@@ -159,7 +160,7 @@ class RayExecution(Execution):
                 time.sleep(0.3)
         returned: dict[str, Any] = running.result()
         if "error" in returned:
-            raise InputError(returned["error"])
+            raise error_of(returned)
         return returned
 
     def _fit(self, assignment: Assignment, events: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from partialhn.checkpoints import checkpoint
 from partialhn.config import StrategyName
 from partialhn.detector.detector import Detector
-from partialhn.errors import InputError
+from partialhn.errors import DivergedError, InputError
 from partialhn.networks.tensors import tensors_below
 from partialhn.strategies import Strategy
 from partialhn.task_inference import Inference, stored_inference
@@ -81,18 +81,31 @@ class WorkerRank:
         try:
             yield
         except InputError as error:
-            self.storage.write_text(self._failure, str(error))
+            self.storage.write_text(self._failure, json.dumps(error_fields(error)))
             raise
 
     def wait(self) -> None:
         """Waits a moment for the other workers. Raises: InputError if one of them gave up."""
         if self.storage.exists(self._failure):
-            raise InputError(self.storage.read_text(self._failure))
+            raise error_of(json.loads(self.storage.read_text(self._failure)))
         time.sleep(self.pause)
 
     @property
     def _failure(self) -> str:
         return f"{self.run}/tasks/failed-{self.attempt}"
+
+
+def error_fields(error: InputError) -> dict[str, str]:
+    """An error as plain values, to tell it to another process."""
+    diverged = {"diverged": error.task} if isinstance(error, DivergedError) else {}
+    return {"error": str(error), **diverged}
+
+
+def error_of(fields: Mapping[str, str]) -> InputError:
+    """The error of `error_fields`."""
+    if "diverged" in fields:
+        return DivergedError(fields["error"], fields["diverged"])
+    return InputError(fields["error"])
 
 
 class TaskShare:

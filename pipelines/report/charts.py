@@ -96,12 +96,15 @@ def accuracy_ticks(values: npt.ArrayLike) -> list[float]:
 
 
 def heat_map(key: str, names: Sequence[str], accuracy_TT: npt.NDArray[np.float64],
-             description: str, guessing: Sequence[float] = (), most: int = WITH_TEXT) -> str:
+             description: str, guessing: Sequence[float] = (), most: int = WITH_TEXT,
+             numbers: Sequence[int] = ()) -> str:
     """The accuracy matrix; its numbers are written in the cells up to `most` tasks.
 
     Beyond `WHOLE` tasks, neighbours are drawn as one cell with their mean. guessing: accuracy of
-    guessing on every task, for a last row; empty where it is unknown.
+    guessing on every task, for a last row; empty where it is unknown. numbers: those of the tasks;
+    default: from 0.
     """
+    numbers = numbers or range(len(names))
     group = 1 if len(names) <= WHOLE else math.ceil(len(names) / BLOCKS)
     spans = [range(first, min(first + group, len(names))) for first in range(0, len(names), group)]
     if group > 1:
@@ -119,8 +122,10 @@ def heat_map(key: str, names: Sequence[str], accuracy_TT: npt.NDArray[np.float64
     body = [text(max(left, 76), 12, "accuracy on task →"), text(0, 12, "after task ↓")]
     every = 1 if with_text else tick_step(len(spans) * group) // group or 1
     for j in range(0, n_tasks, every):
-        body.append(text(left + (j + 0.5) * cell, top - 7, spans[j][0], anchor="middle"))
-        label = shorten(row_label(j, names[j]), 14) if with_text else str(spans[j][0])
+        body.append(text(left + (j + 0.5) * cell, top - 7, numbers[spans[j][0]], anchor="middle"))
+        label = str(numbers[spans[j][0]])
+        if with_text:
+            label = shorten(row_label(numbers[j], names[j]), 14)
         body.append(f"<g><title>{escape(names[j])}</title>"
                     + text(left - 8, top + (j + 0.5) * high + 4, label, anchor="end") + "</g>")
     draw = _Cells(left, top, cell, high, low, step, 1.5 if with_text else 0.0,

@@ -38,7 +38,7 @@ def training(facts: Facts) -> str:
     if loss:
         top = max(y for line in loss for _, y in line.points)
         figures.append(figure("Training loss, epoch by epoch", _epoch_chart(
-            "loss", "Training loss", loss, charts.nice_ticks(0, top), "{:.3g}", tasks),
+            "loss", "Training loss", loss, charts.nice_ticks(0, top), "{:.3g}", facts, tasks),
             "Cross-entropy in nats, with the penalty that protects earlier tasks. It should fall "
             "while a task is trained, and end about as low for late tasks as for early ones."))
     if learned or held_out:
@@ -49,7 +49,7 @@ def training(facts: Facts) -> str:
         shown = guessing + learned + held_out
         ticks = charts.accuracy_ticks([y for line in shown for _, y in line.points])
         figures.append(figure("Accuracy while training, epoch by epoch", legend + _epoch_chart(
-            "accuracy", "Accuracy while training", shown, ticks, "{:.0%}", tasks),
+            "accuracy", "Accuracy while training", shown, ticks, "{:.0%}", facts, tasks),
             "A gap between the two is over-fitting: the model fits the training images better "
             "than others."))
     lead = f"{total:,} epochs in all, {total / len(tasks):.3g} a task; {how}."
@@ -89,10 +89,10 @@ def _starts(tasks: Mapping[int, Records]) -> dict[int, int]:
 
 
 def _epoch_chart(name: str, title: str, lines: Sequence[Line], y_ticks: Sequence[float],
-                 tick_format: str, tasks: Mapping[int, Records]) -> str:
+                 tick_format: str, facts: Facts, tasks: Mapping[int, Records]) -> str:
     if 1 < len(tasks) <= IN_A_ROW:
         starts = _starts(tasks)
-        x_ticks = [(starts[task] + (len(records) + 1) / 2, str(task))
+        x_ticks = [(starts[task] + (len(records) + 1) / 2, str(facts.numbers[task]))
                    for task, records in tasks.items()]
         return charts.line_chart(name, title, f"{title} by epoch, one stretch a task.", lines,
                                  y_ticks, tick_format, x_ticks, "task",
@@ -141,7 +141,8 @@ def cost(facts: Facts) -> str:
     total, peak = dig(facts.result, "seconds", "total"), facts.result.get("peak_rss_bytes")
     lead = "Time, memory and computation of the run."
     if total is not None:
-        lead = (f"The whole run took {duration(total)}"
+        lead = (f"{'The last pass' if facts.result.get('of_pass') else 'The whole run'} took "
+                f"{duration(total)}"
                 + (f" and at most {size(peak)} of memory." if peak else "."))
     if facts.result.get("images_decoded") == 0:
         lead += " The features were stored by an earlier run, so no image was decoded."

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from partialhn.data.experience import task_of
 from partialhn.numbers import percent
 from pipelines.report.charts import escape, shorten
 from pipelines.report.facts import Facts
@@ -36,8 +37,8 @@ def examples(facts: Facts) -> str:
 def _task(review: Mapping[str, Any]) -> str:
     shown = [each for each in review.get("examples") or []
              if _BASE64.fullmatch(str(each.get("image") or ""))]
-    shots = "".join(map(_shot, shown))
-    return (f'<div class="shots-of"><h3>Task “{escape(review.get("task"))}”</h3>'
+    shots, task = "".join(map(_shot, shown)), task_of(str(review.get("task")))
+    return (f'<div class="shots-of"><h3>Task “{escape(task)}”</h3>'
             f"<p>{escape(_confused(review.get('confused') or []))}</p>"
             + (f'<ul class="shots">{shots}</ul>' if shots else "") + "</div>")
 

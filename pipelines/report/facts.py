@@ -5,18 +5,20 @@ Many parts of `result.json` are optional (no baselines run, nothing registered, 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from partialhn.data.experience import newest_slots, slots_behind, task_of
 from partialhn.errors import InputError
 from partialhn.evaluation import metrics
 from partialhn.evaluation.certainty import Estimate, difference
 from partialhn.evaluation.doubts import doubts
 from partialhn.strategies.table import label_of
 from partialhn.training.records import Forgotten
+from pipelines.report.charts import row_label
 
 FORGETTING_LIMIT = 0.01
 """Mean forgetting that the verdict accepts: 1 point."""
@@ -39,17 +41,30 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """A result with every field present; a field is None only where its type says so."""
+    """A result with every field present; a field is None only where its type says so.
+
+    A task that was learned again is here once, by its newest slot, and the fields of `result` that
+    name tasks by their index do so in this order.
+    """
 
     name: str
     tasks: tuple[str, ...]
+    """In the order in which their newest slots were learned."""
+    numbers: tuple[int, ...]
+    """The number of each task, which `--task` takes."""
     accuracy_TT: npt.NDArray[np.float64]
     metrics: metrics.StreamMetrics
     ours: Method
     baselines: Mapping[str, Method]
     details: tuple[Mapping[str, Any], ...]
-    """For each task: classes, train_images, test_images, bad_images, transform, as far as known."""
+    """For each task: classes, train_images, test_images, bad_images, transform, as far as known;
+    the images are those of all slots whose images the newest one is learned and tested on."""
     result: Mapping[str, Any]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The tasks by number and name."""
+        return tuple(map(row_label, self.numbers, self.tasks))
 
     @property
     def chance(self) -> float | None:
@@ -152,17 +167,44 @@ def read_facts(result: Mapping[str, Any]) -> Facts:
     table_TT = metrics.as_accuracy_table(result["accuracy_matrix"])
     given = list(result.get("tasks") or [])[:len(table_TT)]
     details = given + [{}] * (len(table_TT) - len(given))
-    summary = metrics.summarise(table_TT)
+    names = [str(task.get("name") or i) for i, task in enumerate(details)]
+    newest = newest_slots(names)
+    places = sorted(newest.values())
+    tasks, behind = [task_of(names[place]) for place in places], slots_behind(names)
+    summary = metrics.summarise(table_TT, places)
     strategy = str(result.get("strategy") or "partial_hn")
     ours = Method(label_of(strategy), summary.accuracy, summary.learning_accuracy,
                   summary.forgetting, summary.backward_transfer, result.get("bytes_per_task"),
                   _train_seconds(result))
     baselines = {key: _baseline(key, values) for key, values in (result.get("bounds") or {}).items()
               if values}
-    return Facts(name=str(result.get("name") or "unnamed stream"),
-                 tasks=tuple(str(task.get("name") or i) for i, task in enumerate(details)),
-                 accuracy_TT=table_TT, metrics=summary, ours=ours, baselines=baselines,
-                 details=tuple(details), result=result)
+    return Facts(name=str(result.get("name") or "unnamed stream"), tasks=tuple(tasks),
+                 numbers=tuple(map(list(newest).index, tasks)),
+                 accuracy_TT=table_TT[np.ix_(places, places)], metrics=summary, ours=ours,
+                 baselines=baselines,
+                 details=tuple(_together([details[slot] for slot in behind[place]])
+                               for place in places),
+                 result=_of_slots(result, places))
+
+
+def _together(slots: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The last of some slots of a task, with the images of all of them."""
+    counts = {key: sum(slot[key] for slot in slots)
+              for key in ("train_images", "validation_images", "test_images")
+              if all(slot.get(key) is not None for slot in slots)}
+    return {**slots[-1], **counts,
+            "bad_images": [image for slot in slots for image in slot.get("bad_images") or ()]}
+
+
+def _of_slots(result: Mapping[str, Any], places: Sequence[int]) -> Mapping[str, Any]:
+    """The result with the epochs and reviews of some slots only, counted as these are."""
+    number = {place: number for number, place in enumerate(places)}
+
+    def kept(field: str, index: str) -> list[dict[str, Any]]:
+        return [{**each, index: number[each.get(index) or 0]} for each in result.get(field) or []
+                if (each.get(index) or 0) in number]
+
+    return {**result, "epochs": kept("epochs", "task_index"), "review": kept("review", "index")}
 
 
 def _train_seconds(result: Mapping[str, Any]) -> float | None:

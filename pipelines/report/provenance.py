@@ -24,7 +24,8 @@ def usage(facts: Facts) -> str:
     uri, tracking = str(uri), facts.result.get("tracking_uri")
     command = " \\\n    ".join([f"partialhn predict --model {shlex.quote(uri)}",
                                 f"--task {shlex.quote(facts.tasks[0])}",
-                                "--input DIR_OR_PARQUET --output preds.parquet"])
+                                "--input DIR_OR_PARQUET --output preds.parquet",
+                                *_place(facts)])
     python = "import mlflow, pandas\n\n"
     if tracking:
         python += f"mlflow.set_tracking_uri(\n    {mask_password(str(tracking))!r})\n"
@@ -41,6 +42,14 @@ def usage(facts: Facts) -> str:
                    _versions(versions), paper=False)
 
 
+def _place(facts: Facts) -> list[str]:
+    """The options that say where the stream lies, which a command needs from any other folder."""
+    places = (("--storage", facts.result.get("storage")),
+              ("--tracking-uri", facts.result.get("tracking_uri")))
+    return [f"{option} {shlex.quote(mask_password(str(value)))}"
+            for option, value in places if value]
+
+
 def _going_back(uri: str, facts: Facts, versions: Sequence[Mapping[str, Any]]) -> str:
     """The command that makes the version before the current one current, for good."""
     named = re.fullmatch(r"models:/(?P<name>[^@]+)@(?P<alias>[^@/]+)", uri)
@@ -49,12 +58,9 @@ def _going_back(uri: str, facts: Facts, versions: Sequence[Mapping[str, Any]]) -
     earlier = numbers[:numbers.index(champion)] if champion in numbers else []
     if named is None or not earlier:
         return ""
-    version, storage = earlier[-1], facts.result.get("storage")
-    tracking = facts.result.get("tracking_uri")
+    version = earlier[-1]
     words = [f"partialhn models rollback --name {shlex.quote(named['name'])}",
-             f"--to {shlex.quote(version)} --why REASON"]
-    words += [f"--storage {shlex.quote(mask_password(str(storage)))}"] if storage else []
-    words += [f"--tracking-uri {shlex.quote(mask_password(str(tracking)))}"] if tracking else []
+             f"--to {shlex.quote(version)} --why REASON", *_place(facts)]
     load = f"models:/{named['name']}/{version}"
     return ("<div><h3>An earlier version, named in place of the current one</h3>" + _code(load)
             + f"<h3>Go back: make version {escape(version)} the current one again</h3>"

@@ -63,10 +63,11 @@ def _heat_figure(facts: Facts) -> str:
     about = (f"Row i, column j: accuracy on task j after training task i. {n_tasks} tasks; values "
              f"from {percent(float(np.nanmin(table_TT)))} to "
              f"{percent(float(np.nanmax(table_TT)))}.")
-    drawing = charts.heat_map("matrix", facts.tasks, table_TT, about, facts.guessing)
+    drawing = charts.heat_map("matrix", facts.tasks, table_TT, about, facts.guessing,
+                              numbers=facts.numbers)
     if charts.NARROW < n_tasks <= charts.WITH_TEXT:  # the numbers need more room than a phone has
         small = charts.heat_map("matrix-small", facts.tasks, table_TT, about, facts.guessing,
-                                charts.NARROW)
+                                charts.NARROW, facts.numbers)
         drawing = f'<div class="on-wide">{drawing}</div><div class="on-phone">{small}</div>'
     return figure("Accuracy on every task after every task, in per cent", drawing,
                   "A column shows one task through time, from the diagonal (just learned) down to "
@@ -83,9 +84,9 @@ def _line_figure(facts: Facts) -> str:
     lines, drawn = [], _drawn(facts)
     for j, name in [(j, facts.tasks[j]) for j in drawn]:
         css = f"l-{j}" if named else "l-old"
-        label = shorten(charts.row_label(j, name), 12) if named else ""
+        label = shorten(facts.labels[j], 12) if named else ""
         if not named and j == worst and drops[j] > FORGETTING_LIMIT:
-            css, label = "l-worst", shorten(charts.row_label(j, name), 12)
+            css, label = "l-worst", shorten(facts.labels[j], 12)
         lines.append(Line(tuple((float(i), float(table_TT[i, j])) for i in drawn if i >= j), css,
                           label, f"{name}: {percent(table_TT[j, j])} when learned, "
                                  f"{percent(table_TT[-1, j])} at the end"))
@@ -104,7 +105,8 @@ def _line_figure(facts: Facts) -> str:
         f"One line a task, starting when it is learned. The mean over learned tasks goes from "
         f"{percent(mean[0][1])} to {percent(mean[-1][1])}.", lines,
         charts.accuracy_ticks([*table_TT[np.tril_indices(n_tasks)], *chance_T]), "{:.0%}",
-        [(float(i), str(i)) for i in range(0, n_tasks, every)], "after training task", right=98)
+        [(float(i), str(facts.numbers[i])) for i in range(0, n_tasks, every)],
+        "after training task", right=98)
     caption = ("A flat line is a task that is kept; a falling one is being forgotten."
                + ("" if named else " Bold: mean over the tasks learned so far; orange, if any: "
                   "the task that lost most.") + _left_out(drawn, n_tasks))
@@ -136,7 +138,7 @@ def _forgotten_figure(facts: Facts) -> str:
         others = [drops[j] for j in range(len(drops) - 1) if j not in order]
         rest = (f" Shown are the {LISTED_BARS} that lost most; the other {len(others)} lost "
                 f"{points(max(others))} points at most.")
-    bars = [Bar(charts.row_label(j, facts.tasks[j]),
+    bars = [Bar(facts.labels[j],
                 ((drops[j], "b-warm" if drops[j] > FORGETTING_LIMIT else "b-second"),),
                 points(drops[j]), f"{facts.tasks[j]}: best {percent(_best(facts, j))}, at the end "
                                   f"{percent(facts.accuracy_TT[-1, j])}") for j in order]
@@ -162,7 +164,7 @@ def _bad_images(facts: Facts) -> str:
 
 
 def _best(facts: Facts, j: int) -> float:
-    return float(facts.accuracy_TT[j:, j].max())
+    return float(facts.accuracy_TT[-1, j]) + facts.metrics.forgetting_per_task[j]
 
 
 def _task_table(facts: Facts, judged: Sequence[Judged], places: Sequence[int] = ()) -> str:
@@ -188,7 +190,7 @@ def _title(facts: Facts, j: int) -> str:
     about = shorten(", ".join(classes[:12]) + (", …" if len(classes) > 12 else ""), 90)
     if task.get("transform") not in (None, "none"):
         about += f" · images: {task['transform']}"
-    return f"{escape(charts.row_label(j, facts.tasks[j]))}<small>{escape(about)}</small>"
+    return f"{escape(facts.labels[j])}<small>{escape(about)}</small>"
 
 
 def _ridge(task: Judged) -> str:

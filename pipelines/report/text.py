@@ -6,7 +6,7 @@ from typing import Any
 
 from partialhn.numbers import UNKNOWN, duration, in_points, percent, size
 from pipelines.report.auto import without_id_line
-from pipelines.report.charts import row_label, shorten
+from pipelines.report.charts import shorten
 from pipelines.report.cost import STAGES
 from pipelines.report.facts import Facts, dig, read_facts
 from pipelines.report.judged import judge, mean_interval
@@ -52,12 +52,12 @@ def _clean(name: str) -> str:
 
 
 def _matrix(facts: Facts) -> list[str]:
-    label = min(20, max(len(_clean(row_label(i, n))) for i, n in enumerate(facts.tasks)))
+    label = min(20, max(len(_clean(name)) for name in facts.labels))
     lines = ["Accuracy in % after training a task (row) on each task (column)",
-             " " * label + "".join(f"{j:6d}" for j in range(len(facts.tasks)))]
-    for i, name in enumerate(facts.tasks):
+             " " * label + "".join(f"{number:6d}" for number in facts.numbers)]
+    for i, name in enumerate(facts.labels):
         cells = "".join(f"{100 * value:6.1f}" for value in facts.accuracy_TT[i, :i + 1])
-        lines.append(f"{shorten(_clean(row_label(i, name)), label):{label}}{cells}")
+        lines.append(f"{shorten(_clean(name), label):{label}}{cells}")
     return lines
 
 
@@ -66,7 +66,7 @@ def _compressed(facts: Facts) -> list[str]:
     lines = ["Accuracy in % on each task"]
     for start in range(0, n_tasks, 10):
         block = range(start, min(start + 10, n_tasks))
-        lines.append(f"{'task':14}" + "".join(f"{j:7d}" for j in block))
+        lines.append(f"{'task':14}" + "".join(f"{facts.numbers[j]:7d}" for j in block))
         for title, values in (("when learned", facts.accuracy_TT.diagonal()),
                               ("at the end", facts.accuracy_TT[-1]), ("lost", drops)):
             lines.append(f"{title:14}" + "".join(f"{100 * values[j]:7.1f}" for j in block))

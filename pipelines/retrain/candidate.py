@@ -10,7 +10,7 @@ from pathlib import Path
 from partialhn.checkpoints import FIELDS, shared
 from partialhn.config import Config
 from partialhn.data.decode import decode_images
-from partialhn.data.experience import Experience, refreshed, task_of
+from partialhn.data.experience import Experience, newest_slots, refreshed, task_of
 from partialhn.errors import IntegrityError
 from partialhn.evaluation.answer_sample import write_sample
 from partialhn.evaluation.doubts import doubts
@@ -21,7 +21,7 @@ from partialhn.predict import Predictor
 from partialhn.training import lineage
 from partialhn.training.answers import evaluate
 from partialhn.training.result import stream_metrics
-from partialhn.training.slots import Slot, open_task_features
+from partialhn.training.slots import Slot, images_behind, open_task_features
 from pipelines.gate import GateFacts, Policy
 from pipelines.registry.client import Placing
 from pipelines.registry.history import Move, aliases
@@ -46,7 +46,7 @@ def gate_facts(context: PassContext, slots: Sequence[Slot], learned: Sequence[li
     names = [slot.name for slot in slots]
     rows = [model.record.accuracy_row for model in learned]
     last, task = len(slots) - 1, task_of(names[-1])
-    newest_slot = {task_of(name): index for index, name in enumerate(names)}
+    newest_slot = newest_slots(names)
     after = {name: rows[last][index] for name, index in newest_slot.items()}
     before = {name: max(row[index] for row in rows[index:last])
               for name, index in newest_slot.items() if name != task}
@@ -62,16 +62,17 @@ def gate_facts(context: PassContext, slots: Sequence[Slot], learned: Sequence[li
     record = learned[last].record
     seconds = feature_seconds(slots[last]) + record.train_seconds + record.evaluate_seconds
     return GateFacts(task, len(slots[last].classes), after, before,
-                     slots[last].manifests["test"].rows, probe, round(seconds, 3),
-                     learned[last].task_bytes, _doubts(context.config, slots[last], learned[last]))
+                     images_behind(slots, last, "test"), probe, round(seconds, 3),
+                     learned[last].task_bytes, _doubts(context.config, slots, learned[last]))
 
 
-def _doubts(config: Config, slot: Slot, learned: lineage.Learned) -> tuple[str, ...]:
-    epoch, held_out = learned.epochs[-1], slot.manifests.get("validation")
+def _doubts(config: Config, slots: Sequence[Slot], learned: lineage.Learned) -> tuple[str, ...]:
+    """Doubts about the last of the slots."""
+    epoch, last = learned.epochs[-1], len(slots) - 1
     losses = [epoch.cross_entropy for epoch in learned.epochs if epoch.passes]
-    return doubts(learned.record.accuracy_row[-1], slot.manifests["test"].rows, len(slot.classes),
-                  epoch.validation_accuracy, epoch.ridge_accuracy,
-                  held_out.rows if held_out else None, losses, config.train.learning_rate)
+    return doubts(learned.record.accuracy_row[-1], images_behind(slots, last, "test"),
+                  len(slots[last].classes), epoch.validation_accuracy, epoch.ridge_accuracy,
+                  images_behind(slots, last, "validation"), losses, config.train.learning_rate)
 
 
 def feature_seconds(slot: Slot) -> float:

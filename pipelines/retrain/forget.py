@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from partialhn.checkpoints.model import Model
-from partialhn.data.experience import task_of
+from partialhn.data.experience import newest_slots, task_of
 from partialhn.errors import InputError
 from partialhn.evaluation.answer_sample import read_sample, sample_again
 from partialhn.evaluation.task_inference_metrics import without_task_id
@@ -211,7 +211,7 @@ class Forgetting:
         row = tuple(evaluate(model.strategy, index, test) for index, test in enumerate(tests))
         without_id = None
         if model.inference is not None:
-            newest = {task_of(slot.name): index for index, slot in enumerate(slots)}
+            newest = newest_slots([slot.name for slot in slots])
             without_id = without_task_id(model.strategy, model.inference, tests,
                                          list(newest.values()),
                                          classes=[slot.classes for slot in slots])

@@ -30,6 +30,10 @@ from pipelines.platform.storage import Storage
 READY, REJECTED, DECLARATION = "_READY", "_REJECTED.json", "task.yaml"
 PROPOSED = "_PROPOSED.json"
 """The note of a folder that `drift --propose` has opened (`pipelines.retrain.proposal`)."""
+CORRECT = ("correct the data and write the folder's _READY again; the folder is checked again "
+           "when a file changes")
+TRAIN_OTHERWISE = ("give --config other options of training, such as a smaller learning_rate; the "
+                   "task is learned again when they, the policy or a file change")
 _MARKERS = (READY, REJECTED, PROPOSED)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 NAME_RULE = "letters, digits, _ . and -, a letter or digit first, at most 100 characters"
@@ -66,7 +70,7 @@ class Problem:
     """One reason why an arrival is rejected."""
 
     code: str
-    """Code for programs: name, path, data, class, image, few, duplicate or label."""
+    """Code for programs: name, path, data, class, image, few, duplicate, label or diverged."""
     text: str
 
 
@@ -202,24 +206,32 @@ class Inbox:
             return ""  # the folder only contains further parts of the task
         return Arrival(task, part, folder, marker.modified, files)
 
-    def rejected(self, arrival: Arrival, policy: str) -> dict[str, Any] | None:
-        """The content of `_REJECTED.json` if it concerns these very files and this policy."""
+    def rejected(self, arrival: Arrival, policy: str, training: str) -> dict[str, Any] | None:
+        """The content of `_REJECTED.json` if it concerns these very files and this policy, and
+        these options of training if its training diverged.
+        """
         try:
             rejection = json.loads(self._storage.read_text(f"{arrival.folder}/{REJECTED}"))
         except (FileNotFoundError, ValueError):
             return None
         same = (isinstance(rejection, dict) and rejection.get("signature") == arrival.signature
-                and rejection.get("policy") == policy)
+                and rejection.get("policy") == policy
+                and rejection.get("training", training) == training)
         return rejection if same else None
 
-    def reject(self, arrival: Arrival, policy: str, problems: Sequence[Problem]) -> None:
-        """Writes the reasons for a rejection beside the arrival's data."""
+    def reject(self, arrival: Arrival, policy: str, problems: Sequence[Problem],
+               training: str | None = None) -> None:
+        """Writes the reasons for a rejection beside the arrival's data.
+
+        training: hash of the options with which its training diverged; None if its data is at
+        fault.
+        """
         fields = {"task": arrival.slot, "rejected": True,
                   "reasons": [problem.text for problem in problems],
                   "codes": [problem.code for problem in problems],
-                  "what_to_do": "correct the data and write the folder's _READY again; the folder "
-                                "is checked again when a file changes",
+                  "what_to_do": CORRECT if training is None else TRAIN_OTHERWISE,
                   "signature": arrival.signature, "policy": policy,
+                  **({} if training is None else {"training": training}),
                   "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         self._storage.write_text(f"{arrival.folder}/{REJECTED}", json.dumps(fields, indent=1))
 

@@ -1,11 +1,11 @@
 """Learns the waiting tasks on top of the champion's tasks; the gate decides on each of them."""
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
 from partialhn.checkpoints import shared
 from partialhn.data.experience import task_of
+from partialhn.errors import DivergedError
 from partialhn.features.extract import feature_jobs
 from partialhn.run import TrunkAndHead, cut_network
 from partialhn.training import lineage
@@ -24,7 +24,7 @@ from pipelines.retrain.candidate import (
     register,
 )
 from pipelines.retrain.context import PassContext
-from pipelines.retrain.inbox import Inbox
+from pipelines.retrain.inbox import Arrival, Inbox
 from pipelines.retrain.journal import Decided
 from pipelines.retrain.outcome import PassOutcome
 from pipelines.retrain.validate import CheckedArrival, write_hashes
@@ -38,11 +38,14 @@ class Learning:
     """The learning phase of one pass."""
 
     def __init__(self, context: PassContext, base: Sequence[Decided], policy: Policy,
-                 policy_id: str, done: PassOutcome, registry_answers: Callable[[], None]) -> None:
-        """base: the champion's tasks, on top of which new tasks are learned. registry_answers:
-        waits until the registry can be written to, and raises its error.
+                 policy_id: str, done: PassOutcome,
+                 reject: Callable[[Arrival, DivergedError], None],
+                 registry_answers: Callable[[], None]) -> None:
+        """base: the champion's tasks, on top of which new tasks are learned. reject: rejects an
+        arrival whose training diverged. registry_answers: waits until the registry can be written
+        to, and raises its error.
         """
-        self.registry_answers = registry_answers
+        self.reject, self.registry_answers = reject, registry_answers
         self.context, self.base, self.done = context, list(base), done
         self.policy, self.policy_id = policy, policy_id
         self.execution = open_execution(context.config, context.storage, context.stream,
@@ -67,9 +70,11 @@ class Learning:
                                        [task.prefix for task in self.base])
                 self.registry_answers()
                 self.context.lease.check()
-                learned = self._learn(cut, slots, lineage_ids)
+                learned, diverged = self._learn(cut, slots, lineage_ids)
                 context.clock.lap("learn")
                 waiting = self._decide_all(waiting, slots, learned, key)
+                if diverged:
+                    waiting = self._without(diverged, waiting)
                 self.execution.forget_run(lineage_ids)
                 context.clock.lap("register")
         self.done.notes += self.execution.notes
@@ -91,16 +96,19 @@ class Learning:
         """The champion's slots and the new ones; computes the features of the new ones."""
         experiences = [task.experience for task in waiting if task.experience is not None]
         jobs = feature_jobs(self.context.config, experiences, cut.trunk)
-        manifests, _ = self.execution.features(jobs, cut)
+        manifests, decoded = self.execution.features(jobs, cut)
+        self.done.images_decoded += decoded
         self.context.clock.lap("features")
         return self.context.slots(self.base) + slots_of(experiences, jobs, manifests)
 
     def _learn(self, cut: TrunkAndHead, slots: Sequence[Slot],
-               lineage_ids: Sequence[str]) -> list[lineage.Learned]:
+               lineage_ids: Sequence[str]) -> tuple[list[lineage.Learned], DivergedError | None]:
         """Learns the slots, up to the first that the gate stops if they are learned in this
         process: there each is judged while the next ones are learned. Those that were learned at
-        the same time and lie behind it are learned again without it.
+        the same time and lie behind it are learned again without it, as are those behind a task
+        that diverged, whose error is returned.
         """
+        diverged = None
         def judge(_: str, record: EpochRecord | TaskRecord) -> None:
             end = record.task_index + 1
             if isinstance(record, TaskRecord) and end > len(self.base):
@@ -108,13 +116,41 @@ class Learning:
                 if not decide(self.policy, self._facts(slots[:end], learned)).passed:
                     raise GateStopError
 
-        with contextlib.suppress(GateStopError):
+        try:
             self.execution.learn(cut, slots, lineage_ids,
                                  judge if self.execution.ends_at_errors else lambda *_: None)
+        except GateStopError:
+            pass
+        except DivergedError as error:
+            if error.task not in [slot.name for slot in slots[len(self.base):]]:
+                raise
+            diverged = error.with_traceback(None)  # which holds the model that was trained
         if (newest := self.execution.newest) is not None:
             newest[1].strategy.requires_grad_(False).eval()
             self.context.seen.model = newest
-        return self.execution.learned(lineage_ids)
+        return self.execution.learned(lineage_ids), diverged
+
+    def _without(self, diverged: DivergedError,
+                 waiting: Sequence[CheckedArrival]) -> list[CheckedArrival]:
+        """Rejects the task that diverged; returns those that can be learned without it."""
+        rest = []
+        for task in waiting:
+            if task.experience is not None and task.experience.name == diverged.task:
+                self.reject(task.arrival, diverged)
+            else:
+                rest.append(task)
+        return self._learnable(rest)
+
+    def _learnable(self, waiting: Sequence[CheckedArrival]) -> list[CheckedArrival]:
+        """Those of the waiting tasks that are new, or refresh one that is learned or new: a refresh
+        of a stopped task must wait.
+        """
+        known, found = {task_of(task.slot) for task in self.base}, []
+        for other in waiting:
+            if not other.arrival.part or other.arrival.task in known:
+                found.append(other)
+                known.add(other.arrival.task)
+        return found
 
     def _facts(self, slots: Sequence[Slot], learned: Sequence[lineage.Learned]) -> GateFacts:
         """The gate's facts about the last of the slots, measured once."""
@@ -145,11 +181,7 @@ class Learning:
                 "decision": dict(new.decision), "seconds": dict(new.seconds),
                 "added_bytes": dict(new.added_bytes), "prefix": new.prefix})
             if not new.passed:
-                known_tasks, still_waiting = {task_of(task.slot) for task in self.base}, []
-                for other in waiting[offset + 1:]:  # a refresh of the stopped task must wait
-                    if not other.arrival.part or other.arrival.task in known_tasks:
-                        still_waiting.append(other)
-                        known_tasks.add(other.arrival.task)
+                still_waiting = self._learnable(waiting[offset + 1:])
                 break
             self.base.append(new)
         self.context.journal.note_versions(self.context.lease, registered)

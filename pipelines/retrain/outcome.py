@@ -34,6 +34,10 @@ class PassOutcome:
     """In a dry run, the actions that a real pass would take."""
     notes: list[str] = dataclasses.field(default_factory=list)
     """What the user should know about this pass; each was printed while it ran."""
+    images_decoded: int = 0
+    """Images decoded for the features of this pass."""
+    error: str = ""
+    """The error that ended the pass before its end."""
     champion: int | None = None
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     """Wall seconds by phase."""
@@ -50,7 +54,7 @@ class PassOutcome:
     @property
     def did_nothing(self) -> bool:
         return not (self.held_by or self.repaired or self.rejected or self.adopted
-                    or self.learned or self.would)
+                    or self.learned or self.would or self.error)
 
     @property
     def _forgot_is_champion(self) -> bool:

@@ -44,10 +44,12 @@ def _versions(context: PassContext, base: Sequence[Decided]) -> list[dict[str, A
             for number, run_id in [noted[task.prefix]]]
 
 
-def publish(context: PassContext, base: Sequence[Decided], notes: Sequence[str] = ()) -> None:
+def publish(context: PassContext, base: Sequence[Decided], notes: Sequence[str] = (),
+            decoded: int = 0) -> None:
     """Logs the champion's matrix, result and report to the stream's run in MLflow.
 
-    notes: what the user should know about this pass.
+    notes: what the user should know about this pass. decoded: number of images that it decoded for
+    features.
     """
     registry, name = context.registry, context.stream
     cut = context.cut(base)
@@ -55,7 +57,7 @@ def publish(context: PassContext, base: Sequence[Decided], notes: Sequence[str] 
     lineage_ids = [task.prefix for task in base]
     outcome = lineage.outcome_of(context.learned(base))
     model, size = context.model(lineage_ids[-1])
-    fields = result_fields(context.config, slots, cut.macs, 0,
+    fields = result_fields(context.config, slots, cut.macs, decoded,
                            {context.config.train.strategy: outcome}, context.clock.laps,
                            [*notes, *model.strategy.notes])
     stored = checkpoint.read_fields(context.storage.filesystem,
@@ -65,10 +67,13 @@ def publish(context: PassContext, base: Sequence[Decided], notes: Sequence[str] 
     sizes = model.facts if model.facts.keys() >= set(SIZES) else model_sizes(model)
     fields |= {key: sizes[key] for key in SIZES} | {
         "name": name, "work": lineage_ids[-1][:12], "weights_hash": weights_hash,
-        "checkpoint_bytes": size, "device": "see the tasks' runs",
+        "checkpoint_bytes": size, "of_pass": True,  # stages and memory
+        "device": "learned on the devices that the tasks' runs name",
         "peak_rss_bytes": peak_rss_bytes(), "storage": context.storage.uri,
         "tracking_uri": registry.tracking_uri, "model_uri": f"models:/{name}@{CHAMPION}",
         "versions": versions, "finished": now()}
+    if not any(task.adopted for task in base):
+        fields["config"]["data"]["data"] = "inbox"  # whatever the option says
     fields["review"] = _review(context, base, model, slots, outcome)
     policies = [task.decision["policy"] for task in base if task.decision.get("policy")]
     if policies:

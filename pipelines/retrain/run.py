@@ -5,7 +5,8 @@
 
 The log is written before the registry, and finished results are found again by their names, so the
 next pass completes one that was killed at any point. Several waiting tasks are learned in one run
-of Ray Train. If the gate stops one of them, those after it are learned again without it.
+of Ray Train. If the gate stops one of them, or its training diverges, those after it are learned
+again without it.
 """
 
 import concurrent.futures
@@ -16,10 +17,11 @@ from typing import Any
 
 from partialhn.config import LEFT_OPEN, Config, Sections, build, load_sections
 from partialhn.data.experience import arrival_of, task_of
-from partialhn.errors import InputError
+from partialhn.errors import DivergedError, InputError
 from partialhn.naming import digest_text
 from partialhn.presets import preset_sections
 from partialhn.run import check, with_depth_number
+from partialhn.training.lineage import settings_of
 from partialhn.training.result import Clock
 from pipelines.gate import Policy, read_policy
 from pipelines.platform.importing import seldom_collected
@@ -34,7 +36,7 @@ from pipelines.retrain.adopt import Adoption, adoption
 from pipelines.retrain.candidate import register
 from pipelines.retrain.chapters import Chapters
 from pipelines.retrain.context import PassContext, cut_of
-from pipelines.retrain.inbox import Inbox, Problem
+from pipelines.retrain.inbox import Arrival, Inbox, Problem
 from pipelines.retrain.journal import Decided, Journal, chain_to, forgotten_by
 from pipelines.retrain.learning import Learning
 from pipelines.retrain.outcome import PassOutcome
@@ -46,14 +48,20 @@ from pipelines.settings import RetrainConfig
 Log = Callable[[str], None]
 
 
-def retrain(settings: RetrainConfig, log: Log = print) -> PassOutcome:
-    """Runs one pass. Raises: InputError for any error that the user can correct."""
-    return with_pass(settings, Pass.run, log)
+def retrain(settings: RetrainConfig, log: Log = print,
+            outcome: PassOutcome | None = None) -> PassOutcome:
+    """Runs one pass. outcome: as `with_pass` takes it.
+
+    Raises: InputError for any error that the user can correct.
+    """
+    return with_pass(settings, Pass.run, log, outcome)
 
 
-def with_pass(settings: RetrainConfig, work: Callable[["Pass"], None],
-              log: Log = print) -> PassOutcome:
+def with_pass(settings: RetrainConfig, work: Callable[["Pass"], None], log: Log = print,
+              outcome: PassOutcome | None = None) -> PassOutcome:
     """Opens a stream, does some work on it, and returns its outcome.
+
+    outcome: an empty one, for a caller who wants what was done before an error, too.
 
     Raises: InputError for any error that the user can correct.
     """
@@ -64,7 +72,7 @@ def with_pass(settings: RetrainConfig, work: Callable[["Pass"], None],
     policy = build(Policy, values, "policy.")
     journal = Journal(storage, settings.name)
     clock = Clock()
-    outcome = PassOutcome(settings.name, settings.dry_run)
+    outcome = outcome or PassOutcome(settings.name, settings.dry_run)
     with seldom_collected(), storage.explained():
         registry = _registry(settings, storage, journal)
         found = _adoption(registry, storage, settings.name, journal)
@@ -78,7 +86,8 @@ def with_pass(settings: RetrainConfig, work: Callable[["Pass"], None],
                       Progress(config, log), clock))
         except LeaseLostError as error:
             outcome.held_by = f"another process ({error})"
-    outcome.seconds = {key: round(value, 3) for key, value in clock.laps.items()}
+        finally:
+            outcome.seconds = {key: round(value, 3) for key, value in clock.laps.items()}
     return outcome
 
 
@@ -172,6 +181,7 @@ class Pass:
         self.inbox, self.seen = Inbox(self.storage), Seen()
         both = [dataclasses.asdict(self.policy), dataclasses.asdict(self.arrival_policy)]
         self.policy_id = digest_text(json.dumps(both), 12)
+        self.training_id = digest_text(json.dumps(settings_of(self.config)), 12)
 
     def run(self) -> None:
         """Learns what has arrived; a dry run says what it would do."""
@@ -229,13 +239,13 @@ class Pass:
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 opening = pool.submit(context.registry.open)  # takes seconds; features meanwhile
                 base = Learning(context, base, self.policy, self.policy_id, self.done,
-                                opening.result).run(waiting)
+                                self._reject_diverged, opening.result).run(waiting)
         self.conclude(context, base)
 
     def conclude(self, context: PassContext, base: Sequence[Decided]) -> None:
         """Publishes the report of the champion's tasks, unless it is published already."""
         if base and published(self.journal) != base[-1].prefix:
-            publish(context, base, self.done.notes)
+            publish(context, base, self.done.notes, self.done.images_decoded)
             context.lease.check()
             context.chapters.write(base, self.seen)
             self.clock.lap("report")
@@ -296,7 +306,7 @@ class Pass:
                     and (task.passed or task.policy == self.policy_id) for task in decided):
                 self.done.skipped.append(f"{arrival.slot} (decided)")
                 continue
-            if self.inbox.rejected(arrival, self.policy_id):
+            if self.inbox.rejected(arrival, self.policy_id, self.training_id):
                 self.done.skipped.append(f"{arrival.slot} (rejected)")
                 continue
             if arrival.part and arrival.task not in classes:
@@ -312,11 +322,7 @@ class Pass:
                                         classes[arrival.task] if arrival.part else None)
                 problems = checked.problems
             if problems:
-                self.done.rejected.append({"task": arrival.slot,
-                                           "reasons": [problem.text for problem in problems],
-                                           "codes": [problem.code for problem in problems]})
-                if not self.settings.dry_run:
-                    self.inbox.reject(arrival, self.policy_id, problems)
+                self._reject(arrival, problems)
                 continue
             assert checked.experience is not None
             if checked.experience.not_used:
@@ -326,3 +332,15 @@ class Pass:
             hashes[arrival.slot] = checked.hashes
             classes[arrival.task] = checked.experience.classes
         return ready
+
+    def _reject(self, arrival: Arrival, problems: Sequence[Problem],
+                training: str | None = None) -> None:
+        """Rejects an arrival. training: as `Inbox.reject` takes it."""
+        self.done.rejected.append({"task": arrival.slot,
+                                   "reasons": [problem.text for problem in problems],
+                                   "codes": [problem.code for problem in problems]})
+        if not self.settings.dry_run:
+            self.inbox.reject(arrival, self.policy_id, problems, training)
+
+    def _reject_diverged(self, arrival: Arrival, error: DivergedError) -> None:
+        self._reject(arrival, [Problem("diverged", str(error))], self.training_id)

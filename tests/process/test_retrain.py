@@ -23,6 +23,7 @@ from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from pipelines.registry.models import repaired
 from pipelines.registry.verify import verify
+from pipelines.report.page import render
 from pipelines.retrain import chapters, learning
 from pipelines.retrain.journal import Journal, chain_to, slots_of
 from pipelines.retrain.run import retrain
@@ -228,9 +229,22 @@ def test_more_data_of_a_task_makes_a_slot_on_top_of_the_champion(life):
     assert [task["name"] for task in result["tasks"]] == ["a", "b", "a/2026-11", "b/=2026-12"]
     assert result["weights_hash"] == version.tags["weights_hash"]
     assert result["policy"]["min_above_chance"] == 0.3, "that of the stream's passes"
-    assert [each["task"] for each in result["review"]] == [
-        "a", "b", "a/2026-11", "b/=2026-12"]
+    assert [each["task"] for each in result["review"]] == ["a/2026-11", "b/=2026-12"]
     assert all(each["examples"] for each in result["review"]), "from the stored samples"
+
+
+def test_a_task_counts_once_by_its_newest_slot_and_on_the_images_it_was_tested_on(life):
+    stream, passes = life
+    [new] = passes["refresh"].learned
+    assert any("p-value of guessing (48 test images)" in check
+               for check in new["decision"]["checks"]), "24 of each of the two slots"
+    result = stream.registry.result("digits")
+    rows = result["accuracy_matrix"]
+    refresh, replacement = stream.versions()[-2:]
+    assert float(refresh.tags["acc"]) == pytest.approx((rows[2][1] + rows[2][2]) / 2)
+    for found in (float(replacement.tags["acc"]), result["acc"],
+                  result["without_task_id"]["acc_given"]):
+        assert found == pytest.approx((rows[3][2] + rows[3][3]) / 2)
 
 
 def test_what_is_sent_again_is_not_used_and_said(life):
@@ -278,6 +292,58 @@ def test_a_stream_keeps_what_it_was_founded_with(life, tmp_path):
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
     with pytest.raises(InputError, match=r"backbone.freeze_depth is 2.*started with 3"):
         life[0].run(config=str(tmp_path / "other.yaml"))
+
+
+# An arrival whose training diverges ------------------------------------------------------------
+
+HOT = small_config(train={"epochs": None, "learning_rate": 1e30, "min_steps": 20, "max_steps": 20})
+"""Tasks with few images are solved; one with many is trained, and diverges."""
+
+
+@pytest.fixture
+def hot(tmp_path):
+    """Tasks a and c with few images, and between them b with many."""
+    stream = Stream(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(HOT.to_dict()))
+    for task, labels, images in (("a", (0, 1), 40), ("b", (2, 3), 150), ("c", (6, 7), 40)):
+        put_task(stream.inbox, task, labels, rows=range(images))
+    return stream
+
+
+def test_an_arrival_that_diverges_is_rejected_and_the_others_are_learned(hot):
+    done = hot.run()
+    assert [(each["task"], each["codes"]) for each in done.rejected] == [("b", ["diverged"])]
+    assert "the loss of task 'b' became " in done.rejected[0]["reasons"][0]
+    assert [each["slot"] for each in done.learned] == ["a", "c"]
+    assert (done.champion, done.exit_code) == (2, 0)
+    result = hot.registry.result("digits")
+    assert result["config"]["data"]["data"] == "inbox", "not the option's default"
+    assert result["images_decoded"] == done.images_decoded == 2 * (40 + 150 + 40)
+    assert "The last pass took" in render(result)
+    said = json.loads((hot.inbox / "b" / "_REJECTED.json").read_text())
+    assert "smaller learning_rate" in said["what_to_do"]
+    again = hot.run()
+    assert again.did_nothing
+    assert "b (rejected)" in again.skipped
+    train = HOT.to_dict()["train"] | {"learning_rate": 0.01}
+    (hot.root / "cooler.yaml").write_text(yaml.safe_dump(HOT.to_dict() | {"train": train}))
+    cooler = hot.run(config=str(hot.root / "cooler.yaml"))
+    assert [each["slot"] for each in cooler.learned] == ["b"]
+    assert not (hot.inbox / "b" / "_REJECTED.json").exists()
+
+
+@pytest.mark.parametrize("tasks_at_once", [1, 2])
+def test_a_refresh_of_what_diverged_waits_for_it(tmp_path, tasks_at_once):
+    stream = Stream(tmp_path)
+    compute = HOT.to_dict()["compute"] | {"tasks_at_once": tasks_at_once}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(HOT.to_dict() | {"compute": compute}))
+    put_task(stream.inbox, "b", (2, 3), rows=range(150))
+    put_task(stream.inbox, "b/more", (2, 3), rows=range(150, 170))
+    put_task(stream.inbox, "c", (6, 7), rows=range(40))
+    done = stream.run()
+    assert [each["task"] for each in done.rejected] == ["b"]
+    assert [each["slot"] for each in done.learned] == ["c"]
+    assert any(text.startswith("b/more") for text in stream.run().waiting)
 
 
 # Two at the same second -----------------------------------------------------------------------

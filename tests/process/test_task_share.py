@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import signal
 import uuid
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from partialhn.checkpoints.model import Model
+from partialhn.errors import DivergedError, InputError
 from partialhn.features.extract import feature_jobs
 from partialhn.networks.trunk import outputs_at
 from partialhn.run import cut_network, with_strategy
@@ -21,7 +23,7 @@ from partialhn.training.result import Outcome
 from partialhn.training.slots import open_task_features, slots_of
 from pipelines.execution.choose import open_execution
 from pipelines.execution.open_data import open_data
-from pipelines.execution.task_share import WorkerRank
+from pipelines.execution.task_share import WorkerRank, error_fields, error_of
 from pipelines.execution.worker import Assignment
 from pipelines.features.produce import open_store
 from pipelines.platform.progress import Progress
@@ -255,3 +257,12 @@ def test_what_the_features_say_is_printed_and_kept_for_the_result(ready, monkeyp
         assert len(stages.notes) == 1
         assert "half as many images at once" in stages.notes[0]
         assert stages.notes[0] in "\n".join(lines)
+
+
+def test_that_a_task_diverged_is_told_to_other_processes():
+    """Through the storage, as a result of Ray Train, and pickled."""
+    error = DivergedError("the loss became nan", "a")
+    for found in (error_of(json.loads(json.dumps(error_fields(error)))),
+                  pickle.loads(pickle.dumps(error))):
+        assert (type(found), str(found), found.task) == (DivergedError, str(error), "a")
+    assert type(error_of(error_fields(InputError("no such file")))) is InputError

@@ -113,6 +113,20 @@ def forgetful(n_tasks=5):
     return sample(n_tasks, drop=0.03 if n_tasks < 10 else 0.012, gap=0.05)
 
 
+def refreshed():
+    """Three tasks, of which the first was learned again with more images, and the second from other
+    images alone: five slots.
+    """
+    result = sample(5)
+    for index, name in enumerate(("a", "b", "c", "a/2026-11", "b/=2026-12")):
+        result["tasks"][index] |= {"name": name, "test_images": 30 + index,
+                                   "bad_images": [{"id": f"{index}.png", "reason": "cut off"}]}
+    result["review"] = [{"task": task["name"], "index": index, "images": 30, "ridge": None,
+                         "confused": [], "examples": []}
+                        for index, task in enumerate(result["tasks"])]
+    return json.loads(json.dumps(result))
+
+
 def minimal(table=((0.5, None), (0.4, 0.6))):
     """Nothing but the accuracy matrix."""
     return {"accuracy_matrix": [list(row) for row in table]}
@@ -123,8 +137,9 @@ def hostile():
     result = sample(3)
     evil = "<script>alert('x')</script>$body ${title} \"&\x1b[2J; rm -rf /"
     result["name"] = evil
-    for task, row in zip(result["tasks"], result["seconds"]["per_task"], strict=True):
-        task["name"] = row["name"] = evil
+    rows = zip(result["tasks"], result["seconds"]["per_task"], strict=True)
+    for number, (task, row) in enumerate(rows):
+        task["name"] = row["name"] = f"{number}{evil}".replace("/", "|")  # a / makes it a slot
         task["classes"] = [evil, "</title><img src=x onerror=alert(1)>"]
     for key in ("model_uri", "device", "weights_hash", "storage"):
         result[key] = evil

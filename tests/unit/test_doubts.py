@@ -77,7 +77,7 @@ def test_a_pass_of_retrain_says_it_too(passes):
     record = TaskRecord("a", 0, (0.95,), 1.0, 1.0)
     manifest = SimpleNamespace(rows=200)
     slot = Slot("a", ("x", "y"), "", "none", {"test": manifest, "validation": manifest})
-    found = _doubts(config, slot, Learned("id", "", record, tuple(epochs), 10))
+    found = _doubts(config, [slot], Learned("id", "", record, tuple(epochs), 10))
     assert [text.partition(":")[0] for text in found] == [
         "its loss rose from 7.00 in its first epoch to 9.00 in its last"][passes:]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from partialhn.config import DataConfig
 from partialhn.errors import InputError, IntegrityError
 from pipelines.platform.storage import open_storage
-from pipelines.retrain.inbox import Inbox
+from pipelines.retrain.inbox import Inbox, Problem
 from pipelines.retrain.proposal import propose
 from pipelines.retrain.validate import (
     ArrivalPolicy,
@@ -419,11 +419,20 @@ def test_a_rejection_says_why_and_holds_until_something_changes(world):
     assert "training images" in said["reasons"][0]
     again = world.one()
     assert again.signature == checked.arrival.signature
-    assert world.inbox.rejected(again, "policy-1")["reasons"] == said["reasons"]
-    assert world.inbox.rejected(again, "policy-2") is None
+    assert world.inbox.rejected(again, "policy-1", "train-1")["reasons"] == said["reasons"]
+    assert world.inbox.rejected(again, "policy-2", "train-1") is None
     world.put("cats", images=9, first=900)
     mended = world.one()
-    assert world.inbox.rejected(mended, "policy-1") is None
+    assert world.inbox.rejected(mended, "policy-1", "train-1") is None
     assert world.check().problems == ()
     world.inbox.accept(mended)
     assert not (world.root / "cats" / "_REJECTED.json").exists()
+
+
+def test_a_rejection_of_what_diverged_holds_until_the_options_of_training_change(world):
+    world.put("cats")
+    arrival = world.one()
+    world.inbox.reject(arrival, "policy-1", [Problem("diverged", "the loss became nan")], "train-1")
+    assert world.inbox.rejected(arrival, "policy-1", "train-1")["codes"] == ["diverged"]
+    for policy, training in (("policy-2", "train-1"), ("policy-1", "train-2")):
+        assert world.inbox.rejected(arrival, policy, training) is None

@@ -57,6 +57,17 @@ def test_summary_holds_every_metric():
     assert summary.forgetting_per_task == pytest.approx((0.15, 0.0, 0.0))
 
 
+def test_only_the_counted_columns_are_tasks_but_every_row_is_a_moment():
+    table_TT = [[0.9, NAN, NAN, NAN], [0.8, 0.5, NAN, NAN], [0.8, 0.7, 0.6, NAN],
+                [0.2, 0.6, 0.5, 0.4]]
+    summary = metrics.summarise(table_TT, [1, 3])  # the best of column 1 is in a row between
+    assert summary.accuracy == pytest.approx(0.5)
+    assert summary.learning_accuracy == pytest.approx(0.45)
+    assert summary.forgetting == pytest.approx(0.1)
+    assert summary.backward_transfer == pytest.approx(0.1)
+    assert summary.forgetting_per_task == pytest.approx((0.1, 0.0))
+
+
 def test_one_task_forgets_nothing():
     summary = metrics.summarise([[0.5]])
     assert (summary.accuracy, summary.learning_accuracy) == (0.5, 0.5)

@@ -23,8 +23,8 @@ from pipelines.report.verdict import verdict
 from pipelines.settings import mask_password
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("report_samples.py")))
-sample, forgetful, minimal, hostile = (SAMPLES[name] for name in
-                                       ("sample", "forgetful", "minimal", "hostile"))
+sample, forgetful, refreshed, minimal, hostile = (SAMPLES[name] for name in (
+    "sample", "forgetful", "refreshed", "minimal", "hostile"))
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -62,6 +62,7 @@ class Page(html.parser.HTMLParser):
 CASES = {
     "5 tasks": sample(5), "20 tasks": sample(20), "100 tasks": sample(100, n_epochs=3),
     "1 task": sample(1), "forgetful": forgetful(), "minimal": minimal(), "hostile": hostile(),
+    "refreshed": refreshed(),
     "one task, nothing else": minimal(((0.5,),)), "all wrong": minimal(((0, None), (0, 0))),
     "all right": minimal(((1, None), (1, 1))),
 }
@@ -516,3 +517,35 @@ def test_what_it_costs_not_to_know_the_task_is_said():
     assert "no label" not in text_summary(result) + render(result)
     del result["without_task_id"]
     assert "Where nobody says the task" not in render(result) + text_summary(result)
+
+
+def test_a_task_that_was_learned_again_counts_once_by_its_newest_slot():
+    result = refreshed()
+    facts, last = read_facts(result), result["accuracy_matrix"][-1]
+    assert facts.tasks == ("c", "a", "b"), "in the order in which their newest slots were learned"
+    assert facts.labels == ("2 c", "0 a", "1 b"), "with the numbers that predict takes"
+    assert facts.metrics.accuracy == pytest.approx(sum(last[2:]) / 3)
+    assert facts.accuracy_TT[-1].tolist() == last[2:]
+    assert [task["test_images"] for task in facts.details] == [32, 30 + 33, 34]
+    assert [image for _, image, _ in facts.bad_images] == ["2.png", "0.png", "3.png", "4.png"]
+    assert {epoch["task_index"] for epoch in facts.result["epochs"]} == {0, 1, 2}
+    assert [each["task"] for each in facts.result["review"]] == ["c", "a/2026-11", "b/=2026-12"]
+    judged = judge(facts)[1]
+    assert (judged.images, judged.interval) == (63, share_interval(last[3], 63))
+    page = Page(render(result)).text
+    assert "3 tasks · 30 classes" in page
+    assert "The model learned 3 tasks one after another (30 classes in all)" in page
+    assert "one of 30 classes" in page
+    assert "a/2026" not in page.partition("Registered versions")[0].partition("The tasks")[2]
+    text = text_summary(result)
+    assert "3 tasks, 30 classes" in text
+    assert [line.split()[:2] for line in text.splitlines()[4:7]] == [
+        ["2", "c"], ["0", "a"], ["1", "b"]]
+
+
+def test_the_command_that_labels_images_says_where_the_stream_lies():
+    page = html.unescape(render(sample(2)))
+    command = page[page.index("partialhn predict"):].partition("</code>")[0]
+    words = shlex.split(command.replace(" \\\n", ""))
+    assert words[-4:] == ["--storage", "/data/partialhn",
+                          "--tracking-uri", "sqlite:////data/partialhn/mlflow.db"]

@@ -5,19 +5,21 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from partialhn.data.experience import newest_slots, slots_behind
 from partialhn.errors import InputError, IntegrityError
 from partialhn.features.cache import ShardCache
 from partialhn.features.codec import encode
 from partialhn.features.feature_set import join
 from partialhn.features.manifest import FeatureRecipe
 from partialhn.features.store import FeatureStore
-from partialhn.training.slots import Slot, open_task_features
+from partialhn.training.slots import Slot, images_behind, open_task_features
 
 RECIPE = FeatureRecipe(trunk="t", data="d", transform="none", input_size=16, views=2,
                        augment="flip", seed=0, dtype="float32", shard_rows=4)
@@ -238,6 +240,17 @@ def test_features_to_test_a_task_are_opened_when_they_are_first_used(store):
     rows = torch.arange(12)
     assert torch.equal(more.test.gather(rows, rows % 2), opened.gather(rows, rows % 2))
     assert first.test.first_views(1).views == 1
+
+
+def test_a_task_is_its_newest_slot_and_rests_on_the_images_of_those_that_it_refreshes():
+    names = ["a", "b", "a/more", "b/=other", "c", "b/last", "a/last"]
+    assert list(newest_slots(names).items()) == [("a", 6), ("b", 5), ("c", 4)]
+    assert slots_behind(names) == [[0], [1], [0, 2], [3], [4], [3, 5], [0, 2, 6]]
+    slots = [Slot(name, (), name, "none", {"test": SimpleNamespace(rows=10 ** number)})
+             for number, name in enumerate(names)]
+    assert [images_behind(slots, place, "test") for place in (1, 2, 5, 6)] == [
+        10, 101, 101_000, 1_000_101]
+    assert images_behind(slots, 0, "validation") == 0
 
 
 def test_without_a_manifest_nothing_is_there(store):
