@@ -40,9 +40,10 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
     Keys: acc_given; acc (the right class where the task is inferred) and task_accuracy (share of
     images whose task was inferred correctly), both as class-incremental learning defines them: over
     all images, before any is rejected; acc_detector (the detector without the heads), acc_entropy
-    (the heads alone, if `heads_alone`), acc_combined (the same as acc); and known_rejected (share
-    of the images, all of known tasks, rejected as unknown, for which `task auto` gives no label).
-    Of more than `MOST_TASKS` tasks the images of some are measured, and acc_entropy is left out.
+    (the heads alone, if `heads_alone`; right where the image's own head is surest), acc_combined
+    (the same as acc); and known_rejected (share of the images, all of known tasks, rejected as
+    unknown, for which `task auto` gives no label). Of more than `MOST_TASKS` tasks the images of
+    some are measured, and acc_entropy is left out.
     """
     strategy.eval()
     weights, asked = Heads(strategy, slots, KEPT_BYTES), _asked(len(slots))
@@ -55,16 +56,21 @@ def without_task_id(strategy: Strategy, inference: Inference, tests: Sequence[Fe
     y_N = torch.cat([y_n for _, y_n in some])
     right_N = given_N == y_N
     inferred = infer(inference, strategy.head, slots, weights, z_NCHW)
-    found_N = inferred.slot_B == torch.tensor(slots)[task_N]
-    if inferred.p_BL is None:
-        class_right_N = found_N & right_N
-    else:
-        number_SK, place_N = _numbered(strategy.classes, classes), torch.tensor(slots)[task_N]
-        class_right_N = (number_SK[inferred.slot_B, inferred.p_BL.argmax(1)]
-                         == number_SK[place_N, y_N])
+    slot_S, number_SK = torch.tensor(slots), _numbered(strategy.classes, classes)
+    found_N = inferred.slot_B == slot_S[task_N]
+
+    def right_class(slot_N: Tensor, class_N: Tensor) -> Tensor:
+        return number_SK[slot_N, class_N] == number_SK[slot_S[task_N], y_N]
+    if isinstance(inference, Detector):
+        assert inferred.p_BL is not None, "a detector gives probabilities"
+        place_N, class_N = inference.classify(slots, z_NCHW)
+        class_right_N = right_class(inferred.slot_B, inferred.p_BL.argmax(1))
+        alone_N = right_class(slot_S[place_N], class_N)
+    else:  # it finds the task alone, whose head gives the class
+        nearest_N = inference.distances(pooled(z_NCHW))[:, list(slots)].argmin(1)
+        class_right_N, alone_N = found_N & right_N, (nearest_N == task_N) & right_N
     shares = {"acc_given": right_N, "acc": class_right_N, "task_accuracy": found_N,
-              "known_rejected": ~inferred.known_B,
-              "acc_detector": _alone(inference, slots, task_N, z_NCHW, given_N) == y_N}
+              "known_rejected": ~inferred.known_B, "acc_detector": alone_N}
     means = {key: _mean_over_tasks(true_N, sizes) for key, true_N in shares.items()}
     if heads_alone and len(slots) <= MOST_TASKS:
         means["acc_entropy"] = _by_heads(strategy, weights, z_NCHW, right_N, sizes)
@@ -128,19 +134,6 @@ def _by_heads(strategy: Strategy, weights: Sequence[HeadWeights], z_NCHW: Tensor
     surest_F = entropies(strategy.head, weights, z_NCHW[few_F]).argmin(1).cpu()
     return _mean_over_tasks(right_N[few_F] & (surest_F == task_F),
                             [len(own) for own in few.values()])
-
-
-def _alone(inference: Inference, slots: Sequence[int], task_N: Tensor, z_NCHW: Tensor,
-           given_N: Tensor) -> Tensor:
-    """The class of each image by the detector without the heads; -1 where it takes another task
-    than its own. given_N: the classes by the task's head, which is what `TaskInference` has.
-    """
-    if isinstance(inference, Detector):
-        found_N, class_N = inference.classify(slots, z_NCHW)
-    else:
-        found_N, class_N = inference.distances(
-            pooled(z_NCHW))[:, list(slots)].argmin(1), given_N
-    return torch.where(found_N == task_N, class_N, -1)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ def without_id(facts: Facts) -> str:
             f"{percent(measured['acc_given'])} of the same images get the right class.")
     rows = [[f"{escape(name)}<small>{escape(note)}</small>", percent(measured[key])]
             for key, name, note in METHODS if key in measured]
-    classes = sum(len(task.get("classes") or ()) for task in facts.details)
+    classes = len(facts.classes)
     if classes:
         rows.append([f"Guessing<small>one of {classes:,} classes</small>", percent(1 / classes)])
     notes = f"{_after_each(facts)} {_detection(measured)}".strip()

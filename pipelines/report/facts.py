@@ -73,6 +73,11 @@ class Facts:
         return float(np.mean([1 / n for n in counts])) if all(counts) else None
 
     @property
+    def classes(self) -> set[str]:
+        """Names of all classes; several tasks may have the same ones."""
+        return {str(name) for task in self.details for name in task.get("classes") or ()}
+
+    @property
     def guessing(self) -> tuple[float, ...]:
         """Accuracy of guessing on every task; empty where the classes of one are unknown."""
         counts = [len(task.get("classes") or ()) for task in self.details]

@@ -73,7 +73,7 @@ def write_page(html: str, path: str | Path) -> Path:
 
 
 def _header(facts: Facts) -> str:
-    classes = sum(len(task.get("classes") or ()) for task in facts.details)
+    classes = len(facts.classes)
     images = sum(task.get("train_images") or 0 for task in facts.details)
     items = [f"{len(facts.tasks)} task{'s' * (len(facts.tasks) > 1)}",
              f"{classes:,} classes" if classes else "",

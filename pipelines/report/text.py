@@ -27,7 +27,7 @@ def text_summary(result: Mapping[str, Any]) -> str:
     Raises: InputError when the result holds no usable accuracy matrix.
     """
     facts = read_facts(result)
-    n_classes = sum(len(task.get("classes") or ()) for task in facts.details)
+    n_classes = len(facts.classes)
     head = [_clean(facts.name), f"{len(facts.tasks)} task{'s' * (len(facts.tasks) > 1)}"]
     head += [f"{n_classes} classes"] if n_classes else []
     head += [f"seed {result['seed']}"] if result.get("seed") is not None else []

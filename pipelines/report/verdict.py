@@ -99,7 +99,7 @@ def _tasks(n: int) -> str:
 
 
 def _learned(facts: Facts, judged: Sequence[Judged]) -> str:
-    classes = sum(len(task.get("classes") or ()) for task in facts.details)
+    classes = len(facts.classes)
     what = _tasks(len(facts.tasks)) + (" one after another" if len(facts.tasks) > 1 else "")
     what += f" ({classes:,} classes in all)" if classes else ""
     again = " without going back to the images of earlier ones" if len(facts.tasks) > 1 else ""
