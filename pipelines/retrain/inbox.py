@@ -4,7 +4,7 @@ A folder holds a data set in a format that `train` accepts ({train,test}/<class>
 Parquet), optionally a `task.yaml` that declares the classes, or that a part replaces its task's
 data, and the marker `_READY`, which is written last. An arrival that cannot be used
 stays in place and gets a `_REJECTED.json` with the reasons; it is checked again when its files
-change.
+or its name change.
 """
 
 import dataclasses
@@ -203,13 +203,17 @@ class Inbox:
         return Arrival(task, part, folder, marker.modified, files)
 
     def rejected(self, arrival: Arrival, policy: str) -> dict[str, Any] | None:
-        """The content of `_REJECTED.json` if it concerns these very files and this policy."""
+        """The content of `_REJECTED.json` if it concerns this very slot, these files, this policy.
+
+        It travels with a folder that is renamed, as a rejection of its name asks.
+        """
         try:
             rejection = json.loads(self._storage.read_text(f"{arrival.folder}/{REJECTED}"))
         except (FileNotFoundError, ValueError):
             return None
-        same = (isinstance(rejection, dict) and rejection.get("signature") == arrival.signature
-                and rejection.get("policy") == policy)
+        same = isinstance(rejection, dict) and [
+            rejection.get(key) for key in ("task", "signature", "policy")] == [
+            arrival.slot, arrival.signature, policy]
         return rejection if same else None
 
     def reject(self, arrival: Arrival, policy: str, problems: Sequence[Problem]) -> None:
@@ -217,8 +221,9 @@ class Inbox:
         fields = {"task": arrival.slot, "rejected": True,
                   "reasons": [problem.text for problem in problems],
                   "codes": [problem.code for problem in problems],
-                  "what_to_do": "correct the data and write the folder's _READY again; the folder "
-                                "is checked again when a file changes",
+                  "what_to_do": "correct the data, or the folder's name, and write the folder's "
+                                "_READY again; the folder is checked again when its name or a "
+                                "file changes",
                   "signature": arrival.signature, "policy": policy,
                   "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         self._storage.write_text(f"{arrival.folder}/{REJECTED}", json.dumps(fields, indent=1))

@@ -427,3 +427,15 @@ def test_a_rejection_says_why_and_holds_until_something_changes(world):
     assert world.check().problems == ()
     world.inbox.accept(mended)
     assert not (world.root / "cats" / "_REJECTED.json").exists()
+
+
+def test_a_rejected_folder_is_checked_again_under_another_name(world):
+    for old, new in (("f spaces", "spaces"), ("pets/1 more", "pets/more")):
+        world.put(old)
+        [found] = [each for each in world.scan()[0] if each.slot == old]
+        world.inbox.reject(found, "policy", world.inbox.name_problems(found, []))
+        assert world.inbox.rejected(found, "policy")
+        (world.root / old).rename(world.root / new)
+        [found] = [each for each in world.scan()[0] if each.slot == new]
+        assert (world.root / new / "_REJECTED.json").exists()
+        assert world.inbox.rejected(found, "policy") is None
