@@ -34,7 +34,7 @@ from pipelines.cli import (
     tune,
 )
 from pipelines.cli.next_steps import next_steps
-from pipelines.settings import Group, OutputConfig
+from pipelines.settings import Group, OutputConfig, RetrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,12 +329,13 @@ def _parse(words: list[str]) -> Any:
 
 
 def _check_retrain(words: Sequence[str]) -> None:
-    """Raises InputError for an option of train: retrain takes those from a file."""
+    """Raises InputError for an option that only train has: retrain takes those from a file."""
     sections = {field.name: field.type for field in dataclasses.fields(Config)}
+    own = {field.name for field in dataclasses.fields(RetrainConfig)}
     for word in words:
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
         for section, kind in sections.items():
-            if word.startswith("--") and isinstance(kind, type) and key in {
+            if word.startswith("--") and isinstance(kind, type) and key not in own and key in {
                     field.name for field in dataclasses.fields(kind)}:
                 option = word.partition("=")[0]
                 raise InputError(f"{option} is an option of train; retrain takes it from --config "
