@@ -11,7 +11,7 @@ of Ray Train. If the gate stops one of them, those after it are learned again wi
 import concurrent.futures
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from partialhn.config import LEFT_OPEN, Config, Sections, build, load_sections
@@ -276,13 +276,20 @@ class Pass:
         return self._base(decided)
 
     def _arrivals(self, base: Sequence[Decided]) -> list[CheckedArrival]:
-        """The arrivals to learn, in order: ready, not decided before, and without problems."""
+        """The arrivals to learn, in order: ready, not decided before, and without problems.
+
+        Raises: InputError for a task to learn again that is not forgotten and not known.
+        """
+        classes = {task_of(task.slot): task.classes for task in base}
+        gone = forgotten_by(base)
+        self._check_learn_again(classes, gone)
         found = self.inbox.scan({arrival_of(task.slot): task.signature for task in base},
                                 self.settings.quiet_minutes)
         self.done.waiting, self.done.not_used = found.waiting, found.not_used
+        self.done.waiting += [f"{task}: is to be learned again, but there is no folder inbox/{task}"
+                              for task in self.settings.learn_again if task in gone
+                              and not self.storage.exists(f"{self.inbox.folder}/{task}")]
         decided = self.journal.decided()
-        classes = {task_of(task.slot): task.classes for task in base}
-        gone = forgotten_by(base)
         hashes: dict[str, HashArray] = {}
         ready: list[CheckedArrival] = []
         for arrival in found.arrivals:
@@ -326,3 +333,15 @@ class Pass:
             hashes[arrival.slot] = checked.hashes
             classes[arrival.task] = checked.experience.classes
         return ready
+
+    def _check_learn_again(self, known: Collection[str], gone: Collection[str]) -> None:
+        """Raises InputError for a name that the champion has not forgotten.
+
+        A task that it knows is no error: a pass that is repeated with the same options has learned
+        it again.
+        """
+        allowed = ", ".join(gone) or "no name, because no task is forgotten"
+        for task in self.settings.learn_again:
+            if task not in known and task not in gone:
+                raise InputError(f"--learn-again names {task!r}, which the stream has not "
+                                 f"forgotten; allowed: {allowed}")
