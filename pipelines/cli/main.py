@@ -20,6 +20,7 @@ from partialhn import __version__
 from partialhn.config import Config, DeviceName, Sections, load_sections
 from partialhn.errors import InputError, IntegrityError
 from partialhn.json_files import read_object
+from partialhn.numbers import counted
 from partialhn.plugins import Table
 from partialhn.presets import preset_sections
 from pipelines.cli import (
@@ -97,7 +98,7 @@ class Predict:
                                   image_column=self.image_column, log=print,
                                   device=self.device)
         task = "without their task" if done.task == AUTO else f"of task {done.task!r}"
-        print(f"{done.images} images {task} labelled by {done.model_uri}: "
+        print(f"{counted(done.images, 'image')} {task} labelled by {done.model_uri}: "
               + ", ".join(f"{label} {count}" for label, count in done.labels.items()))
         for line in done.not_used:
             print(line)
