@@ -14,6 +14,11 @@ UNKNOWN = "–"
 """The sign in place of a number that was not measured."""
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: 1 image, 1,200 images."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """A share of 1 as per cent: 0.512 -> 51.2 %."""
     if share is None or math.isnan(share):

@@ -29,6 +29,7 @@ from partialhn.errors import InputError
 from partialhn.networks.device_memory import explained
 from partialhn.networks.head import HeadWeights
 from partialhn.networks.trunk import run_trunk
+from partialhn.numbers import counted
 from partialhn.strategies.heads import Heads
 from partialhn.task_inference import AUTO, Inferred, infer
 
@@ -259,8 +260,8 @@ class Predictor:
     def _memory_for(self, work: str, count: int) -> contextlib.AbstractContextManager[None]:
         """A context in which running out of memory is an error that names the work."""
         size = self.model.config.data.input_size
-        return explained(f"{work} {count} images of {size} x {size} pixels at once on device "
-                         f"{self._device}", f"fewer images at once, {WAY_OUT}")
+        return explained(f"{work} {counted(count, 'image')} of {size} x {size} pixels at once on "
+                         f"device {self._device}", f"fewer images at once, {WAY_OUT}")
 
     def _infer(self, z_BCHW: Tensor) -> Inferred:
         assert self.model.inference is not None, "check_task has refused auto"

@@ -62,7 +62,9 @@ class RetrainConfig:
     quiet_minutes: float | None = None
     """A folder without a _READY marker is ready if nothing in it has changed for so long."""
     learn_again: tuple[str, ...] = ()
-    """Names of forgotten tasks (`partialhn models forget-task`) to learn again from the inbox."""
+    """Names of tasks to learn again from the inbox, which were forgotten (`partialhn models
+    forget-task`) or rolled back. What the champion knows is left as it is, so a pass may repeat
+    the option."""
     re_evaluate: bool = False
     """Measure every earlier task again, although nothing that it depends on has changed."""
     dry_run: bool = False

@@ -13,6 +13,7 @@ from partialhn.config import DataConfig
 from partialhn.data.image_set import ImageSet
 from partialhn.data.image_table import ImageTable, IntArray
 from partialhn.errors import InputError
+from partialhn.numbers import counted
 
 
 def split_classes(class_count: int, tasks: int | None, task_sizes: Sequence[int] | None,
@@ -69,8 +70,8 @@ def held_out(label_N: IntArray, share: float, key: str, classes: Sequence[str],
     for label, of_class in enumerate(np.split(order_N, ends[:-1])):
         if len(of_class) < 2:
             remedy = "" if key == "test" else ", or validation 0"
-            raise InputError(f"class {classes[label]!r} has {len(of_class)} image(s), too few to "
-                             f"hold out {share:g} for {key}; allowed: 2 or more{remedy}")
+            raise InputError(f"class {classes[label]!r} has {counted(len(of_class), 'image')}, "
+                             f"too few to hold out {share:g} for {key}; allowed: 2 or more{remedy}")
         rng = np.random.default_rng([seed, 1 if key == "test" else 2, label])
         count = max(1, round(share * len(of_class)))
         marked_N[rng.permutation(of_class)[:count]] = True

@@ -28,17 +28,20 @@ def doubts(accuracy: float, images: int | None, classes: int, held_out: float | 
         held_out: accuracy of the task on its held-out images.
         ridge: accuracy of ridge regression on them.
         held_out_images: number of held-out images.
-        losses: cross entropy of each epoch of its training, oldest first.
+        losses: cross entropy of each epoch of its training, oldest first; none for a task that was
+            solved in closed form, which more steps cannot help.
         learning_rate: the option that it was trained with; None if that is not known.
     """
     chance, found = 1 / max(classes, 1), []
-    more = ("; it needs more images or more steps (leave out --epochs and --trunk-epochs, or raise "
-            "--min-steps and --trunk-min-steps)")
-    longer = ": train it longer, or leave out --epochs and --closed-form"
+    more = "; it needs more images" + (
+        " or more steps (leave out --epochs and --trunk-epochs, or raise --min-steps and "
+        "--trunk-min-steps; retrain takes these from --config)") * bool(losses)
+    longer = (": train it longer, or leave out --epochs and --closed-form (retrain takes these "
+              "from --config)")
     if course := _diverged(losses, math.log(max(classes, 1))):
         rate = "" if learning_rate is None else f" of {learning_rate:g}"
         found.append(f"{course}: the learning rate{rate} is too high; train it with a lower "
-                     "--learning-rate")
+                     "--learning-rate (retrain takes it from --config)")
         more = longer = ""  # what diverges gets worse with every step
     spread = math.sqrt(chance * (1 - chance) / images) if images else 0.0
     if classes > 1 and accuracy < chance + max(CLEARLY * spread, 0.1 * (1 - chance)):

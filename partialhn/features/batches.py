@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from partialhn.errors import InputError
 from partialhn.features.feature_set import FeatureSet
+from partialhn.numbers import counted
 
 RESIDENT_BYTES = 4 << 30
 """Features or images up to this many bytes are held in the device's memory. Batches of larger ones
@@ -69,8 +70,8 @@ def whole_batch(features: FeatureSet, batch_size: int, workers: Workers) -> int:
     Raises: InputError for fewer images than workers.
     """
     if len(features) < workers.world:
-        raise InputError(f"a task has {len(features)} training images for {workers.world} workers; "
-                         "allowed: at least one image for each worker")
+        raise InputError(f"a task has {counted(len(features), 'training image')} for "
+                         f"{workers.world} workers; allowed: at least one image for each worker")
     return min(batch_size, len(features))
 
 

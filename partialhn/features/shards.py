@@ -33,6 +33,7 @@ from partialhn.features.link import Link, link_to
 from partialhn.features.store import FeatureStore
 from partialhn.networks.device_memory import explanation, is_out_of_memory, release
 from partialhn.networks.trunk import Trunk, images_together, outputs_at
+from partialhn.numbers import counted
 
 READERS = max(4, os.cpu_count() or 1)
 """Threads that read and decode ahead of the trunk: all cores, and some more where files are far."""
@@ -90,8 +91,8 @@ def compute_shards(store: FeatureStore, trunk: Trunk, groups: Sequence[JobGroup]
                 raise
             side = groups[0][0].recipe.input_size
             problem = explanation(
-                error, f"features of {together} images of {side} x {side} pixels at once on "
-                f"device {device}", "a smaller input_size, or a device with more memory")
+                error, f"features of {counted(together, 'image')} of {side} x {side} pixels at "
+                f"once on device {device}", "a smaller input_size, or a device with more memory")
         if together < whole or whole == 1:
             raise problem
         release(device)

@@ -199,7 +199,7 @@ def solve_experience(strategy: Strategy, task_index: int, task: TaskFeatures) ->
     loss = torch.nn.functional.cross_entropy(logits_NK, y_N).item()
     held_out = _validated(strategy, task_index, task.validation)[1] if ridge is None else ridge
     return EpochRecord(task.name, task_index, 1, 1, loss, loss, 0.0, accuracy(logits_NK, y_N),
-                       held_out, seconds, ridge_accuracy=ridge, solved=ridge is not None)
+                       held_out, seconds, passes=0, ridge_accuracy=ridge, solved=ridge is not None)
 
 
 def unseen_logits(strategy: Strategy, task_index: int, task: TaskFeatures, *,

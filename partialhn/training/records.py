@@ -29,7 +29,7 @@ class EpochRecord:
     held_out_loss: float | None = None
     """`partialhn.training.budget.held_out_loss`, where training stops by it."""
     passes: int = 1
-    """Passes over the images in this epoch."""
+    """Passes over the images in this epoch; 0 where no step was taken."""
     ridge_accuracy: float | None = None
     """Held-out accuracy of ridge regression, in the last record of a task. Where the choice was
     made (`partialhn.training.choice`), `validation_accuracy` is that of what was chosen."""

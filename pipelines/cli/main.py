@@ -20,6 +20,7 @@ from partialhn import __version__
 from partialhn.config import Config, DeviceName, Sections, load_sections
 from partialhn.errors import InputError, IntegrityError
 from partialhn.json_files import read_object
+from partialhn.numbers import counted
 from partialhn.plugins import Table
 from partialhn.presets import preset_sections
 from pipelines.cli import (
@@ -34,7 +35,7 @@ from pipelines.cli import (
     tune,
 )
 from pipelines.cli.next_steps import next_steps
-from pipelines.settings import Group, OutputConfig
+from pipelines.settings import Group, OutputConfig, RetrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Predict:
                                   image_column=self.image_column, log=print,
                                   device=self.device)
         task = "without their task" if done.task == AUTO else f"of task {done.task!r}"
-        print(f"{done.images} images {task} labelled by {done.model_uri}: "
+        print(f"{counted(done.images, 'image')} {task} labelled by {done.model_uri}: "
               + ", ".join(f"{label} {count}" for label, count in done.labels.items()))
         for line in done.not_used:
             print(line)
@@ -329,12 +330,13 @@ def _parse(words: list[str]) -> Any:
 
 
 def _check_retrain(words: Sequence[str]) -> None:
-    """Raises InputError for an option of train: retrain takes those from a file."""
+    """Raises InputError for an option that only train has: retrain takes those from a file."""
     sections = {field.name: field.type for field in dataclasses.fields(Config)}
+    own = {field.name for field in dataclasses.fields(RetrainConfig)}
     for word in words:
         key = word.removeprefix("--").partition("=")[0].replace("-", "_")
         for section, kind in sections.items():
-            if word.startswith("--") and isinstance(kind, type) and key in {
+            if word.startswith("--") and isinstance(kind, type) and key not in own and key in {
                     field.name for field in dataclasses.fields(kind)}:
                 option = word.partition("=")[0]
                 raise InputError(f"{option} is an option of train; retrain takes it from --config "

@@ -49,7 +49,10 @@ def moved_text(found: Mapping[str, Any]) -> str:
     entry = found["entry"]
     move = "the alias already pointed there; nothing was moved" if entry is None else (
         f"history entry {entry['seq']}: {entry['kind']} {_arrow(entry)}")
-    return "\n".join([*found["repaired"], champion, move])
+    changes = [f"it {verb} these tasks, and version {found['before']} {other}: {', '.join(tasks)}"
+               for verb, other, tasks in (("does not know", "does", found["tasks_lost"]),
+                                          ("knows", "does not", found["tasks_gained"])) if tasks]
+    return "\n".join([*found["repaired"], champion, *changes, move])
 
 
 def repaired_text(found: Mapping[str, Any]) -> str:

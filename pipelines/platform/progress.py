@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from partialhn.config import Config
 from partialhn.evaluation.metrics import StreamMetrics
 from partialhn.features.manifest import Manifest
-from partialhn.numbers import duration, in_points, percent, size
+from partialhn.numbers import counted, duration, in_points, percent, size
 from partialhn.training.records import EpochRecord, TaskRecord
 
 QUIET_SECONDS = 5.0
@@ -49,7 +49,7 @@ class Progress:
     def features_done(self, manifests: Sequence[Manifest], decoded: int) -> None:
         """Shows that all features are stored, and which images were left out."""
         stored = size(sum(manifest.bytes for manifest in manifests))
-        source = f"{decoded} images decoded" if decoded else "found, 0 images decoded"
+        source = f"{counted(decoded, 'image')} decoded" if decoded else "found, 0 images decoded"
         self.line(f"features: {stored} ({source})")
         for manifest in manifests:
             for name, reason in manifest.bad:

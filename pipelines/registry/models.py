@@ -59,6 +59,7 @@ def promote(registry: Registry, name: str, version: str, why: str, force: bool) 
     if force and not why:
         raise InputError("force is given without a reason; allowed: --force --why TEXT (the "
                          "history keeps the text)")
+    before = registry.holder(name, CHAMPION)
     repaired = _reconcile(registry, name)
     candidate = find(registry, name, version)
     decision = candidate.decision
@@ -73,7 +74,7 @@ def promote(registry: Registry, name: str, version: str, why: str, force: bool) 
     if registry.holder(name, alias) is None:
         registry.aliases.move(name, dataclasses.replace(move, alias=alias))
     entry = registry.aliases.move(name, move)
-    return _moved(registry, name, entry, repaired)
+    return _moved(registry, name, entry, repaired, before)
 
 
 def roll_back(registry: Registry, name: str, to: str | None, why: str) -> dict[str, Any]:
@@ -84,10 +85,11 @@ def roll_back(registry: Registry, name: str, to: str | None, why: str) -> dict[s
     Raises: InputError if there is no earlier champion, or `to` was never champion; IntegrityError
     if the version's files are damaged.
     """
+    before = registry.holder(name, CHAMPION)
     repairs = registry.aliases.reconcile(name)
     repaired = [str(repair) for repair in repairs]
     if to is None and any(_is_rollback(repair) for repair in repairs):
-        return _moved(registry, name, None, repaired)
+        return _moved(registry, name, None, repaired, before)
     entries = registry.aliases.history(name).entries()
     champions = {entry.move.to for entry in entries
                  if entry.move.alias == CHAMPION and entry.move.to is not None}
@@ -107,7 +109,7 @@ def roll_back(registry: Registry, name: str, to: str | None, why: str) -> dict[s
     move = Move(CHAMPION, target, "rollback", why or "rolled back by hand",
                 metrics=version.metrics)
     _bring_back_aliases(registry, entries, version, move)
-    return _moved(registry, name, registry.aliases.move(name, move), repaired)
+    return _moved(registry, name, registry.aliases.move(name, move), repaired, before)
 
 
 def _bring_back_aliases(registry: Registry, entries: Sequence[Entry], version: Version,
@@ -147,11 +149,25 @@ def version_fields(version: Version) -> dict[str, Any]:
             "reasons": [] if decision is None else list(decision["reasons"])}
 
 
-def _moved(registry: Registry, name: str, entry: Entry | None,
-           repaired: list[str]) -> dict[str, Any]:
+def _moved(registry: Registry, name: str, entry: Entry | None, repaired: list[str],
+           before: Version | None) -> dict[str, Any]:
     champion = find(registry, name, CHAMPION)
     return {"stream": name, "champion": champion.version, "task": champion.task,
-            "repaired": repaired, "entry": None if entry is None else entry.fields()}
+            **_differences(registry, before, champion), "repaired": repaired,
+            "entry": None if entry is None else entry.fields()}
+
+
+def _differences(registry: Registry, before: Version | None, champion: Version) -> dict[str, Any]:
+    """The tasks of which only the champion before, or only the new one, knows; none where the files
+    of one of them, which say its tasks, cannot be read.
+    """
+    was, now = (registry.slots_of(version) if version else None for version in (before, champion))
+    if was is None or now is None:
+        was, now = [], []
+    was, now = (list(dict.fromkeys(map(task_of, slots))) for slots in (was, now))
+    return {"before": before and before.version,
+            "tasks_lost": [task for task in was if task not in now],
+            "tasks_gained": [task for task in now if task not in was]}
 
 
 def _is_rollback(repair: Repair) -> bool:

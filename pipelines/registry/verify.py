@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from partialhn.errors import IntegrityError
+from partialhn.numbers import counted
 from pipelines.registry import package
 from pipelines.registry.client import Registry
 from pipelines.registry.versions import FILES, Version
@@ -87,7 +88,7 @@ def _check_loaded(version: Version, model: Path) -> list[VersionCheck]:
         return [*checks, VersionCheck("sample", True, "registered without a sample of test images")]
     return [*checks, VersionCheck(
         "sample", sample["differing"] == 0,
-        f"accuracy {sample['accuracy']:.3f} on {sample['images']} images, registered "
+        f"accuracy {sample['accuracy']:.3f} on {counted(sample['images'], 'image')}, registered "
         f"{sample['expected_accuracy']:.3f}; {sample['differing']} predictions differ")]
 
 

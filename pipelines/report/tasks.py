@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from partialhn.numbers import UNKNOWN, duration, in_points, percent, points, size
+from partialhn.numbers import UNKNOWN, counted, duration, in_points, percent, points, size
 from pipelines.report import charts
 from pipelines.report.charts import Bar, Line, escape, shorten
 from pipelines.report.facts import FORGETTING_LIMIT, Facts, break_even
@@ -215,7 +215,7 @@ def _gate(task: Judged) -> str:
         return "takes it"
     text = "; ".join(task.refusals())
     if more := task.more_images():
-        text += f"; {more:,} more test images with this accuracy would pass"
+        text += f"; {counted(more, 'more test image')} with this accuracy would pass"
     return f'<span class="limit-hit">refuses it<small>{escape(text)}</small></span>'
 
 

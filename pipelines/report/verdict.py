@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from partialhn.numbers import duration, in_points, percent, points, size
+from partialhn.numbers import counted, duration, in_points, percent, points, size
 from pipelines.report.facts import FORGETTING_LIMIT, GAP_LIMIT, Facts, break_even
 from pipelines.report.judged import Judged, judge, mean_interval, policy_of, policy_words
 from pipelines.report.sure import interval_in_percent, told
@@ -121,8 +121,8 @@ def _beyond_luck(judged: Sequence[Judged]) -> str:
     more = [(each, found) for each in lucky if (found := each.more_images())]
     if more:
         each, found = more[0]
-        text += (f"; with the same accuracy {found:,} more test images of task “{each.task}” would "
-                 "tell")
+        text += (f"; with the same accuracy {counted(found, 'more test image')} of task "
+                 f"“{each.task}” would tell")
     return text + "."
 
 
@@ -239,8 +239,8 @@ def _cautions(facts: Facts, judged: Sequence[Judged]) -> tuple[str, ...]:
         cautions.append(f"{bad} unreadable {'image was' if bad == 1 else 'images were'} left out.")
     tested = [task.get("test_images") or 0 for task in facts.details]
     if all(tested) and min(tested) < 500:
-        cautions.append(f"The smallest test set has {min(tested)} images, so one image is "
-                     f"{in_points(1 / min(tested))}; small differences may be chance.")
+        cautions.append(f"The smallest test set has {counted(min(tested), 'image')}, so one image "
+                        f"is {in_points(1 / min(tested))}; small differences may be chance.")
     if facts.result.get("seed") is not None:
         cautions.append(f"One run with one seed ({facts.result['seed']}): the intervals count the "
                         "test images, not how much another seed would change.")

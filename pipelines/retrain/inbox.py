@@ -4,7 +4,7 @@ A folder holds a data set in a format that `train` accepts ({train,test}/<class>
 Parquet), optionally a `task.yaml` that declares the classes, or that a part replaces its task's
 data, and the marker `_READY`, which is written last. An arrival that cannot be used
 stays in place and gets a `_REJECTED.json` with the reasons; it is checked again when its files
-change.
+or its name change.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from pipelines.platform.storage import Storage
 READY, REJECTED, DECLARATION = "_READY", "_REJECTED.json", "task.yaml"
 PROPOSED = "_PROPOSED.json"
 """The note of a folder that `drift --propose` has opened (`pipelines.retrain.proposal`)."""
-CORRECT = ("correct the data and write the folder's _READY again; the folder is checked again "
-           "when a file changes")
+CORRECT = ("correct the data, or the folder's name, and write the folder's _READY again; the "
+           "folder is checked again when its name or a file changes")
 TRAIN_OTHERWISE = ("give --config other options of training, such as a smaller learning_rate; the "
                    "task is learned again when they, the policy or a file change")
 _MARKERS = (READY, REJECTED, PROPOSED)
@@ -207,16 +207,19 @@ class Inbox:
         return Arrival(task, part, folder, marker.modified, files)
 
     def rejected(self, arrival: Arrival, policy: str, training: str) -> dict[str, Any] | None:
-        """The content of `_REJECTED.json` if it concerns these very files and this policy, and
-        these options of training if its training diverged.
+        """The content of `_REJECTED.json` if it concerns this very slot, these files, this policy,
+        and these options of training if its training diverged.
+
+        It travels with a folder that is renamed, as a rejection of its name asks.
         """
         try:
             rejection = json.loads(self._storage.read_text(f"{arrival.folder}/{REJECTED}"))
         except (FileNotFoundError, ValueError):
             return None
-        same = (isinstance(rejection, dict) and rejection.get("signature") == arrival.signature
-                and rejection.get("policy") == policy
-                and rejection.get("training", training) == training)
+        same = isinstance(rejection, dict) and [
+            rejection.get(key) for key in ("task", "signature", "policy")] == [
+            arrival.slot, arrival.signature, policy] and (
+            rejection.get("training", training) == training)
         return rejection if same else None
 
     def reject(self, arrival: Arrival, policy: str, problems: Sequence[Problem],

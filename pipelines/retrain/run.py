@@ -12,7 +12,7 @@ again without it.
 import concurrent.futures
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from partialhn.config import LEFT_OPEN, Config, Sections, build, load_sections
@@ -286,25 +286,28 @@ class Pass:
         return self._base(decided)
 
     def _arrivals(self, base: Sequence[Decided]) -> list[CheckedArrival]:
-        """The arrivals to learn, in order: ready, not decided before, and without problems."""
+        """The arrivals to learn, in order: ready, not decided before, and without problems.
+
+        Raises: InputError for a task to learn again that is not forgotten and not known.
+        """
+        classes = {task_of(task.slot): task.classes for task in base}
+        gone, decided = forgotten_by(base), self.journal.decided()
+        self._check_learn_again(classes, gone, decided)
         found = self.inbox.scan({arrival_of(task.slot): task.signature for task in base},
                                 self.settings.quiet_minutes)
         self.done.waiting, self.done.not_used = found.waiting, found.not_used
-        decided = self.journal.decided()
-        classes = {task_of(task.slot): task.classes for task in base}
-        gone = forgotten_by(base)
+        self.done.waiting += [f"{task}: is to be learned again, but there is no folder inbox/{task}"
+                              for task in self.settings.learn_again if task not in classes
+                              and not self.storage.exists(f"{self.inbox.folder}/{task}")]
         hashes: dict[str, HashArray] = {}
         ready: list[CheckedArrival] = []
         for arrival in found.arrivals:
-            again = arrival.task in gone and arrival.task in self.settings.learn_again
-            if arrival.task in gone and not again:
+            if arrival.task in gone and arrival.task not in self.settings.learn_again:
                 self.done.forgotten.append(f"{arrival.slot}: {gone[arrival.task]}; to learn it "
                                            f"again: --learn-again {arrival.task}")
                 continue
-            if not again and any(
-                    arrival_of(task.slot) == arrival.slot and task.signature == arrival.signature
-                    and (task.passed or task.policy == self.policy_id) for task in decided):
-                self.done.skipped.append(f"{arrival.slot} (decided)")
+            if reason := self._decided_before(arrival, decided, base):
+                self.done.skipped.append(f"{arrival.slot} ({reason})")
                 continue
             if self.inbox.rejected(arrival, self.policy_id, self.training_id):
                 self.done.skipped.append(f"{arrival.slot} (rejected)")
@@ -344,3 +347,43 @@ class Pass:
 
     def _reject_diverged(self, arrival: Arrival, error: DivergedError) -> None:
         self._reject(arrival, [Problem("diverged", str(error))], self.training_id)
+
+    def _check_learn_again(self, known: Collection[str], gone: Collection[str],
+                           decided: Sequence[Decided]) -> None:
+        """Raises InputError for a name that was neither forgotten nor rolled back.
+
+        A task that the champion knows is no error: a pass that is repeated with the same options
+        has learned it again.
+        """
+        passed = [task_of(task.slot) for task in decided if task.passed]
+        lacking = [task for task in dict.fromkeys([*gone, *passed]) if task not in known]
+        allowed = ", ".join(lacking) or "no name, because the champion lacks no task"
+        for task in self.settings.learn_again:
+            if task not in known and task not in lacking:
+                raise InputError(f"--learn-again names {task!r}, which was neither forgotten nor "
+                                 f"rolled back; allowed: {allowed}")
+
+    def _decided_before(self, arrival: Arrival, decided: Sequence[Decided],
+                        base: Sequence[Decided]) -> str:
+        """Why an arrival that was decided on is not learned; empty if it is to be learned.
+
+        One that passed and is not among the champion's tasks was rolled back. Learning it again on
+        the model that it was learned on would give the same version, so that is promoted instead.
+        """
+        same = [task for task in decided if arrival_of(task.slot) == arrival.slot
+                and task.signature == arrival.signature]
+        passed = [task for task in same if task.passed]
+        if any(not task.passed and task.policy == self.policy_id
+               for task in (same[-1:] if passed else same)):
+            return "decided"
+        if not passed:
+            return ""
+        newest, name = passed[-1], self.settings.name
+        ends_there = bool(base) and newest.parent == base[-1].prefix
+        if arrival.task in self.settings.learn_again and not ends_there:
+            return ""
+        number, _ = self.journal.versions().get(newest.stands_for or newest.prefix, ("N", ""))
+        return (f"decided; version {number} has it and the champion does not: `partialhn models "
+                f"promote --name {name} --version {number}` makes that version champion" + (
+                    "" if ends_there else f", and --learn-again {arrival.task} learns it on top of "
+                    "the champion"))

@@ -24,10 +24,12 @@ from partialhn.data.corruptions import parse
 from partialhn.data.datasets import columns_of, given_experience
 from partialhn.data.decode import decode_images
 from partialhn.data.experience import Experience, task_of
+from partialhn.data.image_set import ImageSet
 from partialhn.data.image_table import ImageTable
 from partialhn.data.layout import read_sets
 from partialhn.errors import InputError, IntegrityError
 from partialhn.features.jobs import SPLITS
+from partialhn.numbers import counted
 from pipelines.platform.storage import Storage
 from pipelines.retrain.inbox import DECLARATION, Arrival, Problem
 
@@ -46,7 +48,7 @@ class ArrivalPolicy:
     """The limits for an arriving task; a task that does not keep them is rejected."""
 
     min_images_per_class: int = 4
-    """Smallest number of training images of each class, without the held-out ones."""
+    """Smallest number of training images of each class in the arrival, before any are held out."""
     min_test_images: int = 2
     """Smallest number of test images of the task."""
     max_duplicate_share: float = 0.1
@@ -97,17 +99,20 @@ def check_arrival(storage: Storage, arrival: Arrival, config: DataConfig, policy
     it refreshes; None for a new task. What replaces a task is checked as a new task is, and may
     have some of the task's images.
     """
-    nothing = np.array([], np.uint64)
+    nothing, few = np.array([], np.uint64), list[Problem]()
     try:
         declared = _declaration(storage, arrival)
         if declared.replaces:
             classes = None
             earlier = {slot: hashes for slot, hashes in earlier.items()
                        if task_of(slot) != arrival.task}
-        experience = _read(storage, arrival, config, classes, declared)
+        images = _read(storage, arrival, config, classes, declared)
+        few = _few(images, policy, whole=classes is None)
+        slot = f"{arrival.task}/={arrival.part}" if declared.replaces else arrival.slot
+        experience = given_experience(slot, images, config, declared.transform, classes)
         tables = {split: _look(getattr(experience, split), config) for split in SPLITS}
     except (InputError, pa.ArrowException) as error:
-        return CheckedArrival(arrival, None, nothing, (Problem("data", str(error)),))
+        return CheckedArrival(arrival, None, nothing, tuple(few or [Problem("data", str(error))]))
     except OSError as error:
         _reraise_unless_damaged(storage, arrival, error)
         problem = Problem("data", f"cannot be read: {error}")
@@ -118,7 +123,10 @@ def check_arrival(storage: Storage, arrival: Arrival, config: DataConfig, policy
     elif len(problems) > MAX_LISTED:
         more = len(problems) - MAX_LISTED
         problems = [*problems[:MAX_LISTED], Problem("image", f"and {more} more such images")]
-    problems += _few(experience, policy, whole=classes is None)
+    problems += few
+    if len(experience.test) < policy.min_test_images:
+        problems.append(Problem("few", f"the task has {counted(len(experience.test), 'test image')}"
+                                       f"; allowed: {policy.min_test_images} or more"))
     hashes = np.sort(np.concatenate([hash_N for hash_N, _ in tables.values()]))
     problems += _duplicates(hashes, earlier, policy)
     leaked = np.isin(tables["test"][0], tables["train"][0]).mean()
@@ -147,8 +155,8 @@ def read_hashes(storage: Storage, path: str) -> HashArray:
 
 
 def _read(storage: Storage, arrival: Arrival, config: DataConfig,
-          classes: Sequence[str] | None, declared: Declaration) -> Experience:
-    """The arrival as an experience. Raises: InputError for classes or files that do not fit."""
+          classes: Sequence[str] | None, declared: Declaration) -> ImageSet:
+    """The arrival's images. Raises: InputError for classes or files that do not fit."""
     images = read_sets(arrival.folder, None, storage.filesystem, columns=columns_of(config),
                        arrivals_beside=True)
     if isinstance(images, dict):
@@ -165,8 +173,7 @@ def _read(storage: Storage, arrival: Arrival, config: DataConfig,
                              "images; allowed: images of every class")
     if classes is None and len(images.classes) < 2:
         raise InputError(f"there is 1 class, {images.classes[0]!r}; allowed: 2 or more")
-    slot = f"{arrival.task}/={arrival.part}" if declared.replaces else arrival.slot
-    return given_experience(slot, images, config, declared.transform, classes)
+    return images
 
 
 def _declaration(storage: Storage, arrival: Arrival) -> Declaration:
@@ -213,16 +220,12 @@ def _look(table: ImageTable, config: DataConfig) -> tuple[HashArray, list[str]]:
     return hash_N, bad
 
 
-def _few(experience: Experience, policy: ArrivalPolicy, *, whole: bool) -> list[Problem]:
-    count_K = np.bincount(experience.train.label_N, minlength=len(experience.classes))
-    problems = [Problem("few", f"class {name!r} has {count} training images; allowed: "
-                               f"{policy.min_images_per_class} or more")
-                for name, count in zip(experience.classes, count_K.tolist(), strict=True)
-                if count < policy.min_images_per_class and (whole or count)]
-    if len(experience.test) < policy.min_test_images:
-        problems.append(Problem("few", f"there are {len(experience.test)} test images; allowed: "
-                                       f"{policy.min_test_images} or more"))
-    return problems
+def _few(images: ImageSet, policy: ArrivalPolicy, *, whole: bool) -> list[Problem]:
+    count_K = np.bincount(images.train.label_N, minlength=len(images.classes))
+    return [Problem("few", f"class {name!r} has {counted(count, 'training image')}; allowed: "
+                           f"{policy.min_images_per_class} or more")
+            for name, count in zip(images.classes, count_K.tolist(), strict=True)
+            if count < policy.min_images_per_class and (whole or count)]
 
 
 def _duplicates(hashes: HashArray, earlier: Mapping[str, HashArray],

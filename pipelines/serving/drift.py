@@ -26,7 +26,7 @@ from partialhn.data.experience import task_of
 from partialhn.errors import InputError
 from partialhn.features.manifest import Manifest
 from partialhn.features.store import FeatureStore
-from partialhn.numbers import percent
+from partialhn.numbers import counted, percent
 from partialhn.task_inference import NONE, pooled
 from pipelines.features.produce import open_store
 from pipelines.platform.storage import Storage, open_storage
@@ -220,7 +220,7 @@ def table(report: DriftReport) -> Sequence[str]:
         lines.append(f"{task.task[:23]:24}{task.asked:>9}{task.compared:>10}{task.reference:>7}"
                      + numbers)
     if report.unknown:
-        lines.append(f"{report.unknown} images sent with task auto "
+        lines.append(f"{counted(report.unknown, 'image')} sent with task auto "
                      f"({percent(report.unknown_share)} of all) seemed to belong to no known task"
                      + (f", for example {', '.join(report.examples)}" if report.examples else ""))
     if report.new_task:

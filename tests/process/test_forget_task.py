@@ -12,7 +12,7 @@ from partialhn.evaluation.answer_sample import check_sample, read_sample
 from pipelines.cli.main import run
 from pipelines.execution.continuation import compare, learned_before
 from pipelines.platform.storage import open_storage
-from pipelines.registry.models import roll_back
+from pipelines.registry.models import promote, roll_back
 from pipelines.registry.package import artifact
 from pipelines.retrain.forget import forget_task
 from pipelines.retrain.journal import Journal, chain_to
@@ -109,6 +109,22 @@ def test_the_next_pass_goes_on_without_it_and_does_not_learn_it_again(forgotten)
     assert [task.slot for task in chain] == ["a", "c", "d"]
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_only_what_is_forgotten_is_learned_again(forgotten, tmp_path, dry_run):
+    stream, _ = forgotten
+    before = len(stream.versions())
+    (stream.inbox / "b").rename(tmp_path / "b")
+    done = stream.run(learn_again=("a", "b"), dry_run=dry_run)
+    (tmp_path / "b").rename(stream.inbox / "b")
+    assert done.waiting == ["b: is to be learned again, but there is no folder inbox/b"]
+    put_task(stream.inbox, "new", (8, 9))
+    with pytest.raises(InputError, match="names 'new', which was neither forgotten nor rolled "
+                                         r"back; allowed: b\Z"):
+        stream.run(learn_again=("b", "new"), dry_run=dry_run)
+    shutil.rmtree(stream.inbox / "new")
+    assert len(stream.versions()) == before
+
+
 def test_a_rollback_brings_it_back_and_it_can_be_learned_again(forgotten, capsys):
     stream, _ = forgotten
     storage = str(stream.root / "store")
@@ -118,12 +134,26 @@ def test_a_rollback_brings_it_back_and_it_can_be_learned_again(forgotten, capsys
     assert [each["slot"] for each in again.learned] == ["b"]
     predictor, version = stream.registry.load_predictor("models:/digits@champion")
     assert (predictor.tasks, version.forgotten) == (["a", "c", "d", "b"], ())
-    assert stream.run().forgotten == []
+    repeated = stream.run(learn_again=("b",))
+    assert (repeated.forgotten, repeated.learned) == ([], [])
+    with pytest.raises(InputError, match="allowed: no name, because the champion lacks no"):
+        stream.run(learn_again=("x",))
     roll_back(stream.registry, "digits", "4", "")
     assert stream.run().learned == []
     roll_back(stream.registry, "digits", "3", "")
     predictor = stream.registry.load_predictor("models:/digits@champion")[0]
     assert predictor.tasks == ["a", "b", "c"]
+    assert "--learn-again d learns it on top of the champion)" in stream.run().skipped[0]
+    assert [each["slot"] for each in stream.run(learn_again=("d",)).learned] == ["d"]
+    predictor = stream.registry.load_predictor("models:/digits@champion")[0]
+    assert predictor.tasks == ["a", "b", "c", "d"]
+    roll_back(stream.registry, "digits", "3", "")
+    [skipped] = stream.run(learn_again=("d",)).skipped
+    assert skipped == ("d (decided; version 7 has it and the champion does not: `partialhn models "
+                       "promote --name digits --version 7` makes that version champion)")
+    promote(stream.registry, "digits", "7", "", force=False)
+    assert stream.run(learn_again=("d",)).did_nothing
+    roll_back(stream.registry, "digits", "3", "")
     with pytest.raises(InputError, match="task is ''"):
         forget_task(stream.settings(), "", "", lambda line: None)
     assert json.loads(json.dumps(again.fields()))["forgotten"] == []

@@ -174,6 +174,10 @@ def test_promoting_what_the_gate_refused_takes_force_and_a_reason(models, three)
     assert REASON in err
     assert aliases_of(three)["champion"] == 2
     assert models("promote", "--force")[0] == 2
+    out = models("promote", "--version", "1")[1]
+    assert "\nit does not know these tasks, and version 2 does: two-three\nhistory entry" in out
+    out = models("promote", "--version", "2")[1]
+    assert "\nit knows these tasks, and version 1 does not: two-three\nhistory entry" in out
     code, out, _ = models("promote", "--force", "--why", "zero-one is no longer sold", "--json")
     assert code == 0
     assert json.loads(out)["champion"] == 3
@@ -187,6 +191,7 @@ def test_rollback_is_one_entry_and_stays_when_training_is_started_again(models, 
                                                                         digit_tasks):
     code, out, _ = models("rollback", "--why", "complaints")
     assert (code, "champion is version 1" in out) == (0, True)
+    assert "\nit does not know these tasks, and version 2 does: two-three\n" in out
     assert kinds(three)[5:] == [("rollback", "champion", 2, 1)]
     assert models("rollback")[0] == 2, "there is no champion before the first"
     digit_tasks.register(three, "digits", 1)

@@ -51,6 +51,13 @@ def test_with_few_images_a_task_is_ridge_regression_on_all_of_them(learner, task
     assert learned.finished[1].accuracy_row[1] == accuracy(logits_NK, y_N) > 0.8
 
 
+@pytest.mark.parametrize("strategy", ["partial_hn", "ridge", "ncm"])
+def test_what_is_solved_in_closed_form_makes_no_passes(learner, tasks, strategy):
+    learned = learner(strategy)
+    list(learned.learn(tasks[:1]))
+    assert [record.passes for record in learned.epochs] == [0]
+
+
 def test_the_detector_sees_no_answer_about_an_image_that_the_head_has_learned(learner, tasks):
     """Held-out images of a task that is solved from all of them are answered by the solution of all
     others; what the head itself gives for them would make every new image strange.

@@ -262,7 +262,7 @@ def test_splits_that_do_not_fit_the_data(tmp_path):
 
 def test_too_few_images_for_the_held_out_share(tmp_path):
     write_folders(tmp_path, ["a", "b"], images=1)
-    refused("class 'a' has 1 image(s), too few to hold out 0.2 for test", tmp_path, tasks=1)
+    refused("class 'a' has 1 image, too few to hold out 0.2 for test", tmp_path, tasks=1)
     write_folders(tmp_path, ["a", "b"], images=1, part="test")
     refused("too few to hold out 0.1 for validation", tmp_path, tasks=1)
     (alone,) = stream(tmp_path, tasks=1, validation=0.0)

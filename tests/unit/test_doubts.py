@@ -35,6 +35,12 @@ def test_what_is_doubted(numbers, words):
     assert all(word in text for word, text in zip(words, found, strict=True))
 
 
+def test_steps_are_advised_where_some_were_taken():
+    [solved], [trained] = (doubts(0.1, 500, 10, losses=losses) for losses in ((), (2.4, 2.3)))
+    assert solved.endswith("do not use it; it needs more images")
+    assert "--min-steps and --trunk-min-steps; retrain takes these from --config" in trained
+
+
 @pytest.mark.parametrize(("losses", "said"), [
     ([7077.2, 106562.4], "from 7,077 in its first epoch to 106,562 in its last"),
     ([0.5, 9.0, 4.7], "from 0.50 in its first epoch to 4.70 in its last"),

@@ -321,7 +321,7 @@ def test_unreadable_images_are_all_looked_for(world):
     (lambda root: (root / "task.yaml").write_text("[" * 3000), "data", "task.yaml"),
     (lambda root: (root / "task.yaml").write_text("transform: swirl"), "data", "swirl"),
     (lambda root: [file.unlink() for file in sorted((root / "train" / "x").iterdir())[2:]],
-     "few", "class 'x' has 1 training images"),
+     "few", "class 'x' has 2 training images; allowed: 4 or more"),
     (lambda root: (root / "test" / "x" / "0.png").write_bytes(
         (root / "train" / "x" / "0.png").read_bytes()), "duplicate", "test images are training"),
 ])
@@ -331,6 +331,15 @@ def test_what_is_wrong_is_said(world, change, code, text):
     world.ready("cats")
     assert any(found == code and text in said for found, said in world.problems()), (
         world.problems())
+
+
+def test_training_images_are_counted_before_any_are_held_out(world):
+    for count, said in ((4, None), (3, "3 training images"), (1, "1 training image")):
+        for file in sorted((world.root / "cats" / "train").glob("*/*"), reverse=True):
+            file.unlink()
+        world.put("cats", images=count)
+        assert world.problems() == ([] if said is None else [
+            ("few", f"class {label!r} has {said}; allowed: 4 or more") for label in "xy"])
 
 
 def test_images_of_an_earlier_task(world, tmp_path):
@@ -436,3 +445,15 @@ def test_a_rejection_of_what_diverged_holds_until_the_options_of_training_change
     assert world.inbox.rejected(arrival, "policy-1", "train-1")["codes"] == ["diverged"]
     for policy, training in (("policy-2", "train-1"), ("policy-1", "train-2")):
         assert world.inbox.rejected(arrival, policy, training) is None
+
+
+def test_a_rejected_folder_is_checked_again_under_another_name(world):
+    for old, new in (("f spaces", "spaces"), ("pets/1 more", "pets/more")):
+        world.put(old)
+        [found] = [each for each in world.scan()[0] if each.slot == old]
+        world.inbox.reject(found, "policy", world.inbox.name_problems(found, []))
+        assert world.inbox.rejected(found, "policy", "train")
+        (world.root / old).rename(world.root / new)
+        [found] = [each for each in world.scan()[0] if each.slot == new]
+        assert (world.root / new / "_REJECTED.json").exists()
+        assert world.inbox.rejected(found, "policy", "train") is None

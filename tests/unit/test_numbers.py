@@ -3,6 +3,7 @@
 import pytest
 
 from partialhn.numbers import (
+    counted,
     duration,
     in_points,
     margin,
@@ -11,6 +12,11 @@ from partialhn.numbers import (
     points,
     size,
 )
+
+
+def test_counts():
+    assert [counted(number, "image") for number in (0, 1, 2, 1200)] == [
+        "0 images", "1 image", "2 images", "1,200 images"]
 
 
 @pytest.mark.parametrize(("text", "expected"), [

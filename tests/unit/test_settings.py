@@ -1,10 +1,11 @@
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
 from partialhn.errors import InputError
-from pipelines.settings import MAX_NAME, OutputConfig, check_name
+from pipelines.settings import MAX_NAME, OutputConfig, RetrainConfig, check_name
 
 
 @pytest.mark.parametrize("name", ["a", "my-stream", "Stream_2", "0", "x" * MAX_NAME])
@@ -41,3 +42,13 @@ def test_retrain_points_to_the_file_for_options_of_train(words, capsys):
     err = capsys.readouterr().err
     assert "is an option of train; retrain takes it from --config FILE.yaml, as {" in err
     assert "Traceback" not in err
+
+
+def test_retrain_takes_every_option_of_its_own():
+    from pipelines.cli.main import _parse
+
+    assert _parse(["retrain", "--re-evaluate"]).retrain.re_evaluate
+    for field in dataclasses.fields(RetrainConfig):
+        value = [] if field.type is bool else ["3"]
+        assert getattr(_parse(["retrain", f"--{field.name.replace('_', '-')}", *value]).retrain,
+                       field.name) != field.default, field.name
