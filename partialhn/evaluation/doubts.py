@@ -1,5 +1,5 @@
-"""Doubts about a learned task that a user must read: a loss that rose, an accuracy near guessing,
-or one below ridge regression.
+"""Doubts about a learned task that a user must read: a loss that rose, an accuracy near guessing
+from the start or by forgetting, or one below ridge regression.
 """
 
 import math
@@ -18,11 +18,12 @@ DIVERGED_AT_ONCE = 10.0
 
 def doubts(accuracy: float, images: int | None, classes: int, held_out: float | None = None,
            ridge: float | None = None, held_out_images: int | None = None,
-           losses: Sequence[float] = (), learning_rate: float | None = None) -> tuple[str, ...]:
+           losses: Sequence[float] = (), learning_rate: float | None = None,
+           now: float | None = None) -> tuple[str, ...]:
     """Sentences about one task; none where all is well.
 
     Args:
-        accuracy: share of the test images that are right, 0 to 1.
+        accuracy: share of the test images that were right when the task was learned, 0 to 1.
         images: number of test images; None if that is not known.
         classes: number of the task's classes; guessing is right for one image in so many.
         held_out: accuracy of the task on its held-out images.
@@ -31,6 +32,7 @@ def doubts(accuracy: float, images: int | None, classes: int, held_out: float | 
         losses: cross entropy of each epoch of its training, oldest first; none for a task that was
             solved in closed form, which more steps cannot help.
         learning_rate: the option that it was trained with; None if that is not known.
+        now: the share after later tasks; None if it is the same.
     """
     chance, found = 1 / max(classes, 1), []
     more = "; it needs more images" + (
@@ -44,9 +46,14 @@ def doubts(accuracy: float, images: int | None, classes: int, held_out: float | 
                      "--learning-rate (retrain takes it from --config)")
         more = longer = ""  # what diverges gets worse with every step
     spread = math.sqrt(chance * (1 - chance) / images) if images else 0.0
-    if classes > 1 and accuracy < chance + max(CLEARLY * spread, 0.1 * (1 - chance)):
+    near = chance + max(CLEARLY * spread, 0.1 * (1 - chance))
+    if classes > 1 and accuracy < near:
         found.append(f"its accuracy of {percent(accuracy)} is close to guessing "
                      f"({percent(chance)}): do not use it{more}")
+    elif classes > 1 and now is not None and now < near:
+        found.append(f"its accuracy fell from {percent(accuracy)} when it was learned to "
+                     f"{percent(now)}, which is close to guessing ({percent(chance)}), while later "
+                     "tasks were learned: do not use it")
     if held_out is not None and ridge is not None and held_out_images:
         ahead = difference([[ridge]], [[held_out]], [held_out_images])
         if ahead.mean > 0 and ahead.tells:

@@ -126,7 +126,7 @@ class Facts:
             sentences = doubts(float(self.accuracy_TT[index, index]), task.get("test_images"),
                                len(task["classes"]), epoch.get("validation_accuracy"),
                                epoch.get("ridge_accuracy"), task.get("validation_images"),
-                               losses.get(index, ()), rate)
+                               losses.get(index, ()), rate, float(self.accuracy_TT[-1, index]))
             found += [(name, text) for text in sentences]
         return found
 

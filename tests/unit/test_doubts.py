@@ -35,6 +35,20 @@ def test_what_is_doubted(numbers, words):
     assert all(word in text for word, text in zip(words, found, strict=True))
 
 
+def test_a_task_that_later_ones_have_overwritten_is_doubted():
+    """Once, by what happened to it: more images or steps do not help."""
+    [text] = doubts(0.98, 60, 2, now=0.53)
+    assert text == ("its accuracy fell from 98.0 % when it was learned to 53.0 %, which is close "
+                    "to guessing (50.0 %), while later tasks were learned: do not use it")
+    assert not doubts(0.98, 60, 2, now=0.9)
+    assert "fell" not in doubts(0.5, 60, 2, now=0.5)[0]
+    result = SAMPLES["sample"](n_tasks=2, n_classes=2)
+    result["accuracy_matrix"] = [[0.95, None], [0.5, 0.95]]
+    (found,) = read_facts(result).doubts
+    assert found[0] == result["tasks"][0]["name"]
+    assert "fell from 95.0 %" in found[1]
+
+
 def test_steps_are_advised_where_some_were_taken():
     [solved], [trained] = (doubts(0.1, 500, 10, losses=losses) for losses in ((), (2.4, 2.3)))
     assert solved.endswith("do not use it; it needs more images")
