@@ -1,15 +1,16 @@
 """Tasks with few images, default options: ours against simpler strategies on the same trunk.
 
     PARTIALHN_TEST_DATA=DATA python tests/bench/few.py --out FOLDER --streams tiny cifar characters
-        [--images 5 15 50 150] [--seeds 3]
+        [--images 5 15 50 150] [--seeds 3] [--others separate_heads]
 
 The streams `pretrained-tiny` and `pretrained-cifar` are those of the presets, on a trunk that was
-trained elsewhere: trunk and classes are the same for every seed. For the others a seed changes the
-division of the classes into tasks, the trunk, first weights and batches, and for characters the
-images. All strategies of a seed share trunk and features. Finished cells are kept in FOLDER, so the
-same command goes on where it stopped. Prints a Markdown table for each stream: mean accuracy, ours
-minus theirs seed by seed with its 95 % interval, and whether the goal is met. The stream
-`characters` is drawn here: strokes of black ink on 105 pixels, each image by another shaky hand.
+trained elsewhere: a seed changes the training images, first weights and batches. For the others it
+changes the division of the classes into tasks, the trunk, first weights and batches, and for
+characters the images. All strategies of a seed share trunk and features. Finished cells are kept in
+FOLDER, so the same command goes on where it stopped. Prints a Markdown table for each stream: mean
+accuracy, ours minus theirs seed by seed with its 95 % interval, and whether the goal is met. The
+stream `characters` is drawn here: strokes of black ink on 105 pixels, each image by another shaky
+hand.
 """
 
 import argparse
@@ -57,24 +58,27 @@ def data_of(stream: str, images: int, seed: int, out: Path) -> DataConfig:
     if stream == "characters":
         return DataConfig(data=str(draw_characters(out / f"characters-{seed}", seed)), tasks=8,
                           stream_seed=seed)
-    stream = stream.removeprefix("pretrained-")
-    source = {"cifar": "cifar10", "tiny": "tiny-imagenet-32"}[stream]
+    kind = stream.removeprefix("pretrained-")
+    source = {"cifar": "cifar10", "tiny": "tiny-imagenet-32"}[kind]
+    skipped = seed * images if stream in PRETRAINED else 0
     folder = few_of(Path(os.environ["PARTIALHN_TEST_DATA"]) / source, images,
-                    out / f"{stream}-{images}")
-    return DataConfig(data=str(folder), tasks=5, classes={"cifar": 10, "tiny": 50}[stream],
+                    out / f"{kind}-{images}{f'-{skipped}' if skipped else ''}", skipped)
+    return DataConfig(data=str(folder), tasks=5, classes={"cifar": 10, "tiny": 50}[kind],
                       stream_seed=seed)
 
 
-def few_of(source: Path, images: int, folder: Path) -> Path:
-    """Writes the first training images of each class, and the first test images, as Parquet."""
+def few_of(source: Path, images: int, folder: Path, skipped: int = 0) -> Path:
+    """Writes the first training images of each class after `skipped` ones, and the first test
+    images, as Parquet.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for split, count in (("train", images), ("test", MOST_TESTED)):
+    for split, first, count in (("train", skipped, images), ("test", 0, MOST_TESTED)):
         if (folder / f"{split}.parquet").exists():
             continue
         table = pa.concat_tables([pq.read_table(path)
                                   for path in sorted(source.glob(f"{split}*.parquet"))])
         label_N = table["label"].to_numpy()
-        rows = np.concatenate([np.flatnonzero(label_N == label)[:count]
+        rows = np.concatenate([np.flatnonzero(label_N == label)[first:first + count]
                                for label in np.unique(label_N)])
         pq.write_table(table.take(np.sort(rows)), folder / f"{split}.draft")
         (folder / f"{split}.draft").rename(folder / f"{split}.parquet")
@@ -162,6 +166,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[5, 15, 50, 150],
                         help="training images a class; characters always have 15")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--others", nargs="+", choices=OTHERS, default=OTHERS)
     given = parser.parse_args()
     for stream in given.streams:
         lines = []
@@ -169,7 +174,7 @@ def main() -> None:
             found: dict[str, dict[int, float]] = {}
             for seed in range(given.seeds):
                 for name, accuracy in measured(stream, images, seed, given.out,
-                                               ("partial_hn", *OTHERS)).items():
+                                               ("partial_hn", *given.others)).items():
                     found.setdefault(name, {})[seed] = accuracy
             ours = found.pop("partial_hn")
             goal = (f"{100 * CHARACTERS_GOAL:.0f}: "
