@@ -141,7 +141,7 @@ def cost(facts: Facts) -> str:
     total, peak = dig(facts.result, "seconds", "total"), facts.result.get("peak_rss_bytes")
     lead = "Time, memory and computation of the run."
     if total is not None:
-        lead = (f"The whole run took {duration(total)}"
+        lead = (f"The call that wrote this result took {duration(total)}"
                 + (f" and at most {size(peak)} of memory." if peak else "."))
     if facts.result.get("images_decoded") == 0:
         lead += " The features were stored by an earlier run, so no image was decoded."
