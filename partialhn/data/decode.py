@@ -135,7 +135,8 @@ def decode_images(images: Sequence[bytes], ids: Sequence[str], size: int,
             except _BadImageError as error:
                 if on_bad == "error":
                     raise InputError(f"image {image_id} {error}; mend it or take it away, or leave "
-                                     "out such images with on_bad_image skip") from error
+                                     "out such images with --on-bad-image skip (in a "
+                                     "configuration: data.on_bad_image)") from error
                 bad.append(BadImage(image_id, str(error)))
                 continue
             pixels_BHWC[len(index)] = np.asarray(corruptions.corrupt(image, names, encoded, seed))

@@ -22,6 +22,7 @@ from partialhn.features.manifest import FeatureRecipe, Manifest, Shard
 from partialhn.features.shards import compute_shards
 from partialhn.features.store import FeatureStore
 from partialhn.networks.trunk import Trunk, feature_shape
+from partialhn.numbers import counted
 from partialhn.pixels import Pixels
 
 
@@ -129,9 +130,10 @@ def find_features(store: FeatureStore, jobs: Iterable[FeatureJob]) -> dict[str, 
             continue
         if manifest.bad and job.on_bad_image == "error":
             name, reason = manifest.bad[0]
-            raise InputError(f"image {name} {reason}; {len(manifest.bad)} such images were left "
-                             f"out of the stored features of task {job.task!r}: repair them, or "
-                             "allow that with on_bad_image skip")
+            raise InputError(f"image {name} {reason}; the stored features of task {job.task!r} "
+                             f"leave out {counted(len(manifest.bad), 'such image')}: repair them, "
+                             "or allow that with --on-bad-image skip (in a configuration: "
+                             "data.on_bad_image)")
         manifests[job.recipe.key] = manifest
     return manifests
 

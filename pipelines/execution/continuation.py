@@ -178,15 +178,17 @@ def compare(before: LearnedBefore, config: Config, experiences: Sequence[Experie
               for version in before.chain]
     forgotten = before.champion.forgotten if before.champion else ()
     back_again = tuple(gone for gone in forgotten if gone.task in names)
+    first = len(places)
     if forgotten:  # a later id stands for the forgotten task, too
         ends = ["", *(version.tags["prefix"] for version in before.chain)]
         first = next((place for place, version in enumerate(before.chain)
-                      if version.tags["parent"] != ends[place]), len(places))
+                      if version.tags["parent"] != ends[place] or version.stands_on is not None),
+                     first)
         places[first:] = [-1] * (len(places) - first)
     kept = max(places, default=-1) + 1  # a lineage id stands for all tasks up to its own
     left_out, renamed, again = [], {}, {}
-    for version, place in zip(before.chain, places, strict=True):
-        if place >= 0:
+    for number, version in enumerate(before.chain):
+        if places[number] >= 0:
             continue
         now = before._now(version, experiences[kept:])
         if now is None:
@@ -194,7 +196,8 @@ def compare(before: LearnedBefore, config: Config, experiences: Sequence[Experie
         elif now.name != version.task:
             renamed[version.task] = now.name
         else:
-            again[version.task] = _why(before, config, version, now, network)
+            again[version.task] = _why(before, config, version, now, network,
+                                       forgotten if number >= first else ())
     known = ({version.task for version in before.chain} | set(renamed.values())
              | {gone.task for gone in back_again})
     learned = {name for name, lineage_id in zip(names, ids, strict=bool(ids))
@@ -209,8 +212,8 @@ def compare(before: LearnedBefore, config: Config, experiences: Sequence[Experie
 
 
 def _why(before: LearnedBefore, config: Config, version: Version, now: Experience,
-         network: str | None) -> str:
-    """The reason for which a task is learned again."""
+         network: str | None, forgotten: Sequence[Forgotten]) -> str:
+    """The reason for which a task is learned again. forgotten: tasks that its model forgot."""
     if before.same_images(version, now) is False:
         return "its images, or the parts into which they are split, are not the same"
     now_options, then_options = (_flat(each) for each in (_named(config), before.options))
@@ -222,6 +225,10 @@ def _why(before: LearnedBefore, config: Config, version: Version, now: Experienc
         options[MAX_OPTIONS:] = [f"and {len(options) - MAX_OPTIONS} more"]
     if options:
         return "; ".join(options)
+    if forgotten:
+        names = ", ".join(repr(gone.task) for gone in forgotten)
+        return (f"its model has forgotten {names}, and train does not go on from such a model; "
+                "`partialhn retrain` does")
     if version is not before.chain[0]:
         return "a task before it is not the same"
     return ("the trunk's weights are not the same" if network is not None or not then_options

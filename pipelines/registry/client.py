@@ -167,7 +167,7 @@ class Registry(Runs):
         wanted = f"alias {alias!r}" if alias else f"version {number}"
         raise InputError(f"model {name!r} has no {wanted}; aliases: "
                          + _listed(alias for v in versions for alias in v.aliases)
-                         + "; versions: " + _listed(str(v.version) for v in versions))
+                         + "; versions: " + _listed(v.version for v in versions))
 
     def load_predictor(self, model_uri: str,
                        device: "torch.device | str" = "cpu") -> tuple["Predictor", Version]:
@@ -429,4 +429,4 @@ def _person_chose_another(entries: Sequence[Entry], alias: str, number: int) -> 
 
 
 def _listed(names: Any) -> str:
-    return ", ".join(sorted(names)) or "none"
+    return ", ".join(map(str, sorted(names))) or "none"

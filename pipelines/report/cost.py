@@ -141,8 +141,8 @@ def cost(facts: Facts) -> str:
     total, peak = dig(facts.result, "seconds", "total"), facts.result.get("peak_rss_bytes")
     lead = "Time, memory and computation of the run."
     if total is not None:
-        lead = (f"{'The last pass' if facts.result.get('of_pass') else 'The whole run'} took "
-                f"{duration(total)}"
+        call = "last pass" if facts.result.get("of_pass") else "call that wrote this result"
+        lead = (f"The {call} took {duration(total)}"
                 + (f" and at most {size(peak)} of memory." if peak else "."))
     if facts.result.get("images_decoded") == 0:
         lead += " The features were stored by an earlier run, so no image was decoded."

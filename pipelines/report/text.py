@@ -111,7 +111,7 @@ def _costs(facts: Facts) -> list[str]:
         ("features", "feature_bytes"), ("checkpoint", "checkpoint_bytes"),
         ("trunk", "trunk_bytes"), ("shared", "shared_bytes"), ("per task", "bytes_per_task"),
         ("peak memory", "peak_rss_bytes")) if result.get(field) is not None]
-    lines = _wrapped("Time", stages)
+    lines = _wrapped("Time", stages, "of this call: ")
     if dig(result, "seconds", "stages", "train") is not None:
         lines.append(f"{'':8}(tasks: training and tests of every strategy; learned in, above: the "
                      "training alone)")
@@ -121,10 +121,10 @@ def _costs(facts: Facts) -> list[str]:
     return lines
 
 
-def _wrapped(title: str, pairs: Iterable[tuple[str, str]]) -> list[str]:
+def _wrapped(title: str, pairs: Iterable[tuple[str, str]], lead: str = "") -> list[str]:
     # A no-break space keeps a number beside its name and its unit when the line wraps.
     words = ", ".join(f"{name} {value}".replace(" ", NBSP) for name, value in pairs)
     if not words:
         return []
-    return textwrap.wrap(words, COLUMNS, initial_indent=f"{title:8}", subsequent_indent=" " * 8,
-                         break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(lead + words, COLUMNS, initial_indent=f"{title:8}",
+                         subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)

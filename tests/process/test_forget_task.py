@@ -175,4 +175,8 @@ def test_the_first_task_leaves_what_the_others_need(forgotten, tmp_path):
                for line in found.lines())
     with pytest.raises(InputError, match="does not continue"):
         found.check(replace=False)
+    shutil.rmtree(tmp_path / "tasks" / "a")
+    found = compare(before, CONFIG, before.ordered(open_stream(data, tmp_path / "sets")), None)
+    assert {*found.again.values()} == {"its model has forgotten 'a', and train does not go on from "
+                                       "such a model; `partialhn retrain` does"}
     assert stream.run().exit_code == 0

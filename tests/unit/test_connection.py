@@ -11,6 +11,7 @@ from partialhn.errors import InputError
 from pipelines.platform.importing import SELDOM, importing, seldom_collected
 from pipelines.platform.s3 import s3_client
 from pipelines.platform.storage import open_storage
+from pipelines.registry.client import _listed
 from pipelines.registry.connection import _send_artifacts_to, open_client, sqlite_file
 
 
@@ -132,3 +133,7 @@ def test_a_pass_looks_for_garbage_less_often(usual, meanwhile):
         assert gc.get_threshold() == usual
     finally:
         gc.set_threshold(*before)
+
+
+def test_versions_are_listed_by_number():
+    assert _listed([1, 10, 2]) == "1, 2, 10"

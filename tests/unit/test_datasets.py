@@ -529,7 +529,7 @@ def test_a_bad_image_is_named(name):
     with pytest.raises(InputError) as caught:
         decode_images([GOOD, data], ["good", name], 8, max_pixels=10_000_000)
     assert str(caught.value).startswith(f"image {name} {reason}")
-    assert "on_bad_image skip" in str(caught.value)
+    assert "--on-bad-image skip (in a configuration: data.on_bad_image)" in str(caught.value)
 
 
 def test_bad_images_are_left_out_and_listed():

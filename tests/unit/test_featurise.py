@@ -247,7 +247,7 @@ def test_images_left_out_earlier_are_not_silently_missing(store, with_options, e
     strict = jobs_at(with_options, experience, trunk, data={"on_bad_image": "error"})
     assert lenient[0].recipe == strict[0].recipe
     precompute(store, trunk, lenient)
-    with pytest.raises(InputError, match=r"03\.png is no readable .*1 such images were left out"):
+    with pytest.raises(InputError, match=r"03\.png is no readable .*leave out 1 such image:"):
         precompute(store, trunk, strict)
 
 

@@ -500,6 +500,7 @@ def test_the_training_stage_says_how_much_of_it_was_ours():
     words = " ".join(text_summary(result).split())
     assert "when learned forgotten a task adds learned in" in words
     assert "(tasks: training and tests of every strategy; learned in, above" in words
+    assert "Time of this call: startup" in words.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def test_what_it_costs_not_to_know_the_task_is_said():
