@@ -24,7 +24,6 @@ from partialhn.features.closed_form import LinearClassifier, accuracy, fit_ridge
 from partialhn.features.feature_set import FeatureSet
 from partialhn.strategies import Strategy
 from partialhn.training.answers import earlier_blocks, network_features
-from partialhn.training.budget import held_out_loss
 
 FEW = 30
 """Images a class, held-out ones included, below which a task is solved in closed form."""
@@ -34,6 +33,9 @@ SIDES = (1, 2, 3, 4)
 """Cells along each side of a feature map that ridge regression may see."""
 LARGEST = 512
 """Features, or images where they are fewer, above which only one cell is tried."""
+CLEARLY = 2.0
+"""Standard errors by which a leave-one-out loss must be smaller to be preferred to a usual choice
+(`docs/measurements/pretrained.md`)."""
 FEW_FOR_NETWORK = 100
 """Images a class up to which the features of the network's own head are tried, at the cost of one
 pass through its blocks; with more the trained head is ahead
@@ -70,9 +72,13 @@ def can_choose(held_out: FeatureSet | None) -> TypeGuard[FeatureSet]:
 
 
 def solve(strategy: Strategy, sets: list[FeatureSet], classes: int) -> Solved:
-    """Ridge regression on the images of some sets, on the features that leave-one-out prefers."""
+    """Ridge regression on the images of some sets, on the features that leave-one-out prefers.
+
+    The features of the network's own head are better for nearly all tasks, and few images are a
+    poor judge: cells are preferred only where their loss is smaller by `CLEARLY` standard errors.
+    """
     y_N = torch.cat([features.y_N.cpu() for features in sets])
-    found: list[tuple[float, Solved]] = []
+    found: list[tuple[Tensor, Solved]] = []
     sides: list[int | None] = [*_sides(sets[0], len(y_N))]
     if strategy.reference_norm is not None and len(y_N) <= FEW_FOR_NETWORK * classes:
         sides.insert(0, None)
@@ -80,11 +86,14 @@ def solve(strategy: Strategy, sets: list[FeatureSet], classes: int) -> Solved:
         blocks = earlier_blocks(strategy, sets[0].shape_CHW) if side is None else ()
         x_NF = seen(strategy, sets, side, blocks)
         importance_F = _importance(strategy.head.width, x_NF.shape[1]) if side is None else None
-        classifier = fit_ridge(x_NF, y_N, classes, importance_F)
-        loss = held_out_loss(classifier.left_out_NK, y_N)
+        classifier = fit_ridge(x_NF, y_N, classes, importance_F).sharpened(y_N)
+        loss_N = torch.nn.functional.cross_entropy(classifier.left_out_NK, y_N, reduction="none")
         right = accuracy(classifier.left_out_NK, y_N)
-        found.append((loss, Solved(classifier.sharpened(y_N), right, side, blocks)))
-    return min(found, key=lambda each: each[0])[1]
+        found.append((loss_N, Solved(classifier, right, side, blocks)))
+    best = min(found, key=lambda each: float(each[0].mean()))
+    first, gain_N = found[0][1], found[0][0] - best[0]
+    error = float(gain_N.std(correction=0)) / len(y_N)**0.5
+    return first if first.side is None and gain_N.mean() <= CLEARLY * error else best[1]
 
 
 def seen(strategy: Strategy, sets: list[FeatureSet], side: int | None,

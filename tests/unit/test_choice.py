@@ -131,6 +131,8 @@ def test_a_trained_classifier_is_averaged_with_ridge_regression_on_the_features_
     """
     monkeypatch.setattr(choice, "FEW", 1)
     monkeypatch.setattr(choice, "ENOUGH_TO_CHOOSE", 4)
+    monkeypatch.setattr(experience, "_ridge_logits", lambda strategy, task, held_out: (
+        torch.zeros(len(held_out), 2)))  # it guesses
     task, learned = tasks[0], {}
     for closed_form in ("never", "auto"):
         learned[closed_form] = learner(closed_form=closed_form)
@@ -218,6 +220,7 @@ def test_from_the_network_few_images_are_seen_by_its_own_head_too(from_network, 
             width / (x_NF.shape[1] - width))**0.5)
         left_out_NK = fit_ridge(x_NF, task.train.y_N, 2, importance_F).left_out_NK
         losses.append(held_out_loss(left_out_NK, task.train.y_N))
+    monkeypatch.setattr(choice, "CLEARLY", 0.0)
     assert choice.solve(strategy, [task.train], 2).side == sides[losses.index(min(losses))]
     monkeypatch.setattr(choice, "FEW_FOR_NETWORK", 1)
     assert choice.solve(strategy, [task.train], 2).side == sides[1 + losses[1:].index(
@@ -246,6 +249,23 @@ def test_a_task_with_the_networks_head_is_learned_refreshed_stored_and_loaded(
     with torch.no_grad():
         assert all(torch.equal(loaded.strategy(z_BCHW, slot), strategy(z_BCHW, slot))
                    for slot in range(3))
+
+
+def test_cells_are_preferred_to_the_networks_head_only_where_they_are_clearly_better(
+        from_network, tasks, monkeypatch):
+    """Among five choices that few images judge, one often looks best by luck."""
+    strategy, task = from_network()[0].strategy, tasks[0]
+    right_NF = torch.nn.functional.one_hot(task.train.y_N, 2).double()
+    noise_NF, other_NF = torch.randn(2, *right_NF.shape, dtype=torch.float64,
+                                     generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(choice, "_sides", lambda *_: [1])
+    monkeypatch.setattr(choice, "network_features", lambda strategy, features, blocks: torch.cat(
+        [right_NF + noise_NF, torch.zeros(len(right_NF), strategy.head.width)], 1))
+    for spread, clearly, side in ((1.0, 3, None), (1.0, 0, 1), (0.1, 3, 1)):
+        monkeypatch.setattr(choice, "CLEARLY", clearly)
+        monkeypatch.setattr(choice, "pooled_cells",
+                            lambda *_, spread=spread: right_NF + spread * other_NF)
+        assert choice.solve(strategy, [task.train], 2).side == side
 
 
 def test_a_classifier_on_the_networks_head_sees_every_block(network, with_options, tasks, images,
