@@ -162,7 +162,7 @@ def test_held_out_draw_of_a_class_ignores_other_classes():
 
 
 def test_too_few_images_of_a_class_to_hold_some_out():
-    with pytest.raises(InputError, match=r"class 'dog' has 1 image\(s\), too few to hold out 0.2 "
+    with pytest.raises(InputError, match=r"class 'dog' has 1 image, too few to hold out 0.2 "
                                          "for test; allowed: 2 or more"):
         held_out(np.array([0, 0, 1]), 0.2, "test", ("cat", "dog"), seed=0)
     with pytest.raises(InputError, match="allowed: 2 or more, or validation 0"):

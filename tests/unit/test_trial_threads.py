@@ -26,7 +26,7 @@ def bench(tmp_path_factory, digits, config, network):
     trunk = CutNetwork.of(network, 4).trunk
     jobs = feature_jobs(config, digits[:3], trunk, (3, 4))
     manifests, _ = precompute(open_store(storage), trunk, jobs)
-    return Bench(storage, network, tuple((each.name, len(each.classes)) for each in digits[:3]),
+    return Bench(storage, network, tuple((each.name, tuple(each.classes)) for each in digits[:3]),
                  {(job.depth, job.task, job.split): manifest
                   for job, manifest in zip(jobs, manifests, strict=True)},
                  storage.path("running"), WorkerDevice(), 1)
