@@ -253,7 +253,8 @@ class Head(nn.Module):
         count = len(statistics) // 2
         scale, shift, others = torch.split(norm, [count, count, len(norm) - 2 * count])
         mean, variance = statistics.chunk(2)
-        folded = scale / (variance + self.get_buffer("epsilons")).sqrt()
+        # a network's own statistics may be on the host still
+        folded = scale / (variance + self.get_buffer("epsilons").to(variance)).sqrt()
         return torch.cat([folded, shift - folded * mean, others])
 
     @property

@@ -34,8 +34,8 @@ SIDES = (1, 2, 3, 4)
 LARGEST = 512
 """Features, or images where they are fewer, above which only one cell is tried."""
 CLEARLY = 3.0
-"""Standard errors by which a leave-one-out loss must be smaller to be preferred to the usual choice:
-the smallest of four is compared with it (`docs/measurements/pretrained.md`)."""
+"""Standard errors by which a leave-one-out loss must be smaller to be preferred to the usual
+choice: the smallest of four is compared with it (`docs/measurements/pretrained.md`)."""
 FEW_FOR_NETWORK = 100
 """Images a class up to which the features of the network's own head are tried, at the cost of one
 pass through its blocks; with more the trained head is ahead

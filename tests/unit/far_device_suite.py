@@ -26,7 +26,7 @@ from partialhn.predict import Predictor
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
 from partialhn.task_inference import AUTO
-from partialhn.training import answers, image_batches
+from partialhn.training import answers, choice, image_batches
 from partialhn.training.image_batches import Labelled
 from partialhn.training.learner import Learner
 from partialhn.training.optimiser import load_optimiser, optimiser_tensors
@@ -71,6 +71,28 @@ def test_the_device_is_one_of_its_own():
                    lambda: torch.where(torch.tensor([True, False, True]), x_B, 0)):
         with pytest.raises(RuntimeError, match="far and on the host"):
             mixing()
+
+
+@pytest.mark.parametrize(("norm", "closed_form"), [
+    ("network", "auto"), ("network", "never"), ("batch", "auto")])
+def test_heads_that_start_as_the_networks_own(learner, tasks, monkeypatch, norm, closed_form):
+    """Solved from what the network's own blocks see, or trained from there; the detector sees them,
+    too.
+    """
+    monkeypatch.setattr(choice, "_sides", lambda *_: [])
+    found = {}
+    for device in ("cpu", NAME):
+        made = learner(device, hypernet={"starts_from": "network", "norm": norm}, train={
+            "epochs": None, "min_steps": 4, "closed_form": closed_form})
+        list(made.learn(tasks[:2]))
+        assert made.inference.reference_norm is not None
+        earlier_KE = made.strategy.tasks[0].earlier_KE
+        assert (earlier_KE is None) == (closed_form == "never")
+        assert earlier_KE is None or earlier_KE.device.type == device
+        found[device] = answers.answer(made.strategy, 0, tasks[0].test)[0], made.finished
+    assert torch.equal(found["cpu"][0], found[NAME][0])
+    assert [record.without_id for record in found["cpu"][1]] == [
+        record.without_id for record in found[NAME][1]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -222,8 +244,13 @@ def test_measuring_where_memory_is_short(learner, tasks):
         made._conclude(tasks[:1])
 
 
-def test_a_model_answers_there(learner, tasks, cut, config, images, tmp_path):
-    made = learner()
+@pytest.mark.parametrize("sections", [{}, {
+    "hypernet": {"starts_from": "network", "norm": "network"},
+    "train": {"epochs": None, "min_steps": 4}}], ids=["trained", "solved"])
+def test_a_model_answers_there(learner, tasks, cut, with_options, images, tmp_path, monkeypatch,
+                               sections):
+    monkeypatch.setattr(choice, "_sides", lambda *_: [])
+    made, config = learner(**sections), with_options(**sections)
     list(made.learn(tasks[:3]))
     infos = tuple(TaskInfo(task.name, ("a", "b")) for task in tasks[:3])
     Model(config, cut.trunk, made.strategy, infos, inference=made.inference).save(tmp_path / "m")
