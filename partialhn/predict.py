@@ -24,7 +24,7 @@ from torch import Tensor
 from partialhn.checkpoints import FIELDS, TENSORS, shared
 from partialhn.checkpoints.model import Model
 from partialhn.data.decode import Decoded, decode_images
-from partialhn.data.experience import task_of
+from partialhn.data.experience import newest_slots, task_of
 from partialhn.errors import InputError
 from partialhn.networks.device_memory import explained
 from partialhn.networks.head import HeadWeights
@@ -105,12 +105,12 @@ class Predictor:
         with explained(f"the model on device {self._device}", WAY_OUT):
             model.trunk.to(self._device)
             model.strategy.to(self._device)
-        self.tasks: list[str] = list(dict.fromkeys(task_of(task.name) for task in model.tasks))
+        newest = newest_slots([task.name for task in model.tasks])
+        self.tasks: list[str] = list(newest)
         """Names of the tasks, oldest first; a refreshed task is listed once."""
-        self._slots = {name: index for index, slot in enumerate(model.tasks)
-                       for name in (slot.name, task_of(slot.name))}
+        self._slots = {slot.name: index for index, slot in enumerate(model.tasks)} | newest
         """The slot of each name; of a task's name, the newest."""
-        self._newest = Heads(model.strategy, [self._slots[task] for task in self.tasks])
+        self._newest = Heads(model.strategy, list(newest.values()))
 
     @staticmethod
     def load(folder: str | Path, device: torch.device | str = "cpu",

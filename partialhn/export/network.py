@@ -196,9 +196,7 @@ def kind_of(head: Head, weights: HeadWeights) -> Kind:
 
 def linear_part(head: Head, weights: HeadWeights) -> tuple[Tensor, Tensor]:
     """The classifier (K, F) and its bias (K,), which take over a linear head's norm."""
-    weight_KF, bias_K = weights.classifier_KF.detach(), weights.bias_K.detach()
-    if weights.earlier is not None:
-        weight_KF = torch.cat([weight_KF, weights.earlier.weight_KE.detach()], 1)
+    weight_KF, bias_K = weights.whole_classifier.detach(), weights.bias_K.detach()
     if head.is_linear and len(weights.norm):
         norm = weights.norm.detach()
         scale_F, shift_F = (norm if weights.statistics is None

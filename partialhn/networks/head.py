@@ -63,6 +63,12 @@ class HeadWeights(NamedTuple):
     statistics: Tensor | None = None
     earlier: EarlierWeights | None = None
 
+    @property
+    def whole_classifier(self) -> Tensor:
+        """The classifier with its part for earlier features behind it, (K, F + E)."""
+        return (self.classifier_KF if self.earlier is None
+                else torch.cat([self.classifier_KF, self.earlier.weight_KE], 1))
+
 
 class HeadStart(NamedTuple):
     """The weights of a head before its first step: matrices in its order, and norm.
@@ -317,14 +323,13 @@ class Head(nn.Module):
     def forward(self, z_BCHW: Tensor, weights: HeadWeights) -> Tensor:
         """Features z_BCHW to logits_BK with one task's weights."""
         if weights.earlier is None:
-            x_BF, weight_KF = self.embed(z_BCHW, weights), weights.classifier_KF
+            x_BF = self.embed(z_BCHW, weights)
         else:
             blocks = EveryBlock(self.blocks, self._layout, self.passed_on, weights.earlier.blocks)
             x_BF = torch.func.functional_call(blocks, {
                 f"blocks.{name}": value for name, value in self.tensors(weights).items()},
                 (self.taken(z_BCHW),), strict=True)
-            weight_KF = torch.cat([weights.classifier_KF, weights.earlier.weight_KE], 1)
-        return nn.functional.linear(x_BF, weight_KF, weights.bias_K)
+        return nn.functional.linear(x_BF, weights.whole_classifier, weights.bias_K)
 
 
 class EveryBlock(nn.Module):

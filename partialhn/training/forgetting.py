@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from partialhn.checkpoints.model import Model, empty_parts
-from partialhn.data.experience import task_of
+from partialhn.data.experience import newest_slots, task_of
 from partialhn.detector.detector import Detector
 from partialhn.errors import InputError
 from partialhn.features.feature_set import FeatureSet
@@ -20,7 +20,7 @@ from partialhn.training.lineage import Learned
 
 def slots_of_task(names: Sequence[str], task: str) -> list[int]:
     """Indices of the slots of a task. Raises: InputError for an unknown task, or the only one."""
-    tasks = list(dict.fromkeys(map(task_of, names)))
+    tasks = list(newest_slots(names))
     if task not in tasks:
         raise InputError(f"task is {task!r}; allowed: {', '.join(tasks)}")
     if len(tasks) == 1:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from partialhn.data.experience import task_of
+from partialhn.data.experience import newest_slots, task_of
 from partialhn.errors import InputError
 from pipelines.platform.storage import Storage
 from pipelines.registry.aliases import Repair
@@ -164,7 +164,7 @@ def _differences(registry: Registry, before: Version | None, champion: Version) 
     was, now = (registry.slots_of(version) if version else None for version in (before, champion))
     if was is None or now is None:
         was, now = [], []
-    was, now = (list(dict.fromkeys(map(task_of, slots))) for slots in (was, now))
+    was, now = (list(newest_slots(slots)) for slots in (was, now))
     return {"before": before and before.version,
             "tasks_lost": [task for task in was if task not in now],
             "tasks_gained": [task for task in now if task not in was]}
