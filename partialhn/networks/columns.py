@@ -15,7 +15,7 @@ tensors of one shape, m generated tensors with equally many rows, P rows of all 
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -220,16 +220,24 @@ def packed_bytes(shapes: Sequence[tuple[int, int]], width: int) -> int:
 class Modeless(nn.Module):
     """What a task owns of a generator: parameters, and nothing that training switches."""
 
+    packed: Tensor | None
+    """Once the task is learned: signs, as uint8; none where they add nothing to its weights."""
+
     def train(self, mode: bool = True) -> Self:
         """Does nothing, because it has no mode; a model of a thousand tasks has a thousand."""
         del mode
         return self
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str,
+                              *rest: Any) -> None:
+        value = state_dict.get(prefix + "packed")
+        if self.packed is not None and value is not None and not len(value):
+            self.packed = self.packed.new_empty(0)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class Columns(Modeless):
     """The columns of one task, for L >= 1 generated tensors of the shapes (C, D)."""
-
-    packed: Tensor | None
 
     def __init__(self, shapes: Sequence[tuple[int, int]], width: int) -> None:
         super().__init__()

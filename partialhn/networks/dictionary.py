@@ -95,8 +95,6 @@ class OutputSides(Modeless):
     learned, the code takes over the scales and only the signs are kept, eight in a byte.
     """
 
-    packed: Tensor | None
-
     def __init__(self, shapes: Sequence[tuple[int, int]], dictionary: Dictionary) -> None:
         super().__init__()
         self.rows, self.width = [C for C, _ in shapes], dictionary.width

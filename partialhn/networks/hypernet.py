@@ -226,12 +226,11 @@ class ColumnGenerator(Generator):
         Where no task has an update, because all are solved in closed form, there are no directions,
         and tasks go on to open columns of their own.
         """
-        columns = [cast(Columns, own)() for own in self.columns]
-        weights = [code.view(len(self.tensors), -1) for code in codes]
+        updates = [(cast(Columns, own)(), code.view(len(self.tensors), -1))
+                   for own, code in zip(self.columns, codes, strict=True) if len(code)]
         found = [principal_directions(
-            [(sides[index][0] * x_Ld[index], sides[index][1])
-             for sides, x_Ld in zip(columns, weights, strict=True)], self._directions)
-            for index in range(len(self.tensors))]
+            [(sides[index][0] * x_Ld[index], sides[index][1]) for sides, x_Ld in updates],
+            self._directions) for index in range(len(self.tensors) if updates else 0)]
         if any(directions_Dd.any() for directions_Dd in found):
             self.open_dictionary(len(self.columns))
             dictionary = cast(Dictionary, self.dictionary)
@@ -263,6 +262,8 @@ class ColumnGenerator(Generator):
         own = self.of_task(task)
         if own.packed is None:
             return own.generate(own.stacked(inherited), code)
+        if not len(own.packed):
+            return inherited
         return tuple(torch.addmm(before_CD, v_Cd.to(x_d) * x_d, A_Dd.to(x_d).T)
                      for before_CD, x_d, (v_Cd, A_Dd)
                      in zip(inherited, code.view(len(self.tensors), -1), own(), strict=True))
@@ -292,9 +293,20 @@ class ColumnGenerator(Generator):
             return None
         return self.of_task(task).pack().flatten()
 
+    def drop_columns(self, task: int) -> None:
+        """Empties the columns of a learned task that add nothing: its weights are those that it
+        starts from.
+        """
+        own = self.of_task(task)
+        assert own.packed is not None, "the task is not learned yet"
+        own.packed = own.packed.new_empty(0)
+
     def task_bytes(self, task: int) -> int:
         if not self.inherits(task):
             return 0
+        packed = self.columns.state_of(task - self._without).get("packed")
+        if packed is not None:
+            return packed.nbytes
         if self.uses_dictionary(task):
             return packed_bytes([(C, 0) for C, _ in self._shapes], self._directions)
         return packed_bytes(self._shapes, self.width)
@@ -304,7 +316,8 @@ class ColumnGenerator(Generator):
         if not self.inherits(task):
             return 0
         first = self._without if self.starts_from_previous else task
-        width = sum(self.of_task(each).width for each in range(first, task + 1))
+        width = sum(own.width for own in map(self.of_task, range(first, task + 1))
+                    if own.packed is None or len(own.packed))
         return width * sum(t.rows * t.row_length for t in self.tensors)
 
     @property

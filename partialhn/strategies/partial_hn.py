@@ -25,7 +25,7 @@ from partialhn.networks.hypernet import ColumnGenerator, GeneratedTensor, Genera
 from partialhn.networks.later_blocks import LaterBlocks
 from partialhn.networks.shared_generators import AdditiveGenerator, BilinearGenerator
 from partialhn.networks.tensors import hash_tensors
-from partialhn.strategies.base import OwnNorm, Strategy, numbered, renumbered
+from partialhn.strategies.base import Classifier, OwnNorm, Strategy, numbered, renumbered
 
 FIRST_FORGOTTEN = "first_forgotten"
 """Entry of the state of a model that has forgotten its first task, whose weights stay as the base
@@ -33,6 +33,9 @@ of the others."""
 OPENERS = "hypernet.dictionary.openers"
 """Entry of the state of a model whose dictionary is closed: how many tasks have columns of their
 own."""
+NETWORK_NORM = "network_norm"
+"""Entry of the state of a model with tasks that have the network's own head: its vectors, which all
+of these tasks share."""
 SMALLEST_SCALE = 1e-6
 """Scale of a class whose weights are all zero: float16 would round a smaller one to zero."""
 LONG_RATE = 2.0
@@ -79,12 +82,41 @@ class HypernetTask(OwnNorm):
     """The numbers of the blocks that it sees, int64 (`EarlierWeights`)."""
     OPTIONAL = ("linear_KF", "linear_K", "earlier_KE", "earlier_blocks")
 
+    @staticmethod
+    def unused(names: Collection[str]) -> tuple[str, ...]:
+        """The tensors that a learned task's answers do not use and that are therefore empty; models
+        of older releases hold them.
+
+        names: those that the task has.
+        """
+        if "linear_KF" in names:
+            return ("code", "norm", "classifier_KF", "bias_K", "scale_K")
+        return ("code", "norm") if "earlier_KE" in names else ()
+
+    def drop_unused(self) -> None:
+        """Empties what a learned task's answers do not use; a code that is not zero stays."""
+        for name in self.unused(self.state_dict()):
+            value = getattr(self, name)
+            if value is not None and not (name == "code" and value.any()):
+                setattr(self, name, nn.Parameter(value.new_empty(0, *value.shape[1:]),
+                                                 requires_grad=False))
+
     def expect(self, state: Mapping[str, Any], prefix: str) -> None:
         """Makes room for the tensors that a state may have, or for none."""
+        device = self.bias_K.device
         for name in self.OPTIONAL:
             value = state.get(prefix + name)
-            setattr(self, name, None if value is None else torch.empty_like(
-                value, device=self.bias_K.device))
+            setattr(self, name, None if value is None else torch.empty_like(value, device=device))
+        for name in self.unused([name for name in self.OPTIONAL if prefix + name in state]):
+            value = state.get(prefix + name)
+            if value is not None and not len(value):
+                setattr(self, name, nn.Parameter(torch.empty_like(value, device=device),
+                                                 requires_grad=False))
+
+    def take_classifier(self, other: Classifier) -> None:
+        """As the base class; a task that is answered by cells has left none."""
+        if len(other.bias_K):
+            super().take_classifier(other)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str,
                               *rest: Any) -> None:
@@ -140,6 +172,7 @@ class PartialHypernet(Strategy):
         if options.residual:
             self.hypernet.set_base(start.matrices)
         self.register_buffer("next_norm", start.norm.clone())
+        self.register_buffer(NETWORK_NORM, None)
         self._running = -1
         """The task that is being learned; -1 between tasks."""
         self._inherited: Rows | None = None
@@ -179,13 +212,19 @@ class PartialHypernet(Strategy):
         # contiguous, as a loaded one is: products round differently by the layout
         own.linear_KF = classifier.weight_KF.to(own.bias_K.device).half().contiguous()
         own.linear_K = classifier.bias_K.to(own.bias_K.device).half()
+        if not self._dictionary:  # whose directions are those of the first tasks' updates
+            self._without_columns(own)
+
+    def _without_columns(self, own: HypernetTask) -> None:
+        own.code.data.zero_()  # then the columns add nothing
+        own.get_buffer("start").fill_(-1)
+        self._forget()
 
     @torch.no_grad()
     def take_network(self, task: int, classifier: LinearClassifier,
                      blocks: Sequence[int]) -> None:
         own, statistics = self._own(task), self.start.statistics
-        own.code.zero_()  # then the columns add nothing
-        own.get_buffer("start").fill_(-1)
+        self._without_columns(own)
         own.norm.copy_(self.start.norm)
         if own.statistics is not None and statistics is not None:
             own.statistics.copy_(statistics)
@@ -193,11 +232,20 @@ class PartialHypernet(Strategy):
         own.set_classifier(weight_KF, classifier.bias_K)
         own.earlier_KE = earlier_KE.to(own.bias_K.device).half().contiguous()
         own.earlier_blocks = torch.tensor(list(blocks), dtype=torch.int64).to(own.bias_K.device)
-        self._forget()
 
     def load_task_state(self, task: int, task_state: dict[str, Tensor]) -> None:
-        self._own(task).expect(task_state, f"tasks.{task}.")
+        own = self._own(task)
+        own.expect(task_state, f"tasks.{task}.")
+        if own.earlier_KE is not None and not len(own.norm):
+            self._share_norm()
         super().load_task_state(task, task_state)
+
+    def _share_norm(self) -> None:
+        """Keeps the vectors of the network's own head, which its tasks then need not hold."""
+        if getattr(self, NETWORK_NORM) is None:
+            norm = self.reference_norm
+            assert norm is not None, "a task has the network's own head, and there is none"
+            self.register_buffer(NETWORK_NORM, norm.half())
 
     @property
     def independent(self) -> bool:
@@ -214,6 +262,9 @@ class PartialHypernet(Strategy):
             self._forget_first()
         if OPENERS in state:
             cast(ColumnGenerator, self.hypernet).open_dictionary(int(state[OPENERS]))
+        if NETWORK_NORM in state:
+            self.register_buffer(NETWORK_NORM, torch.empty_like(
+                state[NETWORK_NORM], device=self.get_buffer("next_norm").device))
         super().load_tasks(classes, state, finished)
 
     def take_stored(self, classes: Sequence[int], state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -249,6 +300,11 @@ class PartialHypernet(Strategy):
                   "start": ((), torch.int64)}
         if compact:
             wanted["scale_K"] = (classes,), torch.half
+        for name in HypernetTask.unused(own):
+            if name in own and not len(own[name]):
+                wanted[name] = (0, *wanted[name][0][1:]), wanted[name][1]
+        if signs and "code" in own and not len(own["code"]):
+            signs = {"packed": ((0,), torch.uint8)}
         found = {name: (tuple(value.shape), value.dtype) for name, value in own.items()
                  if name not in HypernetTask.OPTIONAL}
         return found == wanted and signs == {
@@ -328,7 +384,10 @@ class PartialHypernet(Strategy):
         if self._base is None:
             self._base = hash_tensors({str(index): base for index, base
                                        in enumerate(self.hypernet.base)})
-        own = {f"task.{name}": value for name, value in self.tasks.state_of(task).items()}
+        state = self.tasks.state_of(task)
+        own = {f"task.{name}": value for name, value in state.items()}
+        if "earlier_KE" in state and not len(state["norm"]):
+            own[NETWORK_NORM] = self.get_buffer(NETWORK_NORM)
         own |= cast(ColumnGenerator, self.hypernet).learned_state(task)
         start = self._start(task) if self.hypernet.inherits(task) else -1
         if start >= 0 and start not in self._starts:
@@ -351,6 +410,11 @@ class PartialHypernet(Strategy):
         factor = self.hypernet.finish(task)
         if factor is not None:
             own.code.data.mul_(factor)
+        if own.earlier_KE is not None:
+            self._share_norm()
+        own.drop_unused()
+        if factor is not None and not len(own.code):
+            cast(ColumnGenerator, self.hypernet).drop_columns(task)
         self._forget()
         self._running = -1
 
@@ -395,8 +459,11 @@ class PartialHypernet(Strategy):
                                       rounded=self.head.training and self.head.rounds)
         else:
             rows = self._rows(task)
-        return own.weights({tensor.name: row_CD.view(tensor.shape) for tensor, row_CD
-                            in zip(self.head.matrices, rows, strict=True)})
+        weights = own.weights({tensor.name: row_CD.view(tensor.shape) for tensor, row_CD
+                               in zip(self.head.matrices, rows, strict=True)})
+        if own.earlier_KE is not None and not len(own.norm):
+            weights = weights._replace(norm=self.get_buffer(NETWORK_NORM).float())
+        return weights
 
     def _rows(self, task: int) -> Rows:
         """A task's generated weights as they stand."""

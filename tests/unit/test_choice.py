@@ -20,6 +20,7 @@ from partialhn.features.feature_set import FeatureSet
 from partialhn.predict import Predictor
 from partialhn.run import cut_network
 from partialhn.strategies import STRATEGIES
+from partialhn.strategies.partial_hn import HypernetTask, PartialHypernet
 from partialhn.training import choice, experience
 from partialhn.training.answers import answer, embedded
 from partialhn.training.budget import held_out_loss
@@ -249,6 +250,84 @@ def test_a_task_with_the_networks_head_is_learned_refreshed_stored_and_loaded(
     with torch.no_grad():
         assert all(torch.equal(loaded.strategy(z_BCHW, slot), strategy(z_BCHW, slot))
                    for slot in range(3))
+
+
+def bytes_of(strategy):
+    return sum(value.nbytes for value in strategy.state_dict().values())
+
+
+@pytest.mark.parametrize("dictionary", [0, 8])
+def test_a_solved_task_holds_what_its_answers_use_and_nothing_else(cut, with_options, tasks,
+                                                                    dictionary):
+    config = with_options(hypernet={"dictionary": dictionary, "dictionary_after": 1}, train={
+        "epochs": None, "min_steps": 4})
+    learned = Learner(STRATEGIES["partial_hn"](cut.head, cut.start, config), config.train)
+    list(learned.learn(tasks[:2]))
+    strategy, before = learned.strategy, bytes_of(learned.strategy)
+    list(learned.learn(tasks[:3]))
+    own = strategy.tasks[2]
+    assert own.linear_KF.nbytes + own.linear_K.nbytes == strategy.task_bytes(2)
+    assert bytes_of(strategy) - before == strategy.task_bytes(2) + own.start.nbytes
+
+
+def test_tasks_with_the_networks_head_share_its_vectors(from_network, tasks, monkeypatch):
+    monkeypatch.setattr(choice, "_sides", lambda *_: [])
+    strategy = (learned := from_network()[0]).strategy
+    none = bytes_of(strategy)
+    list(learned.learn(tasks[:1]))
+    one = bytes_of(strategy)
+    list(learned.learn(tasks[:2]))
+    own = strategy.tasks[1]
+    used = own.classifier_KF.nbytes + own.bias_K.nbytes + own.earlier_KE.nbytes
+    assert strategy.task_bytes(1) == used
+    assert bytes_of(strategy) - one == used + own.start.nbytes + own.earlier_blocks.nbytes
+    assert one - none == bytes_of(strategy) - one + 2 * strategy.head.norm_length
+    assert has_network_head(strategy, 0)
+
+
+@pytest.mark.parametrize("own_head", [False, True])
+@pytest.mark.parametrize("whole", [False, True], ids=["as stored now", "as stored before"])
+@pytest.mark.parametrize("waits", [False, True])
+def test_solved_tasks_of_every_form_are_read(learner, from_network, tasks, monkeypatch, own_head,
+                                             whole, waits):
+    if own_head:
+        monkeypatch.setattr(choice, "_sides", lambda *_: [])
+    if whole:
+        monkeypatch.setattr(HypernetTask, "drop_unused", lambda _: None)
+    make = (lambda: from_network()[0]) if own_head else learner
+    learned, other = make(), make()
+    list(learned.learn(tasks[:2]))
+    state = {name: value.clone() for name, value in learned.strategy.state_dict().items()}
+    assert len(state["tasks.1.norm"]) == (learned.strategy.head.norm_length if whole else 0)
+    monkeypatch.undo()
+    if not waits:
+        monkeypatch.setattr(PartialHypernet, "take_stored", lambda _, classes, state: state)
+    other.strategy.load_tasks([2, 2], state)
+    assert other.strategy.tasks.waits(1) == waits
+    for task in range(2):
+        assert torch.equal(*(answer(each.strategy, task, tasks[task].test)[0]
+                             for each in (learned, other)))
+        assert other.strategy.answers_by(task) == learned.strategy.answers_by(task)
+    found = other.strategy.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def test_a_task_whose_trained_head_was_given_up_has_no_columns(learner, tasks):
+    learned = learner(closed_form="never")
+    list(learned.learn(tasks[:2]))
+    strategy, task = learned.strategy, tasks[1]
+    before = strategy.task_bytes(1)
+    strategy.add_task(2)
+    strategy.begin(2)
+    with torch.no_grad():
+        for A_Dd in strategy.hypernet.of_task(2).A:
+            A_Dd.fill_(1.0)
+    choice.take(strategy, 2, choice.solve(strategy, [task.train], 2))
+    strategy.finish(2)
+    strategy.conclude(2)
+    assert strategy.task_bytes(1) == before
+    assert strategy.task_bytes(2) == strategy.tasks[2].linear_KF.nbytes + 2 * 2
 
 
 def test_cells_are_preferred_to_the_networks_head_only_where_they_are_clearly_better(
