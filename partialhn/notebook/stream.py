@@ -191,7 +191,8 @@ class Stream:
         """One row a strategy: the configured one, and those of `compare` after `learn()`.
 
         Columns: acc, learning_accuracy, forgetting, bwt (shares, 0.01 is one point),
-        bytes_per_task and train_seconds. Raises: InputError before the first task.
+        bytes_per_task (with the detector's, which the configured strategy alone has) and
+        train_seconds. Raises: InputError before the first task.
         """
         import pandas as pd
 

@@ -11,6 +11,7 @@ Legend: N images, B batch, C channels, H W spatial, K classes.
 """
 
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from partialhn.config import Augment, BackboneConfig, Config
 from partialhn.data.decode import decode, decode_to_file
 from partialhn.data.experience import Experience
 from partialhn.data.image_table import ImageTable
+from partialhn.errors import InputError
 from partialhn.features.closed_form import accuracy as accuracy_of
 from partialhn.naming import FIRST_OPTIONS, digest, named_values
 from partialhn.networks.backbone import (
@@ -90,7 +92,7 @@ def train_network(network: Network, images: Labelled, config: BackboneConfig, ki
     `network_optimiser(network, config)`. Yields a record per epoch. Where passes are not given,
     training stops by the loss on `held_out`, and the network ends in its best state. best: the
     best state of the epochs done. recorder: records one step and replays it, if the images fit on
-    the network's device.
+    the network's device. Raises: InputError if the loss is no longer finite.
     """
     best, device = best or BestState(), network.mean_C.device
     few = config.trunk_epochs is None and _count(images, held_out) < FEW_TO_WARP * _classes(images)
@@ -117,6 +119,11 @@ def train_network(network: Network, images: Labelled, config: BackboneConfig, ki
             steps.run_next(batches)
         wait_for(device)
         loss, correct, _ = (terms_3 / batches.steps).tolist()
+        if not math.isfinite(loss):
+            option = ("adapt" if config.adapt_trunk else "trunk") + "_learning_rate"
+            raise InputError(f"the loss of the trunk became {loss} in epoch {epoch}; allowed: a "
+                             f"finite loss, so try a smaller {option} than "
+                             f"{getattr(config, option)}")
         seconds, held_loss, held_accuracy = time.perf_counter() - start, None, None
         if budget.patience is not None and held_out is not None:
             held_loss, held_accuracy = _measure(network, held_out)

@@ -22,7 +22,7 @@ from partialhn.training.records import EpochRecord, TaskRecord, class_incrementa
 from partialhn.training.slots import Slot
 
 LIBRARIES = ("torch", "torchvision", "ray", "mlflow", "pyarrow", "numpy")
-SIZES = ("trunk_bytes", "shared_bytes", "weights")
+SIZES = ("trunk_bytes", "shared_bytes", "detector_bytes_per_task", "weights")
 """Keys of `model_sizes`, which a learned model has among its facts."""
 
 
@@ -173,14 +173,19 @@ def _versions(names: Sequence[str]) -> dict[str, str]:
 
 
 def model_sizes(model: Model) -> dict[str, Any]:
-    """Weight counts and bytes of a model's trunk, shared parameters and generated weights."""
+    """Weight counts and bytes of a model's trunk, shared parameters and generated weights, and the
+    bytes that a task adds to what finds the task of an image where nobody says it.
+    """
     def size(tensors: Mapping[str, Any]) -> int:
         return int(sum(value.numel() * value.element_size() for value in tensors.values()))
 
     strategy = model.strategy
     own = sum(strategy.task_bytes(task) for task in range(len(strategy.classes)))
-    trunk = model.trunk.state_dict()
+    trunk, inference = model.trunk.state_dict(), model.inference
+    found = [inference.task_bytes(task) for task in range(len(strategy.classes))
+             ] if inference is not None else []
     return {"trunk_bytes": size(trunk), "shared_bytes": size(strategy.state_dict()) - own,
+            "detector_bytes_per_task": round(sum(found) / max(1, len(found))),
             "weights": {"generated": strategy.head.weight_count,
                         "trunk": sum(value.numel() for value in trunk.values())}}
 

@@ -110,7 +110,8 @@ def _headline(facts: Facts, judged: Sequence[Judged]) -> str:
          f"95 % interval {points(behind.low)} to {points(behind.high)}; limit {gap_limit}",
          gap is not None and gap > GAP_LIMIT + 1e-9),
         ("Time per new task", duration(facts.task_seconds), "train, evaluate, register", False),
-        ("Size per new task", size(facts.ours.bytes_per_task), "added to the model", False),
+        ("Size per new task", size(facts.result.get("bytes_per_task")), "added to the model",
+         False),
     ]
     return '<dl class="tiles">' + "".join(
         f'<div><dt>{label}</dt><dd class="value{" over-limit" if hit else ""}">{value}</dd>'

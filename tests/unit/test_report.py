@@ -378,6 +378,21 @@ def test_break_even_counts_the_shared_part():
     assert break_even(read_facts(result)) is None
 
 
+def test_the_detector_is_not_held_against_separate_heads():
+    """No baseline has one; it is said beside the comparison."""
+    result = sample(2)
+    result |= {"shared_bytes": 1000, "bytes_per_task": 60, "detector_bytes_per_task": 50}
+    result["bounds"]["separate_heads"]["bytes_per_task"] = 110
+    assert break_even(read_facts(result)) == 11
+    assert read_facts(result).ours.bytes_per_task == 10
+    for text in (Page(render(result)).text, text_summary(result)):
+        assert "where nobody says it, adds 50 B more" in " ".join(text.split())
+    assert "adds 10 B to the model, against 110 B" in Page(render(result)).text
+    del result["detector_bytes_per_task"]
+    assert read_facts(result).ours.bytes_per_task == 60  # of another release
+    assert "nobody says it, adds" not in text_summary(result)
+
+
 @pytest.mark.parametrize(("n_tasks", "numbers"), [(10, 55), (25, 325), (26, 0), (100, 0)])
 def test_heat_map_drops_its_numbers_when_they_would_not_be_legible(n_tasks, numbers):
     drawn = charts.heat_map("m", [str(i) for i in range(n_tasks)],

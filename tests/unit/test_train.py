@@ -404,6 +404,19 @@ def test_a_trunk_of_bfloat16_is_near_and_calculates_in_float32(images):
     assert network(images[:2]).dtype == torch.float32
 
 
+@pytest.mark.parametrize(("adapt", "option"), [
+    (False, "trunk_learning_rate"), (True, "adapt_learning_rate")])
+def test_a_trunk_that_diverges_is_an_error(images, adapt, option):
+    config = dataclasses.replace(TRUNK, **{option: 1e30})
+    if adapt:
+        config = dataclasses.replace(config, trunk="weights.safetensors", adapt_trunk=True)
+    network = build_network("slim_resnet18", 2, 0)
+    records = train_network(network, Labelled(images[:48], torch.arange(48) % 2), config, "none",
+                            network_optimiser(network, config))
+    with pytest.raises(InputError, match=rf"trunk became .* smaller {option} than 1e\+30"):
+        list(records)
+
+
 def test_trunk_training_goes_on_to_the_same_bits(images):
     def train(network, optimiser, done=0, epochs=3):
         y_N = (torch.arange(48) % 2)
