@@ -25,8 +25,7 @@ FORGETTING_LIMIT = 0.01
 GAP_LIMIT = 0.02
 """Accuracy behind separate heads that the verdict accepts: 2 points."""
 
-DETECTOR = ("The detector, which finds the task of an image where nobody says it, adds {} more for "
-            "each task.")
+DETECTOR = "The detector, which finds the task where nobody says it, adds {} more for each task."
 
 
 @dataclasses.dataclass(frozen=True)
