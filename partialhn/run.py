@@ -36,7 +36,7 @@ from partialhn.training import lineage
 from partialhn.training.experience import TaskFeatures
 from partialhn.training.learner import Learner
 from partialhn.training.lineage import lineage_ids_of
-from partialhn.training.pretrain import fit_network, load_network
+from partialhn.training.pretrain import few_for_trunk, fit_network, load_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Clock, Outcome, result_fields
 from partialhn.training.slots import (
@@ -235,6 +235,8 @@ class StreamRun:
             yield from fit_network(self.config, self.experiences[0], self.filesystem,
                                    str(self.root), self.device)
             self._open_network()
+            if few := few_for_trunk(self.config, self.experiences[0]):
+                warnings.warn(few, stacklevel=2)
         self.clock.lap("trunk")
 
     def prepare(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -334,6 +336,8 @@ class StreamRun:
         network = load_network(self.config, self.experiences[0], self.filesystem, str(self.root))
         if network is not None:
             self.notes = network.notes
+            if few := few_for_trunk(self.config, self.experiences[0]):
+                self.said.append(few)
             self._cut = cut_network(self.config, network)
             self.known = lineage.find(self.filesystem, self.folder, self.lineage_ids)
 

@@ -39,6 +39,7 @@ from partialhn.networks.device_memory import explained
 from partialhn.networks.precision import wait_for
 from partialhn.networks.supplied import supplied_network
 from partialhn.networks.tensors import tensors_below
+from partialhn.numbers import counted
 from partialhn.pixels import Pixels
 from partialhn.training.adaptation import keep_statistics, start_classifier
 from partialhn.training.budget import BestState, held_out_loss, trunk_budget
@@ -61,7 +62,8 @@ tasks it has not seen."""
 
 
 FEW_TO_WARP = 100
-"""Images a class below which the trunk's images are warped too, where passes are not given."""
+"""Images a class below which the trunk's images are warped too, where passes are not given, and a
+user is told how few they are (`docs/measurements/few-images.md`)."""
 BATCH = 256
 """Held-out images that pass the network together."""
 
@@ -268,6 +270,19 @@ def _fit(config: Config, network: Network, images: Labelled, held_out: Labelled 
         checkpoint.upload(folder, filesystem, target)
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_dir(f"{target}.partial")
+
+
+def few_for_trunk(config: Config, first: Experience) -> str | None:
+    """What a user should know of a trunk that is trained on few images of the first task; None
+    where it has enough, or where there is no trunk to be trained.
+    """
+    count = len(first.train) + len(first.validation)
+    if (config.backbone.trunk != "train" or config.backbone.depth == 0
+            or count >= FEW_TO_WARP * len(first.classes)):
+        return None
+    return (f"the trunk learned from {counted(count, 'image')} of task {first.name!r} alone, and "
+            "all tasks stand on it; a network that was trained on many photographs is far better "
+            "for photographs (--trunk, docs/how-to/pretrained-trunk.md)")
 
 
 def _memory_of(config: Config, images: Labelled,

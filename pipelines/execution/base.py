@@ -23,7 +23,7 @@ from partialhn.naming import digest_text
 from partialhn.networks.backbone import Network
 from partialhn.run import TrunkAndHead
 from partialhn.training import lineage
-from partialhn.training.pretrain import load_network
+from partialhn.training.pretrain import few_for_trunk, load_network
 from partialhn.training.records import EpochRecord, TaskRecord
 from partialhn.training.result import Outcome
 from partialhn.training.slots import Slot
@@ -71,6 +71,7 @@ class Execution(abc.ABC):
         """
         arguments = (self.config, first, self.storage.filesystem, self.storage.root)
         backbone, network = self.config.backbone, load_network(*arguments)
+        few = few_for_trunk(self.config, first)
         if network is None:
             if backbone.adapt_trunk:
                 self.progress.line(f"trunk: {backbone.trunk} is adapted to {first.name!r}")
@@ -79,6 +80,8 @@ class Execution(abc.ABC):
                 on_record(record)
             network = load_network(*arguments)
             assert network is not None
+            if few:
+                self.progress.line(few)
         elif backbone.trunk == "train":
             self.progress.line("trunk: already trained")
         if backbone.trunk != "train":
@@ -86,6 +89,8 @@ class Execution(abc.ABC):
                                + ", adapted to the first task" * backbone.adapt_trunk)
             for note in network.notes:
                 self.progress.line(note)
+        if few:
+            self.notes.append(few)
         return network
 
     def features(self, jobs: Sequence[FeatureJob], cut: TrunkAndHead) -> tuple[list[Manifest], int]:

@@ -89,7 +89,7 @@ def check(folder: Path, oracle: dict) -> dict:
     """What the run left behind is what the oracle found."""
     result = json.loads((folder / "result.json").read_text())
     assert result["weights_hash"] == oracle["weights_hash"]
-    for key in ("accuracy_matrix", "feature_keys", "images_decoded"):
+    for key in ("accuracy_matrix", "feature_keys", "images_decoded", "notes"):
         assert result[key] == oracle[key], key
     for ours, wanted in ((result, oracle), (result["bounds"]["naive"], oracle["bounds"]["naive"])):
         assert ours["accuracy_matrix"] == wanted["accuracy_matrix"]
@@ -207,10 +207,14 @@ def test_a_pass_of_retrain(tmp_path, digit_tasks, empty_registry):
     values["data"] |= {"data": "inbox", "tasks": None, "task_sizes": None, "classes": None}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "policy.yaml").write_text("min_above_chance: null\ninbox: {min_test_images: 4}\n")
+    said = []
     done = retrain(RetrainConfig("digits", str(tmp_path / "store"),
                                  policy=str(tmp_path / "policy.yaml"),
-                                 config=str(tmp_path / "config.yaml")), lambda _: None)
+                                 config=str(tmp_path / "config.yaml")), said.append)
     assert [each["slot"] for each in done.learned] == ["a", "b"], done
+    few = "the trunk learned from 60 images of task 'a' alone"
+    assert sum(few in line for line in said) == 1
+    assert [few in note for note in done.notes] == [True]
     champion = connect(open_storage(str(tmp_path / "store"))).resolve("models:/digits@champion")
     values["data"]["data"] = str(inbox)
     fields = run_stream(Config.from_dict(values), tmp_path / "oracle").fields

@@ -68,6 +68,7 @@ def test_fields_describe_the_run(run):
     assert fields["bounds"]["separate_heads"]["bytes_per_task"] > fields["bytes_per_task"]
     assert fields["weights_hash"] == model.weights_hash() == hash_tensors(model.tensors())
     assert len(fields["epochs"]) == 15
+    assert fields["notes"] == []  # the trunk learned from enough images
 
 
 def test_records_come_while_it_runs(run):
@@ -175,8 +176,10 @@ def test_the_same_classes_in_changing_images(tmp_path):
                        "task_transforms": ["none", "solarise", "grey+blur+autocontrast"]}
     values["backbone"]["freeze_depth"] = 4
     values["train"] |= {"compare": ["latent_replay"], "epochs": 2}
-    result = run_stream(Config.from_dict(values), tmp_path)
+    with pytest.warns(UserWarning, match="the trunk learned from [0-9]+ images of task '0' alone"):
+        result = run_stream(Config.from_dict(values), tmp_path)
     model, fields = result.model, result.fields
+    assert any("the trunk learned from" in note for note in fields["notes"])
     assert [len(task.classes) for task in model.tasks] == [10, 10, 10]
     assert [task["transform"] for task in fields["tasks"]] == values["data"]["task_transforms"]
     assert fields["forgetting"] == 0
