@@ -64,6 +64,9 @@ class Decided:
     stands_for: str = ""
     """Where a later task of this model's chain is the newest that it kept when a task was
     forgotten: lineage id of the version in which this task was learned. It has no other version."""
+    training: str = ""
+    """Hash of the options that it was learned with; changed options learn a stopped task again.
+    Empty in entries of older releases, for which no options are changed ones."""
     forgotten: tuple[Mapping[str, Any], ...] = ()
     """For the newest task of a model that has forgotten others: the fields of `Forgotten`."""
 

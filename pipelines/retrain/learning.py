@@ -38,16 +38,17 @@ class Learning:
     """The learning phase of one pass."""
 
     def __init__(self, context: PassContext, base: Sequence[Decided], policy: Policy,
-                 policy_id: str, done: PassOutcome,
+                 policy_id: str, training_id: str, done: PassOutcome,
                  reject: Callable[[Arrival, DivergedError], None],
                  registry_answers: Callable[[], None]) -> None:
-        """base: the champion's tasks, on top of which new tasks are learned. reject: rejects an
+        """base: the champion's tasks, on top of which new tasks are learned. policy_id,
+        training_id: hashes of the policy and of the options of training. reject: rejects an
         arrival whose training diverged. registry_answers: waits until the registry can be written
         to, and raises its error.
         """
         self.reject, self.registry_answers = reject, registry_answers
         self.context, self.base, self.done = context, list(base), done
-        self.policy, self.policy_id = policy, policy_id
+        self.policy, self.policy_id, self.training_id = policy, policy_id, training_id
         self.execution = open_execution(context.config, context.storage, context.stream,
                                         context.progress)
         self.execution.known = context.seen.learned
@@ -209,4 +210,4 @@ class Learning:
              "evaluate": round(record.evaluate_seconds, 3)},
             {"features": sum(manifest.bytes for manifest in slot.manifests.values()),
              "model": model_bytes, "task": done.task_bytes},
-            example_of(experience, context.config))
+            example_of(experience, context.config), training=self.training_id)

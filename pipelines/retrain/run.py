@@ -238,8 +238,8 @@ class Pass:
         if waiting:
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
                 opening = pool.submit(context.registry.open)  # takes seconds; features meanwhile
-                base = Learning(context, base, self.policy, self.policy_id, self.done,
-                                self._reject_diverged, opening.result).run(waiting)
+                base = Learning(context, base, self.policy, self.policy_id, self.training_id,
+                                self.done, self._reject_diverged, opening.result).run(waiting)
         self.conclude(context, base)
 
     def conclude(self, context: PassContext, base: Sequence[Decided]) -> None:
@@ -374,8 +374,10 @@ class Pass:
                 and task.signature == arrival.signature]
         passed = [task for task in same if task.passed]
         if any(not task.passed and task.policy == self.policy_id
+               and task.training in ("", self.training_id)
                for task in (same[-1:] if passed else same)):
-            return "decided"
+            return ("stopped; learned again when a file, the policy or the options of training "
+                    "change")
         if not passed:
             return ""
         newest, name = passed[-1], self.settings.name

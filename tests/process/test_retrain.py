@@ -187,9 +187,30 @@ def test_nothing_is_tried_twice(life):
     stream, passes = life
     assert passes["not again"].did_nothing
     assert sorted(passes["not again"].skipped) == ["bad name (rejected)", "copy (rejected)",
-                                                   "poison (decided)"]
+                                                   "poison (stopped; learned again when a "
+                                                   "file, the policy or the options of training "
+                                                   "change)"]
     tasks = [(version.task, version.task_index) for version in stream.versions()]
     assert tasks == [("a", 0), ("b", 1), ("poison", 2), ("c", 2), ("a", 2), ("b", 3)]
+
+
+def test_a_stopped_task_is_learned_again_with_other_options_of_training(life, tmp_path,
+                                                                        monkeypatch):
+    stream, _ = life
+    other, values = tmp_path / "other.yaml", CONFIG.to_dict()
+    values["train"] |= {"learning_rate": 0.5 * CONFIG.train.learning_rate}
+    other.write_text(yaml.safe_dump(values))
+
+    def learned_by(path):
+        done = stream.run(dry_run=True, config=str(path))
+        return [line.split(" (")[0] for line in done.would]
+
+    assert learned_by(stream.root / "config.yaml") == []
+    assert learned_by(other) == ["learn poison"]
+    decided = Journal.decided
+    monkeypatch.setattr(Journal, "decided", lambda journal: [
+        dataclasses.replace(each, training="") for each in decided(journal)])  # an older release
+    assert learned_by(other) == []
 
 
 def test_passes_learn_what_one_run_learns(life, tmp_path):
