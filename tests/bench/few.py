@@ -168,6 +168,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--others", nargs="+", choices=OTHERS, default=OTHERS)
     given = parser.parse_args()
+    if given.streams != ["characters"] and not os.environ.get("PARTIALHN_TEST_DATA"):
+        parser.error("PARTIALHN_TEST_DATA is not set; allowed: the folder of cifar10 and "
+                     "tiny-imagenet-32")
     for stream in given.streams:
         lines = []
         for images in given.images if stream != "characters" else [DRAWN]:
