@@ -212,7 +212,8 @@ class PartialHypernet(Strategy):
         # contiguous, as a loaded one is: products round differently by the layout
         own.linear_KF = classifier.weight_KF.to(own.bias_K.device).half().contiguous()
         own.linear_K = classifier.bias_K.to(own.bias_K.device).half()
-        if not self._dictionary:  # whose directions are those of the first tasks' updates
+        generator = cast(ColumnGenerator, self.hypernet)
+        if not self._dictionary or generator.uses_dictionary(task):  # no dictionary waits for it
             self._without_columns(own)
 
     def _without_columns(self, own: HypernetTask) -> None:
@@ -245,7 +246,7 @@ class PartialHypernet(Strategy):
         if getattr(self, NETWORK_NORM) is None:
             norm = self.reference_norm
             assert norm is not None, "a task has the network's own head, and there is none"
-            self.register_buffer(NETWORK_NORM, norm.half())
+            self.register_buffer(NETWORK_NORM, norm.to(self.get_buffer("next_norm").device).half())
 
     @property
     def independent(self) -> bool:

@@ -313,6 +313,24 @@ def test_solved_tasks_of_every_form_are_read(learner, from_network, tasks, monke
     assert all(torch.equal(found[name], value) for name, value in state.items())
 
 
+def test_solved_tasks_without_generated_weights_are_read(network, with_options, tmp_path):
+    config = with_options(backbone={"freeze_depth": 4}, train={"epochs": None, "min_steps": 4})
+    cut = cut_network(config, network)
+    learned = Learner(cut.strategy(config), config.train)
+    z_BCHW = cut.trunk(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
+    learned.strategy.add_task(2)
+    learned.strategy.begin(0)
+    x_NF = torch.randn(8, z_BCHW.shape[1], dtype=torch.float64)
+    learned.strategy.take_linear(0, fit_ridge(x_NF, torch.arange(8) % 2, 2))
+    learned.strategy.finish(0)
+    infos = (TaskInfo("0", ("a", "b")),)
+    Model(config, cut.trunk, learned.strategy, infos).save(tmp_path / "model")
+    loaded = Model.load(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(loaded.strategy(z_BCHW, 0), learned.strategy(z_BCHW, 0))
+    assert learned.strategy.task_bytes(0) == 2 * (2 * z_BCHW.shape[1] + 2)
+
+
 def test_a_task_whose_trained_head_was_given_up_has_no_columns(learner, tasks):
     learned = learner(closed_form="never")
     list(learned.learn(tasks[:2]))
