@@ -43,7 +43,8 @@ def _doubts(facts: Facts) -> list[str]:
     lines = [f"WARNING task {_clean(task)!r}: {text}" for task, text in facts.doubts]
     lines += map(_clean, [*facts.forgotten, *(f"NOTE {note}" for note in facts.notes)])
     return [wrapped for line in lines
-            for wrapped in textwrap.wrap(line, COLUMNS, subsequent_indent=" " * 8)]
+            for wrapped in textwrap.wrap(line, COLUMNS, subsequent_indent=" " * 8,
+                                         break_on_hyphens=False)]  # options and paths stay whole
 
 
 def _clean(name: str) -> str:
