@@ -16,7 +16,7 @@ _SIGNS = re.compile(
     r"|timed out|Temporary failure in name resolution|Name or service not known"
     r"|Permission denied|\((?:401|403|429|5\d\d)\)"
     r"|(?:status|status code|error code):? (?:401|403|429|5\d\d)\b")
-"""What libraries write that pass only the text of an error on: Arrow, and MLflow's downloads."""
+"""Texts of libraries that pass on the text of an error alone: Arrow, and MLflow's downloads."""
 
 
 def out_of_reach(error: BaseException) -> str:
