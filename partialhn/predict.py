@@ -184,7 +184,8 @@ class Predictor:
 
         Raises: InputError for anything but encoded images, or naming one that cannot be decoded.
         """
-        odd = [images] if isinstance(images, str | bytes) else [
+        given: object = images  # a string is a sequence too, and of bytes where it is bytes
+        odd = [given] if isinstance(given, str | bytes | bytearray) else [
             image for image in images if not isinstance(image, bytes | bytearray)]
         if odd:
             raise InputError(f"images is, or holds, a {type(odd[0]).__name__}; allowed: a list of "
