@@ -24,7 +24,7 @@ def make_images(target: Path) -> None:
 
 
 images = Path(sys.argv[1] if len(sys.argv) > 1 else "own-images")
-if not images.exists():
+if len(sys.argv) == 1 and not images.exists():
     make_images(images)
 classes = sorted(path.name for path in (images / "train").iterdir())
 stream = phn.Stream(images, tasks=len(classes) // 2, class_order="given", input_size=16,

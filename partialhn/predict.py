@@ -179,19 +179,39 @@ class Predictor:
         return decode_images(images, ids, data.input_size, on_bad=on_bad, max_pixels=limit,
                              pixels=self.model.trunk.pixels)
 
+    def decode_all(self, images: Sequence[bytes], ids: Sequence[str]) -> Tensor:
+        """As `decode`, for images that all have to be readable; uint8 (B, 3, size, size).
+
+        Raises: InputError for anything but encoded images, or naming one that cannot be decoded.
+        """
+        given: object = images  # a string is a sequence too, and of bytes where it is bytes
+        odd = [given] if isinstance(given, str | bytes | bytearray) else [
+            image for image in images if not isinstance(image, bytes | bytearray)]
+        if odd:
+            raise InputError(f"images is, or holds, a {type(odd[0]).__name__}; allowed: a list of "
+                             "encoded images, such as [Path('a.png').read_bytes()]")
+        decoded = self.decode(images, ids, "skip")
+        for bad in decoded.bad:
+            raise InputError(f"image {bad.id} {bad.reason}; mend it or leave it out")
+        return decoded.images_BCHW
+
     @torch.no_grad()
-    def predict(self, images: Sequence[bytes], task: str) -> Prediction:
+    def predict(self, images: Sequence[bytes], task: str | int) -> Prediction:
         """Labels encoded images with the classes of one task.
 
         An image's prediction does not depend on the other images. Raises: InputError for an
-        unknown task, or naming the position of an image that cannot be decoded.
+        unknown task, for anything but a list of encoded images, or naming the position of an image
+        that cannot be decoded.
         """
-        index = self.task_index(task)
-        decoded = self.decode(images, [f"number {i}" for i in range(len(images))])
+        if task == AUTO and self.model.inference:
+            raise InputError(f"task is {AUTO!r}; allowed: {', '.join(self.tasks)}, or "
+                             "predict_auto(images), which infers it")
+        index = self.task_index(str(task))
+        images_BCHW = self.decode_all(images, _numbers(images))
         classes = self.model.tasks[index].classes
         probabilities_BK = np.empty((len(images), len(classes)), np.float32)
         if len(images):
-            z_BCHW = self.features(decoded.images_BCHW)
+            z_BCHW = self.features(images_BCHW)
             with self._memory_for("answering", len(images)):
                 logits_BK = self.model.strategy.head(z_BCHW, self.head_weights(index))
                 probabilities_BK = logits_BK.softmax(1).cpu().numpy()
@@ -201,11 +221,12 @@ class Predictor:
     def predict_auto(self, images: Sequence[bytes]) -> list[Answer]:
         """Labels encoded images whose tasks are not known.
 
-        Raises: InputError for an image that cannot be decoded, or if this model cannot infer tasks.
+        Raises: InputError for anything but a list of encoded images, for an image that cannot be
+        decoded, or if this model cannot infer tasks.
         """
         self.check_task(AUTO)
-        decoded = self.decode(images, [f"number {i}" for i in range(len(images))])
-        return self.answers(self.features(decoded.images_BCHW), [AUTO] * len(images))
+        images_BCHW = self.decode_all(images, _numbers(images))
+        return self.answers(self.features(images_BCHW), [AUTO] * len(images))
 
     @torch.no_grad()
     def features(self, images_BCHW: Tensor, exact: bool = True) -> Tensor:
@@ -275,3 +296,8 @@ class Predictor:
         best = int(p_K.argmax())
         return Answer(task_of(info.name), info.classes[best] if known else None, float(p_K[best]),
                       info.classes, tuple(p_K.tolist()), task_p)
+
+
+def _numbers(images: Sequence[bytes]) -> list[str]:
+    """Names for images that have none."""
+    return [f"number {number}" for number in range(len(images))]

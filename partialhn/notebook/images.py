@@ -4,7 +4,7 @@ Legend: N images, H W height and width, C channels.
 """
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Picture = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
     Images = Picture | Iterable[Picture]
     """A path or folder, an encoded image, a PIL image, a uint8 array (H, W), (H, W, C) or
-    (N, H, W, C) with 1, 3 or 4 channels, or several of these."""
+    (N, H, W, C) with 1, 3 or 4 channels, or several of these, also as a column of a data frame."""
 
 BATCH = 256
 """Images that are decoded and labelled at once."""
@@ -50,17 +50,22 @@ def _each(images: "Images") -> Iterator[tuple[bytes, str]]:
     """Every image with its name, which is empty where there is no path."""
     if isinstance(images, str | Path):
         yield from _below(str(images))
-    elif isinstance(images, bytes | bytearray):
+    elif isinstance(images, bytes | bytearray | memoryview):
         yield bytes(images), ""
-    elif isinstance(images, np.ndarray):
+    elif isinstance(images, np.ndarray) and images.dtype != object:
         yield from ((_png(pixels), "") for pixels in _pictures(images))
     elif hasattr(images, "save") and hasattr(images, "mode"):
         yield _encode(images), ""
-    elif isinstance(images, Iterable):
+    elif isinstance(images, Iterable) and not _is_table(images):
         for image in images:
             yield from _each(image)
     else:
         raise InputError(f"images is a {type(images).__name__}; allowed: {FORMS}")
+
+
+def _is_table(images: object) -> bool:
+    """Whether iterating gives names or parts of images: of a data frame, a dict, or a tensor."""
+    return isinstance(images, Mapping) or getattr(images, "ndim", 1) != 1
 
 
 def _below(path: str) -> Iterator[tuple[bytes, str]]:
@@ -96,6 +101,9 @@ def _png(pixels: "npt.NDArray[np.uint8]") -> bytes:
 
 def _encode(image: Any) -> bytes:
     buffer = io.BytesIO()
+    if image.mode in ("I", "F"):  # as 32 bits, which are refused, and not as clipped 8 or 16
+        image.save(buffer, "TIFF")
+        return buffer.getvalue()
     try:
         image.save(buffer, "PNG")
     except OSError:  # a mode that PNG has not, such as CMYK

@@ -23,8 +23,8 @@ def label(predictor: Predictor, images: "Images", task: str) -> "pd.DataFrame":
     ids: list[str] = []
     answers: list[Answer] = []
     for encoded, names in batches(images):
-        decoded = predictor.decode(encoded, names)
-        answers += predictor.answers(predictor.features(decoded.images_BCHW), [task] * len(names))
+        images_BCHW = predictor.decode_all(encoded, names)
+        answers += predictor.answers(predictor.features(images_BCHW), [task] * len(names))
         ids += names
     table = pd.DataFrame({"id": pd.Series(ids, dtype=object),
                           "task": pd.Series([answer.task for answer in answers], dtype=object),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from partialhn.config import ComputeConfig, Config, load_config
 from partialhn.data.table import is_form
 from partialhn.errors import InputError
@@ -28,13 +30,17 @@ def configure(base: Config, options: Mapping[str, object]) -> Config:
     Raises: InputError for an unknown option, naming the nearest, or a value that is not allowed.
     """
     values = base.to_dict()
+    if not isinstance(options.get("data", ""), str | Path):
+        raise InputError(f"data is a {type(options['data']).__name__}; allowed: the path of a "
+                         "folder or of Parquet files, or a data form such as digits. Images that "
+                         "are in memory go into files first, as train/CLASS/NAME.png")
     for name, value in options.items():
         if name not in SECTIONS:
             near = difflib.get_close_matches(name, SECTIONS, 3, 0.5)
             raise InputError(f"unknown option {name}; "
                              + (f"the nearest: {', '.join(near)}" if near
                                 else f"allowed: {', '.join(sorted(SECTIONS))}"))
-        values[SECTIONS[name]][name] = str(value) if isinstance(value, Path) else value
+        values[SECTIONS[name]][name] = _plain(value)
     config = Config.from_dict(values)
     for name in SHARED_WORK:
         value, default = getattr(config.compute, name), getattr(ComputeConfig(), name)
@@ -42,6 +48,15 @@ def configure(base: Config, options: Mapping[str, object]) -> Config:
             raise InputError(f"{name} is {value!r}; a Stream learns in this process, allowed: "
                              f"{default!r}, or share the work with `partialhn train`")
     return config
+
+
+def _plain(value: object) -> object:
+    """A value as YAML would have it: numbers and arrays of numpy and paths are none."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def base_config(config: Config | str | Path | None, preset: str | None) -> Config:

@@ -47,8 +47,8 @@ class Stream:
         """Opens the data and finds what was learned in the folder before; learns nothing.
 
         Args:
-            data: images, in any form that `partialhn train --data` takes; default: those of the
-                configuration, or of the folder.
+            data: path or name of the images, in any form that `partialhn train --data` takes;
+                default: those of the configuration, or of the folder.
             config: a configuration, or the path of a YAML file; default: that of the folder where
                 only the folder is given, or else every default.
             preset: a known configuration by name, in place of `config`.
@@ -70,7 +70,10 @@ class Stream:
                     options: dict[str, object]) -> Config:
         """The configuration as given; that of the folder where nothing is."""
         self._stored = stored_fields(self.folder)
-        if self._stored and config is None and preset is None and not options:
+        if config is None and preset is None and not options:
+            if self._stored is None:
+                raise InputError(f"folder {str(self.folder)!r} holds no stream; allowed: the "
+                                 "folder of an earlier stream, or data for a new one")
             return Config.from_dict(self._stored["config"])
         given = with_depth_number(absolute(configure(base_config(config, preset), options)))
         if self._stored and not differences(given.with_first_values(), self._stored["config"]):
@@ -217,12 +220,13 @@ class Stream:
 
         Args:
             images: a path, a folder (searched deeply), encoded bytes, a PIL image, a uint8 array
-                of shape (H, W), (H, W, C) or (N, H, W, C), or a list of any of these.
+                of shape (H, W), (H, W, C) or (N, H, W, C), or several of these: a list, a column
+                of a data frame.
             task: the name or place of a learned task, or `auto`.
 
         Returns: one row an image in the order given, with the columns id (path or number), label
-        and probability. With `auto` there is a column task, and label is None where the image
-        seems to be of no task.
+        and probability. With `auto` there are columns task and task_probability, and label is
+        None where the image seems to be of no task.
 
         Raises: InputError for a task that is not learned or an image that cannot be used.
         """

@@ -43,7 +43,8 @@ class ListFeatures:
         except InputError as error:
             print(f"which features registered versions need is unknown: {error}")
         with storage.explained():
-            print("\n".join(listing(storage, references(storage, registry))))
+            print("\n".join(listing(storage, references(storage, registry),
+                                    versions_known=registry is not None)))
         return 0
 
 

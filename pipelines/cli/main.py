@@ -256,7 +256,7 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except Exception as error:
         from partialhn.networks.device_memory import explanation, is_out_of_memory
-        from pipelines.platform.disk import folders_of, full_disk
+        from pipelines.platform.disk import folders_of, full_disk, refused_path
 
         if is_out_of_memory(error):
             print(f"error: {explanation(error, 'this command', 'device cpu, or more memory')}",
@@ -265,6 +265,9 @@ def run(arguments: Sequence[str]) -> int:
         if text := full_disk(error, folders_of(words)):
             print(f"error: {text}", file=sys.stderr)
             return 1
+        if text := refused_path(error):
+            print(f"error: {text}", file=sys.stderr)
+            return 2
         traceback.print_exc()
         if _resumes(words):
             print("failed: the same command resumes after the last finished step", file=sys.stderr)

@@ -212,7 +212,7 @@ class Prune(Where):
     """Delete the versions instead of listing them."""
 
     def run(self) -> None:
-        from partialhn.numbers import size
+        from partialhn.numbers import counted, size
         from pipelines.platform.storage import open_storage
         from pipelines.upkeep.prune_versions import Pruned, choose, prune
 
@@ -227,7 +227,7 @@ class Prune(Where):
         self.show({"stream": self.name, "deleted": self.delete, "versions": len(chosen),
                    "rows": rows}, lambda _: "\n".join([
                        *(f"{row['what']}  {word}" for row in rows),
-                       f"{len(chosen)} versions {word}"
+                       f"{counted(len(chosen), 'version')} {word}"
                        + (f", {size(sum(row['bytes'] for row in rows))}" if self.delete
                           else "; to delete them, give --delete")]))
 

@@ -1,4 +1,6 @@
-"""Free space on disks: said before something large is written, and named when a disk is full."""
+"""Disks: their free space, said before something large is written, and files that the system
+refuses, named in a sentence.
+"""
 
 import errno
 import os
@@ -14,6 +16,8 @@ from pipelines.platform.storage import Storage
 FULL = (errno.ENOSPC, errno.EDQUOT)
 SIGNS = ("No space left on device", "os error 28", "disk is full", "Disk quota exceeded")
 """Parts of the messages of libraries that pass no error number on: safetensors, Arrow, SQLite."""
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+"""Errors of a path that this process may not use, or that has a file where a folder should be."""
 SMALL = 16 * 2**20
 """Free bytes below which a folder counts as full."""
 
@@ -48,6 +52,18 @@ def full_disk(error: BaseException, folders: Iterable[str | Path]) -> str | None
     full = next((place for place in places if shutil.disk_usage(place).free < SMALL), places[0])
     return (f"the disk is full: {size(shutil.disk_usage(full).free)} are free at {full}; nothing "
             "half-written will be used: free some space and start the same command again")
+
+
+def refused_path(error: BaseException) -> str | None:
+    """A sentence that names the path which the system refused; None for any other error."""
+    for cause in _causes(error):
+        if isinstance(cause, OSError) and cause.errno in REFUSED and cause.filename:
+            path = os.fsdecode(cause.filename)
+            why = ("a file is where a folder should be" if existing(path).is_file()
+                   and cause.errno in (errno.ENOTDIR, errno.EEXIST) else cause.strerror)
+            return (f"{path} cannot be used: {why}; allowed: paths that you may read, and write "
+                    "to where the command writes")
+    return None
 
 
 def existing(path: str | Path) -> Path:

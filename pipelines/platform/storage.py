@@ -22,6 +22,8 @@ from pipelines.platform.s3 import KeylessS3, S3Files, S3Options
 
 _DENIED = re.compile(r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|SIGNATURE_DOES_NOT_MATCH"
                      r"|HTTP status 40\d|NoCredentialsError")
+_SLIPPED = re.compile(r"(s3[an]?|gs|gcs|abfss?|file|https?):", re.IGNORECASE)
+"""The start of a URI whose two slashes were forgotten, which is also that of a relative path."""
 _QUERY_KEYS = ("endpoint", "region", "path_style", "timeout")
 MAX_READ = 64 * 1024 ** 2
 """Largest size in bytes that `read_bytes` and `read_text` accept by default."""
@@ -183,6 +185,9 @@ def open_storage(uri: str, endpoint: str | None = None, region: str | None = Non
     """
     scheme, separator, _ = uri.partition("://")
     if not separator:
+        if found := _SLIPPED.match(uri):
+            raise InputError(f"storage {uri!r} lacks a slash; allowed: {found[1].lower()}://..., "
+                             f"or ./{uri} for a folder of this name")
         scheme = "path"
     if scheme == "s3":
         return _open_s3(uri, endpoint, region, path_style)

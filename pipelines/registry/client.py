@@ -25,6 +25,7 @@ from pipelines.registry.aliases import BY_HAND, Aliases, unknown_stream
 from pipelines.registry.connection import Connection
 from pipelines.registry.history import Entry, Kind, Move, aliases
 from pipelines.registry.package import Contents
+from pipelines.registry.reach import out_of_reach
 from pipelines.registry.reading import OURS, RegisteredModel
 from pipelines.registry.runs import Runs
 from pipelines.registry.versions import (
@@ -192,20 +193,21 @@ class Registry(Runs):
     def download_sound(self, version: Version, folder: str | Path) -> Path:
         """As `download`, for files that are those that were registered.
 
-        Raises: IntegrityError that says which version is damaged, in what, and what to do.
+        Raises: IntegrityError that says which version is damaged, in what, and what to do;
+        InputError where the artifact store does not answer or denies access.
         """
         try:
             model = self.files(version, folder)
             found = (package.difference(json.loads(version.tags[FILES]), package.file_hashes(model))
                      if FILES in version.tags else "")
-        except Exception as error:  # the artifact store's clients can raise anything
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            found = f"its files cannot be downloaded ({reason:.120})"
-        try:
             if not found:
                 self.complete(version, model)
         except IntegrityError as error:
             found = str(error)
+        except Exception as error:  # the artifact store's clients can raise anything
+            self.require_reach(version, error)
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            found = f"its files cannot be downloaded ({reason:.120})"
         if found:
             raise IntegrityError(
                 f"{version.uri} (task {version.task!r}) is damaged: {found}; to write its files "
@@ -214,12 +216,28 @@ class Registry(Runs):
                 f"--name {version.stream}")
         return model
 
+    def require_reach(self, version: Version, error: Exception) -> None:
+        """Raises InputError, where an error says that a version's files are out of reach.
+
+        A store that does not answer or denies access says nothing about the files in it.
+        """
+        if reason := out_of_reach(error):
+            if not self._storage.is_local:
+                self._storage.check(write=False)  # says more: which key, bucket or endpoint
+            raise InputError(f"{version.uri} (task {version.task!r}) cannot be read, so whether "
+                             f"its files are as registered is unknown: {reason}; allowed: an "
+                             "artifact store that answers, and the right to read it") from error
+
     def stored_hashes(self, version: Version, folder: Path) -> dict[str, str]:
-        """The hashes of a version's files as they are stored now; empty if there are none."""
+        """The hashes of a version's files as they are stored now; empty if there are none.
+
+        Raises: InputError where the artifact store does not answer or denies access.
+        """
         folder.mkdir()
         try:
             return package.file_hashes(self.files(version, folder))
-        except Exception:  # the artifact store's clients can raise anything for what is missing
+        except Exception as error:  # the store's clients can raise anything for what is missing
+            self.require_reach(version, error)
             return {}
 
     def write_file(self, version: Version, path: str, content: bytes) -> None:

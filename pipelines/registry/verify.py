@@ -42,12 +42,14 @@ class VersionCheck:
 def verify(registry: Registry, version: Version) -> list[VersionCheck]:
     """Checks files, weights hash, signature and predictions on the stored sample, in this order.
 
-    If a file differs from the registered one, nothing is loaded.
+    If a file differs from the registered one, nothing is loaded. Raises: InputError where the
+    artifact store does not answer or denies access.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
             model = registry.files(version, folder)
         except Exception as error:  # the artifact store's clients can raise anything
+            registry.require_reach(version, error)
             return [VersionCheck("files", False, f"cannot be downloaded: {error}")]
         files = _check_files(version, package.file_hashes(model))
         try:

@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import io
 import logging
 import re
 import signal
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.schema import LoggingConfig
 from starlette.applications import Starlette
@@ -33,7 +35,7 @@ from pipelines.features.on_ray import without_lines
 from pipelines.platform.cluster import start_ray
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
-from pipelines.serving.http import Limits, Metrics, Reply, build_app
+from pipelines.serving.http import Limits, Metrics, Reply, Traffic, build_app
 from pipelines.serving.live import FeatureRecorder
 from pipelines.serving.model import ModelSource, RegistrySource, ServedModel, served_on
 from pipelines.serving.watcher import Watcher, healthz
@@ -46,6 +48,8 @@ HARMLESS = "Task ServeController.graceful_shutdown failed"
 """Part of a warning at every shutdown; harmless: the controller ends before it can reply."""
 DRAIN_SECONDS = 20.0
 """Seconds that requests in progress have to finish when the server is stopped."""
+LINGER_SECONDS = 0.5
+"""Seconds that the last replies have to pass the proxy, which ends without waiting for them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Server:
 
     def __init__(self, source: ModelSource, options: ServeOptions) -> None:
         configure_torch(options.threads)
-        self.limits, self.metrics = options.limits, Metrics()
+        self.limits, self.metrics, self.traffic = options.limits, Metrics(), Traffic()
         self.model = ServedModel(source, options.reload_seconds)
         self.recorder = (FeatureRecorder(open_storage(options.record[0]), options.record[1])
                          if options.record else None)
@@ -112,12 +116,21 @@ class Server:
         loaded = self.model.current
         accuracy = loaded.predictor.auto_accuracy
         record = self.recorder.state() if self.recorder else None
-        return {"status": "serving", "version": loaded.version, "since": loaded.since,
+        return {"status": "stopping" if self.traffic.stopping else "serving",
+                "version": loaded.version, "since": loaded.since,
                 "age_seconds": round(time.time() - loaded.since, 1),
                 "tasks": loaded.predictor.tasks,
                 "auto": loaded.predictor.model.inference is not None,
                 "auto_accuracy": accuracy._asdict() if accuracy else None,
                 "reload": self.model.reload, "recording": record}
+
+    async def drain(self) -> None:
+        """Refuses new requests, and returns when those in progress are answered."""
+        self.traffic.stopping = True
+        end = time.monotonic() + DRAIN_SECONDS
+        while self.traffic.requests and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(LINGER_SECONDS)
 
     def __del__(self) -> None:
         # Serve calls this once, after the last reply
@@ -175,7 +188,7 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
     source = dataclasses.replace(source, device=device)
     options = dataclasses.replace(options, device=device)
     log("loading the model and testing it")
-    with running(bind(source, options), options):
+    with running(bind(source, options), options, end_ray=True):
         log(f"serving {version.uri} ({source.uri}) at http://{options.host}:{options.port}/predict "
             "(also /healthz, /metrics); stop with Ctrl-C or SIGTERM")
         watcher = Watcher(healthz(options.host, options.port), str(version.version), log)
@@ -186,28 +199,35 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
 
 def cluster_gpus() -> float:
     """GPUs of the cluster that this process belongs to."""
-    import ray
-
     return float(ray.cluster_resources().get("GPU", 0))
 
 
 @contextlib.contextmanager
-def running(app: serve.Application, options: ServeOptions) -> Any:
-    """A context in which Ray Serve runs the application; Ray must be started already."""
+def running(app: serve.Application, options: ServeOptions, end_ray: bool = False) -> Any:
+    """A context in which Ray Serve runs the application; Ray must be started already.
+
+    At its end requests in progress are answered and new ones refused. end_ray: this process leaves
+    Ray, too.
+    """
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="HeadOnly", logging_config=quiet,
                 http_options={"host": options.host, "port": options.port})
     try:
         try:
-            serve.run(app, name="partialhn", route_prefix="/", logging_config=quiet)
+            handle: Any = serve.run(app, name="partialhn", route_prefix="/", logging_config=quiet)
         except RuntimeError as error:  # its text is that of every error of the replica
             raise InputError(f"the server did not start: {_last_reason(error)}; allowed: a model "
                              "that `partialhn models verify` finds as registered") from error
         yield
+        with contextlib.suppress(Exception):  # a replica that has died has nothing in progress
+            handle.drain.remote().result(timeout_s=DRAIN_SECONDS + 2 * LINGER_SECONDS + 5)
     finally:
-        with without_lines(HARMLESS):
+        # Ray prints errors of its own actors to stdout, where this process says nothing more
+        with without_lines(HARMLESS), contextlib.redirect_stdout(io.StringIO()):
             serve.shutdown()
+            if end_ray:
+                ray.shutdown()  # waits for lines that are still on their way
 
 
 def _absolute(source: RegistrySource, tracking_uri: str) -> RegistrySource:

@@ -85,6 +85,9 @@ class DriftReport:
     examples: tuple[str, ...] = ()
     """Ids of some of these images: the path below the input of `predict`, or the first 16 digits
     of the SHA-256 of what `serve` was sent."""
+    not_compared: tuple[tuple[str, int], ...] = ()
+    """Tasks that images were recorded for and that this version does not know, such as after a
+    rollback, with the number of images predicted."""
 
     @property
     def drifts(self) -> bool:
@@ -94,7 +97,8 @@ class DriftReport:
     @property
     def unknown_share(self) -> float:
         """Share of all images that seemed to belong to no known task."""
-        return self.unknown / max(1, self.unknown + sum(task.asked for task in self.tasks))
+        known = sum(task.asked for task in self.tasks) + sum(dict(self.not_compared).values())
+        return self.unknown / max(1, self.unknown + known)
 
     @property
     def new_task(self) -> bool:
@@ -106,7 +110,7 @@ class DriftReport:
         return {"model_uri": self.model_uri, "hours": self.hours, "alpha": self.alpha,
                 "drift": self.drifts, "unknown_images": self.unknown,
                 "unknown_share": self.unknown_share, "new_task": self.new_task,
-                "unknown_examples": list(self.examples),
+                "unknown_examples": list(self.examples), "not_compared": dict(self.not_compared),
                 "tasks": [task.fields() for task in self.tasks]}
 
 
@@ -135,12 +139,14 @@ def find_drift(name: str, storage: str, tracking_uri: str | None = None, *,
         raise InputError(f"no images were recorded for {champion.uri} in the last {hours:g} hours "
                          f"in {store.uri_of('live', name)}; allowed: a stream used with "
                          "`partialhn serve` or `partialhn predict --record`")
+    versions = _task_versions(registry, champion)
     comparisons = [_compare(task, version, live[task], store)
-                   for task, version in _task_versions(registry, champion).items() if task in live]
+                   for task, version in versions.items() if task in live]
+    others = tuple((task, sample.seen) for task, sample in live.items() if task not in versions)
     tested = max(1, sum(task.p_value is not None for task in comparisons))
     tasks = tuple(_corrected(task, tested, alpha) for task in comparisons)
     return DriftReport(champion.uri, hours, alpha, tasks, unknown.seen if unknown else 0,
-                       new_task_share, unknown.ids[-EXAMPLES:] if unknown else ())
+                       new_task_share, unknown.ids[-EXAMPLES:] if unknown else (), others)
 
 
 def _task_versions(registry: Registry, champion: Version) -> dict[str, Version]:
@@ -210,15 +216,18 @@ def _pooled(store: FeatureStore, manifest: Manifest) -> np.ndarray:
 
 def table(report: DriftReport) -> Sequence[str]:
     """The report as lines for a terminal."""
+    width = max([23, *(len(task.task) for task in report.tasks)]) + 1
     lines = [f"{report.model_uri}, images of the last {report.hours:g} hours against held-out ones",
-             f"{'task':24}{'images':>9}{'compared':>10}{'with':>7}{'p-value':>11}{'distance':>10}"]
+             f"{'task':{width}}{'images':>9}{'compared':>10}{'with':>7}{'p-value':>11}{'distance':>10}"]
     for task in report.tasks:
         numbers = f"{'-':>11}{'-':>10}  too few (at least {FEWEST})"
         if task.p_value is not None:
             numbers = (f"{task.p_value:>11.2g}{task.effect:>10.2f}  "
                        f"{'DRIFTS' if task.drifts else 'same'}")
-        lines.append(f"{task.task[:23]:24}{task.asked:>9}{task.compared:>10}{task.reference:>7}"
+        lines.append(f"{task.task:{width}}{task.asked:>9}{task.compared:>10}{task.reference:>7}"
                      + numbers)
+    lines += [f"{counted(asked, 'image')} of task {task!r} not compared: {report.model_uri} does "
+              "not know this task" for task, asked in report.not_compared]
     if report.unknown:
         lines.append(f"{counted(report.unknown, 'image')} sent with task auto "
                      f"({percent(report.unknown_share)} of all) seemed to belong to no known task"

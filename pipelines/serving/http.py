@@ -7,8 +7,8 @@
 
 A refusal names the problem, the value found and the values allowed: 400 for a malformed request or
 image, 404 for an unknown task, 413 for a body that is too large, 503 with Retry-After if the
-queue is full or the device has too little memory for a batch. The size of an image is checked in
-its header, before it is decoded.
+queue is full, the device has too little memory for a batch, or the server stops. The size of an
+image is checked in its header, before it is decoded.
 """
 
 import asyncio
@@ -54,7 +54,21 @@ class Limits:
     waiting: int = 128
     """Largest number of images that wait or are in progress; others get 503."""
     waiting_bytes: int = 256 << 20
-    """Largest total size of the bodies of all requests in progress, in bytes."""
+    """Largest total size of the bodies of all requests in progress, in bytes; one body of the
+    largest size is taken in any case."""
+
+
+@dataclasses.dataclass
+class Traffic:
+    """The requests to predict that are in progress."""
+
+    requests: int = 0
+    images: int = 0
+    """Images that wait or are being answered."""
+    bytes: int = 0
+    """Bytes of bodies received so far."""
+    stopping: bool = False
+    """Whether new requests are refused, because the server stops."""
 
 
 class RefusedError(Exception):
@@ -97,6 +111,7 @@ class Service(Protocol):
 
     limits: Limits
     metrics: Metrics
+    traffic: Traffic
 
     async def ask(self, image: bytes, task: str) -> Reply:
         """Predicts an image, in one batch with other requests of the same time."""
@@ -123,15 +138,14 @@ class _Front:
     """The handlers of the three routes."""
 
     def __init__(self, service: Service) -> None:
-        self.service = service
-        self.images = self.bytes = 0
+        self.service, self.traffic = service, service.traffic
 
     async def healthz(self, _: Request) -> Response:
         return JSONResponse(self.service.health())
 
     async def show_metrics(self, _: Request) -> Response:
         health, metrics = self.service.health(), self.service.metrics
-        metrics.waiting.set(self.images)
+        metrics.waiting.set(self.traffic.images)
         metrics.version.set(int(health["version"]) if str(health["version"]).isdecimal() else 0)
         metrics.since.set(health["since"])
         return Response(generate_latest(metrics.all), media_type=CONTENT_TYPE_LATEST)
@@ -139,6 +153,7 @@ class _Front:
     async def predict(self, request: Request) -> Response:
         metrics, start = self.service.metrics, time.perf_counter()
         metrics.requests.inc()
+        self.traffic.requests += 1
         try:
             response = await self._predict(request)
         except RefusedError as refused:
@@ -151,28 +166,41 @@ class _Front:
         except Exception:
             metrics.errors.labels("failed").inc()
             raise
+        finally:
+            self.traffic.requests -= 1
         metrics.seconds.observe(time.perf_counter() - start)
         return response
 
     async def _predict(self, request: Request) -> Response:
-        limits = self.service.limits
+        limits, traffic = self.service.limits, self.traffic
+        if traffic.stopping:
+            raise RefusedError(503, "stopping", "the server stops; ask another one, or again when "
+                               "it is back")
         received = 0
         try:
             body = bytearray()
             _check_length(request.headers, limits)
             async for chunk in request.stream():
-                received, self.bytes = received + len(chunk), self.bytes + len(chunk)
+                received, traffic.bytes = received + len(chunk), traffic.bytes + len(chunk)
                 if received > limits.body_bytes:
                     raise _too_large(f"more than {limits.body_bytes}", limits)
-                if self.bytes > limits.waiting_bytes:
+                if traffic.bytes > max(limits.waiting_bytes, limits.body_bytes):
                     raise _busy()
                 body += chunk
             return await self._answer(request, bytes(body))
         finally:
-            self.bytes -= received
+            traffic.bytes -= received
 
     async def _answer(self, request: Request, body: bytes) -> Response:
-        as_json = request.headers.get("content-type", "").startswith("application/json")
+        kind = request.headers.get("content-type", "").lower()
+        as_json = kind.startswith(JSON_TYPE)
+        if kind.startswith("multipart/"):
+            raise RefusedError(400, "malformed", "the body is a form with parts; allowed: the "
+                               f"bytes of one image alone, or with the type {JSON_TYPE} "
+                               + JSON_FORM)
+        if not as_json and body.lstrip()[:1] == b"{":
+            raise RefusedError(400, "malformed", "the body looks like JSON, but its Content-Type "
+                               f"is {kind or 'missing'}; allowed: {JSON_TYPE} for JSON")
         if as_json:
             images, tasks = read_json(body, self.service.limits)
         else:
@@ -182,15 +210,15 @@ class _Front:
                 self.service.check_task(task)
             except InputError as error:
                 raise RefusedError(404, "unknown task", str(error)) from error
-        if self.images + len(images) > self.service.limits.waiting:
+        if self.traffic.images + len(images) > self.service.limits.waiting:
             raise _busy()
-        self.images += len(images)
+        self.traffic.images += len(images)
         try:
             replies = await asyncio.gather(*map(self.service.ask, images, tasks))
         except DeviceMemoryError as error:
             raise RefusedError(503, "no memory", str(error)) from error
         finally:
-            self.images -= len(images)
+            self.traffic.images -= len(images)
         for number, (_, reply) in enumerate(replies):
             if isinstance(reply, UnknownTaskError):  # the model was replaced meanwhile
                 raise RefusedError(404, "unknown task", str(reply))
@@ -233,6 +261,7 @@ def read_json(body: bytes, limits: Limits) -> tuple[list[bytes], list[str]]:
     return images, tasks
 
 
+JSON_TYPE = "application/json"
 JSON_FORM = '{"images": [BASE64, ...], "task": NAME} or {"images": [...], "tasks": [NAME, ...]}'
 
 

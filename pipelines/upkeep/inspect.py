@@ -8,7 +8,7 @@ from partialhn.errors import InputError, IntegrityError
 from partialhn.features.cache import CHUNK, check_content
 from partialhn.features.manifest import FeatureRecipe, Manifest, Shard
 from partialhn.features.store import FeatureStore
-from partialhn.numbers import size
+from partialhn.numbers import counted, size
 from pipelines.features.produce import open_store
 from pipelines.platform.storage import Storage
 from pipelines.upkeep.prune import age_text, stored
@@ -17,14 +17,17 @@ from pipelines.upkeep.references import References
 _COLUMNS = ("key", "state", "rows", "shape", "dtype", "size", "age", "needed by")
 
 
-def listing(storage: Storage, needed: References) -> list[str]:
-    """A table of all keys, finished or not; a damaged manifest is shown as such."""
+def listing(storage: Storage, needed: References, versions_known: bool = True) -> list[str]:
+    """A table of all keys, finished or not; a damaged manifest is shown as such.
+
+    versions_known: False where no registry was asked; then nothing counts as needed by nobody.
+    """
     store, rows, total = open_store(storage), [_COLUMNS], 0
     for features in stored(storage):
         total += features.bytes
         rows.append((features.key, *_described(store, features.key),
                      size(features.bytes), age_text(features.age),
-                     _users(needed.get(features.key, []))))
+                     _users(needed.get(features.key, []), "-" if versions_known else "unknown")))
     if len(rows) == 1:
         return [f"there are no features in {storage.uri}"]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -46,9 +49,9 @@ def _described(store: FeatureStore, key: str) -> tuple[str, str, str, str]:
     return ("complete", str(manifest.rows), _shape(manifest), _type(manifest.recipe))
 
 
-def _users(users: list[str]) -> str:
+def _users(users: list[str], nobody: str) -> str:
     more = f" and {len(users) - 1} more" if len(users) > 1 else ""
-    return f"{users[0]}{more}" if users else "-"
+    return f"{users[0]}{more}" if users else nobody
 
 
 def _type(recipe: FeatureRecipe) -> str:
@@ -75,7 +78,7 @@ def description(storage: Storage, prefix: str) -> list[str]:
              f"images    {manifest.rows} of {recipe.input_size} pixels, transform "
              f"{recipe.transform}, {recipe.views} views ({recipe.augment}, seed {recipe.seed})",
              f"features  {_shape(manifest)} (views, channels, height, width) {_type(recipe)}",
-             f"bytes     {manifest.bytes} in {len(manifest.shards)} shards",
+             f"bytes     {manifest.bytes} in {counted(len(manifest.shards), 'shard')}",
              f"computed  {manifest.created} in {seconds:.1f} s of work, by "
              + ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())]
     lines += [f"  {shard.name}  {shard.rows} rows  {shard.bytes} bytes  {shard.seconds:.1f} s"
@@ -103,8 +106,8 @@ def verify(storage: Storage, prefix: str | None = None) -> Iterator[tuple[str, b
                     if (problem := _problem(storage, manifest, shard))]
         yield from ((problem, False) for problem in problems)
         if not problems:
-            yield (f"{key}  good: {len(manifest.shards)} shards, {manifest.rows} rows, "
-                   f"{manifest.bytes} bytes"), True
+            yield (f"{key}  good: {counted(len(manifest.shards), 'shard')}, "
+                   f"{counted(manifest.rows, 'row')}, {size(manifest.bytes)}"), True
 
 
 def _problem(storage: Storage, manifest: Manifest, shard: Shard) -> str | None:

@@ -46,6 +46,13 @@ def test_own_images(tmp_path):
     assert "000.png" in printed
 
 
+def test_own_images_makes_none_where_a_folder_is_named(tmp_path):
+    done = subprocess.run([sys.executable, EXAMPLES / "own_images.py", "typo"], cwd=tmp_path,
+                          capture_output=True, text=True, check=False)
+    assert "No such file or directory: 'typo/train'" in done.stderr
+    assert not (tmp_path / "typo").exists()
+
+
 def cells():
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

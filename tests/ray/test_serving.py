@@ -188,6 +188,10 @@ def bomb() -> bytes:
     ("?task=0", b"x" * (BODY + 1), "image/png", 413,
      f"has {BODY + 1} bytes; allowed: up to {BODY}"),
     ("", b"{", "application/json", 400, "is not JSON"),
+    ("", b"{", "Application/JSON", 400, "is not JSON"),
+    ("?task=0", b'{"images": []}', "text/plain", 400,
+     "looks like JSON, but its Content-Type is text/plain; allowed: application/json"),
+    ("?task=0", b"--x", "multipart/form-data; boundary=x", 400, "is a form with parts; allowed: "),
     ("", b"[" * 100_000, "application/json", 400, "is not JSON"),
     ("", b'{"task": "0"}', "application/json", 400, "no list of images"),
     ("", b'{"images": [], "task": "0"}', "application/json", 400, "has 0 images; allowed: 1 to 16"),
@@ -314,11 +318,26 @@ def test_a_damaged_version_never_serves(server, registry, client, images):
     server.wait_for(lambda health: health["reload"]["state"] == "current")
 
 
-def test_stops_when_told_and_keeps_what_it_recorded(server, learned, predictor):
-    """The last test of this server: ends it."""
+def test_stops_when_told_and_keeps_what_it_recorded(server, learned, predictor, images):
+    """The last test of this server: ends it, in the middle of a request."""
+    image = images["0"][0]
+    started = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    started.putrequest("POST", "/predict?task=0")
+    started.putheader("Content-Length", str(len(image)))
+    started.endheaders(image[:20])
+    time.sleep(0.5)
     server.process.send_signal(signal.SIGTERM)
+    server.wait_for(lambda health: health["status"] == "stopping")
+    status, found = server.ask(image, "0")
+    assert (status, "the server stops" in found["error"]) == (503, True)
+    started.send(image[20:])
+    answer = started.getresponse()
+    assert answer.status == 200
+    assert json.loads(answer.read())["task"] == "0"
+    started.close()
     assert server.process.wait(60) == 0, server.lines.read_text()
     said = server.lines.read_text()
+    assert "(raylet)" not in said, said
     assert "stopping" in said
     assert "task auto finds the right task for" in said
     assert "now serving version 2 instead of 3" in said

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from partialhn.errors import InputError
 from pipelines.cli import main
-from pipelines.platform.disk import check_room, full_disk
+from pipelines.platform.disk import check_room, full_disk, refused_path
 from pipelines.platform.storage import open_storage
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -48,6 +48,37 @@ def test_a_command_ends_with_that_sentence(monkeypatch, capsys, tmp_path):
     assert err.startswith("error: the disk is full: ")
     assert str(tmp_path) in err
     assert "Traceback" not in err
+
+
+def test_a_path_that_the_system_refuses_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    below = tmp_path / "file" / "deeper"
+    for error in (NotADirectoryError(errno.ENOTDIR, "Not a directory", str(below)),
+                  FileExistsError(errno.EEXIST, "File exists", str(tmp_path / "file"))):
+        wrapped = RuntimeError("failed")
+        wrapped.__cause__ = error
+        assert "cannot be used: a file is where a folder should be; allowed" in (
+            refused_path(wrapped))
+    denied = PermissionError(errno.EACCES, "Permission denied", b"/root/x")
+    assert refused_path(denied).startswith("/root/x cannot be used: Permission denied; allowed: ")
+    for other in (PermissionError(errno.EACCES, "denied"), ValueError("x"),
+                  FileNotFoundError(errno.ENOENT, "gone", "/x")):
+        assert refused_path(other) is None
+
+
+def test_a_command_whose_output_is_below_a_file_says_so(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+
+    def export(*_):
+        (tmp_path / "file").mkdir(exist_ok=True)
+
+    monkeypatch.setattr("pipelines.export_model.export_version", export)
+    words = ["export", "--model", "models:/a@champion", "--task", "0", "--output",
+             f"{tmp_path}/file/a.onnx"]
+    assert main.run(words) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/file cannot be used: a file is where a folder should be; allowed: "
+        "paths that you may read, and write to where the command writes\n")
 
 
 def test_what_is_needed_and_free_is_said_first(tmp_path):

@@ -1,6 +1,7 @@
 """The test for drift on real images: quiet on the same ones, loud on changed ones."""
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from partialhn.data.datasets import open_stream
 from partialhn.data.decode import decode
 from partialhn.data.layout import read_sets
 from partialhn.task_inference import pooled
+from pipelines.serving import drift
 from pipelines.serving.drift import DriftReport, TaskDrift, shift, table
+from pipelines.serving.live import Live
 
 DATA = os.environ.get("PARTIALHN_TEST_DATA")
 ALPHA = 0.05
@@ -91,3 +94,32 @@ def test_many_images_of_no_known_task_are_a_new_task():
     assert not DriftReport("models:/s/3", 24, 0.01, (cats,), 40, new_task_share=0.5).new_task
     few = TaskDrift("cats", 5, 5, 600, None, None, False)
     assert not DriftReport("models:/s/3", 24, 0.01, (few,), unknown=29).new_task, "too few to say"
+
+
+def test_images_of_a_task_that_the_version_does_not_know_are_said(monkeypatch):
+    """After a rollback a report without them would look as if all were well."""
+    def live(seen):
+        return Live(np.zeros((4, 2), np.float32), seen)
+
+    champion = SimpleNamespace(uri="models:/s/2", tags={"trunk_fingerprint": "t"})
+    monkeypatch.setattr(drift, "connect", lambda *_, **__: SimpleNamespace(
+        resolve=lambda _: champion))
+    monkeypatch.setattr(drift, "_task_versions", lambda *_: {"cats": champion})
+    monkeypatch.setattr(drift, "read_live", lambda *_: {
+        "cats": live(4), "dogs": live(50), "none": live(6)})
+    monkeypatch.setattr(drift, "_compare", lambda task, _, sample, __: TaskDrift(
+        task, sample.seen, 4, 600, None, None, False))
+    report = drift.find_drift("s", "store")
+    assert report.not_compared == (("dogs", 50),)
+    assert report.fields()["not_compared"] == {"dogs": 50}
+    assert "50 images of task 'dogs' not compared: models:/s/2 does not know this task" in (
+        table(report))
+    assert report.unknown_share == 0.1, "of all images, also those that are not compared"
+
+
+def test_long_names_of_tasks_are_told_apart():
+    names = ["a-camera-at-the-northern-gate", "a-camera-at-the-northern-door"]
+    lines = table(DriftReport("models:/s/3", 24, 0.01, tuple(
+        TaskDrift(name, 3, 3, 600, None, None, False) for name in names), unknown=0))
+    assert [line.split()[0] for line in lines[2:]] == names
+    assert len({line.index(" 3 ") for line in lines[2:]}) == 1

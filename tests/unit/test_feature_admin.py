@@ -44,6 +44,8 @@ def test_list_tells_finished_from_unfinished(command):
     assert rows[RECIPE.key][1:5] == ["complete", "10", "2x3x2x2", "float16"]
     assert rows[dataclasses.replace(RECIPE, seed=1).key][1] == "partial"
     assert out.splitlines()[-1].startswith("2 sets of features, ")
+    assert "which features registered versions need is unknown" in out
+    assert rows[RECIPE.key][-1] == "unknown", "no registry was asked whether a version needs it"
 
 
 def test_an_empty_store_says_so(tmp_path, capsys):

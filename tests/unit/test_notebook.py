@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 import partialhn as phn
@@ -23,8 +24,8 @@ OPTIONS = dict(tasks=3, classes=6, images_per_class=40, input_size=8, trunk_epoc
                views=1, augment="none", threads=1, device="cpu", fresh_columns=4)
 
 
-def open_tiny(folder, **options):
-    return phn.Stream("digits", folder=folder, progress=False, **OPTIONS | options)
+def open_tiny(folder, data="digits", **options):
+    return phn.Stream(data, folder=folder, progress=False, **OPTIONS | options)
 
 
 @pytest.fixture(scope="module")
@@ -239,12 +240,52 @@ def test_answers_agree_with_the_saved_model(stream, digits, tmp_path):
     (np.zeros((0, 8, 3), np.uint8), "at least one pixel"),
     (np.zeros(8, np.uint8), r"images has shape \(8,\)"),
     (7, "images is a int; allowed: a path"),
+    (pd.DataFrame({"image": [b"x"]}), "images is a DataFrame; allowed: a path"),
+    ({"bytes": b"x"}, "images is a dict; allowed: a path"),
+    (torch.zeros(3, 8, 8, dtype=torch.uint8), "images is a Tensor; allowed: a path"),
+    (torch.zeros(8), "images is a Tensor; allowed: a path"),
+    (memoryview(b"no image"), "image 0 is no readable.*; mend it or leave it out$"),
+    (Image.fromarray(np.full((8, 8), 0.5, np.float32)), r"32-bit values \(mode F\)"),
+    (Image.fromarray(np.full((8, 8), 70_000, np.int32)), r"32-bit values \(mode I\)"),
     ([b"no image"], "image 0 is no readable"),
     ("/nowhere", "'/nowhere' does not exist"),
 ])
 def test_images_that_cannot_be_used(stream, images, message):
     with pytest.raises(phn.InputError, match=message):
         stream.predict(images, task="0")
+
+
+def test_a_column_of_a_data_frame_is_a_list_of_images(stream, digits):
+    column = pd.Series(digits[:3], index=[7, 8, 9])
+    wanted = stream.predict(digits[:3], task="0")
+    for images in (column, column.to_numpy()):
+        pd.testing.assert_frame_equal(stream.predict(images, task="0"), wanted)
+
+
+def test_a_predictor_says_which_function_infers_the_task(stream, digits):
+    with pytest.raises(phn.InputError, match=r"task is 'auto'; allowed: .*, or predict_auto\("):
+        phn.Predictor(stream.model).predict(digits[:1], "auto")
+
+
+def test_options_may_be_numbers_of_numpy(tmp_path):
+    stream = open_tiny(tmp_path / "new", tasks=None, classes=None, images_per_class=np.int64(40),
+                       task_sizes=np.array([2, 4, 4]), learning_rate=np.float32(0.5))
+    assert stream.config.data.images_per_class == 40
+    assert stream.config.data.task_sizes == (2, 4, 4)
+    assert stream.config.train.learning_rate == 0.5
+
+
+@pytest.mark.parametrize("data", [pd.DataFrame({"image": [b"x"]}), np.zeros((500, 8, 8)), 7])
+def test_images_in_memory_are_no_data(tmp_path, data):
+    kind = type(data).__name__
+    with pytest.raises(phn.InputError, match=rf"^data is a {kind}; allowed: the path of a folder"):
+        open_tiny(tmp_path / "new", data=data)
+
+
+def test_a_folder_alone_must_hold_a_stream(tmp_path):
+    with pytest.raises(phn.InputError, match=r"'.*typo' holds no stream; allowed: the folder of"):
+        phn.Stream(folder=tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
 
 
 def test_it_is_shown_in_a_notebook(stream):

@@ -112,3 +112,17 @@ def test_a_damaged_model_does_not_answer(folder, tmp_path):
         Predictor.load(tmp_path)
     with pytest.raises(IntegrityError, match="cannot be read"):
         Predictor.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("images", "message"), [
+    (b"one image", "images is, or holds, a bytes; allowed: a list of encoded images"),
+    ("image.png", "images is, or holds, a str"), (["image.png"], "images is, or holds, a str"),
+    ([np.zeros((8, 8), np.uint8)], "images is, or holds, a ndarray"),
+    ([b"no image"], r"^image number 0 is no readable .*; mend it or leave it out$")])
+def test_what_is_no_list_of_encoded_images_is_refused(predictor, images, message):
+    with pytest.raises(InputError, match=message):
+        predictor.predict(images, "even")
+
+
+def test_a_task_may_be_given_by_number(predictor, encoded):
+    assert predictor.predict(encoded[:2], 0).classes == ("zero", "one")

@@ -3,11 +3,13 @@
 import pytest
 
 import partialhn as phn
+from partialhn.errors import InputError, IntegrityError
 from partialhn.evaluation.answer_sample import check_sample, read_sample
 from partialhn.notebook.registries import GROUP, installed_registry
 from pipelines.platform.storage import open_storage
-from pipelines.registry.client import connect
+from pipelines.registry.client import Registry, connect
 from pipelines.registry.package import artifact
+from pipelines.registry.verify import verify
 from pipelines.settings import OutputConfig
 from pipelines.train import train
 
@@ -53,6 +55,33 @@ def test_a_version_has_its_sample_its_history_and_the_result(registered, tmp_pat
         stream.weights_hash)
     assert registry.result("digits")["accuracy_matrix"][2] == [
         *stream.results[2].accuracy.values()]
+
+
+@pytest.mark.parametrize(("raised", "refused"), [
+    (PermissionError(13, "Permission denied"), InputError),
+    (ConnectionRefusedError(111, "Connection refused"), InputError),
+    (FileNotFoundError(2, "No such file or directory"), IntegrityError)])
+def test_files_out_of_reach_are_not_called_damaged(registered, monkeypatch, tmp_path, raised,
+                                                   refused):
+    """Nobody should roll back or repair because keys are wrong or a server is down."""
+    def fails(*_):
+        raise raised
+
+    registry = connect(open_storage(registered[1]))
+    version = registry.resolve("models:/digits@champion")
+    monkeypatch.setattr(Registry, "files", fails)
+    with pytest.raises(refused) as caught:
+        registry.load_predictor(version.uri)
+    assert ("is damaged" in str(caught.value)) == (refused is IntegrityError)
+    assert ("is unknown" in str(caught.value)) == (refused is InputError)
+    if refused is InputError:
+        for reads in (lambda: registry.stored_hashes(version, tmp_path / "x"),
+                      lambda: verify(registry, version)):
+            with pytest.raises(InputError, match="is unknown"):
+                reads()
+    else:
+        assert registry.stored_hashes(version, tmp_path / "x") == {}
+        assert not verify(registry, version)[0].passed
 
 
 def _answers(table):

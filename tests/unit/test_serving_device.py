@@ -10,7 +10,7 @@ from partialhn.errors import InputError
 from partialhn.networks.device_memory import explained
 from pipelines.cli import main
 from pipelines.label_images import predict_to_parquet
-from pipelines.serving.http import Limits, Metrics, build_app
+from pipelines.serving.http import Limits, Metrics, Traffic, build_app
 from pipelines.serving.model import served_on
 
 
@@ -36,7 +36,7 @@ class WithoutMemory:
     """A service whose trunk finds no memory on its device."""
 
     def __init__(self):
-        self.limits, self.metrics = Limits(), Metrics()
+        self.limits, self.metrics, self.traffic = Limits(), Metrics(), Traffic()
 
     async def ask(self, image, task):
         with explained("features of 1 images on device far", "fewer images at once"):
@@ -51,19 +51,8 @@ class WithoutMemory:
 
 def test_a_request_that_finds_no_memory_is_told_so_and_may_come_again():
     """With the code of a server that is busy, and counted."""
-    sent, body = [], {"type": "http.request", "body": b"image", "more_body": False}
-
-    async def receive():
-        return body
-
-    async def send(message):
-        sent.append(message)
-
     service = WithoutMemory()
-    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"task=a",
-             "headers": []}
-    asyncio.run(build_app(service)(scope, receive, send))
-    start, reply = sent
+    start, reply = ask(service)
     assert start["status"] == 503
     assert (b"retry-after", b"1") in start["headers"]
     assert json.loads(reply["body"])["error"] == (
@@ -84,3 +73,38 @@ def test_a_command_that_finds_no_memory_says_what_may_be_tried(monkeypatch, caps
     assert capsys.readouterr().err == (
         "error: too little memory for this command: CUDA error: out of memory; allowed: device "
         "cpu, or more memory\n")
+
+
+def test_a_body_of_the_largest_size_is_taken_whatever_may_wait():
+    """It would be told to come again for ever."""
+    service = WithoutMemory()
+    service.limits = Limits(body_bytes=5, waiting_bytes=3)
+    assert b"too little memory" in ask(service)[1]["body"]
+    service.traffic.bytes = 3
+    assert b"too many requests are waiting" in ask(service)[1]["body"]
+    assert (service.traffic.requests, service.traffic.bytes) == (0, 3)
+
+
+def test_a_server_that_stops_refuses_new_requests():
+    service = WithoutMemory()
+    service.traffic.stopping = True
+    start, reply = ask(service)
+    assert start["status"] == 503
+    assert (b"retry-after", b"1") in start["headers"]
+    assert b"the server stops" in reply["body"]
+
+
+def ask(service):
+    """Start and body of the reply to an image of 5 bytes."""
+    sent, body = [], {"type": "http.request", "body": b"image", "more_body": False}
+
+    async def receive():
+        return body
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"task=a",
+             "headers": []}
+    asyncio.run(build_app(service)(scope, receive, send))
+    return sent

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import pickle
+import re
 import time
 from pathlib import Path
 
@@ -55,6 +56,15 @@ def test_s3_options_order_arguments_query_environment(no_aws, monkeypatch):
     assert open_storage(uri).s3 == S3Options("https://query", "query", False)
     assert (open_storage(uri, "http://given:1", "given", True).s3
             == S3Options("http://given:1", "given", True))
+
+
+@pytest.mark.parametrize(("uri", "meant"), [
+    ("s3:/bucket/a", "s3://..."), ("S3:bucket", "s3://..."), ("file:/a", "file://...")])
+def test_a_forgotten_slash_is_no_folder(uri, meant, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=f"lacks a slash; allowed: {re.escape(meant)}, or "):
+        open_storage(uri)
+    monkeypatch.chdir(tmp_path)
+    assert open_storage(f"./{uri}").root.startswith(str(tmp_path))
 
 
 @pytest.mark.parametrize(("query", "message"), [
