@@ -36,6 +36,9 @@ from partialhn.task_inference import AUTO, Inferred, infer
 WAY_OUT = "device cpu, or a device with more memory"
 """What a user can do where a model needs more memory than its device has."""
 
+LONGEST_SHOWN = 100
+"""Characters of an unknown task's name that a message repeats."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
@@ -143,7 +146,8 @@ class Predictor:
                 raise InputError(f"task is {task!r}, which this model has forgotten on "
                                  f"{forgotten['time'][:10]}{why}; allowed: "
                                  f"{', '.join(self.tasks)}")
-        raise InputError(f"task is {task!r}; allowed: {', '.join((*self.tasks, *also))} or an "
+        shown = task if len(task) <= LONGEST_SHOWN else f"{task[:LONGEST_SHOWN]}..."
+        raise InputError(f"task is {shown!r}; allowed: {', '.join((*self.tasks, *also))} or an "
                          f"index from 0 to {len(self.tasks) - 1}")
 
     def check_task(self, task: str) -> None:

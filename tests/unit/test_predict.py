@@ -78,6 +78,8 @@ def test_tasks_by_name_and_by_index(predictor):
 def test_an_unknown_task_lists_those_there_are(predictor, task):
     with pytest.raises(InputError, match="allowed: even, 2, odd or an index from 0 to 2"):
         predictor.predict([], task)
+    with pytest.raises(InputError, match=r"task is 'x{100}\.\.\.'; allowed: even"):
+        predictor.task_index("x" * 1000)
 
 
 def test_auto_is_allowed_only_where_it_can_be_used(predictor):
@@ -114,14 +116,14 @@ def test_a_damaged_model_does_not_answer(folder, tmp_path):
         Predictor.load(tmp_path / "none")
 
 
-@pytest.mark.parametrize(("images", "message"), [
+@pytest.mark.parametrize(("given", "message"), [
     (b"one image", "images is, or holds, a bytes; allowed: a list of encoded images"),
     ("image.png", "images is, or holds, a str"), (["image.png"], "images is, or holds, a str"),
     ([np.zeros((8, 8), np.uint8)], "images is, or holds, a ndarray"),
     ([b"no image"], r"^image number 0 is no readable .*; mend it or leave it out$")])
-def test_what_is_no_list_of_encoded_images_is_refused(predictor, images, message):
+def test_what_is_no_list_of_encoded_images_is_refused(predictor, given, message):
     with pytest.raises(InputError, match=message):
-        predictor.predict(images, "even")
+        predictor.predict(given, "even")
 
 
 def test_a_task_may_be_given_by_number(predictor, encoded):
