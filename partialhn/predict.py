@@ -36,6 +36,8 @@ from partialhn.task_inference import AUTO, Inferred, infer
 WAY_OUT = "device cpu, or a device with more memory"
 """What a user can do where a model needs more memory than its device has."""
 
+STREAM = "stream.json"
+"""The file that a stream of `partialhn.notebook` has in its folder."""
 LONGEST_SHOWN = 100
 """Characters of an unknown task's name that a message repeats."""
 
@@ -121,8 +123,13 @@ class Predictor:
         """Reads a checkpoint folder, which stays as it is.
 
         read: gives the tensors that the model shares with others, where the folder lacks them.
-        Raises: IntegrityError if something is missing or damaged.
+        Raises: IntegrityError if something is missing or damaged; InputError for the folder of a
+        stream, which holds more than one model.
         """
+        if (Path(folder) / STREAM).exists() and not (Path(folder) / FIELDS).exists():
+            raise InputError(f"folder {str(folder)!r} is that of a stream; allowed: the folder of "
+                             "one model, such as Stream.save(FOLDER) writes, or "
+                             "Stream(folder=...).predict(...)")
         if read is None or (Path(folder) / TENSORS).exists():
             return Predictor(Model.load(Path(folder)), device)
         with tempfile.TemporaryDirectory() as scratch:

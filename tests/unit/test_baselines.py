@@ -40,10 +40,12 @@ SEEDS = {"naive": 5, "joint": 5, "latent_replay": 5, "ewc": 5}
 
 @pytest.fixture(scope="module")
 def measured(cut, config, well_tested):
-    """Metrics of each strategy on five tasks for each seed, and what the first one learned."""
+    """Metrics of strategies on five tasks for each seed, and what the first one learned."""
     torch.set_num_threads(1)
     found = {}
     for name in STRATEGIES:
+        if name == "lwf":  # of which nothing is asserted here
+            continue
         metrics, strategies = [], []
         for seed in range(SEEDS.get(name, 1)):
             own = dataclasses.replace(config, train=dataclasses.replace(

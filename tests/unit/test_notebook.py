@@ -216,6 +216,11 @@ def test_images_in_every_form_are_answered_alike(stream, digits, tmp_path):
     assert len(stream.predict([], "0")) == 0
 
 
+def test_the_folder_of_a_stream_is_no_model(stream):
+    with pytest.raises(phn.InputError, match="is that of a stream; allowed: the folder of one"):
+        phn.Predictor.load(stream.folder)
+
+
 def test_answers_agree_with_the_saved_model(stream, digits, tmp_path):
     loaded = phn.Predictor.load(stream.save(tmp_path / "model")).predict(digits, "0")
     found = stream.predict(digits, "0")
