@@ -4,6 +4,8 @@ Every message names the thing, the value found and what is allowed. The command 
 `InputError` into exit code 2 and anything else into exit code 1.
 """
 
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used: an option, a path, an image, a model name."""
@@ -20,3 +22,10 @@ class DivergedError(InputError):
 
 class IntegrityError(RuntimeError):
     """Something stored is not what it says it is: a shard, a manifest, a checkpoint."""
+
+
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, then the one behind it, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -13,8 +13,8 @@ from partialhn.data.experience import Experience
 from partialhn.errors import InputError, IntegrityError
 from partialhn.json_files import read_object
 from partialhn.notebook.options import differences
+from partialhn.predict import STREAM
 
-FIELDS = "stream.json"
 FORMAT = 1
 
 
@@ -22,7 +22,7 @@ def stored_fields(folder: Path) -> dict[str, Any] | None:
     """The content of `stream.json`; None for a new folder. Raises: InputError, IntegrityError."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"folder {str(folder)!r} is a file; allowed: a folder, or a new path")
-    path = folder / FIELDS
+    path = folder / STREAM
     if not path.exists():
         return None
     fields = read_object(path, str(path))
@@ -56,6 +56,6 @@ def claim(folder: Path, stored: dict[str, Any] | None, config: Config,
                              "after the old ones, or another folder")
     text = json.dumps({"format": FORMAT, "config": config.to_dict(), "tasks": tasks}, indent=1)
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f".{FIELDS}.draft"
+    draft = folder / f".{STREAM}.draft"
     draft.write_text(text, encoding="utf-8")
-    draft.replace(folder / FIELDS)
+    draft.replace(folder / STREAM)

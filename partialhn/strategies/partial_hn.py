@@ -93,6 +93,11 @@ class HypernetTask(OwnNorm):
             return ("code", "norm", "classifier_KF", "bias_K", "scale_K")
         return ("code", "norm") if "earlier_KE" in names else ()
 
+    @property
+    def shares_norm(self) -> bool:
+        """Whether it has the network's own head, whose vectors the model holds for all of them."""
+        return self.earlier_KE is not None and not len(self.norm)
+
     def drop_unused(self) -> None:
         """Empties what a learned task's answers do not use; a code that is not zero stays."""
         for name in self.unused(self.state_dict()):
@@ -107,7 +112,7 @@ class HypernetTask(OwnNorm):
         for name in self.OPTIONAL:
             value = state.get(prefix + name)
             setattr(self, name, None if value is None else torch.empty_like(value, device=device))
-        for name in self.unused([name for name in self.OPTIONAL if prefix + name in state]):
+        for name in self.unused(self.state_dict()):
             value = state.get(prefix + name)
             if value is not None and not len(value):
                 setattr(self, name, nn.Parameter(torch.empty_like(value, device=device),
@@ -237,7 +242,7 @@ class PartialHypernet(Strategy):
     def load_task_state(self, task: int, task_state: dict[str, Tensor]) -> None:
         own = self._own(task)
         own.expect(task_state, f"tasks.{task}.")
-        if own.earlier_KE is not None and not len(own.norm):
+        if own.shares_norm:
             self._share_norm()
         super().load_task_state(task, task_state)
 
@@ -462,7 +467,7 @@ class PartialHypernet(Strategy):
             rows = self._rows(task)
         weights = own.weights({tensor.name: row_CD.view(tensor.shape) for tensor, row_CD
                                in zip(self.head.matrices, rows, strict=True)})
-        if own.earlier_KE is not None and not len(own.norm):
+        if own.shares_norm:
             weights = weights._replace(norm=self.get_buffer(NETWORK_NORM).float())
         return weights
 

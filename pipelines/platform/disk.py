@@ -6,10 +6,10 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from partialhn.errors import InputError
+from partialhn.errors import InputError, error_chain
 from partialhn.numbers import size
 from pipelines.platform.storage import Storage
 
@@ -43,7 +43,7 @@ def full_disk(error: BaseException, folders: Iterable[str | Path]) -> str | None
 
     folders: where this process writes, in case the error names no file.
     """
-    causes = list(_causes(error))
+    causes = list(error_chain(error))
     if not any(_says_full(cause) for cause in causes):
         return None
     named = [str(cause.filename) for cause in causes
@@ -56,7 +56,7 @@ def full_disk(error: BaseException, folders: Iterable[str | Path]) -> str | None
 
 def refused_path(error: BaseException) -> str | None:
     """A sentence that names the path which the system refused; None for any other error."""
-    for cause in _causes(error):
+    for cause in error_chain(error):
         if isinstance(cause, OSError) and cause.errno in REFUSED and cause.filename:
             path = os.fsdecode(cause.filename)
             why = ("a file is where a folder should be" if existing(path).is_file()
@@ -72,12 +72,6 @@ def existing(path: str | Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _says_full(error: BaseException) -> bool:

@@ -5,7 +5,8 @@ files in it: nobody should repair them or go back to other ones.
 """
 
 import re
-from collections.abc import Iterator
+
+from partialhn.errors import error_chain
 
 _REFUSED = (401, 403, 407, 408, 429)
 """Status codes of HTTP that say who asks, or that there is too much to do; so do 500 and above."""
@@ -21,13 +22,7 @@ _SIGNS = re.compile(
 
 def out_of_reach(error: BaseException) -> str:
     """The reason in a line, where a store does not answer or denies access; otherwise empty."""
-    return next((_line(cause) for cause in _causes(error) if _says_so(cause)), "")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+    return next((_line(cause) for cause in error_chain(error) if _says_so(cause)), "")
 
 
 def _says_so(error: BaseException) -> bool:

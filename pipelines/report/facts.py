@@ -16,6 +16,7 @@ from partialhn.errors import InputError
 from partialhn.evaluation import metrics
 from partialhn.evaluation.certainty import Estimate, difference
 from partialhn.evaluation.doubts import doubts
+from partialhn.numbers import size
 from partialhn.strategies.table import label_of
 from partialhn.training.records import Forgotten
 from pipelines.report.charts import row_label
@@ -24,9 +25,6 @@ FORGETTING_LIMIT = 0.01
 """Mean forgetting that the verdict accepts: 1 point."""
 GAP_LIMIT = 0.02
 """Accuracy behind separate heads that the verdict accepts: 2 points."""
-
-DETECTOR = "The detector, which finds the task where nobody says it, adds {} more for each task."
-
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -135,6 +133,12 @@ class Facts:
                                losses.get(index, ()), rate, float(self.accuracy_TT[-1, index]))
             found += [(name, text) for text in sentences]
         return found
+
+    @property
+    def detector_adds(self) -> str:
+        """What a task adds to the detector, in a sentence; empty where that is nothing."""
+        return ("The detector, which finds the task where nobody says it, adds "
+                f"{size(self.detector_bytes)} more for each task." if self.detector_bytes else "")
 
     @property
     def notes(self) -> list[str]:

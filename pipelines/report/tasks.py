@@ -7,7 +7,7 @@ import numpy as np
 from partialhn.numbers import UNKNOWN, counted, duration, in_points, percent, points, size
 from pipelines.report import charts
 from pipelines.report.charts import Bar, Line, escape, shorten
-from pipelines.report.facts import DETECTOR, FORGETTING_LIMIT, Facts, break_even
+from pipelines.report.facts import FORGETTING_LIMIT, Facts, break_even
 from pipelines.report.html import NAMED_LINES, data_table, figure, pair, section
 from pipelines.report.judged import Judged
 from pipelines.report.sure import missing
@@ -243,10 +243,10 @@ def baselines(facts: Facts) -> str:
             "but every task adds a whole network head; naive fine-tuning keeps one head and "
             "protects nothing.")
     pays, shared = break_even(facts), facts.result.get("shared_bytes")
-    after = f'<p class="meta after">{DETECTOR.format(size(facts.detector_bytes))}</p>' if (
-        facts.detector_bytes) else ""
+    after = [facts.detector_adds] if facts.detector_adds else []
     if pays is not None:
-        after += (f'<p class="meta after">The part that all tasks share takes '
-                 f"{size(shared)} once; with it, the model is smaller than separate heads from "
-                 f"{pays} task{'s' * (pays > 1)} on (this stream: {len(facts.tasks)}).</p>")
-    return section("Baselines", lead, data_table(heads, rows, "stack"), after)
+        after.append(f"The part that all tasks share takes {size(shared)} once; with it, the model "
+                     f"is smaller than separate heads from {pays} task{'s' * (pays > 1)} on (this "
+                     f"stream: {len(facts.tasks)}).")
+    return section("Baselines", lead, data_table(heads, rows, "stack"),
+                   "".join(f'<p class="meta after">{sentence}</p>' for sentence in after))

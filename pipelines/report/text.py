@@ -8,7 +8,7 @@ from partialhn.numbers import UNKNOWN, duration, in_points, percent, size
 from pipelines.report.auto import without_id_line
 from pipelines.report.charts import shorten
 from pipelines.report.cost import STAGES
-from pipelines.report.facts import DETECTOR, Facts, dig, read_facts
+from pipelines.report.facts import Facts, dig, read_facts
 from pipelines.report.judged import judge, mean_interval
 from pipelines.report.sure import interval_in_percent
 
@@ -82,9 +82,7 @@ def _methods(facts: Facts) -> list[str]:
         lines.append(f"{shorten(_clean(method.label), 23):24}{percent(method.acc):>10}"
                      f"{percent(method.learning_accuracy):>14}{lost:>13}"
                      f"{size(method.bytes_per_task):>13}{duration(method.seconds):>14}")
-    if facts.detector_bytes:
-        lines += textwrap.wrap(DETECTOR.format(size(facts.detector_bytes)), COLUMNS)
-    return lines
+    return lines + textwrap.wrap(facts.detector_adds, COLUMNS)
 
 
 def _sure(facts: Facts) -> list[str]:

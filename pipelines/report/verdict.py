@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from partialhn.numbers import counted, duration, in_points, percent, points, size
-from pipelines.report.facts import DETECTOR, FORGETTING_LIMIT, GAP_LIMIT, Facts, break_even
+from pipelines.report.facts import FORGETTING_LIMIT, GAP_LIMIT, Facts, break_even
 from pipelines.report.judged import Judged, judge, mean_interval, policy_of, policy_words
 from pipelines.report.sure import interval_in_percent, told
 
@@ -218,8 +218,8 @@ def _cost(facts: Facts) -> str:
     if not parts:
         return ""
     cost = f"A new task {' and '.join(parts)}."
-    if facts.detector_bytes:
-        cost += f" {DETECTOR.format(size(facts.detector_bytes))}"
+    if facts.detector_adds:
+        cost += f" {facts.detector_adds}"
     pays = break_even(facts)
     if pays is not None:
         cost += (f" With the part that all tasks share, the model is smaller than separate "

@@ -97,7 +97,8 @@ class DriftReport:
     @property
     def unknown_share(self) -> float:
         """Share of all images that seemed to belong to no known task."""
-        known = sum(task.asked for task in self.tasks) + sum(dict(self.not_compared).values())
+        known = sum([*(task.asked for task in self.tasks),
+                     *(asked for _, asked in self.not_compared)])
         return self.unknown / max(1, self.unknown + known)
 
     @property
