@@ -25,6 +25,7 @@ from partialhn.checkpoints.model import Model
 from partialhn.config import Config
 from partialhn.data.experience import Experience, task_of
 from partialhn.errors import IntegrityError
+from partialhn.folders import folder_entries
 from partialhn.naming import digest, named_sections
 from partialhn.strategies.table import OWN
 from partialhn.training.records import EpochRecord, TaskRecord, fields_of
@@ -102,7 +103,7 @@ def as_begun(config: Config, filesystem: pafs.FileSystem, folder: str) -> Config
     first = config.with_first_values()
     if first == config:
         return config
-    learned = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+    learned = folder_entries(filesystem, folder)
     for entry in sorted(learned, key=lambda info: info.path)[:MOST_READ]:
         fields = checkpoint.read_fields(filesystem, entry.path)
         if fields is None:

@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import pyarrow.fs
 
 from partialhn.errors import InputError, IntegrityError
+from partialhn.folders import folder_entries
 from pipelines.platform.local_files import LocalFiles, StoredFile
 from pipelines.platform.s3 import KeylessS3, S3Files, S3Options
 
@@ -74,8 +75,7 @@ class Storage:
 
     def files(self, path: str) -> tuple[str, ...]:
         """Names of the files directly below a folder, sorted."""
-        selector = pyarrow.fs.FileSelector(path, allow_not_found=True)
-        return tuple(sorted(info.base_name for info in self.filesystem.get_file_info(selector)
+        return tuple(sorted(info.base_name for info in folder_entries(self.filesystem, path)
                             if info.type == pyarrow.fs.FileType.File))
 
     def now(self) -> float:

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.fs as pafs
 
 from partialhn.errors import IntegrityError
+from partialhn.folders import folder_entries
 from partialhn.json_files import parse_object
 from pipelines.platform.storage import Storage
 
@@ -218,8 +218,8 @@ class SearchState:
         return [plan for plan in sorted(plans, key=lambda plan: plan.id) if plan.id not in done]
 
     def _read_all(self, folder: str) -> list[tuple[str, Any]]:
-        selector = pafs.FileSelector(f"{self.folder}/{folder}", allow_not_found=True)
-        paths = [info.path for info in self._storage.filesystem.get_file_info(selector)
+        entries = folder_entries(self._storage.filesystem, f"{self.folder}/{folder}")
+        paths = [info.path for info in entries
                  if info.path.endswith(".json") and not info.base_name.startswith(".")]
         with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
             return list(zip(paths, pool.map(self._read, paths), strict=True))

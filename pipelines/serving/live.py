@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import torch
 
 from partialhn.errors import IntegrityError
+from partialhn.folders import folder_entries
 from partialhn.predict import Answer
 from partialhn.task_inference import NONE, pooled
 from pipelines.platform.storage import Storage
@@ -207,8 +207,8 @@ def _write(storage: Storage, path: str, table: pa.Table) -> None:
 
 
 def _files(storage: Storage, folder: str) -> list[Any]:
-    infos = storage.filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
-    return [info for info in infos if info.extension == "parquet"]
+    return [info for info in folder_entries(storage.filesystem, folder)
+            if info.extension == "parquet"]
 
 
 def _drop_old(storage: Storage, folder: str) -> None:

@@ -191,3 +191,25 @@ def test_check_makes_nothing_and_names_what_is_wrong(tmp_path):
     (tmp_path / "new").write_text("a file")
     with pytest.raises(InputError, match="new is not a folder; allowed: a folder"):
         storage.check()
+
+
+def _make_folders(root, rounds, ready):
+    for number in range(rounds):
+        ready.wait(60)
+        (Path(root) / str(number) / "inside").mkdir(parents=True)
+
+
+def test_a_folder_that_is_created_while_it_is_listed(tmp_path):
+    """Arrow's own listing fails in some hundreds of so many tries."""
+    rounds, context = 1000, multiprocessing.get_context("fork")
+    ready = context.Barrier(2)
+    maker = context.Process(target=_make_folders, args=(str(tmp_path), rounds, ready),
+                            daemon=True)
+    maker.start()
+    storage = open_storage(str(tmp_path))
+    for number in range(rounds):
+        ready.wait(60)
+        for _ in range(20):
+            assert storage.files(storage.path(str(number))) == ()
+    maker.join(60)
+    assert maker.exitcode == 0
