@@ -1,5 +1,6 @@
 """Tables and sentences as plain text."""
 
+import unicodedata
 from collections.abc import Sequence
 
 from partialhn.numbers import percent
@@ -11,9 +12,19 @@ MEANS = ("accuracy, when learned, forgotten: means over all tasks that the versi
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """The rows as lines of text with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows]
+    widths = [max(map(shown_width, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(padded, row, widths)).rstrip() for row in rows]
+
+
+def padded(text: str, width: int) -> str:
+    """The text with spaces behind it, up to so many columns of a terminal."""
+    return text + " " * (width - shown_width(text))
+
+
+def shown_width(text: str) -> int:
+    """Columns of a terminal that a text takes: two for a wide letter, none for an accent."""
+    return sum(0 if unicodedata.combining(letter)
+               else 1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
 
 
 def auto_line(accuracy: Sequence[float | None] | None) -> str:

@@ -38,7 +38,7 @@ from pipelines.registry.client import connect
 from pipelines.serving.http import Limits, Metrics, Reply, Traffic, build_app
 from pipelines.serving.live import FeatureRecorder
 from pipelines.serving.model import ModelSource, RegistrySource, ServedModel, served_on
-from pipelines.serving.watcher import Watcher, healthz
+from pipelines.serving.watcher import Watcher, address, healthz
 
 ID_DIGITS = 16
 """Digits of an image's SHA-256 that name it where it belongs to no known task."""
@@ -189,8 +189,9 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
     options = dataclasses.replace(options, device=device)
     log("loading the model and testing it")
     with running(bind(source, options), options, end_ray=True):
-        log(f"serving {version.uri} ({source.uri}) at http://{options.host}:{options.port}/predict "
-            "(also /healthz, /metrics); stop with Ctrl-C or SIGTERM")
+        log(f"serving {version.uri} ({source.uri}) at "
+            f"{address(options.host, options.port)}/predict (also /healthz, /metrics); stop with "
+            "Ctrl-C or SIGTERM")
         watcher = Watcher(healthz(options.host, options.port), str(version.version), log)
         watcher.say_accuracy()
         _wait_for_signal(watcher, options.reload_seconds)
@@ -247,7 +248,7 @@ def _record(source: RegistrySource) -> tuple[str, str]:
 
 
 def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

@@ -30,6 +30,7 @@ from partialhn.numbers import counted, percent
 from partialhn.task_inference import NONE, pooled
 from pipelines.features.produce import open_store
 from pipelines.platform.storage import Storage, open_storage
+from pipelines.platform.text import padded, shown_width
 from pipelines.registry.client import Registry, connect
 from pipelines.registry.versions import Version, chain_of
 from pipelines.serving.live import (
@@ -217,7 +218,7 @@ def _pooled(store: FeatureStore, manifest: Manifest) -> np.ndarray:
 
 def table(report: DriftReport) -> Sequence[str]:
     """The report as lines for a terminal."""
-    width = max([23, *(len(task.task) for task in report.tasks)]) + 1
+    width = max([23, *(shown_width(task.task) for task in report.tasks)]) + 1
     lines = [f"{report.model_uri}, images of the last {report.hours:g} hours against held-out ones",
              f"{'task':{width}}{'images':>9}{'compared':>10}{'with':>7}{'p-value':>11}{'distance':>10}"]
     for task in report.tasks:
@@ -225,8 +226,8 @@ def table(report: DriftReport) -> Sequence[str]:
         if task.p_value is not None:
             numbers = (f"{task.p_value:>11.2g}{task.effect:>10.2f}  "
                        f"{'DRIFTS' if task.drifts else 'same'}")
-        lines.append(f"{task.task:{width}}{task.asked:>9}{task.compared:>10}{task.reference:>7}"
-                     + numbers)
+        lines.append(f"{padded(task.task, width)}{task.asked:>9}{task.compared:>10}"
+                     f"{task.reference:>7}{numbers}")
     lines += [f"{counted(asked, 'image')} of task {task!r} not compared: {report.model_uri} does "
               "not know this task" for task, asked in report.not_compared]
     if report.unknown:

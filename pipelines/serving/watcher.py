@@ -13,9 +13,18 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Asks this machine's own server, which no proxy of the environment can reach."""
 
 
+_ALL = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+"""The addresses that stand for all of a machine, and the one at which it reaches itself."""
+
+
+def address(host: str, port: int) -> str:
+    """The start of a server's URIs; IPv6 addresses stand in brackets there."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def healthz(host: str, port: int) -> str:
-    """The address of a server's /healthz, as this machine reaches it."""
-    return f"http://{'127.0.0.1' if host in ('0.0.0.0', '') else host}:{port}/healthz"
+    """The URI of a server's /healthz, as this machine reaches it."""
+    return f"{address(_ALL.get(host, host), port)}/healthz"
 
 
 class Watcher:

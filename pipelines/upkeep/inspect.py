@@ -11,6 +11,7 @@ from partialhn.features.store import FeatureStore
 from partialhn.numbers import counted, size
 from pipelines.features.produce import open_store
 from pipelines.platform.storage import Storage
+from pipelines.platform.text import table
 from pipelines.upkeep.prune import age_text, stored
 from pipelines.upkeep.references import References
 
@@ -30,12 +31,9 @@ def listing(storage: Storage, needed: References, versions_known: bool = True) -
                      _users(needed.get(features.key, []), "-" if versions_known else "unknown")))
     if len(rows) == 1:
         return [f"there are no features in {storage.uri}"]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-             for row in rows]
     count = len(rows) - 1
-    return [*lines, f"{count} set{'s' * (count > 1)} of features, {size(total)}; shape: views x "
-                    "channels x height x width"]
+    return [*table(rows), f"{count} set{'s' * (count > 1)} of features, {size(total)}; shape: "
+                          "views x channels x height x width"]
 
 
 def _described(store: FeatureStore, key: str) -> tuple[str, str, str, str]:

@@ -2,10 +2,13 @@
 
 import http.server
 import json
+import socket
 import threading
 
 import pytest
 
+from partialhn.errors import InputError
+from pipelines.serving.app import _check_port
 from pipelines.serving.watcher import Watcher, healthz
 
 ACCURACY = {"task": 0.615, "right": 0.302, "given": 0.556}
@@ -66,3 +69,29 @@ def test_the_accuracy_without_the_task_is_said_at_start_and_after_a_reload(serve
     assert lines[2] == "task auto: how often it is right was not measured for this model"
     assert lines[3] == (lines[0] + "; these shares count every image, but it takes 24.4 % of them "
                         "for images of no known task and gives those no label")
+
+
+@pytest.mark.parametrize(("host", "uri"), [
+    ("", "http://127.0.0.1:80/healthz"), ("0.0.0.0", "http://127.0.0.1:80/healthz"),
+    ("::", "http://[::1]:80/healthz"), ("fe80::1", "http://[fe80::1]:80/healthz"),
+    ("gpu-1", "http://gpu-1:80/healthz")])
+def test_where_a_machine_reaches_its_own_server(host, uri):
+    assert healthz(host, 80) == uri
+
+
+def test_a_port_is_looked_for_where_the_server_will_listen():
+    families = {"127.0.0.1": socket.AF_INET, "::1": socket.AF_INET6}
+    tried = 0
+    for host, family in families.items():
+        with socket.socket(family) as taken:
+            try:
+                taken.bind((host, 0))
+            except OSError:
+                assert host == "::1", "a machine may be without IPv6 alone"
+                continue
+            taken.listen()
+            with pytest.raises(InputError, match=f"of {host} cannot be used: Address already"):
+                _check_port(host, taken.getsockname()[1])
+            tried += 1
+        _check_port(host, 0)
+    assert tried
