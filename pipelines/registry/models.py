@@ -53,6 +53,8 @@ def moves(registry: Registry, name: str) -> dict[str, Any]:
 def promote(registry: Registry, name: str, version: str, why: str, force: bool) -> dict[str, Any]:
     """Makes a version champion; it also gets its task's alias if no version has that alias yet.
 
+    Tasks that it knows, and that were forgotten since, get their aliases back.
+
     Raises: RefusedError if the gate refused the version, unless `force`; InputError for `force`
     without `why`; IntegrityError if the version's files are damaged.
     """
@@ -70,6 +72,7 @@ def promote(registry: Registry, name: str, version: str, why: str, force: bool) 
     registry.require_sound(candidate)
     move = Move(CHAMPION, candidate.version, "promoted", why or "promoted by hand",
                 metrics=candidate.metrics, decision=decision)
+    _bring_back_aliases(registry, registry.aliases.history(name).entries(), candidate, move)
     alias = task_alias(task_of(candidate.task))
     if registry.holder(name, alias) is None:
         registry.aliases.move(name, dataclasses.replace(move, alias=alias))
@@ -115,10 +118,10 @@ def roll_back(registry: Registry, name: str, to: str | None, why: str) -> dict[s
 def _bring_back_aliases(registry: Registry, entries: Sequence[Entry], version: Version,
                         move: Move) -> None:
     """Gives the aliases of tasks back that a later version has forgotten, and this one knows."""
-    gone = {task_alias(forgotten.task) for forgotten in version.forgotten}
+    known = {task_alias(task) for task in newest_slots(registry.slots_of(version) or ())}
     last = {entry.move.alias: entry for entry in entries}
     for alias, entry in last.items():
-        if entry.move.kind == "forgot" and entry.move.to is None and alias not in gone:
+        if entry.move.kind == "forgot" and entry.move.to is None and alias in known:
             registry.aliases.move(version.stream,
                                   dataclasses.replace(move, alias=alias, to=entry.origin))
 

@@ -180,3 +180,21 @@ def test_the_first_task_leaves_what_the_others_need(forgotten, tmp_path):
     assert {*found.again.values()} == {"its model has forgotten 'a', and train does not go on from "
                                        "such a model; `partialhn retrain` does"}
     assert stream.run().exit_code == 0
+
+
+@pytest.mark.parametrize("go_back", [
+    lambda registry, version: promote(registry, "digits", version, "", force=False),
+    lambda registry, version: roll_back(registry, "digits", version, "")], ids=["promote", "back"])
+def test_aliases_come_back_with_a_version_that_knows_their_tasks(forgotten, go_back):
+    stream, _ = forgotten
+    go_back(stream.registry, "3")
+    for task in ("a", "b"):
+        forget_task(stream.settings(), task, "", lambda line: None)
+
+    def aliases():
+        return {alias for version in stream.versions() for alias in version.aliases}
+    assert not {"task-a", "task-b"} & aliases()
+    go_back(stream.registry, "1")
+    assert {"task-a", "task-b"} & aliases() == {"task-a"}
+    go_back(stream.registry, "3")
+    assert {"task-a", "task-b"} <= aliases()
