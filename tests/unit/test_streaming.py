@@ -220,20 +220,24 @@ def _read(features, workers, ahead):
 # The thread that reads ahead ---------------------------------------------------------------------
 
 
-def batches(count, seconds=0.0, fail=None):
+def batches(count, fail=None):
     for index in range(count):
         if index == fail:
             raise OSError("the disk is gone")
-        time.sleep(seconds)
         yield FeatureBatch(torch.full((2, 1, 1, 1), float(index)), torch.zeros(2).long(), 1.0,
                            (0,))
 
 
 def test_reading_goes_on_while_a_batch_is_used():
-    start = time.perf_counter()
-    for _ in prefetched(batches(8, 0.1), CPU):
-        time.sleep(0.1)
-    assert time.perf_counter() - start < 0.85 * 1.6
+    read = [threading.Event() for _ in range(8)]
+
+    def noted():
+        for event, batch in zip(read, batches(8), strict=True):
+            event.set()
+            yield batch
+
+    for used, _ in enumerate(prefetched(noted(), CPU)):
+        assert read[min(used + 1, 7)].wait(60), "while a batch is used, the next one is read"
 
 
 def test_it_reads_no_further_ahead_than_asked():
