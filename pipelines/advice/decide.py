@@ -187,11 +187,12 @@ def expected_best(scores: Sequence[float], count: int) -> float:
 
 def rank_correlation(forecast: Sequence[Mapping[str, Any]],
                      results: Sequence[DepthResult]) -> float | None:
-    """Spearman's correlation of the forecast and the measured accuracy; None below 3 depths."""
+    """Spearman's correlation of the forecast and the measured accuracy; None below 3 depths with a
+    forecast, and where one of the two is the same at all of them.
+    """
     expected = {each["depth"]: each.get("expected", each["kept"]) for each in forecast}
     pairs = [(expected[each.depth], each.accuracy.mean) for each in results
-             if each.depth in expected]
-    if len(pairs) < 3:
+             if expected.get(each.depth) is not None]
+    if len(pairs) < 3 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
         return None
-    value = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
-    return None if math.isnan(value) else value
+    return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)

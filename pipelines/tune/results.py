@@ -161,7 +161,12 @@ def log_forecast(log: Log, forecast: Sequence[Mapping[str, Any]], depths: Depths
         mark = "worth trying" if stage["worth_trying"] else "doubtful"
         log(f"  depth {stage['depth']} (freezing {depths.freezing(stage['depth'])}): first task "
             f"{percent(stage['probe_first'])}, second {percent(stage['probe_second'])}; "
-            f"{percent(stage['kept'])} of the accuracy above chance remains: {mark}")
+            f"{_remains(stage['kept'])}: {mark}")
+
+
+def _remains(kept: float | None) -> str:
+    return ("the probe only guesses, which says nothing" if kept is None else
+            f"{percent(kept)} of the accuracy above chance remains")
 
 
 def _config_file(result: DepthResult) -> str:

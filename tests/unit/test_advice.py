@@ -189,6 +189,13 @@ def test_the_forecast_is_judged_by_ranks():
     turned = [stage | {"kept": 1 - stage["kept"]} for stage in stages]
     assert rank_correlation(turned, by_depth()) == pytest.approx(-1)
     assert rank_correlation(stages, by_depth()[:2]) is None
+    assert rank_correlation([stages[0] | {"kept": None}, *stages[1:]], by_depth()) is None
+
+
+def test_equal_forecasts_have_no_ranks(recwarn):
+    stages = [{"depth": depth, "kept": 0.9} for depth in (1, 3, 4)]
+    assert rank_correlation(stages, by_depth()) is None
+    assert not recwarn.list
 
 
 # Words ---------------------------------------------------------------------------------------

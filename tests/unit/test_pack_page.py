@@ -64,7 +64,8 @@ def test_the_forecast_is_held_against_what_came():
     assert "in the order that was measured: 2, 4" in findings.forecast_order(cells())
     wrong = findings.forecast_order(cells(sign=-1))
     assert "in another order than was measured (4, 2): 2, 4" in wrong
-    assert findings.forecast_order([each | {"forecast_kept": None} for each in cells()]) == ""
+    for nothing in (None, 0.5):
+        assert findings.forecast_order([each | {"forecast_kept": nothing} for each in cells()]) == ""
 
 
 def test_noise_is_told_for_both():
