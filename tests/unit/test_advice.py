@@ -436,6 +436,16 @@ def test_the_advice_recommends_and_explains():
     assert advice["more_search"]["best_so_far"][0] == [1, 0.8]
 
 
+def test_guessing_without_the_task_counts_a_class_of_several_tasks_once():
+    """As the answers do: a class that two tasks have is right whichever of them it is taken for."""
+    saved = settings(unknown_task=True)
+    assert HeldOut.of(saved, SURVEY).chance == 0.5
+    saved["tasks"][1]["classes"] = ["y", "z"]
+    assert HeldOut.of(saved, SURVEY).chance == pytest.approx(1 / 3)
+    saved["tasks"][1]["classes"] = ["v", "w"]
+    assert HeldOut.of(saved, SURVEY).chance == 0.25
+
+
 def test_the_whole_advice_speaks_of_blocks_where_the_network_is_cut_at_blocks():
     advice = fields(backbone="partialhn:slim_resnet18", price_gpu_hour=1.0, price_gib_month=0.0)
     assert [each["freeze"] for each in advice["depths"]] == [
