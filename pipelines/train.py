@@ -86,7 +86,7 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
     check_result_path(output.result)
     config = _as_begun(config, storage, output.name, log)
     experiences = open_data(config.data, storage)
-    classes = sum(len(experience.classes) for experience in experiences)
+    classes = len({name for experience in experiences for name in experience.classes})
     images = sum(len(experience.train) for experience in experiences)
     held_out = sum(len(experience.validation) for experience in experiences)
     log(f"{output.name}: {len(experiences)} tasks, {classes} classes, {images} training images"

@@ -33,7 +33,8 @@ class SearchConfig:
     an earlier search stopped."""
     resume: str | None = None
     """Go on with the search of this name, with its stream, space and options; those given here
-    (budget, objective, max loss, seeds, prices) win."""
+    (budget, objective, max loss, seeds, prices, compute, and the place of the same images) win.
+    Others that are given must be as they were."""
     budget: str | None = None
     """Time for trials (90s, 30min, 2h), final runs included, or a number of trials (200-trials);
     default: 30min."""
