@@ -155,8 +155,8 @@ def _money(advice: Mapping[str, Any]) -> str:
     if not money:
         return ""
     rows = [[escape(row["way"]), percent(row["accuracy"]), duration(row["retraining_seconds"]),
-             _price(row["retraining"]), _price(row["computing_a_year"]),
-             _price(row["storage_a_year"]), _price(row["a_year"])] for row in money["rows"]]
+             price(row["retraining"]), price(row["computing_a_year"]),
+             price(row["storage_a_year"]), price(row["a_year"])] for row in money["rows"]]
     table = data_table(["Way", f"Accuracy (guessing {percent(advice['chance'])})",
                         "A retraining takes", "A retraining costs", "Computing a year",
                         "Storage a year", "A year"], rows, "stack")
@@ -204,5 +204,6 @@ def _method(advice: Mapping[str, Any]) -> str:
             "task whose head is not in memory, so it includes generating the head.")
 
 
-def _price(value: float) -> str:
+def price(value: float) -> str:
+    """An amount of money, small ones with two digits that count: 1,234.50, 0.0042."""
     return f"{value:,.2f}" if value >= 0.01 or value == 0 else f"{value:.2g}"

@@ -82,9 +82,10 @@ def why(rows: Sequence[TaskRow], depths: Sequence[int], unit: str) -> str:
     if len(depths) < 2 or not later:
         return ""
     most = max(later, key=lambda row: row.lost)
-    text = (f"Freezing {depths[-1]} {unit}s instead of {depths[0]} costs task '{most.name}' most "
-            f"({in_points(most.lost)}; {percent(most.shift, 0)} of the variance of its features "
-            "lies outside of the directions in which the first task varies). ")
+    text = (f"Freezing {depths[-1]} {unit}s instead of {depths[0]} costs "
+            + (f"task '{most.name}' most ({in_points(most.lost)}; {percent(most.shift, 0)} of the "
+               "variance of its features lies outside of the directions in which the first task "
+               "varies). " if most.lost > 0 else "no later task accuracy. "))
     if len(later) < ENOUGH_TASKS:
         return text + f"{len(later)} later tasks are too few for a correlation."
     shifts, losses = [row.shift for row in later], [row.lost for row in later]

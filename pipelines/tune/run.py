@@ -56,7 +56,7 @@ from pipelines.search.survey import (
     whole_network_seconds,
 )
 from pipelines.search.trial import Bench, run_trial
-from pipelines.tune.results import Results, log_forecast
+from pipelines.tune.results import Results, log_forecast, output_folder
 from pipelines.tune.runs import connect_search
 from pipelines.tune.threads import TrialThreads
 
@@ -97,6 +97,8 @@ def _tune(config: Config, options: SearchConfig, storage: Storage, log: Log) -> 
         space = load_space(options.space, config, options.depths)
     remembered = options.changed(saved["options"]) if saved else options.remembered()
     check_search(config, space, remembered["budget"])
+    if not options.forecast_only:
+        output_folder(options.output)  # now, and not after the last trial
     experiences = open_data(config.data, storage)
     check_stream(experiences)
     settings = {

@@ -26,6 +26,7 @@ from pipelines.advice.facts import advice_fields
 from pipelines.advice.held_out import HeldOut
 from pipelines.advice.money import GIB, Prices, Way, yearly
 from pipelines.advice.page import render
+from pipelines.cli.tune import summary
 from pipelines.search.depths import find_depths
 from pipelines.search.sampling import Goal
 from pipelines.search.settings import SearchConfig
@@ -496,3 +497,15 @@ def test_the_page_holds_everything_and_asks_for_nothing():
     assert 'class="chosen"><th scope="row">3 ·' in page
     assert "retrain everything" in page
     assert "default-src 'none'" in page
+
+
+def test_the_terminal_has_no_empty_sentence_and_shows_small_prices():
+    advice = fields(price_gpu_hour=0.001, price_gib_month=0.0)
+    advice["recommendation"] |= {"ridge": "", "preferred": ""}
+    lines = summary(advice, "advice")
+    assert lines.index("") == 1
+    assert lines[2:lines.index("", 2)] == [
+        advice["recommendation"][key] for key in ("reason", "confidence", "separate_heads")] + [
+            advice["more_search"]["words"]]
+    year = next(line for line in lines if "retrain everything" in line)
+    assert float(year.split()[-1]) == pytest.approx(advice["money"]["rows"][-1]["a_year"], rel=0.05)
