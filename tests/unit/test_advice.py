@@ -360,6 +360,9 @@ def test_plain_ridge_is_named_where_it_wins():
         " behind the recommendation.")
     assert "may be better at depth 3 by 5.5 points" in words.beside_ridge(
         found, found[1], {"1": 0.7, "3": 0.85, "4": 0.6}, FEW)
+    both = words.beside_ridge(found, found[1], {"3": 1.0, "4": 0.745}, FEW)
+    assert "needs no training, is better at depth 3 by 20.5 points (95 % interval " in both
+    assert "; it may be better at depth 4 by 5.0 points (" in both
     assert words.beside_ridge(found, found[1], {"1": 0.7, "3": 0.75, "4": 0.6}, MANY).startswith(
         "Plain ridge regression on pooled features is nowhere better; it is nearest at depth 3, "
         "4.5 points (95 % interval ")
