@@ -6,7 +6,7 @@ probe less accurate on the second: the forecast of a depth is the second task's 
 chance as a share of the first's. A trunk that was trained elsewhere prefers neither task. There it
 is the mean accuracy above chance as a share of the best at this depth or at a shallower one: what
 is lost by freezing more. What a head gains above a shallow cut no probe can tell. A probe that only
-guesses where it is compared with says nothing about its depth.
+guesses where it is compared with, and a task of one class, say nothing about a depth.
 Linear CKA with the labels measures the same without a probe, and is reported beside it.
 
 Legend: N images, D numbers of an image, K classes, C channels, H W spatial.
@@ -77,10 +77,13 @@ def forecast(tasks: Mapping[int, tuple[ProbeTask, ProbeTask]], *, trained_here: 
             probe = probe_accuracy(x_train_ND, y_train_N, x_held_ND, y_held_N, task.classes)
             probes.append(probe)
             ckas.append(linear_cka(x_held_ND, one_hot(y_held_N, task.classes)))
-            above.append(max(probe - 1 / task.classes, 0.0) / (1 - 1 / task.classes))
-        mean = sum(above) / 2
+            if task.classes > 1:  # of one class every guess is right
+                above.append(max(probe - 1 / task.classes, 0.0) / (1 - 1 / task.classes))
+        mean = sum(above) / len(above) if above else 0.0
         most = max(most, mean)
-        remains, whole = (above[1], above[0]) if trained_here else (mean, most)
+        remains, whole = mean, most
+        if trained_here:
+            remains, whole = (above[1], above[0]) if len(above) == 2 else (0.0, 0.0)
         kept = remains / whole if whole > 0 else None
         stages.append(StageForecast(depth, probes[0], probes[1], ckas[0], ckas[1], kept,
                                     worth_trying=False, expected=kept if trained_here else mean))

@@ -99,7 +99,7 @@ class SearchConfig:
     def _numbers(self) -> None:
         for key, low, high in (("max_loss", 0, 1), ("seeds", 1, 20), ("sampler_seed", 0, 2**31),
                                ("trials_at_once", 1, 10_000), ("price_gpu_hour", 0, 1e9),
-                               ("price_gib_month", 0, 1e9), ("tasks_a_month", 0, 1e6)):
+                               ("price_gib_month", 0, 1e9), ("tasks_a_month", 0.01, 1e6)):
             value = getattr(self, key)
             _require(value is None or low <= value <= high, key, value, f"{low:g} to {high:g}")
         _require(self.cpus_per_trial > 0, "cpus_per_trial", self.cpus_per_trial, "more than 0")

@@ -121,5 +121,17 @@ def test_a_probe_that_guesses_on_the_first_task_makes_no_depth_doubtful(tasks):
     assert level.worth_trying, "nothing is lost there"
 
 
+@pytest.mark.parametrize("trained_here", [True, False])
+def test_a_task_of_one_class_says_nothing(tasks, trained_here):
+    two = ProbeTask(tasks[0].train, tasks[0].test, tasks[0].classes)
+    one = ProbeTask(*(dataclasses.replace(each, y_N=torch.zeros_like(each.y_N))
+                      for each in (two.train, two.held_out)), 1)
+    for pair in ((one, two), (two, one), (one, one)):
+        [stage] = forecast({3: pair}, trained_here=trained_here)
+        known = not trained_here and any(each is two for each in pair)
+        assert stage.kept == (1 if known else None)
+        assert stage.worth_trying
+
+
 def test_one_hot_labels():
     assert one_hot(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
