@@ -152,12 +152,12 @@ def choose(accuracy: Mapping[int, float], cost: Mapping[int, float], objective: 
 
 def agreement(results: Sequence[DepthResult], cost: Mapping[int, float], objective: Objective,
               max_loss: float) -> dict[int, int]:
-    """Number of seeds that, taken alone, recommend each depth."""
+    """Number of seeds that, taken alone, recommend each depth; of those that every depth has."""
     votes: dict[int, int] = {}
-    seeds = min(len(each.finals) for each in results)
-    for index in range(seeds):
-        accuracy = {each.depth: each.runs[index].accuracy for each in results}
-        depth = choose(accuracy, cost, objective, max_loss)
+    finals = {each.depth: _by_seed(each.finals) for each in results}
+    for seed in sorted(set.intersection(*map(set, finals.values()))):
+        depth = choose({depth: row[seed] for depth, row in finals.items()}, cost, objective,
+                       max_loss)
         votes[depth] = votes.get(depth, 0) + 1
     return votes
 

@@ -165,6 +165,9 @@ def test_each_seed_votes_alone():
                   record(f"final-0001-s{seed}", 2, (two, two), kind="final", seed=seed)]
     results = results_by_depth(found, GOAL.score)
     assert agreement(results, {1: 8.0, 2: 8.0}, "accuracy", 0.01) == {1: 2, 2: 1}
+    without = [each for each in found if each.plan.id != "final-0001-s1"]  # it failed
+    assert agreement(results_by_depth(without, GOAL.score), {1: 8.0, 2: 8.0}, "accuracy",
+                     0.01) == {1: 1, 2: 1}, "seeds 2 and 3, each against itself"
 
 
 def test_the_expected_best_of_some_trials():
