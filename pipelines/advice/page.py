@@ -198,8 +198,10 @@ def _method(advice: Mapping[str, Any]) -> str:
     return (f"Objective {advice['objective']}: {words}. The cost is measured in {cost}"
             + (" of training the stream: processor time on a CPU, where trials share the machine, "
                "and wall-clock time on a GPU" if cost == "seconds" else "")
-            + ". Where the difference of two depths is not significant over the seeds (95 %), the "
-            "cheaper one is recommended. All choices use held-out images; accuracy on test images "
+            + ("" if advice["objective"] == "cost" else
+               ". Where the difference of two depths is not significant over the seeds (95 %), the "
+               "cheaper one is recommended")
+            + ". All choices use held-out images; accuracy on test images "
             "was measured afterwards and is only reported. Serving cost is one prediction for a "
             "task whose head is not in memory, so it includes generating the head.")
 

@@ -40,7 +40,8 @@ class SearchConfig:
     default: 30min."""
     objective: Objective | None = None
     """accuracy: the most accurate depth. cost: the cheapest within max-loss of it. balanced
-    (default): each doubling of the cost must gain max-loss of accuracy."""
+    (default): each doubling of the cost must gain max-loss of accuracy. With accuracy and balanced,
+    of depths that the seeds cannot tell apart, the cheapest."""
     unknown_task: bool = False
     """Judge trials by class-incremental accuracy: answers over the classes of all tasks, where
     nobody says the task. A resumed search goes on as it was started."""

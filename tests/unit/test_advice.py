@@ -443,6 +443,15 @@ def test_the_advice_recommends_and_explains():
     assert advice["more_search"]["best_so_far"][0] == [1, 0.8]
 
 
+@pytest.mark.parametrize("objective", ["accuracy", "balanced", "cost"])
+def test_the_page_says_what_doubt_does_where_it_does_it(objective):
+    """A cheaper depth within the margin is chosen, except by the objective that asks for cost."""
+    doubt = choose({1: 0.80, 3: 0.79}, {1: 8.0, 3: 2.0}, objective, 0.001, 0.02) == 3
+    assert doubt is (objective != "cost")
+    said = "the cheaper one is recommended" in render(fields(objective=objective))
+    assert said is doubt
+
+
 def test_guessing_without_the_task_counts_a_class_of_several_tasks_once():
     """As the answers do: a class that two tasks have is right whichever of them it is taken for."""
     saved = settings(unknown_task=True)
