@@ -86,11 +86,7 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
     check_result_path(output.result)
     config = _as_begun(config, storage, output.name, log)
     experiences = open_data(config.data, storage)
-    classes = sum(len(experience.classes) for experience in experiences)
-    images = sum(len(experience.train) for experience in experiences)
-    held_out = sum(len(experience.validation) for experience in experiences)
-    log(f"{output.name}: {len(experiences)} tasks, {classes} classes, {images} training images"
-        + (f", {held_out} more held out (--validation)" if held_out else ""))
+    log(f"{output.name}: {stream_counts(experiences)}")
     for note in all_not_used(experiences):
         for line in note.lines():
             log(line)
@@ -130,6 +126,15 @@ def _train(config: Config, output: OutputConfig, storage: Storage, log: Log) -> 
             raise
     Path(output.result).write_text(json.dumps(result, indent=1), encoding="utf-8")
     return result
+
+
+def stream_counts(experiences: Sequence[Experience]) -> str:
+    """What a stream has; a class of several tasks counts once."""
+    classes = len({name for experience in experiences for name in experience.classes})
+    images = sum(len(experience.train) for experience in experiences)
+    held_out = sum(len(experience.validation) for experience in experiences)
+    return (f"{len(experiences)} tasks, {classes} classes, {images} training images"
+            + (f", {held_out} more held out (--validation)" if held_out else ""))
 
 
 def _as_begun(given: Config, storage: Storage, stream: str, log: Log) -> Config:

@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 import torch
 
 from partialhn.benchmarks.catalogue import Cell
+from partialhn.checkpoints.checkpoint import write_whole
 from partialhn.config import Config
 from partialhn.data.datasets import open_stream
 from partialhn.data.experience import Experience
@@ -65,7 +66,8 @@ def run_cells(config: Config, cells: Sequence[Cell], out: Path, log: Log) -> lis
 
         def learn(cell: Cell, go_on: Callable[[], None]) -> None:
             fields = bench.learn(cell, go_on)
-            _write(folder / f"{cell.name}.json", fields)
+            write_whole(pafs.LocalFileSystem(), str(folder / f"{cell.name}.json"),
+                        json.dumps(fields, indent=1).encode())
             log(f"{next(numbers)}/{len(cells)} {cell.name}: accuracy {fields['acc']:.3f}, "
                 f"forgotten {fields['forgetting']:.3f}, {fields['cpu_seconds']:.1f} s")
 
@@ -219,12 +221,6 @@ def config_of(config: Config, cell: Cell) -> Config:
         config, hypernet=dataclasses.replace(config.hypernet, starts_from=start),
         backbone=dataclasses.replace(config.backbone, freeze_depth=cell.depth),
         train=dataclasses.replace(config.train, strategy=cell.strategy, seed=cell.seed))
-
-
-def _write(path: Path, fields: dict[str, Any]) -> None:
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(fields, indent=1), encoding="utf-8")
-    draft.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -43,20 +43,28 @@ def save(folder: Path, kind: str, tensors: dict[str, Tensor], fields: dict[str, 
 def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
     """Copies a checkpoint folder to any filesystem; the fields last, since they make it complete.
 
-    Older fields are deleted first, so that an interrupted copy never mixes old and new.
+    Other fields are deleted first, so that an interrupted copy never mixes old and new. What is
+    there already stays: another process that stores the same may be reading it.
     """
     with contextlib.suppress(FileNotFoundError):
+        with filesystem.open_input_file(f"{target}/{FIELDS}") as stream:
+            same = stream.readall() == (folder / FIELDS).read_bytes()
+        if same and filesystem.get_file_info(f"{target}/{TENSORS}").is_file:
+            return
         filesystem.delete_file(f"{target}/{FIELDS}")
     for name in (TENSORS, FIELDS):
         write_whole(filesystem, f"{target}/{name}", (folder / name).read_bytes())
 
 
 def write_whole(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
-    """Writes a file, which nobody sees before it is complete; makes its folder."""
+    """Writes a file, which nobody sees before it is complete; makes its folder. Several processes
+    may write the same one at once.
+    """
     local = isinstance(filesystem, pafs.LocalFileSystem)
     if local:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    draft = f"{path}.draft" if local else path  # S3 shows only complete objects
+    # S3 shows only complete objects
+    draft = f"{path}.{uuid.uuid4().hex}.draft" if local else path
     with filesystem.open_output_stream(draft) as sink:
         sink.write(content)
     if local:

@@ -5,7 +5,8 @@ Where the trunk was trained on the first task, a stage that is specific to that 
 probe less accurate on the second: the forecast of a depth is the second task's accuracy above
 chance as a share of the first's. A trunk that was trained elsewhere prefers neither task. There it
 is the mean accuracy above chance as a share of the best at this depth or at a shallower one: what
-is lost by freezing more. What a head gains above a shallow cut no probe can tell.
+is lost by freezing more. What a head gains above a shallow cut no probe can tell. A probe that only
+guesses where it is compared with, and a task of one class, say nothing about a depth.
 Linear CKA with the labels measures the same without a probe, and is reported beside it.
 
 Legend: N images, D numbers of an image, K classes, C channels, H W spatial.
@@ -51,10 +52,12 @@ class StageForecast:
     cka_first: float
     """Linear CKA of features and labels on the first task's held-out images."""
     cka_second: float
-    kept: float
-    """The share of the probe's accuracy above chance that remains at this depth."""
+    kept: float | None
+    """The share of the probe's accuracy above chance that remains at this depth; None where the
+    probe that it is a share of is no better than guessing."""
     worth_trying: bool
-    expected: float
+    """Also where `kept` is not known, or says that nothing is lost."""
+    expected: float | None
     """A number that is larger for the depths where more accuracy is expected: `kept`, or for a
     trunk that was trained elsewhere the probe's accuracy above chance."""
 
@@ -74,15 +77,19 @@ def forecast(tasks: Mapping[int, tuple[ProbeTask, ProbeTask]], *, trained_here: 
             probe = probe_accuracy(x_train_ND, y_train_N, x_held_ND, y_held_N, task.classes)
             probes.append(probe)
             ckas.append(linear_cka(x_held_ND, one_hot(y_held_N, task.classes)))
-            above.append(max(probe - 1 / task.classes, 0.0) / (1 - 1 / task.classes))
-        mean = sum(above) / 2
+            if task.classes > 1:  # of one class every guess is right
+                above.append(max(probe - 1 / task.classes, 0.0) / (1 - 1 / task.classes))
+        mean = sum(above) / len(above) if above else 0.0
         most = max(most, mean)
-        remains, whole = (above[1], above[0]) if trained_here else (mean, most)
-        kept = remains / whole if whole > 0 else 0.0
+        remains, whole = mean, most
+        if trained_here:
+            remains, whole = (above[1], above[0]) if len(above) == 2 else (0.0, 0.0)
+        kept = remains / whole if whole > 0 else None
         stages.append(StageForecast(depth, probes[0], probes[1], ckas[0], ckas[1], kept,
                                     worth_trying=False, expected=kept if trained_here else mean))
-    best = max(stage.kept for stage in stages)
-    return [dataclasses.replace(stage, worth_trying=stage.kept >= WORTH * best)
+    best = max((stage.kept for stage in stages if stage.kept is not None), default=0.0)
+    enough = WORTH * min(best, 1.0)  # more than 1 remains where the second task is the easier one
+    return [dataclasses.replace(stage, worth_trying=stage.kept is None or stage.kept >= enough)
             for stage in stages]
 
 

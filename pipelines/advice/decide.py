@@ -152,12 +152,12 @@ def choose(accuracy: Mapping[int, float], cost: Mapping[int, float], objective: 
 
 def agreement(results: Sequence[DepthResult], cost: Mapping[int, float], objective: Objective,
               max_loss: float) -> dict[int, int]:
-    """Number of seeds that, taken alone, recommend each depth."""
+    """Number of seeds that, taken alone, recommend each depth; of those that every depth has."""
     votes: dict[int, int] = {}
-    seeds = min(len(each.finals) for each in results)
-    for index in range(seeds):
-        accuracy = {each.depth: each.runs[index].accuracy for each in results}
-        depth = choose(accuracy, cost, objective, max_loss)
+    finals = {each.depth: _by_seed(each.finals) for each in results}
+    for seed in sorted(set.intersection(*map(set, finals.values()))):
+        depth = choose({depth: row[seed] for depth, row in finals.items()}, cost, objective,
+                       max_loss)
         votes[depth] = votes.get(depth, 0) + 1
     return votes
 
@@ -187,11 +187,12 @@ def expected_best(scores: Sequence[float], count: int) -> float:
 
 def rank_correlation(forecast: Sequence[Mapping[str, Any]],
                      results: Sequence[DepthResult]) -> float | None:
-    """Spearman's correlation of the forecast and the measured accuracy; None below 3 depths."""
+    """Spearman's correlation of the forecast and the measured accuracy; None below 3 depths with a
+    forecast, and where one of the two is the same at all of them.
+    """
     expected = {each["depth"]: each.get("expected", each["kept"]) for each in forecast}
     pairs = [(expected[each.depth], each.accuracy.mean) for each in results
-             if each.depth in expected]
-    if len(pairs) < 3:
+             if expected.get(each.depth) is not None]
+    if len(pairs) < 3 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
         return None
-    value = float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
-    return None if math.isnan(value) else value
+    return float(stats.spearmanr(*zip(*pairs, strict=True)).statistic)

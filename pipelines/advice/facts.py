@@ -195,7 +195,7 @@ def _ways(settings: Mapping[str, Any], results: Sequence[DepthResult],
 
 def _prices(options: Mapping[str, Any]) -> Prices:
     return Prices(options["price_gpu_hour"], options["price_gib_month"],
-                  options["tasks_a_month"] or 1.0)
+                  1.0 if options["tasks_a_month"] is None else options["tasks_a_month"])
 
 
 def _way(name: str, runs: Sequence[Measured], tasks: int, accuracy: float) -> Way:

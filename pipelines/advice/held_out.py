@@ -28,7 +28,7 @@ class HeldOut:
         """The images that a survey counted, for the tasks of the settings."""
         guesses = [1 / len(task["classes"]) for task in settings["tasks"]]
         if settings["options"].get("unknown_task"):  # among the classes of all tasks
-            guesses = [1 / sum(len(task["classes"]) for task in settings["tasks"])]
+            guesses = [1 / len({name for task in settings["tasks"] for name in task["classes"]})]
         return HeldOut(tuple(survey["held_out_images"]), sum(guesses) / len(guesses))
 
     @property

@@ -144,16 +144,17 @@ def beside_ridge(results: Sequence[DepthResult], chosen: DepthResult,
     if not gaps:
         return ""
     name = "Plain ridge regression on pooled features"
-    wins = {depth: gap for depth, gap in gaps.items() if gap.mean >= LEVEL}
-    sure_wins = [depth for depth, gap in wins.items() if gap.tells]
-    where = " and ".join(f"at depth {depth} by {told(gap, IMAGES)}"
-                         for depth, gap in wins.items())
-    if not wins:
+    wins = {tells: " and ".join(f"at depth {depth} by {told(gap, IMAGES)}"
+                                for depth, gap in gaps.items()
+                                if gap.mean >= LEVEL and gap.tells is tells)
+            for tells in (True, False)}
+    where = "; it ".join(f"{verb} better {wins[tells]}" for tells, verb in
+                         ((True, "is"), (False, "may be")) if wins[tells])
+    if not where:
         nearest = max(gaps, key=lambda depth: gaps[depth].mean)
         return (f"{name} is nowhere better; it is nearest at depth {nearest}, "
                 f"{told(gaps[nearest], IMAGES)} behind.")
-    return (f"{name} (--strategy ridge), which needs no training, "
-            f"{'is' if sure_wins else 'may be'} better {where}. "
+    return (f"{name} (--strategy ridge), which needs no training, {where}. "
             + _best_ridge(chosen, ridge, held_out))
 
 

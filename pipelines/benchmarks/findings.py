@@ -82,14 +82,16 @@ def why(rows: Sequence[TaskRow], depths: Sequence[int], unit: str) -> str:
     if len(depths) < 2 or not later:
         return ""
     most = max(later, key=lambda row: row.lost)
-    text = (f"Freezing {depths[-1]} {unit}s instead of {depths[0]} costs task '{most.name}' most "
-            f"({in_points(most.lost)}; {percent(most.shift, 0)} of the variance of its features "
-            "lies outside of the directions in which the first task varies). ")
+    text = (f"Freezing {depths[-1]} {unit}s instead of {depths[0]} costs "
+            + (f"task '{most.name}' most ({in_points(most.lost)}; {percent(most.shift, 0)} of the "
+               "variance of its features lies outside of the directions in which the first task "
+               "varies). " if most.lost > 0 else "no later task accuracy. "))
     if len(later) < ENOUGH_TASKS:
         return text + f"{len(later)} later tasks are too few for a correlation."
-    correlation = stats.spearmanr([row.shift for row in later], [row.lost for row in later])
-    if np.isnan(correlation.statistic):
+    shifts, losses = [row.shift for row in later], [row.lost for row in later]
+    if len(set(shifts)) == 1 or len(set(losses)) == 1:
         return text + "All later tasks have the same shift, or lose the same accuracy."
+    correlation = stats.spearmanr(shifts, losses)
     sense = ("Tasks that differ more from the first lose more" if correlation.statistic > 0 else
              "Tasks that differ more from the first do not lose more")
     doubt = "" if correlation.pvalue < 1 - CONFIDENCE else ", which is not significant"
@@ -98,11 +100,13 @@ def why(rows: Sequence[TaskRow], depths: Sequence[int], unit: str) -> str:
 
 
 def forecast_order(cells: Sequence[Mapping[str, Any]]) -> str:
-    """Whether the forecast from two tasks ranked the depths as they were measured."""
+    """Whether the forecast from two tasks ranked the depths as they were measured; empty where it
+    expects the same of all of them.
+    """
     ours = [cell for cell in cells if cell["strategy"] == OURS]
     kept = {cell["depth"]: cell["forecast_kept"] for cell in ours
             if cell["forecast_kept"] is not None}
-    if len(kept) < 2 or not any(kept.values()):
+    if len(set(kept.values())) < 2:
         return ""
     acc = {depth: float(np.mean([cell["acc"] for cell in ours if cell["depth"] == depth]))
            for depth in kept}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from partialhn.benchmarks.catalogue import expected
+from partialhn.benchmarks.catalogue import expected, find_benchmark
 from partialhn.benchmarks.comparison import Row, rows
 from partialhn.errors import InputError
 from partialhn.networks.table import cut_unit
@@ -16,8 +16,15 @@ from pipelines.report.html import data_table, facts_list, figure, page, pair, se
 
 KEPT = ("label", "strategy", "depth", "seed", "acc", "learning_accuracy", "forgetting",
         "accuracy_matrix", "bytes_per_task", "cpu_seconds", "feature_bytes", "tasks", "task_shift",
-        "forecast_kept")
+        "forecast_kept", "class_incremental")
 """The fields of a cell that the page needs; `result.json` holds them."""
+
+
+def kept_fields(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a cell for `result.json`; cells of version 0.1.0 lack the last one."""
+    return {key: cell[key] for key in KEPT if key in cell}
+
+
 SETTINGS = (("tasks", "data", "tasks"), ("images a class", "data", "images_per_class"),
             ("input size", "data", "input_size"), ("network", "backbone", "backbone"),
             ("trunk epochs", "backbone", "trunk_epochs"), ("views", "features", "views"),
@@ -121,7 +128,10 @@ def _tasks(tasks: Sequence[findings.TaskRow], depths: Sequence[int],
 def _provenance(result: Mapping[str, Any], table: Sequence[Row]) -> str:
     config = result["config"]
     facts = [(name, str(config[part][key])) for name, part, key in SETTINGS]
-    command = f"partialhn reproduce {result['pack']} --data IMAGES --size {result['size']}"
+    seeds = len({cell["seed"] for cell in result["cells"]})
+    usual = find_benchmark(result["pack"]).sizes[result["size"]].seeds
+    command = (f"partialhn reproduce {result['pack']} --data IMAGES --size {result['size']}"
+               + f" --seeds {seeds}" * (seeds != usual))
     return section("Provenance", verdict(table).capitalize() + ".",
                    facts_list([("command", command),
                                ("version", str(result["partialhn_version"])), *facts]))

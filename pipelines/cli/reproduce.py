@@ -60,7 +60,7 @@ class Reproduce:
         from partialhn.benchmarks.reproduce import run_cells
         from partialhn.networks.table import cut_unit
         from partialhn.numbers import now
-        from pipelines.benchmarks.page import KEPT, benchmark_page, chance_of
+        from pipelines.benchmarks.page import benchmark_page, chance_of, kept_fields
         from pipelines.benchmarks.plots import plots_svg
         from pipelines.benchmarks.table import table_csv, table_markdown, verdict
 
@@ -76,7 +76,7 @@ class Reproduce:
         result = {"pack": self.benchmark, "size": self.size, "config": config.to_dict(),
                   "partialhn_version": __version__, "finished": now(),
                   "rows": [dataclasses.asdict(row) for row in table],
-                  "cells": [{key: cell[key] for key in KEPT} for cell in cells]}
+                  "cells": list(map(kept_fields, cells))}
         unit = cut_unit(config.backbone.backbone)
         chance_T = chance_of(cells)
         texts = {"result.json": json.dumps(result, indent=1), "table.csv": table_csv(table),

@@ -49,12 +49,12 @@ def next_commands(advice: dict[str, Any], search: SearchConfig) -> list[str]:
 
 def summary(advice: dict[str, Any], output: str) -> list[str]:
     """The recommendation and the table of depths as lines for a terminal."""
-    from pipelines.advice.page import interval_of
+    from pipelines.advice.page import interval_of, price
 
     chosen = advice["recommendation"]
-    lines = [f"freeze depth {chosen['depth']} ({chosen['freeze']})", "", chosen["reason"],
-             *([chosen["preferred"]] if chosen["preferred"] else []), chosen["confidence"],
-             chosen["separate_heads"], chosen["ridge"], advice["more_search"]["words"], "",
+    said = (chosen["reason"], chosen["preferred"], chosen["confidence"], chosen["separate_heads"],
+            chosen["ridge"], advice["more_search"]["words"])
+    lines = [f"freeze depth {chosen['depth']} ({chosen['freeze']})", "", *filter(None, said), "",
              "depth  trials  accuracy                 test     seconds   features  "
              "behind separate heads   ridge"]
     for row in advice["depths"]:
@@ -69,7 +69,7 @@ def summary(advice: dict[str, Any], output: str) -> list[str]:
     lines.append(f"Guessing is right for {percent(advice['chance'])}. {interval_of(advice)}.")
     if advice["money"]:
         lines += ["", "a year" + " " * 46 + "a retraining    a year"]
-        lines += [f"  {row['way']:<50}{row['retraining']:>12.2f}{row['a_year']:>10.2f}"
+        lines += [f"  {row['way']:<50}{price(row['retraining']):>12}{price(row['a_year']):>10}"
                   for row in advice["money"]["rows"]]
     return [*lines, "", f"advice: {output}/advice.html, {output}/advice.json"]
 

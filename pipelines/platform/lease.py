@@ -1,8 +1,9 @@
-"""The lease of a stream: if several passes start at once, exactly one of them works.
+"""The lease of a stream or of a search: if several processes start at once, exactly one works.
 
     <root>/streams/<stream>/lease/00000007.json        claim 7: who holds it, since when
     <root>/streams/<stream>/lease/00000007.beat.json   its expiry, renewed by the holder; 0 once
                                                        released
+    <root>/searches/<name>/lease/                      the same for a search
 
 The number is the fencing token. A claim takes the next free number, with a write that fails if the
 file exists, so two claims never have the same number. A process may claim the lease if the newest
@@ -20,7 +21,7 @@ import socket
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from partialhn.errors import IntegrityError
 from partialhn.json_files import parse_object
@@ -33,7 +34,7 @@ _CLAIM = re.compile(r"(\d{8})\.json")
 
 
 class LeaseLostError(RuntimeError):
-    """Another process has taken over the stream's lease, so this one must stop."""
+    """Another process has taken over the lease, so this one must stop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,12 @@ class Holder:
 
 
 class Lease:
-    """A claim to a stream, renewed by a thread until `release`."""
+    """A claim to a stream, renewed by a thread until `release`. of: what has the name."""
 
-    def __init__(self, storage: Storage, stream: str, seconds: float = SECONDS) -> None:
+    def __init__(self, storage: Storage, name: str, seconds: float = SECONDS,
+                 of: Literal["streams", "searches"] = "streams") -> None:
         self._storage, self.seconds = storage, seconds
-        self._folder = storage.path("streams", check_name(stream), "lease")
+        self._folder = storage.path(of, check_name(name), "lease")
         self.token = 0
         self._renewed_at = 0.0
         self._stop = threading.Event()

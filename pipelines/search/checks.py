@@ -9,13 +9,46 @@ from partialhn.data.experience import Experience
 from partialhn.errors import InputError
 from partialhn.networks.backbone import build_network
 from partialhn.run import check
+from pipelines.platform.lease import Lease
+from pipelines.platform.storage import Storage
 from pipelines.search.settings import SearchConfig, parse_budget
-from pipelines.search.space import Space
+from pipelines.search.space import Space, load_space
+
+PLACE = ("data", "image_column", "label_column")
+"""Options of the data that say where the same images are."""
 
 
-def on_this_machine(saved: Config, given: Config) -> Config:
-    """The configuration that a search was started with, with the compute options given now."""
+def resumed(saved: Config, given: Config) -> Config:
+    """The configuration that a search was started with, with the compute options given now, and
+    the place of the images where one is given.
+
+    Raises: InputError for another option that is given and would make another search of it.
+    """
+    usual = Config()
+    for field in dataclasses.fields(Config):
+        for key, value in vars(getattr(given, field.name)).items():
+            began_with = getattr(getattr(saved, field.name), key)
+            if (field.name == "compute" or value in (getattr(getattr(usual, field.name), key),
+                                                     began_with)):
+                continue
+            if field.name == "data" and key in PLACE:
+                saved = dataclasses.replace(saved, data=dataclasses.replace(saved.data,
+                                                                            **{key: value}))
+                continue
+            raise InputError(f"{key} is {value!r}; allowed: {began_with!r}, as the search was "
+                             "started with; or another --name without --resume")
     return dataclasses.replace(saved, compute=given.compute)
+
+
+def check_same_space(saved: Space, config: Config, options: SearchConfig) -> None:
+    """Checks depths and space that are given to a resumed search. Raises: InputError for others."""
+    if options.depths is None and options.space is None:
+        return
+    if load_space(options.space, config, options.depths).to_dict() != saved.to_dict():
+        given = f"depths {options.depths}" if options.depths else f"space {options.space!r}"
+        raise InputError(f"{given}: the search was started with another space, of the depths "
+                         f"{saved.depths()}; allowed: leave depths and space out to go on with it, "
+                         "or another --name without --resume")
 
 
 def check_search(config: Config, space: Space, budget: str) -> None:
@@ -48,6 +81,19 @@ def check_stream(experiences: Sequence[Experience]) -> None:
         if not len(each.validation):
             raise InputError(f"task {each.name!r} has no held-out images; allowed: at least one a "
                              "task, so raise validation")
+
+
+def sole_session(storage: Storage, name: str) -> Lease:
+    """The claim to a search, to be released at the end of the session.
+
+    Raises: InputError where another process works at it, whose trials this one would repeat.
+    """
+    lease = Lease(storage, name, of="searches")
+    if (holder := lease.acquire()) is not None:
+        raise InputError(f"search {name!r} is in use by another process ({holder}); allowed: "
+                         f"another --name, or wait until that one ends or, if it was killed on "
+                         f"another machine, for {lease.seconds:g} s")
+    return lease
 
 
 def settled(saved: dict[str, Any], asked: dict[str, Any],

@@ -214,8 +214,8 @@ class TrialSource(Searcher):
             return
         try:
             record = _record(plan, result, error, self._seconds())
-            if record and self._state.finish(record):
-                self._ended(record)
+            if record:
+                self._ended(self._state.finish(record))
         except Exception as problem:  # raised by the driver
             self.error = problem
 

@@ -33,13 +33,15 @@ class SearchConfig:
     an earlier search stopped."""
     resume: str | None = None
     """Go on with the search of this name, with its stream, space and options; those given here
-    (budget, objective, max loss, seeds, prices) win."""
+    (budget, objective, max loss, seeds, prices, compute, and the place of the same images) win.
+    Others that are given must be as they were."""
     budget: str | None = None
     """Time for trials (90s, 30min, 2h), final runs included, or a number of trials (200-trials);
     default: 30min."""
     objective: Objective | None = None
     """accuracy: the most accurate depth. cost: the cheapest within max-loss of it. balanced
-    (default): each doubling of the cost must gain max-loss of accuracy."""
+    (default): each doubling of the cost must gain max-loss of accuracy. With accuracy and balanced,
+    of depths that the seeds cannot tell apart, the cheapest."""
     unknown_task: bool = False
     """Judge trials by class-incremental accuracy: answers over the classes of all tasks, where
     nobody says the task. A resumed search goes on as it was started."""
@@ -98,7 +100,7 @@ class SearchConfig:
     def _numbers(self) -> None:
         for key, low, high in (("max_loss", 0, 1), ("seeds", 1, 20), ("sampler_seed", 0, 2**31),
                                ("trials_at_once", 1, 10_000), ("price_gpu_hour", 0, 1e9),
-                               ("price_gib_month", 0, 1e9), ("tasks_a_month", 0, 1e6)):
+                               ("price_gib_month", 0, 1e9), ("tasks_a_month", 0.01, 1e6)):
             value = getattr(self, key)
             _require(value is None or low <= value <= high, key, value, f"{low:g} to {high:g}")
         _require(self.cpus_per_trial > 0, "cpus_per_trial", self.cpus_per_trial, "more than 0")

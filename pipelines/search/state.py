@@ -5,6 +5,7 @@
     <root>/searches/<name>/started/<id>.json    a trial that was started, with its configuration
     <root>/searches/<name>/running/<id>/        its state after the last kept epoch (a checkpoint)
     <root>/searches/<name>/trials/<id>.json     its record; from then on it is never run again
+    <root>/searches/<name>/lease/               the claim of the one process that works at it
 
 A trial that was started and has no record was interrupted: it runs again under the same name, from
 its last state.
@@ -194,13 +195,15 @@ class SearchState:
         self._storage.put_if_absent(f"{self.folder}/started/{plan.id}.json",
                                     json.dumps(dataclasses.asdict(plan), indent=1).encode())
 
-    def finish(self, record: TrialRecord) -> bool:
-        """Stores a trial's record once and deletes its running state; False if it had a record."""
-        first = self._storage.put_if_absent(f"{self.folder}/trials/{record.plan.id}.json",
-                                            record.to_json())
+    def finish(self, record: TrialRecord) -> TrialRecord:
+        """Stores a trial's record once and deletes its running state; returns the stored record,
+        which is another one where a session that lost its claim ended the trial as well.
+        """
+        path = f"{self.folder}/trials/{record.plan.id}.json"
+        first = self._storage.put_if_absent(path, record.to_json())
         if self._storage.exists(self.running(record.plan.id)):
             self._storage.filesystem.delete_dir(self.running(record.plan.id))
-        return first
+        return record if first else parse_record(path, self._read(path))
 
     def running(self, trial: str) -> str:
         """Where a running trial keeps its state, as a path in the storage's filesystem."""

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ from pipelines.search.state import Measured, SearchState, TrialPlan, TrialRecord
 from pipelines.tune.runs import SearchRuns
 
 Log = Callable[[str], None]
+FIRST_WORDS = "# Best trial of depth"
+"""The beginning of a depth's configuration file."""
 
 
 class Results:
@@ -100,16 +103,10 @@ class Results:
                              "a space with valid configurations")
         advice = advice_fields(self._settings, self._space, self.records, results, self._goal,
                                self._survey, self.seconds())
-        folder = Path(output)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            files = {f"depth-{each.depth}.yaml": _config_file(each) for each in results}
-            files |= {"advice.json": json.dumps(advice, indent=1), "advice.html": render(advice)}
-            for name, text in files.items():
-                (folder / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"output {output!r} cannot be written: {error.strerror}; give a "
-                             "folder you may write to") from error
+        folder = output_folder(output)
+        files = {f"depth-{each.depth}.yaml": _config_file(each) for each in results}
+        files |= {"advice.json": json.dumps(advice, indent=1), "advice.html": render(advice)}
+        write_advice(folder, files)
         self._finish_registry(advice, [folder / name for name in files])
         return advice
 
@@ -124,8 +121,9 @@ class Results:
                  f"{duration(measured.seconds)}")
         if record.status == "pruned":
             return f"{text}  stopped early"
-        best = max((each for each in self.records if each.finished), key=_accuracy)
-        return (f"{text}  (best {percent(_accuracy(best))} at depth {best.plan.depth}; "
+        best = max((each for each in self.records if each.finished
+                    and each.plan.kind == "search"), key=_accuracy)
+        return (f"{text}  (best trial {percent(_accuracy(best))} at depth {best.plan.depth}; "
                 f"{len(self.records)} done in {duration(self.seconds())})")
 
     # MLflow ----------------------------------------------------------------------------------
@@ -154,6 +152,30 @@ class Results:
         self._registry.end_run(self._parent)
 
 
+def output_folder(output: str) -> Path:
+    """The folder of the advice, made if need be. Raises: InputError if it cannot be written to."""
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "a file is there" if folder.is_file() else error.strerror
+        raise InputError(f"output is {output!r}, which cannot be made ({why}); allowed: a folder "
+                         "that you may write to") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"output is {output!r}, which cannot be written to; allowed: a folder "
+                         "that you may write to")
+    return folder
+
+
+def write_advice(folder: Path, files: Mapping[str, str]) -> None:
+    """Writes the files of an advice, and deletes the configurations of an earlier one's depths."""
+    for old in folder.glob("depth-*.yaml"):
+        if old.name not in files and old.read_text(encoding="utf-8").startswith(FIRST_WORDS):
+            old.unlink()
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
 def log_forecast(log: Log, forecast: Sequence[Mapping[str, Any]], depths: Depths) -> None:
     """Logs the forecast, one line for each depth."""
     log(f"forecast from the first two tasks (linear probe on each {depths.unit}'s features):")
@@ -161,13 +183,18 @@ def log_forecast(log: Log, forecast: Sequence[Mapping[str, Any]], depths: Depths
         mark = "worth trying" if stage["worth_trying"] else "doubtful"
         log(f"  depth {stage['depth']} (freezing {depths.freezing(stage['depth'])}): first task "
             f"{percent(stage['probe_first'])}, second {percent(stage['probe_second'])}; "
-            f"{percent(stage['kept'])} of the accuracy above chance remains: {mark}")
+            f"{_remains(stage['kept'])}: {mark}")
+
+
+def _remains(kept: float | None) -> str:
+    return ("the probe only guesses, which says nothing" if kept is None else
+            f"{percent(kept)} of the accuracy above chance remains")
 
 
 def _config_file(result: DepthResult) -> str:
     """A depth's best configuration, for `partialhn train --config`."""
     config = Config.from_dict(result.best.plan.config)
-    return (f"# Best trial of depth {result.depth}: {result.best.plan.id}\n"
+    return (f"{FIRST_WORDS} {result.depth}: {result.best.plan.id}\n"
             + yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 

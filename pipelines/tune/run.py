@@ -31,7 +31,14 @@ from pipelines.platform.cluster import WorkerDevice, cluster_nodes, start_ray
 from pipelines.platform.packing import Packing, Room, pack
 from pipelines.platform.progress import Progress
 from pipelines.platform.storage import Storage, open_storage
-from pipelines.search.checks import check_search, check_stream, on_this_machine, settled
+from pipelines.search.checks import (
+    check_same_space,
+    check_search,
+    check_stream,
+    resumed,
+    settled,
+    sole_session,
+)
 from pipelines.search.depths import find_depths
 from pipelines.search.rounds import add_round, load_rounds
 from pipelines.search.sampling import Goal, Proposals, TrialSource
@@ -49,7 +56,7 @@ from pipelines.search.survey import (
     whole_network_seconds,
 )
 from pipelines.search.trial import Bench, run_trial
-from pipelines.tune.results import Results, log_forecast
+from pipelines.tune.results import Results, log_forecast, output_folder
 from pipelines.tune.runs import connect_search
 from pipelines.tune.threads import TrialThreads
 
@@ -80,8 +87,9 @@ def _tune(config: Config, options: SearchConfig, storage: Storage, log: Log) -> 
         raise InputError(f"no search {options.resume!r} at {storage.uri}; allowed: the name of a "
                          "search that was started there")
     if options.resume and saved:
-        config = on_this_machine(Config.from_dict(saved["config"]), config)
+        config = resumed(Config.from_dict(saved["config"]), with_depth_number(config))
         space = parse_space(saved["space"], config)
+        check_same_space(space, config, options)
     else:
         config = with_depth_number(config)
         if saved and Config.from_dict(saved["config"]) == config.with_first_values():
@@ -89,6 +97,8 @@ def _tune(config: Config, options: SearchConfig, storage: Storage, log: Log) -> 
         space = load_space(options.space, config, options.depths)
     remembered = options.changed(saved["options"]) if saved else options.remembered()
     check_search(config, space, remembered["budget"])
+    if not options.forecast_only:
+        output_folder(options.output)  # now, and not after the last trial
     experiences = open_data(config.data, storage)
     check_stream(experiences)
     settings = {
@@ -100,7 +110,8 @@ def _tune(config: Config, options: SearchConfig, storage: Storage, log: Log) -> 
     if not options.forecast_only:
         settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
         settings = settled(state.create(settings), settings, options)
-    with InUse(storage, f"search {state.name}") as in_use:
+    alone = contextlib.nullcontext() if options.forecast_only else sole_session(storage, state.name)
+    with alone, InUse(storage, f"search {state.name}") as in_use:
         return _Search(config, space, options, storage, state, settings, experiences, log,
                        in_use).run()
 

@@ -26,6 +26,7 @@ from pipelines.advice.facts import advice_fields
 from pipelines.advice.held_out import HeldOut
 from pipelines.advice.money import GIB, Prices, Way, yearly
 from pipelines.advice.page import render
+from pipelines.cli.tune import summary
 from pipelines.search.depths import find_depths
 from pipelines.search.sampling import Goal
 from pipelines.search.settings import SearchConfig
@@ -164,6 +165,9 @@ def test_each_seed_votes_alone():
                   record(f"final-0001-s{seed}", 2, (two, two), kind="final", seed=seed)]
     results = results_by_depth(found, GOAL.score)
     assert agreement(results, {1: 8.0, 2: 8.0}, "accuracy", 0.01) == {1: 2, 2: 1}
+    without = [each for each in found if each.plan.id != "final-0001-s1"]  # it failed
+    assert agreement(results_by_depth(without, GOAL.score), {1: 8.0, 2: 8.0}, "accuracy",
+                     0.01) == {1: 1, 2: 1}, "seeds 2 and 3, each against itself"
 
 
 def test_the_expected_best_of_some_trials():
@@ -189,6 +193,13 @@ def test_the_forecast_is_judged_by_ranks():
     turned = [stage | {"kept": 1 - stage["kept"]} for stage in stages]
     assert rank_correlation(turned, by_depth()) == pytest.approx(-1)
     assert rank_correlation(stages, by_depth()[:2]) is None
+    assert rank_correlation([stages[0] | {"kept": None}, *stages[1:]], by_depth()) is None
+
+
+def test_equal_forecasts_have_no_ranks(recwarn):
+    stages = [{"depth": depth, "kept": 0.9} for depth in (1, 3, 4)]
+    assert rank_correlation(stages, by_depth()) is None
+    assert not recwarn.list
 
 
 # Words ---------------------------------------------------------------------------------------
@@ -352,6 +363,9 @@ def test_plain_ridge_is_named_where_it_wins():
         " behind the recommendation.")
     assert "may be better at depth 3 by 5.5 points" in words.beside_ridge(
         found, found[1], {"1": 0.7, "3": 0.85, "4": 0.6}, FEW)
+    both = words.beside_ridge(found, found[1], {"3": 1.0, "4": 0.745}, FEW)
+    assert "needs no training, is better at depth 3 by 20.5 points (95 % interval " in both
+    assert "; it may be better at depth 4 by 5.0 points (" in both
     assert words.beside_ridge(found, found[1], {"1": 0.7, "3": 0.75, "4": 0.6}, MANY).startswith(
         "Plain ridge regression on pooled features is nowhere better; it is nearest at depth 3, "
         "4.5 points (95 % interval ")
@@ -429,6 +443,25 @@ def test_the_advice_recommends_and_explains():
     assert advice["more_search"]["best_so_far"][0] == [1, 0.8]
 
 
+@pytest.mark.parametrize("objective", ["accuracy", "balanced", "cost"])
+def test_the_page_says_what_doubt_does_where_it_does_it(objective):
+    """A cheaper depth within the margin is chosen, except by the objective that asks for cost."""
+    doubt = choose({1: 0.80, 3: 0.79}, {1: 8.0, 3: 2.0}, objective, 0.001, 0.02) == 3
+    assert doubt is (objective != "cost")
+    said = "the cheaper one is recommended" in render(fields(objective=objective))
+    assert said is doubt
+
+
+def test_guessing_without_the_task_counts_a_class_of_several_tasks_once():
+    """As the answers do: a class that two tasks have is right whichever of them it is taken for."""
+    saved = settings(unknown_task=True)
+    assert HeldOut.of(saved, SURVEY).chance == 0.5
+    saved["tasks"][1]["classes"] = ["y", "z"]
+    assert HeldOut.of(saved, SURVEY).chance == pytest.approx(1 / 3)
+    saved["tasks"][1]["classes"] = ["v", "w"]
+    assert HeldOut.of(saved, SURVEY).chance == 0.25
+
+
 def test_the_whole_advice_speaks_of_blocks_where_the_network_is_cut_at_blocks():
     advice = fields(backbone="partialhn:slim_resnet18", price_gpu_hour=1.0, price_gib_month=0.0)
     assert [each["freeze"] for each in advice["depths"]] == [
@@ -479,3 +512,15 @@ def test_the_page_holds_everything_and_asks_for_nothing():
     assert 'class="chosen"><th scope="row">3 ·' in page
     assert "retrain everything" in page
     assert "default-src 'none'" in page
+
+
+def test_the_terminal_has_no_empty_sentence_and_shows_small_prices():
+    advice = fields(price_gpu_hour=0.001, price_gib_month=0.0)
+    advice["recommendation"] |= {"ridge": "", "preferred": ""}
+    lines = summary(advice, "advice")
+    assert lines.index("") == 1
+    assert lines[2:lines.index("", 2)] == [
+        advice["recommendation"][key] for key in ("reason", "confidence", "separate_heads")] + [
+            advice["more_search"]["words"]]
+    year = next(line for line in lines if "retrain everything" in line)
+    assert float(year.split()[-1]) == pytest.approx(advice["money"]["rows"][-1]["a_year"], rel=0.05)

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back, and anything else is refused without running code."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -219,6 +220,29 @@ def test_an_upload_over_an_older_one_never_mixes_the_two(models, saved, tmp_path
     with pytest.raises(OSError, match=r"model\.safetensors"):
         checkpoint.upload(saved, local, str(target))
     assert not checkpoint.fetch(local, str(target), tmp_path / "near")
+
+
+def test_an_upload_of_the_same_is_never_without_fields(saved, tmp_path):
+    """Two processes that trained one trunk store it; the first one reads what the second writes."""
+    class NoDeletes(LocalFileSystem):
+        def delete_file(self, path):
+            raise AssertionError(f"{path} is gone for a moment")
+    target = tmp_path / "far" / "model"
+    checkpoint.upload(saved, LocalFileSystem(), str(target))
+    checkpoint.upload(saved, NoDeletes(), str(target))
+    (target / "model.safetensors").unlink()
+    checkpoint.upload(saved, LocalFileSystem(), str(target))
+    assert checkpoint.fetch(LocalFileSystem(), str(target), tmp_path / "back")
+
+
+def test_processes_that_write_one_file_at_once_each_write_all_of_it(tmp_path):
+    path, contents = tmp_path / "cells" / "one.json", [bytes([65 + i]) * 300_000 for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            list(pool.map(lambda content: checkpoint.write_whole(
+                LocalFileSystem(), str(path), content), contents))
+            assert path.read_bytes() in contents
+    assert [each.name for each in path.parent.iterdir()] == ["one.json"]
 
 
 def test_any_kind_of_state_round_trips(tmp_path):

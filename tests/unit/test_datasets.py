@@ -21,6 +21,7 @@ from partialhn.data.decode import decode, decode_images
 from partialhn.data.layout import open_images
 from partialhn.data.library import TORCHVISION, convert_digits, write_parquet
 from partialhn.errors import InputError
+from pipelines.train import stream_counts
 
 DIGITS = load_digits()
 
@@ -636,6 +637,7 @@ def test_domains_share_classes_and_divide_images(tmp_path):
                   for each in (first, *rest)]
         assert np.ptp(counts, axis=0).max() <= 1
     assert first.classes == rest[0].classes == whole.classes
+    assert stream_counts([first, *rest]).startswith("3 tasks, 10 classes, ")
     again = open_stream(config, tmp_path)
     assert [each.fingerprint for each in again] == [first.fingerprint,
                                                     *(each.fingerprint for each in rest)]

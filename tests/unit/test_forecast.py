@@ -103,5 +103,35 @@ def test_a_trunk_that_was_trained_elsewhere_prefers_no_task(tasks):
     assert stages[0].expected == stages[2].expected < stages[1].expected == stages[3].expected
 
 
+def test_a_probe_that_guesses_on_the_first_task_makes_no_depth_doubtful(tasks):
+    """A share of nothing is no number, and one of next to nothing puts no other depth in doubt."""
+    one = ProbeTask(tasks[0].train, tasks[0].test, tasks[0].classes)
+    opposite = dataclasses.replace(one, train=dataclasses.replace(
+        one.train, y_N=one.classes - 1 - one.train.y_N))
+    guessed, good = forecast({2: (opposite, one), 3: (one, one)})
+    assert (guessed.probe_first, guessed.kept, guessed.expected) == (0, None, None)
+    assert guessed.worth_trying
+    assert good.worth_trying
+    half = one.train.y_N.clone()
+    half[::2] = one.classes - 1 - half[::2]
+    weak = dataclasses.replace(one, train=dataclasses.replace(one.train, y_N=half))
+    easier, level = forecast({2: (weak, one), 3: (one, one)})
+    assert easier.kept > 1 / 0.75, "the second task is the easier one"
+    assert level.kept == 1
+    assert level.worth_trying, "nothing is lost there"
+
+
+@pytest.mark.parametrize("trained_here", [True, False])
+def test_a_task_of_one_class_says_nothing(tasks, trained_here):
+    two = ProbeTask(tasks[0].train, tasks[0].test, tasks[0].classes)
+    one = ProbeTask(*(dataclasses.replace(each, y_N=torch.zeros_like(each.y_N))
+                      for each in (two.train, two.held_out)), 1)
+    for pair in ((one, two), (two, one), (one, one)):
+        [stage] = forecast({3: pair}, trained_here=trained_here)
+        known = not trained_here and any(each is two for each in pair)
+        assert stage.kept == (1 if known else None)
+        assert stage.worth_trying
+
+
 def test_one_hot_labels():
     assert one_hot(torch.tensor([2, 0]), 3).tolist() == [[0, 0, 1], [1, 0, 0]]

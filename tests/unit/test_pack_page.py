@@ -6,7 +6,7 @@ import pytest
 
 from partialhn.benchmarks.comparison import rows
 from pipelines.benchmarks import findings
-from pipelines.benchmarks.page import KEPT, benchmark_page
+from pipelines.benchmarks.page import KEPT, benchmark_page, kept_fields
 from pipelines.cli.main import run
 
 SHIFT = (0.0, 0.1, 0.2, 0.3, 0.4)
@@ -24,7 +24,8 @@ def cell(strategy, depth, seed, learned, forgets=0.0, kept=0.9):
             "feature_bytes": 10,
             "tasks": [{"name": f"t<{i}>", "classes": ["a", "b"], "transform": transform}
                       for i, transform in enumerate(TRANSFORMS)],
-            "task_shift": list(SHIFT), "forecast_kept": kept}
+            "task_shift": list(SHIFT), "forecast_kept": kept,
+            "class_incremental": {"last": acc / 2}}
 
 
 def cells(replay=0.0, sign=1):
@@ -55,7 +56,9 @@ def test_what_depth_costs_and_why():
 
 def test_no_relation_is_said_where_there_is_none():
     tasks = findings.task_rows(cells(sign=-1))
-    assert "do not lose more: rank correlation -1.00" in findings.why(tasks, [2, 4], "stage")
+    said = findings.why(tasks, [2, 4], "stage")
+    assert said.startswith("Freezing 4 stages instead of 2 costs no later task accuracy. Tasks")
+    assert "do not lose more: rank correlation -1.00" in said
     assert "2 later tasks are too few" in findings.why(tasks[:3], [2, 4], "stage")
     assert findings.why(tasks, [2], "stage") == ""
 
@@ -64,7 +67,8 @@ def test_the_forecast_is_held_against_what_came():
     assert "in the order that was measured: 2, 4" in findings.forecast_order(cells())
     wrong = findings.forecast_order(cells(sign=-1))
     assert "in another order than was measured (4, 2): 2, 4" in wrong
-    assert findings.forecast_order([each | {"forecast_kept": None} for each in cells()]) == ""
+    for kept in (None, 0.5):
+        assert findings.forecast_order([each | {"forecast_kept": kept} for each in cells()]) == ""
 
 
 def test_noise_is_told_for_both():
@@ -110,6 +114,19 @@ def test_the_page_says_it_and_escapes_names(tmp_path, capsys):
     file = str(tmp_path / "result.json")
     assert run(["report", "--benchmark", file, "--output", str(target)]) == 0
     assert target.read_text() == page
+
+
+def test_the_page_has_the_columns_of_the_table_and_the_command_that_was_run():
+    made = result()
+    made["cells"] = list(map(kept_fields, made["cells"]))
+    page = benchmark_page(made)
+    assert ">without the task<" in page
+    assert "--size smoke --seeds 3<" in page
+    early = [{key: value for key, value in each.items() if key != "class_incremental"}
+             for each in cells() if each["seed"] == 0]
+    page = benchmark_page(made | {"cells": list(map(kept_fields, early))})
+    assert "without the task" not in page
+    assert "--size smoke<" in page
 
 
 def test_depths_are_stages_or_blocks_as_the_network_is_cut():

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 
 from partialhn.config import Config
+from partialhn.errors import InputError
 from pipelines.platform.storage import open_storage
 from pipelines.search.settings import Budget, SearchConfig
 from pipelines.search.space import parse_space
 from pipelines.search.state import SearchState
-from pipelines.tune.results import Results
+from pipelines.tune.results import FIRST_WORDS, Results, output_folder, write_advice
 from pipelines.tune.run import _Search
 
 SAMPLES = runpy.run_path(str(Path(__file__).with_name("search_samples.py")))
@@ -69,3 +70,28 @@ def test_a_trial_begins_while_the_final_runs_still_fit(results, budget, number, 
     search = SimpleNamespace(packing=SimpleNamespace(at_once=at_once),
                              settings={"options": {"seeds": 2}})
     assert (_Search._spent(search, budget, number, results) < 1) is holds
+
+
+def test_the_best_trial_so_far_is_one_of_the_search(results):
+    """Separate heads, which are no choice of the search, have an accuracy, too."""
+    heads = record("bound-0000-s1", 2, (0.99, 0.99), kind="bound", seed=1)
+    results.records.append(heads)
+    assert "(best trial 60.0 % at depth 2;" in results._line(heads)
+
+
+def test_advice_that_could_not_be_written_is_refused_before_the_search(tmp_path):
+    assert output_folder(str(tmp_path / "new" / "advice")).is_dir()
+    (tmp_path / "file").touch()
+    for path in ("file", "file/advice"):
+        with pytest.raises(InputError, match=r"output is .*file.*allowed: a folder"):
+            output_folder(str(tmp_path / path))
+
+
+def test_the_configurations_of_an_earlier_search_go_and_those_of_the_user_stay(tmp_path):
+    write_advice(tmp_path, {"advice.json": "1", "depth-1.yaml": f"{FIRST_WORDS} 1",
+                            "depth-3.yaml": f"{FIRST_WORDS} 3"})
+    (tmp_path / "depth-mine.yaml").write_text("data: {}")
+    write_advice(tmp_path, {"advice.json": "2", "depth-3.yaml": f"{FIRST_WORDS} 3: new"})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "advice.json", "depth-3.yaml", "depth-mine.yaml"}
+    assert (tmp_path / "depth-3.yaml").read_text().endswith("new")

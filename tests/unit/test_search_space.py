@@ -151,7 +151,8 @@ def test_budgets_that_are_none(text):
 @pytest.mark.parametrize(("options", "part"), [
     ({"max_loss": 2.0}, "max_loss"), ({"seeds": 0}, "seeds"), ({"depths": (1, 1)}, "depths"),
     ({"price_gpu_hour": 1.0}, "price_gib_month"), ({"cpus_per_trial": 0.0}, "cpus_per_trial"),
-    ({"name": "a b"}, "name"), ({"resume": "a/b"}, "a/b"), ({"output": ""}, "output")])
+    ({"name": "a b"}, "name"), ({"resume": "a/b"}, "a/b"), ({"output": ""}, "output"),
+    ({"tasks_a_month": 0.0}, "tasks_a_month is 0.0; allowed: 0.01 to")])
 def test_options_out_of_range_are_named(options, part):
     with pytest.raises(InputError, match=part):
         SearchConfig(**options)

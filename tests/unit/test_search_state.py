@@ -33,14 +33,14 @@ def test_records_come_back_as_they_were_and_in_order(state):
     late, early = record("0001", at=9.0, test_row=(0.1, 0.2)), record("0000", at=2.0)
     failed = record("0002", status="failed", at=3.0)
     for each in (late, early, failed):
-        assert state.finish(each)
+        assert state.finish(each) == each
     assert state.records() == [early, failed, late]
 
 
 def test_a_record_is_written_once(state):
     first, second = record("0000", row=(0.5, 0.5)), record("0000", row=(0.9, 0.9))
-    assert state.finish(first)
-    assert not state.finish(second)
+    assert state.finish(first) == first
+    assert state.finish(second) == first
     assert state.records() == [first]
 
 
