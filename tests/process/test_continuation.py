@@ -193,6 +193,23 @@ def test_another_run_that_makes_a_champion_meanwhile_is_not_undone(streams):
     assert streams.train("race", epochs=2)[0]["weights_hash"] == others[0]["weights_hash"]
 
 
+def test_a_version_that_was_deleted_in_mlflow_is_registered_again(streams):
+    streams.begin("deleted")
+    streams.registry._client.delete_model_version("deleted", "1")
+    result, lines = streams.train("deleted")
+    assert "continues models:/deleted@champion (version 2): 2 kept" in lines
+    assert [version.task for version in streams.registry.versions("deleted")] == ["gamma", "alpha"]
+    assert (result["champion"], streams.champion("deleted")) == (2, ["alpha", "gamma"])
+
+
+def test_where_a_deleted_version_hides_the_order_the_reason_says_so(streams):
+    streams.begin("hidden", ("gamma",))
+    streams.add("hidden", "alpha")
+    streams.train("hidden")
+    streams.registry._client.delete_model_version("hidden", "1")
+    assert "versions that it was learned from were deleted in MLflow" in streams.refused("hidden")
+
+
 def test_a_rollback_is_not_undone_by_training_again(streams):
     streams.begin("back")
     roll_back(streams.registry, "back", None, "gamma is wrong")
