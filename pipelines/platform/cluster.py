@@ -112,12 +112,13 @@ def start_ray(address: str | None) -> None:
         options["include_dashboard"] = False
         # a local machine gets no notice of preemption, and the actor that watches costs seconds
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    token = ""
+    listens = False
     try:
         _reach(address)
-        token = TOKEN if "include_dashboard" not in options else ""  # something listens there
+        listens = address not in (None, LOCAL)
         init_ray(address or LOCAL, **options)
     except (OSError, OverflowError, ValueError, ray.exceptions.RayError) as error:
+        token = TOKEN if listens and not isinstance(error, ValueError) else ""
         raise InputError(f"ray_address is {address!r}, but no cluster answers ({error}); allowed: "
                          "auto, ray://host:10001, host:6379, local for a local one, or leave it "
                          f"out{token}") from error
