@@ -92,7 +92,8 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
         record: keep a bounded sample of trunk features (no images) in the storage, for drift.
         progress: called with the number of images done and of all images.
         image_column: the column of images in Parquet files; default: image or img.
-        log: called with a line before the first image, where task is auto.
+        log: called with lines before the first image: where task is auto, and where the alias
+            points elsewhere than its history says.
         device: where the model predicts.
 
     Raises: InputError for an unknown model, task or path, a GPU that is not there, or naming an
@@ -108,6 +109,9 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
     store = open_storage(storage)
     registry = connect(store, tracking_uri, create=False)
     predictor, version = registry.load_predictor(model, chosen)
+    if log:
+        for line in registry.warnings(model):
+            log(line)
     target = open_storage(output)
     if target.is_local and Path(target.root).is_dir():
         raise InputError(f"output {output!r} is a folder; allowed: a file to write, for example "

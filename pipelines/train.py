@@ -306,6 +306,8 @@ class Registrar:
         new, last = version is None, total == len(self._lineage_ids)
         # while a run learns the champion's tasks again, the champion stays the one that has them
         placing = Placing(champion=last or not job.continuation.changes)
+        if placing.champion:
+            self._check_champion()
         if version is not None and last and FILES in version.tags:
             for line in repair(job.registry, job.storage, version):
                 job.progress.line(f"  repaired {line}")
@@ -316,6 +318,21 @@ class Registrar:
         clock.lap("register")
         self.seconds.append(clock.laps["register"])
         job.progress.registered(version.uri, record, summary, new=new)
+
+    def _check_champion(self) -> None:
+        """Raises InputError if another command has given the stream a champion meanwhile that this
+        run does not continue.
+        """
+        registry, stream = self.job.registry, self.job.output.name
+        now = registry.holder(stream, CHAMPION) if registry.knows(stream) else None
+        before = self.job.continuation.before.champion
+        if (now is None or now.tags["prefix"] in self._lineage_ids
+                or (before is not None and now.version == before.version)):
+            return
+        raise InputError(f"models:/{stream}@{CHAMPION} has become version {now.version} (task "
+                         f"{now.task!r}) while this run learned, and this run does not continue "
+                         "it; allowed: another --name, for a stream of its own, or the same "
+                         "command again when the other run has ended")
 
     def _version(self, record: TaskRecord, metrics: Mapping[str, float],
                  placing: Placing) -> Version:

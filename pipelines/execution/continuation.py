@@ -42,11 +42,20 @@ class LearnedBefore:
     registered: frozenset[str] = frozenset()
     """The lineage ids of all versions."""
 
+    @property
+    def lacks_versions(self) -> bool:
+        """Whether versions that the champion was learned from were deleted in MLflow."""
+        return bool(self.chain) and self.chain[0].stands_on is None and bool(
+            self.chain[0].tags.get("parent"))
+
     def ordered(self, experiences: Sequence[Experience]) -> list[Experience]:
         """The tasks in the order in which they are learned: the champion's first, then new ones.
 
-        A task that has another name now keeps its place.
+        A task that has another name now keeps its place. Where versions are missing, the champion's
+        order is not known, and the tasks stay as they are.
         """
+        if self.lacks_versions:
+            return list(experiences)
         rest, first = list(experiences), []
         for version in (*self.chain, *self.taken_back):
             experience = self._now(version, rest)
@@ -231,6 +240,9 @@ def _why(before: LearnedBefore, config: Config, version: Version, now: Experienc
                 "`partialhn retrain` does")
     if version is not before.chain[0]:
         return "a task before it is not the same"
+    if before.lacks_versions:
+        return ("versions that it was learned from were deleted in MLflow, and train finds the "
+                "order of the tasks by their versions")
     return ("the trunk's weights are not the same" if network is not None or not then_options
             else "the trunk is not trained yet on the images that come first now")
 

@@ -7,6 +7,7 @@ learning a small task.
 
 import concurrent.futures
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,26 +140,37 @@ class RayExecution(Execution):
                       decoding_actors(self.device, workers))
 
     def _learn(self, assignment: Assignment, on_record: OnRecord) -> dict[str, Any]:
-        """Starts one run of Ray Train; its records come through an actor on the driver's node."""
+        """Starts one run of Ray Train; its records come through an actor on the driver's node.
+
+        Nobody waits for the thread that runs it: a command that is interrupted, or whose
+        `on_record` fails, ends at once, and with it Ray ends the run.
+        """
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(Events)
         events = actor.options(num_cpus=0, scheduling_strategy=here).remote()
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            running = pool.submit(self._fit, assignment, events)
-            while True:
-                ended = running.done()
-                for strategy, record in ray.get(events.drain.remote()):
-                    if isinstance(record, str):
-                        self.progress.line(record)
-                    else:
-                        on_record(strategy, record)
-                if ended:
-                    break
-                time.sleep(0.3)
-        returned: dict[str, Any] = running.result()
+        running = concurrent.futures.Future[dict[str, Any]]()
+
+        def fit() -> None:
+            try:
+                running.set_result(self._fit(assignment, events))
+            except BaseException as error:
+                running.set_exception(error)
+
+        threading.Thread(target=fit, daemon=True).start()
+        while True:
+            ended = running.done()
+            for strategy, record in ray.get(events.drain.remote()):
+                if isinstance(record, str):
+                    self.progress.line(record)
+                else:
+                    on_record(strategy, record)
+            if ended:
+                break
+            time.sleep(0.3)
+        returned = running.result()
         if "error" in returned:
             raise error_of(returned)
         return returned

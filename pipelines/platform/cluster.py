@@ -23,6 +23,10 @@ LOCAL = "local"
 """The address that stands for a local Ray which only this process uses."""
 START_ATTEMPTS = 3
 """How often Ray is started: it gives a node 30 s to come up, but a busy machine may need longer."""
+TOKEN = ("; a cluster that wants a token (as one that `ray start` began where ~/.ray/auth_token "
+         "exists) answers with RAY_AUTH_MODE=token here and the same token in RAY_AUTH_TOKEN or "
+         "~/.ray/auth_token")
+"""Said where something listens at the address and does not let this process in."""
 
 
 GPU = "cuda"
@@ -108,13 +112,16 @@ def start_ray(address: str | None) -> None:
         options["include_dashboard"] = False
         # a local machine gets no notice of preemption, and the actor that watches costs seconds
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    listens = False
     try:
         _reach(address)
+        listens = address not in (None, LOCAL)
         init_ray(address or LOCAL, **options)
-    except (OSError, OverflowError, ValueError) as error:
+    except (OSError, OverflowError, ValueError, ray.exceptions.RayError) as error:
+        token = TOKEN if listens and not isinstance(error, ValueError) else ""
         raise InputError(f"ray_address is {address!r}, but no cluster answers ({error}); allowed: "
                          "auto, ray://host:10001, host:6379, local for a local one, or leave it "
-                         "out") from error
+                         f"out{token}") from error
 
 
 def init_ray(address: str, **options: Any) -> None:

@@ -25,6 +25,9 @@ class StoredFile:
     """Time when its content was written, in seconds since 1970 by the storage's own clock."""
     etag: str
     """A string that changes whenever the content does."""
+    arrived: float
+    """Time when its content or name last changed in this storage, in the same seconds; a copy that
+    keeps the times of its original, such as that of rsync -a, has an earlier `modified`."""
 
 
 class LocalFiles:
@@ -53,7 +56,7 @@ class LocalFiles:
         if not stat.S_ISREG(info.st_mode):
             return None
         return StoredFile(path, info.st_size, info.st_mtime,
-                          f"{info.st_ino:x}-{info.st_mtime_ns:x}-{info.st_size:x}")
+                          f"{info.st_ino:x}-{info.st_mtime_ns:x}-{info.st_size:x}", info.st_ctime)
 
     def list(self, path: str) -> Iterator[StoredFile]:
         """Every file below a folder, except unfinished ones and those deleted meanwhile."""

@@ -232,8 +232,8 @@ class S3Files:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
                 return None
             raise
-        return StoredFile(path, head["ContentLength"], head["LastModified"].timestamp(),
-                     head["ETag"].strip('"'))
+        written = head["LastModified"].timestamp()
+        return StoredFile(path, head["ContentLength"], written, head["ETag"].strip('"'), written)
 
     def list(self, path: str) -> Iterator[StoredFile]:
         """Every object below a folder."""
@@ -241,8 +241,9 @@ class S3Files:
         for page in self._pages(bucket, Prefix=f"{folder}/" if folder else ""):
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):  # Arrow marks folders with such objects
-                    yield StoredFile(f"{bucket}/{item['Key']}", item["Size"],
-                                item["LastModified"].timestamp(), item["ETag"].strip('"'))
+                    written = item["LastModified"].timestamp()
+                    yield StoredFile(f"{bucket}/{item['Key']}", item["Size"], written,
+                                     item["ETag"].strip('"'), written)
 
     def folders(self, path: str) -> tuple[str, ...]:
         """Names of the folders directly below a folder."""

@@ -136,11 +136,14 @@ class Aliases:
             repairs.append(Repair(alias, have, want, self._newest(stream, alias)))
         return repairs
 
-    def differences(self, stream: str) -> list[str]:
-        """A line for each alias that differs from the history; changes nothing."""
+    def differences(self, stream: str, only: str | None = None) -> list[str]:
+        """A line for each alias, or for `only` this one, that differs from the history; changes
+        nothing.
+        """
         return [f"alias {alias} points to {_version(have)} in MLflow, and the history says "
                 f"{_version(want)}; to set it: partialhn models repair --name {stream}"
-                for alias, have, want, is_known in self._differing(stream) if is_known]
+                for alias, have, want, is_known in self._differing(stream)
+                if is_known and only in (None, alias)]
 
     def _differing(self, stream: str) -> list[tuple[str, int | None, int | None, bool]]:
         """Every alias that differs from the history, with the versions there and in the history.

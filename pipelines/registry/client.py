@@ -170,6 +170,14 @@ class Registry(Runs):
                          + _listed(alias for v in versions for alias in v.aliases)
                          + "; versions: " + _listed(v.version for v in versions))
 
+    def warnings(self, model_uri: str) -> list[str]:
+        """A line of text if the URI's alias points elsewhere than its history here says."""
+        match = _MODEL_URI.fullmatch(model_uri)
+        if not match or not match["alias"] or not self.aliases.keeps_history(match["name"]):
+            return []
+        return [f"warning: {line}"
+                for line in self.aliases.differences(match["name"], match["alias"])]
+
     def load_predictor(self, model_uri: str,
                        device: "torch.device | str" = "cpu") -> tuple["Predictor", Version]:
         """Downloads a version's checkpoint and loads it without MLflow's model classes.

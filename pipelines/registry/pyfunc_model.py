@@ -23,7 +23,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.pyfunc.model import PythonModel
 
 from partialhn.errors import InputError
-from partialhn.predict import Predictor
+from partialhn.predict import Answer, Predictor
 from partialhn.task_inference import AUTO
 
 
@@ -39,36 +39,30 @@ class TaskClassifier(PythonModel):
                 params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Labels the rows. Raises: MlflowException (a bad request when served) for wrong input."""
         del context, params
-        rows = model_input.reset_index(drop=True)
         try:
-            labelled = [self._label(rows_of_task, str(task))
-                        for task, rows_of_task in rows.groupby("task", dropna=False)]
+            answers = self._answers(list(model_input["image"]), list(model_input["task"]))
         except InputError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-        return pd.concat(labelled).sort_index()
-
-    def _label(self, rows: pd.DataFrame, task: str) -> pd.DataFrame:
-        for image in rows["image"]:
-            if not isinstance(image, bytes | bytearray):
-                raise InputError(f"column image holds {type(image).__name__}; allowed: bytes (the "
-                                 "content of an image file), in JSON requests as base64")
-        images = [bytes(image) for image in rows["image"]]
-        if task == AUTO:
-            answers = self.predictor.predict_auto(images)
-            return pd.DataFrame({
-                "label": [answer.label for answer in answers],
-                "probability": [answer.probability for answer in answers],
-                "classes": [list(answer.classes) for answer in answers],
-                "probabilities": [list(answer.probabilities) for answer in answers],
-            }, index=rows.index)
-        prediction = self.predictor.predict(images, task)
-        probabilities_BK = prediction.probabilities_BK.astype(float)
         return pd.DataFrame({
-            "label": prediction.labels,
-            "probability": probabilities_BK.max(axis=1),
-            "classes": [list(prediction.classes)] * len(rows),
-            "probabilities": probabilities_BK.tolist(),
-        }, index=rows.index)
+            "label": [answer.label for answer in answers],
+            "probability": [answer.probability for answer in answers],
+            "classes": [list(answer.classes) for answer in answers],
+            "probabilities": [list(answer.probabilities) for answer in answers],
+        })
+
+    def _answers(self, images: list[Any], tasks: list[Any]) -> list[Answer]:
+        for number, (image, task) in enumerate(zip(images, tasks, strict=True)):
+            if not isinstance(image, bytes | bytearray):
+                raise InputError(f"image number {number} is of type {type(image).__name__}; "
+                                 "allowed: bytes (the content of an image file), in JSON requests "
+                                 "as base64")
+            if not isinstance(task, str):
+                raise InputError(f"the task of image number {number} is {task!r}; allowed: "
+                                 f"{', '.join((*self.predictor.tasks, AUTO))}, as text")
+            self.predictor.check_task(task)
+        names = [f"number {number}" for number in range(len(images))]
+        z_BCHW = self.predictor.features(self.predictor.decode_all(images, names))
+        return self.predictor.answers(z_BCHW, tasks)
 
 
 def _reader(folder: Path, objects: str) -> Callable[[str], bytes]:

@@ -64,7 +64,8 @@ def adoption(storage: Storage, stream: str, chain: Sequence[Version],
             f"stream {stream!r} cannot be continued: of the {chain[-1].task_index + 1} models up "
             f"to its champion (version {chain[-1].version}), {len(learned)} are stored in "
             f"{storage.uri_of('runs', stream, 'learned')} and registered; allowed: the --storage "
-            "with which it was trained, or another --name")
+            "with which it was trained, another --name or, where versions were deleted in MLflow, "
+            "first the same `partialhn train` again, which registers them again")
     config = Config.from_dict(fields["config"])
     config = dataclasses.replace(config, train=config.train.alone())
     network = logged[0].network if logged else _network_key(storage, config, chain[0])

@@ -187,7 +187,8 @@ class Inbox:
         """The arrival in a folder, or the reason why it is not ready; empty if it is no arrival."""
         marker = self._storage.stat(f"{folder}/{READY}")  # before its files are listed
         name = f"{task}/{part}" if part else task
-        files = _data(self._storage.list(folder), folder, part)
+        listed = list(self._storage.list(folder))
+        files = _data(listed, folder, part)
         if marker is None and not files and self._storage.exists(f"{folder}/{PROPOSED}"):
             return (f"{name}: is proposed by `partialhn drift`, because a new task seems to be "
                     f"here; its {PROPOSED} says what to do")
@@ -198,7 +199,9 @@ class Inbox:
                 return ""  # the folder of a class, or of anything else but a data set
             if quiet_minutes is None:
                 return f"{name}: has no {READY} marker yet"
-            newest = max(file.modified for file in files)
+            # hidden files too: a copying program writes to one and renames it at the end
+            newest = max(file.arrived for file in listed
+                         if file.path.rpartition("/")[2] not in _MARKERS)
             if now - newest < 60 * quiet_minutes:
                 return f"{name}: changed {now - newest:.0f} s ago"
             return Arrival(task, part, folder, newest, files)

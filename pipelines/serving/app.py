@@ -179,6 +179,8 @@ def serve_model(source: RegistrySource, options: ServeOptions, record: bool = Tr
     source = _absolute(source, registry.tracking_uri)
     version = registry.resolve(source.uri)
     registry.require_sound(version)
+    for line in registry.warnings(source.uri):
+        log(line)
     _check_port(options.host, options.port)
     if record:
         options = dataclasses.replace(options, record=_record(source))

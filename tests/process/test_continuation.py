@@ -57,15 +57,21 @@ class Streams:
     def add(self, name: str, task: str, source: str | None = None) -> None:
         shutil.copytree(self.root / "all" / (source or task), self.root / name / task)
 
-    def train(self, name: str, *, replace: bool = False, **options) -> tuple[dict, list[str]]:
-        """Result and lines of a run."""
+    def train(self, name: str, *, replace: bool = False, also=lambda _: None,
+              **options) -> tuple[dict, list[str]]:
+        """Result and lines of a run; `also` is called with each line as it comes."""
         lines: list[str] = []
+
+        def log(line: str) -> None:
+            lines.append(line)
+            also(line)
+
         config = Config.from_dict({
             "data": {"data": str(self.root / name), "input_size": 16},
             "backbone": {"freeze_depth": 4, "trunk": str(self.root / "trunk.safetensors")},
             "train": {"epochs": 1} | options, "compute": {"threads": 1}})
         result = train(config, OutputConfig(name, self.storage.uri, None,
-                                            str(self.root / "result.json"), replace), lines.append)
+                                            str(self.root / "result.json"), replace), log)
         return result, lines
 
     def refused(self, name: str, **options) -> str:
@@ -170,6 +176,38 @@ def test_while_a_run_replaces_the_champion_the_old_one_stays_until_the_last_task
              streams.registry.aliases.history("replaces").entries()
              if entry.move.alias == "champion"]
     assert moves == [(None, 1), (1, 2), (2, 4)]
+
+
+def test_another_run_that_makes_a_champion_meanwhile_is_not_undone(streams):
+    """Both find no champion when they begin, so neither is refused then."""
+    streams.add("race", "alpha")
+    others = []
+
+    def meanwhile(line: str) -> None:
+        if line.startswith("features: ") and not others:
+            others.append(streams.train("race", epochs=2)[0])
+
+    with pytest.raises(InputError, match=r"version 1 \(task 'alpha'\) while this run learned"):
+        streams.train("race", also=meanwhile)
+    assert [version.task for version in streams.registry.versions("race")] == ["alpha"]
+    assert streams.train("race", epochs=2)[0]["weights_hash"] == others[0]["weights_hash"]
+
+
+def test_a_version_that_was_deleted_in_mlflow_is_registered_again(streams):
+    streams.begin("deleted")
+    streams.registry._client.delete_model_version("deleted", "1")
+    result, lines = streams.train("deleted")
+    assert "continues models:/deleted@champion (version 2): 2 kept" in lines
+    assert [version.task for version in streams.registry.versions("deleted")] == ["gamma", "alpha"]
+    assert (result["champion"], streams.champion("deleted")) == (2, ["alpha", "gamma"])
+
+
+def test_where_a_deleted_version_hides_the_order_the_reason_says_so(streams):
+    streams.begin("hidden", ("gamma",))
+    streams.add("hidden", "alpha")
+    streams.train("hidden")
+    streams.registry._client.delete_model_version("hidden", "1")
+    assert "versions that it was learned from were deleted in MLflow" in streams.refused("hidden")
 
 
 def test_a_rollback_is_not_undone_by_training_again(streams):

@@ -1,7 +1,9 @@
 """Where stages are done, and what a worker in this process tells and keeps."""
 
+import socket
 import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -64,6 +66,22 @@ def test_a_local_ray_is_asked_for_by_its_name(monkeypatch):
     for address in (None, "local", "auto"):
         cluster.start_ray(address)
     assert asked == ["local", "local", "auto"]
+
+
+def test_a_cluster_that_wants_a_token(monkeypatch):
+    """Something listens and does not let us in; and without any token Ray has an error of its own.
+    """
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        for error in (ConnectionError("Failed to connect"), ray.exceptions.RayError("no token")):
+            monkeypatch.setattr(cluster, "init_ray", mock.Mock(side_effect=error))
+            with pytest.raises(InputError, match="RAY_AUTH_MODE=token"):
+                cluster.start_ray(address)
+    for nobody in (address, None):
+        with pytest.raises(InputError, match=r"no cluster answers .*or leave it out$"):
+            cluster.start_ray(nobody)
 
 
 def test_a_gpu_that_is_not_there(tmp_path, monkeypatch):

@@ -3,18 +3,23 @@
 import json
 import math
 import socket
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import safetensors.torch
 import torch
 
 from partialhn.errors import InputError
 from partialhn.predict import Predictor
 from partialhn.run import run_stream
+from pipelines.execution.on_ray import RayExecution
 from pipelines.label_images import predict_to_parquet
+from pipelines.platform.progress import Progress
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import connect
 from tests.processes import script
@@ -215,6 +220,25 @@ def test_what_stops_one_worker_stops_all(learned, changed, run_main_job, outputs
     with pytest.raises(InputError, match=r"the loss of task '0' became nan .*learning_rate than "
                                          r"1e\+30"):
         run_main_job(config, outputs(Path(learned.output.storage).parent, "diverging"))
+
+
+def test_an_interrupt_does_not_wait_for_the_workers(ray_cluster, small, tmp_path, monkeypatch):
+    ended = threading.Event()
+
+    def fit(_, assignment, events):
+        ray.get(events.add.remote("partial_hn", "an epoch"))
+        ended.wait(60)
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RayExecution, "_fit", fit)
+    execution = RayExecution(small, open_storage(str(tmp_path)), "s", Progress(small, interrupt))
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        execution._learn(None, lambda *_: None)
+    assert time.monotonic() - begun < 30
+    ended.set()
 
 
 def test_two_workers_learn_what_one_learns(two_workers, tmp_path):

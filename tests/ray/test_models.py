@@ -11,6 +11,7 @@ import pytest
 from partialhn.errors import InputError, IntegrityError
 from pipelines.doctor import check_champion
 from pipelines.gate import GateFacts, Policy, decide
+from pipelines.label_images import predict_to_parquet
 from pipelines.platform.storage import open_storage
 from pipelines.registry.client import Placing, connect
 from pipelines.registry.history import Move, StaleTokenError
@@ -255,6 +256,17 @@ def test_an_alias_moved_behind_our_back_is_set_back_and_foreign_ones_stay(three)
     assert aliases_of(three) | {"shop-window": 1} == aliases_of(three)
     assert aliases_of(three)["champion"] == 2
     assert three.aliases.reconcile("digits") == []
+
+
+def test_a_prediction_says_that_its_alias_was_moved_behind_our_back(three, digit_tasks, tmp_path):
+    (tmp_path / "0.png").write_bytes(digit_tasks.experiences[0].test.take([0]).read()[0])
+    lines = []
+    for number in ("2", "3"):
+        three._client.set_registered_model_alias("digits", "champion", number)
+        predict_to_parquet("models:/digits@champion", "0", str(tmp_path / "0.png"),
+                           str(tmp_path / "p.parquet"), str(tmp_path / "store"), log=lines.append)
+    [line] = lines
+    assert "alias champion points to version 3 in MLflow, and the history says version 2" in line
 
 
 def test_streams_older_than_the_history_are_taken_over(three, tmp_path):

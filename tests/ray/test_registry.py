@@ -270,6 +270,18 @@ assert not any(name.split(".")[0] in ("pipelines", "ray") for name in sys.module
 print(model.metadata.signature.to_dict())
 example = model.input_example
 rows = pd.concat([example, example.assign(task="animals"), example.assign(task="1")])
+assert list(model.predict(rows[:0]).columns) == ["label", "probability", "classes", "probabilities"]
+for row, column, value, said in ((1, "image", b"no image", "image number 1 is no readable"),
+                                 (2, "task", None, "the task of image number 2 is"),
+                                 (2, "task", "7", "task is '7'; allowed: animals, more things")):
+    bad = rows.reset_index(drop=True)
+    bad.at[row, column] = value
+    try:
+        model.predict(bad)
+    except mlflow.exceptions.MlflowException as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(said)
 model.predict(rows).to_json(sys.argv[2], orient="records", double_precision=15)
 """
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from partialhn.config import DataConfig
 from partialhn.errors import InputError, IntegrityError
+from pipelines.platform.local_files import LocalFiles
 from pipelines.platform.storage import open_storage
 from pipelines.retrain.inbox import Inbox, Problem
 from pipelines.retrain.proposal import propose
@@ -118,25 +120,30 @@ def test_a_proposal_waits_for_labelled_images(world):
     assert propose(world.storage, "s", report) != folder
 
 
-def test_ready_by_a_quiet_period(world):
+def test_ready_by_a_quiet_period(world, monkeypatch):
+    """What counts is when a file arrived, and not the time that its copy was given."""
     world.put("old", ready=None)
-    for file in world.root.rglob("*.png"):
-        os.utime(file, (1000, 1000))
-    world.put("fresh", ready=None)
+    world.put("part", ready=None)
     table = world.root / "table"
     table.mkdir()
     for number in range(6):
         (table / f"{number}.png").write_bytes(png(number))
     (table / "metadata.csv").write_text("file_name,label\n" + "".join(
         f"{number}.png,00{number % 2}\n" for number in range(6)))
-    for file in table.iterdir():
-        os.utime(file, (2000, 2000))
+    os.utime(table / "0.png", (2e9, 2e9))
+    time.sleep(0.05)
+    later = time.time() + 300
+    time.sleep(0.05)
+    world.put("copied", ready=None)
+    for file in (world.root / "copied").rglob("*.png"):
+        os.utime(file, (1000, 1000))
+    (world.root / "part" / "test" / ".test.parquet.Xa81kQ").write_bytes(b"PAR1")
+    monkeypatch.setattr(LocalFiles, "now", lambda *_: later)
     arrivals, waiting = world.scan(quiet=5)
     assert [each.slot for each in arrivals] == ["old", "table"]
     checked = check_arrival(world.storage, arrivals[1], DATA, ArrivalPolicy(), {}, None)
     assert checked.experience.classes == ("000", "001")
-    assert len(waiting) == 1
-    assert waiting[0].startswith("fresh: changed ")
+    assert [line.split(" changed ")[0] for line in waiting] == ["copied:", "part:"]
 
 
 def test_more_data_of_a_task(world):
