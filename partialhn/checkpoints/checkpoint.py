@@ -43,17 +43,26 @@ def save(folder: Path, kind: str, tensors: dict[str, Tensor], fields: dict[str, 
 def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
     """Copies a checkpoint folder to any filesystem; the fields last, since they make it complete.
 
-    Other fields are deleted first, so that an interrupted copy never mixes old and new. What is
-    there already stays: another process that stores the same may be reading it.
+    Other fields are deleted first, so that an interrupted copy never mixes old and new. The same
+    files stay: another process that stores them may be reading them.
     """
-    with contextlib.suppress(FileNotFoundError):
-        with filesystem.open_input_file(f"{target}/{FIELDS}") as stream:
-            same = stream.readall() == (folder / FIELDS).read_bytes()
-        if same and filesystem.get_file_info(f"{target}/{TENSORS}").is_file:
+    contents = {name: (folder / name).read_bytes() for name in (TENSORS, FIELDS)}
+    with contextlib.suppress(OSError):  # what cannot be read is written
+        if all(_content(filesystem, f"{target}/{name}") == contents[name]
+               for name in (FIELDS, TENSORS)):
             return
+    with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(f"{target}/{FIELDS}")
-    for name in (TENSORS, FIELDS):
-        write_whole(filesystem, f"{target}/{name}", (folder / name).read_bytes())
+    for name, content in contents.items():
+        write_whole(filesystem, f"{target}/{name}", content)
+
+
+def _content(filesystem: pafs.FileSystem, path: str) -> bytes | None:
+    try:
+        with filesystem.open_input_file(path) as stream:
+            return bytes(stream.readall())
+    except FileNotFoundError:
+        return None
 
 
 def write_whole(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
@@ -92,12 +101,8 @@ def read_fields(filesystem: pafs.FileSystem, source: str) -> dict[str, Any] | No
 
     Raises: IntegrityError for fields that cannot be read.
     """
-    try:
-        with filesystem.open_input_file(f"{source}/{FIELDS}") as stream:
-            content = bytes(stream.readall())
-    except FileNotFoundError:
-        return None
-    return parse_object(content, f"checkpoint {source}")
+    content = _content(filesystem, f"{source}/{FIELDS}")
+    return None if content is None else parse_object(content, f"checkpoint {source}")
 
 
 def load(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -230,9 +230,12 @@ def test_an_upload_of_the_same_is_never_without_fields(saved, tmp_path):
     target = tmp_path / "far" / "model"
     checkpoint.upload(saved, LocalFileSystem(), str(target))
     checkpoint.upload(saved, NoDeletes(), str(target))
-    (target / "model.safetensors").unlink()
-    checkpoint.upload(saved, LocalFileSystem(), str(target))
-    assert checkpoint.fetch(LocalFileSystem(), str(target), tmp_path / "back")
+    tensors = target / "model.safetensors"
+    whole = tensors.read_bytes()
+    for damage in (tensors.unlink, lambda: tensors.write_bytes(whole[:-1] + b"\xff")):
+        damage()
+        checkpoint.upload(saved, LocalFileSystem(), str(target))
+        assert tensors.read_bytes() == whole
 
 
 def test_processes_that_write_one_file_at_once_each_write_all_of_it(tmp_path):
