@@ -224,8 +224,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
     Values of 10 or 12 bits in 16 are refused: divided by 256, hardly any grey levels are left.
     """
-    if image.mode.startswith("I;16"):
-        grey_HW = np.asarray(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        grey_HW = np.asarray(image)  # Pillow scales more than 8 bits of PGM to 16 and says "I"
         if 0 < grey_HW.max() < MIN_16_BIT:
             raise _BadImageError(f"has 16 bits a value, but none above {grey_HW.max()}, so it "
                                  "would be almost black; allowed: values that fill the 16 bits, "

@@ -453,7 +453,7 @@ def test_noise_depends_on_the_image_and_the_seed_not_on_its_company_or_place(tmp
 @pytest.mark.parametrize(("mode", "form"), [
     ("RGB", "PNG"), ("L", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("P", "PNG"),
     ("I;16", "PNG"), ("CMYK", "TIFF"), ("CMYK", "JPEG"), ("L", "JPEG"), ("RGB", "BMP"),
-    ("P", "GIF"), ("RGB", "WEBP"), ("L", "PPM")])
+    ("P", "GIF"), ("RGB", "WEBP"), ("L", "PPM"), ("I;16", "PPM")])
 def test_any_mode_becomes_rgb(mode, form):
     grey = digit(4).resize((32, 32))
     if mode == "I;16":

@@ -124,16 +124,16 @@ def test_a_plain_network_calculates_what_the_model_does(options):
 
 
 def test_an_onnx_file_answers_as_the_model_where_this_package_is_not(mixed, tmp_path):
-    """One image, then several of other sizes, greyscale ones too, by the steps of the record."""
+    """One image, then several of other sizes, greyscale of 8 and 16 bits too, by the record."""
     pytest.importorskip("onnxruntime")
     done = export(mixed, "dogs", tmp_path / "dogs.onnx", origin="models:/s/3")
     assert (done.record["task"], done.record["classes"]) == ("dogs", ["pug", "collie", "poodle"])
     assert done.record["model"] == "models:/s/3"
-    names = [tmp_path / f"{index}.png" for index in range(3)]
+    names = [tmp_path / f"{index}.png" for index in range(4)]
     for index, name in enumerate(names):
-        pixels_CHW = images(size=50)[index, :, :41 + index]
-        picture = pixels_CHW[0] if index == 0 else pixels_CHW.permute(1, 2, 0)
-        Image.fromarray(picture.numpy()).save(name)
+        picture = images(size=50)[index, :, :41 + index].permute(1, 2, 0).numpy()
+        Image.fromarray({0: picture[..., 0], 3: picture[..., 0] * np.uint16(257)}
+                        .get(index, picture)).save(name)
     expected = mixed.predict([name.read_bytes() for name in names], "dogs")
     for given in (names[:1], names):
         ran = subprocess.run([sys.executable, ROOT / "examples" / "run_exported.py",
