@@ -132,7 +132,8 @@ class FeatureStore:
     def open(self, manifest: Manifest) -> "FeatureSet":
         """Maps every shard into memory, after verifying it against the manifest.
 
-        Raises: IntegrityError naming the shard, and the size and SHA-256 found and expected.
+        Raises: IntegrityError naming the shard, and the size and SHA-256 found and expected;
+            InputError for a number type of a package that is not here.
         """
         blocks = [self._open_shard(manifest, shard) for shard in manifest.shards if shard.rows]
         if not blocks:
