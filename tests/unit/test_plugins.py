@@ -250,7 +250,7 @@ def test_a_data_form_that_gives_no_folder_is_named(tmp_path):
     for gives in (None, tmp_path / "none", 3):
         FORMS.register("mine", lambda *_, gives=gives: gives)
         try:
-            with pytest.raises(InputError, match="data form 'mine' gives .* for 'mine:a'"):
+            with pytest.raises(InputError, match=r"data form 'mine' gives .* for 'mine:a'"):
                 converted_folder("mine:a", tmp_path)
         finally:
             FORMS.unregister("mine")
