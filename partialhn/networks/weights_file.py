@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -51,6 +52,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"trunk file {str(path)!r} holds no tensors; allowed: the weights of a "
                          "network, as torch.save(network.state_dict(), FILE) writes them")
     return tensors
+
+
+def metadata_of(path: Path) -> Mapping[str, str]:
+    """The metadata of a safetensors file that has been read; none of another file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except Exception:  # safetensors raises its own bare exception type: it is a checkpoint
+        return {}
 
 
 def _hint(begin: bytes) -> str:

@@ -23,6 +23,7 @@ from partialhn.features.closed_form import LinearClassifier
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
 from partialhn.networks.head import Head, head_start
+from partialhn.networks.supplied import supplied_network
 from partialhn.pixels import Pixels
 from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
@@ -211,6 +212,15 @@ def test_tensors_load_into_the_librarys_own_network(options, call, tmp_path):
     with torch.no_grad():
         found = softmax(network((images().float() / 255 - mean_C) / std_C))
     np.testing.assert_allclose(found, ours(predictor, "dogs", images()), atol=1e-4)
+
+
+def test_an_exported_network_as_a_trunk_sees_the_pixels_that_it_was_trained_with(tmp_path):
+    path = tmp_path / "dogs.safetensors"
+    export(predictor_of(backbone="torchvision:resnet18"), "dogs", path, "safetensors")
+    network = supplied_network(str(path), "torchvision:resnet18", 2)
+    assert (network.pixels.crop, network.pixels.interpolation) == (0.9, "bicubic")
+    assert network.pixels.mean == pytest.approx((0.4, 0.5, 0.3))
+    assert not any("does not say which pixels" in note for note in network.notes)
 
 
 @pytest.mark.parametrize(("options", "why"), [
