@@ -6,6 +6,7 @@ It may run at any time, in several processes at once. This project moves aliases
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from partialhn.errors import InputError
@@ -103,6 +104,18 @@ class Aliases:
         model = self._find(stream)
         return model is not None and model.tags.get(PLACE) == self._history(stream).uri
 
+    def require_place(self, stream: str) -> None:
+        """Raises InputError where the local storage of a stream's history is not there any more."""
+        model = self._find(stream)
+        place = "" if model is None else model.tags.get(PLACE, "")
+        root = place.removesuffix(f"/history/{stream}")
+        is_here = place == self._history(stream).uri
+        if root.startswith("/") and not is_here and not Path(root).exists():
+            raise InputError(f"stream {stream!r} was registered in the storage {root}, which is "
+                             "not there, and the registry knows files by their whole paths; allowed: "
+                             f"that storage in its place; where it is {self._storage.uri} now, "
+                             f"ln -s {self._storage.uri} {root} and --storage {root}")
+
     def move(self, stream: str, move: Move) -> Entry | None:
         """Moves an alias; returns its history entry, or None if it points there already.
 
@@ -197,6 +210,7 @@ class Aliases:
                              f"history in {place} began; allowed: rename it back to {name!r} in "
                              "MLflow")
         if place != history.uri:
+            self.require_place(model.name)
             raise InputError(f"stream {model.name!r} has its history in {place}, not in "
                              f"{history.uri}; allowed: the --storage it was trained with")
         for entry in history.entries():
