@@ -109,12 +109,12 @@ class Aliases:
         model = self._find(stream)
         place = "" if model is None else model.tags.get(PLACE, "")
         root = place.removesuffix(f"/history/{stream}")
-        is_here = place == self._history(stream).uri
-        if root.startswith("/") and not is_here and not Path(root).exists():
+        here = self._storage.uri
+        if root.startswith("/") and root != here and not Path(root).exists():
             raise InputError(f"stream {stream!r} was registered in the storage {root}, which is "
-                             "not there, and the registry knows files by their whole paths; allowed: "
-                             f"that storage in its place; where it is {self._storage.uri} now, "
-                             f"ln -s {self._storage.uri} {root} and --storage {root}")
+                             "not there, and the registry knows files by their whole paths; "
+                             f"allowed: that storage in its place; where it is {here} now, "
+                             f"ln -s {here} {root} and --storage {root}")
 
     def move(self, stream: str, move: Move) -> Entry | None:
         """Moves an alias; returns its history entry, or None if it points there already.

@@ -99,6 +99,7 @@ def test_verify_names_the_damaged_shard(command, store):
     assert manifest.shards[1].name in out
     assert manifest.shards[0].name not in out
     assert f"expected {manifest.shards[1].sha256[:12]}" in out
+    assert out.splitlines()[-1].startswith("to have damaged features computed again, delete their")
 
 
 def test_verify_names_a_missing_shard_and_a_damaged_manifest(command, store):
