@@ -226,15 +226,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         grey_HW = np.asarray(image)  # Pillow scales more than 8 bits of PGM to 16 and says "I"
-        if 0 < grey_HW.max() < MIN_16_BIT:
-            raise _BadImageError(f"has 16 bits a value, but none above {grey_HW.max()}, so it "
-                                 "would be almost black; allowed: values that fill the 16 bits, "
-                                 "or 8 bits")
+        _check_16_bits(int(grey_HW.max()))
         return Image.fromarray((grey_HW >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise _BadImageError(f"has 32-bit values (mode {image.mode}), whose range is not known; "
                              "allowed: 8 or 16 bits a channel")
+    is_16_bit = any(";16" in str(tile[3]) for tile in image.tile)  # Pillow drops the lower 8 bits
     if image.mode == "RGB":
         image.load()  # convert would copy it
-        return image
-    return image.convert("RGB")
+        rgb: Image.Image = image
+    else:
+        rgb = image.convert("RGB")
+    if is_16_bit:
+        largest = int(np.asarray(rgb).max())
+        _check_16_bits(largest and 256 * largest + 255)
+    return rgb
+
+
+def _check_16_bits(largest: int) -> None:
+    """Raises: _BadImageError for an image whose values do not fill their 16 bits."""
+    if 0 < largest < MIN_16_BIT:
+        raise _BadImageError(f"has 16 bits a value, but none above {largest}, so it would be "
+                             "almost black; allowed: values that fill the 16 bits, or 8 bits")
