@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from partialhn.data import corruptions
 from partialhn.data.image_table import ImageTable
@@ -219,7 +219,7 @@ def _box(width: int, height: int, pixels: Pixels) -> tuple[float, float, float, 
     return left, top, left + side, top + side
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     """Any 8- or 16-bit mode as RGB; transparency is dropped.
 
     Values of 10 or 12 bits in 16 are refused: divided by 256, hardly any grey levels are left.
