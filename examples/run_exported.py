@@ -1,4 +1,4 @@
-"""Labels images with an exported ONNX file. It needs numpy, onnxruntime and Pillow alone.
+"""Labels images with an ONNX file of one task; needs numpy, onnxruntime and Pillow alone.
 
 python examples/run_exported.py pets.onnx IMAGE...
 """
@@ -17,7 +17,10 @@ steps = record["preprocessing"]
 
 def pixels(path):
     """The pixels of an image file, float32 of 0 to 1: (3, size, size)."""
-    image = Image.open(path).convert("RGB")
+    image = Image.open(path)
+    if image.mode.startswith("I"):  # 16 bits, of which convert would make white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
     side = min(image.size) * steps["crop"]
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = None if steps["squash"] else (left, top, left + side, top + side)

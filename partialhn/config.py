@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import yaml
-
 from partialhn.errors import InputError
 from partialhn.features.table import NUMBER_TYPES
 from partialhn.naming import digest, named_sections
@@ -28,6 +26,7 @@ from partialhn.networks.table import (
 from partialhn.plugins import Table
 from partialhn.strategies.table import TABLE as STRATEGIES
 from partialhn.strategies.table import check_options, needs_every_task, options_of
+from partialhn.yaml_text import read_yaml
 
 Arithmetic = Literal["ieee", "tf32", "bfloat16"]
 Augment = Literal["none", "crop", "flip", "crop-flip"]
@@ -605,10 +604,7 @@ def load_sections(path: str | Path) -> Sections:
     except OSError as error:
         raise InputError(f"configuration file {str(path)!r} cannot be read: {error.strerror}; "
                          "give the path of a YAML file") from error
-    try:
-        values = yaml.safe_load(content.decode())
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or an impossible date
-        raise InputError(f"configuration file {str(path)!r} is not YAML: {error}") from error
+    values = read_yaml(content, f"configuration file {str(path)!r}")
     if not isinstance(values, Mapping):
         sections = ", ".join(field.name for field in dataclasses.fields(Config))
         raise InputError(f"configuration file {str(path)!r} holds {type(values).__name__}; "

@@ -21,6 +21,7 @@ from partialhn.data.datasets import open_stream
 from partialhn.data.experience import Experience
 from partialhn.detector.detector import Detector
 from partialhn.environment import check_arithmetic, check_threads
+from partialhn.features.codec import number_type
 from partialhn.features.extract import precompute
 from partialhn.features.jobs import FeatureJob
 from partialhn.features.manifest import Manifest
@@ -109,7 +110,8 @@ def with_depth_number(config: Config) -> Config:
 
 
 def check(config: Config, network: Network | None = None) -> None:
-    """Checks what can be checked before anything is read or trained: networks, strategies, threads.
+    """Checks what can be checked before anything is read or trained: networks, strategies, number
+    types, threads.
 
     network: the configured network, where it is at hand; it is built otherwise.
 
@@ -124,6 +126,7 @@ def check(config: Config, network: Network | None = None) -> None:
     Head(cut, config.hypernet.norm, config.hypernet.norm_groups, generate=config.hypernet.generate)
     for name in (config.train.strategy, *config.train.compare):
         STRATEGIES[name]  # imports and checks the class
+    number_type(config.features.feature_dtype)
 
 
 def collect(store: FeatureStore, jobs: Sequence[FeatureJob], manifests: Sequence[Manifest],

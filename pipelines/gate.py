@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from partialhn.config import build
 from partialhn.errors import InputError
+from partialhn.yaml_text import read_yaml
 
 TOLERANCE = 1e-9
 """Tolerance for rounding of decimal fractions; far less than one image of any test set."""
@@ -151,12 +151,11 @@ def load_policy(path: str | Path) -> Policy:
 def read_policy(path: str | Path) -> Mapping[str, Any]:
     """The plain values of a policy file. Raises: InputError if it cannot be read."""
     try:
-        values = yaml.safe_load(Path(path).read_bytes().decode())
+        content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"policy file {str(path)!r} cannot be read: {error.strerror}; give the "
                          "path of a YAML file") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"policy file {str(path)!r} is not YAML: {error}") from error
+    values = read_yaml(content, f"policy file {str(path)!r}")
     if not isinstance(values, Mapping):
         keys = ", ".join(field.name for field in dataclasses.fields(Policy))
         raise InputError(f"policy file {str(path)!r} holds {type(values).__name__}; allowed: the "

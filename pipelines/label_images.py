@@ -33,6 +33,8 @@ from pipelines.serving.live import EXAMPLES, FeatureRecorder, seems_new
 
 BATCH = 256
 """Number of images labelled at a time."""
+OTHER_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".xlsx")
+"""Ends of names that promise another form than Parquet."""
 SCHEMA = pa.schema([
     ("id", pa.string()), ("task", pa.string()), ("label", pa.string()),
     ("probability", pa.float64()), ("classes", pa.list_(pa.string())),
@@ -96,9 +98,12 @@ def predict_to_parquet(model: str, task: str, images: str, output: str,
             points elsewhere than its history says.
         device: where the model predicts.
 
-    Raises: InputError for an unknown model, task or path, a GPU that is not there, or naming an
-    unreadable image.
+    Raises: InputError for an unknown model, task or path, an output named as another form, a GPU
+        that is not there, or naming an unreadable image.
     """
+    if (ending := Path(output).suffix.lower()) in OTHER_ENDINGS:
+        raise InputError(f"output is {output!r}, but predictions are a Parquet file; allowed: a "
+                         f"name that does not end in {ending}, such as predictions.parquet")
     chosen = choose_device(device)
     if chosen.type == "cuda":
         configure_torch()

@@ -8,7 +8,7 @@ guessed: the option has to name one.
 import collections
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +19,9 @@ IMAGE_COLUMNS = ("image", "img")
 """Names that a column of encoded images usually has."""
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 """Names that a column of labels usually has."""
+
+SPLIT_COLUMN = "split"
+"""A column that many tables have, and that is not used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +60,18 @@ def choose(option: str, chosen: str | None, names: Sequence[str], usual: Sequenc
         raise InputError(f"{path} has the columns {' and '.join(candidates)}, and it is not clear "
                          f"which one to use; allowed: {option} with one of these names")
     return candidates[0] if candidates else None
+
+
+def split_notes(values: Iterable[object], path: str) -> list[str]:
+    """A note where the column `split` of a table names several splits: it is not used.
+
+    values: of that column; none where there is no such column.
+    """
+    named = sorted({str(value) for value in values if value is not None})
+    if len(named) < 2:
+        return []
+    return [f"the column {SPLIT_COLUMN!r} of {path} ({', '.join(named[:5])}) is not used; folders "
+            "and names of files say which split an image is in"]
 
 
 def image_field(schema: Any, path: str, chosen: str | None = None) -> Any:

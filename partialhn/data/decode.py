@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from partialhn.data import corruptions
 from partialhn.data.image_table import ImageTable
@@ -219,22 +219,32 @@ def _box(width: int, height: int, pixels: Pixels) -> tuple[float, float, float, 
     return left, top, left + side, top + side
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:
     """Any 8- or 16-bit mode as RGB; transparency is dropped.
 
     Values of 10 or 12 bits in 16 are refused: divided by 256, hardly any grey levels are left.
     """
-    if image.mode.startswith("I;16"):
-        grey_HW = np.asarray(image)
-        if 0 < grey_HW.max() < MIN_16_BIT:
-            raise _BadImageError(f"has 16 bits a value, but none above {grey_HW.max()}, so it "
-                                 "would be almost black; allowed: values that fill the 16 bits, "
-                                 "or 8 bits")
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        grey_HW = np.asarray(image)  # Pillow scales more than 8 bits of PGM to 16 and says "I"
+        _check_16_bits(int(grey_HW.max()))
         return Image.fromarray((grey_HW >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise _BadImageError(f"has 32-bit values (mode {image.mode}), whose range is not known; "
                              "allowed: 8 or 16 bits a channel")
+    is_16_bit = any(";16" in str(tile[3]) for tile in image.tile)  # Pillow drops the lower 8 bits
     if image.mode == "RGB":
         image.load()  # convert would copy it
-        return image
-    return image.convert("RGB")
+        rgb: Image.Image = image
+    else:
+        rgb = image.convert("RGB")
+    if is_16_bit:
+        largest = int(np.asarray(rgb).max())
+        _check_16_bits(largest and 256 * largest + 255)
+    return rgb
+
+
+def _check_16_bits(largest: int) -> None:
+    """Raises: _BadImageError for an image whose values do not fill their 16 bits."""
+    if 0 < largest < MIN_16_BIT:
+        raise _BadImageError(f"has 16 bits a value, but none above {largest}, so it would be "
+                             "almost black; allowed: values that fill the 16 bits, or 8 bits")

@@ -15,7 +15,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from partialhn.data.columns import ANY, Columns, class_names, features_of, image_field, label_field
+from partialhn.data.columns import (
+    ANY,
+    SPLIT_COLUMN,
+    Columns,
+    class_names,
+    features_of,
+    image_field,
+    label_field,
+    split_notes,
+)
 from partialhn.data.image_table import ImageTable, sound
 from partialhn.data.listing import (
     COMMON_WORDS,
@@ -162,7 +171,7 @@ def parquet_split(filesystem: Any, paths: Sequence[str], columns: Columns = ANY,
 
     described: class names by column, for files whose own metadata has none.
     """
-    labels, names, used = [], [], []
+    labels, names, used, notes = [], [], [], list[str]()
     for path in paths:
         with _open_parquet(filesystem, path) as parquet:
             schema = parquet.schema_arrow
@@ -173,12 +182,16 @@ def parquet_split(filesystem: Any, paths: Sequence[str], columns: Columns = ANY,
             listed = class_names(feature.get("names") if isinstance(feature, dict) else None, path)
             names.append(_agreed(listed, (described or {}).get(column), path))
             used.append(column)
+            if SPLIT_COLUMN in set(schema.names) - {column}:
+                values = parquet.read(columns=[SPLIT_COLUMN]).column(0)
+                notes += split_notes(values.to_pylist(), path.rpartition("/")[2])
         if (names[-1] != names[0] or labels[-1].dtype.kind != labels[0].dtype.kind
                 or used[-1] != used[0]):
             raise InputError(f"{path} names other classes than {paths[0]}; allowed: the same "
                              "class names in every file of a split")
     table = _row_table(filesystem, paths, [len(column) for column in labels], columns.image)
-    return LabelledSplit(table, np.concatenate(labels), names[0], column=used[0])
+    return LabelledSplit(table, np.concatenate(labels), names[0], column=used[0],
+                         notes=tuple(notes))
 
 
 def _agreed(own: tuple[str, ...] | None, described: tuple[str, ...] | None,

@@ -27,7 +27,7 @@ from partialhn.data.listing import (
     splits_of_files,
     unused,
 )
-from partialhn.data.metadata import Labels, read_labels
+from partialhn.data.metadata import Labels, read_labels, table_without_labels
 from partialhn.errors import InputError
 
 
@@ -77,7 +77,12 @@ class _Folder:
 
     def _by_folders(self, paths: Iterable[str], base: str) -> LabelledSplit:
         start = f"{base}/" if base else ""
-        split = folder_split(self.tree.filesystem, f"{self.tree.root}/{base}".rstrip("/"),
+        tree = self.tree
+        loose = image_paths([path for path in paths if "/" not in path.removeprefix(start)])
+        if loose and self.labels is None and (
+                lacks := table_without_labels(tree.filesystem, tree.root, tree.listing)):
+            raise InputError(f"image {tree.root}/{loose[0]} lies in no class folder, and {lacks}")
+        split = folder_split(tree.filesystem, f"{tree.root}/{base}".rstrip("/"),
                              [path.removeprefix(start) for path in paths if path != start])
         return dataclasses.replace(split, paths=tuple(start + path for path in split.paths))
 
@@ -195,6 +200,7 @@ def _finished(folder: _Folder, splits: dict[str, LabelledSplit], notes: list[str
         used += split.paths or [path[len(folder.tree.root) + 1:] for path in split.images.files]
         used += split.unlabelled
         notes = [*notes, *split.notes]
+    notes += folder.labels.notes if folder.labels else ()
     notes += missing_pieces(sorted(path for path in used if parquet_paths([path])))
     for own, rows in folder.card.rows.items():
         here = splits.get(split_named(own) or "")

@@ -72,8 +72,8 @@ def read_sets(data: str, limit: int | None = None, filesystem: Any = None, *,
     filesystem, root = locate(data, filesystem)
     paths = _list_paths(filesystem, root, data)
     if paths is None:
-        return assemble(data, FoundSplits({"train": parquet_split(filesystem, [root], columns)}),
-                        limit)
+        split = parquet_split(filesystem, [root], columns)
+        return assemble(data, FoundSplits({"train": split}, notes=split.notes), limit)
     tree = Tree(filesystem, root, paths)
     card = read_card(filesystem, root, paths, chosen)
     if not arrivals_beside:
@@ -87,7 +87,7 @@ def read_sets(data: str, limit: int | None = None, filesystem: Any = None, *,
         _refuse_images_beside(tree.root, files)
         return assemble_tasks(data, tasks, limit, unused(files, (README,)))
     card.require_choice()
-    if any(image_paths(inside) for inside in folders.values()):
+    if image_paths(tree.listing):
         return assemble(data, class_folders(tree, columns), limit)
     raise InputError(f"no images found in {data!r} "
                      f"({described(unused(tree.listing, ())) or 'empty'}); "

@@ -16,7 +16,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from partialhn.data.columns import LABEL_COLUMNS, Columns, choose, class_names, features_of
+from partialhn.data.columns import (
+    LABEL_COLUMNS,
+    SPLIT_COLUMN,
+    Columns,
+    choose,
+    class_names,
+    features_of,
+    split_notes,
+)
 from partialhn.data.image_table import sound
 from partialhn.data.listing import is_metadata
 from partialhn.errors import InputError
@@ -37,6 +45,8 @@ class Labels:
     """The column of labels of the last table."""
     names: tuple[str, ...] | None = None
     """Class names by label, where a Parquet table says them."""
+    notes: tuple[str, ...] = ()
+    """What the tables say that is not used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +73,7 @@ def read_labels(filesystem: Any, root: str, listing: Sequence[str], columns: Col
     Raises: InputError for a row without a file or label, or a file with two rows.
     """
     by_path: dict[str, Label] = {}
-    used, column, names = [], "", None
+    used, column, names, notes = [], "", None, list[str]()
     files = {path for path in listing if not path.endswith("/")}
     for path in sorted(filter(is_metadata, files)):
         table = _read(filesystem, f"{root}/{path}")
@@ -77,8 +87,24 @@ def read_labels(filesystem: Any, root: str, listing: Sequence[str], columns: Col
         _check_files(f"{root}/{path}", [base + name for name, _ in rows], files, by_path)
         by_path |= {base + name: value for name, value in rows}
         used.append(path)
+        notes += split_notes((row.get(SPLIT_COLUMN) for row in table.rows), path)
         column, names = label, table.names.get(label, described.get(label))
-    return Labels(_numbered(by_path), tuple(used), column, names) if used else None
+    if not used:
+        return None
+    return Labels(_numbered(by_path), tuple(used), column, names, tuple(notes))
+
+
+def table_without_labels(filesystem: Any, root: str, listing: Sequence[str]) -> str:
+    """What the first table in a data set's folder lacks, where `read_labels` finds no labels; empty
+    where there is no table.
+    """
+    path = next(filter(is_metadata, sorted(listing)), None)
+    if path is None:
+        return ""
+    columns = _read(filesystem, f"{root}/{path}").columns
+    return (f"{root}/{path} has columns {', '.join(map(repr, columns)) or 'none'}; it needs a "
+            f"column of labels named {' or '.join(LABEL_COLUMNS)}, or label_column with its name, "
+            "and commas between the cells of a .csv")
 
 
 def _read(filesystem: Any, path: str) -> _Table:

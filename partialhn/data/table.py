@@ -54,7 +54,8 @@ def is_form(data: str) -> bool:
 def converted_folder(data: str, cache_dir: Path) -> Folder | None:
     """The folder that a form of the table gives for `data`; None where `data` is a path.
 
-    Raises: InputError for a form that cannot be imported, or an argument that it refuses.
+    Raises: InputError for a form that cannot be imported or gives no folder, or an argument that it
+        refuses.
     """
     if not is_form(data):
         return None
@@ -65,4 +66,9 @@ def converted_folder(data: str, cache_dir: Path) -> Folder | None:
         raise InputError(f"data form {name!r} is a {type(form).__name__}; allowed: a function of "
                          "an argument and a cache folder")
     folder = form(argument, cache_dir)
-    return folder if isinstance(folder, Folder) else Folder(Path(folder))
+    if isinstance(folder, Folder):
+        return folder
+    if not isinstance(folder, str | Path) or not Path(folder).exists():
+        raise InputError(f"data form {name!r} gives {folder!r:.100} for {data!r}; allowed: the "
+                         "path of the folder that it has written")
+    return Folder(Path(folder))

@@ -50,8 +50,10 @@ def _steps(size: int, model: Model, normalises: bool) -> list[str]:
     part = ("take the whole image" if pixels.squash else
             "take the central square" if pixels.crop == 1 else
             f"take the central square of {pixels.crop} times the shorter side")
-    return ["convert to RGB: greyscale is repeated, transparency dropped, and an orientation tag "
-            "ignored", part, f"resize to {size} x {size}, {pixels.interpolation}",
+    return ["divide values of 16 bits by 256",
+            "convert to RGB: greyscale is repeated, transparency dropped, and an orientation tag "
+            "ignored", part,
+            f"resize to {size} x {size}, {pixels.interpolation}",
             "divide by 255",
             ("the network subtracts the mean and divides by the spread (std)" if normalises else
              "subtract the mean and divide by the spread (std)")]

@@ -70,7 +70,6 @@ FLOAT32 = NumberType(torch.float32, pa.float32())
 FLOAT16 = NumberType(torch.float16, pa.float16())
 BFLOAT16 = NumberType(torch.bfloat16, pa.uint16())
 INT8 = NumberType(torch.int8, pa.int8(), levels=127)
-COMPRESSIONS = ("none", "lz4")
 _CHECKED = 64
 """Images whose numbers are checked at a time."""
 

@@ -6,8 +6,6 @@ import re
 from typing import Any, cast
 
 from partialhn.errors import IntegrityError
-from partialhn.features.codec import COMPRESSIONS
-from partialhn.features.table import NUMBER_TYPES
 from partialhn.naming import digest, named_values
 from partialhn.pixels import Interpolation, Pixels
 
@@ -152,9 +150,6 @@ def parse_manifest(content: bytes, key: str) -> Manifest:
         manifest = manifest_of(fields)
         if not all(type(size) is int and size > 0 for size in manifest.shape_VCHW):
             raise ValueError(f"shape_VCHW is {fields['shape_VCHW']!r}")
-        recipe = manifest.recipe
-        if recipe.dtype not in NUMBER_TYPES or recipe.compression not in COMPRESSIONS:
-            raise ValueError(f"dtype is {recipe.dtype!r}, compression {recipe.compression!r}")
     except MALFORMED as error:
         raise IntegrityError(f"the manifest of features {key} cannot be read: {error!r}") from error
     if manifest.key != key or manifest.recipe.key != key:

@@ -132,9 +132,14 @@ class FeatureStore:
     def open(self, manifest: Manifest) -> "FeatureSet":
         """Maps every shard into memory, after verifying it against the manifest.
 
-        Raises: IntegrityError naming the shard, and the size and SHA-256 found and expected.
+        Raises: IntegrityError naming the shard, and the size and SHA-256 found and expected;
+            InputError for a number type of a package that is not here.
         """
-        blocks = [self._open_shard(manifest, shard) for shard in manifest.shards if shard.rows]
+        try:
+            blocks = [self._open_shard(manifest, shard) for shard in manifest.shards if shard.rows]
+        except IntegrityError as error:
+            raise IntegrityError(f"{error}; to have these features computed again, delete "
+                                 f"{self.folder(manifest.key)}") from error
         if not blocks:
             raise IntegrityError(f"the manifest of features {manifest.key} lists no rows")
         return FeatureSet(manifest, [block.z_NVCHW for block in blocks],

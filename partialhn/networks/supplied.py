@@ -26,7 +26,7 @@ from partialhn.networks.weights import (
     Wanted,
     match_weights,
 )
-from partialhn.networks.weights_file import read_tensors, weights_path
+from partialhn.networks.weights_file import metadata_of, read_tensors, weights_path
 from partialhn.pixels import Pixels, from_config
 
 ALLOWED = ("train, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME:WEIGHTS, "
@@ -89,7 +89,22 @@ def _from_file(source: str) -> Supply:
         why = ("is a folder without model.safetensors or pytorch_model.bin" if missing.is_dir()
                else "is no file")
         raise InputError(f"trunk is {source!r}, which {why}; allowed: {ALLOWED}")
-    return Supply(source, read_tensors(path), _pixels_beside(path), part)
+    return Supply(source, read_tensors(path), _pixels_inside(path) or _pixels_beside(path), part)
+
+
+def _pixels_inside(path: Path) -> Pixels | None:
+    """The pixels in the record of a file that `partialhn export` wrote; None for another file.
+
+    Raises: InputError for a record that cannot be used.
+    """
+    try:
+        record = json.loads(metadata_of(path)["partialhn"])
+        steps = record["preprocessing"]
+        fields = {key: steps[key] for key in
+                  ("size", "interpolation", "crop", "squash", "mean", "std")}
+    except (KeyError, TypeError, ValueError):
+        return None
+    return Pixels.from_fields(fields)
 
 
 def _pixels_beside(path: Path) -> Pixels | None:

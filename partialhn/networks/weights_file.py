@@ -5,11 +5,14 @@ read by PyTorch's restricted reader (`weights_only`). The content decides, not t
 """
 
 import argparse
+import contextlib
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -51,6 +54,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def metadata_of(path: Path) -> Mapping[str, str]:
+    """The metadata of a safetensors file that has been read; none of another file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except Exception:  # safetensors raises its own bare exception type: it is a checkpoint
+        return {}
+
+
 def _hint(begin: bytes) -> str:
     if begin.startswith(b"version https://git-lfs"):
         return " (a pointer of Git LFS; `git lfs pull` fetches the file itself)"
@@ -82,8 +94,20 @@ def _torch_table(path: Path) -> object:
                              "not tensors alone; it is not opened, because that would run code "
                              "from the file; allowed: a file of torch.save(network.state_dict(), "
                              "FILE), or safetensors") from error
+        if _is_program(path):
+            raise InputError(f"trunk file {str(path)!r} is a program of torch.export or torch.jit; "
+                             "allowed: a file of torch.save(network.state_dict(), FILE), or "
+                             "safetensors") from error
         raise InputError(f"trunk file {str(path)!r} cannot be read as a PyTorch checkpoint: "
                          f"{str(error).splitlines()[0] if str(error) else error!r}") from error
+
+
+def _is_program(path: Path) -> bool:
+    """Whether a file holds a network's code beside its weights, as .pt2 and TorchScript do."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+        return any(name.endswith(("/archive_format", "/constants.pkl"))
+                   for name in file.namelist())
+    return False
 
 
 def _objects_in(path: Path) -> str:

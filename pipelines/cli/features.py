@@ -83,6 +83,9 @@ class VerifyFeatures:
             for line, good in verify(storage, self.key):
                 print(line)
                 damaged += not good
+        if damaged:
+            print("to have damaged features computed again, delete their folder in "
+                  f"{storage.uri_of('features')}: the next command that needs them computes them")
         return 1 if damaged else 0
 
 

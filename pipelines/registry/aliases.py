@@ -6,6 +6,7 @@ It may run at any time, in several processes at once. This project moves aliases
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from partialhn.errors import InputError
@@ -102,6 +103,18 @@ class Aliases:
         """Whether the stream is registered and has its history in this storage."""
         model = self._find(stream)
         return model is not None and model.tags.get(PLACE) == self._history(stream).uri
+
+    def require_place(self, stream: str) -> None:
+        """Raises InputError where the local storage of a stream's history is not there any more."""
+        model = self._find(stream)
+        place = "" if model is None else model.tags.get(PLACE, "")
+        root = place.removesuffix(f"/history/{stream}")
+        here = self._storage.uri
+        if root.startswith("/") and root != here and not Path(root).exists():
+            raise InputError(f"stream {stream!r} was registered in the storage {root}, which is "
+                             "not there, and the registry knows files by their whole paths; "
+                             f"allowed: that storage in its place; where it is {here} now, "
+                             f"ln -s {here} {root} and --storage {root}")
 
     def move(self, stream: str, move: Move) -> Entry | None:
         """Moves an alias; returns its history entry, or None if it points there already.
@@ -200,6 +213,7 @@ class Aliases:
                              f"history in {place} began; allowed: rename it back to {name!r} in "
                              "MLflow")
         if place != history.uri:
+            self.require_place(model.name)
             raise InputError(f"stream {model.name!r} has its history in {place}, not in "
                              f"{history.uri}; allowed: the --storage it was trained with")
         for entry in history.entries():

@@ -202,7 +202,8 @@ class Registry(Runs):
         """As `download`, for files that are those that were registered.
 
         Raises: IntegrityError that says which version is damaged, in what, and what to do;
-        InputError where the artifact store does not answer or denies access.
+        InputError where the artifact store does not answer or denies access, or where the storage
+        was moved.
         """
         try:
             model = self.files(version, folder)
@@ -227,7 +228,8 @@ class Registry(Runs):
     def require_reach(self, version: Version, error: Exception) -> None:
         """Raises InputError, where an error says that a version's files are out of reach.
 
-        A store that does not answer or denies access says nothing about the files in it.
+        A store that does not answer or denies access says nothing about the files in it, nor does a
+        storage that was moved.
         """
         if reason := out_of_reach(error):
             if not self._storage.is_local:
@@ -235,6 +237,7 @@ class Registry(Runs):
             raise InputError(f"{version.uri} (task {version.task!r}) cannot be read, so whether "
                              f"its files are as registered is unknown: {reason}; allowed: an "
                              "artifact store that answers, and the right to read it") from error
+        self.aliases.require_place(version.stream)
 
     def stored_hashes(self, version: Version, folder: Path) -> dict[str, str]:
         """The hashes of a version's files as they are stored now; empty if there are none.

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from partialhn.config import DataConfig, build
 from partialhn.data.corruptions import parse
@@ -30,6 +29,7 @@ from partialhn.data.layout import read_sets
 from partialhn.errors import InputError, IntegrityError
 from partialhn.features.jobs import SPLITS
 from partialhn.numbers import counted
+from partialhn.yaml_text import read_yaml
 from pipelines.platform.storage import Storage
 from pipelines.retrain.inbox import DECLARATION, Arrival, Problem
 
@@ -181,9 +181,10 @@ def _declaration(storage: Storage, arrival: Arrival) -> Declaration:
     if storage.stat(path) is None:
         return Declaration()
     try:
-        values = yaml.safe_load(storage.read_bytes(path, MAX_DECLARATION).decode()) or {}
-    except (yaml.YAMLError, ValueError, RecursionError, IntegrityError) as error:
+        content = storage.read_bytes(path, MAX_DECLARATION)
+    except IntegrityError as error:
         raise InputError(f"{DECLARATION} cannot be read: {error}") from error
+    values = read_yaml(content, DECLARATION) or {}
     if not isinstance(values, Mapping):
         raise InputError(f"{DECLARATION} holds {type(values).__name__}; allowed: the keys "
                          "classes, transform and replaces")

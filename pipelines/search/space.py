@@ -19,10 +19,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from partialhn.config import Config, HypernetConfig
 from partialhn.errors import InputError
+from partialhn.yaml_text import read_yaml
 from pipelines.search.depths import Depths, find_depths
 
 DEPTH = "backbone.freeze_depth"
@@ -197,12 +196,11 @@ def load_space(path: str | None, base: Config, depths: Sequence[int | str] | Non
     if path is None:
         return parse_space({}, base, depths)
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"space file {path!r} cannot be read: {error.strerror}; give the path of "
                          "a YAML file") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"space file {path!r} is not YAML: {error}") from error
+    values = read_yaml(content, f"space file {path!r}")
     if not isinstance(values, Mapping):
         raise InputError(f"space file {path!r} holds {type(values).__name__}; allowed: keys such "
                          "as hypernet.beta: {loguniform: [0.001, 1]}")

@@ -295,6 +295,21 @@ def test_a_lost_lease_cannot_move_an_alias(three):
     assert aliases_of(three)["champion"] == 1
 
 
+def test_a_storage_that_was_moved_is_not_called_damaged(three, tmp_path):
+    (tmp_path / "store").rename(tmp_path / "moved")
+    moved = connect(open_storage(str(tmp_path / "moved")))
+    words = rf"in the storage {tmp_path}/store, which is not there, .*ln -s {tmp_path}/moved"
+    with pytest.raises(InputError, match=words):
+        moved.load_predictor("models:/digits@champion")
+    with pytest.raises(InputError, match=words):
+        moved.aliases.history("digits")
+    (tmp_path / "store").symlink_to(tmp_path / "moved")
+    linked = connect(open_storage(str(tmp_path / "store")))
+    assert linked.load_predictor("models:/digits@champion")[1].version == 2
+    linked.aliases.move("digits", Move("champion", 1, "promoted", ""))
+    assert aliases_of(linked)["champion"] == 1
+
+
 def test_history_and_registry_belong_together(three, digit_tasks, tmp_path):
     elsewhere = connect(open_storage(str(tmp_path / "other")), three.tracking_uri)
     with pytest.raises(InputError, match=r"has its history in .*/store/history/digits, not in"):

@@ -192,6 +192,9 @@ def test_yaml_fills_the_same_classes(tmp_path):
     ("a: b: c", "is not YAML"),
     (b"\xff\xfe\x00\xd8", "cannot be read|is not YAML"),
     ("", "holds NoneType; allowed: the sections data, backbone"),
+    ("[" * 5000, "is not YAML"),
+    ("train: {epochs: 1}\ndata: {}\ntrain: {}\n", "the key 'train' stands there twice"),
+    ("train: {epochs: 1, epochs: 2}", "the key 'epochs' stands there twice"),
     ("- train", "holds list"),
     ("trian: {}", "unknown configuration key trian"),
     ("train: {epochs: many}", r"train\.epochs is 'many'"),
@@ -200,6 +203,12 @@ def test_yaml_fills_the_same_classes(tmp_path):
 def test_broken_yaml_is_bad_input(tmp_path, text, message):
     with pytest.raises(InputError, match=message):
         load_config(write(tmp_path / "a.yaml", text))
+
+
+def test_tables_of_yaml_may_be_merged(tmp_path):
+    text = "train:\n  <<: {epochs: 3, seed: 1}\n  epochs: 4\n"
+    config = load_config(write(tmp_path / "a.yaml", text))
+    assert (config.train.epochs, config.train.seed) == (4, 1)
 
 
 def test_a_missing_file_and_a_folder_are_bad_input(tmp_path):

@@ -453,7 +453,7 @@ def test_noise_depends_on_the_image_and_the_seed_not_on_its_company_or_place(tmp
 @pytest.mark.parametrize(("mode", "form"), [
     ("RGB", "PNG"), ("L", "PNG"), ("1", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("P", "PNG"),
     ("I;16", "PNG"), ("CMYK", "TIFF"), ("CMYK", "JPEG"), ("L", "JPEG"), ("RGB", "BMP"),
-    ("P", "GIF"), ("RGB", "WEBP"), ("L", "PPM")])
+    ("P", "GIF"), ("RGB", "WEBP"), ("L", "PPM"), ("I;16", "PPM")])
 def test_any_mode_becomes_rgb(mode, form):
     grey = digit(4).resize((32, 32))
     if mode == "I;16":
@@ -476,6 +476,25 @@ def test_few_bits_in_16_are_refused_and_not_made_black(largest):
                      for value in (0, 4096))
     assert decode_images([black, bright], ["x", "y"], 8).images_BCHW.amax((1, 2, 3)).tolist() == [
         0, 16]
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)])
+def test_few_bits_in_16_of_a_colour_image_are_refused_too(colour_type, channels):
+    """As PNG writers of cameras have it; Pillow reads the upper 8 bits and writes no such file."""
+    def written(largest):
+        values_HWC = np.full((8, 8, channels), 0xFFFF, ">u2")
+        values_HWC[..., :3 if channels > 2 else 1] = largest
+        header = struct.pack(">IIBBBBB", 8, 8, 16, colour_type, 0, 0, 0)
+        rows = b"".join(b"\0" + row.tobytes() for row in values_HWC)
+        parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+        return b"\x89PNG\r\n\x1a\n" + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in parts)
+    bad = decode_images([written(4095)], ["x"], 8, on_bad="skip").bad[0]
+    assert bad.reason.startswith("has 16 bits a value, but none above 4095")
+    black, bright = written(0), written(0x8000)
+    assert decode_images([black, bright], ["x", "y"], 8).images_BCHW.amax((1, 2, 3)).tolist() == [
+        0, 128]
 
 
 @pytest.mark.parametrize(("size", "close"), [((64, 32), 0.5), ((300, 200), 0.5),

@@ -23,6 +23,7 @@ from partialhn.features.closed_form import LinearClassifier
 from partialhn.networks.backbone import build_network
 from partialhn.networks.cut import CutNetwork
 from partialhn.networks.head import Head, head_start
+from partialhn.networks.supplied import supplied_network
 from partialhn.pixels import Pixels
 from partialhn.predict import Predictor
 from partialhn.strategies import STRATEGIES
@@ -124,16 +125,16 @@ def test_a_plain_network_calculates_what_the_model_does(options):
 
 
 def test_an_onnx_file_answers_as_the_model_where_this_package_is_not(mixed, tmp_path):
-    """One image, then several of other sizes, greyscale ones too, by the steps of the record."""
+    """One image, then several of other sizes, greyscale of 8 and 16 bits too, by the record."""
     pytest.importorskip("onnxruntime")
     done = export(mixed, "dogs", tmp_path / "dogs.onnx", origin="models:/s/3")
     assert (done.record["task"], done.record["classes"]) == ("dogs", ["pug", "collie", "poodle"])
     assert done.record["model"] == "models:/s/3"
-    names = [tmp_path / f"{index}.png" for index in range(3)]
+    names = [tmp_path / f"{index}.png" for index in range(4)]
     for index, name in enumerate(names):
-        pixels_CHW = images(size=50)[index, :, :41 + index]
-        picture = pixels_CHW[0] if index == 0 else pixels_CHW.permute(1, 2, 0)
-        Image.fromarray(picture.numpy()).save(name)
+        picture = images(size=50)[index, :, :41 + index].permute(1, 2, 0).numpy()
+        Image.fromarray({0: picture[..., 0], 3: picture[..., 0] * np.uint16(257)}
+                        .get(index, picture)).save(name)
     expected = mixed.predict([name.read_bytes() for name in names], "dogs")
     for given in (names[:1], names):
         ran = subprocess.run([sys.executable, ROOT / "examples" / "run_exported.py",
@@ -211,6 +212,15 @@ def test_tensors_load_into_the_librarys_own_network(options, call, tmp_path):
     with torch.no_grad():
         found = softmax(network((images().float() / 255 - mean_C) / std_C))
     np.testing.assert_allclose(found, ours(predictor, "dogs", images()), atol=1e-4)
+
+
+def test_an_exported_network_as_a_trunk_sees_the_pixels_that_it_was_trained_with(tmp_path):
+    path = tmp_path / "dogs.safetensors"
+    export(predictor_of(backbone="torchvision:resnet18"), "dogs", path, "safetensors")
+    network = supplied_network(str(path), "torchvision:resnet18", 2)
+    assert (network.pixels.crop, network.pixels.interpolation) == (0.9, "bicubic")
+    assert network.pixels.mean == pytest.approx((0.4, 0.5, 0.3))
+    assert not any("does not say which pixels" in note for note in network.notes)
 
 
 @pytest.mark.parametrize(("options", "why"), [

@@ -3,10 +3,14 @@
 import dataclasses
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from partialhn.errors import InputError
+from partialhn.features.codec import NumberType
 from partialhn.features.manifest import FeatureRecipe
+from partialhn.features.table import NUMBER_TYPES, register_number_type
 from pipelines.cli.main import run
 from pipelines.features.produce import open_store
 from pipelines.platform.storage import open_storage
@@ -48,6 +52,23 @@ def test_list_tells_finished_from_unfinished(command):
     assert rows[RECIPE.key][-1] == "unknown", "no registry was asked whether a version needs it"
 
 
+def test_features_of_a_package_that_is_gone_are_not_called_damaged(store, command):
+    mine = dataclasses.replace(RECIPE, dtype="mine")
+    register_number_type("mine", NumberType(torch.int8, pa.int8(), levels=7))
+    try:
+        shard = store.write_shard(mine, 0, torch.ones(4, 2, 3, 2, 2), np.zeros(4), list("abcd"),
+                                  seconds=1)
+        manifest = store.commit(mine, [shard], (2, 3, 2, 2))
+    finally:
+        NUMBER_TYPES.unregister("mine")
+    code, out, _ = command("list")
+    rows = {line.split()[0]: line.split() for line in out.splitlines()}
+    assert (code, *rows[mine.key][1:5]) == (0, "complete", "4", "2x3x2x2", "mine")
+    assert command("verify", "--key", mine.key)[0] == 0
+    with pytest.raises(InputError, match="feature_dtype is 'mine'; allowed: float32"):
+        store.open(manifest)
+
+
 def test_an_empty_store_says_so(tmp_path, capsys):
     assert run(["features", "list", "--storage", str(tmp_path / "none")]) == 0
     assert "there are no features in" in capsys.readouterr().out
@@ -78,6 +99,7 @@ def test_verify_names_the_damaged_shard(command, store):
     assert manifest.shards[1].name in out
     assert manifest.shards[0].name not in out
     assert f"expected {manifest.shards[1].sha256[:12]}" in out
+    assert out.splitlines()[-1].startswith("to have damaged features computed again, delete their")
 
 
 def test_verify_names_a_missing_shard_and_a_damaged_manifest(command, store):

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 LAYERS = {
-    "partialhn": ("errors naming numbers", "environment plugins", "folders tables",
+    "partialhn": ("errors naming numbers", "environment plugins", "folders tables yaml_text",
                   "config json_files pixels", "data networks presets", "features",
                   "detector", "strategies task_inference", "checkpoints", "predict",
                   "evaluation export", "training", "run", "benchmarks notebook"),

@@ -19,7 +19,7 @@ from partialhn.features.codec import NumberType, decode, encode, number_type
 from partialhn.features.table import NUMBER_TYPES, register_number_type
 from partialhn.networks.backbone import build_network
 from partialhn.networks.table import BACKBONES
-from partialhn.run import with_strategy
+from partialhn.run import check, with_strategy
 from partialhn.strategies import STRATEGIES
 from partialhn.strategies.table import (
     OWN,
@@ -240,8 +240,20 @@ def test_a_number_type_that_cannot_be_one_is_named():
     register_number_type("mine", dict)
     with pytest.raises(InputError, match="number type 'mine' is a type; allowed: a partialhn"):
         number_type("mine")
+    with pytest.raises(InputError, match="number type 'mine' is a type"):
+        check(Config(features=FeatureConfig(feature_dtype="mine")))
     with pytest.raises(InputError, match="feature_dtype is 'x'; allowed: float32, float16"):
         FeatureConfig(feature_dtype="x")
+
+
+def test_a_data_form_that_gives_no_folder_is_named(tmp_path):
+    for gives in (None, tmp_path / "none", 3):
+        FORMS.register("mine", lambda *_, gives=gives: gives)
+        try:
+            with pytest.raises(InputError, match=r"data form 'mine' gives .* for 'mine:a'"):
+                converted_folder("mine:a", tmp_path)
+        finally:
+            FORMS.unregister("mine")
 
 
 @pytest.mark.parametrize(("given", "message"), [

@@ -199,6 +199,37 @@ def test_a_table_and_class_folders(tmp_path):
     assert (captions.classes, captions.not_used.files) == (("a", "b"), {".csv": 1})
 
 
+def test_images_in_no_class_folder_beside_a_table_without_labels(tmp_path):
+    put_table(tmp_path, column="breed")
+    words = (rf"image {tmp_path}/\S+ lies in no class folder, and {tmp_path}/metadata.csv has "
+             "columns 'file_name', 'breed', 'note'; it needs a column of labels named label or")
+    with pytest.raises(InputError, match=words):
+        read_sets(str(tmp_path))
+    put_table(tmp_path / "whole" / "train", column="breed")
+    with pytest.raises(InputError, match=r"train/metadata.csv has columns .*it needs a column"):
+        read_sets(str(tmp_path / "whole"))
+    (tmp_path / "whole" / "train" / "metadata.csv").unlink()
+    with pytest.raises(InputError, match="lies in no class folder; allowed"):
+        read_sets(str(tmp_path / "whole" / "train"))
+
+
+def test_a_column_that_names_splits_is_said_not_to_be_used(tmp_path):
+    put_table(tmp_path / "table")
+    path = tmp_path / "table" / "metadata.csv"
+    head, *rows = path.read_text().splitlines()
+    lines = [f"{head},split", *(f"{row},{'train' if n else 'test'}" for n, row in enumerate(rows))]
+    path.write_text("\n".join(lines))
+    table = pa.table({"image": [png(7)] * 4, "label": [0, 1, 0, 1], "split": ["train", "test"] * 2})
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(table, tmp_path / "parquet" / "train.parquet")
+    for data in ("table", "parquet", "parquet/train.parquet"):
+        (note,) = read_sets(str(tmp_path / data)).not_used.notes
+        assert note.startswith("the column 'split' of")
+        assert "(test, train) is not used" in note
+    pq.write_table(table.take([0, 2]), tmp_path / "parquet" / "train.parquet")
+    assert not read_sets(str(tmp_path / "parquet")).not_used.notes
+
+
 def test_images_without_a_row_are_told_and_rows_without_a_file_refused(tmp_path):
     put_table(tmp_path / "train", files=[*CODES, "extra.png"])
     images = read_sets(str(tmp_path))

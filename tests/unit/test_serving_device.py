@@ -32,6 +32,11 @@ def test_predict_without_the_gpu_that_it_needs_says_so_before_anything_else(tmp_
         predict_to_parquet("models:/a@champion", "0", str(tmp_path / "none"), "o", device="gpu")
 
 
+def test_predictions_are_not_written_under_the_name_of_another_form(tmp_path):
+    with pytest.raises(InputError, match=r"'p\.CSV', but predictions are a Parquet file; allowed"):
+        predict_to_parquet("models:/a@champion", "0", str(tmp_path / "none"), "p.CSV")
+
+
 class WithoutMemory:
     """A service whose trunk finds no memory on its device."""
 

@@ -280,6 +280,7 @@ def test_a_damaged_shard_is_named(store, damage):
         store.open(manifest)
     assert path.name in str(caught.value)
     assert "damaged" in str(caught.value)
+    assert str(caught.value).endswith(f"computed again, delete {store.folder(manifest.key)}")
     assert manifest.shards[-1].sha256[:12] in str(caught.value)
 
 

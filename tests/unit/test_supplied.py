@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import warnings
 
 import pytest
 import torch
@@ -222,6 +223,17 @@ def test_files_that_are_no_weights(tmp_path, content, message):
     (tmp_path / "trunk").write_bytes(content)
     with pytest.raises(InputError, match=message):
         supplied_network(str(tmp_path / "trunk"), "slim_resnet18", 2)
+
+
+def test_programs_of_pytorch_are_no_checkpoints(tmp_path):
+    layer, path = torch.nn.Linear(2, 2).eval(), tmp_path / "trunk"
+    with warnings.catch_warnings(action="ignore"):  # of torch.jit about its own future
+        torch.jit.trace(layer, torch.zeros(1, 2)).save(path)
+    program = torch.export.export(layer, (torch.zeros(1, 2),))
+    for save in (lambda: None, lambda: torch.export.save(program, path)):
+        save()
+        with pytest.raises(InputError, match=r"is a program of torch.export or torch.jit; allowed"):
+            supplied_network(str(path), "slim_resnet18", 2)
 
 
 def test_files_without_tensors(load):
