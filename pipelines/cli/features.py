@@ -153,11 +153,13 @@ class PlanFeatures(FeatureSections):
         from partialhn.features.extract import feature_jobs
         from partialhn.networks.backbone import build_network
         from partialhn.networks.cut import CutNetwork
+        from partialhn.run import check, with_depth_number
         from pipelines.execution.open_data import open_data
 
-        storage, config = _storage(self.storage), Config.of(self)
+        storage, config = _storage(self.storage), with_depth_number(Config.of(self))
         network = build_network(config.backbone.backbone, 2,
                                 input_size=config.data.input_size).eval()
+        check(config, network)
         depths = range(len(network.blocks()) + 1)
         trunk = CutNetwork.of(network, depths[-1]).trunk
         with storage.explained():

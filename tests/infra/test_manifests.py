@@ -133,7 +133,7 @@ def test_ray_resources_have_known_fields_only():
             assert each["spec"].keys() <= KIND_FIELDS[each["kind"]], name
 
 
-@pytest.mark.parametrize(("name", "spec"), clusters(), ids=[name for name, _ in clusters()])
+@pytest.mark.parametrize(("name", "spec"), list(clusters()), ids=[name for name, _ in clusters()])
 def test_ray_clusters_are_private_and_ask_for_a_token(name, spec):
     import ray
 

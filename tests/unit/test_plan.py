@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -85,3 +86,10 @@ def test_images_that_cannot_be_read_are_no_plan(tmp_path, with_options, digits, 
                                 row_N=[-1], label_N=[0])
     broken = dataclasses.replace(digits[0], train=table, validation=table, test=table)
     assert plan(feature_jobs(with_options(), [broken], trunk, [1]), trunk) == []
+
+
+def test_a_plan_for_what_train_refuses_is_refused(capsys, tmp_path):
+    for depth in ("9", "layer9"):
+        assert run(["features", "plan", "--data", "digits", "--freeze-depth", depth,
+                    "--storage", str(tmp_path)]) == 2
+        assert re.search(rf"error: .*{depth}.*allowed: ", capsys.readouterr().err)
