@@ -1,4 +1,4 @@
-"""Listing a folder that other processes create and fill meanwhile."""
+"""Folders and files that other processes create meanwhile."""
 
 from typing import Any
 
@@ -15,3 +15,12 @@ def folder_entries(filesystem: pafs.FileSystem, folder: str) -> list[Any]:
         return list(filesystem.get_file_info(pafs.FileSelector(folder)))
     except FileNotFoundError:
         return []
+
+
+def content_of(filesystem: pafs.FileSystem, path: str) -> bytes | None:
+    """The content of a small file; None if there is no file."""
+    try:
+        with filesystem.open_input_file(path) as source:
+            return bytes(source.readall())
+    except FileNotFoundError:
+        return None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from partialhn.checkpoints import FIELDS, TENSORS
 from partialhn.errors import IntegrityError
+from partialhn.folders import content_of
 from partialhn.json_files import parse_object, read_object
 
 FORMAT = 1
@@ -48,21 +49,13 @@ def upload(folder: Path, filesystem: pafs.FileSystem, target: str) -> None:
     """
     contents = {name: (folder / name).read_bytes() for name in (TENSORS, FIELDS)}
     with contextlib.suppress(OSError):  # what cannot be read is written
-        if all(_content(filesystem, f"{target}/{name}") == contents[name]
+        if all(content_of(filesystem, f"{target}/{name}") == contents[name]
                for name in (FIELDS, TENSORS)):
             return
     with contextlib.suppress(FileNotFoundError):
         filesystem.delete_file(f"{target}/{FIELDS}")
     for name, content in contents.items():
         write_whole(filesystem, f"{target}/{name}", content)
-
-
-def _content(filesystem: pafs.FileSystem, path: str) -> bytes | None:
-    try:
-        with filesystem.open_input_file(path) as stream:
-            return bytes(stream.readall())
-    except FileNotFoundError:
-        return None
 
 
 def write_whole(filesystem: pafs.FileSystem, path: str, content: bytes) -> None:
@@ -88,11 +81,10 @@ def fetch(filesystem: pafs.FileSystem, source: str, folder: Path, *,
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in (FIELDS,) if fields_alone else (FIELDS, TENSORS):
-        try:
-            with filesystem.open_input_file(f"{source}/{name}") as stream:
-                (folder / name).write_bytes(stream.readall())
-        except FileNotFoundError:
+        content = content_of(filesystem, f"{source}/{name}")
+        if content is None:
             return False
+        (folder / name).write_bytes(content)
     return True
 
 
@@ -101,7 +93,7 @@ def read_fields(filesystem: pafs.FileSystem, source: str) -> dict[str, Any] | No
 
     Raises: IntegrityError for fields that cannot be read.
     """
-    content = _content(filesystem, f"{source}/{FIELDS}")
+    content = content_of(filesystem, f"{source}/{FIELDS}")
     return None if content is None else parse_object(content, f"checkpoint {source}")
 
 

@@ -42,6 +42,7 @@ from partialhn.features.manifest import (
     parse_shard,
 )
 from partialhn.features.mapping import mapped, release_pages
+from partialhn.folders import content_of
 
 SPILL_BYTES = 1 << 30
 """A compressed set larger than this after decompression is kept in memory-mapped temporary files
@@ -79,13 +80,13 @@ class FeatureStore:
 
         Raises: IntegrityError if it cannot be read or describes another key.
         """
-        content = self._read(f"{self.folder(key)}/manifest.json")
+        content = content_of(self.filesystem, f"{self.folder(key)}/manifest.json")
         return None if content is None else parse_manifest(content, key)
 
     def find_shard(self, key: str, index: int) -> Shard | None:
         """A shard that some writer has finished already, or None."""
         path = f"{self.folder(key)}/part-{index:05d}.json"
-        content = self._read(path)
+        content = content_of(self.filesystem, path)
         try:
             return None if content is None else parse_shard(json.loads(content))
         except MALFORMED as error:
@@ -175,13 +176,6 @@ class FeatureStore:
                                      lambda: self.filesystem.open_input_stream(path))
         except FileNotFoundError as error:
             raise IntegrityError(missing) from error
-
-    def _read(self, path: str) -> bytes | None:
-        try:
-            with self.filesystem.open_input_file(path) as source:
-                return bytes(source.readall())
-        except FileNotFoundError:
-            return None
 
     def _write(self, path: str, content: bytes | memoryview) -> None:
         if self.local:

@@ -118,12 +118,16 @@ def roll_back(registry: Registry, name: str, to: str | None, why: str) -> dict[s
 def _bring_back_aliases(registry: Registry, entries: Sequence[Entry], version: Version,
                         move: Move) -> None:
     """Gives the aliases of tasks back that a later version has forgotten, and this one knows."""
-    known = {task_alias(task) for task in newest_slots(registry.slots_of(version) or ())}
     last = {entry.move.alias: entry for entry in entries}
-    for alias, entry in last.items():
-        if entry.move.kind == "forgot" and entry.move.to is None and alias in known:
+    forgotten = {alias: entry.origin for alias, entry in last.items()
+                 if entry.move.kind == "forgot" and entry.move.to is None}
+    if not forgotten:  # the version's tasks stand in its files
+        return
+    known = {task_alias(task) for task in newest_slots(registry.slots_of(version) or ())}
+    for alias, origin in forgotten.items():
+        if alias in known:
             registry.aliases.move(version.stream,
-                                  dataclasses.replace(move, alias=alias, to=entry.origin))
+                                  dataclasses.replace(move, alias=alias, to=origin))
 
 
 def repaired(registry: Registry, storage: Storage, name: str, version: str) -> dict[str, Any]:

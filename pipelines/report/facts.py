@@ -26,6 +26,7 @@ FORGETTING_LIMIT = 0.01
 GAP_LIMIT = 0.02
 """Accuracy behind separate heads that the verdict accepts: 2 points."""
 
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """One column of the comparison: ours or a baseline. None is "not measured"."""
